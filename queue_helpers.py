@@ -1,0 +1,1545 @@
+"""The task queue: one SQLite database, one table per queue, no server.
+
+    enqueue            claim                 ack
+    ───────> ready ───────────> claimed ────────────> history: completed
+      delay    ^                   │ nack, crash or timeout, attempts left (back-off)
+      └> scheduled <───────────────┤
+                                   └ attempts spent, or a permanent failure ──> history: failed
+                                                                     (redrive puts it back)
+
+A task is a row; its `data` is the envelope {"task_id", "task_type", "enqueued_at", "data"}, and any other JSON
+object is taken as a bare payload (bash inserts those). A claimed row names its owner, and an owner is a lock file
+in STATE_DIR/workers that the kernel frees the instant its process dies: whoever gets that lock may take the dead
+owner's tasks back. Every change that leaves `claimed` names the owner and the attempt it expects, so a late or
+foreign ack changes nothing.
+
+This module reads from top to bottom: constants, the schema, the statements, tasks and errors, connections, then the
+verbs in the order of a task's life, then who is alive, then how sleepers are woken, then the queue classes.
+Enqueuing needs the standard library alone; persist-queue, watchdog and asyncio are imported where they are used.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sqlite3
+import stat
+import sys
+import threading
+import time
+from collections import namedtuple
+from contextlib import contextmanager
+from pathlib import Path
+from weakref import WeakSet
+
+STATE_DIR = Path(os.environ.get("TASK_QUEUE_STATE") or "~/.claude/automation/lychee/state").expanduser().absolute()
+QUEUE_DB = STATE_DIR / "tasks.db"
+QUEUE_PATH = STATE_DIR  # what QueueWatcher and watchdog are given
+
+TASK_QUEUE_NOTIFICATION = "notifications"
+TASK_QUEUE_APPROVAL = "approvals"
+TASK_QUEUE_COMPLETION = "completions"
+DEFAULT_QUEUES = (TASK_QUEUE_NOTIFICATION, TASK_QUEUE_APPROVAL, TASK_QUEUE_COMPLETION)
+
+SCHEMA_VERSION = 1
+BUSY_TIMEOUT_MS = 5_000  # how long one wait for the write lock may take
+MAX_ATTEMPTS = 4
+BACKOFF_SECONDS = 1.0  # before the second attempt; doubles with each one after it
+BACKOFF_CAP_SECONDS = 3_600
+RETRY_AFTER_CAP_SECONDS = 30 * 86_400  # what a handler that exits 75 may ask for
+MAX_DEPTH = 16  # tasks enqueued by handlers of tasks enqueued by handlers …
+MAX_QUEUES = 200  # the view is one compound SELECT, which SQLite limits to 500 terms
+OUTPUT_BYTES = 65_536  # of a handler's stdout and stderr, each, kept in the history
+RESULT_BYTES = 16 * 2**20  # of a handler's stdout that may become the next task
+SAFETY_TICK_SECONDS = 5.0  # look this often whatever the events say
+ORPHAN_TICK_SECONDS = 0.25  # the same while a handler outlives its worker
+POLL_SECONDS = 0.05  # the same where the platform has no events to give
+LOOK_AGAIN_SECONDS = (0.0, 0.001, 0.002, 0.004, 0.008, 0.016, 0.032, 0.064)  # after an event; 127 ms in all
+
+READY, CLAIMED, SCHEDULED, BLOCKED = 1, 2, 3, 4  # persist-queue also writes 0 for ready; it selects `status < 2`
+
+EX_DATAERR, EX_TEMPFAIL = 65, 75  # exit codes of handlers (sysexits.h): never again; not now
+
+# ---------------------------------------------------------------------------------------------- schema and statements
+
+HISTORY_SCHEMA = """
+create table if not exists task_history (
+  id            integer primary key,
+  queue         text not null,
+  row_id        integer not null,                -- the id it had in its queue; never used again there
+  task_id       text not null,
+  task_type     text not null,
+  status        text not null check (status in ('completed', 'failed', 'cancelled')),
+  data          text not null,
+  priority      integer not null default 0,
+  group_id      text,
+  attempts      integer not null default 0,
+  max_attempts  integer,
+  enqueued_at   text not null,                   -- times are UTC: YYYY-MM-DD HH:MM:SS.SSS
+  started_at    text,                            -- of the last attempt
+  completed_at  text not null default (strftime('%Y-%m-%d %H:%M:%f', 'now')),
+  exit_code     integer,                         -- of the handler; 128 + n for signal n
+  result        text,                            -- the end of its stdout
+  log           text,                            -- the end of its stderr
+  error         text                             -- why it failed, in one line
+);
+create index if not exists "task_history.completed_at" on task_history (completed_at, queue, task_type, status, started_at, enqueued_at);
+create index if not exists "task_history.task_id" on task_history (task_id);
+create index if not exists "task_history.failed" on task_history (queue, completed_at) where status = 'failed';
+create table if not exists task_paused (
+  queue         text primary key,
+  paused_at     text not null default (strftime('%Y-%m-%d %H:%M:%f', 'now'))
+);
+"""
+
+# task_id and task_type are read out of data by SQLite itself, so that no writer, bash included, can forget or fake
+# them. A bare payload has no task_id of its own (null, and nulls never collide): it is called <queue>-<id>.
+QUEUE_SCHEMA = """
+create table "{queue}" (
+  id            integer primary key autoincrement,
+  data          text not null constraint data_must_be_a_json_object
+                check (typeof(data) = 'text' and json_valid(data) and json_type(data) = 'object'),
+  timestamp     real not null default ((julianday('now') - 2440587.5) * 86400.0),  -- enqueued, Unix seconds
+  status        integer not null default 1,      -- 0 and 1 ready, 2 claimed, 3 scheduled, 4 blocked
+  priority      integer not null default 0,      -- higher first
+  due_at        real,                            -- a scheduled task becomes ready then, Unix seconds
+  group_id      text,                            -- tasks of one group run one at a time
+  attempts      integer not null default 0,      -- counted at the claim
+  owner         text,                            -- who claimed it: a file in STATE_DIR/workers
+  claimed_at    real,                            -- Unix seconds
+  max_attempts  integer,                         -- these three: what the claimer wants done when the run ends,
+  backoff       real,                            --   whoever records that
+  then_queue    text,
+  error         text,                            -- of the last failed attempt
+  task_id       text generated always as (case when {is_envelope} then json_extract(data, '$.task_id') end)
+                virtual unique on conflict ignore,
+  task_type     text generated always as (case when {is_envelope} then json_extract(data, '$.task_type')
+                when typeof(data) = 'text' and json_valid(data) and json_type(data, '$.hook_event_name') = 'text'
+                then json_extract(data, '$.hook_event_name') else '{queue}' end) virtual
+);
+create index "{queue}.ready" on "{queue}" (priority desc, id, task_type, timestamp) where status < 2;
+create index "{queue}.claimed" on "{queue}" (owner) where status = 2;
+create index "{queue}.scheduled" on "{queue}" (due_at) where status = 3;
+create index "{queue}.blocked" on "{queue}" (group_id, id) where status = 4;
+"""
+
+IS_ENVELOPE = (
+    "typeof(data) = 'text' and json_valid(data) and json_type(data, '$.task_id') = 'text'"
+    " and json_extract(data, '$.task_id') <> '' and json_type(data, '$.task_type') = 'text'"
+    " and json_extract(data, '$.task_type') <> '' and json_type(data, '$.data') = 'object'"
+)
+
+VIEW_SCHEMA = """
+create view task_queue as
+{arms}select queue, task_id, task_type, status, data, enqueued_at, started_at, completed_at,
+  max(attempts - 1, 0) as retry_count, coalesce(max_attempts, {max_attempts}) - 1 as max_retries, error as error_message
+from task_history
+"""
+VIEW_ARM = """select '{queue}' as queue, coalesce(task_id, '{queue}-' || id) as task_id, task_type,
+  case status when 2 then 'in_progress' when 3 then 'scheduled' when 4 then 'blocked' else 'pending' end as status, data,
+  strftime('%Y-%m-%d %H:%M:%f', timestamp, 'unixepoch') as enqueued_at,
+  strftime('%Y-%m-%d %H:%M:%f', claimed_at, 'unixepoch') as started_at, null as completed_at,
+  max(attempts - 1, 0) as retry_count, coalesce(max_attempts, {max_attempts}) - 1 as max_retries, error as error_message
+from "{queue}" union all
+"""
+
+QUEUES = """
+select i.tbl_name from sqlite_master i where i.type = 'index' and i.name = i.tbl_name || '.ready' order by i.tbl_name"""
+
+INSERT = """
+insert into "{queue}" (data, status, due_at, priority) values (:data, :status, :due_at, :priority)"""
+DUPLICATE = """
+select 1 from "{queue}" where task_id = :task_id"""
+
+HAS_READY = """
+select exists (select 1 from "{queue}" where status < 2) or exists (select 1 from "{queue}" where status = 3 and due_at <= :now)"""
+COUNT_READY = """
+select (select count(*) from "{queue}" where status < 2) + (select count(*) from "{queue}" where status = 3 and due_at <= :now)"""
+COUNT_CLAIMED = """
+select count(*) from "{queue}" where status = 2"""
+NEXT_DUE = """
+select min(due_at) from "{queue}" where status = 3"""
+IS_PAUSED = """
+select exists (select 1 from task_paused where queue = :queue)"""
+
+PROMOTE = """
+update "{queue}" set status = 1, due_at = null where status = 3 and due_at <= :now"""
+CLAIM = """
+update "{queue}"
+set status = 2, owner = :owner, claimed_at = :now, attempts = attempts + 1,
+    max_attempts = :max_attempts, backoff = :backoff, then_queue = :then_queue
+where id in (select id from "{queue}" where status < 2 order by priority desc, id limit :limit)
+returning id, task_id, task_type, data, timestamp, priority, attempts, max_attempts, backoff, then_queue, owner, claimed_at"""
+CLAIM_ROW = CLAIM.replace("order by priority desc, id limit :limit", "and id = :id")
+CLAIMED_BY = """
+select id, task_id, task_type, data, timestamp, priority, attempts, max_attempts, backoff, then_queue, owner, claimed_at
+from "{queue}" where status = 2 and owner = :owner"""
+OWNERS = """
+select distinct owner from "{queue}" where status = 2"""
+
+WHO_HOLDS = """
+select owner, claimed_at, attempts from "{queue}" where id = :id"""
+NEXT_AFTER = """
+select coalesce((select min(id) from "{queue}" where status < 2 and id > :id), (select min(id) from "{queue}" where status < 2))"""
+COUNT_FINISHED = """
+select count(*) from task_history where queue = :queue and status = :status"""
+CLEAR_FINISHED = """
+delete from task_history where id in (
+  select id from task_history where queue = :queue and (status = 'completed' or status = 'failed' and :failed)
+  order by completed_at desc limit :limit offset :keep)"""
+
+# owner is null unless claimed, so these three conditions are the fence: this row, this owner, this attempt.
+FENCE = "where id = :id and owner is :owner and attempts = :attempts"
+
+ARCHIVE = (
+    """
+insert into task_history (queue, row_id, task_id, task_type, status, data, priority, group_id, attempts, max_attempts,
+                          enqueued_at, started_at, exit_code, result, log, error)
+select '{queue}', id, coalesce(task_id, '{queue}-' || id), coalesce(task_type, '{queue}'), :outcome, data, priority,
+       group_id, attempts, max_attempts, strftime('%Y-%m-%d %H:%M:%f', timestamp, 'unixepoch'),
+       strftime('%Y-%m-%d %H:%M:%f', claimed_at, 'unixepoch'), :exit_code, :result, :log, :error
+from "{queue}" """
+    + FENCE
+)
+REMOVE = """
+delete from "{queue}" """ + FENCE
+RETURN = (
+    """
+update "{queue}"
+set status = case when :due_at is null then 1 else 3 end, due_at = :due_at, owner = null, claimed_at = null,
+    attempts = attempts - :uncounted, error = coalesce(:error, error)
+"""
+    + FENCE
+)
+REDRIVE = """
+insert or ignore into "{queue}" (id, data, priority, group_id)
+select row_id, data, priority, group_id from task_history where id = :history_id"""
+FORGET = """
+delete from task_history where id = :history_id"""
+
+
+def check_queue_name(name: str) -> str:
+    """Return name, which may now be put into SQL; raises InvalidTask. Every statement's {queue} went through here."""
+    reserved = isinstance(name, str) and name.startswith(("task_history", "task_queue", "task_paused", "sqlite_"))
+    if not isinstance(name, str) or reserved or not re.fullmatch(r"[a-z][a-z0-9_]{0,62}", name):
+        why = "is reserved" if reserved else "is not a queue name"
+        raise InvalidTask(f"queue {name!r} {why}: use a lower-case letter, then up to 62 of a-z, 0-9 and _")
+    return name
+
+
+def execute(conn: sqlite3.Connection, statement: str, queue: str, **values) -> sqlite3.Cursor:
+    """Run one of the statements above on a queue's table."""
+    return conn.execute(statement.format(queue=check_queue_name(queue)), values)
+
+
+# --------------------------------------------------------------------------------------------------- tasks and errors
+
+
+class Task(namedtuple("Task", "queue id task_id task_type text enqueued_at priority attempts max_attempts backoff "
+                              "then_queue owner claimed_at")):  # fmt: skip
+    """A claimed task. `id` is its row, `text` what was stored (JSON), times are Unix seconds.
+
+    A named tuple, since importing dataclasses would cost a hook 8 ms.
+    """
+
+    __slots__ = ()
+
+    @property
+    def envelope(self) -> dict:
+        """{"task_id", "task_type", "enqueued_at", "data", …}, whatever was stored. ValueError if that is not JSON."""
+        stored = json.loads(self.text)
+        is_envelope = isinstance(stored.get("data"), dict) and {"task_id", "task_type"} <= stored.keys()
+        shell = stored if is_envelope and stored["task_id"] == self.task_id else {"data": stored}
+        head = {"task_id": self.task_id, "task_type": self.task_type, "enqueued_at": utc(self.enqueued_at)}
+        return {**head, **shell, "task_id": self.task_id, "task_type": self.task_type}
+
+    @property
+    def data(self) -> dict:
+        """The payload."""
+        return self.envelope["data"]
+
+    @property
+    def depth(self) -> int:
+        """How many handlers stand between this task and the outside world; 0 for most."""
+        depth = self.envelope.get("depth", 0)
+        return depth if isinstance(depth, int) and depth >= 0 else 0
+
+    @property
+    def run_name(self) -> str:
+        """What the files of this run in STATE_DIR/logs are called, before .out, .err and .exit."""
+        return f"{self.queue}/{self.id}-{self.attempts}-{self.owner}"
+
+
+class QueueError(Exception):
+    """The queue could not do what was asked; the message says what, why and what to do."""
+
+
+class InvalidTask(QueueError, ValueError):
+    """The task, or the queue's name, was refused. Nothing was stored."""
+
+
+class QueueBusy(QueueError):
+    """The write lock was not had within BUSY_TIMEOUT_MS. Trying again may help."""
+
+
+class QueueUnavailable(QueueError):
+    """The database cannot be used as it is: missing, unreadable, full, damaged, or from a newer version."""
+
+
+def explain(error: sqlite3.Error, state: Path) -> QueueError:
+    """The QueueError for what SQLite said."""
+    db, text = state / "tasks.db", str(error)
+    name = getattr(error, "sqlite_errorname", "") or ""
+    if name.startswith(("SQLITE_BUSY", "SQLITE_LOCKED")):
+        return QueueBusy(f"{db} is locked by another process: {text}; find who holds it with: fuser -v '{db}'")
+    if name.startswith("SQLITE_CONSTRAINT_CHECK"):
+        return InvalidTask(f"the task was refused: {text}; data is a JSON object, nested 1000 deep at most")
+    if name.startswith("SQLITE_TOOBIG"):
+        return InvalidTask("the task was refused: it is larger than SQLite can store (1 GB)")
+    if name.startswith("SQLITE_FULL"):
+        return QueueUnavailable(f"{db}: the disk is full; free some space: df -h '{state}'")
+    if name.startswith(("SQLITE_NOTADB", "SQLITE_CORRUPT")):
+        return QueueUnavailable(f"{db} is damaged or not a database ({text}); move it away, or restore a backup over it")
+    if name.startswith(("SQLITE_READONLY", "SQLITE_CANTOPEN", "SQLITE_PERM", "SQLITE_IOERR")):
+        return QueueUnavailable(f"{db} cannot be used ({text}); check that it exists and is yours: ls -la '{state}'")
+    return QueueUnavailable(f"{db}: {text}")
+
+
+def utc(seconds: float) -> str:
+    """Unix seconds as YYYY-MM-DD HH:MM:SS.SSS, UTC: what the database holds, and what sorts."""
+    seconds, milliseconds = divmod(round(seconds * 1000), 1000)
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(seconds)) + f".{milliseconds:03d}"
+
+
+def to_json(value: object) -> str:
+    """JSON text for the database; raises InvalidTask for what JSON cannot say."""
+    try:
+        text = json.dumps(value, ensure_ascii=False, allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise InvalidTask(f"the task was refused: {error}; data must be a JSON object") from None
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # a lone surrogate: legal in JSON as an escape, not in UTF-8
+        text = json.dumps(value)
+    return text
+
+
+# -------------------------------------------------------------------------------------- connections and transactions
+
+
+class Connection(sqlite3.Connection):
+    """A connection that knows its state directory, its file, and the queues it has seen."""
+
+    state: Path
+    file: tuple[int, int]
+    queues: set[str]
+    durable: bool | None
+
+
+_thread = threading.local()  # .connections: {state: Connection}
+_connections: WeakSet[Connection] = WeakSet()
+
+
+def connect(state: Path | None = None, create: bool = True) -> Connection:
+    """This thread's connection to STATE_DIR/tasks.db, opened or reopened as needed, its schema made or adopted.
+
+    A deleted or replaced database is noticed here. With create=False a missing one raises QueueUnavailable.
+    """
+    state = state or STATE_DIR
+    cache = _thread.__dict__.setdefault("connections", {})
+    conn, db = cache.get(state), state / "tasks.db"
+    try:
+        found = os.stat(db)
+        if conn is not None and conn.file == (found.st_dev, found.st_ino):
+            return conn
+    except OSError as error:
+        if not create:
+            raise QueueUnavailable(f"{db}: {error.strerror}; the next enqueue makes a new one") from None
+    if conn is not None:
+        close(conn)
+    try:
+        cache[state] = _open(state, db)
+    except sqlite3.Error as error:
+        raise explain(error, state) from error
+    except OSError as error:
+        raise QueueUnavailable(f"{state} cannot be made or read: {error.strerror}; check TASK_QUEUE_STATE") from error
+    return cache[state]
+
+
+def close(conn: Connection) -> None:
+    """Close a connection that connect() returned. The next connect() opens another."""
+    _thread.connections.pop(conn.state, None)
+    _connections.discard(conn)
+    conn.close()
+
+
+def _open(state: Path, db: Path) -> Connection:
+    old_umask_is_kept = not state.exists()
+    os.makedirs(state, mode=0o700, exist_ok=True)
+    if old_umask_is_kept:
+        os.chmod(state, 0o700)  # makedirs' mode goes through the umask
+    conn = sqlite3.connect(db, timeout=BUSY_TIMEOUT_MS / 1000, isolation_level=None, check_same_thread=False,
+                           factory=Connection)  # fmt: skip
+    try:
+        conn.state, conn.queues, conn.durable = state, set(), None
+        conn.text_factory = lambda raw: raw.decode("utf-8", "replace")  # bash may have cast any bytes to text
+        version = conn.execute("pragma user_version").fetchone()[0]
+        if version > SCHEMA_VERSION:
+            raise QueueUnavailable(f"{db} has schema version {version}, these scripts know {SCHEMA_VERSION}: update them")
+        found = os.stat(db)
+        conn.file = (found.st_dev, found.st_ino)
+        if stat.S_IMODE(found.st_mode) & 0o077:  # chmod, not open: closing a descriptor would drop SQLite's locks
+            for sidecar in ("", "-wal", "-shm"):
+                if os.path.exists(f"{db}{sidecar}"):
+                    os.chmod(f"{db}{sidecar}", 0o600)
+        _switch_to_wal(conn)
+        if version < SCHEMA_VERSION:
+            _migrate(conn)
+    except BaseException:
+        conn.close()
+        raise
+    _connections.add(conn)
+    return conn
+
+
+def _switch_to_wal(conn: Connection) -> None:
+    """Turn WAL on, once in a database's life. This switch ignores SQLite's busy handler, hence the loop."""
+    deadline = time.monotonic() + BUSY_TIMEOUT_MS / 1000
+    while True:
+        try:
+            if conn.execute("pragma journal_mode = wal").fetchone()[0] != "wal":
+                raise QueueUnavailable(f"{conn.state} is on a file system where SQLite cannot use WAL: use a local disk")
+            return
+        except sqlite3.OperationalError as error:
+            locked = (error.sqlite_errorname or "").startswith(("SQLITE_BUSY", "SQLITE_LOCKED"))
+            if not locked or time.monotonic() > deadline:
+                raise
+            time.sleep(0.005)
+
+
+def _migrate(conn: Connection) -> None:
+    """Bring an older or empty database to SCHEMA_VERSION in one transaction; bare tables are adopted."""
+    with transaction(conn):
+        if conn.execute("pragma user_version").fetchone()[0] < SCHEMA_VERSION:  # not done while we waited for the lock
+            for statement in HISTORY_SCHEMA.split(";\n"):
+                conn.execute(statement)
+            bare = conn.execute("select name from sqlite_master where type = 'table'").fetchall()
+            for queue in sorted({*DEFAULT_QUEUES, *(name for (name,) in bare if _is_bare_queue(conn, name))}):
+                _create_queue(conn, queue)
+            _create_view(conn)
+            conn.execute(f"pragma user_version = {SCHEMA_VERSION}")
+
+
+def _is_bare_queue(conn: Connection, table: str) -> bool:
+    """Whether a hook made this table before any Python ran: id and data, and a name that a queue may have."""
+    try:
+        check_queue_name(table)
+    except InvalidTask:
+        return False
+    return [row[1] for row in conn.execute(f'pragma table_info("{table}")')] == ["id", "data"]
+
+
+def ensure_queue(conn: Connection, queue: str) -> None:
+    """Create the queue's table, or adopt the bare one that a hook made: its rows and ids are kept."""
+    check_queue_name(queue)
+    if queue not in conn.queues:
+        with _errors_explained(conn):
+            conn.queues = {name for (name,) in conn.execute(QUEUES)}
+        if queue not in conn.queues:
+            with transaction(conn):
+                if queue not in {name for (name,) in conn.execute(QUEUES)}:
+                    if len(conn.queues) >= MAX_QUEUES:
+                        raise InvalidTask(f"queue {queue!r} would be number {MAX_QUEUES + 1}: use an existing one")
+                    _create_queue(conn, queue)
+                    _create_view(conn)
+            conn.queues.add(queue)
+
+
+def _create_queue(conn: Connection, queue: str) -> None:
+    columns = [row[1] for row in conn.execute(f'pragma table_info("{queue}")')]
+    if columns:
+        if columns != ["id", "data"]:
+            raise QueueUnavailable(f"table {queue} in {conn.state / 'tasks.db'} is not a queue: use another queue name")
+        (last_id,) = conn.execute("select coalesce(max(seq), 0) from sqlite_sequence where name = ?", (queue,)).fetchone()
+        conn.execute(f'alter table "{queue}" rename to "{queue}.bare"')
+    for statement in QUEUE_SCHEMA.format(queue=queue, is_envelope=IS_ENVELOPE).split(";\n"):
+        conn.execute(statement)
+    if columns:
+        is_object = "typeof(data) = 'text' and json_valid(data) and json_type(data) = 'object'"
+        conn.execute(f"""insert into "{queue}" (id, data) select id, data from "{queue}.bare"
+                         where case when {is_object} then 1 end order by id""")
+        conn.execute(f"""insert into task_history (queue, row_id, task_id, task_type, status, data, enqueued_at, error)
+                         select '{queue}', id, '{queue}-' || id, '{queue}', 'failed', cast(data as text),
+                                strftime('%Y-%m-%d %H:%M:%f', 'now'), 'was not a JSON object when the table was adopted'
+                         from "{queue}.bare" where case when {is_object} then 0 else 1 end""")
+        conn.execute(f'drop table "{queue}.bare"')
+        conn.execute("delete from sqlite_sequence where name = ?", (queue,))
+        conn.execute("insert into sqlite_sequence (name, seq) values (?, ?)", (queue, last_id))
+
+
+def _create_view(conn: Connection) -> None:
+    queues = [name for (name,) in conn.execute(QUEUES)]
+    arms = "".join(VIEW_ARM.format(queue=queue, max_attempts=MAX_ATTEMPTS) for queue in queues)
+    conn.execute("drop view if exists task_queue")
+    conn.execute(VIEW_SCHEMA.format(arms=arms, max_attempts=MAX_ATTEMPTS))
+
+
+@contextmanager
+def _errors_explained(conn: Connection):
+    try:
+        yield
+    except sqlite3.Error as error:
+        raise explain(error, conn.state) from error
+
+
+@contextmanager
+def transaction(conn: Connection, durable: bool = True, busy_timeout_ms: int = BUSY_TIMEOUT_MS):
+    """One transaction that has the write lock from its start, and is rolled back when its block raises.
+
+    A durable one survives a power cut once it has ended (synchronous=FULL). Raises QueueBusy, QueueUnavailable.
+    """
+    with _errors_explained(conn):
+        if conn.durable is not durable:
+            conn.execute(f"pragma synchronous = {'full' if durable else 'normal'}")
+            conn.durable = durable
+        if busy_timeout_ms != BUSY_TIMEOUT_MS:
+            conn.execute(f"pragma busy_timeout = {int(busy_timeout_ms)}")
+        try:
+            conn.execute("begin immediate")
+            try:
+                yield conn
+                conn.execute("commit")
+            except BaseException:
+                if conn.in_transaction:
+                    conn.execute("rollback")
+                raise
+        finally:
+            if busy_timeout_ms != BUSY_TIMEOUT_MS:
+                conn.execute(f"pragma busy_timeout = {BUSY_TIMEOUT_MS}")
+
+
+# ------------------------------------------------------------------------------------------- the verbs, in life order
+
+
+def enqueue_task(queue_name: str, task_type: str, data: dict, task_id: str | None = None, *, delay: float = 0.0,
+                 priority: int = 0) -> str:  # fmt: skip
+    """Store a task and return its id, new or already there: it is on disk when this returns.
+
+    A waiting or running task of the queue that has this task_id is left as it is, and nothing is added. The task
+    becomes ready after `delay` seconds; a higher `priority` is claimed first. Raises InvalidTask, QueueBusy,
+    QueueUnavailable.
+    """
+    task = {"task_type": task_type, "data": data, "task_id": task_id, "delay": delay, "priority": priority}
+    return enqueue_tasks(queue_name, [task])[0][0]
+
+
+def enqueue_tasks(queue_name: str, tasks, *, state: Path | None = None, busy_timeout_ms: int = BUSY_TIMEOUT_MS) -> list:
+    """Store many tasks in one transaction, all or none; returns [(task_id, is_new), …] in their order.
+
+    Each task is a dict: {"task_type": str, "data": dict}, and where wanted "task_id", "delay" (seconds), "priority".
+    """
+    rows = [_row(**task) for task in tasks]
+    conn = connect(state)
+    ensure_queue(conn, queue_name)
+    with transaction(conn, busy_timeout_ms=busy_timeout_ms):
+        results = [(row["task_id"], insert(conn, queue_name, row)) for row in rows]
+    wake(conn.state)
+    return results
+
+
+def insert(conn: Connection, queue: str, row: dict) -> bool:
+    """Insert a row of _row(); False when its task_id is already waiting or running."""
+    values = {key: row[key] for key in ("data", "status", "due_at", "priority")}
+    return conn.execute(INSERT.format(queue=check_queue_name(queue)), values).rowcount == 1
+
+
+def _row(task_type: str, data: dict, task_id: str | None = None, delay: float = 0.0, priority: int = 0,
+         depth: int | None = None, **more) -> dict:  # fmt: skip
+    """Check a task and write its envelope. `more` goes into the envelope as it is."""
+    if not isinstance(data, dict):
+        raise InvalidTask(f"the task was refused: data is a {type(data).__name__}; it must be a JSON object")
+    task_id = os.urandom(8).hex() if task_id is None else _checked_name("task_id", task_id, 500)
+    task_type = _checked_name("task_type", task_type, 200)
+    if "/" in task_type or task_type.startswith((".", "-")):
+        raise InvalidTask(f"task_type {task_type!r} was refused: it names a handler, so no / and no leading . or -")
+    if not isinstance(priority, int) or abs(priority) > 1_000_000:
+        raise InvalidTask(f"priority {priority!r} was refused: it is a whole number from -1000000 to 1000000")
+    if isinstance(delay, bool) or not isinstance(delay, (int, float)) or not 0 <= delay < 1e10:
+        raise InvalidTask(f"delay {delay!r} was refused: it is a number of seconds")
+    depth = task_depth() if depth is None else depth
+    if depth > MAX_DEPTH:
+        raise InvalidTask(f"the task was refused: its chain of handlers is more than {MAX_DEPTH} deep (TASK_DEPTH)")
+    now = time.time()
+    if depth:
+        more["depth"] = depth
+    envelope = {"task_id": task_id, "task_type": task_type, "enqueued_at": utc(now), **more, "data": data}
+    due_at = now + delay if delay else None
+    status = SCHEDULED if delay else READY
+    return {"task_id": task_id, "data": to_json(envelope), "status": status, "due_at": due_at, "priority": priority}
+
+
+def _checked_name(what: str, value: object, longest: int) -> str:
+    """A task_id or task_type: text that fits into an environment variable, a log line and a file name."""
+    if not isinstance(value, str) or not 0 < len(value.encode("utf-8", "surrogatepass")) <= longest:
+        raise InvalidTask(f"{what} {str(value)[:40]!r} was refused: it is a text of 1 to {longest} bytes")
+    if any(ord(c) < 32 or 127 <= ord(c) < 160 or 0xD800 <= ord(c) < 0xE000 for c in value):
+        raise InvalidTask(f"{what} {value!r} was refused: it has control characters or lone surrogates")
+    return value
+
+
+def task_depth() -> int:
+    """TASK_DEPTH: 0 outside handlers; a handler's is one more than its task's."""
+    text = os.environ.get("TASK_DEPTH", "")
+    return int(text) if re.fullmatch(r"[0-9]{1,6}", text) else 0
+
+
+def wake(state: Path) -> None:
+    """Tell sleeping consumers to look, after a commit. Best effort: they also hear the write-ahead log."""
+    try:
+        fd = os.open(state / "wake", os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        os.utime(fd)  # what macOS reports; Linux reports the close
+        os.close(fd)
+    except OSError:
+        pass
+
+
+def has_ready(conn: Connection, queue: str) -> bool:
+    """Whether a claim would find something, pauses apart."""
+    with _errors_explained(conn):
+        return bool(execute(conn, HAS_READY, queue, now=time.time()).fetchone()[0])
+
+
+def is_paused(conn: Connection, queue: str) -> bool:
+    """Whether claims of this queue are held back (tasks.py pause)."""
+    return bool(conn.execute(IS_PAUSED, {"queue": queue}).fetchone()[0])
+
+
+def next_due(conn: Connection, queue: str) -> float | None:
+    """When the queue's next scheduled task becomes ready, Unix seconds; None when none is scheduled."""
+    with _errors_explained(conn):
+        return execute(conn, NEXT_DUE, queue).fetchone()[0]
+
+
+def claim(conn: Connection, queue: str, owner: str, *, limit: int = 1, row_id: int | None = None,
+          max_attempts: int = MAX_ATTEMPTS, backoff: float = BACKOFF_SECONDS, then_queue: str | None = None) -> list[Task]:  # fmt: skip
+    """Claim up to `limit` ready tasks, or one given row, for owner; [] when nothing is ready or the queue is paused.
+
+    Within a transaction. What max_attempts, backoff (seconds) and then_queue say is kept with the task, so that
+    whoever has to end it (this process, or another that finds this one dead) does the same.
+    """
+    now = time.time()
+    if is_paused(conn, queue):
+        return []
+    execute(conn, PROMOTE, queue, now=now)
+    values = {"owner": owner, "now": now, "max_attempts": max_attempts, "backoff": backoff, "then_queue": then_queue}
+    if row_id is None:
+        rows = execute(conn, CLAIM, queue, limit=limit, **values).fetchall()
+    else:
+        rows = execute(conn, CLAIM_ROW, queue, id=row_id, **values).fetchall()
+    return sorted((_task(queue, row) for row in rows), key=lambda task: (-task.priority, task.id))
+
+
+def _task(queue: str, row: tuple) -> Task:
+    task_id, task_type = row[1] or f"{queue}-{row[0]}", row[2] or queue
+    return Task(queue, row[0], task_id, task_type, *row[3:])
+
+
+def ack(conn: Connection, task: Task, *, exit_code: int | None = None, result: str | None = None,
+        log: str | None = None) -> bool:  # fmt: skip
+    """Record the claimed task as completed. False when its owner no longer holds it; nothing changes then."""
+    return finish(conn, task, "completed", exit_code=exit_code, result=result, log=log)
+
+
+def nack(conn: Connection, task: Task, *, error: str, delay: float | None = None, exit_code: int | None = None,
+         result: str | None = None, log: str | None = None) -> str | None:  # fmt: skip
+    """Record a failed attempt: "scheduled" again after delay seconds (default: its back-off), or, with its attempts
+    spent, "failed" for good. None when its owner no longer holds it; nothing changes then.
+    """
+    if task.attempts >= (task.max_attempts or MAX_ATTEMPTS):
+        error = f"{error} (attempt {task.attempts} of {task.max_attempts})"
+        return "failed" if bury(conn, task, error=error, exit_code=exit_code, result=result, log=log) else None
+    delay = backoff_delay(task) if delay is None else delay
+    return "scheduled" if _put_back(conn, task, delay=delay, error=error) else None
+
+
+def bury(conn: Connection, task: Task, *, error: str, exit_code: int | None = None, result: str | None = None,
+         log: str | None = None) -> bool:  # fmt: skip
+    """Record the claimed task as failed for good, a dead letter. False when its owner no longer holds it."""
+    return finish(conn, task, "failed", exit_code=exit_code, result=result, log=log, error=error)
+
+
+def release(conn: Connection, task: Task, *, delay: float = 0.0, error: str | None = None) -> bool:
+    """Put the claimed task back as if it had not been claimed: this attempt does not count. False when not held."""
+    return _put_back(conn, task, delay=delay, error=error, uncounted=1)
+
+
+def finish(conn: Connection, task: Task, outcome: str, *, exit_code: int | None = None, result: str | None = None,
+           log: str | None = None, error: str | None = None) -> bool:  # fmt: skip
+    """Move the task to the history as completed, failed or cancelled, within a transaction. False when not held."""
+    fence = {"id": task.id, "owner": task.owner, "attempts": task.attempts}
+    told = {"outcome": outcome, "exit_code": exit_code, "result": result, "log": log, "error": error}
+    if execute(conn, ARCHIVE, task.queue, **fence, **told).rowcount != 1:
+        return False
+    execute(conn, REMOVE, task.queue, **fence)
+    return True
+
+
+def _put_back(conn: Connection, task: Task, *, delay: float, error: str | None, uncounted: int = 0) -> bool:
+    fence = {"id": task.id, "owner": task.owner, "attempts": task.attempts}
+    due_at = time.time() + delay if delay > 0 else None
+    return execute(conn, RETURN, task.queue, **fence, due_at=due_at, error=error, uncounted=uncounted).rowcount == 1
+
+
+def redrive(conn: Connection, queue: str, history_id: int) -> bool:
+    """Put a finished task back into its queue, attempts at zero, under its old id. False when the same task_id is
+    waiting or running already; the history is kept then.
+    """
+    if execute(conn, REDRIVE, queue, history_id=history_id).rowcount != 1:
+        return False
+    conn.execute(FORGET, {"history_id": history_id})
+    return True
+
+
+def backoff_delay(task: Task) -> float:
+    """Seconds until the next attempt: doubling from the task's base, capped, less up to half at random."""
+    import random
+
+    base = BACKOFF_SECONDS if task.backoff is None else task.backoff
+    return min(BACKOFF_CAP_SECONDS, base * 2.0 ** min(task.attempts - 1, 32)) * random.uniform(0.5, 1.0)
+
+
+def settle(conn: Connection, task: Task, exit_code: int, *, error: str | None = None) -> tuple[str | None, str | None]:
+    """Record how a handler's run ended, from its exit code and its output files, within a transaction.
+
+    Returns (outcome, error): "completed", "scheduled" (again), "failed", or None when the task was no longer held.
+    `error` overrules the exit code: the run was ended, and this says why.
+    """
+    run = conn.state / "logs" / task.run_name
+    told = {"exit_code": exit_code, "result": tail(f"{run}.out", OUTPUT_BYTES), "log": tail(f"{run}.err", OUTPUT_BYTES)}
+    if error is not None:
+        return nack(conn, task, error=error, **told), error
+    if exit_code == 0:
+        if task.then_queue:
+            try:
+                row = _next_row(task, tail(f"{run}.out", RESULT_BYTES))
+            except InvalidTask as refused:
+                error = f"done, but the next task was refused: {refused}"
+                return ("failed" if bury(conn, task, error=error, **told) else None), error
+        if not ack(conn, task, **told):
+            return None, None
+        if task.then_queue:
+            insert(conn, task.then_queue, row)
+        return "completed", None
+    if exit_code == EX_TEMPFAIL:
+        delay = _retry_after(told["result"])
+        error = "not now (exit 75)"
+        delay = backoff_delay(task) if delay is None else delay
+        return ("scheduled" if release(conn, task, delay=delay, error=error) else None), error
+    if exit_code == EX_DATAERR:
+        error = "refused by its handler (exit 65)"
+        return ("failed" if bury(conn, task, error=error, **told) else None), error
+    error = f"killed by {signal_name(exit_code - 128)}" if exit_code > 128 else f"exit {exit_code}"
+    last_words = told["log"].strip().rsplit("\n", 1)[-1][:200]
+    error += f": {last_words}" if last_words else ""
+    return nack(conn, task, error=error, **told), error
+
+
+def _next_row(task: Task, stdout: str) -> dict:
+    """The task that a result becomes: its payload is what the handler printed, if that is a JSON object."""
+    try:
+        data = json.loads(stdout)
+    except (ValueError, RecursionError):
+        data = None
+    data = data if isinstance(data, dict) else {"result": stdout}
+    source = {"queue": task.queue, "task_id": task.task_id}
+    task_id = f"{task.task_id[:470]}.{task.id}"  # one per row: a second result does not drown in a waiting first
+    return _row(task.task_type, data, task_id=task_id, depth=task.depth + 1, source=source)
+
+
+def _retry_after(stdout: str) -> float | None:
+    """Seconds, where the last line is {"retry_after": SECONDS}."""
+    try:
+        seconds = json.loads(stdout.strip().rsplit("\n", 1)[-1])["retry_after"]
+        return min(max(float(seconds), 0.0), RETRY_AFTER_CAP_SECONDS)
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return None
+
+
+def tail(path: str, size: int) -> str:
+    """The last size bytes of a file as text, "" where there is none."""
+    try:
+        with open(path, "rb") as file:
+            file.seek(max(0, os.fstat(file.fileno()).st_size - size))
+            return file.read(size).decode("utf-8", "replace").replace("\0", "\ufffd")
+    except OSError:
+        return ""
+
+
+def signal_name(number: int) -> str:
+    """SIGKILL for 9, and so on."""
+    import signal
+
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
+
+
+# --------------------------------------------------------------------------------------------- who is alive, recovery
+
+_owners: dict[Path, tuple[str, int]] = {}  # {state: (name, descriptor)}
+_owners_lock = threading.Lock()
+
+
+def lock_file(path: Path | str, *, shared: bool = False, probe: bool = False) -> int | None:
+    """A descriptor that holds the flock on path, None when somebody else holds it.
+
+    A probe opens for reading and creates nothing: closing a descriptor that was open for writing is what tells
+    everybody that an owner has died. It raises FileNotFoundError.
+    """
+    import fcntl
+
+    flags = os.O_RDONLY if probe else os.O_RDWR | os.O_CREAT
+    while True:
+        fd = os.open(path, flags | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(fd, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+            mine, there = os.fstat(fd), os.stat(path)
+            if (mine.st_dev, mine.st_ino) == (there.st_dev, there.st_ino):
+                return fd
+        except BlockingIOError:
+            os.close(fd)
+            return None
+        except FileNotFoundError:
+            if probe:
+                os.close(fd)
+                raise
+        os.close(fd)  # somebody removed the file between open and flock: the lock is on nothing
+
+
+def owner_name(state: Path | None = None) -> str:
+    """This process as an owner of tasks: its lock file in state/workers exists and is held when this returns."""
+    state = state or STATE_DIR
+    with _owners_lock:
+        name, fd = _owners.get(state, (None, None))
+        path = state / "workers" / (name or f"{os.getpid()}-{os.urandom(4).hex()}")
+        if fd is not None:
+            try:
+                if os.stat(path).st_ino == os.fstat(fd).st_ino:
+                    return name
+            except OSError:
+                pass
+            os.close(fd)  # removed under us, by hand: what we hold is lost unless the file is back in time
+        try:
+            path.parent.mkdir(mode=0o700, exist_ok=True)
+            fd = lock_file(path)
+        except OSError as error:
+            raise QueueUnavailable(f"{path} cannot be made: {error.strerror}; check the permissions") from error
+        if fd is None:
+            raise QueueUnavailable(f"{path} is locked by another process; it is this process's own: remove it")
+        _owners[state] = (path.name, fd)
+        return path.name
+
+
+def resign(state: Path | None = None) -> None:
+    """Give up this process's ownership: nothing of its is claimed any more."""
+    state = state or STATE_DIR
+    with _owners_lock:
+        name, fd = _owners.pop(state, (None, None))
+        if fd is not None:
+            try:
+                os.unlink(state / "workers" / name)
+            except OSError:
+                pass
+            os.close(fd)
+
+
+def recover(state: Path | None = None, *, crash_backoff: float = 0.0) -> tuple[list, int]:
+    """Take back the tasks of dead owners. Returns ([(task, outcome, error), …], how many handlers outlive them).
+
+    An owner is dead when its lock is free. While a handler of its still runs (it holds its output file's lock), its
+    task is left alone; one that ended left its exit status, which counts. Otherwise the task is ready again after
+    crash_backoff seconds, or buried when its attempts are spent.
+    """
+    conn, recovered, orphans = connect(state, create=False), [], 0
+    with _errors_explained(conn):
+        claims = [(owner, queue) for (queue,) in conn.execute(QUEUES).fetchall()
+                  for (owner,) in execute(conn, OWNERS, queue)]  # fmt: skip
+    mine = _owners.get(conn.state, (None, None))[0]
+    for owner in {owner for owner, _ in claims if owner != mine}:
+        path, fd = conn.state / "workers" / os.path.basename(owner), None
+        try:
+            fd = lock_file(path, probe=True)
+            if fd is None:
+                continue  # alive
+        except FileNotFoundError:
+            pass  # nobody can hold what is not there
+        except OSError:
+            continue
+        try:
+            left = 0
+            with transaction(conn):
+                for queue in [queue for name, queue in claims if name == owner]:
+                    for row in execute(conn, CLAIMED_BY, queue, owner=owner).fetchall():
+                        done = _recover_task(conn, _task(queue, row), crash_backoff)
+                        left += done is None
+                        recovered += [done] if done else []
+            orphans += left
+            if fd is not None and not left:
+                path.unlink(missing_ok=True)
+        finally:
+            if fd is not None:
+                os.close(fd)
+    if recovered:
+        wake(conn.state)
+    return recovered, orphans
+
+
+def _recover_task(conn: Connection, task: Task, crash_backoff: float) -> tuple[Task, str, str | None] | None:
+    """(task, outcome, error) of a dead owner's task, None while its handler runs."""
+    run = f"{conn.state / 'logs' / task.run_name}"
+    try:
+        fd = lock_file(f"{run}.out", probe=True)
+        if fd is None:
+            return None
+        os.close(fd)
+    except OSError:
+        pass  # it never started one
+    status = tail(f"{run}.exit", 8).strip()
+    if status.isdecimal():
+        outcome, error = settle(conn, task, int(status))
+    else:
+        error = f"its worker died ({task.owner})"
+        outcome = nack(conn, task, error=error, delay=crash_backoff)
+    Path(f"{run}.exit").unlink(missing_ok=True)
+    return task, outcome or "lost", error
+
+
+_inherited: list[Connection] = []  # a child must not close its parent's connections: that would shut the parent's log
+
+
+def _after_fork_in_child() -> None:
+    """A child opens its own connections, owns nothing of its parent's, and has no threads to wake it."""
+    global _thread, _connections, _owners_lock
+    _thread, _connections, _owners_lock = threading.local(), WeakSet(), threading.Lock()
+    for _, fd in _owners.values():
+        os.close(fd)
+    _owners.clear()
+    Watch.instances, Watch.lock = {}, threading.Lock()
+    inotify = sys.modules.get("watchdog.observers.inotify_c")
+    if hasattr(inotify, "InotifyFD"):  # watchdog 7 has one reader thread per process, and the child has not
+        inotify.InotifyFD._instance, inotify.InotifyFD._global_lock = None, threading.Lock()
+
+
+os.register_at_fork(
+    before=lambda: _inherited.extend(_connections),
+    after_in_parent=_inherited.clear,
+    after_in_child=_after_fork_in_child,
+)
+
+
+# ------------------------------------------------------------------------------------------------- waking the sleepers
+
+
+def look_again(heard: threading.Event, look) -> None:
+    """Call look() at growing intervals for LOOK_AGAIN_SECONDS, starting over with each new event.
+
+    watchdog reports the write to the write-ahead log, but that comes before the commit can be seen (write, fsync,
+    then the shared index): whoever looks once per event misses one task in ten until the next event.
+    """
+    step = 0
+    while step < len(LOOK_AGAIN_SECONDS):
+        if heard.wait(LOOK_AGAIN_SECONDS[step]):
+            heard.clear()
+            step = 0
+        else:
+            step += 1
+        look()
+
+
+def data_version(conn: Connection) -> tuple:
+    """A value that changes whenever another connection's commit becomes visible."""
+    return conn.file, conn.execute("pragma data_version").fetchone()[0]
+
+
+def is_wake(path: str) -> bool:
+    """Whether a write at this path may mean a commit."""
+    return os.path.basename(path) in ("tasks.db-wal", "wake")
+
+
+class Watch(threading.Thread):
+    """Tells its listeners when another connection has changed the database; one per process and state directory.
+
+    Listeners are objects with a set() method, held weakly. It also takes back the tasks of dead owners, the moment
+    their lock files are closed, and notices a deleted or replaced state directory. Without file events it polls.
+    """
+
+    instances: dict[Path, Watch] = {}
+    lock = threading.Lock()
+
+    @classmethod
+    def of(cls, state: Path | None = None) -> Watch:
+        """The running watch of this process on state."""
+        state = state or STATE_DIR
+        with cls.lock:
+            if state not in cls.instances:
+                cls.instances[state] = cls(state)
+                cls.instances[state].start()
+            return cls.instances[state]
+
+    def __init__(self, state: Path) -> None:
+        super().__init__(name=f"watch {state}", daemon=True)
+        self.state = state
+        self.listeners: WeakSet = WeakSet()
+        self.crash_backoff = 0.0  # seconds, for recover()
+        self.on_recovered = lambda task, outcome, error: None
+        self.on_trouble = lambda message: None  # called once per trouble, and with "" when it is over
+        self._heard = threading.Event()
+        self._owner_closed = True  # so that the first look recovers
+        self._recovered_at = 0.0
+        self._orphans = 0
+        self._seen = None
+        self._observer, self._watching = None, None
+        self._trouble = ""
+
+    def notify(self) -> None:
+        """Have every listener look."""
+        for listener in list(self.listeners):
+            listener.set()
+
+    def dispatch(self, event) -> None:
+        """Hear of a write; this makes us a handler of watchdog's."""
+        path = os.fsdecode(event.dest_path or event.src_path)
+        directory = os.path.dirname(path)
+        if os.path.basename(directory) == "workers":
+            self._owner_closed = True
+            self._heard.set()
+        elif is_wake(path) or os.path.basename(os.path.dirname(directory)) == "spool":
+            self._heard.set()
+
+    def run(self) -> None:
+        while True:
+            try:
+                self._observe()
+                if self._observer:
+                    look_again(self._heard, self._look)
+                else:
+                    self._look()
+                self._owner_closed = False
+                self._tell("")
+            except (QueueError, sqlite3.Error, OSError) as error:
+                self._tell(str(error))
+                self._stop_observing()
+                self._seen = None
+            tick = (ORPHAN_TICK_SECONDS if self._orphans else SAFETY_TICK_SECONDS) if self._observer else POLL_SECONDS
+            if not self._heard.wait(tick) and self._observer:
+                self.notify()
+
+    def _look(self) -> None:
+        conn = connect(self.state, create=False)
+        version = data_version(conn)
+        if version != self._seen:
+            self._seen = version
+            self.notify()
+        # The event of a dead owner's file comes a little before its lock is free; we are called again soon.
+        due = time.monotonic() > self._recovered_at + (ORPHAN_TICK_SECONDS if self._orphans else SAFETY_TICK_SECONDS)
+        if self._owner_closed or due:
+            recovered, self._orphans = recover(self.state, crash_backoff=self.crash_backoff)
+            self._recovered_at = time.monotonic()
+            for report in recovered:
+                self.on_recovered(*report)
+            if recovered:
+                self.notify()
+
+    def _tell(self, message: str) -> None:
+        if message != self._trouble:
+            self._trouble = message
+            self.on_trouble(message)
+            self.notify()
+
+    def _observe(self) -> None:
+        """Watch the state directory, workers and the spool; anew when one of them was made, removed or replaced."""
+        found = {}
+        for directory in (self.state, self.state / "workers", *(self.state / "spool").glob("*/")):
+            try:
+                there = os.stat(directory)
+                found[str(directory)] = (there.st_dev, there.st_ino)
+            except OSError:
+                continue
+        if found == self._watching:
+            return
+        self._stop_observing()
+        self._watching = found
+        try:
+            from watchdog.events import FileClosedEvent, FileModifiedEvent, FileMovedEvent
+            from watchdog.observers import Observer
+
+            observer = Observer()
+            for directory in found:
+                kinds = [FileClosedEvent, FileMovedEvent]
+                kinds += [FileModifiedEvent] if directory == str(self.state) else []
+                observer.schedule(self, directory, event_filter=kinds)
+            observer.daemon = True
+            observer.start()
+            self._observer = observer
+        except (ImportError, OSError) as error:
+            self.on_trouble(f"no file events ({error}): looking every {POLL_SECONDS * 1000:.0f} ms instead")
+
+    def _stop_observing(self) -> None:
+        observer, self._observer, self._watching = self._observer, None, None
+        if observer is not None:
+            observer.stop()
+
+
+class WakeEvent:
+    """What persist-queue's blocking get() waits on: a threading.Event that other processes set, too.
+
+    clear() does nothing: persist-queue clears after it has looked, and would lose what came in between. Instead each
+    thread remembers how far it has heard, and wait() returns at once when there was more.
+    """
+
+    def __init__(self, queue: str, state: Path) -> None:
+        self._queue, self._state = queue, state
+        self._changed, self._count = threading.Condition(), 0
+        self._heard = threading.local()
+
+    def set(self) -> None:
+        with self._changed:
+            self._count += 1
+            self._changed.notify_all()
+
+    def clear(self) -> None:
+        pass
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """True when there is reason to look, False after timeout seconds."""
+        Watch.of(self._state).listeners.add(self)
+        timeout = sleep_seconds(connect(self._state), [self._queue], timeout)
+        with self._changed:
+            woken = self._changed.wait_for(lambda: self._count != getattr(self._heard, "count", -1), timeout)
+            self._heard.count = self._count
+            return woken
+
+
+def sleep_seconds(conn: Connection, queues, longest: float | None = None) -> float:
+    """How long a consumer may sleep if no event wakes it: until the next scheduled task, SAFETY_TICK_SECONDS at most."""
+    now = time.time()
+    due = [max(0.0, when - now) for when in (next_due(conn, queue) for queue in queues) if when is not None]
+    return min([SAFETY_TICK_SECONDS if longest is None else longest, *due])
+
+
+# -------------------------------------------------------------------------------------------------- the queue classes
+
+
+def get_queue(queue_name: str, **options):
+    """A persistqueue.SQLiteQueue whose get() hands a task over and finishes it: at most once.
+
+    Options are persist-queue's; those that would break the shared table are ignored.
+    """
+    return __getattr__("SQLiteQueue")(str(STATE_DIR), check_queue_name(queue_name), **options)
+
+
+def get_ack_queue(queue_name: str, **options):
+    """A persistqueue.SQLiteAckQueue: get() -> (id, json_text), then ack(id), nack(id) or ack_failed(id).
+
+    Options: max_attempts (default 4), backoff (seconds, default 1), and persist-queue's.
+    """
+    return __getattr__("SQLiteAckQueue")(str(STATE_DIR), name=check_queue_name(queue_name), **options)
+
+
+def dequeue_task(queue_name: str, timeout: float | None = None) -> dict | None:
+    """Take the next task and finish it: its envelope, or None when there is none.
+
+    Waits up to timeout seconds for one; without a timeout it does not wait.
+    """
+    queue = get_queue(queue_name)
+    try:
+        task = queue.get_task(block=timeout is not None, timeout=timeout)
+    except __getattr__("Empty"):
+        return None
+    return task.envelope
+
+
+class Delivery:
+    """A task that consume() hands out, with the fields of Task.
+
+    Asking for the next one acks it. `async with` decides earlier: the block's end acks, an exception in it nacks and
+    is logged, and the loop goes on.
+    """
+
+    def __init__(self, task: Task, conn_state: Path) -> None:
+        self.task, self._state, self._settled = task, conn_state, False
+
+    def __getattr__(self, name):
+        return getattr(self.task, name)
+
+    async def __aenter__(self) -> Delivery:
+        return self
+
+    async def __aexit__(self, kind, error, traceback) -> bool:
+        import asyncio
+
+        if kind is not None and not issubclass(kind, Exception):  # cancelled: not this task's fault
+            self.settle(release)
+            return False
+        if error is not None:
+            import logging
+
+            logging.getLogger(__name__).error("queue %r: task %s failed", self.queue, self.task_id, exc_info=error)
+            await asyncio.to_thread(self.settle, nack, error=f"{kind.__name__}: {error}")
+            return True
+        await asyncio.to_thread(self.settle, ack)
+        return False
+
+    def settle(self, verb, **told) -> None:
+        """Ack, nack or release, once."""
+        if not self._settled:
+            self._settled = True
+            conn = connect(self._state)
+            with transaction(conn):
+                done = verb(conn, self.task, **told)
+            if not done:
+                not_held(conn, self.task)
+            wake(self._state)
+
+
+async def consume(queue_name: str, *, max_attempts: int = MAX_ATTEMPTS, backoff: float = BACKOFF_SECONDS):
+    """Yield the queue's tasks for ever, as they come: `async for task in consume("approvals")`.
+
+    Asking for the next task acks the one before; leaving the loop (an exception, break, cancellation) nacks it.
+    Usable from many coroutines at once: each task goes to one.
+    """
+    import asyncio
+
+    check_queue_name(queue_name)
+    state, loop = STATE_DIR, asyncio.get_running_loop()
+    heard = _LoopEvent(loop)
+    Watch.of(state).listeners.add(heard)
+
+    def next_task() -> tuple[Task | None, float]:
+        conn = connect(state)
+        ensure_queue(conn, queue_name)
+        tasks = claim_ready(conn, queue_name, limit=1, max_attempts=max_attempts, backoff=backoff)
+        return (tasks[0], 0.0) if tasks else (None, sleep_seconds(conn, [queue_name]))
+
+    while True:
+        heard.event.clear()
+        claiming = asyncio.ensure_future(asyncio.to_thread(next_task))
+        try:
+            task, pause = await asyncio.shield(claiming)
+        except asyncio.CancelledError:
+            task, _ = await claiming  # the thread goes on, and may have claimed one
+            if task:
+                Delivery(task, state).settle(release)
+            raise
+        if task is None:
+            try:
+                await asyncio.wait_for(heard.event.wait(), pause)
+            except TimeoutError:
+                pass
+            continue
+        delivery = Delivery(task, state)
+        try:
+            yield delivery
+        except BaseException:
+            delivery.settle(nack, error="its consumer left the loop")
+            raise
+        await asyncio.to_thread(delivery.settle, ack)
+
+
+class _LoopEvent:
+    """An asyncio.Event that the watch's thread may set."""
+
+    def __init__(self, loop) -> None:
+        import asyncio
+
+        self.event, self._loop = asyncio.Event(), loop
+
+    def set(self) -> None:
+        try:
+            self._loop.call_soon_threadsafe(self.event.set)
+        except RuntimeError:
+            pass  # the loop is closed
+
+
+def claim_ready(conn: Connection, queue: str, **how) -> list[Task]:
+    """Claim for this process, in a transaction of its own. A look that finds nothing takes no lock."""
+    if not has_ready(conn, queue):
+        return []
+    owner = owner_name(conn.state)
+    with transaction(conn, durable=False):
+        return claim(conn, queue, owner, **how)
+
+
+def not_held(conn: Connection, task: Task, verb: str = "acknowledged") -> None:
+    """Say that a task was not ours to end."""
+    import logging
+
+    row = execute(conn, WHO_HOLDS, task.queue, id=task.id).fetchone()
+    if row is None:
+        why = "it is finished or gone"
+    elif row[0] is None:
+        why = "it is waiting again"
+    else:
+        why = f"{row[0]} holds it since {utc(row[1])} UTC, attempt {row[2]}"
+    message = 'queue "%s": task %s was not %s: %s (this process lost it when its lock file or the state was removed)'
+    logging.getLogger(__name__).warning(message, task.queue, task.id, verb, why)
+
+
+def _persistqueue_classes() -> dict:
+    import persistqueue
+
+    class JsonObjects:
+        """persist-queue's serializer: JSON text in, the same text out."""
+
+        @staticmethod
+        def dumps(item, sort_keys: bool = False) -> str:
+            if isinstance(item, (bytes, bytearray)):
+                item = item.decode()
+            if isinstance(item, str):
+                return item  # the database checks it
+            if not isinstance(item, dict):
+                raise InvalidTask(f"a {type(item).__name__} was refused: put() takes a dict, or JSON text of an object")
+            return to_json(item)
+
+        @staticmethod
+        def loads(text: str) -> str:
+            return text
+
+    class SharedTable:
+        """What both classes do differently from persist-queue: the table is shared, and the database is asked.
+
+        Counts are the database's; a claim is one transaction; connections belong to threads.
+        """
+
+        _KEY_COLUMN = "id"
+        _SQL_INSERT = 'insert into {table_name} (data, timestamp) values (?, ?)'
+
+        def __init__(self, path=None, name: str = "default", multithreading: bool = True, timeout: float = 10.0,
+                     auto_commit: bool = True, serializer=None, db_file_name=None, **options) -> None:  # fmt: skip
+            # multithreading, auto_commit, serializer and db_file_name are as the shared table needs them.
+            self.state = Path(path or STATE_DIR).expanduser().absolute()
+            check_queue_name(name)
+            self.max_attempts = options.pop("max_attempts", MAX_ATTEMPTS)
+            self.backoff = options.pop("backoff", BACKOFF_SECONDS)
+            super().__init__(path=str(self.state), name=name, multithreading=True, timeout=timeout,
+                             serializer=JsonObjects, db_file_name="tasks.db", **options)  # fmt: skip
+
+        def _init(self) -> None:
+            self.tran_lock, self.action_lock = threading.Lock(), threading.Lock()
+            ensure_queue(self._conn, self.name)
+            self.put_event = WakeEvent(self.name, self.state)
+
+        # persist-queue keeps two connections and a count; here a connection is the thread's, a count the database's.
+        _conn = _getter = _putter = property(lambda self: connect(self.state), lambda self, value: None)
+        total = property(lambda self: self._count(), lambda self, value: None)
+
+        @property
+        def _table_name(self) -> str:
+            return f'"{check_queue_name(self.name)}"'
+
+        def _count(self) -> int:
+            with _errors_explained(self._conn):
+                return execute(self._conn, COUNT_READY, self.name, now=time.time()).fetchone()[0]
+
+        def empty(self) -> bool:
+            return not has_ready(self._conn, self.name)
+
+        def put(self, item, block: bool = True) -> int | None:
+            """Store a dict or JSON text of an object; the row's id, None when its task_id is waiting or running."""
+            conn, text = self._conn, self._serializer.dumps(item)
+            ensure_queue(conn, self.name)
+            with transaction(conn, busy_timeout_ms=int(self.timeout * 1000)):
+                cursor = execute(conn, INSERT, self.name, data=text, status=READY, due_at=None, priority=0)
+                row_id = cursor.lastrowid if cursor.rowcount == 1 else None
+            wake(self.state)
+            return row_id
+
+        put_nowait = put
+
+        def get_task(self, block: bool = True, timeout: float | None = None) -> Task:
+            """get(), as a Task."""
+            self._as_task.wanted = True
+            try:
+                return self.get(block=block, timeout=timeout)
+            finally:
+                self._as_task.wanted = False
+
+        _as_task = threading.local()
+
+        def _hand_over(self, task: Task | None, raw: bool):
+            if task is None or getattr(self._as_task, "wanted", False):
+                return task
+            if raw:
+                return {"pqid": task.id, "data": task.text, "timestamp": task.enqueued_at}
+            return self._plain(task)
+
+        def close(self) -> None:
+            """Nothing to close: connections are the threads', shared by their queues."""
+
+        def __del__(self) -> None:
+            pass
+
+    class SQLiteQueue(SharedTable, persistqueue.SQLiteQueue):
+        """persist-queue's SQLiteQueue on the shared table: get() hands the JSON text over and finishes the task."""
+
+        def _plain(self, task: Task) -> str:
+            return task.text
+
+        def _pop(self, rowid: int | None = None, raw: bool = False):
+            conn = self._conn
+            if not has_ready(conn, self.name):
+                return None
+            with transaction(conn):
+                tasks = claim(conn, self.name, "get", row_id=rowid)
+                for task in tasks:
+                    ack(conn, task)
+            return self._hand_over(tasks[0] if tasks else None, raw)
+
+    class SQLiteAckQueue(SharedTable, persistqueue.SQLiteAckQueue):
+        """persist-queue's SQLiteAckQueue on the shared table: get() -> (id, json_text), then ack, nack or ack_failed.
+
+        The row is this process's until then; if it dies, the task goes to another. nack() backs off, and a task whose
+        attempts are spent goes to the history as failed.
+        """
+
+        def __init__(self, path=None, auto_resume: bool = True, **options) -> None:
+            self._claims: dict[int, Task] = {}
+            super().__init__(path, auto_resume=auto_resume, **options)
+
+        def _plain(self, task: Task) -> tuple[int, str]:
+            return task.id, task.text
+
+        def resume_unack_tasks(self) -> None:
+            """Take back the tasks of dead processes; those of living ones are theirs."""
+            recover(self.state)
+
+        def _pop(self, rowid: int | None = None, next_in_order: bool = False, raw: bool = False):
+            conn = self._conn
+            if next_in_order:
+                row = execute(conn, NEXT_AFTER, self.name, id=rowid).fetchone()
+                rowid = row[0] if row else None
+            tasks = claim_ready(conn, self.name, row_id=rowid, max_attempts=self.max_attempts, backoff=self.backoff)
+            for task in tasks:
+                self._claims[task.id], self._unack_cache[task.id] = task, task.text
+            return self._hand_over(tasks[0] if tasks else None, raw)
+
+        def _leave(self, verb, item, id, **told) -> int | bool:
+            """The row's id; False when this process no longer holds it, or never did. Nothing changes then."""
+            item, search = self._check_id(item, id)
+            if isinstance(item, tuple) and len(item) == 2:
+                item = item[0]
+            row_id = item if isinstance(item, int) else self._find_item_id(item, search)
+            task = self._claims.pop(row_id, None)
+            self._unack_cache.pop(row_id, None)
+            conn = self._conn
+            if task is None:
+                task = Task(self.name, row_id, None, None, None, None, 0, -1, None, None, None, "nobody", None)
+            with transaction(conn, busy_timeout_ms=int(self.timeout * 1000)):
+                done = verb(conn, task, **told)
+            if not done:
+                not_held(conn, task)
+                return False
+            wake(self.state)
+            return row_id
+
+        def ack(self, item=None, id: int | None = None) -> int | bool:
+            return self._leave(ack, item, id)
+
+        def nack(self, item=None, id: int | None = None, error: str = "nack") -> int | bool:
+            return self._leave(nack, item, id, error=error)
+
+        def ack_failed(self, item=None, id: int | None = None, error: str = "ack_failed") -> int | bool:
+            return self._leave(bury, item, id, error=error)
+
+        def unack_count(self) -> int:
+            return execute(self._conn, COUNT_CLAIMED, self.name).fetchone()[0]
+
+        def ready_count(self) -> int:
+            return self._count()
+
+        def acked_count(self) -> int:
+            return self._conn.execute(COUNT_FINISHED, {"queue": self.name, "status": "completed"}).fetchone()[0]
+
+        def ack_failed_count(self) -> int:
+            return self._conn.execute(COUNT_FINISHED, {"queue": self.name, "status": "failed"}).fetchone()[0]
+
+        def clear_acked_data(self, max_delete: int = 1000, keep_latest: int = 1000, clear_ack_failed: bool = False) -> int:
+            """Delete finished tasks of this queue from the history, all but the latest; how many."""
+            values = {"queue": self.name, "failed": clear_ack_failed, "limit": max_delete or -1, "keep": keep_latest or 0}
+            with transaction(self._conn):
+                return self._conn.execute(CLEAR_FINISHED, values).rowcount
+
+    return {"SQLiteQueue": SQLiteQueue, "SQLiteAckQueue": SQLiteAckQueue, "Empty": persistqueue.Empty}
+
+
+def _watchdog_classes() -> dict:
+    from watchdog.events import FileSystemEventHandler
+
+    class QueueWatcher(FileSystemEventHandler):
+        """A watchdog handler that calls back when the queue has changed: QueueWatcher(QUEUE_PATH, callback).
+
+        The callback takes nothing and drains the queue: several tasks may come with one call, and a call may find
+        none. A coroutine function runs in the event loop in which this was made; made outside of one, in a loop of
+        its own. Calls do not overlap.
+        """
+
+        def __init__(self, queue_path, callback) -> None:
+            self.queue_path, self.callback = Path(queue_path).absolute(), callback
+            self._heard, self._thread, self._seen, self._loop = threading.Event(), None, None, None
+            if sys.modules.get("asyncio"):
+                try:
+                    self._loop = sys.modules["asyncio"].get_running_loop()
+                except RuntimeError:
+                    pass
+
+        def on_modified(self, event) -> None:
+            if is_wake(os.fsdecode(event.src_path)):
+                self._heard.set()
+                if self._thread is None:  # watchdog calls from one thread
+                    self._thread = threading.Thread(target=self._run, name=f"QueueWatcher {self.queue_path}", daemon=True)
+                    self._thread.start()
+
+        on_closed = on_modified
+
+        def _run(self) -> None:
+            while self._heard.wait():
+                look_again(self._heard, self._look)
+
+        def _look(self) -> None:
+            try:
+                version = data_version(connect(self.queue_path, create=False))
+                if version != self._seen:
+                    self._seen = version
+                    self._call()
+            except Exception:
+                import logging
+
+                logging.getLogger(__name__).exception("QueueWatcher(%s)", self.queue_path)
+
+        def _call(self) -> None:
+            result = self.callback()
+            if hasattr(result, "__await__"):
+                import asyncio
+
+                async def whole():
+                    return await result
+
+                if self._loop is None or self._loop.is_closed():
+                    asyncio.run(whole())
+                else:
+                    asyncio.run_coroutine_threadsafe(whole(), self._loop).result()
+
+    return {"QueueWatcher": QueueWatcher}
+
+
+def __getattr__(name: str):
+    """SQLiteQueue, SQLiteAckQueue, Empty and QueueWatcher, made when first asked for: their libraries are heavy."""
+    if name in ("SQLiteQueue", "SQLiteAckQueue", "Empty"):
+        globals().update(_persistqueue_classes())
+    elif name == "QueueWatcher":
+        globals().update(_watchdog_classes())
+    else:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return globals()[name]
