@@ -30,6 +30,7 @@ import threading
 import time
 from collections import namedtuple
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from weakref import WeakSet
 
@@ -43,7 +44,7 @@ TASK_QUEUE_COMPLETION = "completions"
 DEFAULT_QUEUES = (TASK_QUEUE_NOTIFICATION, TASK_QUEUE_APPROVAL, TASK_QUEUE_COMPLETION)
 
 SCHEMA_VERSION = 1
-BUSY_TIMEOUT_MS = 5_000  # how long one wait for the write lock may take
+BUSY_TIMEOUT_MS = 5_000  # how long one wait for the write lock may take; read when a connection is opened
 MAX_ATTEMPTS = 4
 BACKOFF_SECONDS = 1.0  # before the second attempt; doubles with each one after it
 BACKOFF_CAP_SECONDS = 3_600
@@ -52,6 +53,7 @@ MAX_DEPTH = 16  # tasks enqueued by handlers of tasks enqueued by handlers …
 MAX_QUEUES = 200  # the view is one compound SELECT, which SQLite limits to 500 terms
 OUTPUT_BYTES = 65_536  # of a handler's stdout and stderr, each, kept in the history
 RESULT_BYTES = 16 * 2**20  # of a handler's stdout that may become the next task
+WAL_BYTES = 16 * 2**20  # what is kept of the write-ahead log once it has been written back
 SAFETY_TICK_SECONDS = 5.0  # look this often whatever the events say
 ORPHAN_TICK_SECONDS = 0.25  # the same while a handler outlives its worker
 POLL_SECONDS = 0.05  # the same where the platform has no events to give
@@ -91,6 +93,9 @@ create table if not exists task_paused (
   queue         text primary key,
   paused_at     text not null default (strftime('%Y-%m-%d %H:%M:%f', 'now'))
 );
+create table if not exists task_spooled (
+  file          text primary key                 -- taken in, and perhaps not yet removed
+);
 """
 
 # task_id and task_type are read out of data by SQLite itself, so that no writer, bash included, can forget or fake
@@ -111,12 +116,13 @@ create table "{queue}" (
   max_attempts  integer,                         -- these three: what the claimer wants done when the run ends,
   backoff       real,                            --   whoever records that
   then_queue    text,
+  cancel_requested integer not null default 0,   -- tasks.py cancel: the owner ends the run
   error         text,                            -- of the last failed attempt
-  task_id       text generated always as (case when {is_envelope} then json_extract(data, '$.task_id') end)
+  task_id       text generated always as (case when {is_envelope} then nullif(json_extract(data, '$.task_id'), '') end)
                 virtual unique on conflict ignore,
   task_type     text generated always as (case when {is_envelope} then json_extract(data, '$.task_type')
-                when typeof(data) = 'text' and json_valid(data) and json_type(data, '$.hook_event_name') = 'text'
-                then json_extract(data, '$.hook_event_name') else '{queue}' end) virtual
+                when json_type(data, '$.hook_event_name') = 'text' then json_extract(data, '$.hook_event_name')
+                else '{queue}' end) virtual
 );
 create index "{queue}.ready" on "{queue}" (priority desc, id, task_type, timestamp) where status < 2;
 create index "{queue}.claimed" on "{queue}" (owner) where status = 2;
@@ -125,9 +131,8 @@ create index "{queue}.blocked" on "{queue}" (group_id, id) where status = 4;
 """
 
 IS_ENVELOPE = (
-    "typeof(data) = 'text' and json_valid(data) and json_type(data, '$.task_id') = 'text'"
-    " and json_extract(data, '$.task_id') <> '' and json_type(data, '$.task_type') = 'text'"
-    " and json_extract(data, '$.task_type') <> '' and json_type(data, '$.data') = 'object'"
+    "json_type(data, '$.data') = 'object' and json_type(data, '$.task_type') = 'text'"
+    " and json_type(data, '$.task_id') = 'text'"
 )
 
 VIEW_SCHEMA = """
@@ -148,18 +153,20 @@ QUEUES = """
 select i.tbl_name from sqlite_master i where i.type = 'index' and i.name = i.tbl_name || '.ready' order by i.tbl_name"""
 
 INSERT = """
-insert into "{queue}" (data, status, due_at, priority) values (:data, :status, :due_at, :priority)"""
-DUPLICATE = """
-select 1 from "{queue}" where task_id = :task_id"""
+insert into "{queue}" (data, status, due_at, priority) values (?, ?, ?, ?)"""
+FINISHED_SINCE = """
+select exists (select 1 from task_history where task_id = :task_id and queue = :queue and enqueued_at > :since)"""
 
 HAS_READY = """
-select exists (select 1 from "{queue}" where status < 2) or exists (select 1 from "{queue}" where status = 3 and due_at <= :now)"""
+select (exists (select 1 from "{queue}" where status < 2)
+        or exists (select 1 from "{queue}" where status = 3 and due_at <= :now))
+   and not exists (select 1 from task_paused where queue = '{queue}')"""
 COUNT_READY = """
 select (select count(*) from "{queue}" where status < 2) + (select count(*) from "{queue}" where status = 3 and due_at <= :now)"""
 COUNT_CLAIMED = """
 select count(*) from "{queue}" where status = 2"""
 NEXT_DUE = """
-select min(due_at) from "{queue}" where status = 3"""
+select min(due_at) from "{queue}" where status = 3 and not exists (select 1 from task_paused where queue = '{queue}')"""
 IS_PAUSED = """
 select exists (select 1 from task_paused where queue = :queue)"""
 
@@ -175,8 +182,15 @@ CLAIM_ROW = CLAIM.replace("order by priority desc, id limit :limit", "and id = :
 CLAIMED_BY = """
 select id, task_id, task_type, data, timestamp, priority, attempts, max_attempts, backoff, then_queue, owner, claimed_at
 from "{queue}" where status = 2 and owner = :owner"""
+CANCEL_REQUESTED = """
+select id from "{queue}" where status = 2 and owner = :owner and cancel_requested"""
 OWNERS = """
 select distinct owner from "{queue}" where status = 2"""
+
+SPOOLED = """
+insert or ignore into task_spooled (file) values (:file)"""
+UNSPOOLED = """
+delete from task_spooled where file = :file"""
 
 WHO_HOLDS = """
 select owner, claimed_at, attempts from "{queue}" where id = :id"""
@@ -208,7 +222,7 @@ RETURN = (
     """
 update "{queue}"
 set status = case when :due_at is null then 1 else 3 end, due_at = :due_at, owner = null, claimed_at = null,
-    attempts = attempts - :uncounted, error = coalesce(:error, error)
+    cancel_requested = 0, attempts = attempts - :uncounted, error = coalesce(:error, error)
 """
     + FENCE
 )
@@ -220,17 +234,23 @@ delete from task_history where id = :history_id"""
 
 
 def check_queue_name(name: str) -> str:
-    """Return name, which may now be put into SQL; raises InvalidTask. Every statement's {queue} went through here."""
-    reserved = isinstance(name, str) and name.startswith(("task_history", "task_queue", "task_paused", "sqlite_"))
+    """Return name, which may now be put into SQL; raises InvalidTask. Every {queue} in a statement went through here."""
+    reserved = isinstance(name, str) and name.startswith(("task_", "sqlite_"))
     if not isinstance(name, str) or reserved or not re.fullmatch(r"[a-z][a-z0-9_]{0,62}", name):
         why = "is reserved" if reserved else "is not a queue name"
         raise InvalidTask(f"queue {name!r} {why}: use a lower-case letter, then up to 62 of a-z, 0-9 and _")
     return name
 
 
+@lru_cache(4096)
+def on_queue(statement: str, queue: str) -> str:
+    """One of the statements above, for this queue's table."""
+    return statement.format(queue=check_queue_name(queue))
+
+
 def execute(conn: sqlite3.Connection, statement: str, queue: str, **values) -> sqlite3.Cursor:
     """Run one of the statements above on a queue's table."""
-    return conn.execute(statement.format(queue=check_queue_name(queue)), values)
+    return conn.execute(on_queue(statement, queue), values)
 
 
 # --------------------------------------------------------------------------------------------------- tasks and errors
@@ -309,13 +329,21 @@ def explain(error: sqlite3.Error, state: Path) -> QueueError:
 def utc(seconds: float) -> str:
     """Unix seconds as YYYY-MM-DD HH:MM:SS.SSS, UTC: what the database holds, and what sorts."""
     seconds, milliseconds = divmod(round(seconds * 1000), 1000)
-    return time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(seconds)) + f".{milliseconds:03d}"
+    return f"{_whole_seconds(seconds)}.{milliseconds:03d}"
+
+
+@lru_cache(1)
+def _whole_seconds(seconds: int) -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(seconds))
+
+
+_encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False).encode
 
 
 def to_json(value: object) -> str:
     """JSON text for the database; raises InvalidTask for what JSON cannot say."""
     try:
-        text = json.dumps(value, ensure_ascii=False, allow_nan=False)
+        text = _encode(value)
     except (TypeError, ValueError, RecursionError) as error:
         raise InvalidTask(f"the task was refused: {error}; data must be a JSON object") from None
     try:
@@ -383,8 +411,12 @@ def _open(state: Path, db: Path) -> Connection:
                            factory=Connection)  # fmt: skip
     try:
         conn.state, conn.queues, conn.durable = state, set(), None
+        conn.execute(f"pragma journal_size_limit = {WAL_BYTES}")
+        conn.execute("pragma cache_size = -16000")  # KiB; many tasks in one transaction stay in memory until its end
         conn.text_factory = lambda raw: raw.decode("utf-8", "replace")  # bash may have cast any bytes to text
         version = conn.execute("pragma user_version").fetchone()[0]
+        if version == 0:
+            conn.execute("pragma auto_vacuum = incremental")  # must precede the first table; cleanup.py gives space back
         if version > SCHEMA_VERSION:
             raise QueueUnavailable(f"{db} has schema version {version}, these scripts know {SCHEMA_VERSION}: update them")
         found = os.stat(db)
@@ -494,7 +526,7 @@ def _errors_explained(conn: Connection):
 
 
 @contextmanager
-def transaction(conn: Connection, durable: bool = True, busy_timeout_ms: int = BUSY_TIMEOUT_MS):
+def transaction(conn: Connection, durable: bool = True):
     """One transaction that has the write lock from its start, and is rolled back when its block raises.
 
     A durable one survives a power cut once it has ended (synchronous=FULL). Raises QueueBusy, QueueUnavailable.
@@ -503,95 +535,98 @@ def transaction(conn: Connection, durable: bool = True, busy_timeout_ms: int = B
         if conn.durable is not durable:
             conn.execute(f"pragma synchronous = {'full' if durable else 'normal'}")
             conn.durable = durable
-        if busy_timeout_ms != BUSY_TIMEOUT_MS:
-            conn.execute(f"pragma busy_timeout = {int(busy_timeout_ms)}")
+        conn.execute("begin immediate")
         try:
-            conn.execute("begin immediate")
-            try:
-                yield conn
-                conn.execute("commit")
-            except BaseException:
-                if conn.in_transaction:
-                    conn.execute("rollback")
-                raise
-        finally:
-            if busy_timeout_ms != BUSY_TIMEOUT_MS:
-                conn.execute(f"pragma busy_timeout = {BUSY_TIMEOUT_MS}")
+            yield conn
+            conn.execute("commit")
+        except BaseException:
+            if conn.in_transaction:
+                conn.execute("rollback")
+            raise
 
 
 # ------------------------------------------------------------------------------------------- the verbs, in life order
 
 
 def enqueue_task(queue_name: str, task_type: str, data: dict, task_id: str | None = None, *, delay: float = 0.0,
-                 priority: int = 0) -> str:  # fmt: skip
+                 priority: int = 0, window: float = 0.0) -> str:  # fmt: skip
     """Store a task and return its id, new or already there: it is on disk when this returns.
 
-    A waiting or running task of the queue that has this task_id is left as it is, and nothing is added. The task
-    becomes ready after `delay` seconds; a higher `priority` is claimed first. Raises InvalidTask, QueueBusy,
-    QueueUnavailable.
+    Where a waiting or running task of the queue has this task_id, or one that was enqueued in the last `window`
+    seconds and is finished, nothing is added. The task becomes ready after `delay` seconds; a higher `priority` is
+    claimed first. Raises InvalidTask, QueueBusy, QueueUnavailable.
     """
-    task = {"task_type": task_type, "data": data, "task_id": task_id, "delay": delay, "priority": priority}
-    return enqueue_tasks(queue_name, [task])[0][0]
+    return enqueue_tasks(queue_name, [new_row(task_type, data, task_id, delay=delay, priority=priority, window=window)])[0][0]
 
 
-def enqueue_tasks(queue_name: str, tasks, *, state: Path | None = None, busy_timeout_ms: int = BUSY_TIMEOUT_MS) -> list:
+def enqueue_tasks(queue_name: str, tasks, *, state: Path | None = None) -> list[tuple[str, bool]]:
     """Store many tasks in one transaction, all or none; returns [(task_id, is_new), …] in their order.
 
-    Each task is a dict: {"task_type": str, "data": dict}, and where wanted "task_id", "delay" (seconds), "priority".
+    A task is a dict of enqueue_task's arguments: {"task_type": …, "data": …, "task_id": …}, or a new_row().
     """
-    rows = [_row(**task) for task in tasks]
+    rows = [task if isinstance(task, Row) else new_row(**task) for task in tasks]
     conn = connect(state)
     ensure_queue(conn, queue_name)
-    with transaction(conn, busy_timeout_ms=busy_timeout_ms):
-        results = [(row["task_id"], insert(conn, queue_name, row)) for row in rows]
+    with transaction(conn):
+        results = [(row.task_id, insert(conn, queue_name, row)) for row in rows]
     wake(conn.state)
     return results
 
 
-def insert(conn: Connection, queue: str, row: dict) -> bool:
-    """Insert a row of _row(); False when its task_id is already waiting or running."""
-    values = {key: row[key] for key in ("data", "status", "due_at", "priority")}
-    return conn.execute(INSERT.format(queue=check_queue_name(queue)), values).rowcount == 1
+Row = namedtuple("Row", "task_id data status due_at priority window")  # a task that has passed new_row()
 
 
-def _row(task_type: str, data: dict, task_id: str | None = None, delay: float = 0.0, priority: int = 0,
-         depth: int | None = None, **more) -> dict:  # fmt: skip
-    """Check a task and write its envelope. `more` goes into the envelope as it is."""
+def insert(conn: Connection, queue: str, row: Row) -> bool:
+    """Insert a row within a transaction; False when its task_id is waiting, running, or finished within its window."""
+    if row.window:
+        known = {"queue": queue, "task_id": row.task_id, "since": utc(time.time() - row.window)}
+        if conn.execute(FINISHED_SINCE, known).fetchone()[0]:
+            return False
+    return conn.execute(on_queue(INSERT, queue), row[1:5]).rowcount == 1
+
+
+def new_row(task_type: str, data: dict, task_id: str | None = None, *, delay: float = 0.0, priority: int = 0,
+            window: float = 0.0, depth: int | None = None, source: dict | None = None, text: str | None = None) -> Row:  # fmt: skip
+    """Check a task and write its envelope; `text` is the JSON that data was read from, if any. Raises InvalidTask."""
     if not isinstance(data, dict):
         raise InvalidTask(f"the task was refused: data is a {type(data).__name__}; it must be a JSON object")
     task_id = os.urandom(8).hex() if task_id is None else _checked_name("task_id", task_id, 500)
-    task_type = _checked_name("task_type", task_type, 200)
-    if "/" in task_type or task_type.startswith((".", "-")):
+    if "/" in _checked_name("task_type", task_type, 200) or task_type[0] in ".-":
         raise InvalidTask(f"task_type {task_type!r} was refused: it names a handler, so no / and no leading . or -")
-    if not isinstance(priority, int) or abs(priority) > 1_000_000:
+    if isinstance(priority, bool) or not isinstance(priority, int) or abs(priority) > 1_000_000:
         raise InvalidTask(f"priority {priority!r} was refused: it is a whole number from -1000000 to 1000000")
-    if isinstance(delay, bool) or not isinstance(delay, (int, float)) or not 0 <= delay < 1e10:
-        raise InvalidTask(f"delay {delay!r} was refused: it is a number of seconds")
+    for what, seconds in (("delay", delay), ("window", window)) if delay or window else ():
+        if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not 0 <= seconds < 1e9:
+            raise InvalidTask(f"{what} {seconds!r} was refused: it is a number of seconds")
     depth = task_depth() if depth is None else depth
     if depth > MAX_DEPTH:
         raise InvalidTask(f"the task was refused: its chain of handlers is more than {MAX_DEPTH} deep (TASK_DEPTH)")
     now = time.time()
+    head = {"task_id": task_id, "task_type": task_type, "enqueued_at": utc(now)}
     if depth:
-        more["depth"] = depth
-    envelope = {"task_id": task_id, "task_type": task_type, "enqueued_at": utc(now), **more, "data": data}
-    due_at = now + delay if delay else None
-    status = SCHEDULED if delay else READY
-    return {"task_id": task_id, "data": to_json(envelope), "status": status, "due_at": due_at, "priority": priority}
+        head["depth"] = depth
+    if source:
+        head["source"] = source
+    envelope = f'{_encode(head)[:-1]}, "data": {to_json(data) if text is None else text}}}'
+    return Row(task_id, envelope, SCHEDULED if delay else READY, now + delay if delay else None, priority, window)
+
+
+_UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 
 
 def _checked_name(what: str, value: object, longest: int) -> str:
     """A task_id or task_type: text that fits into an environment variable, a log line and a file name."""
     if not isinstance(value, str) or not 0 < len(value.encode("utf-8", "surrogatepass")) <= longest:
         raise InvalidTask(f"{what} {str(value)[:40]!r} was refused: it is a text of 1 to {longest} bytes")
-    if any(ord(c) < 32 or 127 <= ord(c) < 160 or 0xD800 <= ord(c) < 0xE000 for c in value):
+    if _UNPRINTABLE.search(value):
         raise InvalidTask(f"{what} {value!r} was refused: it has control characters or lone surrogates")
     return value
 
 
 def task_depth() -> int:
     """TASK_DEPTH: 0 outside handlers; a handler's is one more than its task's."""
-    text = os.environ.get("TASK_DEPTH", "")
-    return int(text) if re.fullmatch(r"[0-9]{1,6}", text) else 0
+    text = os.environ.get("TASK_DEPTH")
+    return int(text) if text and text.isdecimal() else 0
 
 
 def wake(state: Path) -> None:
@@ -605,7 +640,7 @@ def wake(state: Path) -> None:
 
 
 def has_ready(conn: Connection, queue: str) -> bool:
-    """Whether a claim would find something, pauses apart."""
+    """Whether a claim would find something."""
     with _errors_explained(conn):
         return bool(execute(conn, HAS_READY, queue, now=time.time()).fetchone()[0])
 
@@ -616,7 +651,7 @@ def is_paused(conn: Connection, queue: str) -> bool:
 
 
 def next_due(conn: Connection, queue: str) -> float | None:
-    """When the queue's next scheduled task becomes ready, Unix seconds; None when none is scheduled."""
+    """When the queue's next scheduled task becomes ready, Unix seconds; None when there is none, or it is paused."""
     with _errors_explained(conn):
         return execute(conn, NEXT_DUE, queue).fetchone()[0]
 
@@ -745,7 +780,7 @@ def settle(conn: Connection, task: Task, exit_code: int, *, error: str | None = 
     return nack(conn, task, error=error, **told), error
 
 
-def _next_row(task: Task, stdout: str) -> dict:
+def _next_row(task: Task, stdout: str) -> Row:
     """The task that a result becomes: its payload is what the handler printed, if that is a JSON object."""
     try:
         data = json.loads(stdout)
@@ -754,7 +789,7 @@ def _next_row(task: Task, stdout: str) -> dict:
     data = data if isinstance(data, dict) else {"result": stdout}
     source = {"queue": task.queue, "task_id": task.task_id}
     task_id = f"{task.task_id[:470]}.{task.id}"  # one per row: a second result does not drown in a waiting first
-    return _row(task.task_type, data, task_id=task_id, depth=task.depth + 1, source=source)
+    return new_row(task.task_type, data, task_id, depth=task.depth + 1, source=source)
 
 
 def _retry_after(stdout: str) -> float | None:
@@ -784,6 +819,105 @@ def signal_name(number: int) -> str:
         return signal.Signals(number).name
     except ValueError:
         return f"signal {number}"
+
+
+# ---------------------------------------------------------------------------------------------------------- the spool
+
+
+def spool(queue: str, text: str, state: Path | None = None) -> Path:
+    """Write a task that could not reach the database to state/spool/QUEUE: on disk when this returns. OSError if not.
+
+    `text` is what would be a row's data. A shell can do the same: write a file elsewhere on the disk, mv it there.
+    """
+    directory = (state or STATE_DIR) / "spool" / check_queue_name(queue)
+    make_private(directory)
+    name = f"{time.time_ns()}-{os.urandom(4).hex()}.json"
+    fd = os.open(directory / f".{name}", os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    try:
+        with open(fd, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(fd)
+        os.rename(directory / f".{name}", directory / name)
+    except BaseException:
+        os.unlink(directory / f".{name}")
+        raise
+    directory_fd = os.open(directory, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(directory_fd)
+    finally:
+        os.close(directory_fd)
+    wake(state or STATE_DIR)
+    return directory / name
+
+
+def spool_directories(state: Path) -> list[Path]:
+    """The state's spool/QUEUE directories."""
+    try:
+        return sorted(Path(entry.path) for entry in os.scandir(state / "spool") if entry.is_dir())
+    except OSError:
+        return []
+
+
+def spooled_files(directory: Path) -> list[tuple[int, str, int]]:
+    """The tasks in a spool/QUEUE directory, oldest first: (mtime in ns, name, inode)."""
+    files = []
+    try:
+        for entry in os.scandir(directory):
+            if not entry.name.startswith(".") and entry.is_file(follow_symlinks=False):
+                found = entry.stat(follow_symlinks=False)
+                files.append((found.st_mtime_ns, entry.name, found.st_ino))
+    except FileNotFoundError:
+        pass
+    return sorted(files)
+
+
+def take_in_spool(state: Path | None = None) -> tuple[int, list[str]]:
+    """Move spooled tasks into the database, oldest first, each exactly once: (how many, complaints).
+
+    A file's identity is stored in the transaction that stores its task, and forgotten after the file is removed: a
+    crash in between, or another worker at the same time, takes nothing in twice. What is not a JSON object is moved
+    to spool/QUEUE/malformed and named in the complaints.
+    """
+    state, taken, complaints = state or STATE_DIR, 0, []
+    for directory in spool_directories(state):
+        files = spooled_files(directory)
+        if not files:
+            continue
+        try:
+            queue = check_queue_name(directory.name)
+        except InvalidTask as error:
+            complaints.append(f"{directory}: {error}")
+            continue
+        conn = connect(state)
+        ensure_queue(conn, queue)
+        for mtime, name, inode in files:
+            path, identity = directory / name, f"{queue}/{name}:{inode}:{mtime}"
+            try:
+                text = path.read_bytes().decode("utf-8-sig")
+                with transaction(conn):
+                    if path.stat().st_ino != inode:
+                        raise FileNotFoundError(path)
+                    if conn.execute(SPOOLED, {"file": identity}).rowcount == 1:
+                        conn.execute(on_queue(INSERT, queue), (text, READY, None, 0))
+                        taken += 1
+                path.unlink(missing_ok=True)
+                conn.execute(UNSPOOLED, {"file": identity})
+            except FileNotFoundError:
+                continue  # another worker took it
+            except (InvalidTask, UnicodeDecodeError) as error:
+                aside = make_private(directory / "malformed") / f"{inode}-{name}"
+                path.rename(aside)
+                complaints.append(f"{aside}: {error}")
+    if taken:
+        wake(state)
+    return taken, complaints
+
+
+def make_private(directory: Path) -> Path:
+    """Make a directory of the state, for its owner only."""
+    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    return directory
 
 
 # --------------------------------------------------------------------------------------------- who is alive, recovery
@@ -832,7 +966,7 @@ def owner_name(state: Path | None = None) -> str:
                 pass
             os.close(fd)  # removed under us, by hand: what we hold is lost unless the file is back in time
         try:
-            path.parent.mkdir(mode=0o700, exist_ok=True)
+            make_private(path.parent)
             fd = lock_file(path)
         except OSError as error:
             raise QueueUnavailable(f"{path} cannot be made: {error.strerror}; check the permissions") from error
@@ -994,14 +1128,13 @@ class Watch(threading.Thread):
         self.listeners: WeakSet = WeakSet()
         self.crash_backoff = 0.0  # seconds, for recover()
         self.on_recovered = lambda task, outcome, error: None
-        self.on_trouble = lambda message: None  # called once per trouble, and with "" when it is over
+        self.on_deaf = lambda message: None  # file events cannot be had; called once
         self._heard = threading.Event()
         self._owner_closed = True  # so that the first look recovers
         self._recovered_at = 0.0
         self._orphans = 0
         self._seen = None
-        self._observer, self._watching = None, None
-        self._trouble = ""
+        self._observer, self._watching, self._deaf = None, None, False
 
     def notify(self) -> None:
         """Have every listener look."""
@@ -1027,10 +1160,8 @@ class Watch(threading.Thread):
                 else:
                     self._look()
                 self._owner_closed = False
-                self._tell("")
-            except (QueueError, sqlite3.Error, OSError) as error:
-                self._tell(str(error))
-                self._stop_observing()
+            except (QueueError, sqlite3.Error, OSError):
+                self._stop_observing()  # the state directory is gone or in trouble: its users find out when they look
                 self._seen = None
             tick = (ORPHAN_TICK_SECONDS if self._orphans else SAFETY_TICK_SECONDS) if self._observer else POLL_SECONDS
             if not self._heard.wait(tick) and self._observer:
@@ -1052,16 +1183,10 @@ class Watch(threading.Thread):
             if recovered:
                 self.notify()
 
-    def _tell(self, message: str) -> None:
-        if message != self._trouble:
-            self._trouble = message
-            self.on_trouble(message)
-            self.notify()
-
     def _observe(self) -> None:
         """Watch the state directory, workers and the spool; anew when one of them was made, removed or replaced."""
         found = {}
-        for directory in (self.state, self.state / "workers", *(self.state / "spool").glob("*/")):
+        for directory in (self.state, self.state / "workers", *spool_directories(self.state)):
             try:
                 there = os.stat(directory)
                 found[str(directory)] = (there.st_dev, there.st_ino)
@@ -1084,7 +1209,9 @@ class Watch(threading.Thread):
             observer.start()
             self._observer = observer
         except (ImportError, OSError) as error:
-            self.on_trouble(f"no file events ({error}): looking every {POLL_SECONDS * 1000:.0f} ms instead")
+            if not self._deaf:
+                self.on_deaf(f"no file events ({error}): looking every {POLL_SECONDS * 1000:.0f} ms instead")
+            self._deaf = True
 
     def _stop_observing(self) -> None:
         observer, self._observer, self._watching = self._observer, None, None
@@ -1350,8 +1477,8 @@ def _persistqueue_classes() -> dict:
             """Store a dict or JSON text of an object; the row's id, None when its task_id is waiting or running."""
             conn, text = self._conn, self._serializer.dumps(item)
             ensure_queue(conn, self.name)
-            with transaction(conn, busy_timeout_ms=int(self.timeout * 1000)):
-                cursor = execute(conn, INSERT, self.name, data=text, status=READY, due_at=None, priority=0)
+            with transaction(conn):
+                cursor = conn.execute(on_queue(INSERT, self.name), (text, READY, None, 0))
                 row_id = cursor.lastrowid if cursor.rowcount == 1 else None
             wake(self.state)
             return row_id
@@ -1436,7 +1563,7 @@ def _persistqueue_classes() -> dict:
             conn = self._conn
             if task is None:
                 task = Task(self.name, row_id, None, None, None, None, 0, -1, None, None, None, "nobody", None)
-            with transaction(conn, busy_timeout_ms=int(self.timeout * 1000)):
+            with transaction(conn):
                 done = verb(conn, task, **told)
             if not done:
                 not_held(conn, task)

@@ -1,0 +1,300 @@
+#!/usr/bin/env -S uv run --script
+# /// script
+# requires-python = ">=3.11"
+# dependencies = []
+# ///
+"""Put a task into a queue. It is on disk when this prints its id and exits 0.
+
+    enqueue.py notifications link_validation '{"workspace_path": "/home/user/docs"}'
+    generate | enqueue.py approvals review --jsonl          one payload a line, all or none
+    enqueue.py --hook notifications link_validation         as the command of a Claude Code hook
+
+DATA is a JSON object, `-` reads it from stdin, nothing means {}. Prints `queued ID`, or `duplicate ID` when a task
+with that id is waiting or running already; with --hook nothing.
+
+exit codes: 0 stored (or a duplicate); 1 the database cannot be used; 64 usage; 65 the task was refused;
+75 the database is locked, try again. Never 2, which would block Claude Code.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+
+STARTED = time.monotonic()
+
+EX_FAILED, EX_USAGE, EX_DATAERR, EX_TEMPFAIL = 1, 64, 65, 75
+HOOK_WINDOW_SECONDS = 10.0  # the same firing, reported twice, comes within this time
+QUIET_SECONDS = 0.02  # a hook's payload is taken as whole when it parses and nothing follows for this long
+
+# What differs from one firing to the next although nothing that matters does: left out of --once-per content.
+PER_FIRING = ("session_id", "prompt_id", "transcript_path", "tool_use_id", "duration_ms", "agent_id", "agent_transcript_path")
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        self.exit(EX_USAGE, f"{self.prog}: {message}; see {self.prog} --help\n")
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = Parser(prog="enqueue.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("queue", metavar="QUEUE", help="a-z, 0-9 and _, beginning with a letter")
+    parser.add_argument("task_type", metavar="TASK_TYPE", nargs="?", help="names the handler; with --hook: default the event's name")
+    parser.add_argument("data", metavar="DATA", nargs="?", help="a JSON object, or - for stdin (default {})")
+    parser.add_argument("--task-id", metavar="ID", help="unique among waiting and running tasks (default: random)")
+    parser.add_argument("--delay", metavar="SECONDS", type=float, default=0.0, help="not before this long from now")
+    parser.add_argument("--priority", metavar="N", type=int, default=0, help="higher is claimed first (default 0)")
+    parser.add_argument("--window", metavar="SECONDS", type=float,
+                        help="a task that was enqueued this recently and is finished is a duplicate, too")  # fmt: skip
+    parser.add_argument("--jsonl", action="store_true",
+                        help="a task per line of stdin: its payload, or without TASK_TYPE {\"task_type\", \"data\", \"task_id\"}")  # fmt: skip
+    parser.add_argument("--start-worker", action="store_true", help="start a detached worker if none serves the queue")
+    hook = parser.add_argument_group("hooks")
+    hook.add_argument("--hook", action="store_true", help="stdin is a hook's payload; see README, Hooks")
+    hook.add_argument("--once-per", choices=("session", "workspace", "content"), help="what makes two firings one task")
+    hook.add_argument("--wait", metavar="SECONDS", type=float, default=1.0,
+                      help="for the database, before the task goes to the spool (default 1)")  # fmt: skip
+    hook.add_argument("--nested", action="store_true", help="enqueue even inside a handler's own run")
+    args = parser.parse_args(argv)
+    if args.jsonl and (args.data is not None or args.task_id or args.hook):
+        parser.error("--jsonl takes no DATA, --task-id or --hook")
+    if args.hook and (args.data is not None or args.task_id):
+        parser.error("--hook takes no DATA and no --task-id: the payload comes on stdin, the id from it")
+    if args.once_per and not args.hook:
+        parser.error("--once-per goes with --hook")
+    if args.task_type is None and not (args.hook or args.jsonl):
+        parser.error("TASK_TYPE is missing")
+    return args
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse(argv)
+    try:
+        import queue_helpers as q
+    except Exception as error:  # a hook's one chance to say why
+        return fail(EX_FAILED, f"queue_helpers.py cannot be loaded ({error}): run just install again")
+    try:
+        if args.hook:
+            code = hook(q, args)
+        else:
+            code = report(q.enqueue_tasks(args.queue, tasks_from(q, args)))
+        if args.start_worker and code == 0:
+            start_worker(q, args.queue)
+        return code
+    except q.InvalidTask as error:
+        return fail(EX_DATAERR, error)
+    except q.QueueBusy as error:
+        return fail(EX_TEMPFAIL, error)
+    except q.QueueError as error:
+        return fail(EX_FAILED, error)
+
+
+def fail(code: int, message: object) -> int:
+    print("enqueue.py: " + " ".join(str(message).split()), file=sys.stderr)
+    return code
+
+
+def report(results: list[tuple[str, bool]]) -> int:
+    try:
+        sys.stdout.write("".join(f"{'queued' if is_new else 'duplicate'} {task_id}\n" for task_id, is_new in results))
+        sys.stdout.flush()
+    except OSError:  # the reader has gone; the tasks are stored
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    return 0
+
+
+def tasks_from(q, args: argparse.Namespace) -> list:
+    """The tasks that the command line and stdin describe."""
+    options = {"delay": args.delay, "priority": args.priority, "window": args.window or 0.0}
+    if not args.jsonl:
+        text = sys.stdin.buffer.read() if args.data == "-" else ("{}" if args.data is None else args.data)
+        data, text = parse_object(q, text)
+        return [q.new_row(args.task_type, data, args.task_id, text=text, **options)]
+    rows = []
+    for number, line in enumerate(sys.stdin.buffer, 1):
+        try:
+            if line.isspace():
+                continue
+            task, text = parse_object(q, line)
+            if args.task_type is not None:
+                rows.append(q.new_row(args.task_type, task, text=text, **options))
+            elif "task_type" in task and task.keys() <= {"task_type", "data", "task_id", "delay", "priority"}:
+                rows.append(q.new_row(**{**options, "data": {}, **task}))
+            else:
+                raise q.InvalidTask('without TASK_TYPE a line is {"task_type": …, "data": {…}, "task_id": …}')
+        except q.InvalidTask as error:
+            raise q.InvalidTask(f"line {number}: {error}; nothing was stored") from None
+    return rows
+
+
+def parse_object(q, raw: bytes | str) -> tuple[dict, str]:
+    """A JSON object and its text. SQLite has the last word on the text, so what it would refuse is refused here."""
+    try:
+        text = raw.decode("utf-8-sig") if isinstance(raw, bytes) else raw
+        value = DECODER.decode(text)
+        text.encode()
+    except (ValueError, RecursionError) as error:
+        raise q.InvalidTask(f"not JSON in UTF-8: {error}") from None
+    if not isinstance(value, dict):
+        raise q.InvalidTask(f"a JSON {type(value).__name__}, not an object like {{}}")
+    return value, text.strip()
+
+
+def not_a_number(name: str):
+    raise ValueError(f"{name} is not JSON")
+
+
+DECODER = json.JSONDecoder(parse_constant=not_a_number)
+
+
+# ---------------------------------------------------------------------------------------------------------------- hook
+
+
+def hook(q, args: argparse.Namespace) -> int:
+    """Store one task for one firing: in the database, else in the spool; raises when it is in neither."""
+    if q.task_depth() and not args.nested:
+        return 0  # fired by a handler's own run: work must not start itself again
+    q.check_queue_name(args.queue)
+    deadline = STARTED + max(args.wait, 0.1)
+    data = payload(read_stdin(deadline))
+    task_type = args.task_type or data.get("hook_event_name") or args.queue
+    try:
+        task_type = q.new_row(task_type, {}) and task_type
+    except q.InvalidTask:
+        if args.task_type:
+            raise
+        task_type = args.queue  # an event's name that cannot name a handler
+    window = HOOK_WINDOW_SECONDS if args.window is None else args.window
+    task_id = firing_id(data, task_type, args.once_per)
+    row = q.new_row(task_type, data, task_id, delay=args.delay, priority=args.priority, window=window)
+    q.BUSY_TIMEOUT_MS = max(100, int((deadline - time.monotonic()) * 1000))
+    try:
+        q.enqueue_tasks(args.queue, [row])
+    except q.InvalidTask:
+        raise
+    except q.QueueError as error:
+        try:
+            q.spool(args.queue, row.data)
+        except OSError as spool_error:
+            raise q.QueueUnavailable(f"{error}; and the spool: {spool_error.strerror}; the task is lost") from None
+    return 0
+
+
+def read_stdin(deadline: float) -> bytes:
+    """What comes on stdin until its end, or until the payload is whole, or until the deadline: it may never close."""
+    import select
+
+    chunks = []
+    try:
+        if os.isatty(0):
+            return b""
+        while True:
+            left = deadline - time.monotonic()
+            whole = bool(chunks) and chunks[-1].rstrip()[-1:] == b"}"
+            wait = min(QUIET_SECONDS, max(0.0, left)) if whole else max(0.0, left)
+            if not select.select([0], [], [], wait)[0]:
+                if left <= 0 or whole and is_whole(b"".join(chunks)):
+                    break
+                if whole and not select.select([0], [], [], max(0.0, left - wait))[0]:
+                    break
+                continue
+            chunk = os.read(0, 2**20)
+            if not chunk:
+                break
+            chunks.append(chunk)
+    except (OSError, ValueError):
+        pass  # closed, or not readable
+    return b"".join(chunks)
+
+
+def is_whole(raw: bytes) -> bool:
+    try:
+        json.loads(raw.decode("utf-8-sig", "replace"))
+        return True
+    except (ValueError, RecursionError):
+        return False
+
+
+def payload(raw: bytes) -> dict:
+    """The task's data: the hook's payload and its cwd as workspace_path. What cannot be read is kept as it came."""
+    text = raw.decode("utf-8-sig", "replace")
+    try:
+        data, why = json.loads(text, parse_constant=lambda name: name), "not a JSON object"
+    except (ValueError, RecursionError) as error:
+        data, why = None, f"not JSON: {error}" if raw.strip() else "empty"
+    if not isinstance(data, dict) or depth_of(data) > 200:
+        data = {"unreadable_payload": text, "unreadable_because": why}
+    cwd = data.get("cwd")
+    if not isinstance(data.get("workspace_path"), str):
+        try:
+            data["workspace_path"] = cwd if isinstance(cwd, str) and cwd else os.getcwd()
+        except OSError:
+            pass  # the directory is gone
+    return data
+
+
+def depth_of(value: object) -> int:
+    """How deep a parsed JSON value is nested."""
+    depth, level = 0, [value]
+    while level:
+        depth += 1
+        level = [v for x in level if isinstance(x, (dict, list)) for v in (x.values() if isinstance(x, dict) else x)]
+    return depth
+
+
+def firing_id(data: dict, task_type: str, once_per: str | None) -> str:
+    """The same firing gives the same id, wherever and however often it is reported; another firing another."""
+    workspace = digest(data.get("workspace_path"))
+    if once_per == "session":
+        session = data.get("session_id")
+        return f"{task_type}_{workspace}_{session if isinstance(session, str) and session.isprintable() else '-'}"[:200]
+    if once_per == "workspace":
+        return f"{task_type}_{workspace}"
+    if once_per == "content":
+        data = {key: value for key, value in data.items() if key not in PER_FIRING}
+    return f"{task_type}_{workspace}_{digest(data)}"
+
+
+def digest(value: object) -> str:
+    from hashlib import sha256
+
+    return sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+
+
+# ------------------------------------------------------------------------------------------------------ worker on demand
+
+
+def start_worker(q, queue: str) -> None:
+    """Start a detached worker unless one serves the queue. Ten at once start one: the loser of the lock leaves."""
+    import shutil
+    import subprocess
+
+    try:
+        fd = q.lock_file(q.STATE_DIR / "workers" / f"serving.{queue}", probe=True)
+        if fd is None:
+            return
+        os.close(fd)
+    except OSError:
+        pass  # nobody ever served it
+    here = os.path.dirname(os.path.abspath(__file__))
+    home = os.path.expanduser("~")
+    places = [os.environ.get("PATH", ""), f"{home}/.local/bin", f"{home}/.cargo/bin", "/opt/homebrew/bin", "/usr/local/bin"]
+    uv = os.environ.get("UV") or shutil.which("uv", path=os.pathsep.join(places))
+    run = [uv, "run", "--script"] if uv else [sys.executable]
+    worker = [*run, os.path.join(here, "worker.py"), queue, "--single", "--idle-exit", "60"]
+    q.make_private(q.STATE_DIR / "logs")
+    log = os.open(q.STATE_DIR / "logs" / f"worker.{queue}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+    try:
+        subprocess.Popen(worker, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
+                         env={k: v for k, v in os.environ.items() if k != "TASK_DEPTH"}, cwd=home)  # fmt: skip
+    except OSError as error:
+        fail(0, f"the task is queued, but no worker could be started: {error}")
+    finally:
+        os.close(log)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
