@@ -1077,19 +1077,17 @@ os.register_at_fork(
 
 
 def look_again(heard: threading.Event, look) -> None:
-    """Call look() at growing intervals for LOOK_AGAIN_SECONDS, starting over with each new event.
+    """Call look() at growing intervals until LOOK_AGAIN_SECONDS have passed without an event and without a change.
 
     watchdog reports the write to the write-ahead log, but that comes before the commit can be seen (write, fsync,
     then the shared index): whoever looks once per event misses one task in ten until the next event.
     """
     step = 0
     while step < len(LOOK_AGAIN_SECONDS):
-        if heard.wait(LOOK_AGAIN_SECONDS[step]):
-            heard.clear()
+        step = 0 if heard.wait(LOOK_AGAIN_SECONDS[step]) else step + 1
+        heard.clear()
+        if look():
             step = 0
-        else:
-            step += 1
-        look()
 
 
 def data_version(conn: Connection) -> tuple:
@@ -1134,7 +1132,7 @@ class Watch(threading.Thread):
         self._recovered_at = 0.0
         self._orphans = 0
         self._seen = None
-        self._observer, self._watching, self._deaf = None, None, False
+        self._observer, self._watching, self._ear, self._deaf = None, None, None, False
 
     def notify(self) -> None:
         """Have every listener look."""
@@ -1153,24 +1151,31 @@ class Watch(threading.Thread):
 
     def run(self) -> None:
         while True:
+            tick = SAFETY_TICK_SECONDS
             try:
-                self._observe()
-                if self._observer:
-                    look_again(self._heard, self._look)
-                else:
-                    self._look()
+                # While there is work, looking is cheaper than having watchdog report each write; the ears open again
+                # once all has been quiet, and then we look as long again for what was written before they did.
+                self._listen(False)
+                look_again(self._heard, self._look)
                 self._owner_closed = False
+                self._listen(True)
+                quiet = self._seen
+                look_again(self._heard, self._look)
+                while self._seen == quiet and not self._heard.wait(ORPHAN_TICK_SECONDS if self._orphans else tick):
+                    self._refresh()
+                    self.notify()
+                    self._look()
             except (QueueError, sqlite3.Error, OSError):
                 self._stop_observing()  # the state directory is gone or in trouble: its users find out when they look
                 self._seen = None
-            tick = (ORPHAN_TICK_SECONDS if self._orphans else SAFETY_TICK_SECONDS) if self._observer else POLL_SECONDS
-            if not self._heard.wait(tick) and self._observer:
                 self.notify()
+                time.sleep(POLL_SECONDS)
 
-    def _look(self) -> None:
-        conn = connect(self.state, create=False)
-        version = data_version(conn)
-        if version != self._seen:
+    def _look(self) -> bool:
+        """Pass on what can be seen now; whether there was anything."""
+        version = data_version(connect(self.state, create=False))
+        changed = version != self._seen
+        if changed:
             self._seen = version
             self.notify()
         # The event of a dead owner's file comes a little before its lock is free; we are called again soon.
@@ -1182,29 +1187,38 @@ class Watch(threading.Thread):
                 self.on_recovered(*report)
             if recovered:
                 self.notify()
+        return changed
 
-    def _observe(self) -> None:
-        """Watch the state directory, workers and the spool; anew when one of them was made, removed or replaced."""
+    def _listen(self, wanted: bool) -> None:
+        """Have the state directory watched, or not; workers and the spool always are. Without file events: wait."""
+        self._refresh()
+        if self._observer is None:
+            time.sleep(POLL_SECONDS)
+        elif wanted and self._ear is None:
+            from watchdog.events import FileClosedEvent, FileModifiedEvent
+
+            self._ear = self._observer.schedule(self, str(self.state), event_filter=[FileClosedEvent, FileModifiedEvent])
+        elif not wanted and self._ear is not None:
+            self._observer.unschedule(self._ear)
+            self._ear = None
+
+    def _refresh(self) -> None:
+        """Start to observe; anew when one of the directories was made, removed or replaced."""
         found = {}
-        for directory in (self.state, self.state / "workers", *spool_directories(self.state)):
-            try:
-                there = os.stat(directory)
-                found[str(directory)] = (there.st_dev, there.st_ino)
-            except OSError:
-                continue
+        for directory in (self.state, make_private(self.state / "workers"), *spool_directories(self.state)):
+            there = os.stat(directory)
+            found[str(directory)] = (there.st_dev, there.st_ino)
         if found == self._watching:
             return
         self._stop_observing()
         self._watching = found
         try:
-            from watchdog.events import FileClosedEvent, FileModifiedEvent, FileMovedEvent
+            from watchdog.events import FileClosedEvent, FileMovedEvent
             from watchdog.observers import Observer
 
             observer = Observer()
-            for directory in found:
-                kinds = [FileClosedEvent, FileMovedEvent]
-                kinds += [FileModifiedEvent] if directory == str(self.state) else []
-                observer.schedule(self, directory, event_filter=kinds)
+            for directory in found.keys() - {str(self.state)}:
+                observer.schedule(self, directory, event_filter=[FileClosedEvent, FileMovedEvent])
             observer.daemon = True
             observer.start()
             self._observer = observer
@@ -1214,7 +1228,7 @@ class Watch(threading.Thread):
             self._deaf = True
 
     def _stop_observing(self) -> None:
-        observer, self._observer, self._watching = self._observer, None, None
+        observer, self._observer, self._watching, self._ear = self._observer, None, None, None
         if observer is not None:
             observer.stop()
 
@@ -1634,16 +1648,19 @@ def _watchdog_classes() -> dict:
             while self._heard.wait():
                 look_again(self._heard, self._look)
 
-        def _look(self) -> None:
+        def _look(self) -> bool:
             try:
                 version = data_version(connect(self.queue_path, create=False))
-                if version != self._seen:
-                    self._seen = version
+                changed = version != self._seen
+                self._seen = version
+                if changed:
                     self._call()
+                return changed
             except Exception:
                 import logging
 
                 logging.getLogger(__name__).exception("QueueWatcher(%s)", self.queue_path)
+                return False
 
         def _call(self) -> None:
             result = self.callback()

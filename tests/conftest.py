@@ -1,0 +1,137 @@
+"""What the tests share: a private state directory with an awkward path, real processes, and waiting for conditions."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sqlite3
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+
+def wait_for(condition, seconds: float = 15.0, what: str = "the condition"):
+    """The first true value of condition(), looked for every few milliseconds; fails after `seconds`."""
+    deadline = time.monotonic() + seconds
+    while True:
+        value = condition()
+        if value:
+            return value
+        if time.monotonic() > deadline:
+            pytest.fail(f"{what} did not come true within {seconds:g} s")
+        time.sleep(0.005)
+
+
+class Installation:
+    """A state directory of its own, and the scripts run against it as real processes."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.state = directory / "state of O'Brien – Hafen"
+        self.handlers = directory / "handlers"
+        self.handlers.mkdir()
+        self.db = self.state / "tasks.db"
+        self.processes: list[subprocess.Popen] = []
+        keep = ("PATH", "LANG", "LC_ALL", "UV_CACHE_DIR", "PYTHONPATH", "VIRTUAL_ENV")
+        self.env = {name: os.environ[name] for name in keep if name in os.environ}
+        self.env |= {"TASK_QUEUE_STATE": str(self.state), "HOME": str(directory)}
+
+    def run(self, script: str, *args, input: str | bytes | None = None, env: dict | None = None, timeout: float = 60,
+            **options) -> subprocess.CompletedProcess:  # fmt: skip
+        """Run one of our scripts to its end."""
+        raw = input.encode() if isinstance(input, str) else input
+        stdin = {"stdin": subprocess.DEVNULL} if raw is None else {"input": raw}
+        done = subprocess.run([sys.executable, ROOT / script, *map(str, args)], env=self.env | (env or {}),
+                              capture_output=True, timeout=timeout, **stdin, **options)  # fmt: skip
+        done.stdout, done.stderr = done.stdout.decode(), done.stderr.decode()
+        return done
+
+    def start(self, script: str, *args, env: dict | None = None, **options) -> subprocess.Popen:
+        """Start one of our scripts; it is killed when the test ends. Its stderr goes to a file: process.log."""
+        log = self.directory / f"{Path(script).stem}-{len(self.processes)}.log"
+        with open(log, "wb") as file:
+            process = subprocess.Popen([sys.executable, ROOT / script, *map(str, args)], env=self.env | (env or {}),
+                                       stdin=subprocess.DEVNULL, stdout=file, stderr=file, **options)  # fmt: skip
+        process.log = log
+        self.processes.append(process)
+        return process
+
+    def worker(self, *args, ready: bool = True, **options) -> subprocess.Popen:
+        """Start a worker on this installation's handlers, and wait until it serves."""
+        process = self.start("worker.py", *args, "--handlers", self.handlers, **options)
+        if ready:
+            wait_for(lambda: "serves" in process.log.read_text() or process.poll() is not None, what="a serving worker")
+        return process
+
+    def handler(self, name: str, text: str) -> Path:
+        """Make an executable handler."""
+        path = self.handlers / name
+        path.write_text(text)
+        path.chmod(0o755)
+        return path
+
+    def enqueue(self, *args, **options) -> str:
+        """enqueue.py, which must succeed; the last task's id."""
+        done = self.run("enqueue.py", *args, **options)
+        assert done.returncode == 0, done.stderr
+        return done.stdout.split()[-1] if done.stdout else ""
+
+    def sqlite3(self, statement: str, **options) -> str:
+        """What the sqlite3 command prints for a statement; it must succeed."""
+        done = subprocess.run(["sqlite3", "-cmd", ".timeout 10000", self.db, statement], capture_output=True, text=True, **options)
+        assert done.returncode == 0, done.stderr
+        return done.stdout.strip()
+
+    def rows(self, statement: str, *values) -> list[tuple]:
+        """The rows of a query, read on a connection of the test's own; [] while there is no database."""
+        if not self.db.exists():
+            return []
+        conn = sqlite3.connect(f"file:{self.db}?mode=ro", uri=True, timeout=10)
+        try:
+            return conn.execute(statement, values).fetchall()
+        except sqlite3.OperationalError as error:
+            if "no such table" in str(error):
+                return []
+            raise
+        finally:
+            conn.close()
+
+    def history(self, task_id: str) -> dict | None:
+        """The finished task's row."""
+        names = ("status", "attempts", "exit_code", "result", "log", "error")
+        rows = self.rows(f"select {', '.join(names)} from task_history where task_id = ?", task_id)
+        return dict(zip(names, rows[0])) if rows else None
+
+    def finished(self, task_id: str, seconds: float = 15.0) -> dict:
+        """The finished task's row, once there is one."""
+        return wait_for(lambda: self.history(task_id), seconds, f"the end of task {task_id}")
+
+
+@pytest.fixture
+def installation(tmp_path):
+    """An Installation; its processes are killed at the end."""
+    made = Installation(tmp_path)
+    yield made
+    for process in made.processes:
+        if process.poll() is None:
+            process.kill()
+        process.wait()
+    shutil.rmtree(made.state, ignore_errors=True)
+
+
+@pytest.fixture
+def queue(installation, monkeypatch):
+    """queue_helpers, on the installation's state directory."""
+    import queue_helpers
+
+    monkeypatch.setattr(queue_helpers, "STATE_DIR", installation.state)
+    monkeypatch.setattr(queue_helpers, "QUEUE_DB", installation.db)
+    monkeypatch.setattr(queue_helpers, "QUEUE_PATH", installation.state)
+    yield queue_helpers
+    queue_helpers.resign(installation.state)
