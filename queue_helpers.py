@@ -313,7 +313,7 @@ def explain(error: sqlite3.Error, state: Path) -> QueueError:
     name = getattr(error, "sqlite_errorname", "") or ""
     if name.startswith(("SQLITE_BUSY", "SQLITE_LOCKED")):
         return QueueBusy(f"{db} is locked by another process: {text}; find who holds it with: fuser -v '{db}'")
-    if name.startswith("SQLITE_CONSTRAINT_CHECK"):
+    if name == "SQLITE_CONSTRAINT_CHECK" or "JSON" in text:  # "malformed JSON" comes from the generated columns
         return InvalidTask(f"the task was refused: {text}; data is a JSON object, nested 1000 deep at most")
     if name.startswith("SQLITE_TOOBIG"):
         return InvalidTask("the task was refused: it is larger than SQLite can store (1 GB)")
