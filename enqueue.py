@@ -9,8 +9,25 @@
     generate | enqueue.py approvals review --jsonl          one payload a line, all or none
     enqueue.py --hook notifications link_validation         as the command of a Claude Code hook
 
-DATA is a JSON object, `-` reads it from stdin, nothing means {}. Prints `queued ID`, or `duplicate ID` when a task
-with that id is waiting or running already; with --hook nothing.
+usage: enqueue.py QUEUE TASK_TYPE [DATA] [options]
+       enqueue.py QUEUE [TASK_TYPE] --jsonl [options]
+       enqueue.py --hook QUEUE [TASK_TYPE] [options]
+
+DATA is a JSON object, `-` reads it from stdin, nothing means {}. TASK_TYPE names the handler. Prints `queued ID`, or
+`duplicate ID` when a task with that id is waiting or running already; with --hook nothing.
+
+  --task-id ID          unique among the queue's waiting and running tasks (default: random)
+  --delay SECONDS       not before this long from now
+  --priority N          higher is claimed first (default 0)
+  --window SECONDS      a task enqueued this recently and finished is a duplicate, too (default 0; with --hook 10)
+  --jsonl               a task per line of stdin: its payload, or without TASK_TYPE {"task_type", "data", "task_id"}
+  --start-worker        start a detached worker if none serves the queue
+  --hook                stdin is a hook's payload: it becomes the task's data, with workspace_path from its cwd;
+                        TASK_TYPE is the event's name unless given
+  --once-per KEY        session, workspace or content: what makes two firings of a hook one task (default: everything)
+  --wait SECONDS        for the database, before a hook's task goes to the spool (default 1)
+  --nested              let a hook enqueue even inside a handler's own run
+  -h, --help            this text
 
 exit codes: 0 stored (or a duplicate); 1 the database cannot be used; 64 usage; 65 the task was refused;
 75 the database is locked, try again. Never 2, which would block Claude Code.
@@ -18,7 +35,7 @@ exit codes: 0 stored (or a duplicate); 1 the database cannot be used; 64 usage; 
 
 from __future__ import annotations
 
-import argparse
+import getopt  # argparse would cost a hook 12 ms
 import json
 import os
 import sys
@@ -33,45 +50,46 @@ QUIET_SECONDS = 0.02  # a hook's payload is taken as whole when it parses and no
 # What differs from one firing to the next although nothing that matters does: left out of --once-per content.
 PER_FIRING = ("session_id", "prompt_id", "transcript_path", "tool_use_id", "duration_ms", "agent_id", "agent_transcript_path")
 
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        self.exit(EX_USAGE, f"{self.prog}: {message}; see {self.prog} --help\n")
+FLAGS = ("hook", "jsonl", "start-worker", "nested", "help")
+OPTIONS = {"task-id": str, "delay": float, "priority": int, "window": float, "once-per": str, "wait": float}
 
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = Parser(prog="enqueue.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("queue", metavar="QUEUE", help="a-z, 0-9 and _, beginning with a letter")
-    parser.add_argument("task_type", metavar="TASK_TYPE", nargs="?", help="names the handler; with --hook: default the event's name")
-    parser.add_argument("data", metavar="DATA", nargs="?", help="a JSON object, or - for stdin (default {})")
-    parser.add_argument("--task-id", metavar="ID", help="unique among waiting and running tasks (default: random)")
-    parser.add_argument("--delay", metavar="SECONDS", type=float, default=0.0, help="not before this long from now")
-    parser.add_argument("--priority", metavar="N", type=int, default=0, help="higher is claimed first (default 0)")
-    parser.add_argument("--window", metavar="SECONDS", type=float,
-                        help="a task that was enqueued this recently and is finished is a duplicate, too")  # fmt: skip
-    parser.add_argument("--jsonl", action="store_true",
-                        help="a task per line of stdin: its payload, or without TASK_TYPE {\"task_type\", \"data\", \"task_id\"}")  # fmt: skip
-    parser.add_argument("--start-worker", action="store_true", help="start a detached worker if none serves the queue")
-    hook = parser.add_argument_group("hooks")
-    hook.add_argument("--hook", action="store_true", help="stdin is a hook's payload; see README, Hooks")
-    hook.add_argument("--once-per", choices=("session", "workspace", "content"), help="what makes two firings one task")
-    hook.add_argument("--wait", metavar="SECONDS", type=float, default=1.0,
-                      help="for the database, before the task goes to the spool (default 1)")  # fmt: skip
-    hook.add_argument("--nested", action="store_true", help="enqueue even inside a handler's own run")
-    args = parser.parse_args(argv)
-    if args.jsonl and (args.data is not None or args.task_id or args.hook):
-        parser.error("--jsonl takes no DATA, --task-id or --hook")
-    if args.hook and (args.data is not None or args.task_id):
-        parser.error("--hook takes no DATA and no --task-id: the payload comes on stdin, the id from it")
-    if args.once_per and not args.hook:
-        parser.error("--once-per goes with --hook")
-    if args.task_type is None and not (args.hook or args.jsonl):
-        parser.error("TASK_TYPE is missing")
-    return args
+class Arguments:
+    """The command line. Raises ValueError for a usage error."""
+
+    task_id = once_per = window = task_type = data = None
+    delay, priority, wait = 0.0, 0, 1.0
+    hook = jsonl = start_worker = nested = help = False
+
+    def __init__(self, argv: list[str]) -> None:
+        found, words = getopt.gnu_getopt(argv, "h", [*FLAGS, *(f"{name}=" for name in OPTIONS)])
+        for option, text in found:
+            name = {"-h": "help"}.get(option, option[2:])
+            try:
+                setattr(self, name.replace("-", "_"), OPTIONS[name](text) if name in OPTIONS else True)
+            except ValueError:
+                raise ValueError(f"--{name} takes a number, not {text!r}") from None
+        if self.help:
+            return
+        if not words or len(words) > 3 or len(words) < 2 and not (self.hook or self.jsonl):
+            raise ValueError("QUEUE and TASK_TYPE are wanted" if len(words) < 2 else f"{words[3]!r} is one word too many")
+        self.queue, self.task_type, self.data = (*words, None, None)[:3]
+        if (self.hook or self.jsonl) and (self.data is not None or self.task_id):
+            raise ValueError("with --hook or --jsonl the tasks come on stdin: no DATA and no --task-id")
+        if self.hook and self.jsonl or self.once_per and not self.hook:
+            raise ValueError("--hook goes without --jsonl, and --once-per with --hook")
+        if self.once_per not in (None, "session", "workspace", "content"):
+            raise ValueError("--once-per takes session, workspace or content")
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = parse(argv)
+    try:
+        args = Arguments(sys.argv[1:] if argv is None else argv)
+    except (ValueError, getopt.GetoptError) as error:
+        return fail(EX_USAGE, f"{error}; see enqueue.py --help")
+    if args.help:
+        print(__doc__)
+        return 0
     try:
         import queue_helpers as q
     except Exception as error:  # a hook's one chance to say why
@@ -106,7 +124,7 @@ def report(results: list[tuple[str, bool]]) -> int:
     return 0
 
 
-def tasks_from(q, args: argparse.Namespace) -> list:
+def tasks_from(q, args: Arguments) -> list:
     """The tasks that the command line and stdin describe."""
     options = {"delay": args.delay, "priority": args.priority, "window": args.window or 0.0}
     if not args.jsonl:
@@ -153,7 +171,7 @@ DECODER = json.JSONDecoder(parse_constant=not_a_number)
 # ---------------------------------------------------------------------------------------------------------------- hook
 
 
-def hook(q, args: argparse.Namespace) -> int:
+def hook(q, args: Arguments) -> int:
     """Store one task for one firing: in the database, else in the spool; raises when it is in neither."""
     if q.task_depth() and not args.nested:
         return 0  # fired by a handler's own run: work must not start itself again
@@ -259,8 +277,13 @@ def firing_id(data: dict, task_type: str, once_per: str | None) -> str:
 
 
 def digest(value: object) -> str:
-    from hashlib import sha256
-
+    try:
+        from _sha2 import sha256  # hashlib loads OpenSSL, 3 ms
+    except ImportError:
+        try:
+            from _sha256 import sha256  # until 3.11
+        except ImportError:
+            from hashlib import sha256
     return sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -297,4 +320,9 @@ def start_worker(q, queue: str) -> None:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    code = main()
+    try:
+        sys.stdout.flush()
+        sys.stderr.flush()
+    finally:
+        os._exit(code)  # all is on disk: neither Python's own end nor SQLite's clean-up is worth a hook's time

@@ -1076,15 +1076,15 @@ os.register_at_fork(
 # ------------------------------------------------------------------------------------------------- waking the sleepers
 
 
-def look_again(heard: threading.Event, look) -> None:
-    """Call look() at growing intervals until LOOK_AGAIN_SECONDS have passed without an event and without a change.
+def look_again(heard: threading.Event, look, pauses=LOOK_AGAIN_SECONDS) -> None:
+    """Call look() at growing intervals until they have all passed without an event and without a change.
 
     watchdog reports the write to the write-ahead log, but that comes before the commit can be seen (write, fsync,
     then the shared index): whoever looks once per event misses one task in ten until the next event.
     """
     step = 0
-    while step < len(LOOK_AGAIN_SECONDS):
-        step = 0 if heard.wait(LOOK_AGAIN_SECONDS[step]) else step + 1
+    while step < len(pauses):
+        step = 0 if heard.wait(pauses[step]) else step + 1
         heard.clear()
         if look():
             step = 0
@@ -1156,11 +1156,11 @@ class Watch(threading.Thread):
                 # While there is work, looking is cheaper than having watchdog report each write; the ears open again
                 # once all has been quiet, and then we look as long again for what was written before they did.
                 self._listen(False)
-                look_again(self._heard, self._look)
-                self._owner_closed = False
+                look_again(self._heard, self._look, LOOK_AGAIN_SECONDS[:6])
                 self._listen(True)
                 quiet = self._seen
                 look_again(self._heard, self._look)
+                self._owner_closed = False
                 while self._seen == quiet and not self._heard.wait(ORPHAN_TICK_SECONDS if self._orphans else tick):
                     self._refresh()
                     self.notify()
