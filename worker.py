@@ -25,6 +25,7 @@ exit codes: 0 stopped, drained, idle, or another worker has the queue (--single)
 from __future__ import annotations
 
 import argparse
+import fcntl
 import json
 import os
 import selectors
@@ -119,6 +120,20 @@ def main(argv: list[str] | None = None) -> int:
         return 1
 
 
+def clean_environment() -> dict[str, str]:
+    """Our environment without what would have a handler take itself for a part of something else."""
+    env = {name: value for name, value in os.environ.items() if name not in SCRUBBED}
+    if "VIRTUAL_ENV" in os.environ:  # uv run put its own bin first
+        ours = os.path.join(os.environ["VIRTUAL_ENV"], "bin")
+        env["PATH"] = os.pathsep.join(p for p in env.get("PATH", "").split(os.pathsep) if p != ours)
+    return env
+
+
+def temporary_file():
+    """A file for a handler's stdin, in memory where that can be had. No pipe: nothing blocks that is not read."""
+    return os.fdopen(os.memfd_create("task"), "w+b") if hasattr(os, "memfd_create") else tempfile.TemporaryFile()
+
+
 def say(line: str) -> None:
     """One line on stderr; a closed terminal is no reason to stop working."""
     try:
@@ -163,6 +178,9 @@ class Worker:
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
         self.state = q.STATE_DIR
+        self.logs = f"{self.state}/logs"
+        self.handlers = os.path.abspath(args.handlers)
+        self.clean = clean_environment()
         self.runs: list[Run] = []
         self.done: list[tuple[q.Task, Verdict, float]] = []  # ended, not yet recorded
         self.stops = 0  # signals received
@@ -234,23 +252,23 @@ class Worker:
             return self.end(task, partial(self.put_back, task, str(error), NO_HANDLER_SECONDS))
         workspace = data.get("workspace_path")
         workspace = workspace if isinstance(workspace, str) and os.path.isdir(workspace) and os.access(workspace, os.X_OK) else None
-        run = self.state / "logs" / task.run_name
+        run = f"{self.logs}/{task.run_name}"
         try:
-            q.make_private(run.parent)
-            for ending in (".out", ".err", ".exit"):  # of an attempt of ours that did not count
-                Path(f"{run}{ending}").unlink(missing_ok=True)
-            out = q.lock_file(f"{run}.out")  # handed over as stdout: held until the handler and its heirs are gone
-            err = os.open(f"{run}.err", os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+            out = self.output(f"{run}.out")
             try:
-                with tempfile.TemporaryFile() as stdin:
-                    stdin.write(json.dumps(envelope).encode())
-                    stdin.seek(0)
-                    process = subprocess.Popen(["/bin/sh", "-c", SHIM, "sh", f"{run}.exit", *command], cwd=workspace,
-                                               stdin=stdin, stdout=out, stderr=err, start_new_session=True,
-                                               env=self.environment(task, envelope))  # fmt: skip
+                fcntl.flock(out, fcntl.LOCK_EX | fcntl.LOCK_NB)  # held until the handler and its heirs are gone
+                err = self.output(f"{run}.err")
+                try:
+                    with temporary_file() as stdin:
+                        stdin.write(json.dumps(envelope).encode())
+                        stdin.seek(0)
+                        process = subprocess.Popen(["/bin/sh", "-c", SHIM, "sh", f"{run}.exit", *command], cwd=workspace,
+                                                   stdin=stdin, stdout=out, stderr=err, start_new_session=True,
+                                                   env=self.environment(task, envelope))  # fmt: skip
+                finally:
+                    os.close(err)
             finally:
                 os.close(out)
-                os.close(err)
         except ValueError as error:  # a NUL, from a writer that checks nothing
             return self.end(task, partial(self.bury, task, f"its id or type cannot be passed on: {error}"))
         except OSError as error:  # the disk is full, too many processes, …: not the task's fault
@@ -258,24 +276,31 @@ class Worker:
             return self.end(task, partial(self.put_back, task, why, RETRY_SECONDS[-1]))
         self.runs.append(Run(task, process, self.args.timeout))
 
+    def output(self, path: str) -> int:
+        """A new file for a handler's output."""
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_CLOEXEC
+        try:
+            return os.open(path, flags, 0o600)
+        except FileExistsError:  # from an attempt of ours that did not count
+            os.unlink(path)
+        except FileNotFoundError:
+            q.make_private(Path(path).parent)
+        return os.open(path, flags, 0o600)
+
     def command_for(self, task: q.Task) -> list[str]:
         """What to run. LookupError when there is no handler for the task's type."""
         if self.args.command is not None:
             return self.args.command
-        handler = self.args.handlers.absolute() / task.task_type
-        if "/" in task.task_type or task.task_type.startswith(".") or not handler.is_file():
-            raise LookupError(f"no handler {task.task_type!r} in {self.args.handlers}")
+        handler = f"{self.handlers}/{task.task_type}"
+        if "/" in task.task_type or task.task_type.startswith(".") or not os.path.isfile(handler):
+            raise LookupError(f"no handler {task.task_type!r} in {self.handlers}")
         if not os.access(handler, os.X_OK):
             raise LookupError(f"{handler} is not executable: chmod +x it")
-        return [str(handler)]
+        return [handler]
 
     def environment(self, task: q.Task, envelope: dict) -> dict[str, str]:
-        env = {name: value for name, value in os.environ.items() if name not in SCRUBBED}
-        if "VIRTUAL_ENV" in os.environ:  # uv run put its own bin first
-            ours = os.path.join(os.environ["VIRTUAL_ENV"], "bin")
-            env["PATH"] = os.pathsep.join(p for p in env.get("PATH", "").split(os.pathsep) if p != ours)
         depth = envelope.get("depth", 0)
-        return env | {
+        return self.clean | {
             "TASK_ID": task.task_id, "TASK_TYPE": task.task_type, "TASK_QUEUE": task.queue,
             "TASK_ATTEMPT": str(task.attempts), "TASK_DEPTH": str((depth if isinstance(depth, int) else 0) + 1),
             "TASK_QUEUE_STATE": str(self.state),
@@ -326,7 +351,7 @@ class Worker:
         return ("cancelled" if q.finish(conn, task, "cancelled", error="cancelled while it ran") else None), None
 
     def report(self, task: q.Task, outcome: str | None, error: str | None, took: float) -> None:
-        run = self.state / "logs" / task.run_name
+        run = f"{self.logs}/{task.run_name}"
         for ending, keep in ((".exit", False), (".out", True), (".err", True)):
             try:
                 if not keep or os.stat(f"{run}{ending}").st_size == 0:
@@ -347,11 +372,16 @@ class Worker:
     # ------------------------------------------------------------------------------------------------------- database
 
     def exchange(self) -> None:
-        """Record what ended and claim what is next, in one transaction. Trouble is said once and tried again."""
+        """Claim and start what is next, then record what ended: handlers run while the disk is waited for.
+
+        Trouble with the database is said once and tried again.
+        """
         if time.monotonic() < self.retry_at:
             return
         try:
-            tasks, reports = self.record_and_claim()
+            for task in self.claim():
+                self.start(task)
+            reports = self.record()
             if self.trouble:
                 say("the database can be used again; going on")
             self.trouble, self.failures, self.retry_at = "", 0, 0.0
@@ -362,47 +392,51 @@ class Worker:
             self.retry_at = time.monotonic() + RETRY_SECONDS[min(self.failures, len(RETRY_SECONDS) - 1)]
             self.failures += 1
             return
-        for task in tasks:
-            self.start(task)
         for report in reports:
             self.report(*report)
-        if self.done:
-            self.set()  # some could not be started: record that now
 
-    def record_and_claim(self) -> tuple[list[q.Task], list[tuple]]:
+    def claim(self) -> list[q.Task]:
+        """Claim a task for each free place, one of each queue in turn; first the spool is taken in."""
         conn = q.connect(self.state, create=False)
         for complaint in q.take_in_spool(self.state)[1]:
             say(f"set aside {complaint}")
         for queue in self.args.queues:
             q.ensure_queue(conn, queue)
-            if self.runs:
-                cancelled = {row for (row,) in q.execute(conn, q.CANCEL_REQUESTED, queue, owner=q.owner_name(self.state))}
-                for run in self.runs:
-                    if run.task.queue == queue and run.task.id in cancelled:
-                        run.end("cancelled")
-                        self.set()
         free = 0 if self.stops else self.args.concurrency - len(self.runs)
         ready = [queue for queue in self.args.queues if q.has_ready(conn, queue)] if free > 0 else []
-        if not ready and not self.done:
-            return [], []
-        tasks, how = [], {"max_attempts": self.args.max_attempts, "backoff": self.args.backoff, "then_queue": self.args.then}
-        owner = q.owner_name(self.state)
-        with q.transaction(conn, durable=bool(self.done)):
-            outcomes = [verdict(conn) for _, verdict, _ in self.done]
-            while ready and free > 0:  # one of each queue in turn
+        if not ready:
+            return []
+        tasks, owner = [], q.owner_name(self.state)
+        how = {"max_attempts": self.args.max_attempts, "backoff": self.args.backoff, "then_queue": self.args.then}
+        with q.transaction(conn, durable=False):
+            while ready and free > 0:
                 queue = ready.pop(0)
-                claimed = q.claim(conn, queue, owner, **how)
-                if claimed:
+                if claimed := q.claim(conn, queue, owner, **how):
                     tasks += claimed
                     free -= 1
                     ready.append(queue)
         if tasks:  # the queue after the last one served is first next time
             turn = self.args.queues.index(tasks[-1].queue) + 1
             self.args.queues = self.args.queues[turn:] + self.args.queues[:turn]
+        return tasks
+
+    def record(self) -> list[tuple]:
+        """Record how runs ended, in one transaction: what report() wants. Sees to requested cancellations, too."""
+        conn = q.connect(self.state, create=False)
+        for queue in {run.task.queue for run in self.runs}:
+            cancelled = {row for (row,) in q.execute(conn, q.CANCEL_REQUESTED, queue, owner=q.owner_name(self.state))}
+            for run in self.runs:
+                if run.task.queue == queue and run.task.id in cancelled:
+                    run.end("cancelled")
+                    run.signal_when_due(self.args.kill_after)
+        if not self.done:
+            return []
+        with q.transaction(conn):
+            outcomes = [verdict(conn) for _, verdict, _ in self.done]
         done, self.done = self.done, []
         if self.args.then and any(outcome == "completed" for outcome, _ in outcomes):
             q.wake(self.state)
-        return tasks, [(task, *outcome, took) for (task, _, took), outcome in zip(done, outcomes)]
+        return [(task, *outcome, took) for (task, _, took), outcome in zip(done, outcomes)]
 
     def serve(self) -> bool:
         """Hold the lock that says these queues have a worker: alone with --single, else with others. False if not had."""
