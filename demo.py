@@ -1,0 +1,281 @@
+#!/usr/bin/env -S uv run --script
+# /// script
+# requires-python = ">=3.11"
+# dependencies = []
+# ///
+"""Show the whole way of a task, from a Stop hook's payload to the result on the completions queue, step by step.
+
+Everything is real: enqueue.py as a hook, an idle worker.py, handlers/link_validation and lychee. The state directory and
+the workspace are thrown away at the end; nothing of yours is touched.
+
+examples:
+  just demo
+  uv run --script demo.py
+  uv run --script demo.py | tail -n 1 | python3 -m json.tool      the last line is the completion's payload
+
+exit codes: 0 every step happened; 1 one did not, within 30 s; 64 usage.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import shutil
+import signal
+import sqlite3
+import subprocess
+import sys
+import tempfile
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+STEP_SECONDS = 30  # for each step
+WARM_SECONDS = 900  # the first time, uv downloads lychee: 75 MB
+ASLEEP_SECONDS = 1  # a worker is, long before, where nobody can see it
+END_SECONDS = 8  # for children to end by themselves; a worker gives its handlers 5
+POLL_SECONDS = 0.002
+EX_USAGE = 64
+STOPS = (signal.SIGTERM, signal.SIGINT)
+
+README = """# Harbour notes
+
+The [tide table](tides.md) is right.
+The [map of the pier](pier.md) was never drawn.
+"""
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        self.exit(EX_USAGE, f"{self.prog}: {message}; see {self.prog} --help\n")
+
+
+class Failed(Exception):
+    """A step did not happen; the message says which, and what is known."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args(argv)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # an exit that cleans up
+    with tempfile.TemporaryDirectory(prefix="task-queue-demo-") as directory:
+        demo = Demo(Path(directory).resolve())
+        try:
+            demo.run()
+        except (Failed, OSError, sqlite3.Error) as error:
+            print(f"demo: {error}", file=sys.stderr)
+            print(demo.worker_log(), end="", file=sys.stderr)
+            return 1
+        except KeyboardInterrupt:
+            return 1
+        finally:
+            demo.end_children()
+    return 0
+
+
+class Demo:
+    """One demonstration in a directory of its own."""
+
+    def __init__(self, directory: Path) -> None:
+        self.started = time.monotonic()
+        self.state, self.workspace, self.handlers = directory / "state", directory / "workspace", HERE / "handlers"
+        self.log = directory / "worker.log"
+        self.worker: subprocess.Popen | None = None
+        self.children: list[subprocess.Popen] = []
+        self.uv = find_uv()
+        names = ("TASK_", "LYCHEE_", "CLAUDE")  # of whatever this was started from
+        self.environment = {name: value for name, value in os.environ.items() if not name.startswith(names)}
+        self.environment["TASK_QUEUE_STATE"] = str(self.state)
+        if self.uv:  # the handler's first line asks PATH for it
+            self.environment["PATH"] = os.pathsep.join([os.path.dirname(self.uv), os.environ.get("PATH", os.defpath)])
+
+    def run(self) -> None:
+        self.warm()
+        self.make_workspace()
+        self.start_worker()
+        hook_ms = self.fire_hook()
+        # Hook and worker run by themselves from here on: these wait for what they do, and say when it was.
+        claimed = self.wait_for("no worker claimed the task", self.first("select * from task_queue where queue = 'notifications' "
+                                                                         "and started_at is not null"))  # fmt: skip
+        self.say(f"task queued: {claimed['task_type']} {claimed['task_id']} (hook: {hook_ms:.0f} ms, exit 0, no output)")
+        self.say(f"worker woken {milliseconds(claimed['enqueued_at'], claimed['started_at'])} ms after the task was enqueued")
+        done = self.wait_for("the handler did not finish", self.first("select * from task_history where queue = 'notifications'"))
+        if done["status"] != "completed":
+            raise Failed(f"the task ended as {done['status']}: {done['error']}")
+        summary = json.loads(done["result"])
+        if (summary["successful"], summary["failed"]) != (1, 1):
+            raise Failed(f"the handler found {summary}, not one good and one broken link")
+        link = summary["broken"][0]
+        took = milliseconds(done["started_at"], done["completed_at"])
+        self.say(f"broken link found: {link['file']}:{link['line']} -> {os.path.basename(link['url'])} ({took} ms, real lychee)")
+        waiting = self.wait_for("nothing came to completions", self.first("select * from task_queue where queue = 'completions'"))
+        self.say(f"completion queued: {waiting['task_type']} {waiting['task_id']} is {waiting['status']} on completions")
+        print(json.dumps(json.loads(waiting["data"])["data"]), flush=True)
+
+    # ---------------------------------------------------------------------------------------------------------- steps
+
+    def warm(self) -> None:
+        """Have uv fetch what the scripts need, so that the times below are the scripts' own."""
+        scripts = [HERE / "enqueue.py", HERE / "worker.py", self.handlers / "link_validation"]
+        missing = [str(script) for script in scripts if not script.is_file()]
+        if missing:
+            raise Failed(f"{' and '.join(missing)} missing: run this from a whole checkout")
+        for process in [self.start(script, "--help", stdout=subprocess.DEVNULL) for script in scripts]:
+            try:
+                code = process.wait(WARM_SECONDS)
+            except subprocess.TimeoutExpired:
+                raise Failed(f"what the scripts need was not downloaded within {WARM_SECONDS} s") from None
+            if code != 0:
+                raise Failed("a script could not be started; what it says is above")
+        if not self.uv:
+            self.handlers = self.handlers_without_uv()
+        self.say("scripts are ready to run" + ("" if self.uv else " (by this Python: there is no uv)"))
+
+    def handlers_without_uv(self) -> Path:
+        """A handlers directory whose link_validation is run by this Python."""
+        directory = self.log.parent / "handlers"
+        directory.mkdir()
+        stand_in = directory / "link_validation"
+        stand_in.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{self.handlers}/link_validation"\n')
+        stand_in.chmod(0o755)
+        return directory
+
+    def make_workspace(self) -> None:
+        self.workspace.mkdir()
+        (self.workspace / "README.md").write_text(README)
+        (self.workspace / "tides.md").write_text("# Tides\n\nHigh at noon.\n")
+        self.say("workspace made: README.md with one good link and one broken link")
+
+    def start_worker(self) -> None:
+        with self.log.open("wb") as log:
+            self.worker = self.start(HERE / "worker.py", "notifications", "--handlers", str(self.handlers), "--then", "completions",
+                                     "--grace", "0", stdin=subprocess.DEVNULL, stdout=log, stderr=log)  # fmt: skip
+        self.wait_for("the worker did not get ready", self.worker_serves)
+        asleep_by = time.monotonic() + ASLEEP_SECONDS
+        self.wait_for("the worker did not fall asleep", lambda: self.worker_hears() or time.monotonic() > asleep_by)
+        self.say("worker started: worker.py notifications --then completions; it sleeps")
+
+    def fire_hook(self) -> float:
+        """Do what Claude Code does when it stops; how long it was held up, in ms."""
+        payload = {
+            "session_id": str(uuid.uuid4()), "transcript_path": str(self.workspace / "transcript.jsonl"),
+            "cwd": str(self.workspace), "permission_mode": "acceptEdits", "hook_event_name": "Stop",
+            "stop_hook_active": False, "last_assistant_message": "I updated the notes.", "background_tasks": [],
+        }  # fmt: skip
+        self.say('hook payload in: {"hook_event_name": "Stop", "cwd": …} to enqueue.py --hook notifications link_validation')
+        before = time.monotonic()
+        hook = self.start(HERE / "enqueue.py", "--hook", "notifications", "link_validation",
+                          stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
+        try:
+            out, err = hook.communicate(json.dumps(payload).encode(), timeout=STEP_SECONDS)
+        except subprocess.TimeoutExpired:
+            raise Failed(f"the hook did not return within {STEP_SECONDS} s") from None
+        if hook.returncode != 0 or out or err:
+            raise Failed(f"the hook ended with exit {hook.returncode} and said {(out + err).decode()!r}")
+        return (time.monotonic() - before) * 1000
+
+    # ---------------------------------------------------------------------------------------------------------- tools
+
+    def start(self, script: Path, *arguments: str, **options) -> subprocess.Popen:
+        """Run a script in a process group of its own, so that all of it can be ended."""
+        runner = [self.uv, "run", "--script"] if self.uv else [sys.executable]
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)  # a stop in between would leave a child that nobody knows of
+        try:
+            child = subprocess.Popen([*runner, str(script), *arguments], env=self.environment, start_new_session=True,
+                                     preexec_fn=lambda: signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS), **options)  # noqa: PLW1509  # fmt: skip
+            self.children.append(child)
+            return child
+        finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
+
+    def say(self, what: str) -> None:
+        print(f"{(time.monotonic() - self.started) * 1000:6.0f} ms  {what}", flush=True)
+
+    def wait_for(self, otherwise: str, look: Callable):
+        """What look() returns once that is true; Failed when it is not in STEP_SECONDS, or when the worker is gone."""
+        deadline = time.monotonic() + STEP_SECONDS
+        while not (found := look()):
+            if self.worker.poll() is not None:
+                raise Failed(f"{otherwise}: the worker ended with exit {self.worker.returncode} and said:")
+            if time.monotonic() > deadline:
+                raise Failed(f"{otherwise} within {STEP_SECONDS} s; the worker said:")
+            time.sleep(POLL_SECONDS)
+        return found
+
+    def first(self, query: str) -> Callable:
+        """A look at the first row of a query, as a dict; None while there is none."""
+        conn = sqlite3.connect(f"{(self.state / 'tasks.db').as_uri()}?mode=ro", uri=True, isolation_level=None)
+        conn.row_factory = sqlite3.Row
+
+        def look() -> dict | None:
+            row = conn.execute(query).fetchone()
+            if row:
+                conn.close()
+            return dict(row) if row else None
+
+        return look
+
+    def worker_serves(self) -> int:
+        """The worker's process number once it says that it serves the queue, else 0."""
+        said = re.search(r"worker (\d+)-\S+ serves ", self.worker_log())
+        return int(said[1]) if said else 0
+
+    def worker_hears(self) -> bool:
+        """Whether the worker is told of writes to the state directory: it sleeps, and its wake can be timed."""
+        watched = f" ino:{os.stat(self.state).st_ino:x} "  # as Linux lists inotify's watches; others don't
+        try:
+            return any(watched in file.read_text() for file in Path(f"/proc/{self.worker_serves()}/fdinfo").iterdir())
+        except OSError:  # opened and closed while we read
+            return False
+
+    def worker_log(self) -> str:
+        return self.log.read_text("utf-8", "replace") if self.log.exists() else ""
+
+    def end_children(self) -> None:
+        """End what was started and is still there; nothing writes into the directory any more when this returns."""
+        for stop in STOPS:
+            signal.signal(stop, signal.SIG_IGN)  # it takes seconds at most
+        alive = [child for child in self.children if child.poll() is None]
+        for child in alive:
+            child.terminate()  # uv passes it on; the worker ends its handlers
+        deadline = time.monotonic() + END_SECONDS
+        for child in alive:
+            try:
+                child.wait(max(0.0, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                pass
+            while has_members(child.pid) and time.monotonic() < deadline + END_SECONDS:
+                child.poll()  # a zombie is a member
+                time.sleep(POLL_SECONDS)
+
+
+def has_members(group: int) -> bool:
+    """Kill what is left of a process group; whether there was anything."""
+    try:
+        os.killpg(group, signal.SIGKILL)
+        return True
+    except (ProcessLookupError, PermissionError):  # macOS says the latter of zombies
+        return False
+
+
+def find_uv() -> str | None:
+    """uv itself where that can be found: a version manager's stand-in on PATH costs 60 ms each time."""
+    try:
+        from uv import find_uv_bin
+
+        return find_uv_bin()
+    except (ImportError, FileNotFoundError):
+        return os.environ.get("UV") or shutil.which("uv")
+
+
+def milliseconds(start: str, end: str) -> int:
+    """From one UTC text of the history to another."""
+    with sqlite3.connect(":memory:") as conn:
+        return round(conn.execute("select (julianday(?) - julianday(?)) * 86400000", (end, start)).fetchone()[0])
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

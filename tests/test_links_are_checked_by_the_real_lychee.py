@@ -1,0 +1,542 @@
+"""handlers/link_validation, run as a worker runs it: the script itself, with a task on stdin. lychee is the real one."""
+
+import ctypes
+import http.server
+import json
+import os
+import resource
+import shutil
+import signal
+import socket
+import stat
+import subprocess
+import sys
+import threading
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+HANDLER = ROOT / "handlers" / "link_validation"
+
+
+def uv_binary():
+    """The real uv, not a shim of a version manager."""
+    try:
+        from uv import find_uv_bin
+
+        return find_uv_bin()
+    except (ImportError, FileNotFoundError):
+        return os.environ.get("UV") or shutil.which("uv")
+
+
+UV = uv_binary()
+assert UV, "uv is missing: python3 -m pip install uv"
+UV_CACHE = subprocess.run([UV, "cache", "dir"], capture_output=True, text=True, check=True).stdout.strip()
+
+
+@pytest.fixture
+def workspace(tmp_path):
+    folder = tmp_path / "workspace"
+    folder.mkdir()
+    return folder
+
+
+@pytest.fixture
+def check(tmp_path, workspace):
+    """check(data, …) runs the handler with a task that has this payload, and returns the finished process."""
+    home = tmp_path / "home"
+    home.mkdir()
+
+    def run(data=None, *, task=None, path=(), env=None, **options):
+        payload = {"workspace_path": str(workspace)} if data is None else data
+        if task is None:
+            task = json.dumps({"task_id": "t1", "task_type": "link_validation", "data": payload}).encode()
+        places = os.pathsep.join([*map(str, path), os.path.dirname(UV), "/usr/local/bin", "/usr/bin", "/bin"])
+        environment = {"PATH": places, "HOME": str(home), "UV_CACHE_DIR": UV_CACHE, **(env or {})}
+        done = subprocess.run([HANDLER], input=task, env=environment, cwd=workspace, capture_output=True, timeout=60,
+                              check=False, **options)  # fmt: skip
+        done.summary = json.loads(done.stdout) if done.returncode == 0 else None
+        done.words = done.stderr.decode()
+        assert "Traceback" not in done.words
+        return done
+
+    return run
+
+
+def write(folder, **files):
+    for name, text in files.items():
+        path = folder / f"{name}.md"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+
+
+def git(workspace, *words):
+    subprocess.run(["git", *words], cwd=workspace, check=True, capture_output=True,
+                   env={"PATH": os.environ["PATH"], "HOME": str(workspace.parent)})  # fmt: skip
+
+
+def broken(done):
+    return [(link["file"], os.path.basename(link["url"])) for link in done.summary["broken"]]
+
+
+def without_overrides():
+    """Root reads everything: give that up, and file modes mean something."""
+    if sys.platform != "linux":
+        return  # nobody runs tests as root there
+    prctl_capbset_drop, cap_dac_override, cap_dac_read_search = 24, 1, 2
+    libc = ctypes.CDLL(None, use_errno=True)
+    for capability in (cap_dac_override, cap_dac_read_search):
+        libc.prctl(prctl_capbset_drop, capability, 0, 0, 0)
+
+
+# -------------------------------------------------------------------------------------------------------- the result
+
+
+def test_a_broken_link_is_found_and_is_no_failure(workspace, check):
+    write(workspace, README="# Hello\n\n[here](good.md)\n[gone](missing.md)\n", good="# Good\n")
+    done = check()
+    assert done.returncode == 0
+    summary = done.summary
+    assert done.stdout.count(b"\n") == 1
+    assert {key: summary[key] for key in ("files", "total", "successful", "failed", "excluded", "skipped", "online")} == {
+        "files": 2, "total": 2, "successful": 1, "failed": 1, "excluded": 0, "skipped": [], "online": False,
+    }  # fmt: skip
+    (link,) = summary["broken"]
+    assert (link["file"], link["line"], link["url"]) == ("README.md", 4, f"file://{workspace}/missing.md")
+    assert "not found" in link["reason"]
+    assert summary["workspace_path"] == str(workspace)
+    assert summary["results_file"] == str(workspace / ".lychee-results.json")
+    assert 0 < summary["seconds"] < 30
+
+
+def test_the_results_file_is_the_whole_report_of_lychee(workspace, check):
+    write(workspace, README="".join(f"[{n}](missing-{n}.md)\n" for n in range(200)))
+    (workspace / "out").mkdir()
+    done = check({"workspace_path": str(workspace), "results_file": "out/links of today.json"})
+    report = json.loads((workspace / "out" / "links of today.json").read_text())
+    assert (report["total"], report["errors"], len(report["error_map"]["./README.md"])) == (200, 200, 200)
+    assert (done.summary["failed"], len(done.summary["broken"])) == (200, 50)
+    assert not (workspace / ".lychee-results.json").exists()
+    assert os.listdir(workspace / "out") == ["links of today.json"]
+
+
+def test_the_summary_fits_into_the_history_whatever_the_names_are(workspace, check):
+    deep = workspace / "/".join(["ü" * 120] * 6)
+    deep.mkdir(parents=True)
+    for number in range(60):
+        (deep / f"{number}.md").write_text("[x](missing.md)")
+        (deep / f"{number}-latin.md").write_bytes(b"caf\xe9")
+    done = check()
+    assert done.summary["failed"] == 60
+    assert 10 < len(done.summary["broken"]) < 50
+    assert len(done.stdout) < 65_536
+
+
+def test_results_file_null_is_the_default(workspace, check):
+    assert check({"workspace_path": str(workspace), "results_file": None}).returncode == 0
+    assert (workspace / ".lychee-results.json").exists()
+
+
+def test_a_workspace_without_markdown_has_no_broken_links(workspace, check):
+    (workspace / "main.c").write_text("/* [x](nope.md) */")
+    done = check()
+    assert (done.returncode, done.summary["files"], done.summary["total"], done.summary["broken"]) == (0, 0, 0, [])
+    assert json.loads((workspace / ".lychee-results.json").read_text())["total"] == 0
+
+
+def test_absolute_links_start_at_the_workspace(workspace, check):
+    write(workspace, **{"docs/a": "[up](/README.md) [gone](/docs/missing.md)", "README": "x"})
+    assert broken(check()) == [("docs/a.md", "missing.md")]
+
+
+@contextmanager
+def web_server():
+    asked = []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            asked.append(self.path)
+            self.send_response(200 if self.path == "/ok" else 404)
+            self.end_headers()
+
+        do_HEAD = do_GET
+
+        def log_message(self, *_):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}", asked
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def test_the_network_is_asked_only_when_told_so(workspace, check):
+    (workspace / "lychee.toml").write_text("offline = false\nmax_retries = 0\n")
+    with web_server() as (url, asked):
+        write(workspace, README=f"[ok]({url}/ok) [gone]({url}/gone)")
+        summary = check().summary
+        assert (summary["excluded"], summary["failed"], summary["online"], asked) == (2, 0, False, [])
+        summary = check(env={"LYCHEE_ONLINE": "1"}).summary
+        assert (summary["successful"], summary["failed"], summary["online"]) == (1, 1, True)
+        assert summary["broken"][0]["url"] == f"{url}/gone" and "404" in summary["broken"][0]["reason"]
+        assert set(asked) == {"/ok", "/gone"}
+
+
+# ------------------------------------------------------------------------------------------------- awkward workspaces
+
+AWKWARD = ("sp ace", "-dash", "--help", "#hash", "~home", "umläut ☃", "quote'\"", "back\\slash", "new\nline", "br[1]",
+           "star*", "what?", "[", "]", "$(true)`", "http:", "tab\there", "a,b", "%20", "CAPS", "!bang", "{a,b}")  # fmt: skip
+
+
+def test_every_file_name_is_checked(workspace, check):
+    for name in AWKWARD:
+        write(workspace, **{f"{name}/{name}": "[x](missing.md)", name: "[x](missing.md)"})
+    (workspace / "UPPER.MD").write_text("[x](missing.md)")
+    summary = check().summary
+    expected = sorted([f"{name}/{name}.md" for name in AWKWARD] + [f"{name}.md" for name in AWKWARD] + ["UPPER.MD"])
+    assert [link["file"] for link in summary["broken"]] == expected
+    assert (summary["total"], summary["files"], summary["skipped"]) == (len(expected), len(expected), [])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the file system refuses such names")
+def test_a_name_that_is_not_utf8_is_skipped_and_said_so(workspace, check):
+    write(workspace, README="[x](missing.md)")
+    (workspace / os.fsdecode(b"caf\xe9.md")).write_text("[x](missing.md)")
+    done = check()
+    assert broken(done) == [("README.md", "missing.md")]
+    assert done.summary["skipped"] == [{"file": "caf\ufffd.md", "reason": "its name is not UTF-8"}]
+
+
+def test_a_workspace_path_may_have_any_name(tmp_path, check):
+    folder = tmp_path / "it's \"a\" [work]\nspace ü"
+    folder.mkdir()
+    write(folder, README="[x](missing.md) [y](README.md)")
+    done = check({"workspace_path": str(folder)})
+    assert (done.summary["successful"], done.summary["failed"]) == (1, 1)
+
+
+def test_content_that_is_not_utf8_is_skipped_and_the_rest_checked(workspace, check):
+    write(workspace, README="[x](missing.md)")
+    (workspace / "latin.md").write_bytes(b"caf\xe9 [x](missing.md)")
+    done = check()
+    assert broken(done) == [("README.md", "missing.md")]
+    assert done.summary["skipped"] == [{"file": "latin.md", "reason": "its content is not UTF-8"}]
+
+
+@pytest.mark.parametrize("in_git", [True, False])
+def test_what_may_not_be_read_is_skipped_and_the_rest_checked(workspace, check, in_git):
+    write(workspace, **{name: "[x](missing.md)" for name in ("a", "closed/b", "open/c", "secret", "z")})
+    if in_git:
+        git(workspace, "init")
+    (workspace / "secret.md").chmod(0)
+    (workspace / "closed").chmod(0)
+    try:
+        done = check(preexec_fn=without_overrides)
+    finally:
+        (workspace / "closed").chmod(0o700)
+    assert broken(done) == [("a.md", "missing.md"), ("open/c.md", "missing.md"), ("z.md", "missing.md")]
+    assert (done.summary["total"], done.summary["failed"]) == (3, 3)
+    assert [skipped["file"] for skipped in done.summary["skipped"]] == ["closed", "secret.md"]
+    assert all("ermission denied" in skipped["reason"] for skipped in done.summary["skipped"])
+
+
+def test_symbolic_links_pipes_and_loops_are_not_followed(workspace, check):
+    write(workspace, AGENTS="[x](missing.md)")
+    (workspace / "CLAUDE.md").symlink_to("AGENTS.md")
+    (workspace / "dangling.md").symlink_to("nowhere.md")
+    (workspace / "loop").symlink_to(".")
+    os.mkfifo(workspace / "pipe.md")
+    (workspace / "folder.md").mkdir()
+    done = check()
+    assert (done.summary["files"], broken(done)) == (1, [("AGENTS.md", "missing.md")])
+
+
+@pytest.mark.parametrize("in_git", [True, False])
+def test_dependencies_and_hidden_folders_are_left_out(workspace, check, in_git):
+    left_out = ("node_modules/x/README", ".venv/lib/y", "venv/lib/site-packages/z/README", ".git/notes", ".hidden")
+    write(workspace, **{name: "[x](missing.md)" for name in (*left_out, "docs/a")})
+    if in_git:
+        git(workspace, "init")
+    assert broken(check()) == [("docs/a.md", "missing.md")]
+
+
+def test_what_git_ignores_is_left_out_and_untracked_files_are_not(workspace, check):
+    write(workspace, **{name: "[x](missing.md)" for name in ("build/out", "tracked", "new", "deleted", "sub/local")})
+    (workspace / ".gitignore").write_text("build/\nlocal.md\n")
+    git(workspace, "init")
+    git(workspace, "add", "tracked.md", "deleted.md")
+    (workspace / "deleted.md").unlink()
+    assert broken(check()) == [("new.md", "missing.md"), ("tracked.md", "missing.md")]
+    done = check(env={"GIT_DIR": "/nonexistent", "GIT_WORK_TREE": "/"})  # as in a hook of git's
+    assert broken(done) == [("new.md", "missing.md"), ("tracked.md", "missing.md")]
+    # Asked for by name, an ignored folder is checked: its files cannot all have been meant to be left out.
+    assert broken(check({"workspace_path": str(workspace / "build")})) == [("out.md", "missing.md")]
+
+
+def test_more_files_than_an_argument_list_holds(workspace, check):
+    names = [f"{'long-' * 48}{number}" for number in range(8_700)]
+    for name in names:
+        (workspace / f"{name}.md").write_text("[x](README.md)")
+    assert sum(len(name) + 6 for name in names) > 2**21  # Linux's limit
+    write(workspace, README="x")
+    summary = check().summary
+    assert (summary["files"], summary["total"], summary["successful"]) == (8_701, 8_700, 8_700)
+
+
+# ------------------------------------------------------------------------------------------ payloads that never work
+
+
+@pytest.mark.parametrize("task", [b"", b"nonsense", b"[]", b"null", b'{"data": 3}', b'{"data": []}', b"{}", b"\xff\xfe",
+                                  b"[" * 100_000])  # fmt: skip
+def test_what_is_no_task_is_refused_for_good(check, task):
+    assert_refused(check(task=task))
+
+
+@pytest.mark.parametrize("path", [None, 3, "", [], {}, True, "relative/path", ".", "/nonexistent/folder", "/etc/passwd",
+                                  "/etc/passwd/x", "/" + "x" * 5000, "/no\nsuch", "/a\0b", "/\ud800", "~"])  # fmt: skip
+def test_a_workspace_that_cannot_be_is_refused_for_good(check, path):
+    assert_refused(check({"workspace_path": path}))
+
+
+@pytest.mark.parametrize("name", ["../out.json", "/out.json", "sub/../../out.json", "link/out.json", "sub", "", ".",
+                                  "sub/..", "sub/", "missing/out.json", "a\0b", 7, True, ["a"], {"a": "b"}, "\ud800"])  # fmt: skip
+def test_results_never_leave_the_workspace(tmp_path, workspace, check, name):
+    (workspace / "sub").mkdir()
+    (workspace / "link").symlink_to(tmp_path)
+    write(workspace, README="[x](missing.md)")
+    before = [sorted(os.listdir(folder)) for folder in (tmp_path, workspace, workspace / "sub")]
+    assert_refused(check({"workspace_path": str(workspace), "results_file": name}))
+    assert [sorted(os.listdir(folder)) for folder in (tmp_path, workspace, workspace / "sub")] == before
+
+
+def assert_refused(done):
+    assert (done.returncode, done.stdout) == (65, b"")
+    assert done.words.count("\n") == 1 and done.words.startswith("link_validation: ")
+
+
+def test_a_usage_error_is_64(check):
+    done = subprocess.run([UV, "run", "--script", HANDLER, "--bogus"], capture_output=True, check=False,
+                          env={**os.environ, "UV_CACHE_DIR": UV_CACHE})  # fmt: skip
+    assert (done.returncode, done.stdout) == (64, b"")
+
+
+# ------------------------------------------------------------------------------------------------------ what can fail
+
+
+def test_old_results_stay_whole_when_new_ones_cannot_be_written(workspace, check):
+    write(workspace, README="[x](missing.md)\n" * 300)
+    results = workspace / ".lychee-results.json"
+    results.write_text("old")
+    done = check(preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000)))
+    assert (done.returncode, done.stdout) == (1, b"")
+    assert "File too large" in done.words
+    assert results.read_text() == "old"
+    assert sorted(os.listdir(workspace)) == [".lychee-results.json", "README.md"]
+
+
+def test_results_are_replaced_not_rewritten(tmp_path, workspace, check):
+    write(workspace, README="x")
+    precious = tmp_path / "precious"
+    precious.write_text("precious")
+    (workspace / ".lychee-results.json").symlink_to(precious)
+    assert check().returncode == 0
+    assert precious.read_text() == "precious"
+    assert stat.S_ISREG((workspace / ".lychee-results.json").lstat().st_mode)
+
+
+def test_a_full_disk_is_not_now(workspace, check, tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "none", disk], capture_output=True, check=False)
+    if mounted.returncode:
+        pytest.skip("needs the right to mount a small file system")
+    try:
+        write(disk, README="[x](missing.md)\n" * 300)
+        done = check({"workspace_path": str(disk)})
+        assert done.returncode == 75
+        assert json.loads(done.stdout)["retry_after"] > 0
+        assert "No space left" in done.words
+        assert os.listdir(disk) == ["README.md"]
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+def in_the_environment_of_the_handler(code, *argv):
+    """Run Python code in which `handler` is the handler's module."""
+    setup = (
+        "import sys; from importlib import machinery, util; sys.dont_write_bytecode = True\n"
+        f"loader = machinery.SourceFileLoader('handler', {str(HANDLER)!r})\n"
+        "handler = util.module_from_spec(util.spec_from_loader('handler', loader)); loader.exec_module(handler)\n"
+    )
+    environment = {**os.environ, "UV_CACHE_DIR": UV_CACHE}
+    subprocess.run([UV, "run", "--script", HANDLER, "--help"], env=environment, capture_output=True, check=True)
+    find = [UV, "python", "find", "--script", HANDLER]
+    python = subprocess.run(find, env=environment, capture_output=True, text=True, check=True).stdout.strip()
+    return subprocess.run([python, "-c", setup + code, *argv], capture_output=True, text=True, check=False)
+
+
+def test_files_that_go_away_during_the_check_are_not_now(workspace):
+    """1 is also lychee's word for anything unexpected; a file that went away is nobody's failure."""
+    code = """
+try:
+    handler.run_lychee(sys.argv[1], ["here.md", "gone.md"])
+except handler.Failed as failed:
+    print(failed.exit_code, failed)
+"""
+    write(workspace, here="x")
+    done = in_the_environment_of_the_handler(code, str(workspace))
+    assert done.stdout.startswith("75 files went away"), done
+
+
+def test_without_the_package_it_says_how_to_get_it(workspace):
+    task = json.dumps({"data": {"workspace_path": str(workspace)}}).encode()
+    done = subprocess.run([sys.executable, "-S", HANDLER], input=task, capture_output=True, check=False)
+    assert (done.returncode, done.stdout) == (1, b"")
+    assert b"uv run --script" in done.stderr and b"Traceback" not in done.stderr
+
+
+def test_the_binary_is_that_of_the_package_not_just_any_in_path(tmp_path, workspace, check):
+    impostor = tmp_path / "bin" / "lychee"
+    impostor.parent.mkdir()
+    impostor.write_text("#!/bin/sh\necho '{}'\nexit 0\n")
+    impostor.chmod(0o755)
+    write(workspace, README="[x](missing.md)")
+    assert broken(check(path=[impostor.parent])) == [("README.md", "missing.md")]
+
+
+# ------------------------------------------------------------------------------------------- settings in the workspace
+
+SETTINGS = {
+    "lychee.toml": "exclude = ['left-out']\n",
+    ".lychee.toml": "exclude = ['left-out']\n",
+    ".lycheeignore": "left-out\n",
+    "pyproject.toml": "[tool.lychee]\nexclude = ['left-out']\n",
+    "Cargo.toml": "[workspace.metadata.lychee]\nexclude = ['left-out']\n",
+    "package.json": '{"lychee": {"exclude": ["left-out"]}}',
+}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_the_settings_of_the_workspace_are_obeyed(workspace, check, name):
+    write(workspace, README="[x](missing.md) [y](left-out.md)")
+    (workspace / name).write_text(SETTINGS[name])
+    done = check()
+    assert broken(done) == [("README.md", "missing.md")]
+    assert done.summary["excluded"] == 1
+
+
+def test_settings_do_not_change_where_and_how_results_are_written(workspace, check):
+    write(workspace, README="[x](missing.md)")
+    (workspace / "lychee.toml").write_text(
+        "format = 'markdown'\noutput = 'elsewhere.md'\ndump = true\ndump_inputs = true\nfiles_from = 'x'\n"
+        "mode = 'emoji'\nno_progress = false\nverbose = 'debug'\n"
+    )
+    assert broken(check()) == [("README.md", "missing.md")]
+    assert not (workspace / "elsewhere.md").exists()
+
+
+def test_a_root_of_the_workspace_s_own_is_obeyed(workspace, check):
+    write(workspace, **{"site/a": "x", "README": "[x](/a.md)"})
+    (workspace / "lychee.toml").write_text(f"root_dir = '{workspace}/site'\n")
+    assert check().summary["successful"] == 1
+
+
+@pytest.mark.parametrize("name, text", [
+    ("lychee.toml", "bogus = 1\n"),
+    ("lychee.toml", "offline = 3\n"),
+    ("lychee.toml", "exclude = ['(']\n"),
+    ("lychee.toml", "this is not toml"),
+    ("package.json", "{ half"),
+    ("pyproject.toml", "[tool.lychee]\nbogus = 1\n"),
+    ("lychee.toml", "generate = 'man'\n"),
+])  # fmt: skip
+def test_wrong_settings_are_a_failed_attempt_that_says_why(workspace, check, name, text):
+    write(workspace, README="[x](missing.md)")
+    (workspace / name).write_text(text)
+    done = check()
+    assert (done.returncode, done.stdout) == (1, b"")
+    last = done.words.strip().splitlines()[-1]
+    assert last.startswith("link_validation: lychee") and len(last) < 700
+    assert not (workspace / ".lychee-results.json").exists()
+
+
+@pytest.mark.parametrize("name, text", [
+    ("lychee.toml", "preprocess = {{command = '{}'}}\n"),
+    ("lychee.toml", "\"pre\\u0070rocess\" = {{command = '{}'}}\n"),
+    ("pyproject.toml", "[tool.lychee.preprocess]\ncommand = '{}'\n"),
+    ("package.json", '{{"lychee": {{"preprocess": {{"command": "{}"}}}}}}'),
+])  # fmt: skip
+def test_a_workspace_cannot_have_commands_run(tmp_path, workspace, check, name, text):
+    command = tmp_path / "command"
+    command.write_text(f"#!/bin/sh\ntouch '{tmp_path}/ran'\ncat \"$1\"\n")
+    command.chmod(0o755)
+    write(workspace, README="[x](missing.md)")
+    (workspace / name).write_text(text.format(command))
+    git(workspace, "init")
+    git(workspace, "config", "core.fsmonitor", str(command))
+    done = check()
+    assert broken(done) == [("README.md", "missing.md")]
+    assert "preprocess" in done.words
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_stopped_check_leaves_nothing_behind(workspace):
+    """TERM to the whole process group, as a worker does at a timeout, while lychee waits for a server."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        write(workspace, README=f"[x](http://127.0.0.1:{server.getsockname()[1]}/)")
+        environment = {**os.environ, "PATH": f"{os.path.dirname(UV)}:{os.environ['PATH']}", "LYCHEE_ONLINE": "1"}
+        handler = subprocess.Popen([HANDLER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+                                   start_new_session=True, env={**environment, "UV_CACHE_DIR": UV_CACHE})  # fmt: skip
+        handler.stdin.write(json.dumps({"data": {"workspace_path": str(workspace)}}).encode())
+        handler.stdin.close()
+        server.settimeout(30)
+        connection, _ = server.accept()  # lychee is at work
+        os.killpg(handler.pid, signal.SIGTERM)
+        connection.settimeout(10)
+        while connection.recv(4096):  # until lychee is gone
+            pass
+        connection.close()
+        assert handler.stdout.read() == b""
+        assert handler.wait(10) != 0
+        handler.stdout.close()
+    assert os.listdir(workspace) == ["README.md"]
+
+
+# ------------------------------------------------------------------------------------------------------------- the demo
+
+
+def test_the_demo_goes_from_a_hook_to_a_completion(tmp_path):
+    environment = {**os.environ, "UV_CACHE_DIR": UV_CACHE, "HOME": str(tmp_path / "home"), "TMPDIR": str(tmp_path / "tmp"),
+                   "TASK_DEPTH": "3", "TASK_QUEUE_STATE": str(tmp_path / "not-this-one")}  # fmt: skip
+    for folder in ("home", "tmp"):
+        (tmp_path / folder).mkdir()
+    demo = subprocess.run([UV, "run", "--script", ROOT / "demo.py"], env=environment, capture_output=True, text=True, timeout=60,
+                          check=False)  # fmt: skip
+    assert demo.returncode == 0, demo.stdout + demo.stderr
+    steps = ("scripts are ready", "workspace made", "worker started", "hook payload in", "task queued", "worker woken",
+             "broken link found: README.md:4 -> pier.md", "completion queued")  # fmt: skip
+    *lines, completion = demo.stdout.splitlines()
+    assert [line.split("ms  ")[1].startswith(step) for line, step in zip(lines, steps, strict=True)] == [True] * len(steps)
+    summary = json.loads(completion)
+    assert (summary["total"], summary["successful"], summary["failed"]) == (2, 1, 1)
+    assert sorted(os.listdir(tmp_path)) == ["home", "tmp"] and list((tmp_path / "tmp").glob("task-queue-*")) == []
+
+
+def test_a_demo_that_is_stopped_leaves_nothing_behind(tmp_path):
+    environment = {**os.environ, "UV_CACHE_DIR": UV_CACHE, "TMPDIR": str(tmp_path)}
+    with subprocess.Popen([sys.executable, ROOT / "demo.py"], env=environment, stdout=subprocess.PIPE, text=True) as demo:
+        for line in demo.stdout:
+            if "worker started" in line:
+                (lock,) = [path for path in tmp_path.glob("*/state/workers/*-*")]
+                demo.send_signal(signal.SIGTERM)
+                break
+        demo.stdout.read()
+    assert demo.returncode == 1
+    assert list(tmp_path.glob("task-queue-*")) == []
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(lock.name.split("-")[0]), 0)
