@@ -304,9 +304,11 @@ def start_worker(q, queue: str) -> None:
         pass  # nobody ever served it
     here = os.path.dirname(os.path.abspath(__file__))
     home = os.path.expanduser("~")
-    places = [os.environ.get("PATH", ""), f"{home}/.local/bin", f"{home}/.cargo/bin", "/opt/homebrew/bin", "/usr/local/bin"]
+    places = [*os.environ.get("PATH", "").split(os.pathsep), f"{home}/.local/bin", f"{home}/.cargo/bin", "/opt/homebrew/bin",
+              "/usr/local/bin"]  # fmt: skip
+    places = [place for place in places if os.path.isabs(place)]  # others would mean the workspace
     uv = os.environ.get("UV") or shutil.which("uv", path=os.pathsep.join(places))
-    run = [uv, "run", "--script"] if uv else [sys.executable]
+    run = [uv, "run", "--no-config", "--script"] if uv else [sys.executable]
     worker = [*run, os.path.join(here, "worker.py"), queue, "--single", "--idle-exit", "60"]
     q.make_private(q.STATE_DIR / "logs")
     log = os.open(q.STATE_DIR / "logs" / f"worker.{queue}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)

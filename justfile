@@ -30,8 +30,8 @@ tasks *args:
     @uv run --script tasks.py "$@"
 
 # What is wrong, in plain words
-doctor:
-    @uv run --script tasks.py doctor
+doctor *args:
+    @uv run --script tasks.py doctor "$@"
 
 # Prune the history, the logs and dead owners' locks
 cleanup *args:

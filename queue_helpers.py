@@ -34,7 +34,9 @@ from functools import lru_cache
 from pathlib import Path
 from weakref import WeakSet
 
-STATE_DIR = Path(os.environ.get("TASK_QUEUE_STATE") or "~/.claude/automation/lychee/state").expanduser().absolute()
+_installed = Path(__file__).resolve().parent.parent.parent  # install.py's PREFIX, where this file lies in one
+_default = _installed / "state" if (_installed / "installed.json").exists() else "~/.claude/automation/lychee/state"
+STATE_DIR = Path(os.environ.get("TASK_QUEUE_STATE") or _default).expanduser().absolute()
 QUEUE_DB = STATE_DIR / "tasks.db"
 QUEUE_PATH = STATE_DIR  # what QueueWatcher and watchdog are given
 
@@ -57,6 +59,7 @@ WAL_BYTES = 16 * 2**20  # what is kept of the write-ahead log once it has been w
 SAFETY_TICK_SECONDS = 5.0  # look this often whatever the events say
 ORPHAN_TICK_SECONDS = 0.25  # the same while a handler outlives its worker
 POLL_SECONDS = 0.05  # the same where the platform has no events to give
+PROBE_SECONDS = 0.2  # whoever wants a lock outwaits those who only look whether it is held
 LOOK_AGAIN_SECONDS = (0.0, 0.001, 0.002, 0.004, 0.008, 0.016, 0.032, 0.064)  # after an event; 127 ms in all
 
 READY, CLAIMED, SCHEDULED, BLOCKED = 1, 2, 3, 4  # persist-queue also writes 0 for ready; it selects `status < 2`
@@ -402,11 +405,14 @@ def close(conn: Connection) -> None:
     conn.close()
 
 
+def make_private(directory: Path) -> Path:
+    """Make a directory of the state, for its owner only."""
+    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    return directory
+
+
 def _open(state: Path, db: Path) -> Connection:
-    old_umask_is_kept = not state.exists()
-    os.makedirs(state, mode=0o700, exist_ok=True)
-    if old_umask_is_kept:
-        os.chmod(state, 0o700)  # makedirs' mode goes through the umask
+    make_private(state)
     conn = sqlite3.connect(db, timeout=BUSY_TIMEOUT_MS / 1000, isolation_level=None, check_same_thread=False,
                            factory=Connection)  # fmt: skip
     try:
@@ -914,20 +920,14 @@ def take_in_spool(state: Path | None = None) -> tuple[int, list[str]]:
     return taken, complaints
 
 
-def make_private(directory: Path) -> Path:
-    """Make a directory of the state, for its owner only."""
-    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-    return directory
-
-
 # --------------------------------------------------------------------------------------------- who is alive, recovery
 
 _owners: dict[Path, tuple[str, int]] = {}  # {state: (name, descriptor)}
 _owners_lock = threading.Lock()
 
 
-def lock_file(path: Path | str, *, shared: bool = False, probe: bool = False) -> int | None:
-    """A descriptor that holds the flock on path, None when somebody else holds it.
+def lock_file(path: Path | str, *, shared: bool = False, probe: bool = False, patience: float = 0.0) -> int | None:
+    """A descriptor that holds the flock on path, None when somebody else holds it (for `patience` seconds).
 
     A probe opens for reading and creates nothing: closing a descriptor that was open for writing is what tells
     everybody that an owner has died. It raises FileNotFoundError.
@@ -935,6 +935,7 @@ def lock_file(path: Path | str, *, shared: bool = False, probe: bool = False) ->
     import fcntl
 
     flags = os.O_RDONLY if probe else os.O_RDWR | os.O_CREAT
+    deadline = time.monotonic() + patience
     while True:
         fd = os.open(path, flags | os.O_CLOEXEC, 0o600)
         try:
@@ -943,8 +944,10 @@ def lock_file(path: Path | str, *, shared: bool = False, probe: bool = False) ->
             if (mine.st_dev, mine.st_ino) == (there.st_dev, there.st_ino):
                 return fd
         except BlockingIOError:
-            os.close(fd)
-            return None
+            if time.monotonic() >= deadline:
+                os.close(fd)
+                return None
+            time.sleep(0.005)
         except FileNotFoundError:
             if probe:
                 os.close(fd)
@@ -967,7 +970,7 @@ def owner_name(state: Path | None = None) -> str:
             os.close(fd)  # removed under us, by hand: what we hold is lost unless the file is back in time
         try:
             make_private(path.parent)
-            fd = lock_file(path)
+            fd = lock_file(path, patience=PROBE_SECONDS)
         except OSError as error:
             raise QueueUnavailable(f"{path} cannot be made: {error.strerror}; check the permissions") from error
         if fd is None:

@@ -448,7 +448,7 @@ class Worker:
                     continue
             except OSError:
                 pass
-            fd = q.lock_file(path, shared=not self.args.single)
+            fd = q.lock_file(path, shared=not self.args.single, patience=q.PROBE_SECONDS if self.args.single else 0)
             if fd is None:
                 if self.args.single:
                     self.leave()

@@ -1,0 +1,443 @@
+"""tasks.py doctor finds each thing that is wrong, says it in plain words with its remedy, and changes nothing."""
+
+import fcntl
+import json
+import os
+import shutil
+import sqlite3
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+MAIN = Path(__file__).resolve().parent.parent
+PREFIX = ".claude/automation/lychee"
+
+
+@pytest.fixture(scope="module")
+def master(tmp_path_factory):
+    home = tmp_path_factory.mktemp("home") / "J\u00fcrgen's home"
+    home.mkdir()
+    ran = subprocess.run([sys.executable, MAIN / "install.py", "install", "--no-warm", "--hook", "yes"], stdin=subprocess.DEVNULL,
+                         env={"HOME": str(home), "PATH": os.environ["PATH"]}, capture_output=True, text=True, timeout=60)  # fmt: skip
+    assert ran.returncode == 0, ran.stderr
+    return home
+
+
+@pytest.fixture
+def home(master, tmp_path):
+    """A healthy installation that a test may spoil; hook and record name it where it is now."""
+    home = tmp_path / master.name
+    shutil.copytree(master, home)
+    hook = home / PREFIX / "runtime/hook"
+    hook.write_text(hook.read_text().replace(quoted(master), quoted(home)))
+    settings(home, lambda value: value["hooks"]["Stop"][0]["hooks"][0].update(
+        command=value["hooks"]["Stop"][0]["hooks"][0]["command"].replace(quoted(master), quoted(home))))  # fmt: skip
+    record = json.loads((home / PREFIX / "installed.json").read_text())
+    from hashlib import sha256
+
+    record["files"]["runtime/hook"] = [sha256(hook.read_bytes()).hexdigest()]
+    (home / PREFIX / "installed.json").write_text(json.dumps(record))
+    return home
+
+
+def quoted(path):
+    return str(path).replace("'", "'\"'\"'")
+
+
+def doctor(home, *args, prefix=(), env=(), **options):
+    command = [*prefix, sys.executable, "-B", home / PREFIX / "runtime/lib/tasks.py", "doctor", "--json", *args]
+    ran = subprocess.run(command, env={"HOME": str(home), "PATH": os.environ["PATH"], **dict(env)}, stdin=subprocess.DEVNULL,
+                         capture_output=True, text=True, timeout=60, **options)  # fmt: skip
+    assert ran.stderr == "", ran.stderr
+    answer = json.loads(ran.stdout)
+    problems = [finding for finding in answer["findings"] if finding["level"] == "problem"]
+    assert ran.returncode == (1 if problems else 0) and answer["ok"] is not bool(problems)
+    assert all(finding["remedy"] for finding in problems)
+    return answer["findings"]
+
+
+def of_level(findings, level, check=None):
+    return [f["message"] for f in findings if f["level"] == level and check in (None, f["check"])]
+
+
+def the_problem(home, *args, **options):
+    (problem,) = of_level(doctor(home, *args, **options), "problem")
+    return problem
+
+
+def snapshot(root):
+    return {str(path.relative_to(root)): (path.lstat().st_mode, path.lstat().st_mtime_ns, path.is_file() and path.read_bytes())
+            for path in (root, *root.rglob("*"))}  # fmt: skip
+
+
+def database(home):
+    return sqlite3.connect(home / PREFIX / "state/tasks.db", isolation_level=None)
+
+
+def put(home, queue="notifications", seconds_ago=0.0, **columns):
+    columns = {"data": '{"task_id": "t", "task_type": "probe", "data": {}}', "timestamp": time.time() - seconds_ago, **columns}
+    conn = database(home)
+    conn.execute(f"insert into {queue} ({', '.join(columns)}) values ({', '.join('?' * len(columns))})", tuple(columns.values()))
+    conn.close()
+
+
+# ------------------------------------------------------------------------------------------------------------ all is well
+
+
+def test_a_fresh_installation_is_well(home):
+    findings = doctor(home)
+    assert of_level(findings, "problem") == []
+    assert {f["check"] for f in findings} == {"versions", "installation", "state", "file system", "disk", "database", "tasks", "spool",
+                                              "handlers", "hook", "file events"}  # fmt: skip
+
+
+def test_people_get_a_line_for_each_with_its_remedy_below(home):
+    put(home, seconds_ago=86_400 * 31)
+    ran = subprocess.run([sys.executable, home / PREFIX / "runtime/lib/tasks.py", "doctor"], env={"HOME": str(home), "PATH": os.environ["PATH"]},
+                         capture_output=True, text=True)  # fmt: skip
+    assert ran.returncode == 1 and ran.stderr == ""
+    line = next(line for line in ran.stdout.splitlines() if line.startswith("problem"))
+    assert "1 waiting" in line and "31d" in line.replace(" d)", "d)")
+    assert "-> start one: worker.py notifications" in ran.stdout and "1 problem," in ran.stdout.splitlines()[-1]
+
+
+@pytest.mark.parametrize("case", ["healthy", "no state", "no database", "bare", "in use", "left by a crash"])
+def test_it_changes_nothing(home, case):
+    state = home / PREFIX / "state"
+    held = None
+    if case == "no state":
+        shutil.rmtree(state)
+    elif case in ("no database", "bare"):
+        (state / "tasks.db").unlink()
+    if case == "bare":
+        database(home).execute("create table notifications (id integer primary key autoincrement, data text not null)").connection.close()
+    elif case in ("in use", "left by a crash"):
+        held = database(home)
+        held.execute("insert into notifications (data) values ('{}')")
+    if case == "left by a crash":
+        shutil.copytree(state, home / "copy")
+        held.close()
+        shutil.rmtree(state)
+        (home / "copy").rename(state)
+        (state / "tasks.db-shm").unlink()
+    before = snapshot(home)
+    doctor(home)
+    after = snapshot(home)
+    if case == "in use":
+        for each in (before, after):
+            each.pop(f"{PREFIX}/state/tasks.db-shm")  # readers mark there how far they read
+    assert {name for name in before.keys() | after.keys() if before.get(name) != after.get(name)} == set()
+
+
+# ------------------------------------------------------------------------------------------------------- state, database
+
+
+def test_a_missing_state(home):
+    shutil.rmtree(home / PREFIX / "state")
+    assert "state is not there" in of_level(doctor(home), "problem", "state")[0]
+
+
+@pytest.mark.parametrize(("name", "mode"), [("", 0o755), ("tasks.db", 0o644)])
+def test_permissions_that_let_others_read(home, name, mode):
+    (home / PREFIX / "state" / name).chmod(mode)
+    problem = the_problem(home)
+    assert "other users" in problem and (name or "state") in problem
+
+
+def test_a_database_that_is_none(home):
+    (home / PREFIX / "state/tasks.db").write_bytes(b"certainly not " * 500)
+    assert "is not a database" in of_level(doctor(home), "problem", "database")[0]
+
+
+def test_a_damaged_database(home):
+    conn = database(home)
+    conn.execute("begin")
+    conn.executemany("insert into notifications (data) values (?)", [(json.dumps({"n": n, "x": "y" * 200}),) for n in range(2000)])
+    conn.execute("commit")
+    conn.close()
+    with open(home / PREFIX / "state/tasks.db", "r+b") as file:
+        file.seek(40 * 4096)
+        file.write(b"\xa5" * 4096 * 8)
+    assert "damaged" in of_level(doctor(home), "problem", "database")[0]
+
+
+@pytest.mark.parametrize(("statement", "says"), [
+    ("pragma user_version = 999", "schema version 999"),
+    ("drop table task_history", "belongs to another program"),
+])  # fmt: skip
+def test_a_database_of_another_version_or_program(home, statement, says):
+    conn = database(home)
+    conn.execute(statement)
+    conn.close()
+    assert says in of_level(doctor(home), "problem", "database")[0]
+
+
+def test_a_database_without_wal(home):
+    conn = database(home)
+    assert conn.execute("pragma journal_mode = delete").fetchone() == ("delete",)
+    conn.close()
+    assert "not in WAL mode" in the_problem(home)
+
+
+def test_a_bare_table_that_a_hook_made_is_only_noted(home):
+    (home / PREFIX / "state/tasks.db").unlink()
+    conn = database(home)
+    conn.execute("create table notifications (id integer primary key autoincrement, data text not null)")
+    conn.close()
+    (home / PREFIX / "state/tasks.db").chmod(0o600)
+    findings = doctor(home)
+    assert of_level(findings, "problem") == [] and "schema version 0" in of_level(findings, "note", "database")[0]
+
+
+def test_a_database_that_is_written_to_is_read_as_it_is_now(home):
+    with sqlite3.connect(home / PREFIX / "state/tasks.db", isolation_level=None) as conn:
+        conn.execute("insert into approvals (data, timestamp) values ('{}', 1e9)")  # still in the write-ahead log
+        assert 'queue "approvals": 1 waiting' in the_problem(home)
+    conn.close()
+
+
+# ----------------------------------------------------------------------------------------------------------------- tasks
+
+
+def test_the_oldest_waiting_task_counts_whatever_else_is_green(home):
+    put(home, seconds_ago=700)
+    assert "no worker serves it" in the_problem(home)
+    assert of_level(doctor(home, "--max-wait", "1h"), "problem") == []
+    with open(home / PREFIX / "state/workers/serving.notifications", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_SH)
+        assert "although a worker serves it" in the_problem(home)
+
+
+def test_an_overdue_scheduled_task_counts_and_one_that_is_not_due_does_not(home):
+    put(home, status=3, due_at=time.time() + 60)
+    assert of_level(doctor(home), "problem") == []
+    put(home, "approvals", status=3, due_at=time.time() - 3600)
+    assert 'queue "approvals": 1 waiting' in the_problem(home)
+
+
+def test_a_paused_queue_is_a_note(home):
+    put(home, seconds_ago=7000)
+    conn = database(home)
+    conn.execute("insert into task_paused (queue) values ('notifications')")
+    conn.close()
+    findings = doctor(home)
+    assert of_level(findings, "problem") == [] and "paused" in of_level(findings, "note", "tasks")[0]
+
+
+def test_a_task_of_a_dead_worker_that_nobody_takes_back(home):
+    put(home, status=2, owner="1-dead", attempts=1, claimed_at=time.time())
+    assert "1-dead, which has died" in the_problem(home)
+    with open(home / PREFIX / "state/workers/1-dead", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert of_level(doctor(home), "problem") == []
+
+
+def test_a_task_without_a_handler_and_failures_are_told(home):
+    put(home, status=3, due_at=time.time() + 60, error="no handler 'probe' in /x")
+    conn = database(home)
+    conn.execute("insert into task_history (queue, row_id, task_id, task_type, status, data, enqueued_at) "
+                 "values ('notifications', 9, 'x', 'y', 'failed', '{}', '2020')")  # fmt: skip
+    conn.close()
+    findings = doctor(home)
+    assert of_level(findings, "problem") == ["queue \"notifications\": 1 of type 'probe' cannot run: no handler 'probe' in /x"]
+    assert "1 failed for good" in of_level(findings, "note", "tasks")[0]
+
+
+def test_a_million_rows_are_looked_at_in_seconds(home):
+    conn = database(home)
+    conn.execute("begin")
+    conn.execute("""with recursive n (i) as (select 1 union all select i + 1 from n where i < 200000)
+                    insert into notifications (data) select '{"n": ' || i || '}' from n""")
+    conn.execute("commit")
+    conn.close()
+    started = time.monotonic()
+    assert of_level(doctor(home), "problem") == []
+    assert time.monotonic() - started < 10
+
+
+# ----------------------------------------------------------------------------------------------------------------- spool
+
+
+def test_a_spool_that_does_not_drain(home):
+    file = home / PREFIX / "state/spool/notifications/1.json"
+    file.write_text("{}")
+    assert of_level(doctor(home), "problem") == []  # it has only just come
+    os.utime(file, (time.time() - 300,) * 2)
+    assert "is not draining: 1 tasks" in the_problem(home)
+
+
+def test_malformed_files_and_foreign_directories_in_the_spool(home):
+    spool = home / PREFIX / "state/spool"
+    (spool / "notifications/malformed").mkdir()
+    (spool / "notifications/malformed/1-x.json").write_text("{")
+    assert "not JSON objects" in the_problem(home)
+    shutil.rmtree(spool / "notifications/malformed")
+    (spool / "No Queue").mkdir()
+    assert "No Queue" in the_problem(home)
+
+
+# ----------------------------------------------------------------------------------------------------- handlers, the hook
+
+
+@pytest.mark.parametrize(("text", "mode", "says"), [
+    ("#!/bin/sh\n", 0o644, "not executable"),
+    ("#!/nowhere/python9\n", 0o755, "/nowhere/python9"),
+    ("#!/usr/bin/env -S nonesuch --x\n", 0o755, "needs nonesuch"),
+    ("#!/bin/sh\r\necho\r\n", 0o755, "Windows line ends"),
+])  # fmt: skip
+def test_a_handler_that_cannot_start(home, text, mode, says):
+    handler = home / PREFIX / "handlers/probe"
+    handler.write_bytes(text.encode())
+    handler.chmod(mode)
+    assert says in the_problem(home)
+
+
+def test_data_beside_the_handlers_is_not_a_handler(home):
+    (home / PREFIX / "handlers/words.txt").write_text("data")
+    assert of_level(doctor(home), "problem") == []
+
+
+def settings(home, change):
+    path = home / ".claude/settings.json"
+    value = json.loads(path.read_text())
+    change(value)
+    path.write_text(json.dumps(value))
+
+
+def test_no_hook_is_a_note_for_whoever_said_no(home):
+    (home / ".claude/settings.json").unlink()
+    findings = doctor(home)
+    assert of_level(findings, "problem") == [] and "there is no hook" in of_level(findings, "note", "hook")[0]
+    (home / ".claude/settings.json").write_text('{"hooks": {"Stop": [{"hooks": [{"type": "command", "command": "say done"}]}]}}')
+    assert "no hook of the queue" in of_level(doctor(home), "note", "hook")[0]
+
+
+@pytest.mark.parametrize(("text", "says"), [("{", "not valid JSON"), ('{"hooks": [1]}', "not of the shape"), ("[]", "not of the shape")])
+def test_settings_that_claude_code_cannot_read(home, text, says):
+    (home / ".claude/settings.json").write_text(text)
+    assert says in the_problem(home)
+
+
+def test_hooks_that_are_switched_off(home):
+    settings(home, lambda value: value.update(disableAllHooks=True))
+    assert "disableAllHooks" in the_problem(home)
+
+
+def test_a_hook_whose_file_or_interpreters_have_gone(home):
+    hook = home / PREFIX / "runtime/hook"
+    lines = hook.read_text().splitlines(True)
+    gone = [line if not line.startswith("python=") else "python=/nowhere/python3\n" for line in lines]
+    hook.write_text("".join(gone))
+    findings = doctor(home)
+    assert of_level(findings, "problem") == [] and "can do without python" in " ".join(of_level(findings, "note", "hook"))
+    hook.write_text("".join(line if not line.startswith("uv=") else "uv=/nowhere/uv\n" for line in gone))
+    assert "neither Python 3.11 nor uv" in the_problem(home)
+    hook.unlink()
+    problems = of_level(doctor(home), "problem")
+    assert any("installation is incomplete: runtime/hook" in problem for problem in problems)
+    assert any(f"the Stop hook needs {hook}" in problem for problem in problems)
+
+
+def test_a_hook_that_counts_on_a_path_it_will_not_have(home):
+    def mine(value):
+        value["hooks"]["Stop"][0]["hooks"].append({"type": "command", "command": "uv run --script ~/x/enqueue.py --hook notifications"})
+
+    settings(home, mine)
+    if shutil.which("uv", path="/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin"):
+        pytest.skip("uv is where every program finds it")
+    assert "calls uv, which is not on the PATH" in the_problem(home)
+
+
+def test_an_installation_that_was_interrupted_or_lost_a_file(home):
+    (home / PREFIX / "runtime/lib/worker.py").unlink()
+    assert "incomplete: runtime/lib/worker.py" in the_problem(home)
+    (home / PREFIX / "installed.json").write_text("{")
+    assert "installed.json is damaged" in the_problem(home)
+
+
+# ------------------------------------------------------------------------------------------------ the machine, versions
+
+
+@pytest.fixture
+def tasks(monkeypatch):
+    monkeypatch.syspath_prepend(MAIN)
+    import tasks
+
+    return tasks
+
+
+@pytest.mark.parametrize(("version", "has_it"), [((3, 6, 23), False), ((3, 40, 1), True), ((3, 44, 5), True), ((3, 44, 6), False), ((3, 45, 0), True),
+                                                ((3, 50, 6), True), ((3, 50, 7), False), ((3, 51, 2), True), ((3, 51, 3), False), ((3, 52, 0), False)])  # fmt: skip
+def test_the_wal_reset_bug_is_known_by_version(tasks, version, has_it):
+    assert tasks.has_wal_reset_bug(version) is has_it
+
+
+@pytest.mark.parametrize(("kind", "path", "level"), [("nfs4", "/srv/share/state", "problem"), ("9p", "/mnt/c/Users/x", "problem"), ("drvfs", "/mnt/c/Users/x", "problem"),
+                                                    ("fuse.sshfs", "/home/me/far", "problem"), ("cifs", "/x", "problem"), ("ext4", "/mnt/c/x", "ok"), ("apfs", "/Users/me", "ok")])  # fmt: skip
+def test_file_systems_that_are_shared_with_other_machines(tasks, monkeypatch, kind, path, level):
+    table = [("/", "ext4", ["rw"]), (str(Path(path).parent), kind, ["rw"]), ("/other", "nfs", ["rw"])]
+    monkeypatch.setattr(tasks, "mount_table", lambda: table)
+    (finding,) = tasks.check_file_system(Path(path))
+    assert finding.level == level and (kind in finding.what)
+
+
+def test_the_real_mount_table_is_read(tasks):
+    kind, point, options = tasks.file_system_of("/proc/self", tasks.mount_table())
+    assert (kind, point) == ("proc", "/proc") and "rw" in options
+
+
+def mounted(home, script):
+    """Run doctor in a mount namespace of its own, where script has mounted something."""
+    if os.geteuid() or subprocess.run(["unshare", "-m", "true"], capture_output=True).returncode:
+        pytest.skip("needs to be root, to mount")
+    state = home / PREFIX / "state"
+    setup = f'cp -a "$STATE" /tmp/kept.$$ && {script} && shift 0 && exec "$@"'
+    return doctor(home, prefix=["unshare", "-m", "sh", "-c", setup.replace("/tmp/kept.$$", '"$STATE.kept"'), "sh"], env={"STATE": str(state)})
+
+
+def test_a_full_disk_and_a_state_in_memory(home):
+    findings = mounted(home, 'mount -t tmpfs -o size=4m,mode=700 tmpfs "$STATE" && cp -a "$STATE.kept/." "$STATE"')
+    assert "the disk is full, or nearly" in of_level(findings, "problem", "disk")[0]
+    assert "gone after a restart" in of_level(findings, "note", "file system")[0]
+
+
+def test_a_read_only_disk(home):
+    findings = mounted(home, 'mount --bind "$STATE" "$STATE" && mount -o remount,bind,ro "$STATE"')
+    assert "mounted read-only" in of_level(findings, "problem", "file system")[0]
+
+
+def test_no_inotify_instances_left(home, tmp_path):
+    """As another user, so that nobody else is left without."""
+    python = "/usr/bin/python3"
+    fit = [python, "-c", "import sys; sys.exit(sys.version_info < (3, 11))"]
+    if os.geteuid() or not os.access(python, os.X_OK) or subprocess.run(fit).returncode:
+        pytest.skip("needs to be root, and a Python that everybody may run")
+    public = Path(subprocess.run(["mktemp", "-d"], capture_output=True, text=True, check=True).stdout.strip())
+    try:
+        for name in ("tasks.py", "queue_helpers.py"):
+            shutil.copy(MAIN / name, public)
+        script = ("import ctypes, subprocess, sys\nlibc = ctypes.CDLL(None)\nwhile libc.inotify_init1(0) >= 0: pass\n"
+                  "sys.exit(subprocess.run([sys.executable, '-B', sys.argv[1], 'doctor'], close_fds=True).returncode)")  # fmt: skip
+        shutil.chown(public, 65534, 65534)
+        ran = subprocess.run([python, "-c", script, public / "tasks.py"], user=65534, group=65534, extra_groups=[], capture_output=True, text=True,
+                             env={"HOME": str(public), "PATH": "/usr/bin:/bin"}, cwd="/", timeout=60)  # fmt: skip
+    finally:
+        shutil.rmtree(public)
+    assert ran.returncode == 1 and "Too many open files: workers cannot be woken by file events" in ran.stdout, ran.stdout + ran.stderr
+
+
+@pytest.mark.parametrize("args", [["--nonsense"], ["--max-wait", "soon"]])
+def test_a_usage_error_is_64(home, args):
+    ran = subprocess.run([sys.executable, home / PREFIX / "runtime/lib/tasks.py", "doctor", *args], env={"HOME": str(home)}, capture_output=True, text=True)
+    assert ran.returncode == 64 and "Traceback" not in ran.stderr
+
+
+def test_a_state_that_is_not_the_hooks_is_told(home, tmp_path):
+    other = tmp_path / "other state"
+    shutil.copytree(home / PREFIX / "state", other)
+    findings = doctor(home, env={"TASK_QUEUE_STATE": str(other)})
+    assert of_level(findings, "problem") == []
+    assert any(f"tasks go to {home / PREFIX / 'state'}; this looks at {other}" in note for note in of_level(findings, "note", "hook"))
