@@ -71,4 +71,4 @@ bench name *args:
 
 # What ruff has to say
 lint:
-    uvx 'ruff>=0.8,<1' check --line-length 120 .
+    uvx 'ruff>=0.8,<1' check .

@@ -421,10 +421,12 @@ def _open(state: Path, db: Path) -> Connection:
         conn.execute("pragma cache_size = -16000")  # KiB; many tasks in one transaction stay in memory until its end
         conn.text_factory = lambda raw: raw.decode("utf-8", "replace")  # bash may have cast any bytes to text
         version = conn.execute("pragma user_version").fetchone()[0]
-        if version == 0:
-            conn.execute("pragma auto_vacuum = incremental")  # must precede the first table; cleanup.py gives space back
         if version > SCHEMA_VERSION:
             raise QueueUnavailable(f"{db} has schema version {version}, these scripts know {SCHEMA_VERSION}: update them")
+        if not _is_ours(conn, version):
+            raise QueueUnavailable(f"{db} is not a task queue's database; check TASK_QUEUE_STATE")
+        if version == 0:
+            conn.execute("pragma auto_vacuum = incremental")  # must precede the first table; cleanup.py gives space back
         found = os.stat(db)
         conn.file = (found.st_dev, found.st_ino)
         if stat.S_IMODE(found.st_mode) & 0o077:  # chmod, not open: closing a descriptor would drop SQLite's locks
@@ -439,6 +441,14 @@ def _open(state: Path, db: Path) -> Connection:
         raise
     _connections.add(conn)
     return conn
+
+
+def _is_ours(conn: Connection, version: int) -> bool:
+    """Whether the database is a queue's, or empty, or has the bare table that a hook made."""
+    if version:
+        return conn.execute("select 1 from sqlite_master where name = 'task_history'").fetchone() is not None
+    tables = [name for (name,) in conn.execute("select name from sqlite_master where type = 'table'")]
+    return all(name.startswith("sqlite_") for name in tables) or any(_is_bare_queue(conn, name) for name in tables)
 
 
 def _switch_to_wal(conn: Connection) -> None:
