@@ -46,7 +46,7 @@ TASK_QUEUE_COMPLETION = "completions"
 DEFAULT_QUEUES = (TASK_QUEUE_NOTIFICATION, TASK_QUEUE_APPROVAL, TASK_QUEUE_COMPLETION)
 
 SCHEMA_VERSION = 1
-BUSY_TIMEOUT_MS = 5_000  # how long one wait for the write lock may take; read when a connection is opened
+BUSY_TIMEOUT_MS = 5_000  # how long one wait for the write lock may take
 MAX_ATTEMPTS = 4
 BACKOFF_SECONDS = 1.0  # before the second attempt; doubles with each one after it
 BACKOFF_CAP_SECONDS = 3_600
@@ -89,7 +89,8 @@ create table if not exists task_history (
   log           text,                            -- the end of its stderr
   error         text                             -- why it failed, in one line
 );
-create index if not exists "task_history.completed_at" on task_history (completed_at, queue, task_type, status, started_at, enqueued_at);
+create index if not exists "task_history.completed_at" on task_history (completed_at, queue, task_type, status);
+create index if not exists "task_history.type" on task_history (queue, task_type, status, completed_at, started_at, enqueued_at);
 create index if not exists "task_history.task_id" on task_history (task_id);
 create index if not exists "task_history.failed" on task_history (queue, completed_at) where status = 'failed';
 create table if not exists task_paused (
@@ -127,7 +128,8 @@ create table "{queue}" (
                 when json_type(data, '$.hook_event_name') = 'text' then json_extract(data, '$.hook_event_name')
                 else '{queue}' end) virtual
 );
-create index "{queue}.ready" on "{queue}" (priority desc, id, task_type, timestamp) where status < 2;
+create index "{queue}.ready" on "{queue}" (priority desc, id) where status < 2;
+create index "{queue}.type" on "{queue}" (task_type, priority desc, id, timestamp) where status < 2;
 create index "{queue}.claimed" on "{queue}" (owner) where status = 2;
 create index "{queue}.scheduled" on "{queue}" (due_at) where status = 3;
 create index "{queue}.blocked" on "{queue}" (group_id, id) where status = 4;
@@ -366,23 +368,28 @@ class Connection(sqlite3.Connection):
     file: tuple[int, int]
     queues: set[str]
     durable: bool | None
+    busy_timeout_ms: int
 
 
 _thread = threading.local()  # .connections: {state: Connection}
 _connections: WeakSet[Connection] = WeakSet()
 
 
-def connect(state: Path | None = None, create: bool = True) -> Connection:
+def connect(state: Path | None = None, create: bool = True, busy_timeout_ms: int | None = None) -> Connection:
     """This thread's connection to STATE_DIR/tasks.db, opened or reopened as needed, its schema made or adopted.
 
     A deleted or replaced database is noticed here. With create=False a missing one raises QueueUnavailable.
     """
     state = state or STATE_DIR
+    busy_timeout_ms = BUSY_TIMEOUT_MS if busy_timeout_ms is None else busy_timeout_ms
     cache = _thread.__dict__.setdefault("connections", {})
     conn, db = cache.get(state), state / "tasks.db"
     try:
         found = os.stat(db)
         if conn is not None and conn.file == (found.st_dev, found.st_ino):
+            if conn.busy_timeout_ms != busy_timeout_ms:
+                conn.execute(f"pragma busy_timeout = {busy_timeout_ms}")
+                conn.busy_timeout_ms = busy_timeout_ms
             return conn
     except OSError as error:
         if not create:
@@ -390,7 +397,7 @@ def connect(state: Path | None = None, create: bool = True) -> Connection:
     if conn is not None:
         close(conn)
     try:
-        cache[state] = _open(state, db)
+        cache[state] = _open(state, db, busy_timeout_ms)
     except sqlite3.Error as error:
         raise explain(error, state) from error
     except OSError as error:
@@ -411,12 +418,12 @@ def make_private(directory: Path) -> Path:
     return directory
 
 
-def _open(state: Path, db: Path) -> Connection:
+def _open(state: Path, db: Path, busy_timeout_ms: int) -> Connection:
     make_private(state)
-    conn = sqlite3.connect(db, timeout=BUSY_TIMEOUT_MS / 1000, isolation_level=None, check_same_thread=False,
+    conn = sqlite3.connect(db, timeout=busy_timeout_ms / 1000, isolation_level=None, check_same_thread=False,
                            factory=Connection)  # fmt: skip
     try:
-        conn.state, conn.queues, conn.durable = state, set(), None
+        conn.state, conn.queues, conn.durable, conn.busy_timeout_ms = state, set(), None, busy_timeout_ms
         conn.execute(f"pragma journal_size_limit = {WAL_BYTES}")
         conn.execute("pragma cache_size = -16000")  # KiB; many tasks in one transaction stay in memory until its end
         conn.text_factory = lambda raw: raw.decode("utf-8", "replace")  # bash may have cast any bytes to text
@@ -453,7 +460,7 @@ def _is_ours(conn: Connection, version: int) -> bool:
 
 def _switch_to_wal(conn: Connection) -> None:
     """Turn WAL on, once in a database's life. This switch ignores SQLite's busy handler, hence the loop."""
-    deadline = time.monotonic() + BUSY_TIMEOUT_MS / 1000
+    deadline = time.monotonic() + conn.busy_timeout_ms / 1000
     while True:
         try:
             if conn.execute("pragma journal_mode = wal").fetchone()[0] != "wal":
@@ -1470,13 +1477,14 @@ def _persistqueue_classes() -> dict:
         _KEY_COLUMN = "id"
         _SQL_INSERT = 'insert into {table_name} (data, timestamp) values (?, ?)'
 
-        def __init__(self, path=None, name: str = "default", multithreading: bool = True, timeout: float = 10.0,
+        def __init__(self, path=None, name: str = "default", multithreading: bool = True, timeout: float | None = None,
                      auto_commit: bool = True, serializer=None, db_file_name=None, **options) -> None:  # fmt: skip
             # multithreading, auto_commit, serializer and db_file_name are as the shared table needs them.
             self.state = Path(path or STATE_DIR).expanduser().absolute()
             check_queue_name(name)
             self.max_attempts = options.pop("max_attempts", MAX_ATTEMPTS)
             self.backoff = options.pop("backoff", BACKOFF_SECONDS)
+            timeout = BUSY_TIMEOUT_MS / 1000 if timeout is None else timeout  # seconds, for the write lock
             super().__init__(path=str(self.state), name=name, multithreading=True, timeout=timeout,
                              serializer=JsonObjects, db_file_name="tasks.db", **options)  # fmt: skip
 
@@ -1486,7 +1494,9 @@ def _persistqueue_classes() -> dict:
             self.put_event = WakeEvent(self.name, self.state)
 
         # persist-queue keeps two connections and a count; here a connection is the thread's, a count the database's.
-        _conn = _getter = _putter = property(lambda self: connect(self.state), lambda self, value: None)
+        _conn = _getter = _putter = property(
+            lambda self: connect(self.state, busy_timeout_ms=int(self.timeout * 1000)), lambda self, value: None
+        )
         total = property(lambda self: self._count(), lambda self, value: None)
 
         @property

@@ -499,12 +499,8 @@ class Worker:
             q.owner_name(self.state)
             wal = self.state / "tasks.db-wal"
             if wal.stat().st_size > q.WAL_BYTES:
-                conn = q.connect(self.state, create=False)
-                conn.execute("pragma busy_timeout = 50")  # it holds up writers while it waits for readers
-                try:
-                    conn.execute("pragma wal_checkpoint(truncate)").fetchall()
-                finally:
-                    conn.execute(f"pragma busy_timeout = {BUSY_TIMEOUT_MS}")
+                conn = q.connect(self.state, create=False, busy_timeout_ms=50)  # writers wait while it waits for readers
+                conn.execute("pragma wal_checkpoint(truncate)").fetchall()
                 if wal.stat().st_size > WAL_WARN_BYTES and "wal" not in self.said:
                     self.said.add("wal")
                     say(f"{wal} has {wal.stat().st_size >> 20} MiB: a long read keeps it from being written back;"
@@ -529,10 +525,10 @@ class Worker:
                 self.idle_since = time.monotonic()
             elif time.monotonic() >= self.idle_since + self.args.idle_exit:
                 self.leave()  # from here on, whoever enqueues starts another worker; so look once more
-                if not any(self.waiting(conn, queue) for queue in self.args.queues):
+                if not any(self.waiting(conn, queue) for queue in self.args.queues) or not self.serve() and self.args.single:
                     say(f"idle for {self.args.idle_exit:g} s; leaving")
                     return True
-                self.serve()
+                self.idle_since = time.monotonic()
         except q.QueueError:
             pass  # exchange() says so
         return False

@@ -1,0 +1,212 @@
+"""tasks.py stats, list and show say what the database says."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import select
+import signal
+import subprocess
+import sys
+import time
+
+from conftest import ROOT, wait_for
+
+WORDS = ("pending", "scheduled", "blocked", "in_progress")
+
+
+def tasks(installation, *args, **options) -> object:
+    """What tasks.py prints with --json; it must succeed."""
+    done = installation.run("tasks.py", *args, "--json", **options)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def finished(installation, queue: str, task_type: str, status: str, ended_ago: float, waited: float, ran: float) -> None:
+    """Put a finished task into the history, with times of our choice."""
+    moments = [f"strftime('%Y-%m-%d %H:%M:%f', 'now', '-{ended_ago + more:.3f} seconds')" for more in (waited + ran, ran, 0)]
+    installation.sqlite3(
+        "insert into task_history (queue, row_id, task_id, task_type, status, data, enqueued_at, started_at, completed_at) "
+        f"select '{queue}', coalesce(max(id), 0) + 1000, 'h' || (coalesce(max(id), 0) + 1), '{task_type}', '{status}', '{{}}', "
+        f"{', '.join(moments)} from task_history"
+    )
+
+
+def filled(installation) -> None:
+    """Two ready tasks, a scheduled, a running one; a completed, a failed and a cancelled one."""
+    installation.enqueue("approvals", "review", '{"pr": 1}', "--task-id", "review-1")
+    installation.enqueue("approvals", "review", '{"pr": 2}', "--task-id", "review-2", "--priority", "5")
+    installation.enqueue("approvals", "deploy", '{"to": "prod"}', "--task-id", "deploy-1", "--delay", "600")
+    installation.enqueue("notifications", "note", '{"text": "a needle in it"}', "--task-id", "note-1")
+    installation.sqlite3("update notifications set status = 2, owner = 'x', claimed_at = timestamp, attempts = 1")
+    finished(installation, "approvals", "review", "completed", 10, 1, 2)
+    finished(installation, "approvals", "review", "failed", 7200, 3, 4)
+    finished(installation, "completions", "review", "cancelled", 20, 1, 1)
+
+
+def test_stats_count_each_state_per_queue_and_type(installation):
+    filled(installation)
+    queues = tasks(installation, "stats")["queues"]
+    review = queues["approvals"]["types"]["review"]
+    assert [review[word] for word in WORDS] == [2, 0, 0, 0]
+    assert [queues["approvals"]["types"]["deploy"][word] for word in WORDS] == [0, 1, 0, 0]
+    assert [queues["notifications"][word] for word in WORDS] == [0, 0, 0, 1]
+    assert (review["completed_hour"], review["completed_day"]) == (1, 1)
+    assert (review["failed_hour"], review["failed_day"]) == (0, 1)
+    assert queues["completions"]["cancelled_hour"] == 1
+    assert [queues["approvals"][word] for word in WORDS] == [2, 1, 0, 0]
+    assert 0 <= review["oldest_pending_seconds"] < 60
+    assert queues["completions"]["oldest_pending_seconds"] is None
+
+
+def test_stats_give_the_median_and_the_95th_percentile_of_waiting_and_running(installation):
+    installation.enqueue("approvals", "review")
+    for n in range(1, 22):
+        finished(installation, "approvals", "review", "completed", 5, waited=n, ran=10 * n)
+    n = tasks(installation, "stats")["queues"]["approvals"]["types"]["review"]
+    assert n["wait_seconds"] == {"median": 11.0, "p95": 20.0}
+    assert n["run_seconds"] == {"median": 110.0, "p95": 200.0}
+
+
+def test_stats_are_what_prometheus_reads(installation):
+    from prometheus_client.parser import text_string_to_metric_families
+
+    filled(installation)
+    odd = 'quote " backslash \\ newline \n brace } ä'
+    installation.sqlite3(f"insert into notifications (data) values (json_object('hook_event_name', '{odd}'))")
+    done = installation.run("tasks.py", "stats", "--prometheus")
+    assert done.returncode == 0, done.stderr
+    families = {family.name: family for family in text_string_to_metric_families(done.stdout)}
+    assert all(family.type == "gauge" and family.documentation for family in families.values())
+    samples = {(s.name, *sorted(s.labels.items())): s.value for family in families.values() for s in family.samples}
+
+    def value(name: str, **labels: str) -> float:
+        return samples[(name, *sorted(labels.items()))]
+
+    assert value("task_queue_tasks", queue="approvals", task_type="review", status="pending") == 2
+    assert value("task_queue_tasks", queue="notifications", task_type=odd, status="pending") == 1
+    assert value("task_queue_tasks", queue="notifications", task_type="note", status="in_progress") == 1
+    assert value("task_queue_finished", queue="approvals", task_type="review", status="failed", window="24h") == 1
+    assert value("task_queue_finished", queue="approvals", task_type="review", status="failed", window="1h") == 0
+    assert value("task_queue_run_seconds", queue="approvals", task_type="review", quantile="0.5") == 3
+    assert value("task_queue_paused", queue="approvals") == 0
+
+
+def test_list_is_in_the_order_of_claims_then_newest_finished_first(installation):
+    filled(installation)
+    listed = [task["task_id"] for task in tasks(installation, "list")]
+    assert listed == ["note-1", "review-2", "review-1", "deploy-1", "h1", "h3", "h2"]
+
+
+def test_list_filters_by_queue_status_type_age_and_text(installation):
+    filled(installation)
+
+    def listed(*filters: str) -> set[str]:
+        return {task["task_id"] for task in tasks(installation, "list", *filters)}
+
+    assert listed("--queue", "completions", "--queue", "notifications") == {"note-1", "h3"}
+    assert listed("--status", "failed", "--status", "pending") == {"review-1", "review-2", "h2"}
+    assert listed("--status", "running") == {"note-1"}
+    assert listed("--type", "deploy") == {"deploy-1"}
+    assert listed("--type", "review", "--since", "1h") == {"review-1", "review-2", "h1", "h3"}
+    assert listed("--before", "1h") == {"h2"}
+    assert listed("--text", "A NEEDLE") == {"note-1"}
+    assert listed("--text", "needle%") == set() == listed("--text", "n_te")
+    assert listed("--text", "eview-") == {"review-1", "review-2"}
+    assert listed("--type", "nobody's") == set()
+
+
+def test_list_shows_so_many_and_says_that_there_are_more(installation):
+    installation.enqueue("approvals", "review", "--jsonl", input="{}\n" * 60)
+    done = installation.run("tasks.py", "list", "--json")
+    assert len(json.loads(done.stdout)) == 50 and "only the first 50" in done.stderr
+    done = installation.run("tasks.py", "list", "--json", "--limit", "60")
+    assert len(json.loads(done.stdout)) == 60 and done.stderr == ""
+
+
+def test_a_bare_payload_is_called_after_its_queue_and_row(installation):
+    installation.enqueue("approvals", "review")
+    installation.sqlite3("insert into notifications (data) values ('{\"workspace\": \"/x\"}')")
+    (listed,) = tasks(installation, "list", "--queue", "notifications")
+    assert (listed["task_id"], listed["task_type"], listed["data"]) == ("notifications-1", "notifications", {"workspace": "/x"})
+    assert tasks(installation, "show", "notifications-1")["data"] == {"workspace": "/x"}
+    assert tasks(installation, "show", "notif")["task_id"] == "notifications-1"
+
+
+def test_show_gives_everything_with_history_and_output(installation):
+    installation.handler("sum", "#!/bin/sh\necho the result; echo the log >&2; exit $((TASK_ATTEMPT == 1))\n")
+    task_id = installation.enqueue("approvals", "sum", '{"a": 1}', "--task-id", "sum-1")
+    installation.worker("approvals", "--backoff", "0.01")
+    installation.finished(task_id)
+    task = tasks(installation, "show", "sum-1")
+    assert (task["status"], task["attempts"], task["result"], task["log"]) == ("completed", 2, "the result\n", "the log\n")
+    assert task["data"]["data"] == {"a": 1} and task["history"] == []
+    assert [run["attempt"] for run in task["runs"]] == [1, 2]
+    assert installation.run("tasks.py", "pause", "approvals").returncode == 0
+    installation.enqueue("approvals", "sum", '{"a": 2}', "--task-id", "sum-1")
+    task = tasks(installation, "show", "sum-1")
+    assert (task["status"], [life["status"] for life in task["history"]]) == ("pending", ["completed"])
+    text = installation.run("tasks.py", "show", "sum-1").stdout
+    assert "sum-1" in text and '"a": 2' in text and "completed" in text
+
+
+def test_a_terminal_gets_no_control_sequence_of_a_task(installation):
+    installation.enqueue("approvals", "review")
+    installation.sqlite3("insert into notifications (data) values (json_object('hook_event_name', char(27) || '[31mred', 'a', char(155)))")
+    for command in (["list"], ["stats"], ["show", "notifications-1"]):
+        done = installation.run("tasks.py", *command)
+        assert done.returncode == 0 and "\x1b" not in done.stdout and "\x9b" not in done.stdout
+        assert "\\x1b[31mred" in done.stdout or "\\u001b[31mred" in done.stdout
+
+
+def test_a_pipe_gets_a_line_per_task_with_nothing_cut_off(installation):
+    installation.enqueue("approvals", "a_type_with_a_very_long_name_" + "x" * 150, json.dumps({"k": "v" * 100}), "--task-id", "i" * 200)
+    lines = installation.run("tasks.py", "list").stdout.splitlines()
+    assert len(lines) == 2 and "i" * 200 in lines[1] and "x" * 150 in lines[1] and "v" * 100 in lines[1]
+
+
+def read_until(descriptor: int, wanted: str, seen: str = "") -> str:
+    """What a terminal shows, until it has shown this."""
+    deadline = time.monotonic() + 20
+    while wanted not in seen:
+        assert time.monotonic() < deadline, f"{wanted!r} was not shown: {seen[-2000:]}"
+        if select.select([descriptor], [], [], 0.1)[0]:
+            seen += os.read(descriptor, 65536).decode("utf-8", "replace")
+    return seen
+
+
+def test_stats_watch_redraws_on_a_terminal_with_a_sparkline_until_ctrl_c(installation):
+    filled(installation)
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen([sys.executable, ROOT / "tasks.py", "stats", "--watch", "--interval", "0.1"], stdin=theirs,
+                               stdout=theirs, stderr=theirs, env=installation.env | {"TERM": "xterm", "COLUMNS": "140"})  # fmt: skip
+    installation.processes.append(process)
+    os.close(theirs)
+    seen = read_until(ours, "pending, since this began")
+    assert "approvals" in seen and "█" in seen
+    installation.enqueue("completions", "a_new_type")
+    read_until(ours, "a_new_type")
+    process.send_signal(signal.SIGINT)
+    wait_for(lambda: process.poll() is not None or (select.select([ours], [], [], 0)[0] and os.read(ours, 65536) and False))
+    assert process.returncode == 0
+    os.close(ours)
+
+
+def test_stats_watch_gives_a_line_of_json_each_time(installation):
+    filled(installation)
+    process = installation.start("tasks.py", "stats", "--watch", "--json", "--interval", "0.05")
+    wait_for(lambda: process.log.read_text().count("\n") >= 3)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(10) == 0
+    assert all(json.loads(line)["queues"]["approvals"]["pending"] == 2 for line in process.log.read_text().splitlines())
+
+
+def test_scripts_get_their_json_without_the_table_library(installation):
+    filled(installation)
+    (installation.directory / "rich").mkdir()
+    (installation.directory / "rich" / "__init__.py").write_text("raise ImportError('rich was imported')")
+    without = {"PYTHONPATH": str(installation.directory)}
+    for command in (["stats"], ["list"], ["show", "note-1"], ["pause", "approvals"], ["resume", "approvals"], ["cancel", "deploy-1"]):
+        tasks(installation, *command, env=without)
+    assert "rich was imported" in installation.run("tasks.py", "list", env=without).stderr
