@@ -154,6 +154,11 @@ VIEW_ARM = """select '{queue}' as queue, coalesce(task_id, '{queue}-' || id) as 
 from "{queue}" union all
 """
 
+LAST_ID = """
+select max(id) from (
+  select max(seq) as id from sqlite_sequence where name in (select value from json_each(:names))
+  union all select max(id) from "{queue}.bare")"""
+
 QUEUES = """
 select i.tbl_name from sqlite_master i where i.type = 'index' and i.name = i.tbl_name || '.ready' order by i.tbl_name"""
 
@@ -452,9 +457,9 @@ def _open(state: Path, db: Path, busy_timeout_ms: int) -> Connection:
 
 def _is_ours(conn: Connection, version: int) -> bool:
     """Whether the database is a queue's, or empty, or has the bare table that a hook made."""
-    if version:
-        return conn.execute("select 1 from sqlite_master where name = 'task_history'").fetchone() is not None
     tables = [name for (name,) in conn.execute("select name from sqlite_master where type = 'table'")]
+    if version or "task_history" in tables:  # version 0 was read before another first open was done
+        return "task_history" in tables
     return all(name.startswith("sqlite_") for name in tables) or any(_is_bare_queue(conn, name) for name in tables)
 
 
@@ -516,7 +521,6 @@ def _create_queue(conn: Connection, queue: str) -> None:
     if columns:
         if columns != ["id", "data"]:
             raise QueueUnavailable(f"table {queue} in {conn.state / 'tasks.db'} is not a queue: use another queue name")
-        (last_id,) = conn.execute("select coalesce(max(seq), 0) from sqlite_sequence where name = ?", (queue,)).fetchone()
         conn.execute(f'alter table "{queue}" rename to "{queue}.bare"')
     for statement in QUEUE_SCHEMA.format(queue=queue, is_envelope=IS_ENVELOPE).split(";\n"):
         conn.execute(statement)
@@ -525,12 +529,13 @@ def _create_queue(conn: Connection, queue: str) -> None:
         conn.execute(f"""insert into "{queue}" (id, data) select id, data from "{queue}.bare"
                          where case when {is_object} then 1 end order by id""")
         conn.execute(f"""insert into task_history (queue, row_id, task_id, task_type, status, data, enqueued_at, error)
-                         select '{queue}', id, '{queue}-' || id, '{queue}', 'failed', cast(data as text),
+                         select '{queue}', id, '{queue}-' || id, '{queue}', 'failed', coalesce(cast(data as text), ''),
                                 strftime('%Y-%m-%d %H:%M:%f', 'now'), 'was not a JSON object when the table was adopted'
                          from "{queue}.bare" where case when {is_object} then 0 else 1 end""")
+        (last_id,) = conn.execute(LAST_ID.format(queue=queue), {"names": json.dumps([queue, f"{queue}.bare"])}).fetchone()
         conn.execute(f'drop table "{queue}.bare"')
         conn.execute("delete from sqlite_sequence where name = ?", (queue,))
-        conn.execute("insert into sqlite_sequence (name, seq) values (?, ?)", (queue, last_id))
+        conn.execute("insert into sqlite_sequence (name, seq) values (?, ?)", (queue, last_id or 0))
 
 
 def _create_view(conn: Connection) -> None:
@@ -1651,6 +1656,7 @@ def _watchdog_classes() -> dict:
 
         def __init__(self, queue_path, callback) -> None:
             self.queue_path, self.callback = Path(queue_path).absolute(), callback
+            connect(self.queue_path)  # so that there is something to watch
             self._heard, self._thread, self._seen, self._loop = threading.Event(), None, None, None
             if sys.modules.get("asyncio"):
                 try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import sqlite3
 import subprocess
 import sys
@@ -26,6 +27,15 @@ def wait_for(condition, seconds: float = 15.0, what: str = "the condition"):
         if time.monotonic() > deadline:
             pytest.fail(f"{what} did not come true within {seconds:g} s")
         time.sleep(0.005)
+
+
+def end(process: subprocess.Popen) -> None:
+    """Kill a process; with its children (uv has one) when it leads a group of its own."""
+    if process.poll() is None:
+        if os.getpgid(process.pid) == process.pid:
+            os.killpg(process.pid, signal.SIGKILL)
+        process.kill()
+    process.wait()
 
 
 class Installation:
@@ -119,9 +129,7 @@ def installation(tmp_path):
     made = Installation(tmp_path)
     yield made
     for process in made.processes:
-        if process.poll() is None:
-            process.kill()
-        process.wait()
+        end(process)
     shutil.rmtree(made.state, ignore_errors=True)
 
 

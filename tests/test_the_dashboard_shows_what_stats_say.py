@@ -56,7 +56,7 @@ def site(installation):
 def start(installation) -> subprocess.Popen:
     with open(installation.directory / "dashboard.err", "wb") as err:
         command, env = uv(installation)
-        process = subprocess.Popen([*command, "--port", "0"], env=env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+        process = subprocess.Popen([*command, "--port", "0"], env=env, start_new_session=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
                                    stderr=err, text=True)  # fmt: skip
     installation.processes.append(process)
     return process

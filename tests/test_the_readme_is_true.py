@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, Installation, wait_for
+from conftest import ROOT, Installation, end, wait_for
 
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
@@ -37,8 +37,7 @@ def home(tmp_path):
     made.sqlite3("delete from notifications")
     yield made
     for process in made.processes:
-        process.kill()
-        process.wait()
+        end(process)
 
 
 def run(home, command: list, text: str):
