@@ -48,7 +48,15 @@ HOOK_WINDOW_SECONDS = 10.0  # the same firing, reported twice, comes within this
 QUIET_SECONDS = 0.02  # a hook's payload is taken as whole when it parses and nothing follows for this long
 
 # What differs from one firing to the next although nothing that matters does: left out of --once-per content.
-PER_FIRING = ("session_id", "prompt_id", "transcript_path", "tool_use_id", "duration_ms", "agent_id", "agent_transcript_path")
+PER_FIRING = (
+    "session_id",
+    "prompt_id",
+    "transcript_path",
+    "tool_use_id",
+    "duration_ms",
+    "agent_id",
+    "agent_transcript_path",
+)
 
 FLAGS = ("hook", "jsonl", "start-worker", "nested", "help")
 OPTIONS = {"task-id": str, "delay": float, "priority": int, "window": float, "once-per": str, "wait": float}
@@ -72,7 +80,9 @@ class Arguments:
         if self.help:
             return
         if not words or len(words) > 3 or len(words) < 2 and not (self.hook or self.jsonl):
-            raise ValueError("QUEUE and TASK_TYPE are wanted" if len(words) < 2 else f"{words[3]!r} is one word too many")
+            raise ValueError(
+                "QUEUE and TASK_TYPE are wanted" if len(words) < 2 else f"{words[3]!r} is one word too many"
+            )
         self.queue, self.task_type, self.data = (*words, None, None)[:3]
         if (self.hook or self.jsonl) and (self.data is not None or self.task_id):
             raise ValueError("with --hook or --jsonl the tasks come on stdin: no DATA and no --task-id")
@@ -311,7 +321,9 @@ def start_worker(q, queue: str) -> None:
     run = [uv, "run", "--no-config", "--script"] if uv else [sys.executable]
     worker = [*run, os.path.join(here, "worker.py"), queue, "--single", "--idle-exit", "60"]
     q.make_private(q.STATE_DIR / "logs")
-    log = os.open(q.STATE_DIR / "logs" / f"worker.{queue}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+    log = os.open(
+        q.STATE_DIR / "logs" / f"worker.{queue}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600
+    )
     try:
         subprocess.Popen(worker, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
                          env={k: v for k, v in os.environ.items() if k != "TASK_DEPTH"}, cwd=home)  # fmt: skip

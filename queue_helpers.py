@@ -216,26 +216,20 @@ delete from task_history where id in (
 # owner is null unless claimed, so these three conditions are the fence: this row, this owner, this attempt.
 FENCE = "where id = :id and owner is :owner and attempts = :attempts"
 
-ARCHIVE = (
-    """
+ARCHIVE = f"""
 insert into task_history (queue, row_id, task_id, task_type, status, data, priority, group_id, attempts, max_attempts,
                           enqueued_at, started_at, exit_code, result, log, error)
-select '{queue}', id, coalesce(task_id, '{queue}-' || id), coalesce(task_type, '{queue}'), :outcome, data, priority,
+select '{{queue}}', id, coalesce(task_id, '{{queue}}-' || id), coalesce(task_type, '{{queue}}'), :outcome, data, priority,
        group_id, attempts, max_attempts, strftime('%Y-%m-%d %H:%M:%f', timestamp, 'unixepoch'),
        strftime('%Y-%m-%d %H:%M:%f', claimed_at, 'unixepoch'), :exit_code, :result, :log, :error
-from "{queue}" """
-    + FENCE
-)
-REMOVE = """
-delete from "{queue}" """ + FENCE
-RETURN = (
-    """
-update "{queue}"
+from "{{queue}}" {FENCE}"""
+REMOVE = f"""
+delete from "{{queue}}" {FENCE}"""
+RETURN = f"""
+update "{{queue}}"
 set status = case when :due_at is null then 1 else 3 end, due_at = :due_at, owner = null, claimed_at = null,
     cancel_requested = 0, attempts = attempts - :uncounted, error = coalesce(:error, error)
-"""
-    + FENCE
-)
+{FENCE}"""
 REDRIVE = """
 insert or ignore into "{queue}" (id, data, priority, group_id)
 select row_id, data, priority, group_id from task_history where id = :history_id"""
@@ -330,7 +324,9 @@ def explain(error: sqlite3.Error, state: Path) -> QueueError:
     if name.startswith("SQLITE_FULL"):
         return QueueUnavailable(f"{db}: the disk is full; free some space: df -h '{state}'")
     if name.startswith(("SQLITE_NOTADB", "SQLITE_CORRUPT")):
-        return QueueUnavailable(f"{db} is damaged or not a database ({text}); move it away, or restore a backup over it")
+        return QueueUnavailable(
+            f"{db} is damaged or not a database ({text}); move it away, or restore a backup over it"
+        )
     if name.startswith(("SQLITE_READONLY", "SQLITE_CANTOPEN", "SQLITE_PERM", "SQLITE_IOERR")):
         return QueueUnavailable(f"{db} cannot be used ({text}); check that it exists and is yours: ls -la '{state}'")
     return QueueUnavailable(f"{db}: {text}")
@@ -434,11 +430,13 @@ def _open(state: Path, db: Path, busy_timeout_ms: int) -> Connection:
         conn.text_factory = lambda raw: raw.decode("utf-8", "replace")  # bash may have cast any bytes to text
         version = conn.execute("pragma user_version").fetchone()[0]
         if version > SCHEMA_VERSION:
-            raise QueueUnavailable(f"{db} has schema version {version}, these scripts know {SCHEMA_VERSION}: update them")
+            raise QueueUnavailable(
+                f"{db} has schema version {version}, these scripts know {SCHEMA_VERSION}: update them"
+            )
         if not _is_ours(conn, version):
             raise QueueUnavailable(f"{db} is not a task queue's database; check TASK_QUEUE_STATE")
         if version == 0:
-            conn.execute("pragma auto_vacuum = incremental")  # must precede the first table; cleanup.py gives space back
+            conn.execute("pragma auto_vacuum = incremental")  # before the first table; cleanup.py gives space back
         found = os.stat(db)
         conn.file = (found.st_dev, found.st_ino)
         if stat.S_IMODE(found.st_mode) & 0o077:  # chmod, not open: closing a descriptor would drop SQLite's locks
@@ -469,7 +467,9 @@ def _switch_to_wal(conn: Connection) -> None:
     while True:
         try:
             if conn.execute("pragma journal_mode = wal").fetchone()[0] != "wal":
-                raise QueueUnavailable(f"{conn.state} is on a file system where SQLite cannot use WAL: use a local disk")
+                raise QueueUnavailable(
+                    f"{conn.state} is on a file system where SQLite cannot use WAL: use a local disk"
+                )
             return
         except sqlite3.OperationalError as error:
             locked = (error.sqlite_errorname or "").startswith(("SQLITE_BUSY", "SQLITE_LOCKED"))
@@ -532,7 +532,9 @@ def _create_queue(conn: Connection, queue: str) -> None:
                          select '{queue}', id, '{queue}-' || id, '{queue}', 'failed', coalesce(cast(data as text), ''),
                                 strftime('%Y-%m-%d %H:%M:%f', 'now'), 'was not a JSON object when the table was adopted'
                          from "{queue}.bare" where case when {is_object} then 0 else 1 end""")
-        (last_id,) = conn.execute(LAST_ID.format(queue=queue), {"names": json.dumps([queue, f"{queue}.bare"])}).fetchone()
+        (last_id,) = conn.execute(
+            LAST_ID.format(queue=queue), {"names": json.dumps([queue, f"{queue}.bare"])}
+        ).fetchone()
         conn.execute(f'drop table "{queue}.bare"')
         conn.execute("delete from sqlite_sequence where name = ?", (queue,))
         conn.execute("insert into sqlite_sequence (name, seq) values (?, ?)", (queue, last_id or 0))
@@ -584,7 +586,9 @@ def enqueue_task(queue_name: str, task_type: str, data: dict, task_id: str | Non
     seconds and is finished, nothing is added. The task becomes ready after `delay` seconds; a higher `priority` is
     claimed first. Raises InvalidTask, QueueBusy, QueueUnavailable.
     """
-    return enqueue_tasks(queue_name, [new_row(task_type, data, task_id, delay=delay, priority=priority, window=window)])[0][0]
+    return enqueue_tasks(
+        queue_name, [new_row(task_type, data, task_id, delay=delay, priority=priority, window=window)]
+    )[0][0]
 
 
 def enqueue_tasks(queue_name: str, tasks, *, state: Path | None = None) -> list[tuple[str, bool]]:
@@ -1222,7 +1226,9 @@ class Watch(threading.Thread):
         elif wanted and self._ear is None:
             from watchdog.events import FileClosedEvent, FileModifiedEvent
 
-            self._ear = self._observer.schedule(self, str(self.state), event_filter=[FileClosedEvent, FileModifiedEvent])
+            self._ear = self._observer.schedule(
+                self, str(self.state), event_filter=[FileClosedEvent, FileModifiedEvent]
+            )
         elif not wanted and self._ear is not None:
             self._observer.unschedule(self._ear)
             self._ear = None
@@ -1480,7 +1486,7 @@ def _persistqueue_classes() -> dict:
         """
 
         _KEY_COLUMN = "id"
-        _SQL_INSERT = 'insert into {table_name} (data, timestamp) values (?, ?)'
+        _SQL_INSERT = "insert into {table_name} (data, timestamp) values (?, ?)"
 
         def __init__(self, path=None, name: str = "default", multithreading: bool = True, timeout: float | None = None,
                      auto_commit: bool = True, serializer=None, db_file_name=None, **options) -> None:  # fmt: skip
@@ -1634,9 +1640,16 @@ def _persistqueue_classes() -> dict:
         def ack_failed_count(self) -> int:
             return self._conn.execute(COUNT_FINISHED, {"queue": self.name, "status": "failed"}).fetchone()[0]
 
-        def clear_acked_data(self, max_delete: int = 1000, keep_latest: int = 1000, clear_ack_failed: bool = False) -> int:
+        def clear_acked_data(
+            self, max_delete: int = 1000, keep_latest: int = 1000, clear_ack_failed: bool = False
+        ) -> int:
             """Delete finished tasks of this queue from the history, all but the latest; how many."""
-            values = {"queue": self.name, "failed": clear_ack_failed, "limit": max_delete or -1, "keep": keep_latest or 0}
+            values = {
+                "queue": self.name,
+                "failed": clear_ack_failed,
+                "limit": max_delete or -1,
+                "keep": keep_latest or 0,
+            }
             with transaction(self._conn):
                 return self._conn.execute(CLEAR_FINISHED, values).rowcount
 
@@ -1668,7 +1681,9 @@ def _watchdog_classes() -> dict:
             if is_wake(os.fsdecode(event.src_path)):
                 self._heard.set()
                 if self._thread is None:  # watchdog calls from one thread
-                    self._thread = threading.Thread(target=self._run, name=f"QueueWatcher {self.queue_path}", daemon=True)
+                    self._thread = threading.Thread(
+                        target=self._run, name=f"QueueWatcher {self.queue_path}", daemon=True
+                    )
                     self._thread.start()
 
         on_closed = on_modified

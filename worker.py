@@ -80,23 +80,53 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     argv = sys.argv[1:] if argv is None else argv
     argv, command = (argv[: argv.index("--")], argv[argv.index("--") + 1 :]) if "--" in argv else (argv, None)
     beside = Path(__file__).resolve().parent
-    handlers = next((path for path in (beside / "handlers", beside.parent.parent / "handlers") if path.is_dir()), beside / "handlers")
+    handlers = next(
+        (path for path in (beside / "handlers", beside.parent.parent / "handlers") if path.is_dir()),
+        beside / "handlers",
+    )
     parser = Parser(prog="worker.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("queues", metavar="QUEUE", nargs="+")
-    add("--handlers", metavar="DIR", type=Path, default=handlers, help="executables named after task types (default: %(default)s)")
+    add(
+        "--handlers",
+        metavar="DIR",
+        type=Path,
+        default=handlers,
+        help="executables named after task types (default: %(default)s)",
+    )
     add("--concurrency", metavar="N", type=count, default=1, help="tasks at a time, all queues together (default 1)")
-    add("--then", metavar="QUEUE", help="enqueue what a handler prints there, in the transaction that records it as done")
-    add("--max-attempts", metavar="N", type=count, default=q.MAX_ATTEMPTS, help="then it is a dead letter (default %(default)s)")
+    add(
+        "--then",
+        metavar="QUEUE",
+        help="enqueue what a handler prints there, in the transaction that records it as done",
+    )
+    add(
+        "--max-attempts",
+        metavar="N",
+        type=count,
+        default=q.MAX_ATTEMPTS,
+        help="then it is a dead letter (default %(default)s)",
+    )
     add("--backoff", metavar="SECONDS", type=seconds, default=q.BACKOFF_SECONDS,
         help="before the second attempt, doubling with each one after, an hour at most (default %(default)s)")  # fmt: skip
     add("--crash-backoff", metavar="SECONDS", type=seconds, default=0.0,
         help="before a dead worker's task runs again (default 0: at once)")  # fmt: skip
     add("--timeout", metavar="SECONDS", type=seconds, default=0.0, help="for one attempt (default 0: none)")
-    add("--grace", metavar="SECONDS", type=seconds, default=10.0, help="for handlers to finish when stopped (default 10)")
+    add(
+        "--grace",
+        metavar="SECONDS",
+        type=seconds,
+        default=10.0,
+        help="for handlers to finish when stopped (default 10)",
+    )
     add("--kill-after", metavar="SECONDS", type=seconds, default=5.0, help="from TERM to KILL (default 5)")
     add("--drain", action="store_true", help="leave when nothing is ready or running")
-    add("--idle-exit", metavar="SECONDS", type=seconds, help="leave when nothing waited, ran or was scheduled for this long")
+    add(
+        "--idle-exit",
+        metavar="SECONDS",
+        type=seconds,
+        help="leave when nothing waited, ran or was scheduled for this long",
+    )
     add("--single", action="store_true", help="leave at once if another worker serves one of the queues")
     args = parser.parse_args(argv)
     args.command = command
@@ -251,7 +281,11 @@ class Worker:
                 return self.end(task, partial(self.bury, task, f"{error}, nor can there be one"))
             return self.end(task, partial(self.put_back, task, str(error), NO_HANDLER_SECONDS))
         workspace = data.get("workspace_path")
-        workspace = workspace if isinstance(workspace, str) and os.path.isdir(workspace) and os.access(workspace, os.X_OK) else None
+        workspace = (
+            workspace
+            if isinstance(workspace, str) and os.path.isdir(workspace) and os.access(workspace, os.X_OK)
+            else None
+        )
         run = f"{self.logs}/{task.run_name}"
         try:
             out = self.output(f"{run}.out")
@@ -312,7 +346,9 @@ class Worker:
             self.runs.remove(run)
             code, task = run.process.returncode, run.task
             if run.ended or code < 0:
-                run.kill(signal.SIGKILL)  # whoever of its group is left; a daemon of a handler that ended well is let be
+                run.kill(
+                    signal.SIGKILL
+                )  # whoever of its group is left; a daemon of a handler that ended well is let be
             code = 128 - code if code < 0 else code
             if run.why == "cancelled" and run.ended:
                 verdict = partial(self.cancel, task)
@@ -367,7 +403,9 @@ class Worker:
             self.said.add(f"{task.task_type} {error}")
 
     def recovered(self, task: q.Task, outcome: str, error: str | None) -> None:
-        say(f"{task.queue} {task.task_type} {task.task_id} {outcome} attempt {task.attempts}: {error or 'its handler ended without its worker'}")
+        say(
+            f"{task.queue} {task.task_type} {task.task_id} {outcome} attempt {task.attempts}: {error or 'its handler ended without its worker'}"
+        )
 
     # ------------------------------------------------------------------------------------------------------- database
 
@@ -499,7 +537,9 @@ class Worker:
             q.owner_name(self.state)
             wal = self.state / "tasks.db-wal"
             if wal.stat().st_size > q.WAL_BYTES:
-                conn = q.connect(self.state, create=False, busy_timeout_ms=50)  # writers wait while it waits for readers
+                conn = q.connect(
+                    self.state, create=False, busy_timeout_ms=50
+                )  # writers wait while it waits for readers
                 conn.execute("pragma wal_checkpoint(truncate)").fetchall()
                 if wal.stat().st_size > WAL_WARN_BYTES and "wal" not in self.said:
                     self.said.add("wal")
@@ -525,7 +565,11 @@ class Worker:
                 self.idle_since = time.monotonic()
             elif time.monotonic() >= self.idle_since + self.args.idle_exit:
                 self.leave()  # from here on, whoever enqueues starts another worker; so look once more
-                if not any(self.waiting(conn, queue) for queue in self.args.queues) or not self.serve() and self.args.single:
+                if (
+                    not any(self.waiting(conn, queue) for queue in self.args.queues)
+                    or not self.serve()
+                    and self.args.single
+                ):
                     say(f"idle for {self.args.idle_exit:g} s; leaving")
                     return True
                 self.idle_since = time.monotonic()
