@@ -1,0 +1,86 @@
+#!/usr/bin/env -S uv run --script
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["watchdog>=4,<8"]
+# ///
+"""How soon the task of a worker that got `kill -9` runs again, with another worker idle: p50, p99 and maximum.
+
+    bench/recovery.py [KILLS]     default 200
+
+The handler is killed with its worker (one that outlives it keeps its task). Measured from the kill to the survivor's
+claim, and to the first line of the handler that it started. Linux: date has to know nanoseconds.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent.parent
+HANDLER = '#!/bin/sh\necho "$(date +%s.%N) $PPID" >>"$TASK_QUEUE_STATE/../runs"\nexec sleep 1000\n'
+
+
+def main() -> int:
+    kills = int(sys.argv[1]) if len(sys.argv) > 1 else 200
+    with tempfile.TemporaryDirectory() as directory:
+        root = Path(directory)
+        env = os.environ | {"TASK_QUEUE_STATE": f"{root}/state"}
+        (root / "handlers").mkdir()
+        (root / "handlers" / "long").write_text(HANDLER)
+        (root / "handlers" / "long").chmod(0o755)
+        subprocess.run([sys.executable, HERE / "enqueue.py", "bench", "long"], env=env, check=True, stdout=subprocess.DEVNULL)
+        workers = [start(root, env)]
+        group, taken, running = wait_for_run(root, 1)[1], [], []
+        conn = sqlite3.connect(root / "state" / "tasks.db", timeout=10)
+        try:
+            for number in range(1, kills + 1):
+                workers.append(start(root, env))
+                time.sleep(0.3)  # until it is idle
+                began = time.time()
+                workers[0].kill()
+                os.killpg(group, signal.SIGKILL)
+                runs, group = wait_for_run(root, number + 1)
+                running.append(runs - began)
+                taken.append(conn.execute("select claimed_at from bench").fetchone()[0] - began)
+                workers.pop(0).wait()
+        finally:
+            for worker in workers:
+                worker.kill()
+                worker.wait()
+            os.killpg(group, signal.SIGKILL)
+    print(f"{kills} kills; milliseconds from kill -9: p50, p99, maximum")
+    for name, values in (("claimed again", sorted(taken)), ("runs again", sorted(running))):
+        print(f"{name:14}" + "".join(f"{values[int(share * (kills - 1))] * 1000:9.1f}" for share in (0.5, 0.99, 1.0)))
+    return 0
+
+
+def start(root: Path, env: dict) -> subprocess.Popen:
+    """A worker that serves."""
+    with open(root / "log", "wb") as log:
+        worker = subprocess.Popen([sys.executable, HERE / "worker.py", "bench", "--handlers", root / "handlers",
+                                   "--max-attempts", "1000"], env=env, stderr=log)  # fmt: skip
+    while b"serves" not in (root / "log").read_bytes():
+        time.sleep(0.005)
+    return worker
+
+
+def wait_for_run(root: Path, number: int) -> tuple[float, int]:
+    """When run `number` began, and its process group."""
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline:
+        runs = (root / "runs").read_text().split("\n")[:-1] if (root / "runs").exists() else []
+        if len(runs) == number:
+            began, group = runs[-1].split()
+            return float(began), int(group)
+        time.sleep(0.001)
+    raise SystemExit("the task did not run again within 30 s")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,152 @@
+"""What a claim costs does not depend on how much waits, is scheduled, runs elsewhere, or is finished."""
+
+import json
+
+import pytest
+
+NOW = 1e10  # later than any real due time in these tests
+
+STATEMENTS = {
+    "CLAIM": {"owner": "o", "now": NOW, "max_attempts": 4, "backoff": 1.0, "then_queue": None, "limit": 1},
+    "CLAIM_ROW": {"owner": "o", "now": NOW, "max_attempts": 4, "backoff": 1.0, "then_queue": None, "id": 7},
+    "HAS_READY": {"now": 0.0},
+    "NEXT_DUE": {},
+    "PROMOTE": {"now": 0.0},
+    "OWNERS": {},
+    "CLAIMED_BY": {"owner": "o"},
+    "CANCEL_REQUESTED": {"owner": "o"},
+    "WHO_HOLDS": {"id": 7},
+    "FINISHED_SINCE": {"queue": "notifications", "task_id": "history 7", "since": "2000"},
+}
+
+WAITING = """
+with recursive n (i) as (select 1 union all select i + 1 from n where i < :count)
+insert into notifications (data, priority) select json_object('task_id', :mark || i, 'task_type', 't' || (i % 7),
+  'data', json_object('i', i)), i % 3 from n"""
+SCHEDULED = """
+with recursive n (i) as (select 1 union all select i + 1 from n where i < :count)
+insert into notifications (data, status, due_at) select json_object('task_id', :mark || 's' || i, 'task_type', 't',
+  'data', json_object('i', i)), 3, 4e9 + i from n"""
+FINISHED = """
+with recursive n (i) as (select 1 union all select i + 1 from n where i < :count)
+insert into task_history (queue, row_id, task_id, task_type, status, data, enqueued_at)
+select 'notifications', i, :mark || 'history ' || i, 't', 'completed', '{}', '2001-01-01 00:00:00.000' from n"""
+
+
+def fill(queue, count: int, mark: str, *kinds: str) -> None:
+    conn = queue.connect()
+    with queue.transaction(conn, durable=False):
+        for statement in kinds:
+            conn.execute(statement, {"count": count, "mark": mark})
+
+
+def steps(conn, action) -> int:
+    """How many instructions SQLite's machine takes for what action does."""
+    counted = [0]
+
+    def count() -> None:
+        counted[0] += 1
+
+    conn.set_progress_handler(count, 1)
+    try:
+        action()
+    finally:
+        conn.set_progress_handler(None, 0)
+    return counted[0]
+
+
+def costs(queue) -> dict[str, int]:
+    """Of everything that is done for each task, in instructions."""
+    conn = queue.connect()
+    taken, found = [], {}
+
+    def claim():
+        with queue.transaction(conn):
+            taken[:] = queue.claim(conn, "notifications", "somebody")
+
+    def in_transaction(verb, **told):
+        with queue.transaction(conn):
+            assert verb(conn, taken[0], **told)
+
+    claim()  # once unmeasured
+    in_transaction(queue.ack)
+    found["claim"] = steps(conn, claim)
+    found["ack"] = steps(conn, lambda: in_transaction(queue.ack))
+    claim()
+    found["nack"] = steps(conn, lambda: in_transaction(queue.nack, error="no", delay=9e8))
+    claim()
+    found["bury"] = steps(conn, lambda: in_transaction(queue.bury, error="no"))
+    found["look"] = steps(conn, lambda: queue.has_ready(conn, "notifications"))
+    found["next due"] = steps(conn, lambda: queue.next_due(conn, "notifications"))
+    found["enqueue"] = steps(conn, lambda: queue.enqueue_task("notifications", "t", {}))
+    found["enqueue with a window"] = steps(conn, lambda: queue.enqueue_task("notifications", "t", {}, window=60))
+    found["recover"] = steps(conn, queue.recover)
+    return found
+
+
+def plan(conn, statement: str, values: dict) -> list[str]:
+    return [row[3] for row in conn.execute(f"explain query plan {statement}", values)]
+
+
+@pytest.mark.parametrize("name", STATEMENTS)
+def test_each_statement_searches_an_index_and_sorts_nothing(queue, name):
+    conn = queue.connect()
+    statement = getattr(queue, name)
+    statement = queue.on_queue(statement, "notifications") if "{queue}" in statement else statement
+    for analyzed in (False, True):
+        if analyzed:  # what the planner then knows must not lead it astray
+            fill(queue, 2000, "x", WAITING, SCHEDULED, FINISHED)
+            conn.execute("analyze")
+            queue.close(conn)
+            conn = queue.connect()
+        steps_of_plan = plan(conn, statement, STATEMENTS[name])
+        assert steps_of_plan
+        for step in steps_of_plan:
+            assert "TEMP B-TREE" not in step, steps_of_plan
+            if "notifications" in step or "task_history" in step:
+                assert "INDEX" in step or "INTEGER PRIMARY KEY" in step, steps_of_plan
+                assert "AUTOMATIC" not in step
+
+
+def test_a_claim_reads_the_index_of_what_is_ready_in_its_order(queue):
+    conn = queue.connect()
+    steps_of_plan = plan(conn, queue.on_queue(queue.CLAIM, "notifications"), STATEMENTS["CLAIM"])
+    assert any("INDEX notifications.ready" in step for step in steps_of_plan), steps_of_plan
+    assert any("INDEX notifications.scheduled" in step for step in plan(conn, queue.on_queue(queue.PROMOTE, "notifications"), {"now": 0}))
+
+
+def test_persist_queues_own_condition_is_served_by_the_same_index(queue):
+    conn = queue.connect()
+    steps_of_plan = plan(conn, "select id from notifications where status < 2 order by priority desc, id limit 1", {})
+    assert len(steps_of_plan) == 1 and "INDEX notifications.ready" in steps_of_plan[0]
+
+
+@pytest.mark.timeout(120)
+def test_it_takes_as_many_steps_at_300_000_rows_as_at_300(queue):
+    queue.connect()
+    fill(queue, 100, "few ", WAITING, SCHEDULED, FINISHED)
+    few = costs(queue)
+    fill(queue, 100_000, "many ", WAITING, SCHEDULED, FINISHED)
+    many = costs(queue)
+    assert min(few.values()) > 3
+    assert {name: many[name] for name in few if many[name] > 1.2 * few[name]} == {}, few
+
+
+def test_nor_do_the_claims_of_others_cost_anything(queue):
+    conn = queue.connect()
+    fill(queue, 5100, "x", WAITING)
+    few = costs(queue)
+    with queue.transaction(conn):
+        assert len(queue.claim(conn, "notifications", queue.owner_name(), limit=5000)) == 5000
+    many = costs(queue)
+    assert many["claim"] <= 1.2 * few["claim"] and many["look"] <= 1.2 * few["look"]
+
+
+def test_a_claim_takes_them_in_the_order_of_priority_then_age(queue):
+    conn = queue.connect()
+    for n, priority in enumerate([0, 5, -1, 5, 0]):
+        queue.enqueue_task("notifications", "t", {"n": n}, priority=priority)
+    with queue.transaction(conn):
+        some = queue.claim(conn, "notifications", "o", limit=2)
+        rest = queue.claim(conn, "notifications", "o", limit=9)
+    assert [json.loads(task.text)["data"]["n"] for task in some + rest] == [1, 3, 0, 4, 2]

@@ -1,0 +1,168 @@
+import json
+import os
+import signal
+import time
+
+from conftest import wait_for
+from processes import group_lives, lines, lives
+
+
+def run(installation, handler: str, *options, data: str = "{}", seconds: float = 15) -> dict:
+    """The history of a task that one worker ran, with one attempt."""
+    installation.handler("it", "#!/bin/sh\n" + handler)
+    task = installation.enqueue("notifications", "it", "-", input=data)
+    installation.worker("notifications", "--max-attempts", 1, *options)
+    return installation.finished(task, seconds)
+
+
+def test_grandchildren_included(installation):
+    done = run(installation, """
+        echo $PPID >>"$HOME/pids"
+        sh -c 'sleep 100 & echo $! >>"$HOME/pids"; sleep 100 & echo $! >>"$HOME/pids"; wait' &
+        echo $! >>"$HOME/pids"
+        wait
+        """, "--timeout", 0.5)  # fmt: skip
+    assert done["status"] == "failed" and done["error"] == "timed out after 0.5 s (attempt 1 of 1)"
+    pids = [int(pid) for pid in lines(installation.directory / "pids")]
+    assert len(pids) == 4
+    wait_for(lambda: not any(map(lives, pids)) and not group_lives(pids[0]), 2, "the end of the group")
+
+
+def test_with_kill_when_term_is_ignored(installation):
+    began = time.monotonic()
+    deaf = 'trap "" TERM\necho $PPID >"$HOME/pids"\nwhile :; do sleep 0.05; done'
+    done = run(installation, deaf, "--timeout", 0.3, "--kill-after", 0.3)
+    assert time.monotonic() - began < 5
+    assert done["error"].startswith("timed out after 0.3 s") and done["exit_code"] == 137
+    (group,) = map(int, lines(installation.directory / "pids"))
+    wait_for(lambda: not group_lives(group), 2, "the end of the group")
+
+
+def test_a_child_that_ignores_term_does_not_outlive_a_handler_that_does_not(installation):
+    run(installation, "sh -c 'trap \"\" TERM; echo $$ >\"$HOME/pids\"; while :; do sleep 0.05; done' &\nwait", "--timeout", 0.3)
+    (child,) = map(int, lines(installation.directory / "pids"))
+    wait_for(lambda: not lives(child), 2, "the child's end")
+
+
+def test_a_handler_may_use_the_time_from_term_to_kill(installation):
+    done = run(installation, "trap 'echo tidied up; exit 0' TERM\nwhile :; do sleep 0.05; done", "--timeout", 0.3)
+    assert done["result"] == "tidied up\n" and done["status"] == "failed"  # it was not done in time, whatever it says
+    assert done["error"].startswith("timed out")
+
+
+def test_a_stopped_handler_is_ended_too(installation):
+    done = run(installation, "kill -STOP $$", "--timeout", 0.3, "--kill-after", 0.2)
+    assert done["error"].startswith("timed out")
+
+
+def test_a_timed_out_task_is_tried_again(installation):
+    installation.handler("slow", '#!/bin/sh\n[ "$TASK_ATTEMPT" = 2 ] || sleep 100\n')
+    task = installation.enqueue("notifications", "slow")
+    installation.worker("notifications", "--timeout", 0.4, "--backoff", 0.01)
+    assert (installation.finished(task)["status"], installation.finished(task)["attempts"]) == ("completed", 2)
+
+
+def test_others_go_on_while_one_is_ended(installation):
+    installation.handler("deaf", "#!/bin/sh\ntrap '' TERM\nwhile :; do sleep 0.05; done\n")
+    installation.handler("fine", "#!/bin/sh\n")
+    deaf = installation.enqueue("notifications", "deaf")
+    installation.worker("notifications", "--timeout", 0.2, "--kill-after", 3, "--concurrency", 2, "--max-attempts", 1)
+    wait_for(lambda: installation.rows("select 1 from notifications where status = 2"))
+    fine = installation.enqueue("notifications", "fine")
+    assert installation.finished(fine, 2.5)["status"] == "completed"
+    assert installation.history(deaf) is None
+    assert installation.finished(deaf)["exit_code"] == 137
+
+
+def test_five_megabytes_on_each_stream_are_no_obstacle(installation):
+    done = run(installation, "seq 1 700000\nseq 1 700000 >&2\n")
+    assert done["status"] == "completed"
+    for text in (done["result"], done["log"]):
+        assert text.endswith("\n699999\n700000\n") and len(text) == 65536
+    (out,) = (installation.state / "logs" / "notifications").glob("*.out")
+    assert out.stat().st_size > 4_700_000  # whole, for whoever wants to look
+
+
+def test_a_megabyte_of_payload_that_nobody_reads_is_no_obstacle(installation):
+    done = run(installation, "exit 0", data=json.dumps({"text": "x" * 2**20}))
+    assert done["status"] == "completed"
+
+
+def test_a_megabyte_of_payload_arrives_whole(installation):
+    done = run(installation, "wc -c", data=json.dumps({"text": "ä" * 2**19}))
+    assert int(done["result"]) > 2**19
+
+
+def test_a_handler_that_forks_and_exits_is_done(installation):
+    began = time.monotonic()
+    done = run(installation, 'sleep 100 &\necho $! >"$HOME/pids"\necho done', "--timeout", 60)
+    assert (done["status"], done["result"]) == ("completed", "done\n") and time.monotonic() - began < 10
+    (child,) = map(int, lines(installation.directory / "pids"))
+    assert lives(child)  # what a handler leaves behind on purpose is left alone
+    os.kill(child, signal.SIGKILL)
+
+
+def test_a_handler_that_closes_its_streams_is_waited_for(installation):
+    done = run(installation, "exec <&- >&- 2>&-\nsleep 0.3\nexit 3")
+    assert (done["status"], done["exit_code"], done["result"], done["log"]) == ("failed", 3, "", "")
+
+
+def test_output_that_is_not_text_is_kept_as_well_as_can_be(installation):
+    done = run(installation, r"printf '\377ok\000\n'; printf '\303' >&2")
+    assert done["status"] == "completed" and done["result"] == "\ufffdok\ufffd\n" and done["log"] == "\ufffd"
+
+
+def test_output_that_is_not_text_may_become_a_task(installation):
+    done = run(installation, r"printf '\377ok\n'", "--then", "completions")
+    assert done["status"] == "completed"
+    ((data,),) = installation.rows("select data from completions")
+    assert json.loads(data)["data"] == {"result": "\ufffdok\n"}
+
+
+def test_a_result_nested_too_deep_for_the_database_does_not_stop_the_worker(installation):
+    handler = "printf '%s' '{\"a\": '; i=0; while [ $i -lt 1500 ]; do printf '['; i=$((i+1)); done\n"
+    handler += "printf 1; i=0; while [ $i -lt 1500 ]; do printf ']'; i=$((i+1)); done; echo '}'"
+    run(installation, handler, "--then", "completions")
+    installation.handler("next", "#!/bin/sh\n")
+    assert installation.finished(installation.enqueue("notifications", "next"))["status"] == "completed"
+
+
+def test_a_long_task_id_may_have_a_next_task(installation):
+    installation.handler("it", "#!/bin/sh\necho '{}'\n")
+    task = installation.enqueue("notifications", "it", "--task-id", "é" * 250)  # 500 bytes, all that is allowed
+    installation.worker("notifications", "--then", "completions")
+    done = installation.finished(task)
+    assert (done["status"], done["error"]) == ("completed", None)
+
+
+def test_whatever_name_a_shell_gave_its_task_the_worker_lives(installation):
+    """A plain INSERT is checked for being an object, and for nothing else."""
+    worker = installation.worker("notifications", "--max-attempts", 1)
+    names = ["x" * 300, "x" * 5000, "a/b", "../up", ".", "..", "", " ", "-x", "nul\u0000nul", "line\nline", "\ud800", "ä" * 200]
+    for name in names:
+        installation.sqlite3(f"insert into notifications (data) values ('{json.dumps({'hook_event_name': name})}')")
+        envelope = {"task_id": name or "empty", "task_type": "known", "data": {}}
+        installation.sqlite3(f"insert into notifications (data) values ('{json.dumps(envelope)}')")
+    installation.handler("known", "#!/bin/sh\n")
+    task = installation.enqueue("notifications", "known")
+    wait_for(lambda: installation.history(task) or worker.poll() is not None, what="the end of the last task, or of the worker")
+    assert worker.poll() is None, worker.log.read_text()
+
+
+def test_a_task_whose_id_no_process_can_be_given_ends_as_a_dead_letter(installation):
+    envelope = json.dumps({"task_id": "x" * 200_000, "task_type": "known", "data": {}})  # execve takes 128 KiB a string
+    installation.handler("known", "#!/bin/sh\n")
+    installation.enqueue("notifications", "known")  # makes the table
+    (installation.directory / "payload").write_text(envelope)
+    with open(installation.directory / "payload") as stdin:
+        installation.sqlite3("insert into notifications (data) values (cast(readfile('/dev/stdin') as text))", stdin=stdin)
+    installation.worker("notifications", "--max-attempts", 1)
+    wait_for(lambda: installation.rows("select 1 from task_history where status = 'failed'"), what="a dead letter")
+
+
+def test_a_workspace_that_is_none_is_not_entered(installation):
+    run(installation, "pwd")
+    for path in ["", "/nowhere", "nul\u0000", "\ud800", "x" * 5000, 3, None, ["/"], "/etc/passwd"]:
+        task = installation.enqueue("notifications", "it", "-", input=json.dumps({"workspace_path": path}))
+        done = installation.finished(task)
+        assert (done["status"], done["result"]) == ("completed", f"{os.getcwd()}\n"), path

@@ -1,0 +1,194 @@
+import json
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from conftest import wait_for
+from processes import lines, lives, stays_true
+
+WAIT = """#!/bin/sh
+echo "$$" >>"$HOME/runs"
+until [ -e "$HOME/go" ]; do sleep 0.02; done
+echo '{"total": 3}'
+echo log >&2
+exit $(cat "$HOME/go")
+"""
+
+
+@pytest.fixture
+def orphan(installation):
+    """A handler that runs, and whose worker has been killed; its task's id and its pid."""
+
+    def make(*options, handler=WAIT):
+        installation.handler("wait", handler)
+        task = installation.enqueue("notifications", "wait")
+        worker = installation.worker("notifications", *options)
+        (pid,) = wait_for(lambda: lines(installation.directory / "runs"))
+        worker.kill()
+        worker.wait()
+        return task, int(pid)
+
+    yield make
+    installation.directory.joinpath("go").write_text("0\n")
+    wait_for(lambda: not any(map(lives, map(int, lines(installation.directory / "runs")))), what="the handler's end")
+
+
+def let_it_end(installation, exit_code: int) -> None:
+    (installation.directory / "go.new").write_text(f"{exit_code}\n")
+    (installation.directory / "go.new").rename(installation.directory / "go")
+
+
+def status_files(installation) -> list[Path]:
+    return list((installation.state / "logs").rglob("*.exit"))
+
+
+def test_a_task_is_left_alone_while_its_orphan_runs_and_recorded_as_done_when_that_was_well(installation, orphan):
+    task, pid = orphan("--then", "completions")
+    survivor = installation.worker("notifications")  # what to do next is kept with the task: it knows of no --then
+    claimed = [(2, 1)]
+    assert stays_true(lambda: installation.rows("select status, attempts from notifications") == claimed and lives(pid), 1.5)
+    let_it_end(installation, 0)
+    done = installation.finished(task)
+    assert done == {"status": "completed", "attempts": 1, "exit_code": 0, "result": '{"total": 3}\n', "log": "log\n", "error": None}
+    ((data,),) = installation.rows("select data from completions")
+    envelope = json.loads(data)
+    assert envelope["data"] == {"total": 3} and envelope["source"]["task_id"] == task
+    assert len(lines(installation.directory / "runs")) == 1
+    wait_for(lambda: not status_files(installation), 2, "the end of the status file")
+    wait_for(lambda: "its handler ended without its worker" in survivor.log.read_text(), 2)
+
+
+@pytest.mark.parametrize("exit_code, status, attempts, error", [
+    (3, 3, 1, "exit 3: log"), (75, 3, 0, "not now (exit 75)"),
+])  # fmt: skip
+def test_an_orphan_that_ends_otherwise_is_treated_as_any_handler(installation, orphan, exit_code, status, attempts, error):
+    orphan("--backoff", 3600)
+    installation.worker("notifications")
+    let_it_end(installation, exit_code)
+    wait_for(lambda: installation.rows("select 1 from notifications where status <> 2"), what="the orphan's record")
+    assert installation.rows("select status, attempts, error, owner from notifications") == [(status, attempts, error, None)]
+    assert installation.rows("select due_at > unixepoch() + 1000 from notifications") == [(1,)]
+    wait_for(lambda: not status_files(installation), 2, "the end of the status file")
+
+
+@pytest.mark.parametrize("exit_code, error", [(65, "refused by its handler (exit 65)"), (3, "exit 3: log (attempt 1 of 1)")])
+def test_an_orphan_may_be_its_tasks_last_attempt(installation, orphan, exit_code, error):
+    task, _ = orphan("--max-attempts", 1)
+    installation.worker("notifications")
+    let_it_end(installation, exit_code)
+    done = installation.finished(task)
+    assert (done["status"], done["exit_code"], done["error"]) == ("failed", exit_code, error)
+    assert len(lines(installation.directory / "runs")) == 1
+
+
+def test_an_orphan_that_is_killed_is_a_failed_attempt(installation, orphan):
+    task, pid = orphan("--max-attempts", 1)
+    installation.worker("notifications")
+    os.kill(pid, signal.SIGKILL)
+    done = installation.finished(task)
+    assert (done["status"], done["exit_code"]) == ("failed", 137) and done["error"].startswith("killed by SIGKILL")
+
+
+def test_any_process_may_recover(installation, queue, orphan):
+    task, pid = orphan()
+    assert queue.recover() == ([], 1) and lives(pid)
+    let_it_end(installation, 0)
+    ((found, outcome, error),) = wait_for(lambda: queue.recover()[0])
+    assert (found.task_id, outcome, error) == (task, "completed", None)
+    assert installation.history(task)["status"] == "completed" and not status_files(installation)
+    assert queue.recover() == ([], 0)
+
+
+def test_a_daemon_that_redirects_its_output_holds_nothing(installation, orphan):
+    task, _ = orphan(handler=WAIT.replace("until", 'sleep 60 >/dev/null 2>&1 </dev/null &\necho $! >"$HOME/daemon"\nuntil', 1))
+    installation.worker("notifications")
+    daemon = int((installation.directory / "daemon").read_text())
+    let_it_end(installation, 0)
+    assert installation.finished(task)["status"] == "completed" and lives(daemon)
+    os.kill(daemon, signal.SIGKILL)
+
+
+def test_a_child_that_still_writes_to_the_output_holds_its_task(installation, orphan):
+    task, pid = orphan(handler=WAIT.replace("until", 'sleep 60 &\necho $! >"$HOME/heir"\nuntil', 1))
+    installation.worker("notifications")
+    heir = int((installation.directory / "heir").read_text())
+    let_it_end(installation, 0)
+    wait_for(lambda: not lives(pid), what="the handler's end")
+    assert stays_true(lambda: installation.history(task) is None, 1)
+    os.kill(heir, signal.SIGKILL)
+    assert installation.finished(task)["status"] == "completed"
+    assert len(lines(installation.directory / "runs")) == 1
+
+
+def test_a_handler_that_closes_its_output_still_holds_its_task(installation, orphan):
+    task, pid = orphan(handler=WAIT.replace("until", "exec >&- 2>&-\nuntil", 1).replace("echo '{", "exec >/dev/null 2>&1\necho '{"))
+    installation.worker("notifications")
+    assert stays_true(lambda: installation.rows("select status from notifications") == [(2,)] and lives(pid), 1)
+    let_it_end(installation, 0)
+    assert installation.finished(task)["status"] == "completed"
+    assert len(lines(installation.directory / "runs")) == 1
+
+
+def test_a_handler_does_not_die_of_its_workers_death(installation, orphan):
+    chatty = WAIT.replace("sleep 0.02", "echo x; echo y >&2; sleep 0.02")
+    _, pid = orphan(handler=chatty)
+    assert stays_true(lambda: lives(pid), 0.5)
+    (out,) = (installation.state / "logs" / "notifications").glob("*.out")
+    size = out.stat().st_size
+    wait_for(lambda: out.stat().st_size > size, what="more output")
+
+
+def test_a_worker_does_not_leave_while_an_orphan_runs(installation, orphan):
+    task, pid = orphan()
+    worker = installation.worker("notifications", "--idle-exit", 0.5)
+    assert stays_true(lambda: worker.poll() is None and lives(pid), 2), "it left, and nobody will record how the handler ends"
+    let_it_end(installation, 0)
+    assert worker.wait(10) == 0
+    assert installation.history(task)["status"] == "completed"
+
+
+def test_draining_waits_for_an_orphan(installation, orphan):
+    task, pid = orphan()
+    worker = installation.worker("notifications", "--drain")
+    assert stays_true(lambda: worker.poll() is None and lives(pid), 1)
+    let_it_end(installation, 0)
+    assert worker.wait(10) == 0
+    assert installation.history(task)["status"] == "completed"
+
+
+def test_an_exit_status_outlives_a_failed_attempt_to_record_it(installation, queue):
+    """Two orphans of one worker; recording the second fails at first, as on a full disk: all of it is rolled back."""
+    installation.handler("wait", WAIT)
+    tasks = [installation.enqueue("notifications", "wait") for _ in range(2)]
+    worker = installation.worker("notifications", "--concurrency", 2)
+    pids = wait_for(lambda: len(found := lines(installation.directory / "runs")) == 2 and found)
+    worker.kill()
+    worker.wait()
+    let_it_end(installation, 0)
+    wait_for(lambda: not any(lives(int(pid)) for pid in pids))
+    installation.sqlite3(f"create trigger full before insert on task_history when new.task_id = '{tasks[1]}'"
+                         " begin select raise(abort, 'full'); end")  # fmt: skip
+    with pytest.raises(queue.QueueError):
+        queue.recover()
+    installation.sqlite3("drop trigger full")
+    queue.recover()
+    assert [(installation.history(task) or {}).get("status") for task in tasks] == ["completed", "completed"]
+
+
+def test_a_status_file_of_a_normal_run_is_removed(installation):
+    installation.handler("fine", "#!/bin/sh\n")
+    task = installation.enqueue("notifications", "fine")
+    installation.worker("notifications")
+    installation.finished(task)
+    wait_for(lambda: not status_files(installation), 2, "the end of the status file")
+
+
+def test_what_is_held_is_found_within_a_second_of_its_release(installation, orphan):
+    task, _ = orphan()
+    installation.worker("notifications")
+    let_it_end(installation, 0)
+    began = time.monotonic()
+    installation.finished(task)
+    assert time.monotonic() - began < 1

@@ -1,0 +1,384 @@
+import os
+import shutil
+import signal
+import sqlite3
+import stat
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import ROOT, wait_for
+from processes import lines, stays_true
+
+WAIT = '#!/bin/sh\necho run >>"$HOME/runs"\nuntil [ -e "$HOME/go" ]; do sleep 0.02; done\necho done\n'
+QUICK = "#!/bin/sh\n"
+
+
+@pytest.fixture
+def mount(installation):
+    """mount(options…): something on the state directory, or a skip; taken off in the end."""
+    mounted = []
+
+    def make(*options):
+        done = subprocess.run(["mount", *map(str, options), installation.state], capture_output=True, text=True)
+        if done.returncode:
+            pytest.skip(f"needs root and mount: {done.stderr.strip()}")
+        if "remount" not in str(options):
+            mounted.append(installation.state)
+
+    make.undo = lambda: subprocess.run(["umount", "-l", mounted.pop()], check=True)
+    yield make
+    for process in installation.processes:
+        process.kill()
+        process.wait()
+    while mounted:
+        subprocess.run(["umount", "-l", mounted.pop()], check=True)
+
+
+@pytest.fixture
+def immutable():
+    """immutable(path): nobody writes it or removes it, root included, or a skip; undone in the end."""
+    made = []
+
+    def make(path):
+        done = subprocess.run(["chattr", "+i", path], capture_output=True, text=True) if shutil.which("chattr") else None
+        if done is None or done.returncode:
+            pytest.skip("needs root, chattr and a file system that knows it")
+        made.append(path)
+
+    def undo():
+        while made:
+            subprocess.run(["chattr", "-i", made.pop()], check=True)
+
+    make.undo = undo
+    yield make
+    undo()
+
+
+def troubles(worker) -> list[str]:
+    return [line for line in worker.log.read_text().splitlines() if "trouble" in line]
+
+
+def a_run(installation, *options, handler=WAIT):
+    """A worker that runs a task: (worker, the task's id)."""
+    installation.handler("wait", handler)
+    installation.handler("quick", QUICK)
+    task = installation.enqueue("notifications", "wait")
+    worker = installation.worker("notifications", "--concurrency", 2, *options)
+    wait_for(lambda: lines(installation.directory / "runs"))
+    return worker, task
+
+
+def it_ended_well(installation, task: str, worker) -> None:
+    """The handler that ended during the trouble is recorded, was not run again, and the next task runs."""
+    done = installation.finished(task)
+    assert (done["status"], done["attempts"], done["result"]) == ("completed", 1, "done\n")
+    assert lines(installation.directory / "runs") == ["run"]
+    assert installation.finished(installation.enqueue("notifications", "quick"))["status"] == "completed"
+    assert worker.poll() is None and "can be used again" in worker.log.read_text()
+
+
+def remove(directory) -> None:
+    while directory.exists():
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+def test_the_state_directory_was_deleted(installation):
+    installation.handler("quick", QUICK)
+    installation.enqueue("notifications", "quick")
+    worker = installation.worker("notifications")
+    wait_for(lambda: installation.rows("select 1 from task_history"))
+    remove(installation.state)
+    wait_for(lambda: troubles(worker), what="a word on it")
+    assert stays_true(lambda: len(troubles(worker)) == 1, 1)
+    task = installation.enqueue("notifications", "quick")
+    assert installation.finished(task)["status"] == "completed"
+    assert "can be used again" in worker.log.read_text() and worker.poll() is None
+    assert stat.S_IMODE(installation.state.stat().st_mode) == 0o700
+
+
+def test_the_state_directory_was_deleted_while_a_handler_ran(installation):
+    worker, _ = a_run(installation)
+    remove(installation.state)
+    (installation.directory / "go").touch()
+    wait_for(lambda: troubles(worker), what="a word on it")
+    assert installation.finished(installation.enqueue("notifications", "quick"))["status"] == "completed"
+    wait_for(lambda: "lost" in worker.log.read_text(), what="a word on the run whose task is gone")
+    assert worker.poll() is None and len(troubles(worker)) == 1
+
+
+def test_a_worker_does_not_make_up_a_state_directory(installation):
+    """Whoever moves another there, a backup say, must find the place free."""
+    worker = installation.worker("notifications")
+    installation.state.rename(installation.directory / "moved")
+    assert stays_true(lambda: not installation.state.exists(), 1)
+    (installation.directory / "moved").rename(installation.state)
+    installation.handler("quick", QUICK)
+    assert installation.finished(installation.enqueue("notifications", "quick"))["status"] == "completed"
+    assert worker.poll() is None
+
+
+def test_the_state_directory_was_replaced_by_one_that_knows_fewer_queues(installation):
+    installation.handler("quick", "#!/bin/sh\necho '{}'\n")
+    worker = installation.worker("emails", "--then", "replies")
+    remove(installation.state)
+    task = installation.enqueue("emails", "quick")
+    wait_for(lambda: installation.history(task) and installation.rows("select 1 from replies"), 8, "the task and its next")
+    assert worker.poll() is None
+
+
+def test_a_backup_was_restored_that_knows_fewer_queues(installation):
+    installation.handler("wait", WAIT)
+    installation.enqueue("notifications", "wait", "--delay", 3600)
+    installation.sqlite3(f"vacuum into '{str(installation.directory / 'backup.db').replace(chr(39), chr(39) * 2)}'")
+    installation.enqueue("emails", "wait")
+    worker = installation.worker("emails", "--concurrency", 2, "--then", "replies")
+    wait_for(lambda: lines(installation.directory / "runs"))
+    subprocess.run(["sqlite3", installation.db, f".restore '{installation.directory}/backup.db'"], check=True)
+    wait_for(lambda: troubles(worker) or worker.poll() is not None, what="a word on it")
+    (installation.directory / "go").touch()
+    task = installation.enqueue("emails", "wait")
+    wait_for(lambda: installation.history(task) or worker.poll() is not None, 8, "the next task's end, or the worker's")
+    assert worker.poll() is None, worker.log.read_text()
+
+
+def test_the_database_was_replaced(installation):
+    worker, task = a_run(installation)
+    copy = str(installation.directory / "copy.db").replace("'", "''")
+    installation.sqlite3(f"vacuum into '{copy}'")
+    for name in ("tasks.db-wal", "tasks.db-shm"):
+        (installation.state / name).unlink()
+    os.replace(installation.directory / "copy.db", installation.db)
+    (installation.directory / "go").touch()
+    assert installation.finished(task)["status"] == "completed"  # the claim was in the copy
+    assert installation.finished(installation.enqueue("notifications", "quick"))["status"] == "completed"
+    assert lines(installation.directory / "runs") == ["run"] and worker.poll() is None
+
+
+def test_the_database_was_damaged_and_then_mended(installation):
+    worker, task = a_run(installation)
+    copy = str(installation.directory / "copy.db").replace("'", "''")
+    installation.sqlite3(f"vacuum into '{copy}'")
+    (installation.directory / "garbage").write_bytes(b"garbage" * 4096)
+    for name in ("tasks.db-wal", "tasks.db-shm"):
+        (installation.state / name).unlink()
+    os.replace(installation.directory / "garbage", installation.db)
+    (installation.directory / "go").touch()
+    wait_for(lambda: troubles(worker) or worker.poll() is not None, what="a word on it")
+    assert stays_true(lambda: worker.poll() is None and len(troubles(worker)) == 1, 1.5), worker.log.read_text()
+    assert "not a database" in troubles(worker)[0]
+    for sidecar in installation.state.glob("tasks.db-*"):
+        sidecar.unlink()
+    os.replace(installation.directory / "copy.db", installation.db)
+    it_ended_well(installation, task, worker)
+
+
+def test_the_database_was_locked_for_longer_than_it_waits(installation):
+    worker, task = a_run(installation)
+    conn = sqlite3.connect(installation.db, isolation_level=None)
+    conn.execute("begin exclusive")
+    (installation.directory / "go").touch()
+    wait_for(lambda: troubles(worker), what="a word on it")
+    assert stays_true(lambda: len(troubles(worker)) == 1, 2.5)
+    assert "locked" in troubles(worker)[0] and "fuser" in troubles(worker)[0]
+    conn.execute("rollback")
+    conn.close()
+    it_ended_well(installation, task, worker)
+
+
+def test_timeouts_hold_while_the_database_is_locked(installation):
+    installation.handler("slow", """#!/bin/sh
+trap 'date +%s.%N >"$HOME/termed"' TERM
+date +%s.%N >"$HOME/began"
+sleep 100 & wait; kill $!
+""")
+    installation.enqueue("notifications", "slow")
+    installation.worker("notifications", "--timeout", 1, "--concurrency", 2)
+    wait_for(lambda: lines(installation.directory / "began"))
+    conn = sqlite3.connect(installation.db, isolation_level=None)
+    conn.execute("begin immediate")
+    (installation.state / "wake").touch()
+    wait_for(lambda: lines(installation.directory / "termed"), 10)
+    conn.execute("rollback")
+    conn.close()
+    began, termed = (float((installation.directory / name).read_text()) for name in ("began", "termed"))
+    assert 0.9 < termed - began < 3.5
+
+
+def test_a_stop_is_heard_while_the_database_is_locked(installation):
+    worker, _ = a_run(installation, "--grace", 0)
+    conn = sqlite3.connect(installation.db, isolation_level=None)
+    conn.execute("begin immediate")
+    worker.send_signal(signal.SIGTERM)
+    wait_for(lambda: troubles(worker), what="a word on it")
+    assert worker.poll() is None  # it still has to say that its task is free
+    conn.execute("rollback")
+    conn.close()
+    assert worker.wait(10) == 0
+    assert installation.rows("select status, attempts, owner from notifications") == [(1, 0, None)]
+
+
+def test_the_disk_was_full(installation, mount):
+    installation.state.mkdir(mode=0o700)
+    mount("-t", "tmpfs", "-o", "size=3m,mode=700", "tmpfs")
+    worker, task = a_run(installation, handler=WAIT.replace("echo done", ":"))  # it could not write its output
+    with open(installation.state / "filler", "wb", buffering=0) as filler:
+        try:
+            while True:
+                filler.write(b"x" * 512)
+        except OSError:
+            pass
+    # one that does not fit into what is left of the log's last page
+    refused = installation.run("enqueue.py", "notifications", "quick", "-", input='{"x": "%s"}' % ("x" * 500_000))
+    assert refused.returncode == 1 and "disk is full" in refused.stderr and refused.stderr.count("\n") == 1
+    (installation.directory / "go").touch()
+    wait_for(lambda: troubles(worker), what="a word on it")
+    assert stays_true(lambda: len(troubles(worker)) == 1 and worker.poll() is None, 1)
+    assert "disk is full" in troubles(worker)[0]
+    (installation.state / "filler").unlink()
+    assert installation.finished(task)["status"] == "completed"
+    assert installation.finished(installation.enqueue("notifications", "quick"))["status"] == "completed"
+    assert lines(installation.directory / "runs") == ["run"] and worker.poll() is None
+
+
+def test_the_write_ahead_log_was_not_writable(installation, immutable):
+    worker, task = a_run(installation)
+    immutable(installation.state / "tasks.db-wal")
+    (installation.directory / "go").touch()
+    wait_for(lambda: troubles(worker) or worker.poll() is not None, what="a word on it")
+    assert stays_true(lambda: len(troubles(worker)) == 1 and worker.poll() is None, 1), worker.log.read_text()
+    immutable.undo()
+    it_ended_well(installation, task, worker)
+
+
+def test_the_state_directory_was_read_only(installation, mount):
+    """What is open stays writable, so the worker can say that it cannot start handlers, and does not count it."""
+    installation.handler("quick", QUICK)
+    installation.enqueue("notifications", "quick", "--delay", 3600)
+    worker = installation.worker("notifications", "--max-attempts", 1)
+    opened = sqlite3.connect(installation.db, isolation_level=None)
+    opened.execute("select count(*) from notifications").fetchone()
+    mount("--bind", installation.state)
+    mount("-o", "remount,bind,ro")
+    opened.execute("""insert into notifications (data) values ('{"task_id": "it", "task_type": "quick", "data": {}}')""")
+    opened.close()
+    wait_for(lambda: "Read-only" in worker.log.read_text(), what="a word on it")
+    assert worker.poll() is None and installation.history("it") is None
+    mount.undo()
+    done = installation.finished("it")
+    assert (done["status"], done["attempts"]) == ("completed", 1)
+    assert worker.log.read_text().count("Read-only") == 1
+
+
+def test_a_spooled_file_that_cannot_be_removed_holds_up_nothing(installation, immutable):
+    installation.handler("quick", QUICK)
+    installation.enqueue("notifications", "quick")
+    spool = installation.state / "spool" / "notifications"
+    spool.mkdir(parents=True)
+    (spool / "stuck.json").write_text('{"task_id": "stuck", "task_type": "quick", "data": {}}')
+    immutable(spool / "stuck.json")
+    worker = installation.worker("notifications")
+    installation.finished("stuck", 8)
+    task = installation.enqueue("notifications", "quick")
+    assert installation.finished(task, 8)["status"] == "completed"
+    immutable.undo()
+    assert installation.rows("select count(*) from task_history where task_id = 'stuck'") == [(1,)]
+    assert worker.poll() is None
+
+
+def test_a_lock_between_the_two_steps_of_taking_in_the_spool_is_explained(installation, queue, monkeypatch):
+    queue.ensure_queue(queue.connect(), "notifications")
+    path = queue.spool("notifications", '{"task_id": "it", "task_type": "quick", "data": {}}')
+    monkeypatch.setattr(queue, "BUSY_TIMEOUT_MS", 50)
+    queue.close(queue.connect())
+    other = sqlite3.connect(installation.db, isolation_level=None)
+    unlink = queue.Path.unlink
+
+    def locked_meanwhile(self, *args, **kwargs):
+        if self == path:
+            other.execute("begin immediate")
+        return unlink(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(queue.Path, "unlink", locked_meanwhile)
+        try:
+            queue.take_in_spool()
+        except queue.QueueError:
+            pass  # a worker goes on after this, and not after sqlite3's
+    other.execute("rollback")
+    other.close()
+    queue.take_in_spool()
+    assert installation.rows("select task_id from notifications") == [("it",)]
+
+
+@pytest.mark.parametrize("limit", ["max_inotify_instances", "max_inotify_watches"])
+def test_no_file_events_could_be_had(installation, limit):
+    inside = f"echo 0 >/proc/sys/user/{limit} && exec \"$@\""
+    unshare = ["unshare", "-Ur", "sh", "-c", inside, "sh"]
+    if not shutil.which("unshare") or subprocess.run([*unshare, "true"], capture_output=True).returncode:
+        pytest.skip("needs user namespaces")
+    installation.handler("quick", QUICK)
+    log = installation.directory / "deaf.log"
+    with open(log, "w") as file:
+        worker = subprocess.Popen([*unshare, sys.executable, ROOT / "worker.py", "notifications",
+                                   "--handlers", installation.handlers], env=installation.env, stderr=file)  # fmt: skip
+    installation.processes.append(worker)
+    wait_for(lambda: "no file events" in log.read_text(), what="a word on it")
+    for _ in range(4):
+        task = installation.enqueue("notifications", "quick")
+        began = time.monotonic()
+        installation.finished(task)
+        assert time.monotonic() - began < 1
+        time.sleep(0.4)  # until it sleeps again
+    assert log.read_text().count("no file events") == 1
+
+
+def test_nobody_reads_what_it_says_any_more(installation):
+    installation.handler("quick", QUICK)
+    worker = subprocess.Popen([sys.executable, ROOT / "worker.py", "notifications", "--handlers", installation.handlers],
+                              env=installation.env, stderr=subprocess.PIPE)  # fmt: skip
+    installation.processes.append(worker)
+    assert b"serves" in worker.stderr.readline()
+    worker.stderr.close()
+    for _ in range(2):
+        assert installation.finished(installation.enqueue("notifications", "quick"))["status"] == "completed"
+    worker.send_signal(signal.SIGTERM)
+    assert worker.wait(5) == 0
+
+
+def test_the_terminal_was_closed_and_it_had_been_told_not_to_mind(installation):
+    installation.handler("quick", QUICK)
+    worker = installation.worker("notifications", preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))  # nohup
+    worker.send_signal(signal.SIGHUP)
+    assert stays_true(lambda: worker.poll() is None, 0.7)
+    assert installation.finished(installation.enqueue("notifications", "quick"))["status"] == "completed"
+
+
+def test_a_row_was_claimed_by_somebody_who_leaves_no_name(installation):
+    """persist-queue itself does it like that, on the same table."""
+    installation.handler("quick", QUICK)
+    installation.handler("long", '#!/bin/sh\necho "$PPID" >>"$HOME/runs"\nexec sleep 100\n')
+    installation.enqueue("notifications", "quick")
+    installation.sqlite3("update notifications set status = 2")
+    installation.enqueue("notifications", "long")
+    holder = installation.worker("notifications")
+    wait_for(lambda: lines(installation.directory / "runs"))
+    survivor = installation.worker("notifications", "--max-attempts", 4)
+    holder.kill()
+    holder.wait()
+    os.killpg(int(lines(installation.directory / "runs")[0]), signal.SIGKILL)
+    wait_for(lambda: len(lines(installation.directory / "runs")) == 2, 4, "the next run of a dead worker's task")
+    assert "Traceback" not in survivor.log.read_text()
+    os.killpg(int(lines(installation.directory / "runs")[1]), signal.SIGKILL)
+
+
+def test_the_state_directory_was_replaced_again_and_again(installation):
+    installation.handler("quick", QUICK)
+    worker = installation.worker("notifications")
+    counts = []
+    for _ in range(6):
+        remove(installation.state)
+        assert installation.finished(installation.enqueue("notifications", "quick"))["status"] == "completed"
+        counts.append((len(os.listdir(f"/proc/{worker.pid}/fd")), len(os.listdir(f"/proc/{worker.pid}/task"))))
+    assert counts[-1][0] <= counts[1][0] + 3 and counts[-1][1] <= counts[1][1] + 2, counts  # descriptors, threads
