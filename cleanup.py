@@ -333,6 +333,9 @@ def remove_locks(conn: q.Connection, report: Report) -> None:
                 Path(entry.path).unlink(missing_ok=True)
             os.close(fd)
             report.lock_files += 1
+    for exits in (conn.state / "logs").glob("*.exits"):  # what the handlers of dead owners left
+        if not report.dry_run and exits.stem not in owners and not (workers / exits.stem).exists():
+            exits.unlink(missing_ok=True)
 
 
 def give_back(conn: q.Connection, pacer: Pacer, report: Report) -> None:

@@ -59,6 +59,7 @@ WAL_BYTES = 16 * 2**20  # what is kept of the write-ahead log once it has been w
 SAFETY_TICK_SECONDS = 5.0  # look this often whatever the events say
 ORPHAN_TICK_SECONDS = 0.25  # the same while a handler outlives its worker
 POLL_SECONDS = 0.05  # the same where the platform has no events to give
+OWNER_CLOSED_SECONDS = 0.3  # how long a closed lock file is news; longer than all the looks after an event
 PROBE_SECONDS = 0.2  # whoever wants a lock outwaits those who only look whether it is held
 LOOK_AGAIN_SECONDS = (0.0, 0.001, 0.002, 0.004, 0.008, 0.016, 0.032, 0.064)  # after an event; 127 ms in all
 
@@ -291,7 +292,7 @@ class Task(namedtuple("Task", "queue id task_id task_type text enqueued_at prior
 
     @property
     def run_name(self) -> str:
-        """What the files of this run in STATE_DIR/logs are called, before .out, .err and .exit."""
+        """What the files of this run in STATE_DIR/logs are called, before .out and .err."""
         return f"{self.queue}/{self.id}-{self.attempts}-{self.owner}"
 
 
@@ -1049,7 +1050,8 @@ def recover(state: Path | None = None, *, crash_backoff: float = 0.0) -> tuple[l
                         left += done is None
                         recovered += [done] if done else []
             orphans += left
-            if fd is not None and not left:
+            if not left:
+                exits_file(conn.state, owner).unlink(missing_ok=True)
                 path.unlink(missing_ok=True)
         finally:
             if fd is not None:
@@ -1057,6 +1059,11 @@ def recover(state: Path | None = None, *, crash_backoff: float = 0.0) -> tuple[l
     if recovered:
         wake(conn.state)
     return recovered, orphans
+
+
+def exits_file(state: Path, owner: str) -> Path:
+    """Where an owner's handlers append a line `run_name exit_code` as they end."""
+    return state / "logs" / f"{os.path.basename(owner)}.exits"
 
 
 def _recover_task(conn: Connection, task: Task, crash_backoff: float) -> tuple[Task, str, str | None] | None:
@@ -1069,13 +1076,12 @@ def _recover_task(conn: Connection, task: Task, crash_backoff: float) -> tuple[T
         os.close(fd)
     except OSError:
         pass  # it never started one
-    status = tail(f"{run}.exit", 8).strip()
-    if status.isdecimal():
-        outcome, error = settle(conn, task, int(status))
+    exits = tail(str(exits_file(conn.state, task.owner)), RESULT_BYTES)  # complete: the lock is free
+    if code := re.search(rf"^{re.escape(task.run_name)} ([0-9]+)$", exits, re.MULTILINE):
+        outcome, error = settle(conn, task, int(code[1]))
     else:
         error = f"its worker died ({task.owner})"
         outcome = nack(conn, task, error=error, delay=crash_backoff)
-    Path(f"{run}.exit").unlink(missing_ok=True)
     return task, outcome or "lost", error
 
 
@@ -1157,7 +1163,7 @@ class Watch(threading.Thread):
         self.on_recovered = lambda task, outcome, error: None
         self.on_deaf = lambda message: None  # file events cannot be had; called once
         self._heard = threading.Event()
-        self._owner_closed = True  # so that the first look recovers
+        self._owner_closed_at = time.monotonic()  # so that the first looks recover
         self._recovered_at = 0.0
         self._orphans = 0
         self._seen = None
@@ -1173,7 +1179,7 @@ class Watch(threading.Thread):
         path = os.fsdecode(event.dest_path or event.src_path)
         directory = os.path.dirname(path)
         if os.path.basename(directory) == "workers":
-            self._owner_closed = True
+            self._owner_closed_at = time.monotonic()
             self._heard.set()
         elif is_wake(path) or os.path.basename(os.path.dirname(directory)) == "spool":
             self._heard.set()
@@ -1189,7 +1195,6 @@ class Watch(threading.Thread):
                 self._listen(True)
                 quiet = self._seen
                 look_again(self._heard, self._look)
-                self._owner_closed = False
                 while self._seen == quiet and not self._heard.wait(ORPHAN_TICK_SECONDS if self._orphans else tick):
                     self._refresh()
                     self.notify()
@@ -1207,9 +1212,9 @@ class Watch(threading.Thread):
         if changed:
             self._seen = version
             self.notify()
-        # The event of a dead owner's file comes a little before its lock is free; we are called again soon.
-        due = time.monotonic() > self._recovered_at + (ORPHAN_TICK_SECONDS if self._orphans else SAFETY_TICK_SECONDS)
-        if self._owner_closed or due:
+        # The event of a dead owner's file comes a little before its lock is free; hence again for a while.
+        now, tick = time.monotonic(), ORPHAN_TICK_SECONDS if self._orphans else SAFETY_TICK_SECONDS
+        if now < self._owner_closed_at + OWNER_CLOSED_SECONDS or now > self._recovered_at + tick:
             recovered, self._orphans = recover(self.state, crash_backoff=self.crash_backoff)
             self._recovered_at = time.monotonic()
             for report in recovered:

@@ -47,8 +47,9 @@ BUSY_TIMEOUT_MS = 1_000  # shorter than elsewhere: handlers' timeouts are watche
 WAL_WARN_BYTES = 4 * q.WAL_BYTES
 
 # Stands in front of each handler, in its process group, sharing its locked stdout: when the worker has died, the exit
-# status is in the file by the time that lock is free. TERM is for the handler; this waits for it.
-SHIM = 'trap : TERM INT HUP; status=$1; shift; "$@"; code=$?; echo $code >"$status"; exit $code'
+# code is in the file by the time that lock is free. One file for all: ext4 is slow to make files where many were just
+# removed. TERM is for the handler; this waits for it.
+SHIM = 'trap : TERM INT HUP; exits=$1 run=$2; shift 2; "$@"; code=$?; echo "$run $code" >>"$exits"; exit $code'
 
 # A handler must not take itself for a part of whoever started the worker, or for a part of the worker's own uv run.
 SCRUBBED = ("CLAUDECODE", "CLAUDE_CODE_ENTRYPOINT", "CLAUDE_CODE_SSE_PORT", "CLAUDE_CODE_SESSION_ID", "CLAUDE_CODE_EXECPATH",
@@ -211,6 +212,7 @@ class Worker:
         self.logs = f"{self.state}/logs"
         self.handlers = os.path.abspath(args.handlers)
         self.clean = clean_environment()
+        self.shim: list[str] = []
         self.runs: list[Run] = []
         self.done: list[tuple[q.Task, Verdict, float]] = []  # ended, not yet recorded
         self.stops = 0  # signals received
@@ -240,7 +242,8 @@ class Worker:
         if not self.serve() and self.args.single:
             say(f"another worker serves {' or '.join(self.args.queues)}; leaving (--single)")
             return 0
-        q.owner_name(self.state)
+        exits = q.exits_file(self.state, q.owner_name(self.state))
+        self.shim = ["/bin/sh", "-c", SHIM, "sh", str(exits)]
         signal.set_wakeup_fd(self.mouth, warn_on_full_buffer=False)
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, self.stop)
@@ -250,6 +253,7 @@ class Worker:
         watch.on_recovered = self.recovered
         watch.on_deaf = say
         watch.listeners.add(self)
+        self.set()  # look at once
         say(f"worker {q.owner_name(self.state)} serves {', '.join(self.args.queues)}")
         try:
             while not self.may_leave():
@@ -260,6 +264,8 @@ class Worker:
         finally:
             for run in self.runs:
                 run.kill(signal.SIGKILL)
+            if not self.runs and not self.done:
+                exits.unlink(missing_ok=True)
             q.resign(self.state)
         return 0
 
@@ -296,7 +302,7 @@ class Worker:
                     with temporary_file() as stdin:
                         stdin.write(json.dumps(envelope).encode())
                         stdin.seek(0)
-                        process = subprocess.Popen(["/bin/sh", "-c", SHIM, "sh", f"{run}.exit", *command], cwd=workspace,
+                        process = subprocess.Popen([*self.shim, task.run_name, *command], cwd=workspace,
                                                    stdin=stdin, stdout=out, stderr=err, start_new_session=True,
                                                    env=self.environment(task, envelope))  # fmt: skip
                 finally:
@@ -387,13 +393,6 @@ class Worker:
         return ("cancelled" if q.finish(conn, task, "cancelled", error="cancelled while it ran") else None), None
 
     def report(self, task: q.Task, outcome: str | None, error: str | None, took: float) -> None:
-        run = f"{self.logs}/{task.run_name}"
-        for ending, keep in ((".exit", False), (".out", True), (".err", True)):
-            try:
-                if not keep or os.stat(f"{run}{ending}").st_size == 0:
-                    os.unlink(f"{run}{ending}")
-            except OSError:
-                pass
         line = f"{task.queue} {task.task_type} {task.task_id} {outcome or 'lost'} attempt {task.attempts} {took:.2f} s"
         if outcome is None:
             error = "it was no longer this worker's: its lock file or the state was removed"
@@ -535,6 +534,9 @@ class Worker:
         try:
             self.serve()
             q.owner_name(self.state)
+            exits = Path(self.shim[-1])
+            if not self.runs and not self.done and exits.exists():
+                os.truncate(exits, 0)  # all is recorded
             wal = self.state / "tasks.db-wal"
             if wal.stat().st_size > q.WAL_BYTES:
                 conn = q.connect(
@@ -560,8 +562,8 @@ class Worker:
         try:
             conn = q.connect(self.state, create=False)
             if self.args.drain:
-                return not any(self.waiting(conn, queue) or self.running(conn, queue) for queue in self.args.queues)
-            if any(self.waiting(conn, queue) or q.next_due(conn, queue) for queue in self.args.queues):
+                return not any(self.busy(conn, queue) for queue in self.args.queues)
+            if any(self.busy(conn, queue) or q.next_due(conn, queue) for queue in self.args.queues):
                 self.idle_since = time.monotonic()
             elif time.monotonic() >= self.idle_since + self.args.idle_exit:
                 self.leave()  # from here on, whoever enqueues starts another worker; so look once more
@@ -580,8 +582,9 @@ class Worker:
     def waiting(self, conn: q.Connection, queue: str) -> bool:
         return q.has_ready(conn, queue) or bool(q.spooled_files(self.state / "spool" / queue))
 
-    def running(self, conn: q.Connection, queue: str) -> bool:
-        return q.execute(conn, q.COUNT_CLAIMED, queue).fetchone()[0] > 0
+    def busy(self, conn: q.Connection, queue: str) -> bool:
+        """Whether anything waits or runs there, with this worker or another, or an orphan of one that died."""
+        return self.waiting(conn, queue) or q.execute(conn, q.COUNT_CLAIMED, queue).fetchone()[0] > 0
 
 
 if __name__ == "__main__":

@@ -102,10 +102,10 @@ def assert_none_was_late(writer: Writer, count: int) -> None:
 @pytest.mark.parametrize("code", [ENQUEUE_TASK, PLAIN_INSERT], ids=["enqueue_task", "plain_insert"])
 @pytest.mark.parametrize("kind", ["get_queue", "get_ack_queue"])
 def test_a_thousand_puts(installation, queue, code, kind):
-    count = 500  # twice for each writer
+    count = 250  # with each pair of a writer and a reader
     mine = getattr(queue, kind)("notifications")
     writer = Writer(installation, code)
-    for n, pause in enumerate(pauses(count, 25)):
+    for n, pause in enumerate(pauses(count, 16)):
         writer.put_after(pause)
         task = mine.get(timeout=10)
         writer.had()

@@ -41,7 +41,7 @@ def let_it_end(installation, exit_code: int) -> None:
 
 
 def status_files(installation) -> list[Path]:
-    return list((installation.state / "logs").rglob("*.exit"))
+    return list((installation.state / "logs").glob("*.exits"))
 
 
 def test_a_task_is_left_alone_while_its_orphan_runs_and_recorded_as_done_when_that_was_well(installation, orphan):
@@ -177,11 +177,12 @@ def test_an_exit_status_outlives_a_failed_attempt_to_record_it(installation, que
     assert [(installation.history(task) or {}).get("status") for task in tasks] == ["completed", "completed"]
 
 
-def test_a_status_file_of_a_normal_run_is_removed(installation):
+def test_a_status_file_goes_with_its_worker(installation):
     installation.handler("fine", "#!/bin/sh\n")
     task = installation.enqueue("notifications", "fine")
-    installation.worker("notifications")
+    worker = installation.worker("notifications")
     installation.finished(task)
+    worker.terminate()
     wait_for(lambda: not status_files(installation), 2, "the end of the status file")
 
 
