@@ -385,7 +385,7 @@ def connect(state: Path | None = None, create: bool = True, busy_timeout_ms: int
     state = state or STATE_DIR
     busy_timeout_ms = BUSY_TIMEOUT_MS if busy_timeout_ms is None else busy_timeout_ms
     cache = _thread.__dict__.setdefault("connections", {})
-    conn, db = cache.get(state), state / "tasks.db"
+    conn, db = cache.get(state), f"{state}/tasks.db"
     try:
         found = os.stat(db)
         if conn is not None and conn.file == (found.st_dev, found.st_ino):
@@ -420,7 +420,7 @@ def make_private(directory: Path) -> Path:
     return directory
 
 
-def _open(state: Path, db: Path, busy_timeout_ms: int) -> Connection:
+def _open(state: Path, db: str, busy_timeout_ms: int) -> Connection:
     make_private(state)
     conn = sqlite3.connect(db, timeout=busy_timeout_ms / 1000, isolation_level=None, check_same_thread=False,
                            factory=Connection)  # fmt: skip
@@ -783,7 +783,7 @@ def settle(conn: Connection, task: Task, exit_code: int, *, error: str | None = 
     Returns (outcome, error): "completed", "scheduled" (again), "failed", or None when the task was no longer held.
     `error` overrules the exit code: the run was ended, and this says why.
     """
-    run = conn.state / "logs" / task.run_name
+    run = f"{conn.state}/logs/{task.run_name}"
     told = {"exit_code": exit_code, "result": tail(f"{run}.out", OUTPUT_BYTES), "log": tail(f"{run}.err", OUTPUT_BYTES)}
     if error is not None:
         return nack(conn, task, error=error, **told), error

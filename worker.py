@@ -28,7 +28,7 @@ import argparse
 import fcntl
 import json
 import os
-import selectors
+import select
 import signal
 import subprocess
 import sys
@@ -43,6 +43,7 @@ import queue_helpers as q
 EX_USAGE = 64
 NO_HANDLER_SECONDS = 60.0  # a task without a handler is looked at again this often; it costs it no attempt
 RETRY_SECONDS = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0)  # while the database cannot be used
+GROUP_SECONDS = 0.005  # runs that end within this time of each other are recorded together: one wait for the disk
 BUSY_TIMEOUT_MS = 1_000  # shorter than elsewhere: handlers' timeouts are watched between two tries
 WAL_WARN_BYTES = 4 * q.WAL_BYTES
 
@@ -151,13 +152,13 @@ def main(argv: list[str] | None = None) -> int:
         return 1
 
 
-def clean_environment() -> dict[str, str]:
+def clean_environment() -> dict[bytes, bytes]:
     """Our environment without what would have a handler take itself for a part of something else."""
     env = {name: value for name, value in os.environ.items() if name not in SCRUBBED}
     if "VIRTUAL_ENV" in os.environ:  # uv run put its own bin first
         ours = os.path.join(os.environ["VIRTUAL_ENV"], "bin")
         env["PATH"] = os.pathsep.join(p for p in env.get("PATH", "").split(os.pathsep) if p != ours)
-    return env
+    return {os.fsencode(name): os.fsencode(value) for name, value in env.items()}
 
 
 def temporary_file():
@@ -215,6 +216,7 @@ class Worker:
         self.shim: list[str] = []
         self.runs: list[Run] = []
         self.done: list[tuple[q.Task, Verdict, float]] = []  # ended, not yet recorded
+        self.record_at = 0.0  # when they must be
         self.stops = 0  # signals received
         self.stop_at = 0.0
         self.idle_since = time.monotonic()
@@ -224,6 +226,8 @@ class Worker:
         self.served_at = 0.0
         # One pipe wakes the loop: signals by their number, the watch by a 0.
         self.ear, self.mouth = os.pipe()
+        self.poll = select.poll()
+        self.poll.register(self.ear, select.POLLIN)
         os.set_blocking(self.ear, False)
         os.set_blocking(self.mouth, False)
 
@@ -338,13 +342,16 @@ class Worker:
             raise LookupError(f"{handler} is not executable: chmod +x it")
         return [handler]
 
-    def environment(self, task: q.Task, envelope: dict) -> dict[str, str]:
+    def environment(self, task: q.Task, envelope: dict) -> dict[bytes, bytes]:
         depth = envelope.get("depth", 0)
         return self.clean | {
-            "TASK_ID": task.task_id, "TASK_TYPE": task.task_type, "TASK_QUEUE": task.queue,
-            "TASK_ATTEMPT": str(task.attempts), "TASK_DEPTH": str((depth if isinstance(depth, int) else 0) + 1),
-            "TASK_QUEUE_STATE": str(self.state),
-        }  # fmt: skip
+            b"TASK_ID": os.fsencode(task.task_id),
+            b"TASK_TYPE": os.fsencode(task.task_type),
+            b"TASK_QUEUE": task.queue.encode(),
+            b"TASK_ATTEMPT": b"%d" % task.attempts,
+            b"TASK_DEPTH": b"%d" % ((depth if isinstance(depth, int) else 0) + 1),
+            b"TASK_QUEUE_STATE": os.fsencode(self.state),
+        }
 
     def reap(self) -> None:
         """Give each handler that has ended its verdict."""
@@ -378,6 +385,8 @@ class Worker:
     # ------------------------------------------------------------------------------------------------------- verdicts
 
     def end(self, task: q.Task, verdict: Verdict, took: float = 0.0) -> None:
+        if not self.done:
+            self.record_at = time.monotonic() + GROUP_SECONDS
         self.done.append((task, verdict, took))
 
     def settle(self, task: q.Task, exit_code: int, error: str | None, conn: q.Connection) -> tuple:
@@ -466,7 +475,7 @@ class Worker:
                 if run.task.queue == queue and run.task.id in cancelled:
                     run.end("cancelled")
                     run.signal_when_due(self.args.kill_after)
-        if not self.done:
+        if not self.done or self.runs and time.monotonic() < self.record_at:
             return []
         with q.transaction(conn):
             outcomes = [verdict(conn) for _, verdict, _ in self.done]
@@ -510,6 +519,8 @@ class Worker:
             until.append(self.stop_at)
         if self.trouble:
             until.append(self.retry_at)
+        elif self.done:
+            until.append(self.record_at)
         else:
             try:
                 if not self.stops and len(self.runs) < self.args.concurrency:
@@ -518,9 +529,7 @@ class Worker:
                 pass  # exchange() says so
         if self.args.idle_exit is not None:
             until.append(self.idle_since + self.args.idle_exit)
-        with selectors.DefaultSelector() as selector:
-            selector.register(self.ear, selectors.EVENT_READ)
-            selector.select(max(0.0, min(until) - now))
+        self.poll.poll(max(0.0, min(until) - now) * 1000)
         try:
             while len(os.read(self.ear, 65536)) == 65536:
                 pass
