@@ -193,3 +193,34 @@ def test_what_is_held_is_found_within_a_second_of_its_release(installation, orph
     began = time.monotonic()
     installation.finished(task)
     assert time.monotonic() - began < 1
+
+
+NOT_NOW_FIRST = """#!/bin/sh
+echo "$$" >>"$HOME/runs"
+[ $(wc -l <"$HOME/runs") = 1 ] && echo '{"retry_after": 0.05}' && exit 75
+"""
+
+
+def test_of_two_runs_that_are_one_attempt_the_last_one_counts(installation):
+    """Exit 75 does not count, so the same worker runs the same attempt again."""
+    installation.handler("wait", NOT_NOW_FIRST + 'until [ -e "$HOME/go" ]; do sleep 0.02; done\n')
+    task = installation.enqueue("notifications", "wait")
+    worker = installation.worker("notifications")
+    pids = wait_for(lambda: len(found := lines(installation.directory / "runs")) == 2 and found)
+    worker.kill()
+    worker.wait()
+    let_it_end(installation, 0)
+    wait_for(lambda: not lives(int(pids[1])), what="the handler's end")
+    installation.worker("notifications")
+    done = installation.finished(task)
+    assert (done["status"], done["exit_code"], len(lines(installation.directory / "runs"))) == ("completed", 0, 2)
+
+
+def test_a_run_that_left_no_status_does_not_get_an_earlier_ones(installation):
+    installation.handler("wait", NOT_NOW_FIRST + "kill -9 $(ps -o ppid= -p $PPID) $PPID\n")
+    task = installation.enqueue("notifications", "wait")
+    assert installation.worker("notifications", "--max-attempts", 1).wait(10) == -signal.SIGKILL
+    assert len(lines(installation.directory / "runs")) == 2
+    installation.worker("notifications", "--max-attempts", 1)
+    done = installation.finished(task, 5)
+    assert done["status"] == "failed" and "its worker died" in done["error"]
