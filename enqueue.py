@@ -110,7 +110,10 @@ def main(argv: list[str] | None = None) -> int:
         else:
             code = report(q.enqueue_tasks(args.queue, tasks_from(q, args)))
         if args.start_worker and code == 0:
-            start_worker(q, args.queue)
+            try:
+                start_worker(q, args.queue)
+            except (OSError, q.QueueError) as error:
+                fail(0, f"the task is stored, but no worker could be started: {error}")
         return code
     except q.InvalidTask as error:
         return fail(EX_DATAERR, error)
@@ -121,12 +124,19 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def fail(code: int, message: object) -> int:
-    print("enqueue.py: " + " ".join(str(message).split()), file=sys.stderr)
+    if sys.stderr is not None:  # print() would take stdout instead
+        try:
+            print("enqueue.py: " + " ".join(str(message).split()), file=sys.stderr)
+        except OSError:
+            pass
     return code
 
 
 def report(results: list[tuple[str, bool]]) -> int:
+    if sys.stdout is None:
+        return 0
     try:
+        sys.stdout.reconfigure(errors="backslashreplace")  # an id that the terminal's encoding lacks
         sys.stdout.write("".join(f"{'queued' if is_new else 'duplicate'} {task_id}\n" for task_id, is_new in results))
         sys.stdout.flush()
     except OSError:  # the reader has gone; the tasks are stored
@@ -138,11 +148,11 @@ def tasks_from(q, args: Arguments) -> list:
     """The tasks that the command line and stdin describe."""
     options = {"delay": args.delay, "priority": args.priority, "window": args.window or 0.0}
     if not args.jsonl:
-        text = sys.stdin.buffer.read() if args.data == "-" else ("{}" if args.data is None else args.data)
+        text = stdin_lines(whole=True) if args.data == "-" else ("{}" if args.data is None else args.data)
         data, text = parse_object(q, text)
         return [q.new_row(args.task_type, data, args.task_id, text=text, **options)]
     rows = []
-    for number, line in enumerate(sys.stdin.buffer, 1):
+    for number, line in enumerate(stdin_lines(), 1):
         try:
             if line.isspace():
                 continue
@@ -156,6 +166,13 @@ def tasks_from(q, args: Arguments) -> list:
         except q.InvalidTask as error:
             raise q.InvalidTask(f"line {number}: {error}; nothing was stored") from None
     return rows
+
+
+def stdin_lines(whole: bool = False):
+    """Stdin's lines, or all of it; nothing where it is closed."""
+    if sys.stdin is None:
+        return b"" if whole else []
+    return sys.stdin.buffer.read() if whole else sys.stdin.buffer
 
 
 def parse_object(q, raw: bytes | str) -> tuple[dict, str]:
@@ -327,8 +344,6 @@ def start_worker(q, queue: str) -> None:
     try:
         subprocess.Popen(worker, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
                          env={k: v for k, v in os.environ.items() if k != "TASK_DEPTH"}, cwd=home)  # fmt: skip
-    except OSError as error:
-        fail(0, f"the task is queued, but no worker could be started: {error}")
     finally:
         os.close(log)
 
@@ -336,7 +351,10 @@ def start_worker(q, queue: str) -> None:
 if __name__ == "__main__":
     code = main()
     try:
-        sys.stdout.flush()
-        sys.stderr.flush()
+        for stream in (sys.stdout, sys.stderr):
+            if stream is not None:
+                stream.flush()
+    except OSError:
+        pass
     finally:
         os._exit(code)  # all is on disk: neither Python's own end nor SQLite's clean-up is worth a hook's time

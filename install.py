@@ -330,7 +330,7 @@ def make_state(place: Place) -> int:
     try:
         q.close(q.connect(place.state))
         for queue in SPOOLS:
-            q.make_private(place.state / "spool" / queue)
+            q.make_private(place.state / "spool" / queue, parents=True)
         q.make_private(place.state / "workers")
         q.make_private(place.state / "logs")
         q.wake(place.state)

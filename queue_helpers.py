@@ -29,7 +29,7 @@ import sys
 import threading
 import time
 from collections import namedtuple
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import lru_cache
 from pathlib import Path
 from weakref import WeakSet
@@ -59,6 +59,7 @@ WAL_BYTES = 16 * 2**20  # what is kept of the write-ahead log once it has been w
 SAFETY_TICK_SECONDS = 5.0  # look this often whatever the events say
 ORPHAN_TICK_SECONDS = 0.25  # the same while a handler outlives its worker
 POLL_SECONDS = 0.05  # the same where the platform has no events to give
+SLOW_COMMIT_SECONDS = 5.0  # how long a commit may take from its write to its being visible
 OWNER_CLOSED_SECONDS = 0.3  # how long a closed lock file is news; longer than all the looks after an event
 PROBE_SECONDS = 0.2  # whoever wants a lock outwaits those who only look whether it is held
 LOOK_AGAIN_SECONDS = (0.0, 0.001, 0.002, 0.004, 0.008, 0.016, 0.032, 0.064)  # after an event; 127 ms in all
@@ -109,7 +110,8 @@ QUEUE_SCHEMA = """
 create table "{queue}" (
   id            integer primary key autoincrement,
   data          text not null constraint data_must_be_a_json_object
-                check (typeof(data) = 'text' and json_valid(data) and json_type(data) = 'object'),
+                check (typeof(data) = 'text' and instr(data, char(0)) = 0 and json_valid(data)
+                       and json_type(data) = 'object'),
   timestamp     real not null default ((julianday('now') - 2440587.5) * 86400.0),  -- enqueued, Unix seconds
   status        integer not null default 1,      -- 0 and 1 ready, 2 claimed, 3 scheduled, 4 blocked
   priority      integer not null default 0,      -- higher first
@@ -192,7 +194,7 @@ returning id, task_id, task_type, data, timestamp, priority, attempts, max_attem
 CLAIM_ROW = CLAIM.replace("order by priority desc, id limit :limit", "and id = :id")
 CLAIMED_BY = """
 select id, task_id, task_type, data, timestamp, priority, attempts, max_attempts, backoff, then_queue, owner, claimed_at
-from "{queue}" where status = 2 and owner = :owner"""
+from "{queue}" where status = 2 and owner is :owner"""
 CANCEL_REQUESTED = """
 select id from "{queue}" where status = 2 and owner = :owner and cancel_requested"""
 OWNERS = """
@@ -214,8 +216,8 @@ delete from task_history where id in (
   select id from task_history where queue = :queue and (status = 'completed' or status = 'failed' and :failed)
   order by completed_at desc limit :limit offset :keep)"""
 
-# owner is null unless claimed, so these three conditions are the fence: this row, this owner, this attempt.
-FENCE = "where id = :id and owner is :owner and attempts = :attempts"
+# owner and claimed_at are null unless claimed, so this is the fence: this row, this owner, this very claim.
+FENCE = "where id = :id and owner is :owner and attempts = :attempts and claimed_at is :claimed_at"
 
 ARCHIVE = f"""
 insert into task_history (queue, row_id, task_id, task_type, status, data, priority, group_id, attempts, max_attempts,
@@ -254,8 +256,9 @@ def on_queue(statement: str, queue: str) -> str:
 
 
 def execute(conn: sqlite3.Connection, statement: str, queue: str, **values) -> sqlite3.Cursor:
-    """Run one of the statements above on a queue's table."""
-    return conn.execute(on_queue(statement, queue), values)
+    """Run one of the statements above on a queue's table. Raises QueueBusy, QueueUnavailable, InvalidTask."""
+    with _errors_explained(conn):
+        return conn.execute(on_queue(statement, queue), values)
 
 
 # --------------------------------------------------------------------------------------------------- tasks and errors
@@ -287,13 +290,27 @@ class Task(namedtuple("Task", "queue id task_id task_type text enqueued_at prior
     @property
     def depth(self) -> int:
         """How many handlers stand between this task and the outside world; 0 for most."""
-        depth = self.envelope.get("depth", 0)
-        return depth if isinstance(depth, int) and depth >= 0 else 0
+        return depth_of(self.envelope)
 
     @property
     def run_name(self) -> str:
         """What the files of this run in STATE_DIR/logs are called, before .out and .err."""
-        return f"{self.queue}/{self.id}-{self.attempts}-{self.owner}"
+        return f"{self.queue}/{self.id}-{self.attempts}-{self.owner}-{int((self.claimed_at or 0) * 1e6)}"
+
+
+def unreadable(task: Task) -> str | None:
+    """Why the task's JSON cannot be read: SQLite takes some that Python does not, like numbers of 5,000 digits."""
+    try:
+        task.envelope  # noqa: B018
+        return None
+    except (ValueError, RecursionError, TypeError, AttributeError) as error:
+        return f"data cannot be read: {error}"
+
+
+def depth_of(envelope: dict) -> int:
+    """What an envelope says of its task's depth; 0 for what is no depth."""
+    depth = envelope.get("depth")
+    return depth if type(depth) is int and depth > 0 else 0
 
 
 class QueueError(Exception):
@@ -414,14 +431,14 @@ def close(conn: Connection) -> None:
     conn.close()
 
 
-def make_private(directory: Path) -> Path:
-    """Make a directory of the state, for its owner only."""
-    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+def make_private(directory: Path, parents: bool = False) -> Path:
+    """Make a directory for its owner only. Without parents none is made for a state that was moved away."""
+    directory.mkdir(mode=0o700, parents=parents, exist_ok=True)
     return directory
 
 
 def _open(state: Path, db: str, busy_timeout_ms: int) -> Connection:
-    make_private(state)
+    make_private(state, parents=True)
     conn = sqlite3.connect(db, timeout=busy_timeout_ms / 1000, isolation_level=None, check_same_thread=False,
                            factory=Connection)  # fmt: skip
     try:
@@ -429,12 +446,15 @@ def _open(state: Path, db: str, busy_timeout_ms: int) -> Connection:
         conn.execute(f"pragma journal_size_limit = {WAL_BYTES}")
         conn.execute("pragma cache_size = -16000")  # KiB; many tasks in one transaction stay in memory until its end
         conn.text_factory = lambda raw: raw.decode("utf-8", "replace")  # bash may have cast any bytes to text
+        conn.execute("begin")  # one snapshot: another first open may be at work
         version = conn.execute("pragma user_version").fetchone()[0]
+        is_ours = version > SCHEMA_VERSION or _is_ours(conn, version)
+        conn.execute("commit")
         if version > SCHEMA_VERSION:
             raise QueueUnavailable(
                 f"{db} has schema version {version}, these scripts know {SCHEMA_VERSION}: update them"
             )
-        if not _is_ours(conn, version):
+        if not is_ours:
             raise QueueUnavailable(f"{db} is not a task queue's database; check TASK_QUEUE_STATE")
         if version == 0:
             conn.execute("pragma auto_vacuum = incremental")  # before the first table; cleanup.py gives space back
@@ -457,7 +477,7 @@ def _open(state: Path, db: str, busy_timeout_ms: int) -> Connection:
 def _is_ours(conn: Connection, version: int) -> bool:
     """Whether the database is a queue's, or empty, or has the bare table that a hook made."""
     tables = [name for (name,) in conn.execute("select name from sqlite_master where type = 'table'")]
-    if version or "task_history" in tables:  # version 0 was read before another first open was done
+    if version:
         return "task_history" in tables
     return all(name.startswith("sqlite_") for name in tables) or any(_is_bare_queue(conn, name) for name in tables)
 
@@ -508,7 +528,7 @@ def ensure_queue(conn: Connection, queue: str) -> None:
         with _errors_explained(conn):
             conn.queues = {name for (name,) in conn.execute(QUEUES)}
         if queue not in conn.queues:
-            with transaction(conn):
+            with nullcontext() if conn.in_transaction else transaction(conn):
                 if queue not in {name for (name,) in conn.execute(QUEUES)}:
                     if len(conn.queues) >= MAX_QUEUES:
                         raise InvalidTask(f"queue {queue!r} would be number {MAX_QUEUES + 1}: use an existing one")
@@ -526,7 +546,9 @@ def _create_queue(conn: Connection, queue: str) -> None:
     for statement in QUEUE_SCHEMA.format(queue=queue, is_envelope=IS_ENVELOPE).split(";\n"):
         conn.execute(statement)
     if columns:
-        is_object = "typeof(data) = 'text' and json_valid(data) and json_type(data) = 'object'"
+        is_object = (
+            "typeof(data) = 'text' and instr(data, char(0)) = 0 and json_valid(data) and json_type(data) = 'object'"
+        )
         conn.execute(f"""insert into "{queue}" (id, data) select id, data from "{queue}.bare"
                          where case when {is_object} then 1 end order by id""")
         conn.execute(f"""insert into task_history (queue, row_id, task_id, task_type, status, data, enqueued_at, error)
@@ -571,6 +593,7 @@ def transaction(conn: Connection, durable: bool = True):
             yield conn
             conn.execute("commit")
         except BaseException:
+            conn.queues = set()  # one of them may have been made here
             if conn.in_transaction:
                 conn.execute("rollback")
             raise
@@ -628,7 +651,7 @@ def new_row(task_type: str, data: dict, task_id: str | None = None, *, delay: fl
         raise InvalidTask(f"task_type {task_type!r} was refused: it names a handler, so no / and no leading . or -")
     if isinstance(priority, bool) or not isinstance(priority, int) or abs(priority) > 1_000_000:
         raise InvalidTask(f"priority {priority!r} was refused: it is a whole number from -1000000 to 1000000")
-    for what, seconds in (("delay", delay), ("window", window)) if delay or window else ():
+    for what, seconds in (("delay", delay), ("window", window)) if (delay, window) != (0.0, 0.0) else ():
         if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not 0 <= seconds < 1e9:
             raise InvalidTask(f"{what} {seconds!r} was refused: it is a number of seconds")
     depth = task_depth() if depth is None else depth
@@ -745,7 +768,7 @@ def release(conn: Connection, task: Task, *, delay: float = 0.0, error: str | No
 def finish(conn: Connection, task: Task, outcome: str, *, exit_code: int | None = None, result: str | None = None,
            log: str | None = None, error: str | None = None) -> bool:  # fmt: skip
     """Move the task to the history as completed, failed or cancelled, within a transaction. False when not held."""
-    fence = {"id": task.id, "owner": task.owner, "attempts": task.attempts}
+    fence = {"id": task.id, "owner": task.owner, "attempts": task.attempts, "claimed_at": task.claimed_at}
     told = {"outcome": outcome, "exit_code": exit_code, "result": result, "log": log, "error": error}
     if execute(conn, ARCHIVE, task.queue, **fence, **told).rowcount != 1:
         return False
@@ -754,7 +777,7 @@ def finish(conn: Connection, task: Task, outcome: str, *, exit_code: int | None 
 
 
 def _put_back(conn: Connection, task: Task, *, delay: float, error: str | None, uncounted: int = 0) -> bool:
-    fence = {"id": task.id, "owner": task.owner, "attempts": task.attempts}
+    fence = {"id": task.id, "owner": task.owner, "attempts": task.attempts, "claimed_at": task.claimed_at}
     due_at = time.time() + delay if delay > 0 else None
     return execute(conn, RETURN, task.queue, **fence, due_at=due_at, error=error, uncounted=uncounted).rowcount == 1
 
@@ -797,6 +820,7 @@ def settle(conn: Connection, task: Task, exit_code: int, *, error: str | None = 
         if not ack(conn, task, **told):
             return None, None
         if task.then_queue:
+            ensure_queue(conn, task.then_queue)
             insert(conn, task.then_queue, row)
         return "completed", None
     if exit_code == EX_TEMPFAIL:
@@ -821,7 +845,7 @@ def _next_row(task: Task, stdout: str) -> Row:
         data = None
     data = data if isinstance(data, dict) else {"result": stdout}
     source = {"queue": task.queue, "task_id": task.task_id}
-    task_id = f"{task.task_id[:470]}.{task.id}"  # one per row: a second result does not drown in a waiting first
+    task_id = f"{task.task_id.encode()[:470].decode('utf-8', 'ignore')}.{task.id}"  # one per row: a second result does not drown in a waiting first
     return new_row(task.task_type, data, task_id, depth=task.depth + 1, source=source)
 
 
@@ -863,7 +887,7 @@ def spool(queue: str, text: str, state: Path | None = None) -> Path:
     `text` is what would be a row's data. A shell can do the same: write a file elsewhere on the disk, mv it there.
     """
     directory = (state or STATE_DIR) / "spool" / check_queue_name(queue)
-    make_private(directory)
+    make_private(directory, parents=True)
     name = f"{time.time_ns()}-{os.urandom(4).hex()}.json"
     fd = os.open(directory / f".{name}", os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     try:
@@ -935,9 +959,14 @@ def take_in_spool(state: Path | None = None) -> tuple[int, list[str]]:
                         conn.execute(on_queue(INSERT, queue), (text, READY, None, 0))
                         taken += 1
                 path.unlink(missing_ok=True)
-                conn.execute(UNSPOOLED, {"file": identity})
+                with _errors_explained(conn):
+                    conn.execute(UNSPOOLED, {"file": identity})
             except FileNotFoundError:
                 continue  # another worker took it
+            except OSError as error:
+                complaints.append(
+                    f"{path}: {error.strerror}; it cannot be taken in, or not removed: check the permissions"
+                )
             except (InvalidTask, UnicodeDecodeError) as error:
                 aside = make_private(directory / "malformed") / f"{inode}-{name}"
                 path.rename(aside)
@@ -948,6 +977,8 @@ def take_in_spool(state: Path | None = None) -> tuple[int, list[str]]:
 
 
 # --------------------------------------------------------------------------------------------- who is alive, recovery
+
+NOBODY = "nobody"  # a row that was marked as claimed by hand has no owner
 
 _owners: dict[Path, tuple[str, int]] = {}  # {state: (name, descriptor)}
 _owners_lock = threading.Lock()
@@ -1032,7 +1063,7 @@ def recover(state: Path | None = None, *, crash_backoff: float = 0.0) -> tuple[l
                   for (owner,) in execute(conn, OWNERS, queue)]  # fmt: skip
     mine = _owners.get(conn.state, (None, None))[0]
     for owner in {owner for owner, _ in claims if owner != mine}:
-        path, fd = conn.state / "workers" / os.path.basename(owner), None
+        path, fd = conn.state / "workers" / os.path.basename(owner or NOBODY), None
         try:
             fd = lock_file(path, probe=True)
             if fd is None:
@@ -1061,9 +1092,9 @@ def recover(state: Path | None = None, *, crash_backoff: float = 0.0) -> tuple[l
     return recovered, orphans
 
 
-def exits_file(state: Path, owner: str) -> Path:
+def exits_file(state: Path, owner: str | None) -> Path:
     """Where an owner's handlers append a line `run_name exit_code` as they end."""
-    return state / "logs" / f"{os.path.basename(owner)}.exits"
+    return state / "logs" / f"{os.path.basename(owner or NOBODY)}.exits"
 
 
 def _recover_task(conn: Connection, task: Task, crash_backoff: float) -> tuple[Task, str, str | None] | None:
@@ -1088,10 +1119,35 @@ def _recover_task(conn: Connection, task: Task, crash_backoff: float) -> tuple[T
 _inherited: list[Connection] = []  # a child must not close its parent's connections: that would shut the parent's log
 
 
+def _before_fork() -> None:
+    """Close what can be closed: SQLite in a child would take its parent's locks on the same file for its own.
+
+    That is the forking thread's connections and the watches'; they are opened again when wanted. Connections of other
+    threads are left as they are: a program that uses the queue in threads should fork before that, or use subprocess.
+    """
+    for watch in list(Watch.instances.values()):
+        watch._looking.acquire()
+    idle = [*_thread.__dict__.get("connections", {}).values(), *(watch._conn for watch in Watch.instances.values())]
+    for conn in idle:
+        if conn is not None and not conn.in_transaction:
+            conn.file = None  # has connect() open another
+            _connections.discard(conn)
+            conn.close()
+    _inherited.extend(_connections)
+
+
+def _after_fork_in_parent() -> None:
+    _inherited.clear()
+    for watch in list(Watch.instances.values()):
+        watch._looking.release()
+
+
 def _after_fork_in_child() -> None:
     """A child opens its own connections, owns nothing of its parent's, and has no threads to wake it."""
-    global _thread, _connections, _owners_lock
+    global _thread, _connections, _owners_lock, _making
     _thread, _connections, _owners_lock = threading.local(), WeakSet(), threading.Lock()
+    _claims.clear()
+    _making = threading.RLock()
     for _, fd in _owners.values():
         os.close(fd)
     _owners.clear()
@@ -1102,8 +1158,8 @@ def _after_fork_in_child() -> None:
 
 
 os.register_at_fork(
-    before=lambda: _inherited.extend(_connections),
-    after_in_parent=_inherited.clear,
+    before=_before_fork,
+    after_in_parent=_after_fork_in_parent,
     after_in_child=_after_fork_in_child,
 )
 
@@ -1115,14 +1171,18 @@ def look_again(heard: threading.Event, look, pauses=LOOK_AGAIN_SECONDS) -> None:
     """Call look() at growing intervals until they have all passed without an event and without a change.
 
     watchdog reports the write to the write-ahead log, but that comes before the commit can be seen (write, fsync,
-    then the shared index): whoever looks once per event misses one task in ten until the next event.
+    then the shared index): whoever looks once per event misses one task in ten until the next event. An event that no
+    change has followed is waited for longer: the disk may be slow.
     """
-    step = 0
-    while step < len(pauses):
-        step = 0 if heard.wait(pauses[step]) else step + 1
-        heard.clear()
+    step, owed_until = 0, 0.0
+    while step < len(pauses) or time.monotonic() < owed_until:
+        if heard.wait(pauses[min(step, len(pauses) - 1)]):
+            heard.clear()
+            step, owed_until = 0, time.monotonic() + SLOW_COMMIT_SECONDS
+        else:
+            step += 1
         if look():
-            step = 0
+            step, owed_until = 0, 0.0
 
 
 def data_version(conn: Connection) -> tuple:
@@ -1166,7 +1226,8 @@ class Watch(threading.Thread):
         self._owner_closed_at = time.monotonic()  # so that the first looks recover
         self._recovered_at = 0.0
         self._orphans = 0
-        self._seen = None
+        self._seen, self._written = None, None
+        self._looking, self._conn = threading.RLock(), None  # so that a fork does not take our connection along
         self._observer, self._watching, self._ear, self._deaf = None, None, None, False
 
     def notify(self) -> None:
@@ -1195,23 +1256,42 @@ class Watch(threading.Thread):
                 self._listen(True)
                 quiet = self._seen
                 look_again(self._heard, self._look)
+                if self._observer is None:
+                    continue
                 while self._seen == quiet and not self._heard.wait(ORPHAN_TICK_SECONDS if self._orphans else tick):
                     self._refresh()
                     self.notify()
                     self._look()
-            except (QueueError, sqlite3.Error, OSError):
+            except Exception as error:
+                if not isinstance(error, (QueueError, sqlite3.Error, OSError)):
+                    self._report(error)
                 self._stop_observing()  # the state directory is gone or in trouble: its users find out when they look
                 self._seen = None
                 self.notify()
                 time.sleep(POLL_SECONDS)
 
+    def _report(self, error: Exception) -> None:
+        """Say what should not have happened: waking and recovery must outlive it."""
+        import logging
+
+        logging.getLogger(__name__).error("watching %s", self.state, exc_info=error)
+
     def _look(self) -> bool:
         """Pass on what can be seen now; whether there was anything."""
-        version = data_version(connect(self.state, create=False))
+        with self._looking:
+            self._conn = connect(self.state, create=False)
+            version = data_version(self._conn)
         changed = version != self._seen
         if changed:
             self._seen = version
             self.notify()
+        try:
+            written = os.stat(f"{self.state}/tasks.db-wal").st_mtime_ns
+        except OSError:
+            written = None
+        if written != self._written and not changed:
+            self._heard.set()  # as if watchdog had said so: it is not listened to all the time
+        self._written = written
         # The event of a dead owner's file comes a little before its lock is free; hence again for a while.
         now, tick = time.monotonic(), ORPHAN_TICK_SECONDS if self._orphans else SAFETY_TICK_SECONDS
         if now < self._owner_closed_at + OWNER_CLOSED_SECONDS or now > self._recovered_at + tick:
@@ -1314,7 +1394,7 @@ def get_queue(queue_name: str, **options):
 
     Options are persist-queue's; those that would break the shared table are ignored.
     """
-    return __getattr__("SQLiteQueue")(str(STATE_DIR), check_queue_name(queue_name), **options)
+    return _lazy("SQLiteQueue")(str(STATE_DIR), check_queue_name(queue_name), **options)
 
 
 def get_ack_queue(queue_name: str, **options):
@@ -1322,7 +1402,7 @@ def get_ack_queue(queue_name: str, **options):
 
     Options: max_attempts (default 4), backoff (seconds, default 1), and persist-queue's.
     """
-    return __getattr__("SQLiteAckQueue")(str(STATE_DIR), name=check_queue_name(queue_name), **options)
+    return _lazy("SQLiteAckQueue")(str(STATE_DIR), name=check_queue_name(queue_name), **options)
 
 
 def dequeue_task(queue_name: str, timeout: float | None = None) -> dict | None:
@@ -1333,9 +1413,25 @@ def dequeue_task(queue_name: str, timeout: float | None = None) -> dict | None:
     queue = get_queue(queue_name)
     try:
         task = queue.get_task(block=timeout is not None, timeout=timeout)
-    except __getattr__("Empty"):
+    except _lazy("Empty"):
         return None
     return task.envelope
+
+
+async def _to_its_end(function, *args, **options):
+    """(what a thread makes of a call, whether we were cancelled meanwhile): the call is never left half done."""
+    import asyncio
+    from functools import partial
+
+    running = asyncio.get_running_loop().run_in_executor(None, partial(function, *args, **options))
+    cancelled = False
+    while True:
+        try:
+            return await asyncio.shield(running), cancelled
+        except asyncio.CancelledError:
+            if running.cancelled():
+                raise
+            cancelled = True
 
 
 class Delivery:
@@ -1364,18 +1460,23 @@ class Delivery:
             import logging
 
             logging.getLogger(__name__).error("queue %r: task %s failed", self.queue, self.task_id, exc_info=error)
-            await asyncio.to_thread(self.settle, nack, error=f"{kind.__name__}: {error}")
-            return True
-        await asyncio.to_thread(self.settle, ack)
-        return False
+            _, cancelled = await _to_its_end(self.settle, nack, error=f"{kind.__name__}: {error}")
+        else:
+            _, cancelled = await _to_its_end(self.settle, ack)
+        if cancelled:
+            raise asyncio.CancelledError
+        return error is not None
 
     def settle(self, verb, **told) -> None:
         """Ack, nack or release, once."""
         if not self._settled:
-            self._settled = True
             conn = connect(self._state)
-            with transaction(conn):
-                done = verb(conn, self.task, **told)
+            if self.task.owner != owner_name(self._state):
+                done = False  # a forked child's copy
+            else:
+                with transaction(conn):
+                    done = verb(conn, self.task, **told)
+            self._settled = True
             if not done:
                 not_held(conn, self.task)
             wake(self._state)
@@ -1402,14 +1503,11 @@ async def consume(queue_name: str, *, max_attempts: int = MAX_ATTEMPTS, backoff:
 
     while True:
         heard.event.clear()
-        claiming = asyncio.ensure_future(asyncio.to_thread(next_task))
-        try:
-            task, pause = await asyncio.shield(claiming)
-        except asyncio.CancelledError:
-            task, _ = await claiming  # the thread goes on, and may have claimed one
+        (task, pause), cancelled = await _to_its_end(next_task)
+        if cancelled:
             if task:
                 Delivery(task, state).settle(release)
-            raise
+            raise asyncio.CancelledError
         if task is None:
             try:
                 await asyncio.wait_for(heard.event.wait(), pause)
@@ -1422,7 +1520,9 @@ async def consume(queue_name: str, *, max_attempts: int = MAX_ATTEMPTS, backoff:
         except BaseException:
             delivery.settle(nack, error="its consumer left the loop")
             raise
-        await asyncio.to_thread(delivery.settle, ack)
+        _, cancelled = await _to_its_end(delivery.settle, ack)
+        if cancelled:
+            raise asyncio.CancelledError
 
 
 class _LoopEvent:
@@ -1462,6 +1562,9 @@ def not_held(conn: Connection, task: Task, verb: str = "acknowledged") -> None:
         why = f"{row[0]} holds it since {utc(row[1])} UTC, attempt {row[2]}"
     message = 'queue "%s": task %s was not %s: %s (this process lost it when its lock file or the state was removed)'
     logging.getLogger(__name__).warning(message, task.queue, task.id, verb, why)
+
+
+_claims: dict[tuple[Path, str, int], Task] = {}  # of this process's ack queues: {(state, queue, row): task}
 
 
 def _persistqueue_classes() -> dict:
@@ -1572,9 +1675,12 @@ def _persistqueue_classes() -> dict:
             if not has_ready(conn, self.name):
                 return None
             with transaction(conn):
-                tasks = claim(conn, self.name, "get", row_id=rowid)
-                for task in tasks:
-                    ack(conn, task)
+                while tasks := claim(conn, self.name, "get", row_id=rowid):
+                    error = unreadable(tasks[0]) if getattr(self._as_task, "wanted", False) else None
+                    if error is None:
+                        ack(conn, tasks[0])
+                        break
+                    bury(conn, tasks[0], error=error)
             return self._hand_over(tasks[0] if tasks else None, raw)
 
     class SQLiteAckQueue(SharedTable, persistqueue.SQLiteAckQueue):
@@ -1585,7 +1691,6 @@ def _persistqueue_classes() -> dict:
         """
 
         def __init__(self, path=None, auto_resume: bool = True, **options) -> None:
-            self._claims: dict[int, Task] = {}
             super().__init__(path, auto_resume=auto_resume, **options)
 
         def _plain(self, task: Task) -> tuple[int, str]:
@@ -1602,7 +1707,7 @@ def _persistqueue_classes() -> dict:
                 rowid = row[0] if row else None
             tasks = claim_ready(conn, self.name, row_id=rowid, max_attempts=self.max_attempts, backoff=self.backoff)
             for task in tasks:
-                self._claims[task.id], self._unack_cache[task.id] = task, task.text
+                _claims[self.state, self.name, task.id], self._unack_cache[task.id] = task, task.text
             return self._hand_over(tasks[0] if tasks else None, raw)
 
         def _leave(self, verb, item, id, **told) -> int | bool:
@@ -1611,13 +1716,13 @@ def _persistqueue_classes() -> dict:
             if isinstance(item, tuple) and len(item) == 2:
                 item = item[0]
             row_id = item if isinstance(item, int) else self._find_item_id(item, search)
-            task = self._claims.pop(row_id, None)
-            self._unack_cache.pop(row_id, None)
-            conn = self._conn
+            conn, task = self._conn, _claims.get((self.state, self.name, row_id))
             if task is None:
                 task = Task(self.name, row_id, None, None, None, None, 0, -1, None, None, None, "nobody", None)
             with transaction(conn):
                 done = verb(conn, task, **told)
+            _claims.pop((self.state, self.name, row_id), None)  # not before: it may have been busy, and is tried again
+            self._unack_cache.pop(row_id, None)
             if not done:
                 not_held(conn, task)
                 return False
@@ -1705,6 +1810,8 @@ def _watchdog_classes() -> dict:
                 if changed:
                     self._call()
                 return changed
+            except QueueUnavailable:
+                return False  # the database was removed; whoever makes the next one is heard
             except Exception:
                 import logging
 
@@ -1727,12 +1834,18 @@ def _watchdog_classes() -> dict:
     return {"QueueWatcher": QueueWatcher}
 
 
+_making = threading.RLock()
+
+
+def _lazy(name: str):
+    with _making:
+        if name not in globals():
+            globals().update(_watchdog_classes() if name == "QueueWatcher" else _persistqueue_classes())
+        return globals()[name]
+
+
 def __getattr__(name: str):
     """SQLiteQueue, SQLiteAckQueue, Empty and QueueWatcher, made when first asked for: their libraries are heavy."""
-    if name in ("SQLiteQueue", "SQLiteAckQueue", "Empty"):
-        globals().update(_persistqueue_classes())
-    elif name == "QueueWatcher":
-        globals().update(_watchdog_classes())
-    else:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return globals()[name]
+    if name in ("SQLiteQueue", "SQLiteAckQueue", "Empty", "QueueWatcher"):
+        return _lazy(name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

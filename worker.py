@@ -25,6 +25,7 @@ exit codes: 0 stopped, drained, idle, or another worker has the queue (--single)
 from __future__ import annotations
 
 import argparse
+import errno
 import fcntl
 import json
 import os
@@ -168,10 +169,12 @@ def temporary_file():
 
 def say(line: str) -> None:
     """One line on stderr; a closed terminal is no reason to stop working."""
+    if sys.stderr is None:
+        return
     try:
         print(time.strftime("%Y-%m-%d %H:%M:%S ") + " ".join(line.split()), file=sys.stderr, flush=True)
     except OSError:
-        pass
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # nobody reads it any more: let nothing fail of it at the end
 
 
 class Run:
@@ -250,7 +253,8 @@ class Worker:
         self.shim = ["/bin/sh", "-c", SHIM, "sh", str(exits)]
         signal.set_wakeup_fd(self.mouth, warn_on_full_buffer=False)
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            signal.signal(number, self.stop)
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup
+                signal.signal(number, self.stop)
         signal.signal(signal.SIGCHLD, lambda *_: None)
         watch = q.Watch.of(self.state)
         watch.crash_backoff = self.args.crash_backoff
@@ -317,6 +321,8 @@ class Worker:
             return self.end(task, partial(self.bury, task, f"its id or type cannot be passed on: {error}"))
         except OSError as error:  # the disk is full, too many processes, …: not the task's fault
             why = f"its handler could not be started: {error}"
+            if error.errno == errno.E2BIG:
+                return self.end(task, partial(self.bury, task, f"{why}; its id or type is too long"))
             return self.end(task, partial(self.put_back, task, why, RETRY_SECONDS[-1]))
         self.runs.append(Run(task, process, self.args.timeout))
 
@@ -328,6 +334,7 @@ class Worker:
         except FileExistsError:  # from an attempt of ours that did not count
             os.unlink(path)
         except FileNotFoundError:
+            q.make_private(Path(self.logs))
             q.make_private(Path(path).parent)
         return os.open(path, flags, 0o600)
 
@@ -343,13 +350,12 @@ class Worker:
         return [handler]
 
     def environment(self, task: q.Task, envelope: dict) -> dict[bytes, bytes]:
-        depth = envelope.get("depth", 0)
         return self.clean | {
             b"TASK_ID": os.fsencode(task.task_id),
             b"TASK_TYPE": os.fsencode(task.task_type),
             b"TASK_QUEUE": task.queue.encode(),
             b"TASK_ATTEMPT": b"%d" % task.attempts,
-            b"TASK_DEPTH": b"%d" % ((depth if isinstance(depth, int) else 0) + 1),
+            b"TASK_DEPTH": b"%d" % (q.depth_of(envelope) + 1),
             b"TASK_QUEUE_STATE": os.fsencode(self.state),
         }
 
@@ -444,8 +450,9 @@ class Worker:
     def claim(self) -> list[q.Task]:
         """Claim a task for each free place, one of each queue in turn; first the spool is taken in."""
         conn = q.connect(self.state, create=False)
-        for complaint in q.take_in_spool(self.state)[1]:
-            say(f"set aside {complaint}")
+        for complaint in set(q.take_in_spool(self.state)[1]) - self.said:
+            self.said.add(complaint)
+            say(f"spool: {complaint}")
         for queue in self.args.queues:
             q.ensure_queue(conn, queue)
         free = 0 if self.stops else self.args.concurrency - len(self.runs)
@@ -515,7 +522,7 @@ class Worker:
         """Wait for an event: a handler's end, a commit, a signal; or for the next thing that is due."""
         now = time.monotonic()
         until = [now + q.SAFETY_TICK_SECONDS, *(run.end_at for run in self.runs if run.end_at is not None)]
-        if self.stops == 1 and self.runs:
+        if self.stops == 1 and self.runs and now < self.stop_at:
             until.append(self.stop_at)
         if self.trouble:
             until.append(self.retry_at)
@@ -541,7 +548,9 @@ class Worker:
     def tick(self) -> None:
         """Now and then: hold our locks on what is there now, and keep the write-ahead log small."""
         try:
-            self.serve()
+            if not self.serve() and self.args.single and not self.stops:
+                say("another worker serves the queue by now; leaving (--single)")
+                self.stop()
             q.owner_name(self.state)
             exits = Path(self.shim[-1])
             if not self.runs and not self.done and exits.exists():
@@ -566,27 +575,29 @@ class Worker:
             return self.stops > 1 and not self.runs and bool(self.trouble)
         if self.stops:
             return True
-        if not self.args.drain and self.args.idle_exit is None or self.trouble:
+        if self.trouble:  # without a database there is nothing to wait for; whoever makes one starts a worker
+            return self.args.idle_exit is not None and time.monotonic() >= self.idle_since + self.args.idle_exit
+        if not self.args.drain and self.args.idle_exit is None:
             return False
         try:
             conn = q.connect(self.state, create=False)
             if self.args.drain:
                 return not any(self.busy(conn, queue) for queue in self.args.queues)
-            if any(self.busy(conn, queue) or q.next_due(conn, queue) for queue in self.args.queues):
+            if self.wanted(conn):
                 self.idle_since = time.monotonic()
             elif time.monotonic() >= self.idle_since + self.args.idle_exit:
                 self.leave()  # from here on, whoever enqueues starts another worker; so look once more
-                if (
-                    not any(self.waiting(conn, queue) for queue in self.args.queues)
-                    or not self.serve()
-                    and self.args.single
-                ):
+                if not self.wanted(conn) or not self.serve() and self.args.single:
                     say(f"idle for {self.args.idle_exit:g} s; leaving")
                     return True
                 self.idle_since = time.monotonic()
         except q.QueueError:
             pass  # exchange() says so
         return False
+
+    def wanted(self, conn: q.Connection) -> bool:
+        """Whether anything waits, runs or is scheduled."""
+        return any(self.busy(conn, queue) or q.next_due(conn, queue) for queue in self.args.queues)
 
     def waiting(self, conn: q.Connection, queue: str) -> bool:
         return q.has_ready(conn, queue) or bool(q.spooled_files(self.state / "spool" / queue))
