@@ -390,7 +390,20 @@ class Connection(sqlite3.Connection):
     busy_timeout_ms: int
 
 
-_thread = threading.local()  # .connections: {state: Connection}
+class _Connections(dict):
+    """A thread's {state: Connection}, closed when the thread ends: Python's own end of a connection waits for gc."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pid = os.getpid()
+
+    def __del__(self) -> None:
+        if self.pid == os.getpid():  # not a forked child's copy
+            for conn in self.values():
+                conn.close()
+
+
+_thread = threading.local()  # .connections: _Connections
 _connections: WeakSet[Connection] = WeakSet()
 
 
@@ -401,7 +414,9 @@ def connect(state: Path | None = None, create: bool = True, busy_timeout_ms: int
     """
     state = state or STATE_DIR
     busy_timeout_ms = BUSY_TIMEOUT_MS if busy_timeout_ms is None else busy_timeout_ms
-    cache = _thread.__dict__.setdefault("connections", {})
+    if not hasattr(_thread, "connections"):
+        _thread.connections = _Connections()
+    cache = _thread.connections
     conn, db = cache.get(state), f"{state}/tasks.db"
     try:
         found = os.stat(db)
@@ -1454,7 +1469,7 @@ class Delivery:
         import asyncio
 
         if kind is not None and not issubclass(kind, Exception):  # cancelled: not this task's fault
-            self.settle(release)
+            self.settle_now(release)
             return False
         if error is not None:
             import logging
@@ -1467,15 +1482,27 @@ class Delivery:
             raise asyncio.CancelledError
         return error is not None
 
-    def settle(self, verb, **told) -> None:
-        """Ack, nack or release, once."""
-        if not self._settled:
+    def settle_now(self, verb, **told) -> None:
+        """settle(), without holding up the caller for longer than one wait for the lock; a thread tries again."""
+        try:
+            self.settle(verb, patient=False, **told)
+        except QueueBusy:
+            threading.Thread(target=self.settle, args=(verb,), kwargs=told, daemon=True).start()
+
+    def settle(self, verb, patient: bool = True, **told) -> None:
+        """Ack, nack or release, once; for as long as it takes, since nobody else may while this process lives."""
+        while not self._settled:
             conn = connect(self._state)
-            if self.task.owner != owner_name(self._state):
-                done = False  # a forked child's copy
-            else:
-                with transaction(conn):
-                    done = verb(conn, self.task, **told)
+            try:
+                if self.task.owner != owner_name(self._state):
+                    done = False  # a forked child's copy
+                else:
+                    with transaction(conn):
+                        done = verb(conn, self.task, **told)
+            except QueueBusy:
+                if not patient:
+                    raise
+                continue
             self._settled = True
             if not done:
                 not_held(conn, self.task)
@@ -1506,7 +1533,7 @@ async def consume(queue_name: str, *, max_attempts: int = MAX_ATTEMPTS, backoff:
         (task, pause), cancelled = await _to_its_end(next_task)
         if cancelled:
             if task:
-                Delivery(task, state).settle(release)
+                Delivery(task, state).settle_now(release)
             raise asyncio.CancelledError
         if task is None:
             try:
@@ -1518,7 +1545,7 @@ async def consume(queue_name: str, *, max_attempts: int = MAX_ATTEMPTS, backoff:
         try:
             yield delivery
         except BaseException:
-            delivery.settle(nack, error="its consumer left the loop")
+            delivery.settle_now(nack, error="its consumer left the loop")
             raise
         _, cancelled = await _to_its_end(delivery.settle, ack)
         if cancelled:
