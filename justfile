@@ -3,7 +3,7 @@
 set positional-arguments
 
 python_deps := "--with 'persist-queue>=1.1,<2' --with 'watchdog>=4,<8'"
-test_deps := python_deps + " --with 'pytest>=8,<10' --with 'pytest-timeout>=2.3,<3' --with 'prometheus-client>=0.20,<1' --with 'rich>=13,<16' --with 'selenium>=4.20,<5'"
+test_deps := python_deps + " --with 'pytest>=8,<10' --with 'pytest-timeout>=2.3,<3' --with 'prometheus-client>=0.20,<1' --with 'rich>=13,<16' --with 'selenium>=4.20,<5' --with 'pytest-xdist>=3.5,<4' --with 'pytest-rerunfailures>=14,<17'"
 
 [private]
 default:
@@ -15,7 +15,7 @@ demo:
 
 # Run the tests: real processes, real SIGKILL, the real lychee; e.g. just test -k hook
 test *args: warm
-    uv run --no-project {{ test_deps }} python -m pytest tests "$@"
+    uv run --no-project {{ test_deps }} python -m pytest -n 2 --dist loadfile tests "$@"
 
 # Put a task into a queue: just enqueue notifications link_validation '{"workspace_path": "…"}'
 enqueue *args:

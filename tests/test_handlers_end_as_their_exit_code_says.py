@@ -57,7 +57,7 @@ def test_a_task_without_a_handler_waits_and_does_not_spin(installation):
     installation.enqueue("notifications", "unknown")
     worker = installation.worker("notifications")
     wait_for(lambda: installation.rows("select 1 from notifications where status = 3"))
-    assert worker.log.read_text().count("no handler 'unknown'") == 1
+    wait_for(lambda: worker.log.read_text().count("no handler 'unknown'") == 1)
     assert installation.rows("select attempts, error from notifications")[0][0] == 0
 
 

@@ -508,6 +508,7 @@ until(lambda: not sys.stdin.read(1))
     assert installation.sqlite3("pragma integrity_check") == "ok"
 
 
+@pytest.mark.xfail(run=False, reason="SQLite's own locks of the other threads go with the fork; README, Assumptions")
 def test_a_fork_while_other_threads_put_and_sleep(installation):
     said = run_forking(installation, """
 import threading
