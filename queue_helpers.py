@@ -590,6 +590,8 @@ def _errors_explained(conn: Connection):
     try:
         yield
     except sqlite3.Error as error:
+        if not isinstance(conn, Connection):
+            raise
         raise explain(error, conn.state) from error
 
 
@@ -1144,7 +1146,7 @@ def _before_fork() -> None:
         watch._looking.acquire()
     idle = [*_thread.__dict__.get("connections", {}).values(), *(watch._conn for watch in Watch.instances.values())]
     for conn in idle:
-        if conn is not None and not conn.in_transaction:
+        if conn in _connections and not conn.in_transaction:
             conn.file = None  # has connect() open another
             _connections.discard(conn)
             conn.close()

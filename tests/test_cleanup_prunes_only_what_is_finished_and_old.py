@@ -156,7 +156,7 @@ def test_tasks_of_dead_owners_are_taken_back(old):
 
 def test_a_task_whose_handler_outlives_its_owner_is_left_alone_with_its_lock_file(old):
     old.sqlite3("update notifications set status = 2, owner = '99-dead', attempts = 1, claimed_at = 1")
-    lock, output = make_lock(old, "99-dead"), old.state / "logs" / "notifications" / "500-1-99-dead.out"
+    lock, output = make_lock(old, "99-dead"), old.state / "logs" / "notifications" / "500-1-99-dead-1000000.out"
     output.parent.mkdir(parents=True)
     with open(output, "w") as handler:
         fcntl.flock(handler, fcntl.LOCK_EX)
