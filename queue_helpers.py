@@ -714,8 +714,7 @@ def wake(state: Path) -> None:
 
 def has_ready(conn: Connection, queue: str) -> bool:
     """Whether a claim would find something."""
-    with _errors_explained(conn):
-        return bool(execute(conn, HAS_READY, queue, now=time.time()).fetchone()[0])
+    return bool(execute(conn, HAS_READY, queue, now=time.time()).fetchone()[0])
 
 
 def is_paused(conn: Connection, queue: str) -> bool:
@@ -725,8 +724,7 @@ def is_paused(conn: Connection, queue: str) -> bool:
 
 def next_due(conn: Connection, queue: str) -> float | None:
     """When the queue's next scheduled task becomes ready, Unix seconds; None when there is none, or it is paused."""
-    with _errors_explained(conn):
-        return execute(conn, NEXT_DUE, queue).fetchone()[0]
+    return execute(conn, NEXT_DUE, queue).fetchone()[0]
 
 
 def claim(conn: Connection, queue: str, owner: str, *, limit: int = 1, row_id: int | None = None,
@@ -1652,8 +1650,7 @@ def _persistqueue_classes() -> dict:
             return f'"{check_queue_name(self.name)}"'
 
         def _count(self) -> int:
-            with _errors_explained(self._conn):
-                return execute(self._conn, COUNT_READY, self.name, now=time.time()).fetchone()[0]
+            return execute(self._conn, COUNT_READY, self.name, now=time.time()).fetchone()[0]
 
         def empty(self) -> bool:
             return not has_ready(self._conn, self.name)
