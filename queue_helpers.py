@@ -63,10 +63,12 @@ SLOW_COMMIT_SECONDS = 5.0  # how long a commit may take from its write to its be
 OWNER_CLOSED_SECONDS = 0.3  # how long a closed lock file is news; longer than all the looks after an event
 PROBE_SECONDS = 0.2  # whoever wants a lock outwaits those who only look whether it is held
 LOOK_AGAIN_SECONDS = (0.0, 0.001, 0.002, 0.004, 0.008, 0.016, 0.032, 0.064)  # after an event; 127 ms in all
+AFTER_A_CHANGE = 3  # which of these follows a change
 
 READY, CLAIMED, SCHEDULED, BLOCKED = 1, 2, 3, 4  # persist-queue also writes 0 for ready; it selects `status < 2`
 
 EX_DATAERR, EX_TEMPFAIL = 65, 75  # exit codes of handlers (sysexits.h): never again; not now
+STOPPED, CANCELLED = "its worker was stopped", "cancelled while it ran"  # why a run was ended; or else its timeout
 
 # ---------------------------------------------------------------------------------------------- schema and statements
 
@@ -190,6 +192,7 @@ update "{queue}"
 set status = 2, owner = :owner, claimed_at = :now, attempts = attempts + 1,
     max_attempts = :max_attempts, backoff = :backoff, then_queue = :then_queue
 where id in (select id from "{queue}" where status < 2 order by priority desc, id limit :limit)
+  and not exists (select 1 from task_paused where queue = '{queue}')
 returning id, task_id, task_type, data, timestamp, priority, attempts, max_attempts, backoff, then_queue, owner, claimed_at"""
 CLAIM_ROW = CLAIM.replace("order by priority desc, id limit :limit", "and id = :id")
 CLAIMED_BY = """
@@ -257,7 +260,7 @@ def on_queue(statement: str, queue: str) -> str:
 
 def execute(conn: sqlite3.Connection, statement: str, queue: str, **values) -> sqlite3.Cursor:
     """Run one of the statements above on a queue's table. Raises QueueBusy, QueueUnavailable, InvalidTask."""
-    with _errors_explained(conn):
+    with _ErrorsExplained(conn):
         return conn.execute(on_queue(statement, queue), values)
 
 
@@ -459,6 +462,7 @@ def _open(state: Path, db: str, busy_timeout_ms: int) -> Connection:
     try:
         conn.state, conn.queues, conn.durable, conn.busy_timeout_ms = state, set(), None, busy_timeout_ms
         conn.execute(f"pragma journal_size_limit = {WAL_BYTES}")
+        conn.execute(f"pragma wal_autocheckpoint = {WAL_BYTES // 2 // 4096}")  # pages
         conn.execute("pragma cache_size = -16000")  # KiB; many tasks in one transaction stay in memory until its end
         conn.text_factory = lambda raw: raw.decode("utf-8", "replace")  # bash may have cast any bytes to text
         conn.execute("begin")  # one snapshot: another first open may be at work
@@ -540,7 +544,7 @@ def ensure_queue(conn: Connection, queue: str) -> None:
     """Create the queue's table, or adopt the bare one that a hook made: its rows and ids are kept."""
     check_queue_name(queue)
     if queue not in conn.queues:
-        with _errors_explained(conn):
+        with _ErrorsExplained(conn):
             conn.queues = {name for (name,) in conn.execute(QUEUES)}
         if queue not in conn.queues:
             with nullcontext() if conn.in_transaction else transaction(conn):
@@ -585,14 +589,20 @@ def _create_view(conn: Connection) -> None:
     conn.execute(VIEW_SCHEMA.format(arms=arms, max_attempts=MAX_ATTEMPTS))
 
 
-@contextmanager
-def _errors_explained(conn: Connection):
-    try:
-        yield
-    except sqlite3.Error as error:
-        if not isinstance(conn, Connection):
-            raise
-        raise explain(error, conn.state) from error
+class _ErrorsExplained:
+    """Has SQLite's errors on a Connection raised as QueueErrors. A class: contextmanager costs more than most statements."""
+
+    __slots__ = ("conn",)
+
+    def __init__(self, conn: sqlite3.Connection) -> None:
+        self.conn = conn
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind, error, traceback) -> None:
+        if isinstance(error, sqlite3.Error) and isinstance(self.conn, Connection):
+            raise explain(error, self.conn.state) from error
 
 
 @contextmanager
@@ -601,7 +611,7 @@ def transaction(conn: Connection, durable: bool = True):
 
     A durable one survives a power cut once it has ended (synchronous=FULL). Raises QueueBusy, QueueUnavailable.
     """
-    with _errors_explained(conn):
+    with _ErrorsExplained(conn):
         if conn.durable is not durable:
             conn.execute(f"pragma synchronous = {'full' if durable else 'normal'}")
             conn.durable = durable
@@ -735,8 +745,6 @@ def claim(conn: Connection, queue: str, owner: str, *, limit: int = 1, row_id: i
     whoever has to end it (this process, or another that finds this one dead) does the same.
     """
     now = time.time()
-    if is_paused(conn, queue):
-        return []
     execute(conn, PROMOTE, queue, now=now)
     values = {"owner": owner, "now": now, "max_attempts": max_attempts, "backoff": backoff, "then_queue": then_queue}
     if row_id is None:
@@ -815,16 +823,22 @@ def backoff_delay(task: Task) -> float:
     return min(BACKOFF_CAP_SECONDS, base * 2.0 ** min(task.attempts - 1, 32)) * random.uniform(0.5, 1.0)
 
 
-def settle(conn: Connection, task: Task, exit_code: int, *, error: str | None = None) -> tuple[str | None, str | None]:
+def settle(conn: Connection, task: Task, exit_code: int, *, why: str | None = None,
+           delay: float | None = None) -> tuple[str | None, str | None]:  # fmt: skip
     """Record how a handler's run ended, from its exit code and its output files, within a transaction.
 
-    Returns (outcome, error): "completed", "scheduled" (again), "failed", or None when the task was no longer held.
-    `error` overrules the exit code: the run was ended, and this says why.
+    Returns (outcome, error): "completed", "scheduled" (again), "failed", "cancelled", "put back", or None when the task
+    was no longer held. `why` the run was ended, if it was: STOPPED, CANCELLED, or the error to record, with
+    `delay` seconds until the next attempt (default: its back-off).
     """
     run = f"{conn.state}/logs/{task.run_name}"
     told = {"exit_code": exit_code, "result": tail(f"{run}.out", OUTPUT_BYTES), "log": tail(f"{run}.err", OUTPUT_BYTES)}
-    if error is not None:
-        return nack(conn, task, error=error, **told), error
+    if why == CANCELLED:
+        return ("cancelled" if finish(conn, task, "cancelled", error=why, **told) else None), None
+    if why == STOPPED and exit_code != 0:
+        return ("put back" if release(conn, task, error=why) else None), why
+    if why not in (None, STOPPED):
+        return nack(conn, task, error=why, delay=delay, **told), why
     if exit_code == 0:
         if task.then_queue:
             try:
@@ -876,8 +890,11 @@ def _retry_after(stdout: str) -> float | None:
 def tail(path: str, size: int) -> str:
     """The last size bytes of a file as text, "" where there is none."""
     try:
-        with open(path, "rb") as file:
-            file.seek(max(0, os.fstat(file.fileno()).st_size - size))
+        length = os.stat(path).st_size
+        if length == 0:
+            return ""
+        with open(path, "rb", buffering=0) as file:
+            file.seek(max(0, length - size))
             return file.read(size).decode("utf-8", "replace").replace("\0", "\ufffd")
     except OSError:
         return ""
@@ -974,7 +991,7 @@ def take_in_spool(state: Path | None = None) -> tuple[int, list[str]]:
                         conn.execute(on_queue(INSERT, queue), (text, READY, None, 0))
                         taken += 1
                 path.unlink(missing_ok=True)
-                with _errors_explained(conn):
+                with _ErrorsExplained(conn):
                     conn.execute(UNSPOOLED, {"file": identity})
             except FileNotFoundError:
                 continue  # another worker took it
@@ -1033,14 +1050,14 @@ def owner_name(state: Path | None = None) -> str:
     state = state or STATE_DIR
     with _owners_lock:
         name, fd = _owners.get(state, (None, None))
-        path = state / "workers" / (name or f"{os.getpid()}-{os.urandom(4).hex()}")
         if fd is not None:
             try:
-                if os.stat(path).st_ino == os.fstat(fd).st_ino:
+                if os.stat(f"{state}/workers/{name}").st_ino == os.fstat(fd).st_ino:
                     return name
             except OSError:
                 pass
             os.close(fd)  # removed under us, by hand: what we hold is lost unless the file is back in time
+        path = state / "workers" / (name or f"{os.getpid()}-{os.urandom(4).hex()}")
         try:
             make_private(path.parent)
             fd = lock_file(path, patience=PROBE_SECONDS)
@@ -1073,7 +1090,7 @@ def recover(state: Path | None = None, *, crash_backoff: float = 0.0) -> tuple[l
     crash_backoff seconds, or buried when its attempts are spent.
     """
     conn, recovered, orphans = connect(state, create=False), [], 0
-    with _errors_explained(conn):
+    with _ErrorsExplained(conn):
         claims = [(owner, queue) for (queue,) in conn.execute(QUEUES).fetchall()
                   for (owner,) in execute(conn, OWNERS, queue)]  # fmt: skip
     mine = _owners.get(conn.state, (None, None))[0]
@@ -1107,8 +1124,9 @@ def recover(state: Path | None = None, *, crash_backoff: float = 0.0) -> tuple[l
     return recovered, orphans
 
 
+@lru_cache(64)
 def exits_file(state: Path, owner: str | None) -> Path:
-    """Where an owner's handlers append a line `run_name exit_code` as they end."""
+    """Where an owner's supervisor appends a line `run_name exit_code` as handlers end, and why if they were ended."""
     return state / "logs" / f"{os.path.basename(owner or NOBODY)}.exits"
 
 
@@ -1123,8 +1141,12 @@ def _recover_task(conn: Connection, task: Task, crash_backoff: float) -> tuple[T
     except OSError:
         pass  # it never started one
     exits = tail(str(exits_file(conn.state, task.owner)), RESULT_BYTES)  # complete: the lock is free
-    if code := re.search(rf"^{re.escape(task.run_name)} ([0-9]+)$", exits, re.MULTILINE):
-        outcome, error = settle(conn, task, int(code[1]))
+    end = re.search(rf"^{re.escape(task.run_name)} ([0-9]+)(?: (.+))?$", exits, re.MULTILINE)
+    if end and (int(end[1]) <= 128 or end[2]):
+        outcome, error = settle(conn, task, int(end[1]), why=end[2])
+    elif end:  # it was killed: fell with its worker
+        error = f"its worker died ({task.owner}), and its handler was killed by {signal_name(int(end[1]) - 128)}"
+        outcome, error = settle(conn, task, int(end[1]), why=error, delay=crash_backoff)
     else:
         error = f"its worker died ({task.owner})"
         outcome = nack(conn, task, error=error, delay=crash_backoff)
@@ -1185,6 +1207,8 @@ os.register_at_fork(
 def look_again(heard: threading.Event, look, pauses=LOOK_AGAIN_SECONDS) -> None:
     """Call look() at growing intervals until they have all passed without an event and without a change.
 
+    Where one change follows the other, AFTER_A_CHANGE is where the intervals start: each look costs a reader's locks.
+
     watchdog reports the write to the write-ahead log, but that comes before the commit can be seen (write, fsync,
     then the shared index): whoever looks once per event misses one task in ten until the next event. An event that no
     change has followed is waited for longer: the disk may be slow.
@@ -1197,7 +1221,7 @@ def look_again(heard: threading.Event, look, pauses=LOOK_AGAIN_SECONDS) -> None:
         else:
             step += 1
         if look():
-            step, owed_until = 0, 0.0
+            step, owed_until = AFTER_A_CHANGE, 0.0
 
 
 def data_version(conn: Connection) -> tuple:

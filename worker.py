@@ -31,13 +31,14 @@ import json
 import os
 import select
 import signal
-import subprocess
+import socket
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
+from typing import NoReturn
 
 import queue_helpers as q
 
@@ -47,11 +48,7 @@ RETRY_SECONDS = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0)  # while the database cannot be u
 GROUP_SECONDS = 0.005  # runs that end within this time of each other are recorded together: one wait for the disk
 BUSY_TIMEOUT_MS = 1_000  # shorter than elsewhere: handlers' timeouts are watched between two tries
 WAL_WARN_BYTES = 4 * q.WAL_BYTES
-
-# Stands in front of each handler, in its process group, sharing its locked stdout: when the worker has died, the exit
-# code is in the file by the time that lock is free. One file for all: ext4 is slow to make files where many were just
-# removed. TERM is for the handler; this waits for it.
-SHIM = 'trap : TERM INT HUP; exits=$1 run=$2; shift 2; "$@"; code=$?; echo "$run $code" >>"$exits"; exit $code'
+NOT_STARTED = "its handler could not be started"
 
 # A handler must not take itself for a part of whoever started the worker, or for a part of the worker's own uv run.
 SCRUBBED = ("CLAUDECODE", "CLAUDE_CODE_ENTRYPOINT", "CLAUDE_CODE_SSE_PORT", "CLAUDE_CODE_SESSION_ID", "CLAUDE_CODE_EXECPATH",
@@ -162,9 +159,13 @@ def clean_environment() -> dict[bytes, bytes]:
     return {os.fsencode(name): os.fsencode(value) for name, value in env.items()}
 
 
-def temporary_file():
+def stdin_file(raw: bytes) -> int:
     """A file for a handler's stdin, in memory where that can be had. No pipe: nothing blocks that is not read."""
-    return os.fdopen(os.memfd_create("task"), "w+b") if hasattr(os, "memfd_create") else tempfile.TemporaryFile()
+    fd = os.memfd_create("task") if hasattr(os, "memfd_create") else os.dup(tempfile.TemporaryFile().fileno())
+    if os.pwrite(fd, raw, 0) < len(raw):  # leaves the position at 0
+        os.close(fd)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    return fd
 
 
 def say(line: str) -> None:
@@ -172,22 +173,24 @@ def say(line: str) -> None:
     if sys.stderr is None:
         return
     try:
-        print(time.strftime("%Y-%m-%d %H:%M:%S ") + " ".join(line.split()), file=sys.stderr, flush=True)
+        sys.stderr.write(time.strftime("%Y-%m-%d %H:%M:%S ") + " ".join(line.split()) + "\n")  # in one piece
+        sys.stderr.flush()
     except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # nobody reads it any more: let nothing fail of it at the end
 
 
 class Run:
-    """A handler at work."""
+    """A handler at work, as its supervisor knows it."""
 
-    def __init__(self, task: q.Task, process: subprocess.Popen, timeout: float) -> None:
-        self.task, self.process, self.started = task, process, time.monotonic()
-        self.end_at = self.started + timeout if timeout else None  # when to send the next signal
+    def __init__(self, name: str, pid: int, out: int, exits: str, timeout: float) -> None:
+        self.name, self.pid, self.exits = name, pid, exits
+        self.out = out  # its locked stdout: ours as well, until its exit code is written down
+        self.end_at = time.monotonic() + timeout if timeout else None  # when to send the next signal
         self.next_signal = signal.SIGTERM
-        self.why: str | None = f"timed out after {timeout:g} s" if timeout else None  # holds once a signal was sent
+        self.why = f"timed out after {timeout:g} s"  # holds once a signal was sent
         self.ended = False  # whether one was
 
-    def end(self, why: str, *, now: bool = False) -> None:
+    def end(self, why: str, now: bool) -> None:
         """Have the group ended: TERM first, or KILL now."""
         if not self.ended or now:
             self.why, self.end_at = why if not self.ended else self.why, time.monotonic()
@@ -202,26 +205,202 @@ class Run:
 
     def kill(self, number: int) -> None:
         try:
-            os.killpg(self.process.pid, number)
+            os.killpg(self.pid, number)
         except (ProcessLookupError, PermissionError):  # gone; macOS says the latter of zombies
             pass
 
 
+class Supervisor:
+    """A process of its own that starts handlers, ends the overdue, and writes down how each of them ended.
+
+    It outlives its worker for as long as a handler runs: so an orphan's exit code is known, and its timeout holds. The
+    two talk in lines of JSON over a socket. The worker says {"start": run, "command", "cwd", "env", "exits", "timeout"},
+    sending the descriptors of stdin, stdout and stderr along, or {"end": run, "why", "now"}; it is told {"run", "code",
+    "why"}, or {"run", "error", "refused"} of what could not be started.
+    """
+
+    def __init__(self, worker: socket.socket, env: dict[bytes, bytes], kill_after: float) -> None:
+        self.worker, self.env, self.kill_after = worker, env, kill_after
+        self.runs: dict[int, Run] = {}  # by pid
+        self.heard, self.fds, self.unsent = b"", [], b""
+
+    def run(self) -> None:
+        """Serve until the worker is gone and no handler runs."""
+        os.setsid()
+        null = os.open(os.devnull, os.O_RDWR)
+        for fd in (0, 1, 2):  # nobody should have to wait for us who reads what the worker writes
+            os.dup2(null, fd)
+        os.closerange(3, self.worker.fileno())
+        os.closerange(self.worker.fileno() + 1, os.sysconf("SC_OPEN_MAX"))
+        os.chdir("/")
+        os.environb[b"PATH"] = self.env.get(b"PATH", os.defpath.encode())  # where a command is looked for
+        ear, mouth = os.pipe()
+        os.set_blocking(ear, False)
+        os.set_blocking(mouth, False)
+        signal.set_wakeup_fd(mouth, warn_on_full_buffer=False)
+        for number in (signal.SIGCHLD, signal.SIGTERM, signal.SIGINT, signal.SIGHUP):  # the latter are for the worker
+            signal.signal(number, lambda *_: None)
+        poll, alive = select.poll(), True
+        poll.register(ear, select.POLLIN)
+        while alive or self.runs:
+            if alive:
+                poll.register(self.worker, select.POLLIN | (select.POLLOUT if self.unsent else 0))
+            due = [run.end_at for run in self.runs.values() if run.end_at is not None]
+            ready = dict(poll.poll(max(0.0, min(due) - time.monotonic()) * 1000 if due else None))
+            if ear in ready:
+                os.read(ear, 65536)
+            if self.worker.fileno() in ready and not self.listen():
+                poll.unregister(self.worker)
+                alive = False
+            for run in self.runs.values():
+                run.signal_when_due(self.kill_after)
+            self.reap()
+            if self.unsent and alive:
+                self.send()
+
+    def listen(self) -> bool:
+        """Do what the worker says; False when it is gone."""
+        try:
+            heard, fds, flags, _ = socket.recv_fds(self.worker, 65536, 3, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return True
+        except OSError:
+            return False
+        for fd in fds:
+            os.set_inheritable(fd, False)
+        self.fds += fds
+        if flags & socket.MSG_CTRUNC:  # we have no room for them
+            self.fds += [None] * (3 - len(fds))
+        *lines, self.heard = (self.heard + heard).split(b"\n")
+        for line in lines:
+            order = json.loads(line)
+            if "start" in order:
+                files, self.fds = self.fds[:3], self.fds[3:]
+                self.start(order, files)
+            else:
+                for run in self.runs.values():
+                    if run.name == order["end"]:
+                        run.end(order["why"], order["now"])
+        return bool(heard)
+
+    def start(self, order: dict, files: list[int | None]) -> None:
+        try:
+            if None in files:
+                raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+            env = self.env | {name.encode(): os.fsencode(value) for name, value in order["env"].items()}
+            for directory in (*order["cwd"], "/"):
+                try:
+                    os.chdir(directory)
+                    break
+                except (OSError, ValueError):
+                    pass
+            actions = [(os.POSIX_SPAWN_DUP2, fd, number) for number, fd in enumerate(files)]
+            pid = os.posix_spawnp(order["command"][0], order["command"], env, file_actions=actions, setsid=True,
+                                  setsigdef=(signal.SIGPIPE, signal.SIGXFSZ))  # fmt: skip
+            self.runs[pid] = Run(order["start"], pid, files[1], order["exits"], order["timeout"])
+            files[1] = None  # stays open
+        except (OSError, ValueError) as error:  # the latter for a NUL, from a writer that checks nothing
+            refused = isinstance(error, ValueError) or error.errno == errno.E2BIG
+            self.tell({"run": order["start"], "error": str(error), "refused": refused})
+        finally:
+            os.chdir("/")  # keeps no file system busy
+            for fd in files:
+                if fd is not None:
+                    os.close(fd)
+
+    def reap(self) -> None:
+        """Tell and write down how handlers ended, then let their output's locks go."""
+        while self.runs:
+            pid, status = os.waitpid(-1, os.WNOHANG)
+            if not pid:
+                break
+            run, code = self.runs.pop(pid), os.waitstatus_to_exitcode(status)
+            if run.ended or code < 0:
+                run.kill(signal.SIGKILL)  # whoever of its group is left; a daemon of one that ended well is let be
+            code, why = 128 - code if code < 0 else code, run.why if run.ended else None
+            self.tell({"run": run.name, "code": code, "why": why})
+            self.send()
+            try:
+                fd = os.open(run.exits, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+                os.write(fd, f"{run.name} {code}{f' {why}' if why else ''}\n".encode())
+                os.close(fd)
+            except OSError:
+                pass  # no harm while the worker lives
+            os.close(run.out)
+
+    def tell(self, message: dict) -> None:
+        self.unsent += json.dumps(message).encode() + b"\n"
+
+    def send(self) -> None:
+        try:
+            self.unsent = self.unsent[self.worker.send(self.unsent, socket.MSG_DONTWAIT) :]
+        except BlockingIOError:
+            pass  # it is busy; listen to it meanwhile
+        except OSError:
+            self.unsent = b""  # it is gone
+
+
+class SupervisorProcess:
+    """The worker's hold on a supervisor."""
+
+    def __init__(self, env: dict[bytes, bytes], kill_after: float) -> None:
+        """Fork one. To be done while there is no other thread."""
+        self.socket, theirs = socket.socketpair()
+        self.runs = 0  # how many it has
+        self.heard = b""
+        self.pid = os.fork()
+        if self.pid == 0:
+            code = 1
+            try:
+                Supervisor(theirs, env, kill_after).run()
+                code = 0
+            finally:
+                os._exit(code)
+        theirs.close()
+
+    def say(self, order: dict, fds: Sequence[int] = ()) -> None:
+        line = json.dumps(order).encode() + b"\n"
+        try:
+            sent = socket.send_fds(self.socket, [line], fds)
+            if sent < len(line):
+                self.socket.sendall(line[sent:])
+        except OSError:
+            pass  # it was killed: hear() will say so
+
+    def hear(self) -> list[dict]:
+        """What it has to say, now. Raises EOFError when it has been killed."""
+        try:
+            heard = self.socket.recv(65536, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return []
+        except OSError:
+            heard = b""
+        if not heard:
+            raise EOFError
+        *lines, self.heard = (self.heard + heard).split(b"\n")
+        self.runs -= len(lines)
+        return [json.loads(line) for line in lines]
+
+
 class Worker:
-    """The loop: reap, end what is overdue, then one transaction that records what ended and claims what is next."""
+    """The loop: hear what ended, claim and start what is next, then record what ended."""
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
         self.state = q.STATE_DIR
         self.logs = f"{self.state}/logs"
         self.handlers = os.path.abspath(args.handlers)
-        self.clean = clean_environment()
-        self.shim: list[str] = []
-        self.runs: list[Run] = []
+        try:
+            self.cwd = os.getcwd()
+        except OSError:  # removed under us
+            self.cwd = "/"
+        self.runs: dict[str, tuple[q.Task, float, SupervisorProcess]] = {}  # what runs, since when, where; by run_name
         self.done: list[tuple[q.Task, Verdict, float]] = []  # ended, not yet recorded
+        self.heard = True  # that the database may have been changed by others, or the spool
+        self.backlog: set[str] = set()  # queues that had a task when we last claimed: worth a claim without a look
         self.record_at = 0.0  # when they must be
         self.stops = 0  # signals received
-        self.stop_at = 0.0
+        self.stop_at: float | None = None  # when to end what still runs
         self.idle_since = time.monotonic()
         self.trouble, self.failures, self.retry_at = "", 0, 0.0
         self.said: set[str] = set()
@@ -233,6 +412,11 @@ class Worker:
         self.poll.register(self.ear, select.POLLIN)
         os.set_blocking(self.ear, False)
         os.set_blocking(self.mouth, False)
+        # To start a program makes its parent wait, and longer the busier the machine is: hence one for each processor.
+        number, env = min(args.concurrency, os.cpu_count() or 1), clean_environment()
+        self.supervisors = [SupervisorProcess(env, args.kill_after) for _ in range(number)]
+        for supervisor in self.supervisors:
+            self.poll.register(supervisor.socket, select.POLLIN)
 
     def set(self) -> None:
         """Wake the loop; this makes us a listener of the watch."""
@@ -249,13 +433,10 @@ class Worker:
         if not self.serve() and self.args.single:
             say(f"another worker serves {' or '.join(self.args.queues)}; leaving (--single)")
             return 0
-        exits = q.exits_file(self.state, q.owner_name(self.state))
-        self.shim = ["/bin/sh", "-c", SHIM, "sh", str(exits)]
         signal.set_wakeup_fd(self.mouth, warn_on_full_buffer=False)
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup
                 signal.signal(number, self.stop)
-        signal.signal(signal.SIGCHLD, lambda *_: None)
         watch = q.Watch.of(self.state)
         watch.crash_backoff = self.args.crash_backoff
         watch.on_recovered = self.recovered
@@ -270,16 +451,21 @@ class Worker:
                 self.end_overdue()
                 self.exchange()
         finally:
+            exits = q.exits_file(self.state, q.owner_name(self.state))
             for run in self.runs:
-                run.kill(signal.SIGKILL)
+                self.end_run(run, q.STOPPED, now=True)
+            for supervisor in self.supervisors:
+                supervisor.socket.close()
             if not self.runs and not self.done:
+                for supervisor in self.supervisors:
+                    os.waitpid(supervisor.pid, 0)
                 exits.unlink(missing_ok=True)
             q.resign(self.state)
         return 0
 
     def stop(self, *_) -> None:
         self.stops += 1
-        self.stop_at = time.monotonic() + self.args.grace
+        self.stop_at = time.monotonic() + self.args.grace if self.stops == 1 else 0.0
 
     # ------------------------------------------------------------------------------------------------------- handlers
 
@@ -287,44 +473,41 @@ class Worker:
         """Start the handler of a claimed task; what cannot be started gets its verdict at once."""
         try:
             envelope, command = task.envelope, self.command_for(task)
-            data = envelope["data"]
+            data, text = envelope["data"], json.dumps(envelope)
         except (ValueError, RecursionError, TypeError, AttributeError) as error:
             return self.end(task, partial(self.bury, task, f"data is not a JSON object: {error}"))
         except LookupError as error:
             if "/" in task.task_type or task.task_type.startswith("."):
                 return self.end(task, partial(self.bury, task, f"{error}, nor can there be one"))
             return self.end(task, partial(self.put_back, task, str(error), NO_HANDLER_SECONDS))
-        workspace = data.get("workspace_path")
-        workspace = (
-            workspace
-            if isinstance(workspace, str) and os.path.isdir(workspace) and os.access(workspace, os.X_OK)
-            else None
-        )
-        run = f"{self.logs}/{task.run_name}"
+        run, fds = f"{self.logs}/{task.run_name}", []
         try:
-            out = self.output(f"{run}.out")
             try:
-                fcntl.flock(out, fcntl.LOCK_EX | fcntl.LOCK_NB)  # held until the handler and its heirs are gone
-                err = self.output(f"{run}.err")
-                try:
-                    with temporary_file() as stdin:
-                        stdin.write(json.dumps(envelope).encode())
-                        stdin.seek(0)
-                        process = subprocess.Popen([*self.shim, task.run_name, *command], cwd=workspace,
-                                                   stdin=stdin, stdout=out, stderr=err, start_new_session=True,
-                                                   env=self.environment(task, envelope))  # fmt: skip
-                finally:
-                    os.close(err)
-            finally:
-                os.close(out)
-        except ValueError as error:  # a NUL, from a writer that checks nothing
-            return self.end(task, partial(self.bury, task, f"its id or type cannot be passed on: {error}"))
-        except OSError as error:  # the disk is full, too many processes, …: not the task's fault
-            why = f"its handler could not be started: {error}"
-            if error.errno == errno.E2BIG:
-                return self.end(task, partial(self.bury, task, f"{why}; its id or type is too long"))
-            return self.end(task, partial(self.put_back, task, why, RETRY_SECONDS[-1]))
-        self.runs.append(Run(task, process, self.args.timeout))
+                fds.append(stdin_file(text.encode()))
+                fds.append(self.output(f"{run}.out"))
+                fcntl.flock(fds[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)  # held until the handler and its heirs are gone
+                fds.append(self.output(f"{run}.err"))
+            except OSError as error:  # the disk is full, too many files, …: not the task's fault
+                return self.end(task, partial(self.put_back, task, f"{NOT_STARTED}: {error}", RETRY_SECONDS[-1]))
+            order = {"start": task.run_name, "command": command, "env": self.environment(task, envelope),
+                     "cwd": [*self.workspace(data), self.cwd], "timeout": self.args.timeout,
+                     "exits": str(q.exits_file(self.state, task.owner))}  # fmt: skip
+            supervisor = min(self.supervisors, key=lambda one: one.runs)
+            self.runs[task.run_name] = task, time.monotonic(), supervisor
+            supervisor.say(order, fds)
+            supervisor.runs += 1
+        finally:
+            for fd in fds:
+                os.close(fd)
+
+    def workspace(self, data: dict) -> list[str]:
+        """Where a handler should run: data.workspace_path, if that can be one."""
+        path = data.get("workspace_path")
+        return [os.path.join(self.cwd, path)] if isinstance(path, str) else []
+
+    def end_run(self, run: str, why: str, *, now: bool = False) -> None:
+        """Have a run ended: TERM, then KILL; or KILL at once. Saying it again changes nothing."""
+        self.runs[run][2].say({"end": run, "why": why, "now": now})
 
     def output(self, path: str) -> int:
         """A new file for a handler's output."""
@@ -349,44 +532,50 @@ class Worker:
             raise LookupError(f"{handler} is not executable: chmod +x it")
         return [handler]
 
-    def environment(self, task: q.Task, envelope: dict) -> dict[bytes, bytes]:
-        return self.clean | {
-            b"TASK_ID": os.fsencode(task.task_id),
-            b"TASK_TYPE": os.fsencode(task.task_type),
-            b"TASK_QUEUE": task.queue.encode(),
-            b"TASK_ATTEMPT": b"%d" % task.attempts,
-            b"TASK_DEPTH": b"%d" % (q.depth_of(envelope) + 1),
-            b"TASK_QUEUE_STATE": os.fsencode(self.state),
+    def environment(self, task: q.Task, envelope: dict) -> dict[str, str]:
+        return {
+            "TASK_ID": task.task_id,
+            "TASK_TYPE": task.task_type,
+            "TASK_QUEUE": task.queue,
+            "TASK_ATTEMPT": str(task.attempts),
+            "TASK_DEPTH": str(q.depth_of(envelope) + 1),
+            "TASK_QUEUE_STATE": str(self.state),
         }
 
     def reap(self) -> None:
         """Give each handler that has ended its verdict."""
-        for run in [run for run in self.runs if run.process.poll() is not None]:
-            self.runs.remove(run)
-            code, task = run.process.returncode, run.task
-            if run.ended or code < 0:
-                run.kill(
-                    signal.SIGKILL
-                )  # whoever of its group is left; a daemon of a handler that ended well is let be
-            code = 128 - code if code < 0 else code
-            if run.why == "cancelled" and run.ended:
-                verdict = partial(self.cancel, task)
-            elif run.why == "stopped" and run.ended and code != 0:
-                verdict = partial(self.put_back, task, "its worker was stopped", 0.0)
+        try:
+            ended = [told for supervisor in self.supervisors for told in supervisor.hear()]
+        except EOFError:
+            self.start_afresh()
+        for told in ended:
+            task, started, _ = self.runs.pop(told["run"])
+            if "code" in told:
+                verdict = partial(self.settle, task, told["code"], told["why"])
+            elif told["refused"]:
+                verdict = partial(self.bury, task, f"{NOT_STARTED}: {told['error']}")
             else:
-                verdict = partial(self.settle, task, code, run.why if run.ended and run.why != "stopped" else None)
-            self.end(task, verdict, time.monotonic() - run.started)
+                verdict = partial(self.put_back, task, f"{NOT_STARTED}: {told['error']}", RETRY_SECONDS[-1])
+            self.end(task, verdict, time.monotonic() - started)
+
+    def start_afresh(self) -> NoReturn:
+        """A supervisor was killed: nobody will hear how its handlers end. So end as if killed; another life recovers.
+
+        The process stays the same for whoever started it; our lock on the tasks goes with the old life.
+        """
+        say("a supervisor of handlers was killed; starting afresh")
+        for supervisor in self.supervisors:
+            supervisor.socket.close()
+        if self.stops:
+            os._exit(1)  # the next worker recovers
+        os.execv(sys.executable, sys.orig_argv)
 
     def end_overdue(self) -> None:
-        """Send the signals that are due: timeouts, cancellations, the end of a stop's grace."""
-        if self.stops:
+        """End what still runs when a stop's grace is over, or at once after a second signal."""
+        if self.stop_at is not None and time.monotonic() >= self.stop_at:
+            self.stop_at = None
             for run in self.runs:
-                if self.stops > 1:
-                    run.end("stopped", now=True)
-                elif time.monotonic() >= self.stop_at:
-                    run.end("stopped")
-        for run in self.runs:
-            run.signal_when_due(self.args.kill_after)
+                self.end_run(run, q.STOPPED, now=self.stops > 1)
 
     # ------------------------------------------------------------------------------------------------------- verdicts
 
@@ -395,17 +584,14 @@ class Worker:
             self.record_at = time.monotonic() + GROUP_SECONDS
         self.done.append((task, verdict, took))
 
-    def settle(self, task: q.Task, exit_code: int, error: str | None, conn: q.Connection) -> tuple:
-        return q.settle(conn, task, exit_code, error=error)
+    def settle(self, task: q.Task, exit_code: int, why: str | None, conn: q.Connection) -> tuple:
+        return q.settle(conn, task, exit_code, why=why)
 
     def bury(self, task: q.Task, error: str, conn: q.Connection) -> tuple:
         return ("failed" if q.bury(conn, task, error=error) else None), error
 
     def put_back(self, task: q.Task, error: str, delay: float, conn: q.Connection) -> tuple:
         return ("put back" if q.release(conn, task, delay=delay, error=error) else None), error
-
-    def cancel(self, task: q.Task, conn: q.Connection) -> tuple:
-        return ("cancelled" if q.finish(conn, task, "cancelled", error="cancelled while it ran") else None), None
 
     def report(self, task: q.Task, outcome: str | None, error: str | None, took: float) -> None:
         line = f"{task.queue} {task.task_type} {task.task_id} {outcome or 'lost'} attempt {task.attempts} {took:.2f} s"
@@ -431,9 +617,13 @@ class Worker:
         if time.monotonic() < self.retry_at:
             return
         try:
-            for task in self.claim():
+            conn, heard, self.heard = q.connect(self.state, create=False), self.heard, False
+            if heard:
+                self.take_in_spool()
+                self.cancel_requested(conn)
+            for task in self.claim(conn):
                 self.start(task)
-            reports = self.record()
+            reports = self.record(conn)
             if self.trouble:
                 say("the database can be used again; going on")
             self.trouble, self.failures, self.retry_at = "", 0, 0.0
@@ -443,20 +633,22 @@ class Worker:
             self.trouble = str(error)
             self.retry_at = time.monotonic() + RETRY_SECONDS[min(self.failures, len(RETRY_SECONDS) - 1)]
             self.failures += 1
+            self.heard = True
             return
         for report in reports:
             self.report(*report)
 
-    def claim(self) -> list[q.Task]:
-        """Claim a task for each free place, one of each queue in turn; first the spool is taken in."""
-        conn = q.connect(self.state, create=False)
+    def take_in_spool(self) -> None:
         for complaint in set(q.take_in_spool(self.state)[1]) - self.said:
             self.said.add(complaint)
             say(f"spool: {complaint}")
+
+    def claim(self, conn: q.Connection) -> list[q.Task]:
+        """Claim a task for each free place, one of each queue in turn."""
         for queue in self.args.queues:
             q.ensure_queue(conn, queue)
         free = 0 if self.stops else self.args.concurrency - len(self.runs)
-        ready = [queue for queue in self.args.queues if q.has_ready(conn, queue)] if free > 0 else []
+        ready = [queue for queue in self.args.queues if free > 0 and (queue in self.backlog or q.has_ready(conn, queue))]
         if not ready:
             return []
         tasks, owner = [], q.owner_name(self.state)
@@ -468,20 +660,23 @@ class Worker:
                     tasks += claimed
                     free -= 1
                     ready.append(queue)
+                    self.backlog.add(queue)
+                else:
+                    self.backlog.discard(queue)
         if tasks:  # the queue after the last one served is first next time
             turn = self.args.queues.index(tasks[-1].queue) + 1
             self.args.queues = self.args.queues[turn:] + self.args.queues[:turn]
         return tasks
 
-    def record(self) -> list[tuple]:
-        """Record how runs ended, in one transaction: what report() wants. Sees to requested cancellations, too."""
-        conn = q.connect(self.state, create=False)
-        for queue in {run.task.queue for run in self.runs}:
+    def cancel_requested(self, conn: q.Connection) -> None:
+        for queue in {task.queue for task, *_ in self.runs.values()}:
             cancelled = {row for (row,) in q.execute(conn, q.CANCEL_REQUESTED, queue, owner=q.owner_name(self.state))}
-            for run in self.runs:
-                if run.task.queue == queue and run.task.id in cancelled:
-                    run.end("cancelled")
-                    run.signal_when_due(self.args.kill_after)
+            for run, (task, *_) in self.runs.items():
+                if task.queue == queue and task.id in cancelled:
+                    self.end_run(run, q.CANCELLED)
+
+    def record(self, conn: q.Connection) -> list[tuple]:
+        """Record how runs ended, in one transaction: what report() wants."""
         if not self.done or self.runs and time.monotonic() < self.record_at:
             return []
         with q.transaction(conn):
@@ -521,8 +716,8 @@ class Worker:
     def sleep(self) -> None:
         """Wait for an event: a handler's end, a commit, a signal; or for the next thing that is due."""
         now = time.monotonic()
-        until = [now + q.SAFETY_TICK_SECONDS, *(run.end_at for run in self.runs if run.end_at is not None)]
-        if self.stops == 1 and self.runs and now < self.stop_at:
+        until = [now + q.SAFETY_TICK_SECONDS]
+        if self.stop_at is not None:
             until.append(self.stop_at)
         if self.trouble:
             until.append(self.retry_at)
@@ -536,23 +731,20 @@ class Worker:
                 pass  # exchange() says so
         if self.args.idle_exit is not None:
             until.append(self.idle_since + self.args.idle_exit)
-        self.poll.poll(max(0.0, min(until) - now) * 1000)
-        try:
-            while len(os.read(self.ear, 65536)) == 65536:
-                pass
-        except BlockingIOError:
-            pass
+        if self.ear in dict(self.poll.poll(max(0.0, min(until) - now) * 1000)):
+            os.read(self.ear, 65536)
+            self.heard = True
         if now - self.served_at > q.SAFETY_TICK_SECONDS:
             self.tick()
 
     def tick(self) -> None:
-        """Now and then: hold our locks on what is there now, and keep the write-ahead log small."""
+        """Now and then: look whatever we hear, hold our locks on what is there, and keep the write-ahead log small."""
+        self.heard = True
         try:
             if not self.serve() and self.args.single and not self.stops:
                 say("another worker serves the queue by now; leaving (--single)")
                 self.stop()
-            q.owner_name(self.state)
-            exits = Path(self.shim[-1])
+            exits = q.exits_file(self.state, q.owner_name(self.state))
             if not self.runs and not self.done and exits.exists():
                 os.truncate(exits, 0)  # all is recorded
             wal = self.state / "tasks.db-wal"

@@ -23,7 +23,7 @@ import time
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent.parent
-HANDLER = '#!/bin/sh\necho "$(date +%s.%N) $PPID" >>"$TASK_QUEUE_STATE/../runs"\nexec sleep 1000\n'
+HANDLER = '#!/bin/sh\necho "$(date +%s.%N) $$" >>"$TASK_QUEUE_STATE/../runs"\nexec sleep 1000\n'
 
 
 def main() -> int:

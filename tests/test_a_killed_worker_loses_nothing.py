@@ -8,7 +8,7 @@ import pytest
 from conftest import ROOT, wait_for
 from processes import lines, lives, stays_true
 
-LONG = '#!/bin/sh\necho "$TASK_ATTEMPT $PPID" >>"$HOME/runs"\nexec sleep 100\n'  # $PPID leads the run's process group
+LONG = '#!/bin/sh\necho "$TASK_ATTEMPT $$" >>"$HOME/runs"\nexec sleep 100\n'
 
 
 def test_the_task_of_a_killed_worker_runs_again_at_once(installation):
@@ -58,13 +58,28 @@ def test_a_handler_that_kills_its_worker_ends_as_a_dead_letter_with_the_reason(i
     assert lines(installation.directory / "runs") == ["1", "2", "3"]
 
 
-def test_a_handler_that_kills_its_parent_only_fails_alone(installation):
-    installation.handler("patricide", "#!/bin/sh\nkill -9 $PPID\nsleep 100\n")
+def test_a_handler_that_kills_its_parent_ends_so_too_and_the_worker_goes_on(installation):
+    """Its parent is the supervisor; the worker lives through that by beginning again, in the same process."""
+    installation.handler("patricide", '#!/bin/sh\necho "$TASK_ATTEMPT" >>"$HOME/runs"\nkill -9 $PPID\n')
+    installation.handler("fine", "#!/bin/sh\n")
     task = installation.enqueue("notifications", "patricide")
-    worker = installation.worker("notifications", "--max-attempts", 2, "--backoff", 0.01)
+    worker = installation.worker("notifications", "--max-attempts", 3)
     done = installation.finished(task)
-    assert (done["status"], done["attempts"], done["exit_code"]) == ("failed", 2, 137) and "SIGKILL" in done["error"]
-    assert worker.poll() is None
+    assert (done["status"], done["attempts"]) == ("failed", 3) and "its worker died" in done["error"]
+    assert lines(installation.directory / "runs") == ["1", "2", "3"]
+    assert installation.finished(installation.enqueue("notifications", "fine"))["status"] == "completed"
+    assert worker.poll() is None and worker.log.read_text().count("starting afresh") == 3
+
+
+def test_a_handler_that_outlives_its_killed_parent_is_not_run_twice(installation):
+    installation.handler("patricide", '#!/bin/sh\necho $$ >>"$HOME/runs"\n[ "$TASK_ATTEMPT" = 2 ] && exit\nkill -9 $PPID\n'
+                         'until [ -e "$HOME/go" ]; do sleep 0.02; done\n')  # fmt: skip
+    task = installation.enqueue("notifications", "patricide")
+    worker = installation.worker("notifications")
+    wait_for(lambda: "starting afresh" in worker.log.read_text())
+    assert stays_true(lambda: len(lines(installation.directory / "runs")) == 1, 1)
+    (installation.directory / "go").touch()
+    assert installation.finished(task)["attempts"] == 2
 
 
 def test_nothing_is_taken_from_a_stopped_worker(installation):

@@ -5,7 +5,7 @@ import pytest
 from conftest import wait_for
 from processes import group_lives, lines, lives, processor_seconds, stays_true
 
-WAIT = '#!/bin/sh\necho "$$ $PPID" >>"$HOME/runs"\nuntil [ -e "$HOME/go" ]; do sleep 0.02; done\necho done\n'
+WAIT = '#!/bin/sh\necho "$$ $$" >>"$HOME/runs"\nuntil [ -e "$HOME/go" ]; do sleep 0.02; done\necho done\n'
 DEAF = "#!/bin/sh\ntrap '' TERM\n" + WAIT.removeprefix("#!/bin/sh\n")
 
 

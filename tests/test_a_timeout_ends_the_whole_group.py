@@ -17,7 +17,7 @@ def run(installation, handler: str, *options, data: str = "{}", seconds: float =
 
 def test_grandchildren_included(installation):
     done = run(installation, """
-        echo $PPID >>"$HOME/pids"
+        echo $$ >>"$HOME/pids"
         sh -c 'sleep 100 & echo $! >>"$HOME/pids"; sleep 100 & echo $! >>"$HOME/pids"; wait' &
         echo $! >>"$HOME/pids"
         wait
@@ -30,7 +30,7 @@ def test_grandchildren_included(installation):
 
 def test_with_kill_when_term_is_ignored(installation):
     began = time.monotonic()
-    deaf = 'trap "" TERM\necho $PPID >"$HOME/pids"\nwhile :; do sleep 0.05; done'
+    deaf = 'trap "" TERM\necho $$ >"$HOME/pids"\nwhile :; do sleep 0.05; done'
     done = run(installation, deaf, "--timeout", 0.3, "--kill-after", 0.3)
     assert time.monotonic() - began < 5
     assert done["error"].startswith("timed out after 0.3 s") and done["exit_code"] == 137

@@ -1,6 +1,7 @@
 import json
 import os
 import signal
+import subprocess
 import time
 from pathlib import Path
 
@@ -88,7 +89,7 @@ def test_an_orphan_that_is_killed_is_a_failed_attempt(installation, orphan):
     installation.worker("notifications")
     os.kill(pid, signal.SIGKILL)
     done = installation.finished(task)
-    assert (done["status"], done["exit_code"]) == ("failed", 137) and done["error"].startswith("killed by SIGKILL")
+    assert (done["status"], done["exit_code"]) == ("failed", 137) and "its handler was killed by SIGKILL" in done["error"]
 
 
 def test_any_process_may_recover(installation, queue, orphan):
@@ -224,3 +225,49 @@ def test_a_run_that_left_no_status_does_not_get_an_earlier_ones(installation):
     installation.worker("notifications", "--max-attempts", 1)
     done = installation.finished(task, 5)
     assert done["status"] == "failed" and "its worker died" in done["error"]
+
+
+@pytest.mark.parametrize("after", ["the timeout", "a stop", "a cancellation"])
+def test_what_was_to_be_ended_is_ended_without_its_worker(installation, after):
+    """The supervisor keeps a worker's word when that has died."""
+    deaf = "#!/bin/sh\ntrap 'echo >>\"$HOME/terms\"' TERM\necho $$ >>\"$HOME/runs\"\nwhile :; do sleep 0.02; done\n"
+    installation.handler("deaf", deaf)
+    task = installation.enqueue("notifications", "deaf")
+    timeout = 1 if after == "the timeout" else 100
+    worker = installation.worker("notifications", "--timeout", timeout, "--kill-after", 1, "--grace", 0, "--max-attempts", 1)
+    (pid,) = wait_for(lambda: lines(installation.directory / "runs"))
+    if after == "a stop":
+        worker.terminate()
+    elif after == "a cancellation":
+        installation.sqlite3("update notifications set cancel_requested = 1")
+    if after != "the timeout":
+        wait_for(lambda: lines(installation.directory / "terms"))
+    worker.kill()
+    worker.wait()
+    wait_for(lambda: not lives(int(pid)), 5, "the handler's end")
+    installation.run("worker.py", "notifications", "--drain", "--handlers", installation.directory)  # finds no handler
+    done = installation.history(task)
+    if after == "a stop":
+        assert done is None and installation.rows("select attempts from notifications") == [(0,)]
+    else:
+        status, error = ("failed", "timed out after 1 s") if after == "the timeout" else ("cancelled", "cancelled while it ran")
+        assert done["status"] == status and done["exit_code"] == 137 and done["error"].startswith(error)
+
+
+def test_a_handler_holds_no_descriptors_but_its_own(installation):
+    installation.handler("look", "#!/bin/sh\nls /proc/self/fd /proc/$$/fd\n")
+    task = installation.enqueue("notifications", "look")
+    read, write = os.pipe()
+    os.set_inheritable(write, True)
+    installation.worker("notifications", pass_fds=(write,))
+    os.close(write)
+    assert set(installation.finished(task)["result"].split()) & set("0123456789") <= set("0123")  # 3: ls, or sh's script
+    os.close(read)
+
+
+def test_a_supervisor_leaves_with_its_worker(installation):
+    worker = installation.worker("notifications", "--concurrency", 4)
+    of_it = subprocess.run(["ps", "-o", "pid=", "--ppid", str(worker.pid)], capture_output=True, text=True).stdout.split()
+    assert of_it and all(lives(int(pid)) for pid in of_it)
+    worker.kill()
+    wait_for(lambda: not any(lives(int(pid)) for pid in of_it), 5, "the supervisors' end")

@@ -358,7 +358,7 @@ def test_the_terminal_was_closed_and_it_had_been_told_not_to_mind(installation):
 def test_a_row_was_claimed_by_somebody_who_leaves_no_name(installation):
     """persist-queue itself does it like that, on the same table."""
     installation.handler("quick", QUICK)
-    installation.handler("long", '#!/bin/sh\necho "$PPID" >>"$HOME/runs"\nexec sleep 100\n')
+    installation.handler("long", '#!/bin/sh\necho "$$" >>"$HOME/runs"\nexec sleep 100\n')
     installation.enqueue("notifications", "quick")
     installation.sqlite3("update notifications set status = 2")
     installation.enqueue("notifications", "long")

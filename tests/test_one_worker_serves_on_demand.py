@@ -184,7 +184,7 @@ def test_ten_hooks_at_once_start_one(installed):
 
 
 def test_a_hook_returns_at_once_and_its_streams_are_free(installed):
-    installed.handler("long", '#!/bin/sh\necho $PPID >>"$HOME/runs"\nsleep 100\n')
+    installed.handler("long", '#!/bin/sh\necho $$ >>"$HOME/runs"\nsleep 100\n')
     began = time.monotonic()
     done = start_worker(installed, "long", timeout=10)  # waits for the end of its stdout and stderr
     assert done.returncode == 0 and done.stdout.startswith("queued") and done.stderr == ""
