@@ -146,7 +146,7 @@ def report(results: list[tuple[str, bool]]) -> int:
 
 def tasks_from(q, args: Arguments) -> list:
     """The tasks that the command line and stdin describe."""
-    options = {"delay": args.delay, "priority": args.priority, "window": args.window or 0.0}
+    options = {"delay": args.delay, "priority": args.priority, "window": args.window or 0.0, "depth": q.task_depth()}
     if not args.jsonl:
         text = stdin_lines(whole=True) if args.data == "-" else ("{}" if args.data is None else args.data)
         data, text = parse_object(q, text)
@@ -178,14 +178,16 @@ def stdin_lines(whole: bool = False):
 def parse_object(q, raw: bytes | str) -> tuple[dict, str]:
     """A JSON object and its text. SQLite has the last word on the text, so what it would refuse is refused here."""
     try:
-        text = raw.decode("utf-8-sig") if isinstance(raw, bytes) else raw
-        value = DECODER.decode(text)
-        text.encode()
+        raw = raw.encode() if isinstance(raw, str) else raw
+        text = raw.decode().removeprefix("\ufeff").strip(" \t\r\n")
+        value, end = DECODER.raw_decode(text)  # what decode() does, in half the time
+        if end != len(text):
+            raise ValueError(f"extra data after character {end}")
     except (ValueError, RecursionError) as error:
         raise q.InvalidTask(f"not JSON in UTF-8: {error}") from None
     if not isinstance(value, dict):
         raise q.InvalidTask(f"a JSON {type(value).__name__}, not an object like {{}}")
-    return value, text.strip()
+    return value, text
 
 
 def not_a_number(name: str):

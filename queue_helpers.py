@@ -365,6 +365,7 @@ def _whole_seconds(seconds: int) -> str:
 
 
 _encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False).encode
+_quote = json.encoder.encode_basestring  # a string, encoded so
 
 
 def to_json(value: object) -> str:
@@ -674,8 +675,7 @@ def new_row(task_type: str, data: dict, task_id: str | None = None, *, delay: fl
     if not isinstance(data, dict):
         raise InvalidTask(f"the task was refused: data is a {type(data).__name__}; it must be a JSON object")
     task_id = os.urandom(8).hex() if task_id is None else _checked_name("task_id", task_id, 500)
-    if "/" in _checked_name("task_type", task_type, 200) or task_type[0] in ".-":
-        raise InvalidTask(f"task_type {task_type!r} was refused: it names a handler, so no / and no leading . or -")
+    _check_task_type(task_type) if isinstance(task_type, str) else _checked_name("task_type", task_type, 200)
     if isinstance(priority, bool) or not isinstance(priority, int) or abs(priority) > 1_000_000:
         raise InvalidTask(f"priority {priority!r} was refused: it is a whole number from -1000000 to 1000000")
     for what, seconds in (("delay", delay), ("window", window)) if (delay, window) != (0.0, 0.0) else ():
@@ -685,12 +685,12 @@ def new_row(task_type: str, data: dict, task_id: str | None = None, *, delay: fl
     if depth > MAX_DEPTH:
         raise InvalidTask(f"the task was refused: its chain of handlers is more than {MAX_DEPTH} deep (TASK_DEPTH)")
     now = time.time()
-    head = {"task_id": task_id, "task_type": task_type, "enqueued_at": utc(now)}
+    head = f'"task_id": {_quote(task_id)}, "task_type": {_quote(task_type)}, "enqueued_at": "{utc(now)}"'
     if depth:
-        head["depth"] = depth
+        head += f', "depth": {depth}'
     if source:
-        head["source"] = source
-    envelope = f'{_encode(head)[:-1]}, "data": {to_json(data) if text is None else text}}}'
+        head += f', "source": {_encode(source)}'
+    envelope = f'{{{head}, "data": {to_json(data) if text is None else text}}}'
     return Row(task_id, envelope, SCHEDULED if delay else READY, now + delay if delay else None, priority, window)
 
 
@@ -704,6 +704,12 @@ def _checked_name(what: str, value: object, longest: int) -> str:
     if _UNPRINTABLE.search(value):
         raise InvalidTask(f"{what} {value!r} was refused: it has control characters or lone surrogates")
     return value
+
+
+@lru_cache(256)
+def _check_task_type(task_type: str) -> None:
+    if "/" in _checked_name("task_type", task_type, 200) or task_type[0] in ".-":
+        raise InvalidTask(f"task_type {task_type!r} was refused: it names a handler, so no / and no leading . or -")
 
 
 def task_depth() -> int:

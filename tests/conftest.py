@@ -128,6 +128,15 @@ def installation(tmp_path):
     """An Installation; its processes are killed at the end."""
     made = Installation(tmp_path)
     yield made
+    for _ in range(10):  # a worker that is told twice takes its handlers along
+        running = [process for process in made.processes if process.poll() is None]
+        for process in running:
+            process.terminate()
+        for process in running:
+            try:
+                process.wait(0.1)
+            except subprocess.TimeoutExpired:
+                pass
     for process in made.processes:
         end(process)
     shutil.rmtree(made.state, ignore_errors=True)
