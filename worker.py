@@ -227,6 +227,10 @@ class Supervisor:
     def run(self) -> None:
         """Serve until the worker is gone and no handler runs."""
         os.setsid()
+        try:
+            Path("/proc/self/comm").write_text("task-supervisor")  # for top and pstree
+        except OSError:
+            pass
         null = os.open(os.devnull, os.O_RDWR)
         for fd in (0, 1, 2):  # nobody should have to wait for us who reads what the worker writes
             os.dup2(null, fd)

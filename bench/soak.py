@@ -7,8 +7,8 @@
 
     bench/soak.py [SECONDS] [--seed N] [--workers N] [--keep]     default 60 seconds, 3 workers
 
-The killer sends SIGKILL to workers and now and then to handlers, and stops workers for a while; whoever dies is
-replaced. The proof is taken from what the handlers themselves wrote: a line when they begin and one when they end, each
+The killer sends SIGKILL to workers and now and then to handlers and their supervisors, and stops workers for a while;
+whoever dies is replaced. The proof is taken from what the handlers themselves wrote: a line when they begin and one when they end, each
 one write, with the machine's monotonic time. A run without an end lasted until it was last seen alive.
 
 exit codes: 0 clean; 1 something was lost, ran twice at once, or was done twice; --keep leaves the directory to look at
@@ -33,6 +33,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent.parent
 QUEUES = ("soak", "shell")
 MAX_ATTEMPTS = 6
+BLIND_NS = 200_000_000  # how long after its end a run may not yet be known to its supervisor
 
 # Fails at times, says "not now" at times, hangs at times (the worker's timeout ends it), is never any good at times.
 HANDLER = """#!{python} -IS
@@ -102,7 +103,8 @@ class Soak:
         self.workers: list[subprocess.Popen] = []
         self.counts: Counter = Counter()
         self.killed: dict[tuple[str, int], bool] = {}  # (pid, when it started): runs whose handler or group we killed
-        self.alive: dict[tuple[str, str], int] = {}  # the same: when it was last seen alive
+        self.blind: list[int] = []  # when a supervisor was killed: how its runs end is not known, and they are run again
+        self.alive: dict[tuple[str, str], int] = {}  # (pid, when it started): when it was last seen alive
         self.unread, self.rest, self.begun, self.reading = open(self.log), "", {}, threading.Lock()
         self.over = threading.Event()
 
@@ -158,13 +160,21 @@ class Soak:
         running = [run for run in self.open_runs() if state_of(*run)]
         if running:
             pid, started = self.dice.choice(running)
-            self.killed[pid, started] = True
             try:
+                if self.dice.random() < 0.3:
+                    with open(f"/proc/{pid}/stat") as stat:
+                        parent = stat.read().rsplit(")", 1)[1].split()[1]
+                    if state_of(pid, started) and "worker.py" in Path(f"/proc/{parent}/cmdline").read_text():
+                        self.blind.append(time.monotonic_ns())
+                        os.kill(int(parent), signal.SIGKILL)
+                        self.counts["supervisors killed"] += 1
+                    return
+                self.killed[pid, started] = True
                 if self.dice.random() < 0.5:
                     os.kill(int(pid), signal.SIGKILL)
-                else:  # and its shell with it
+                else:  # and its children with it
                     os.killpg(os.getpgid(int(pid)), signal.SIGKILL)
-            except ProcessLookupError:
+            except (ProcessLookupError, FileNotFoundError):
                 return
             self.counts["handlers killed"] += 1
 
@@ -288,7 +298,8 @@ class Soak:
                 begun[pid, task, attempt] = (int(when), last)
             else:
                 begin, started = begun.pop((pid, task, attempt))
-                found[task].append((begin, int(when), int(last), (pid, started) in self.killed))
+                blind = any(begin < moment < int(when) + BLIND_NS for moment in self.blind)
+                found[task].append((begin, int(when), int(last), blind or (pid, started) in self.killed))
         for (pid, task, _), (begin, started) in begun.items():
             found[task].append((begin, self.alive.get((pid, started), begin), None, True))
         return found
