@@ -69,6 +69,7 @@ READY, CLAIMED, SCHEDULED, BLOCKED = 1, 2, 3, 4  # persist-queue also writes 0 f
 
 EX_DATAERR, EX_TEMPFAIL = 65, 75  # exit codes of handlers (sysexits.h): never again; not now
 STOPPED, CANCELLED = "its worker was stopped", "cancelled while it ran"  # why a run was ended; or else its timeout
+NO_PLACE = "its worker had no place for it"  # and it was not even started
 
 # ---------------------------------------------------------------------------------------------- schema and statements
 
@@ -834,14 +835,14 @@ def settle(conn: Connection, task: Task, exit_code: int, *, why: str | None = No
     """Record how a handler's run ended, from its exit code and its output files, within a transaction.
 
     Returns (outcome, error): "completed", "scheduled" (again), "failed", "cancelled", "put back", or None when the task
-    was no longer held. `why` the run was ended, if it was: STOPPED, CANCELLED, or the error to record, with
+    was no longer held. `why` the run was ended, if it was: STOPPED, NO_PLACE, CANCELLED, or the error to record, with
     `delay` seconds until the next attempt (default: its back-off).
     """
     run = f"{conn.state}/logs/{task.run_name}"
     told = {"exit_code": exit_code, "result": tail(f"{run}.out", OUTPUT_BYTES), "log": tail(f"{run}.err", OUTPUT_BYTES)}
     if why == CANCELLED:
         return ("cancelled" if finish(conn, task, "cancelled", error=why, **told) else None), None
-    if why == STOPPED and exit_code != 0:
+    if why in (STOPPED, NO_PLACE) and exit_code != 0:
         return ("put back" if release(conn, task, error=why) else None), why
     if why not in (None, STOPPED):
         return nack(conn, task, error=why, delay=delay, **told), why

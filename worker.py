@@ -35,7 +35,8 @@ import socket
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import NoReturn
@@ -49,6 +50,8 @@ GROUP_SECONDS = 0.005  # runs that end within this time of each other are record
 BUSY_TIMEOUT_MS = 1_000  # shorter than elsewhere: handlers' timeouts are watched between two tries
 WAL_WARN_BYTES = 4 * q.WAL_BYTES
 NOT_STARTED = "its handler could not be started"
+PREFETCH_SECONDS = 0.02  # while runs are shorter than this, the next tasks are handed over before there is a place for them
+WAITING_SECONDS = 0.05  # which they get within this time, or go back
 
 # A handler must not take itself for a part of whoever started the worker, or for a part of the worker's own uv run.
 SCRUBBED = ("CLAUDECODE", "CLAUDE_CODE_ENTRYPOINT", "CLAUDE_CODE_SSE_PORT", "CLAUDE_CODE_SESSION_ID", "CLAUDE_CODE_EXECPATH",
@@ -185,7 +188,8 @@ class Run:
     def __init__(self, name: str, pid: int, out: int, exits: str, timeout: float) -> None:
         self.name, self.pid, self.exits = name, pid, exits
         self.out = out  # its locked stdout: ours as well, until its exit code is written down
-        self.end_at = time.monotonic() + timeout if timeout else None  # when to send the next signal
+        self.started = time.monotonic()
+        self.end_at = self.started + timeout if timeout else None  # when to send the next signal
         self.next_signal = signal.SIGTERM
         self.why = f"timed out after {timeout:g} s"  # holds once a signal was sent
         self.ended = False  # whether one was
@@ -215,13 +219,16 @@ class Supervisor:
 
     It outlives its worker for as long as a handler runs: so an orphan's exit code is known, and its timeout holds. The
     two talk in lines of JSON over a socket. The worker says {"start": run, "command", "cwd", "env", "exits", "timeout"},
-    sending the descriptors of stdin, stdout and stderr along, or {"end": run, "why", "now"}; it is told {"run", "code",
-    "why"}, or {"run", "error", "refused"} of what could not be started.
+    sending the descriptors of stdin, stdout and stderr along, or {"end": run, "why", "now"}, or {"stop": why} about all
+    that it has not yet started. It is told {"run", "code", "why", "seconds"}, or {"run", "error", "refused"} of what could
+    not be started. What comes when all places are taken waits for one, but not for long.
     """
 
-    def __init__(self, worker: socket.socket, env: dict[bytes, bytes], kill_after: float) -> None:
-        self.worker, self.env, self.kill_after = worker, env, kill_after
+    def __init__(self, worker: socket.socket, env: dict[bytes, bytes], kill_after: float, places: int) -> None:
+        self.worker, self.env, self.kill_after, self.places = worker, env, kill_after, places
+        self.alive = True  # the worker is
         self.runs: dict[int, Run] = {}  # by pid
+        self.waiting: deque[tuple[dict, list[int | None], float]] = deque()  # (order, files, until when)
         self.heard, self.fds, self.unsent = b"", [], b""
 
     def run(self) -> None:
@@ -244,22 +251,28 @@ class Supervisor:
         signal.set_wakeup_fd(mouth, warn_on_full_buffer=False)
         for number in (signal.SIGCHLD, signal.SIGTERM, signal.SIGINT, signal.SIGHUP):  # the latter are for the worker
             signal.signal(number, lambda *_: None)
-        poll, alive = select.poll(), True
+        poll = select.poll()
         poll.register(ear, select.POLLIN)
-        while alive or self.runs:
-            if alive:
+        while self.alive or self.runs or self.waiting:
+            if self.alive:
                 poll.register(self.worker, select.POLLIN | (select.POLLOUT if self.unsent else 0))
             due = [run.end_at for run in self.runs.values() if run.end_at is not None]
+            if self.waiting and self.alive:
+                due.append(self.waiting[0][2])
             ready = dict(poll.poll(max(0.0, min(due) - time.monotonic()) * 1000 if due else None))
             if ear in ready:
                 os.read(ear, 65536)
             if self.worker.fileno() in ready and not self.listen():
                 poll.unregister(self.worker)
-                alive = False
+                self.alive = False
             for run in self.runs.values():
                 run.signal_when_due(self.kill_after)
             self.reap()
-            if self.unsent and alive:
+            while self.waiting and len(self.runs) < self.places:
+                self.start(*self.waiting.popleft()[:2])
+            while self.waiting and self.alive and self.waiting[0][2] <= time.monotonic():
+                self.give_back(self.waiting[0][0]["start"], q.NO_PLACE)
+            if self.unsent and self.alive:
                 self.send()
 
     def listen(self) -> bool:
@@ -280,12 +293,25 @@ class Supervisor:
             order = json.loads(line)
             if "start" in order:
                 files, self.fds = self.fds[:3], self.fds[3:]
-                self.start(order, files)
-            else:
+                self.waiting.append((order, files, time.monotonic() + WAITING_SECONDS))
+            elif "end" in order:
                 for run in self.runs.values():
                     if run.name == order["end"]:
                         run.end(order["why"], order["now"])
+                self.give_back(order["end"], order["why"])
+            else:
+                for waiting, *_ in [*self.waiting]:
+                    self.give_back(waiting["start"], order["stop"])
         return bool(heard)
+
+    def give_back(self, run: str, why: str) -> None:
+        """Do not start what waits for a place, as if it had been ended at once."""
+        for waiting in [one for one in self.waiting if one[0]["start"] == run]:
+            self.waiting.remove(waiting)
+            self.tell({"run": run, "code": 128 + signal.SIGTERM, "why": why, "seconds": 0.0})
+            for fd in waiting[1]:
+                if fd is not None:
+                    os.close(fd)
 
     def start(self, order: dict, files: list[int | None]) -> None:
         try:
@@ -322,7 +348,7 @@ class Supervisor:
             if run.ended or code < 0:
                 run.kill(signal.SIGKILL)  # whoever of its group is left; a daemon of one that ended well is let be
             code, why = 128 - code if code < 0 else code, run.why if run.ended else None
-            self.tell({"run": run.name, "code": code, "why": why})
+            self.tell({"run": run.name, "code": code, "why": why, "seconds": time.monotonic() - run.started})
             self.send()
             try:
                 fd = os.open(run.exits, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
@@ -347,16 +373,16 @@ class Supervisor:
 class SupervisorProcess:
     """The worker's hold on a supervisor."""
 
-    def __init__(self, env: dict[bytes, bytes], kill_after: float) -> None:
+    def __init__(self, env: dict[bytes, bytes], kill_after: float, places: int) -> None:
         """Fork one. To be done while there is no other thread."""
         self.socket, theirs = socket.socketpair()
-        self.runs = 0  # how many it has
+        self.free = places  # what it can start at once; less than none when some wait
         self.heard = b""
         self.pid = os.fork()
         if self.pid == 0:
             code = 1
             try:
-                Supervisor(theirs, env, kill_after).run()
+                Supervisor(theirs, env, kill_after, places).run()
                 code = 0
             finally:
                 os._exit(code)
@@ -382,7 +408,7 @@ class SupervisorProcess:
         if not heard:
             raise EOFError
         *lines, self.heard = (self.heard + heard).split(b"\n")
-        self.runs -= len(lines)
+        self.free += len(lines)
         return [json.loads(line) for line in lines]
 
 
@@ -398,7 +424,7 @@ class Worker:
             self.cwd = os.getcwd()
         except OSError:  # removed under us
             self.cwd = "/"
-        self.runs: dict[str, tuple[q.Task, float, SupervisorProcess]] = {}  # what runs, since when, where; by run_name
+        self.runs: dict[str, tuple[q.Task, SupervisorProcess]] = {}  # what runs, and where, by run_name
         self.done: list[tuple[q.Task, Verdict, float]] = []  # ended, not yet recorded
         self.heard = True  # that the database may have been changed by others, or the spool
         self.backlog: set[str] = set()  # queues that had a task when we last claimed: worth a claim without a look
@@ -418,7 +444,9 @@ class Worker:
         os.set_blocking(self.mouth, False)
         # To start a program makes its parent wait, and longer the busier the machine is: hence one for each processor.
         number, env = min(args.concurrency, os.cpu_count() or 1), clean_environment()
-        self.supervisors = [SupervisorProcess(env, args.kill_after) for _ in range(number)]
+        places = [args.concurrency // number + (n < args.concurrency % number) for n in range(number)]
+        self.supervisors = [SupervisorProcess(env, args.kill_after, n) for n in places]
+        self.seconds = float("inf")  # that runs took of late
         for supervisor in self.supervisors:
             self.poll.register(supervisor.socket, select.POLLIN)
 
@@ -469,6 +497,8 @@ class Worker:
 
     def stop(self, *_) -> None:
         self.stops += 1
+        for supervisor in self.supervisors:
+            supervisor.say({"stop": q.STOPPED})
         self.stop_at = time.monotonic() + self.args.grace if self.stops == 1 else 0.0
 
     # ------------------------------------------------------------------------------------------------------- handlers
@@ -496,10 +526,10 @@ class Worker:
             order = {"start": task.run_name, "command": command, "env": self.environment(task, envelope),
                      "cwd": [*self.workspace(data), self.cwd], "timeout": self.args.timeout,
                      "exits": str(q.exits_file(self.state, task.owner))}  # fmt: skip
-            supervisor = min(self.supervisors, key=lambda one: one.runs)
-            self.runs[task.run_name] = task, time.monotonic(), supervisor
+            supervisor = max(self.supervisors, key=lambda one: one.free)
+            self.runs[task.run_name] = task, supervisor
             supervisor.say(order, fds)
-            supervisor.runs += 1
+            supervisor.free -= 1
         finally:
             for fd in fds:
                 os.close(fd)
@@ -511,7 +541,7 @@ class Worker:
 
     def end_run(self, run: str, why: str, *, now: bool = False) -> None:
         """Have a run ended: TERM, then KILL; or KILL at once. Saying it again changes nothing."""
-        self.runs[run][2].say({"end": run, "why": why, "now": now})
+        self.runs[run][1].say({"end": run, "why": why, "now": now})
 
     def output(self, path: str) -> int:
         """A new file for a handler's output."""
@@ -553,14 +583,15 @@ class Worker:
         except EOFError:
             self.start_afresh()
         for told in ended:
-            task, started, _ = self.runs.pop(told["run"])
+            task, _ = self.runs.pop(told["run"])
             if "code" in told:
+                self.seconds = min(self.seconds, told["seconds"]) * 0.9 + told["seconds"] * 0.1
                 verdict = partial(self.settle, task, told["code"], told["why"])
             elif told["refused"]:
                 verdict = partial(self.bury, task, f"{NOT_STARTED}: {told['error']}")
             else:
                 verdict = partial(self.put_back, task, f"{NOT_STARTED}: {told['error']}", RETRY_SECONDS[-1])
-            self.end(task, verdict, time.monotonic() - started)
+            self.end(task, verdict, told.get("seconds", 0.0))
 
     def start_afresh(self) -> NoReturn:
         """A supervisor was killed: nobody will hear how its handlers end. So end as if killed; another life recovers.
@@ -651,7 +682,8 @@ class Worker:
         """Claim a task for each free place, one of each queue in turn."""
         for queue in self.args.queues:
             q.ensure_queue(conn, queue)
-        free = 0 if self.stops else self.args.concurrency - len(self.runs)
+        prefetch = self.args.concurrency if self.seconds < PREFETCH_SECONDS else 0
+        free = 0 if self.stops else self.args.concurrency + prefetch - len(self.runs)
         ready = [queue for queue in self.args.queues if free > 0 and (queue in self.backlog or q.has_ready(conn, queue))]
         if not ready:
             return []
@@ -660,9 +692,11 @@ class Worker:
         with q.transaction(conn, durable=False):
             while ready and free > 0:
                 queue = ready.pop(0)
-                if claimed := q.claim(conn, queue, owner, **how):
-                    tasks += claimed
-                    free -= 1
+                limit = 1 if ready else free
+                claimed = q.claim(conn, queue, owner, limit=limit, **how)
+                tasks += claimed
+                free -= len(claimed)
+                if len(claimed) == limit:
                     ready.append(queue)
                     self.backlog.add(queue)
                 else:
@@ -673,9 +707,9 @@ class Worker:
         return tasks
 
     def cancel_requested(self, conn: q.Connection) -> None:
-        for queue in {task.queue for task, *_ in self.runs.values()}:
+        for queue in {task.queue for task, _ in self.runs.values()}:
             cancelled = {row for (row,) in q.execute(conn, q.CANCEL_REQUESTED, queue, owner=q.owner_name(self.state))}
-            for run, (task, *_) in self.runs.items():
+            for run, (task, _) in self.runs.items():
                 if task.queue == queue and task.id in cancelled:
                     self.end_run(run, q.CANCELLED)
 

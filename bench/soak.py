@@ -33,7 +33,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent.parent
 QUEUES = ("soak", "shell")
 MAX_ATTEMPTS = 6
-BLIND_NS = 200_000_000  # how long after its end a run may not yet be known to its supervisor
+BLIND_NS = 200_000_000  # how long before its first and after its last words a handler may have a supervisor to lose
 
 # Fails at times, says "not now" at times, hangs at times (the worker's timeout ends it), is never any good at times.
 HANDLER = """#!{python} -IS
@@ -298,7 +298,7 @@ class Soak:
                 begun[pid, task, attempt] = (int(when), last)
             else:
                 begin, started = begun.pop((pid, task, attempt))
-                blind = any(begin < moment < int(when) + BLIND_NS for moment in self.blind)
+                blind = any(begin - BLIND_NS < moment < int(when) + BLIND_NS for moment in self.blind)
                 found[task].append((begin, int(when), int(last), blind or (pid, started) in self.killed))
         for (pid, task, _), (begin, started) in begun.items():
             found[task].append((begin, self.alive.get((pid, started), begin), None, True))
