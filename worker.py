@@ -426,11 +426,12 @@ class Worker:
             self.cwd = "/"
         self.runs: dict[str, tuple[q.Task, SupervisorProcess]] = {}  # what runs, and where, by run_name
         self.done: list[tuple[q.Task, Verdict, float]] = []  # ended, not yet recorded
+        self.record_at = 0.0  # when they must be
         self.heard = True  # that the database may have been changed by others, or the spool
         self.backlog: set[str] = set()  # queues that had a task when we last claimed: worth a claim without a look
-        self.record_at = 0.0  # when they must be
         self.stops = 0  # signals received
         self.stop_at: float | None = None  # when to end what still runs
+        self.said_stop = False  # to the supervisors
         self.idle_since = time.monotonic()
         self.trouble, self.failures, self.retry_at = "", 0, 0.0
         self.said: set[str] = set()
@@ -446,9 +447,9 @@ class Worker:
         number, env = min(args.concurrency, os.cpu_count() or 1), clean_environment()
         places = [args.concurrency // number + (n < args.concurrency % number) for n in range(number)]
         self.supervisors = [SupervisorProcess(env, args.kill_after, n) for n in places]
-        self.seconds = float("inf")  # that runs took of late
         for supervisor in self.supervisors:
             self.poll.register(supervisor.socket, select.POLLIN)
+        self.seconds = float("inf")  # that runs took of late
 
     def set(self) -> None:
         """Wake the loop; this makes us a listener of the watch."""
@@ -497,8 +498,6 @@ class Worker:
 
     def stop(self, *_) -> None:
         self.stops += 1
-        for supervisor in self.supervisors:
-            supervisor.say({"stop": q.STOPPED})
         self.stop_at = time.monotonic() + self.args.grace if self.stops == 1 else 0.0
 
     # ------------------------------------------------------------------------------------------------------- handlers
@@ -585,13 +584,17 @@ class Worker:
         for told in ended:
             task, _ = self.runs.pop(told["run"])
             if "code" in told:
-                self.seconds = min(self.seconds, told["seconds"]) * 0.9 + told["seconds"] * 0.1
+                self.pace(told["seconds"] if told["why"] != q.NO_PLACE else float("inf"))
                 verdict = partial(self.settle, task, told["code"], told["why"])
             elif told["refused"]:
                 verdict = partial(self.bury, task, f"{NOT_STARTED}: {told['error']}")
             else:
                 verdict = partial(self.put_back, task, f"{NOT_STARTED}: {told['error']}", RETRY_SECONDS[-1])
             self.end(task, verdict, told.get("seconds", 0.0))
+
+    def pace(self, seconds: float) -> None:
+        """Keep in mind how long runs take, by a moving average."""
+        self.seconds = min(self.seconds, seconds) * 0.9 + seconds * 0.1
 
     def start_afresh(self) -> NoReturn:
         """A supervisor was killed: nobody will hear how its handlers end. So end as if killed; another life recovers.
@@ -606,7 +609,11 @@ class Worker:
         os.execv(sys.executable, sys.orig_argv)
 
     def end_overdue(self) -> None:
-        """End what still runs when a stop's grace is over, or at once after a second signal."""
+        """After a signal: start nothing more, and end what still runs when the grace is over, or after a second signal."""
+        if self.stops and not self.said_stop:
+            self.said_stop = True
+            for supervisor in self.supervisors:
+                supervisor.say({"stop": q.STOPPED})
         if self.stop_at is not None and time.monotonic() >= self.stop_at:
             self.stop_at = None
             for run in self.runs:
