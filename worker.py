@@ -50,8 +50,8 @@ GROUP_SECONDS = 0.005  # runs that end within this time of each other are record
 BUSY_TIMEOUT_MS = 1_000  # shorter than elsewhere: handlers' timeouts are watched between two tries
 WAL_WARN_BYTES = 4 * q.WAL_BYTES
 NOT_STARTED = "its handler could not be started"
-PREFETCH_SECONDS = 0.02  # while runs are shorter than this, the next tasks are handed over before there is a place for them
-WAITING_SECONDS = 0.05  # which they get within this time, or go back
+PREFETCH_SECONDS = 0.02  # tasks that should have their turn within this time are handed over before there is a place
+WAITING_SECONDS = 0.05  # those that have none by then go back
 
 # A handler must not take itself for a part of whoever started the worker, or for a part of the worker's own uv run.
 SCRUBBED = ("CLAUDECODE", "CLAUDE_CODE_ENTRYPOINT", "CLAUDE_CODE_SSE_PORT", "CLAUDE_CODE_SESSION_ID", "CLAUDE_CODE_EXECPATH",
@@ -689,8 +689,11 @@ class Worker:
         """Claim a task for each free place, one of each queue in turn."""
         for queue in self.args.queues:
             q.ensure_queue(conn, queue)
-        prefetch = self.args.concurrency if self.seconds < PREFETCH_SECONDS else 0
-        free = 0 if self.stops else self.args.concurrency + prefetch - len(self.runs)
+        places, ahead = self.args.concurrency, max(4, self.args.concurrency)
+        ahead = ahead if self.seconds * ahead / places < PREFETCH_SECONDS else 0
+        free = 0 if self.stops else places + ahead - len(self.runs)
+        if free <= ahead // 2:  # enough is at hand; to claim several costs little more than to claim one
+            return []
         ready = [queue for queue in self.args.queues if free > 0 and (queue in self.backlog or q.has_ready(conn, queue))]
         if not ready:
             return []
