@@ -8,7 +8,7 @@ import time
 import pytest
 from conftest import ROOT
 
-TASKS, PRODUCERS, SINGLES = 20_000, 4, 150
+TASKS, PRODUCERS, SINGLES = 8 * 20_000, 4, 150
 
 PRODUCE = """
 import sys
@@ -64,8 +64,8 @@ print("done")
 """
 
 
-@pytest.mark.timeout(120)
-def test_by_eight_processes_over_twenty_thousand_tasks(installation):
+@pytest.mark.timeout(240)
+def test_by_eight_processes_with_twenty_thousand_tasks_each(installation):
     installation.enqueue("notifications", "t", '{"n": -1}')
     end, each = installation.directory / "end", TASKS // PRODUCERS
     kinds = ["get", "ack", "dequeue", "many", "get", "ack", "dequeue", "many"]
@@ -80,11 +80,11 @@ def test_by_eight_processes_over_twenty_thousand_tasks(installation):
     consumers = [start(CONSUME, kind, log, end) for kind, log in zip(kinds, logs, strict=True)]
     producers = [start(PRODUCE, number, each, SINGLES) for number in range(PRODUCERS)]
     for process in producers:
-        _, errors = process.communicate(timeout=90)
+        _, errors = process.communicate(timeout=200)
         assert process.returncode == 0, errors.decode()
     end.touch()
     for process in consumers:
-        said, errors = process.communicate(timeout=90)
+        said, errors = process.communicate(timeout=200)
         assert (process.returncode, said) == (0, b"done\n"), errors.decode()
 
     claims = [sorted(map(int, log.read_text().split())) for log in logs]
