@@ -36,6 +36,7 @@ exit codes: 0 stored (or a duplicate); 1 the database cannot be used; 64 usage; 
 from __future__ import annotations
 
 import getopt  # argparse would cost a hook 12 ms
+import io
 import json
 import os
 import sys
@@ -148,11 +149,11 @@ def tasks_from(q, args: Arguments) -> list:
     """The tasks that the command line and stdin describe."""
     options = {"delay": args.delay, "priority": args.priority, "window": args.window or 0.0, "depth": q.task_depth()}
     if not args.jsonl:
-        text = stdin_lines(whole=True) if args.data == "-" else ("{}" if args.data is None else args.data)
+        text = stdin().read() if args.data == "-" else ("{}" if args.data is None else args.data)
         data, text = parse_object(q, text)
         return [q.new_row(args.task_type, data, args.task_id, text=text, **options)]
     rows = []
-    for number, line in enumerate(stdin_lines(), 1):
+    for number, line in enumerate(stdin(), 1):
         try:
             if line.isspace():
                 continue
@@ -168,11 +169,9 @@ def tasks_from(q, args: Arguments) -> list:
     return rows
 
 
-def stdin_lines(whole: bool = False):
-    """Stdin's lines, or all of it; nothing where it is closed."""
-    if sys.stdin is None:
-        return b"" if whole else []
-    return sys.stdin.buffer.read() if whole else sys.stdin.buffer
+def stdin() -> io.BufferedIOBase:
+    """Stdin, in bytes; an empty one where it is closed."""
+    return io.BytesIO() if sys.stdin is None else sys.stdin.buffer
 
 
 def parse_object(q, raw: bytes | str) -> tuple[dict, str]:

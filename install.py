@@ -920,7 +920,7 @@ def is_work(q, state: Path, queues: list[str]) -> bool:
     q.recover(state)
     for queue in queues:
         q.ensure_queue(conn, queue)
-        if q.has_ready(conn, queue) and not q.is_paused(conn, queue):
+        if q.has_ready(conn, queue):
             return True
     return False
 

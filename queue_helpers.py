@@ -113,8 +113,7 @@ QUEUE_SCHEMA = """
 create table "{queue}" (
   id            integer primary key autoincrement,
   data          text not null constraint data_must_be_a_json_object
-                check (typeof(data) = 'text' and instr(data, char(0)) = 0 and json_valid(data)
-                       and json_type(data) = 'object'),
+                check ({is_object}),
   timestamp     real not null default ((julianday('now') - 2440587.5) * 86400.0),  -- enqueued, Unix seconds
   status        integer not null default 1,      -- 0 and 1 ready, 2 claimed, 3 scheduled, 4 blocked
   priority      integer not null default 0,      -- higher first
@@ -141,6 +140,7 @@ create index "{queue}.scheduled" on "{queue}" (due_at) where status = 3;
 create index "{queue}.blocked" on "{queue}" (group_id, id) where status = 4;
 """
 
+IS_OBJECT = "typeof(data) = 'text' and instr(data, char(0)) = 0 and json_valid(data) and json_type(data) = 'object'"
 IS_ENVELOPE = (
     "json_type(data, '$.data') = 'object' and json_type(data, '$.task_type') = 'text'"
     " and json_type(data, '$.task_id') = 'text'"
@@ -464,7 +464,6 @@ def _open(state: Path, db: str, busy_timeout_ms: int) -> Connection:
     try:
         conn.state, conn.queues, conn.durable, conn.busy_timeout_ms = state, set(), None, busy_timeout_ms
         conn.execute(f"pragma journal_size_limit = {WAL_BYTES}")
-        conn.execute(f"pragma wal_autocheckpoint = {WAL_BYTES // 2 // 4096}")  # pages
         conn.execute("pragma cache_size = -16000")  # KiB; many tasks in one transaction stay in memory until its end
         conn.text_factory = lambda raw: raw.decode("utf-8", "replace")  # bash may have cast any bytes to text
         conn.execute("begin")  # one snapshot: another first open may be at work
@@ -564,18 +563,15 @@ def _create_queue(conn: Connection, queue: str) -> None:
         if columns != ["id", "data"]:
             raise QueueUnavailable(f"table {queue} in {conn.state / 'tasks.db'} is not a queue: use another queue name")
         conn.execute(f'alter table "{queue}" rename to "{queue}.bare"')
-    for statement in QUEUE_SCHEMA.format(queue=queue, is_envelope=IS_ENVELOPE).split(";\n"):
+    for statement in QUEUE_SCHEMA.format(queue=queue, is_object=IS_OBJECT, is_envelope=IS_ENVELOPE).split(";\n"):
         conn.execute(statement)
     if columns:
-        is_object = (
-            "typeof(data) = 'text' and instr(data, char(0)) = 0 and json_valid(data) and json_type(data) = 'object'"
-        )
         conn.execute(f"""insert into "{queue}" (id, data) select id, data from "{queue}.bare"
-                         where case when {is_object} then 1 end order by id""")
+                         where case when {IS_OBJECT} then 1 end order by id""")
         conn.execute(f"""insert into task_history (queue, row_id, task_id, task_type, status, data, enqueued_at, error)
                          select '{queue}', id, '{queue}-' || id, '{queue}', 'failed', coalesce(cast(data as text), ''),
                                 strftime('%Y-%m-%d %H:%M:%f', 'now'), 'was not a JSON object when the table was adopted'
-                         from "{queue}.bare" where case when {is_object} then 0 else 1 end""")
+                         from "{queue}.bare" where case when {IS_OBJECT} then 0 else 1 end""")
         (last_id,) = conn.execute(
             LAST_ID.format(queue=queue), {"names": json.dumps([queue, f"{queue}.bare"])}
         ).fetchone()
@@ -798,7 +794,7 @@ def release(conn: Connection, task: Task, *, delay: float = 0.0, error: str | No
 def finish(conn: Connection, task: Task, outcome: str, *, exit_code: int | None = None, result: str | None = None,
            log: str | None = None, error: str | None = None) -> bool:  # fmt: skip
     """Move the task to the history as completed, failed or cancelled, within a transaction. False when not held."""
-    fence = {"id": task.id, "owner": task.owner, "attempts": task.attempts, "claimed_at": task.claimed_at}
+    fence = _fence(task)
     told = {"outcome": outcome, "exit_code": exit_code, "result": result, "log": log, "error": error}
     if execute(conn, ARCHIVE, task.queue, **fence, **told).rowcount != 1:
         return False
@@ -806,10 +802,14 @@ def finish(conn: Connection, task: Task, outcome: str, *, exit_code: int | None 
     return True
 
 
+def _fence(task: Task) -> dict:
+    """The values of FENCE."""
+    return {"id": task.id, "owner": task.owner, "attempts": task.attempts, "claimed_at": task.claimed_at}
+
+
 def _put_back(conn: Connection, task: Task, *, delay: float, error: str | None, uncounted: int = 0) -> bool:
-    fence = {"id": task.id, "owner": task.owner, "attempts": task.attempts, "claimed_at": task.claimed_at}
     due_at = time.time() + delay if delay > 0 else None
-    return execute(conn, RETURN, task.queue, **fence, due_at=due_at, error=error, uncounted=uncounted).rowcount == 1
+    return execute(conn, RETURN, task.queue, **_fence(task), due_at=due_at, error=error, uncounted=uncounted).rowcount == 1
 
 
 def redrive(conn: Connection, queue: str, history_id: int) -> bool:

@@ -1814,7 +1814,7 @@ def check_tasks(state: Path, max_wait: float) -> Iterator[Finding]:
             has_worker = is_alive(state / "workers" / f"serving.{queue}")
             served += [queue] if has_worker else []
             how_long = f'queue "{queue}": {waiting} waiting, the oldest since {q.utc(since)} UTC ({span(now - since)})'
-            if waiting and conn.execute(q.IS_PAUSED, {"queue": queue}).fetchone()[0]:
+            if waiting and q.is_paused(conn, queue):
                 yield Finding("note", f"{how_long}; the queue is paused", f"tasks.py resume {queue}")
             elif waiting and now - since > max_wait and has_worker:
                 yield Finding("problem", f"{how_long}, although a worker serves it",

@@ -35,8 +35,7 @@ import socket
 import sys
 import tempfile
 import time
-from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import NoReturn
@@ -162,6 +161,20 @@ def clean_environment() -> dict[bytes, bytes]:
     return {os.fsencode(name): os.fsencode(value) for name, value in env.items()}
 
 
+def close(fds: Sequence[int | None]) -> None:
+    for fd in fds:
+        if fd is not None:
+            os.close(fd)
+
+
+def nonblocking_pipe() -> tuple[int, int]:
+    """(ear, mouth): what wakes a loop."""
+    ear, mouth = os.pipe()
+    os.set_blocking(ear, False)
+    os.set_blocking(mouth, False)
+    return ear, mouth
+
+
 def stdin_file(raw: bytes) -> int:
     """A file for a handler's stdin, in memory where that can be had. No pipe: nothing blocks that is not read."""
     fd = os.memfd_create("task") if hasattr(os, "memfd_create") else os.dup(tempfile.TemporaryFile().fileno())
@@ -228,7 +241,7 @@ class Supervisor:
         self.worker, self.env, self.kill_after, self.places = worker, env, kill_after, places
         self.alive = True  # the worker is
         self.runs: dict[int, Run] = {}  # by pid
-        self.waiting: deque[tuple[dict, list[int | None], float]] = deque()  # (order, files, until when)
+        self.waiting: dict[str, tuple[dict, list[int | None], float]] = {}  # {run: (order, files, until when)}, oldest first
         self.heard, self.fds, self.unsent = b"", [], b""
 
     def run(self) -> None:
@@ -245,9 +258,7 @@ class Supervisor:
         os.closerange(self.worker.fileno() + 1, os.sysconf("SC_OPEN_MAX"))
         os.chdir("/")
         os.environb[b"PATH"] = self.env.get(b"PATH", os.defpath.encode())  # where a command is looked for
-        ear, mouth = os.pipe()
-        os.set_blocking(ear, False)
-        os.set_blocking(mouth, False)
+        ear, mouth = nonblocking_pipe()
         signal.set_wakeup_fd(mouth, warn_on_full_buffer=False)
         for number in (signal.SIGCHLD, signal.SIGTERM, signal.SIGINT, signal.SIGHUP):  # the latter are for the worker
             signal.signal(number, lambda *_: None)
@@ -257,8 +268,8 @@ class Supervisor:
             if self.alive:
                 poll.register(self.worker, select.POLLIN | (select.POLLOUT if self.unsent else 0))
             due = [run.end_at for run in self.runs.values() if run.end_at is not None]
-            if self.waiting and self.alive:
-                due.append(self.waiting[0][2])
+            if self.alive:
+                due += [until for *_, until in self.waiting.values()]
             ready = dict(poll.poll(max(0.0, min(due) - time.monotonic()) * 1000 if due else None))
             if ear in ready:
                 os.read(ear, 65536)
@@ -269,9 +280,10 @@ class Supervisor:
                 run.signal_when_due(self.kill_after)
             self.reap()
             while self.waiting and len(self.runs) < self.places:
-                self.start(*self.waiting.popleft()[:2])
-            while self.waiting and self.alive and self.waiting[0][2] <= time.monotonic():
-                self.give_back(self.waiting[0][0]["start"], q.NO_PLACE)
+                order, files, _ = self.waiting.pop(next(iter(self.waiting)))
+                self.start(order, files)
+            if self.alive:
+                self.give_back([run for run, (*_, until) in self.waiting.items() if until <= time.monotonic()], q.NO_PLACE)
             if self.unsent and self.alive:
                 self.send()
 
@@ -293,25 +305,22 @@ class Supervisor:
             order = json.loads(line)
             if "start" in order:
                 files, self.fds = self.fds[:3], self.fds[3:]
-                self.waiting.append((order, files, time.monotonic() + WAITING_SECONDS))
+                self.waiting[order["start"]] = order, files, time.monotonic() + WAITING_SECONDS
             elif "end" in order:
                 for run in self.runs.values():
                     if run.name == order["end"]:
                         run.end(order["why"], order["now"])
-                self.give_back(order["end"], order["why"])
+                self.give_back(self.waiting.keys() & {order["end"]}, order["why"])
             else:
-                for waiting, *_ in [*self.waiting]:
-                    self.give_back(waiting["start"], order["stop"])
+                self.give_back(list(self.waiting), order["stop"])
         return bool(heard)
 
-    def give_back(self, run: str, why: str) -> None:
+    def give_back(self, runs: Iterable[str], why: str) -> None:
         """Do not start what waits for a place, as if it had been ended at once."""
-        for waiting in [one for one in self.waiting if one[0]["start"] == run]:
-            self.waiting.remove(waiting)
+        for run in runs:
+            _, files, _ = self.waiting.pop(run)
+            close(files)
             self.tell({"run": run, "code": 128 + signal.SIGTERM, "why": why, "seconds": 0.0})
-            for fd in waiting[1]:
-                if fd is not None:
-                    os.close(fd)
 
     def start(self, order: dict, files: list[int | None]) -> None:
         try:
@@ -334,9 +343,7 @@ class Supervisor:
             self.tell({"run": order["start"], "error": str(error), "refused": refused})
         finally:
             os.chdir("/")  # keeps no file system busy
-            for fd in files:
-                if fd is not None:
-                    os.close(fd)
+            close(files)
 
     def reap(self) -> None:
         """Tell and write down how handlers ended, then let their output's locks go."""
@@ -438,11 +445,9 @@ class Worker:
         self.serving: dict[str, int] = {}
         self.served_at = 0.0
         # One pipe wakes the loop: signals by their number, the watch by a 0.
-        self.ear, self.mouth = os.pipe()
+        self.ear, self.mouth = nonblocking_pipe()
         self.poll = select.poll()
         self.poll.register(self.ear, select.POLLIN)
-        os.set_blocking(self.ear, False)
-        os.set_blocking(self.mouth, False)
         # To start a program makes its parent wait, and longer the busier the machine is: hence one for each processor.
         number, env = min(args.concurrency, os.cpu_count() or 1), clean_environment()
         places = [args.concurrency // number + (n < args.concurrency % number) for n in range(number)]
@@ -530,8 +535,7 @@ class Worker:
             supervisor.say(order, fds)
             supervisor.free -= 1
         finally:
-            for fd in fds:
-                os.close(fd)
+            close(fds)
 
     def workspace(self, data: dict) -> list[str]:
         """Where a handler should run: data.workspace_path, if that can be one."""
@@ -585,7 +589,7 @@ class Worker:
             task, _ = self.runs.pop(told["run"])
             if "code" in told:
                 self.pace(told["seconds"] if told["why"] != q.NO_PLACE else float("inf"))
-                verdict = partial(self.settle, task, told["code"], told["why"])
+                verdict = partial(q.settle, task=task, exit_code=told["code"], why=told["why"])
             elif told["refused"]:
                 verdict = partial(self.bury, task, f"{NOT_STARTED}: {told['error']}")
             else:
@@ -601,11 +605,10 @@ class Worker:
 
         The process stays the same for whoever started it; our lock on the tasks goes with the old life.
         """
-        say("a supervisor of handlers was killed; starting afresh")
-        for supervisor in self.supervisors:
-            supervisor.socket.close()
         if self.stops:
-            os._exit(1)  # the next worker recovers
+            say("a supervisor of handlers was killed; the next worker sees to their tasks")
+            os._exit(1)
+        say("a supervisor of handlers was killed; starting afresh")
         os.execv(sys.executable, sys.orig_argv)
 
     def end_overdue(self) -> None:
@@ -625,9 +628,6 @@ class Worker:
         if not self.done:
             self.record_at = time.monotonic() + GROUP_SECONDS
         self.done.append((task, verdict, took))
-
-    def settle(self, task: q.Task, exit_code: int, why: str | None, conn: q.Connection) -> tuple:
-        return q.settle(conn, task, exit_code, why=why)
 
     def bury(self, task: q.Task, error: str, conn: q.Connection) -> tuple:
         return ("failed" if q.bury(conn, task, error=error) else None), error
@@ -694,7 +694,7 @@ class Worker:
         free = 0 if self.stops else places + ahead - len(self.runs)
         if free <= ahead // 2:  # enough is at hand; to claim several costs little more than to claim one
             return []
-        ready = [queue for queue in self.args.queues if free > 0 and (queue in self.backlog or q.has_ready(conn, queue))]
+        ready = [queue for queue in self.args.queues if queue in self.backlog or q.has_ready(conn, queue)]
         if not ready:
             return []
         tasks, owner = [], q.owner_name(self.state)

@@ -162,8 +162,7 @@ class Soak:
             pid, started = self.dice.choice(running)
             try:
                 if self.dice.random() < 0.3:
-                    with open(f"/proc/{pid}/stat") as stat:
-                        parent = stat.read().rsplit(")", 1)[1].split()[1]
+                    parent = stat_of(pid)[1]
                     if state_of(pid, started) and "worker.py" in Path(f"/proc/{parent}/cmdline").read_text():
                         self.blind.append(time.monotonic_ns())
                         os.kill(int(parent), signal.SIGKILL)
@@ -305,10 +304,15 @@ class Soak:
         return found
 
 
+def stat_of(pid: str) -> list[str]:
+    """What /proc says of a process, from its state on."""
+    return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+
+
 def state_of(pid: str, started: str) -> str | None:
     """The process's state letter, None when it is gone, dead, or another one that got its pid."""
     try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+        fields = stat_of(pid)
     except OSError:
         return None
     return fields[0] if fields[19] == started and fields[0] not in "ZX" else None

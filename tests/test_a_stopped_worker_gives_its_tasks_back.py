@@ -5,13 +5,13 @@ import pytest
 from conftest import wait_for
 from processes import group_lives, lines, lives, processor_seconds, stays_true
 
-WAIT = '#!/bin/sh\necho "$$ $$" >>"$HOME/runs"\nuntil [ -e "$HOME/go" ]; do sleep 0.02; done\necho done\n'
+WAIT = '#!/bin/sh\necho $$ >>"$HOME/runs"\nuntil [ -e "$HOME/go" ]; do sleep 0.02; done\necho done\n'
 DEAF = "#!/bin/sh\ntrap '' TERM\n" + WAIT.removeprefix("#!/bin/sh\n")
 
 
 @pytest.fixture
 def busy(installation):
-    """busy(options…): a worker that runs one task and has another waiting; (worker, handler's pid, its group)."""
+    """busy(options…): a worker that runs one task and has another waiting; (worker, handler's pid, its group: the same)."""
 
     def make(*options, handler=WAIT):
         installation.handler("wait", handler)
@@ -19,11 +19,11 @@ def busy(installation):
             installation.enqueue("notifications", "wait", "--task-id", name)
         worker = installation.worker("notifications", *options)
         (run,) = wait_for(lambda: lines(installation.directory / "runs"))
-        return worker, *map(int, run.split())
+        return worker, int(run), int(run)
 
     yield make
     (installation.directory / "go").touch()
-    groups = [int(line.split()[1]) for line in lines(installation.directory / "runs")]
+    groups = [int(line) for line in lines(installation.directory / "runs")]
     wait_for(lambda: not any(map(group_lives, groups)), what="the end of the handlers")
 
 
