@@ -678,19 +678,24 @@ def uninstall(place: Place, args: argparse.Namespace) -> int:
     for compiled in (place.lib / "__pycache__").glob("*.pyc"):
         if compiled.name.partition(".")[0] in ours:
             compiled.unlink(missing_ok=True)
-    if failed:
+    remove_empty(place.lib / "__pycache__", place.lib, place.lib.parent, place.handlers)
+    if failed:  # the record goes last: whoever is killed before that can begin again
         place.record = {**place.record, "files": {}, "units": []}
         place.save()
     else:
         place.record_file.unlink()
-    for directory in (place.lib / "__pycache__", place.lib, place.lib.parent, place.handlers, place.prefix):
-        try:
-            directory.rmdir()
-        except OSError:
-            pass  # not empty: the state, or what the user put there
+    remove_empty(place.prefix)
     if place.state.exists():
         print(f"{'keep':<10} {place.state}: the queues")
     return failed
+
+
+def remove_empty(*directories: Path) -> None:
+    for directory in directories:
+        try:
+            directory.rmdir()
+        except OSError:
+            pass  # not empty: the state, or what the user put there; or gone
 
 
 def withdraw_hook(place: Place, dry_run: bool) -> int:

@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import os
 import random
+import shlex
 import shutil
 import signal
 import sqlite3
@@ -36,7 +37,10 @@ MAX_ATTEMPTS = 6
 BLIND_NS = 200_000_000  # how long before its first and after its last words a handler may have a supervisor to lose
 
 # Fails at times, says "not now" at times, hangs at times (the worker's timeout ends it), is never any good at times.
-HANDLER = """#!{python} -IS
+HANDLER = """#!/bin/sh
+exec {python} -IS {script}
+"""
+SCRIPT = """
 import json, os, random, sys, time
 def note(*words):
     os.write(log, (" ".join(map(str, words)) + "\\n").encode())
@@ -48,7 +52,7 @@ n = json.load(sys.stdin)["data"]["n"]
 time.sleep(random.choice((0, 0, 0.01, 0.05, 0.2)))
 code = 65 if n % 37 == 0 else random.choice((0, 0, 0, 0, 0, 0, 1, 75))
 if random.random() < 0.01:
-    time.sleep(8)  # an orphan has no worker to end it
+    time.sleep(8)  # longer than its timeout
 print(json.dumps({{"n": n, "retry_after": 0.01}}), flush=True)
 note("end", task, attempt, os.getpid(), time.monotonic_ns(), code)
 os._exit(code)
@@ -97,7 +101,9 @@ class Soak:
         self.env.pop("TASK_DEPTH", None)
         self.db, self.log, self.accepted = root / "state" / "tasks.db", root / "runs", root / "accepted"
         (root / "handlers").mkdir()
-        (root / "handlers" / "work").write_text(HANDLER.format(python=sys.executable, log=str(self.log)))
+        (root / "work.py").write_text(SCRIPT.format(log=str(self.log)))
+        python, script = (shlex.quote(str(path)) for path in (sys.executable, root / "work.py"))
+        (root / "handlers" / "work").write_text(HANDLER.format(python=python, script=script))
         (root / "handlers" / "work").chmod(0o755)
         self.log.touch()
         self.workers: list[subprocess.Popen] = []

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -97,7 +98,7 @@ def test_the_hook_is_valid_settings(home, tmp_path):
     [text] = blocks("json")
     [hook] = json.loads(text)["hooks"]["Stop"][0]["hooks"]
     assert "enqueue.py --hook notifications link_validation" in hook["command"]
-    command = hook["command"].replace("/usr/bin/python3", sys.executable).replace("/home/user", str(home.directory))
+    command = hook["command"].replace("/usr/bin/python3", shlex.quote(sys.executable)).replace("/home/user", str(home.directory))
     command = command.replace(" --start-worker", "")
     payload = (Path(__file__).parent / "hook_payloads/11_Stop_first.json").read_bytes()
     done = subprocess.run(["sh", "-c", command], input=payload, env=home.env, capture_output=True, timeout=20)
