@@ -49,6 +49,8 @@ GROUP_SECONDS = 0.005  # runs that end within this time of each other are record
 BUSY_TIMEOUT_MS = 1_000  # shorter than elsewhere: handlers' timeouts are watched between two tries
 WAL_WARN_BYTES = 4 * q.WAL_BYTES
 NOT_STARTED = "its handler could not be started"
+BATCH = 32  # orders to a supervisor in one message, at most
+AHEAD = 16  # tasks claimed before there is a place for them, at most
 PREFETCH_SECONDS = 0.02  # tasks that should have their turn within this time are handed over before there is a place
 WAITING_SECONDS = 0.05  # those that have none by then go back
 
@@ -231,18 +233,20 @@ class Supervisor:
     """A process of its own that starts handlers, ends the overdue, and writes down how each of them ended.
 
     It outlives its worker for as long as a handler runs: so an orphan's exit code is known, and its timeout holds. The
-    two talk in lines of JSON over a socket. The worker says {"start": run, "command", "cwd", "env", "exits", "timeout"},
-    sending the descriptors of stdin, stdout and stderr along, or {"end": run, "why", "now"}, or {"stop": why} about all
-    that it has not yet started. It is told {"run", "code", "why", "seconds"}, or {"run", "error", "refused"} of what could
-    not be started. What comes when all places are taken waits for one, but not for long.
+    two talk in lines of JSON over a socket. The worker says {"start": [{"run", "command", "cwd", "env", "exits"}, …]},
+    sending the descriptors of each run's stdin, stdout and stderr along, or {"end": run, "why", "now"}, or {"stop": why}
+    about all that it has not yet started. It is told {"run", "code", "why", "seconds"}, or {"run", "error", "refused"} of
+    what could not be started. What comes when all places are taken waits for one, but not for long.
     """
 
-    def __init__(self, worker: socket.socket, env: dict[bytes, bytes], kill_after: float, places: int) -> None:
-        self.worker, self.env, self.kill_after, self.places = worker, env, kill_after, places
+    def __init__(self, worker: socket.socket, env: dict[bytes, bytes], timeout: float, kill_after: float, places: int) -> None:
+        self.worker, self.env, self.timeout, self.kill_after, self.places = worker, env, timeout, kill_after, places
+        worker.setblocking(False)
         self.alive = True  # the worker is
         self.runs: dict[int, Run] = {}  # by pid
         self.waiting: dict[str, tuple[dict, list[int | None], float]] = {}  # {run: (order, files, until when)}, oldest first
-        self.heard, self.fds, self.unsent = b"", [], b""
+        self.heard, self.fds = b"", []  # of the line that is not yet whole, and of those to come; ... is where some are lost
+        self.unsent, self.tell_at = b"", 0.0  # what the worker is to be told, and when at the latest
 
     def run(self) -> None:
         """Serve until the worker is gone and no handler runs."""
@@ -264,12 +268,12 @@ class Supervisor:
             signal.signal(number, lambda *_: None)
         poll = select.poll()
         poll.register(ear, select.POLLIN)
+        poll.register(self.worker, select.POLLIN)
         while self.alive or self.runs or self.waiting:
-            if self.alive:
-                poll.register(self.worker, select.POLLIN | (select.POLLOUT if self.unsent else 0))
             due = [run.end_at for run in self.runs.values() if run.end_at is not None]
             if self.alive:
                 due += [until for *_, until in self.waiting.values()]
+                due += [self.tell_at] if self.unsent else []
             ready = dict(poll.poll(max(0.0, min(due) - time.monotonic()) * 1000 if due else None))
             if ear in ready:
                 os.read(ear, 65536)
@@ -284,13 +288,13 @@ class Supervisor:
                 self.start(order, files)
             if self.alive:
                 self.give_back([run for run, (*_, until) in self.waiting.items() if until <= time.monotonic()], q.NO_PLACE)
-            if self.unsent and self.alive:
+            if self.unsent and self.alive and (len(self.waiting) < self.places or self.tell_at <= time.monotonic()):
                 self.send()
 
     def listen(self) -> bool:
         """Do what the worker says; False when it is gone."""
         try:
-            heard, fds, flags, _ = socket.recv_fds(self.worker, 65536, 3, socket.MSG_DONTWAIT)
+            heard, fds, flags, _ = socket.recv_fds(self.worker, 65536, 3 * BATCH)
         except BlockingIOError:
             return True
         except OSError:
@@ -298,22 +302,30 @@ class Supervisor:
         for fd in fds:
             os.set_inheritable(fd, False)
         self.fds += fds
-        if flags & socket.MSG_CTRUNC:  # we have no room for them
-            self.fds += [None] * (3 - len(fds))
+        if flags & socket.MSG_CTRUNC:  # we have no room for all of them
+            self.fds.append(...)
         *lines, self.heard = (self.heard + heard).split(b"\n")
-        for line in lines:
-            order = json.loads(line)
-            if "start" in order:
-                files, self.fds = self.fds[:3], self.fds[3:]
-                self.waiting[order["start"]] = order, files, time.monotonic() + WAITING_SECONDS
-            elif "end" in order:
+        for said in map(json.loads, lines):
+            if "start" in said:
+                files = self.take_fds(3 * len(said["start"]))
+                for n, order in enumerate(said["start"]):
+                    self.waiting[order["run"]] = order, files[3 * n : 3 * n + 3], time.monotonic() + WAITING_SECONDS
+            elif "end" in said:
                 for run in self.runs.values():
-                    if run.name == order["end"]:
-                        run.end(order["why"], order["now"])
-                self.give_back(self.waiting.keys() & {order["end"]}, order["why"])
+                    if run.name == said["end"]:
+                        run.end(said["why"], said["now"])
+                self.give_back(self.waiting.keys() & {said["end"]}, said["why"])
             else:
-                self.give_back(list(self.waiting), order["stop"])
+                self.give_back(list(self.waiting), said["stop"])
         return bool(heard)
+
+    def take_fds(self, number: int) -> list[int | None]:
+        """The descriptors that came with a line; None for the lost."""
+        fds, self.fds = self.fds[:number], self.fds[number:]
+        if ... in fds:
+            end = fds.index(...)
+            fds, self.fds = fds[:end] + [None] * (number - end), fds[end + 1 :] + self.fds
+        return fds
 
     def give_back(self, runs: Iterable[str], why: str) -> None:
         """Do not start what waits for a place, as if it had been ended at once."""
@@ -336,11 +348,11 @@ class Supervisor:
             actions = [(os.POSIX_SPAWN_DUP2, fd, number) for number, fd in enumerate(files)]
             pid = os.posix_spawnp(order["command"][0], order["command"], env, file_actions=actions, setsid=True,
                                   setsigdef=(signal.SIGPIPE, signal.SIGXFSZ))  # fmt: skip
-            self.runs[pid] = Run(order["start"], pid, files[1], order["exits"], order["timeout"])
+            self.runs[pid] = Run(order["run"], pid, files[1], order["exits"], self.timeout)
             files[1] = None  # stays open
         except (OSError, ValueError) as error:  # the latter for a NUL, from a writer that checks nothing
             refused = isinstance(error, ValueError) or error.errno == errno.E2BIG
-            self.tell({"run": order["start"], "error": str(error), "refused": refused})
+            self.tell({"run": order["run"], "error": str(error), "refused": refused})
         finally:
             os.chdir("/")  # keeps no file system busy
             close(files)
@@ -356,7 +368,6 @@ class Supervisor:
                 run.kill(signal.SIGKILL)  # whoever of its group is left; a daemon of one that ended well is let be
             code, why = 128 - code if code < 0 else code, run.why if run.ended else None
             self.tell({"run": run.name, "code": code, "why": why, "seconds": time.monotonic() - run.started})
-            self.send()
             try:
                 fd = os.open(run.exits, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
                 os.write(fd, f"{run.name} {code}{f' {why}' if why else ''}\n".encode())
@@ -366,13 +377,15 @@ class Supervisor:
             os.close(run.out)
 
     def tell(self, message: dict) -> None:
+        if not self.unsent:
+            self.tell_at = time.monotonic() + GROUP_SECONDS
         self.unsent += json.dumps(message).encode() + b"\n"
 
     def send(self) -> None:
         try:
-            self.unsent = self.unsent[self.worker.send(self.unsent, socket.MSG_DONTWAIT) :]
+            self.unsent = self.unsent[self.worker.send(self.unsent) :]
         except BlockingIOError:
-            pass  # it is busy; listen to it meanwhile
+            self.tell_at = time.monotonic() + GROUP_SECONDS  # it is busy; listen to it meanwhile
         except OSError:
             self.unsent = b""  # it is gone
 
@@ -380,28 +393,49 @@ class Supervisor:
 class SupervisorProcess:
     """The worker's hold on a supervisor."""
 
-    def __init__(self, env: dict[bytes, bytes], kill_after: float, places: int) -> None:
+    def __init__(self, env: dict[bytes, bytes], timeout: float, kill_after: float, places: int) -> None:
         """Fork one. To be done while there is no other thread."""
         self.socket, theirs = socket.socketpair()
         self.free = places  # what it can start at once; less than none when some wait
+        self.orders, self.files = [], []  # not yet sent, and their descriptors
         self.heard = b""
         self.pid = os.fork()
         if self.pid == 0:
             code = 1
             try:
-                Supervisor(theirs, env, kill_after, places).run()
+                Supervisor(theirs, env, timeout, kill_after, places).run()
                 code = 0
             finally:
                 os._exit(code)
         theirs.close()
 
-    def say(self, order: dict, fds: Sequence[int] = ()) -> None:
-        line = json.dumps(order).encode() + b"\n"
+    def order(self, order: dict, fds: Sequence[int]) -> None:
+        """Have a run started, once send_orders() is called. The descriptors are closed then."""
+        self.free -= 1
+        self.orders.append(order)
+        self.files += fds
+
+    def send_orders(self) -> list[tuple[str, OSError]]:
+        """Send all orders. Returns those that cannot be sent, and why: [(run, error), …]."""
+        if not self.orders:
+            return []
+        orders, files, self.orders, self.files = self.orders, self.files, [], []
+        try:
+            self.say({"start": orders}, files)
+            return []
+        except OSError as error:  # too many descriptors are under way
+            self.free += len(orders)
+            return [(order["run"], error) for order in orders]
+        finally:
+            close(files)
+
+    def say(self, what: dict, fds: Sequence[int] = ()) -> None:
+        line = json.dumps(what).encode() + b"\n"
         try:
             sent = socket.send_fds(self.socket, [line], fds)
             if sent < len(line):
                 self.socket.sendall(line[sent:])
-        except OSError:
+        except ConnectionError:
             pass  # it was killed: hear() will say so
 
     def hear(self) -> list[dict]:
@@ -451,7 +485,7 @@ class Worker:
         # To start a program makes its parent wait, and longer the busier the machine is: hence one for each processor.
         number, env = min(args.concurrency, os.cpu_count() or 1), clean_environment()
         places = [args.concurrency // number + (n < args.concurrency % number) for n in range(number)]
-        self.supervisors = [SupervisorProcess(env, args.kill_after, n) for n in places]
+        self.supervisors = [SupervisorProcess(env, args.timeout, args.kill_after, n) for n in places]
         for supervisor in self.supervisors:
             self.poll.register(supervisor.socket, select.POLLIN)
         self.seconds = float("inf")  # that runs took of late
@@ -520,22 +554,29 @@ class Worker:
             return self.end(task, partial(self.put_back, task, str(error), NO_HANDLER_SECONDS))
         run, fds = f"{self.logs}/{task.run_name}", []
         try:
-            try:
-                fds.append(stdin_file(text.encode()))
-                fds.append(self.output(f"{run}.out"))
-                fcntl.flock(fds[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)  # held until the handler and its heirs are gone
-                fds.append(self.output(f"{run}.err"))
-            except OSError as error:  # the disk is full, too many files, …: not the task's fault
-                return self.end(task, partial(self.put_back, task, f"{NOT_STARTED}: {error}", RETRY_SECONDS[-1]))
-            order = {"start": task.run_name, "command": command, "env": self.environment(task, envelope),
-                     "cwd": [*self.workspace(data), self.cwd], "timeout": self.args.timeout,
-                     "exits": str(q.exits_file(self.state, task.owner))}  # fmt: skip
-            supervisor = max(self.supervisors, key=lambda one: one.free)
-            self.runs[task.run_name] = task, supervisor
-            supervisor.say(order, fds)
-            supervisor.free -= 1
-        finally:
+            fds.append(stdin_file(text.encode()))
+            fds.append(self.output(f"{run}.out"))
+            fcntl.flock(fds[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)  # held until the handler and its heirs are gone
+            fds.append(self.output(f"{run}.err"))
+        except OSError as error:  # the disk is full, too many files, …: not the task's fault
             close(fds)
+            return self.not_started(task, error)
+        order = {"run": task.run_name, "command": command, "env": self.environment(task, envelope),
+                 "cwd": [*self.workspace(data), self.cwd], "exits": str(q.exits_file(self.state, task.owner))}  # fmt: skip
+        supervisor = max(self.supervisors, key=lambda one: one.free)
+        self.runs[task.run_name] = task, supervisor
+        supervisor.order(order, fds)
+        if supervisor.free >= 0 or len(supervisor.orders) == BATCH:
+            self.hand_over(supervisor)
+
+    def hand_over(self, supervisor: SupervisorProcess) -> None:
+        """Send a supervisor what was ordered."""
+        for run, error in supervisor.send_orders():
+            self.not_started(self.runs.pop(run)[0], error)
+
+    def not_started(self, task: q.Task, error: OSError | str) -> None:
+        """Put a task back whose handler could not be started, by no fault of its own."""
+        self.end(task, partial(self.put_back, task, f"{NOT_STARTED}: {error}", RETRY_SECONDS[-1]))
 
     def workspace(self, data: dict) -> list[str]:
         """Where a handler should run: data.workspace_path, if that can be one."""
@@ -588,17 +629,21 @@ class Worker:
         for told in ended:
             task, _ = self.runs.pop(told["run"])
             if "code" in told:
-                self.pace(told["seconds"] if told["why"] != q.NO_PLACE else float("inf"))
+                self.pace(told)
                 verdict = partial(q.settle, task=task, exit_code=told["code"], why=told["why"])
             elif told["refused"]:
                 verdict = partial(self.bury, task, f"{NOT_STARTED}: {told['error']}")
             else:
-                verdict = partial(self.put_back, task, f"{NOT_STARTED}: {told['error']}", RETRY_SECONDS[-1])
+                self.not_started(task, told["error"])
+                continue
             self.end(task, verdict, told.get("seconds", 0.0))
 
-    def pace(self, seconds: float) -> None:
-        """Keep in mind how long runs take, by a moving average."""
-        self.seconds = min(self.seconds, seconds) * 0.9 + seconds * 0.1
+    def pace(self, ended: dict) -> None:
+        """Keep in mind how long runs take, by a moving average; without end, when one found no place."""
+        if ended["why"] == q.NO_PLACE:
+            self.seconds = float("inf")
+        elif ended["why"] is None:
+            self.seconds = min(self.seconds, ended["seconds"]) * 0.9 + max(ended["seconds"], 0.0001) * 0.1
 
     def start_afresh(self) -> NoReturn:
         """A supervisor was killed: nobody will hear how its handlers end. So end as if killed; another life recovers.
@@ -665,6 +710,8 @@ class Worker:
                 self.cancel_requested(conn)
             for task in self.claim(conn):
                 self.start(task)
+            for supervisor in self.supervisors:
+                self.hand_over(supervisor)
             reports = self.record(conn)
             if self.trouble:
                 say("the database can be used again; going on")
@@ -689,8 +736,8 @@ class Worker:
         """Claim a task for each free place, one of each queue in turn."""
         for queue in self.args.queues:
             q.ensure_queue(conn, queue)
-        places, ahead = self.args.concurrency, max(4, self.args.concurrency)
-        ahead = ahead if self.seconds * ahead / places < PREFETCH_SECONDS else 0
+        places = self.args.concurrency
+        ahead = min(AHEAD, int(PREFETCH_SECONDS * places / self.seconds))
         free = 0 if self.stops else places + ahead - len(self.runs)
         if free <= ahead // 2:  # enough is at hand; to claim several costs little more than to claim one
             return []

@@ -20,6 +20,11 @@ def group_lives(group: int) -> bool:
     return any(line.split()[0] == str(group) and not line.split()[1].startswith("Z") for line in listed)
 
 
+def children(pid: int) -> list[int]:
+    """The processes that it started and that are not yet gone."""
+    return [int(child) for child in subprocess.run(["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True).stdout.split()]
+
+
 def lines(path: Path) -> list[str]:
     """The whole lines of a file that may not be there yet."""
     return path.read_text().split("\n")[:-1] if path.exists() else []

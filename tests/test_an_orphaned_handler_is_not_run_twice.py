@@ -1,13 +1,12 @@
 import json
 import os
 import signal
-import subprocess
 import time
 from pathlib import Path
 
 import pytest
 from conftest import wait_for
-from processes import lines, lives, stays_true
+from processes import children, lines, lives, stays_true
 
 WAIT = """#!/bin/sh
 echo "$$" >>"$HOME/runs"
@@ -267,7 +266,7 @@ def test_a_handler_holds_no_descriptors_but_its_own(installation):
 
 def test_a_supervisor_leaves_with_its_worker(installation):
     worker = installation.worker("notifications", "--concurrency", 4)
-    of_it = subprocess.run(["ps", "-o", "pid=", "--ppid", str(worker.pid)], capture_output=True, text=True).stdout.split()
-    assert of_it and all(lives(int(pid)) for pid in of_it)
+    of_it = children(worker.pid)
+    assert of_it and all(map(lives, of_it))
     worker.kill()
-    wait_for(lambda: not any(lives(int(pid)) for pid in of_it), 5, "the supervisors' end")
+    wait_for(lambda: not any(map(lives, of_it)), 5, "the supervisors' end")

@@ -1,4 +1,6 @@
+import ctypes
 import os
+import resource
 import shutil
 import signal
 import sqlite3
@@ -9,7 +11,7 @@ import time
 
 import pytest
 from conftest import ROOT, wait_for
-from processes import lines, stays_true
+from processes import children, lines, stays_true
 
 WAIT = '#!/bin/sh\necho run >>"$HOME/runs"\nuntil [ -e "$HOME/go" ]; do sleep 0.02; done\necho done\n'
 QUICK = "#!/bin/sh\n"
@@ -332,6 +334,28 @@ def test_no_file_events_could_be_had(installation, limit):
         assert time.monotonic() - began < 1
         time.sleep(0.4)  # until it sleeps again
     assert log.read_text().count("no file events") == 1
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="how many descriptors may be under way is Linux's to limit")
+def test_there_were_too_few_descriptors_for_all_its_places(installation):
+    """Neither a worker nor its supervisors have the 120 descriptors that 40 handlers would need, nor may they be under way."""
+
+    def few_descriptors():
+        for capability in (21, 24):  # CAP_SYS_ADMIN and CAP_SYS_RESOURCE: root's would let any number be under way
+            ctypes.CDLL(None).prctl(24, capability)  # PR_CAPBSET_DROP
+        resource.setrlimit(resource.RLIMIT_NOFILE, (48, 48))
+
+    installation.handler("any", '#!/bin/sh\necho run >>"$HOME/runs"\n')
+    worker = installation.worker("notifications", "--concurrency", 40, preexec_fn=few_descriptors)
+    for supervisor in children(worker.pid):
+        os.kill(supervisor, signal.SIGSTOP)
+    installation.enqueue("notifications", "any", "--jsonl", input='{"n": 1}\n' * 60)
+    wait_for(lambda: "could not be started" in worker.log.read_text(), what="a handler that cannot be started")
+    for supervisor in children(worker.pid):
+        os.kill(supervisor, signal.SIGCONT)
+    wait_for(lambda: len(installation.rows("select 1 from task_history")) == 60, 30, "the end of all tasks")
+    assert installation.rows("select status, attempts, count(*) from task_history") == [("completed", 1, 60)]
+    assert len(lines(installation.directory / "runs")) == 60
 
 
 def test_nobody_reads_what_it_says_any_more(installation):
