@@ -963,7 +963,7 @@ def runs_of(life: dict) -> list[RunFiles]:
                 match = pattern.fullmatch(entry.name)
                 if match:
                     path = entry.path[: -len(".out")]
-                    changed = max(entry.stat().st_mtime, runs[path].changed if path in runs else 0.0)
+                    changed = max(entry.stat().st_ctime, runs[path].changed if path in runs else 0.0)
                     runs[path] = RunFiles(int(match[2]), path, changed)
     except OSError:
         pass
@@ -1033,7 +1033,7 @@ def follow_logs(conn: q.Connection, found: Found) -> int:
                     files[ending] = open(f"{runs[-1].path}.{ending}", "rb")  # noqa: SIM115
                     copy_new(files, ending)
             except FileNotFoundError:
-                pass  # removed when it is empty at the run's end
+                pass  # it was empty when the run ended, and serves another
         if life["completed_at"] is not None:
             if not files:
                 write_output({"out": (life["result"] or "").encode(), "err": (life["log"] or "").encode()})

@@ -33,8 +33,8 @@ import select
 import signal
 import socket
 import sys
-import tempfile
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
@@ -45,7 +45,7 @@ import queue_helpers as q
 EX_USAGE = 64
 NO_HANDLER_SECONDS = 60.0  # a task without a handler is looked at again this often; it costs it no attempt
 RETRY_SECONDS = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0)  # while the database cannot be used
-GROUP_SECONDS = 0.005  # runs that end within this time of each other are recorded together: one wait for the disk
+GROUP_SECONDS = 0.01  # runs that end within this time of each other are recorded together: one wait for the disk
 BUSY_TIMEOUT_MS = 1_000  # shorter than elsewhere: handlers' timeouts are watched between two tries
 WAL_WARN_BYTES = 4 * q.WAL_BYTES
 NOT_STARTED = "its handler could not be started"
@@ -57,6 +57,7 @@ WAITING_SECONDS = 0.05  # those that have none by then go back
 # A handler must not take itself for a part of whoever started the worker, or for a part of the worker's own uv run.
 SCRUBBED = ("CLAUDECODE", "CLAUDE_CODE_ENTRYPOINT", "CLAUDE_CODE_SSE_PORT", "CLAUDE_CODE_SESSION_ID", "CLAUDE_CODE_EXECPATH",
             "CLAUDE_PROJECT_DIR", "CLAUDE_ENV_FILE", "CLAUDE_PLUGIN_ROOT", "VIRTUAL_ENV", "UV_RUN_RECURSION_DEPTH")  # fmt: skip
+TOLD = ("TASK_ID", "TASK_TYPE", "TASK_QUEUE", "TASK_ATTEMPT", "TASK_DEPTH", "TASK_QUEUE_STATE")  # to each handler
 
 Verdict = Callable[[q.Connection], tuple]  # records how a run ended, in a transaction: (outcome, error)
 
@@ -155,8 +156,11 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def clean_environment() -> dict[bytes, bytes]:
-    """Our environment without what would have a handler take itself for a part of something else."""
-    env = {name: value for name, value in os.environ.items() if name not in SCRUBBED}
+    """Our environment without what would have a handler take itself for a part of something else.
+
+    As bytes, which spares the system's calls their conversion at each start.
+    """
+    env = {name: value for name, value in os.environ.items() if name not in SCRUBBED + TOLD}
     if "VIRTUAL_ENV" in os.environ:  # uv run put its own bin first
         ours = os.path.join(os.environ["VIRTUAL_ENV"], "bin")
         env["PATH"] = os.pathsep.join(p for p in env.get("PATH", "").split(os.pathsep) if p != ours)
@@ -179,11 +183,40 @@ def nonblocking_pipe() -> tuple[int, int]:
 
 def stdin_file(raw: bytes) -> int:
     """A file for a handler's stdin, in memory where that can be had. No pipe: nothing blocks that is not read."""
-    fd = os.memfd_create("task") if hasattr(os, "memfd_create") else os.dup(tempfile.TemporaryFile().fileno())
+    if hasattr(os, "memfd_create"):
+        fd = os.memfd_create("task")
+    else:
+        import tempfile
+
+        fd = os.dup(tempfile.TemporaryFile().fileno())
     if os.pwrite(fd, raw, 0) < len(raw):  # leaves the position at 0
         os.close(fd)
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     return fd
+
+
+def reuse(empty: str, path: str) -> int | None:
+    """Open a finished run's output file under a new name; None unless it is empty and nobody else has it open.
+
+    So silent handlers do not leave two files each until the next clean-up. Linux only.
+    """
+    try:
+        if os.stat(empty).st_size:
+            return None
+        fd = os.open(empty, os.O_RDWR | os.O_APPEND | os.O_CLOEXEC)
+    except OSError:
+        return None
+    try:
+        fcntl.fcntl(fd, fcntl.F_SETSIG, signal.SIGURG)  # to be sent to us if it is opened now: one that does nothing
+        fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_WRLCK)  # refused where somebody reads it, or a daemon may still write
+        fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_UNLCK)
+        if os.fstat(fd).st_size == 0:
+            os.rename(empty, path)
+            return fd
+    except OSError:
+        pass
+    os.close(fd)
+    return None
 
 
 def say(line: str) -> None:
@@ -338,7 +371,7 @@ class Supervisor:
         try:
             if None in files:
                 raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
-            env = self.env | {name.encode(): os.fsencode(value) for name, value in order["env"].items()}
+            env = self.env | order["env"]  # they have no name in common: see TOLD
             for directory in (*order["cwd"], "/"):
                 try:
                     os.chdir(directory)
@@ -489,6 +522,7 @@ class Worker:
         for supervisor in self.supervisors:
             self.poll.register(supervisor.socket, select.POLLIN)
         self.seconds = float("inf")  # that runs took of late
+        self.empties: deque[str] = deque(maxlen=4 * (args.concurrency + AHEAD))  # output files that may be
 
     def set(self) -> None:
         """Wake the loop; this makes us a listener of the watch."""
@@ -588,7 +622,11 @@ class Worker:
         self.runs[run][1].say({"end": run, "why": why, "now": now})
 
     def output(self, path: str) -> int:
-        """A new file for a handler's output."""
+        """A file for a handler's output: one that a run left empty, else a new one."""
+        while self.empties:
+            fd = reuse(self.empties.pop(), path)
+            if fd is not None:
+                return fd
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_CLOEXEC
         try:
             return os.open(path, flags, 0o600)
@@ -611,14 +649,9 @@ class Worker:
         return [handler]
 
     def environment(self, task: q.Task, envelope: dict) -> dict[str, str]:
-        return {
-            "TASK_ID": task.task_id,
-            "TASK_TYPE": task.task_type,
-            "TASK_QUEUE": task.queue,
-            "TASK_ATTEMPT": str(task.attempts),
-            "TASK_DEPTH": str(q.depth_of(envelope) + 1),
-            "TASK_QUEUE_STATE": str(self.state),
-        }
+        depth = q.depth_of(envelope) + 1
+        values = task.task_id, task.task_type, task.queue, str(task.attempts), str(depth), str(self.state)
+        return dict(zip(TOLD, values, strict=True))
 
     def reap(self) -> None:
         """Give each handler that has ended its verdict."""
@@ -777,6 +810,10 @@ class Worker:
         with q.transaction(conn):
             outcomes = [verdict(conn) for _, verdict, _ in self.done]
         done, self.done = self.done, []
+        if hasattr(fcntl, "F_SETLEASE"):
+            for (task, *_), (outcome, _) in zip(done, outcomes):
+                if outcome == "completed":
+                    self.empties += (f"{self.logs}/{task.run_name}.out", f"{self.logs}/{task.run_name}.err")
         if self.args.then and any(outcome == "completed" for outcome, _ in outcomes):
             q.wake(self.state)
         return [(task, *outcome, took) for (task, _, took), outcome in zip(done, outcomes)]
