@@ -48,7 +48,7 @@ LONG_WORK = 20_000  # rows or pages; what is more gets a progress bar
 SPARE_SHARE = 0.1  # of the database's pages stay free: tomorrow's tasks need them
 NEWBORN_SECONDS = 60.0  # a lock file this young may not be locked yet
 WORKER_LOG_BYTES = 10 * 2**20  # a detached worker's own log is set aside then; the one before it goes
-RUN_FILE = re.compile(r"(?P<run>(?P<id>\d+)-\d+-.+)\.(?:out|err|exit)")
+RUN_FILE = re.compile(r"(?P<run>(?P<id>\d+)-\d+-.+)\.(?:out|err)")
 
 # ---------------------------------------------------------------------------------------------------------- statements
 

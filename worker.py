@@ -809,14 +809,14 @@ class Worker:
             return []
         with q.transaction(conn):
             outcomes = [verdict(conn) for _, verdict, _ in self.done]
-        done, self.done = self.done, []
-        if hasattr(fcntl, "F_SETLEASE"):
-            for (task, *_), (outcome, _) in zip(done, outcomes):
-                if outcome == "completed":
-                    self.empties += (f"{self.logs}/{task.run_name}.out", f"{self.logs}/{task.run_name}.err")
-        if self.args.then and any(outcome == "completed" for outcome, _ in outcomes):
+        reports = [(task, *outcome, took) for (task, _, took), outcome in zip(self.done, outcomes, strict=True)]
+        self.done = []
+        completed = [task for task, outcome, *_ in reports if outcome == "completed"]
+        if self.args.then and completed:
             q.wake(self.state)
-        return [(task, *outcome, took) for (task, _, took), outcome in zip(done, outcomes)]
+        if hasattr(fcntl, "F_SETLEASE"):
+            self.empties += (f"{self.logs}/{task.run_name}{ending}" for task in completed for ending in (".out", ".err"))
+        return reports
 
     def serve(self) -> bool:
         """Hold the lock that says these queues have a worker: alone with --single, else with others. False if not had."""

@@ -61,7 +61,7 @@ def main() -> int:
                     times[name].append(time.perf_counter() - began)
         medians = {name: sorted(values)[len(values) // 2] * 1000 for name, values in times.items()}
         names = list(medians)
-        for base, ours in zip(names[::2], names[1::2]):
+        for base, ours in zip(names[::2], names[1::2], strict=True):
             print(f"{base:34} {medians[base]:6.1f} ms\n{ours:34} {medians[ours]:6.1f} ms   {medians[ours] / medians[base]:.2f} times")
     return 0
 

@@ -116,7 +116,7 @@ class Installation:
         """The finished task's row."""
         names = ("status", "attempts", "exit_code", "result", "log", "error")
         rows = self.rows(f"select {', '.join(names)} from task_history where task_id = ?", task_id)
-        return dict(zip(names, rows[0])) if rows else None
+        return dict(zip(names, rows[0], strict=True)) if rows else None
 
     def finished(self, task_id: str, seconds: float = 15.0) -> dict:
         """The finished task's row, once there is one."""

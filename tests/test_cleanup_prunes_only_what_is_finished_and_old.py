@@ -101,7 +101,7 @@ def make_log(installation, row_id: int, queue: str = "notifications"):
     """The output files of a finished run; its .out."""
     directory = installation.state / "logs" / queue
     directory.mkdir(parents=True, exist_ok=True)
-    for suffix in ("out", "err", "exit"):
+    for suffix in ("out", "err"):
         (directory / f"{row_id}-1-77-abcd.{suffix}").write_text("words")
     return directory / f"{row_id}-1-77-abcd.out"
 
@@ -119,8 +119,8 @@ def test_logs_go_with_their_tasks_and_not_before(old):
     waiting = make_log(old, old.rows("select id from notifications")[0][0])
     other = old.state / "logs" / "notifications" / "notes.txt"
     other.write_text("mine")
-    assert cleanup(old)["log_files"] == 6
-    assert not pruned.exists() and not pruned.with_suffix(".err").exists() and not pruned.with_suffix(".exit").exists()
+    assert cleanup(old)["log_files"] == 4
+    assert not pruned.exists() and not pruned.with_suffix(".err").exists()
     assert not by_hand.exists()  # pruned with SQL
     assert kept.exists() and waiting.exists() and other.exists()
     assert unknown.exists()  # a task that is newer than what this run saw
@@ -132,7 +132,7 @@ def test_the_log_of_a_living_handler_stays(old):
         fcntl.flock(handler, fcntl.LOCK_EX)
         assert cleanup(old)["log_files"] == 0
         assert log.exists() and log.with_suffix(".err").exists()
-    assert cleanup(old)["log_files"] == 3
+    assert cleanup(old)["log_files"] == 2
 
 
 def test_stale_lock_files_go_and_held_ones_stay(old):

@@ -41,7 +41,8 @@ def fill(installation) -> None:
     lines = "".join(json.dumps({"workspace_path": f"/home/user/docs {n}"}) + "\n" for n in range(7))
     installation.enqueue("notifications", "link_validation", "--jsonl", input=lines)
     installation.enqueue("approvals", "review", "{}", "--delay", "3600", "--task-id", "later")
-    installation.sqlite3("insert into notifications (data) values ('%s')" % json.dumps({"hook_event_name": NAUGHTY}))
+    naughty = json.dumps({"hook_event_name": NAUGHTY})
+    installation.sqlite3(f"insert into notifications (data) values ('{naughty}')")
     installation.sqlite3(HISTORY)
 
 

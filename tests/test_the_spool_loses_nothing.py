@@ -31,7 +31,7 @@ def test_a_worker_is_woken_by_a_file_that_is_moved_in(installation):
 
 def test_files_come_in_by_age(installation, queue):
     for number in range(20):
-        os.utime(put(installation, f"{(number * 7) % 20}.json", '{"n": %d}' % number), (number, number))
+        os.utime(put(installation, f"{(number * 7) % 20}.json", json.dumps({"n": number})), (number, number))
     assert queue.take_in_spool(installation.state) == (20, [])
     assert [json.loads(data)["n"] for (data,) in installation.rows("select data from notifications order by id")] == list(range(20))
 
@@ -88,7 +88,7 @@ def take_in(state, barrier, results):
 
 def test_four_at_once_take_each_file_in_once(installation, queue):
     for number in range(200):
-        put(installation, f"{number}.json", '{"n": %d}' % number)
+        put(installation, f"{number}.json", json.dumps({"n": number}))
     spawn = multiprocessing.get_context("spawn")
     barrier, results = spawn.Barrier(4), spawn.Queue()
     processes = [spawn.Process(target=take_in, args=(installation.state, barrier, results)) for _ in range(4)]
