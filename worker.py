@@ -36,7 +36,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import NoReturn
 
@@ -575,10 +575,10 @@ class Worker:
 
     # ------------------------------------------------------------------------------------------------------- handlers
 
-    def start(self, task: q.Task) -> None:
+    def start(self, task: q.Task, command_for: Callable[[str], list[str]]) -> None:
         """Start the handler of a claimed task; what cannot be started gets its verdict at once."""
         try:
-            envelope, command = task.envelope, self.command_for(task)
+            envelope, command = task.envelope, command_for(task.task_type)
             data, text = envelope["data"], json.dumps(envelope)
         except (ValueError, RecursionError, TypeError, AttributeError) as error:
             return self.end(task, partial(self.bury, task, f"data is not a JSON object: {error}"))
@@ -586,19 +586,19 @@ class Worker:
             if "/" in task.task_type or task.task_type.startswith("."):
                 return self.end(task, partial(self.bury, task, f"{error}, nor can there be one"))
             return self.end(task, partial(self.put_back, task, str(error), NO_HANDLER_SECONDS))
-        run, fds = f"{self.logs}/{task.run_name}", []
+        run, fds = task.run_name, []
         try:
             fds.append(stdin_file(text.encode()))
-            fds.append(self.output(f"{run}.out"))
+            fds.append(self.output(f"{self.logs}/{run}.out"))
             fcntl.flock(fds[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)  # held until the handler and its heirs are gone
-            fds.append(self.output(f"{run}.err"))
+            fds.append(self.output(f"{self.logs}/{run}.err"))
         except OSError as error:  # the disk is full, too many files, …: not the task's fault
             close(fds)
             return self.not_started(task, error)
-        order = {"run": task.run_name, "command": command, "env": self.environment(task, envelope),
+        order = {"run": run, "command": command, "env": self.environment(task, envelope),
                  "cwd": [*self.workspace(data), self.cwd], "exits": str(q.exits_file(self.state, task.owner))}  # fmt: skip
         supervisor = max(self.supervisors, key=lambda one: one.free)
-        self.runs[task.run_name] = task, supervisor
+        self.runs[run] = task, supervisor
         supervisor.order(order, fds)
         if supervisor.free >= 0 or len(supervisor.orders) == BATCH:
             self.hand_over(supervisor)
@@ -637,13 +637,13 @@ class Worker:
             q.make_private(Path(path).parent)
         return os.open(path, flags, 0o600)
 
-    def command_for(self, task: q.Task) -> list[str]:
-        """What to run. LookupError when there is no handler for the task's type."""
+    def command_for(self, task_type: str) -> list[str]:
+        """What to run. LookupError when there is no handler for the task type."""
         if self.args.command is not None:
             return self.args.command
-        handler = f"{self.handlers}/{task.task_type}"
-        if "/" in task.task_type or task.task_type.startswith(".") or not os.path.isfile(handler):
-            raise LookupError(f"no handler {task.task_type!r} in {self.handlers}")
+        handler = f"{self.handlers}/{task_type}"
+        if "/" in task_type or task_type.startswith(".") or not os.path.isfile(handler):
+            raise LookupError(f"no handler {task_type!r} in {self.handlers}")
         if not os.access(handler, os.X_OK):
             raise LookupError(f"{handler} is not executable: chmod +x it")
         return [handler]
@@ -741,8 +741,9 @@ class Worker:
             if heard:
                 self.take_in_spool()
                 self.cancel_requested(conn)
+            command_for = cache(self.command_for)
             for task in self.claim(conn):
-                self.start(task)
+                self.start(task, command_for)
             for supervisor in self.supervisors:
                 self.hand_over(supervisor)
             reports = self.record(conn)
