@@ -963,6 +963,7 @@ def runs_of(life: dict) -> list[RunFiles]:
                 match = pattern.fullmatch(entry.name)
                 if match:
                     path = entry.path[: -len(".out")]
+                    # Not the mtime: a file that served another run before keeps that one's while nothing is written.
                     changed = max(entry.stat().st_ctime, runs[path].changed if path in runs else 0.0)
                     runs[path] = RunFiles(int(match[2]), path, changed)
     except OSError:

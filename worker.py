@@ -49,8 +49,7 @@ GROUP_SECONDS = 0.01  # runs that end within this time of each other are recorde
 BUSY_TIMEOUT_MS = 1_000  # shorter than elsewhere: handlers' timeouts are watched between two tries
 WAL_WARN_BYTES = 4 * q.WAL_BYTES
 NOT_STARTED = "its handler could not be started"
-BATCH = 32  # orders to a supervisor in one message, at most
-AHEAD = 16  # tasks claimed before there is a place for them, at most
+AHEAD = 16  # tasks claimed before there is a place for them, at most: one message brings them and their descriptors
 PREFETCH_SECONDS = 0.02  # tasks that should have their turn within this time are handed over before there is a place
 WAITING_SECONDS = 0.05  # those that have none by then go back
 
@@ -327,7 +326,7 @@ class Supervisor:
     def listen(self) -> bool:
         """Do what the worker says; False when it is gone."""
         try:
-            heard, fds, flags, _ = socket.recv_fds(self.worker, 65536, 3 * BATCH)
+            heard, fds, flags, _ = socket.recv_fds(self.worker, 65536, 3 * AHEAD)
         except BlockingIOError:
             return True
         except OSError:
@@ -600,7 +599,7 @@ class Worker:
         supervisor = max(self.supervisors, key=lambda one: one.free)
         self.runs[run] = task, supervisor
         supervisor.order(order, fds)
-        if supervisor.free >= 0 or len(supervisor.orders) == BATCH:
+        if supervisor.free >= 0:  # it can start at once; orders that will wait, no more than AHEAD, go together
             self.hand_over(supervisor)
 
     def hand_over(self, supervisor: SupervisorProcess) -> None:
