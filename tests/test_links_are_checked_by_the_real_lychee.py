@@ -4,6 +4,7 @@ import ctypes
 import http.server
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -521,6 +522,10 @@ def test_the_demo_goes_from_a_hook_to_a_completion(tmp_path):
     steps = ("scripts are ready", "workspace made", "worker started", "hook payload in", "task queued", "worker woken",
              "broken link found: README.md:4 -> pier.md", "completion queued")  # fmt: skip
     *lines, completion = demo.stdout.splitlines()
+    shown = (ROOT / "README.md").read_text().split("waits for what comes of it:")[1].split("```")[1].splitlines()[1:]
+    for line, real in zip(shown, demo.stdout.splitlines(), strict=True):  # … stands for anything, and a number for any
+        pattern = re.sub(r"\d+", "[0-9]+", re.escape(line.strip())).replace("…", ".*")
+        assert re.fullmatch(pattern, real.strip()), (line, real)
     assert [line.split("ms  ")[1].startswith(step) for line, step in zip(lines, steps, strict=True)] == [True] * len(steps)
     summary = json.loads(completion)
     assert (summary["total"], summary["successful"], summary["failed"]) == (2, 1, 1)
