@@ -25,7 +25,6 @@ import os
 import re
 import sqlite3
 import stat
-import sys
 import threading
 import time
 from collections import namedtuple
@@ -57,13 +56,7 @@ OUTPUT_BYTES = 65_536  # of a handler's stdout and stderr, each, kept in the his
 RESULT_BYTES = 16 * 2**20  # of a handler's stdout that may become the next task
 WAL_BYTES = 16 * 2**20  # what is kept of the write-ahead log once it has been written back
 SAFETY_TICK_SECONDS = 5.0  # look this often whatever the events say
-ORPHAN_TICK_SECONDS = 0.25  # the same while a handler outlives its worker
-POLL_SECONDS = 0.05  # the same where the platform has no events to give
-SLOW_COMMIT_SECONDS = 5.0  # how long a commit may take from its write to its being visible
-OWNER_CLOSED_SECONDS = 0.3  # how long a closed lock file is news; longer than all the looks after an event
 PROBE_SECONDS = 0.2  # whoever wants a lock outwaits those who only look whether it is held
-LOOK_AGAIN_SECONDS = (0.0, 0.001, 0.002, 0.004, 0.008, 0.016, 0.032, 0.064)  # after an event; 127 ms in all
-AFTER_A_CHANGE = 3  # which of these follows a change
 
 READY, CLAIMED, SCHEDULED, BLOCKED = 1, 2, 3, 4  # persist-queue also writes 0 for ready; it selects `status < 2`
 
@@ -159,11 +152,6 @@ VIEW_ARM = """select '{queue}' as queue, coalesce(task_id, '{queue}-' || id) as 
   max(attempts - 1, 0) as retry_count, coalesce(max_attempts, {max_attempts}) - 1 as max_retries, error as error_message
 from "{queue}" union all
 """
-
-LAST_ID = """
-select max(id) from (
-  select max(seq) as id from sqlite_sequence where name in (select value from json_each(:names))
-  union all select max(id) from "{queue}.bare")"""
 
 QUEUES = """
 select i.tbl_name from sqlite_master i where i.type = 'index' and i.name = i.tbl_name || '.ready' order by i.tbl_name"""
@@ -468,7 +456,10 @@ def _open(state: Path, db: str, busy_timeout_ms: int) -> Connection:
         conn.text_factory = lambda raw: raw.decode("utf-8", "replace")  # bash may have cast any bytes to text
         conn.execute("begin")  # one snapshot: another first open may be at work
         version = conn.execute("pragma user_version").fetchone()[0]
-        is_ours = version > SCHEMA_VERSION or _is_ours(conn, version)
+        tables = _tables(conn)
+        is_ours = version > SCHEMA_VERSION or "task_history" in tables
+        if version == 0:
+            is_ours = not tables or _module("queue_migrate").has_bare_queue(conn)
         conn.execute("commit")
         if version > SCHEMA_VERSION:
             raise QueueUnavailable(
@@ -486,7 +477,7 @@ def _open(state: Path, db: str, busy_timeout_ms: int) -> Connection:
                     os.chmod(f"{db}{sidecar}", 0o600)
         _switch_to_wal(conn)
         if version < SCHEMA_VERSION:
-            _migrate(conn)
+            _make_schema(conn)
     except BaseException:
         conn.close()
         raise
@@ -494,12 +485,25 @@ def _open(state: Path, db: str, busy_timeout_ms: int) -> Connection:
     return conn
 
 
-def _is_ours(conn: Connection, version: int) -> bool:
-    """Whether the database is a queue's, or empty, or has the bare table that a hook made."""
-    tables = [name for (name,) in conn.execute("select name from sqlite_master where type = 'table'")]
-    if version:
-        return "task_history" in tables
-    return all(name.startswith("sqlite_") for name in tables) or any(_is_bare_queue(conn, name) for name in tables)
+def _tables(conn: Connection) -> list[str]:
+    found = conn.execute("select name from sqlite_master where type = 'table' and name not like 'sqlite@_%' escape '@'")
+    return [name for (name,) in found]
+
+
+def _make_schema(conn: Connection) -> None:
+    """Make the schema in an empty database; what is not empty is queue_migrate's. In one transaction."""
+    with transaction(conn):
+        if conn.execute("pragma user_version").fetchone()[0] == SCHEMA_VERSION:
+            return  # made while we waited for the lock
+        if _tables(conn):
+            _module("queue_migrate").migrate(conn)
+        else:
+            for statement in HISTORY_SCHEMA.split(";\n"):
+                conn.execute(statement)
+            for queue in DEFAULT_QUEUES:
+                create_queue(conn, queue)
+            create_view(conn)
+        conn.execute(f"pragma user_version = {SCHEMA_VERSION}")
 
 
 def _switch_to_wal(conn: Connection) -> None:
@@ -519,28 +523,6 @@ def _switch_to_wal(conn: Connection) -> None:
             time.sleep(0.005)
 
 
-def _migrate(conn: Connection) -> None:
-    """Bring an older or empty database to SCHEMA_VERSION in one transaction; bare tables are adopted."""
-    with transaction(conn):
-        if conn.execute("pragma user_version").fetchone()[0] < SCHEMA_VERSION:  # not done while we waited for the lock
-            for statement in HISTORY_SCHEMA.split(";\n"):
-                conn.execute(statement)
-            bare = conn.execute("select name from sqlite_master where type = 'table'").fetchall()
-            for queue in sorted({*DEFAULT_QUEUES, *(name for (name,) in bare if _is_bare_queue(conn, name))}):
-                _create_queue(conn, queue)
-            _create_view(conn)
-            conn.execute(f"pragma user_version = {SCHEMA_VERSION}")
-
-
-def _is_bare_queue(conn: Connection, table: str) -> bool:
-    """Whether a hook made this table before any Python ran: id and data, and a name that a queue may have."""
-    try:
-        check_queue_name(table)
-    except InvalidTask:
-        return False
-    return [row[1] for row in conn.execute(f'pragma table_info("{table}")')] == ["id", "data"]
-
-
 def ensure_queue(conn: Connection, queue: str) -> None:
     """Create the queue's table, or adopt the bare one that a hook made: its rows and ids are kept."""
     check_queue_name(queue)
@@ -552,35 +534,21 @@ def ensure_queue(conn: Connection, queue: str) -> None:
                 if queue not in {name for (name,) in conn.execute(QUEUES)}:
                     if len(conn.queues) >= MAX_QUEUES:
                         raise InvalidTask(f"queue {queue!r} would be number {MAX_QUEUES + 1}: use an existing one")
-                    _create_queue(conn, queue)
-                    _create_view(conn)
+                    if queue in _tables(conn):
+                        _module("queue_migrate").adopt(conn, queue)
+                    else:
+                        create_queue(conn, queue)
+                    create_view(conn)
             conn.queues.add(queue)
 
 
-def _create_queue(conn: Connection, queue: str) -> None:
-    columns = [row[1] for row in conn.execute(f'pragma table_info("{queue}")')]
-    if columns:
-        if columns != ["id", "data"]:
-            raise QueueUnavailable(f"table {queue} in {conn.state / 'tasks.db'} is not a queue: use another queue name")
-        conn.execute(f'alter table "{queue}" rename to "{queue}.bare"')
+def create_queue(conn: Connection, queue: str) -> None:
+    """Make the queue's table and its indexes, within a transaction; create_view() has to follow."""
     for statement in QUEUE_SCHEMA.format(queue=queue, is_object=IS_OBJECT, is_envelope=IS_ENVELOPE).split(";\n"):
         conn.execute(statement)
-    if columns:
-        conn.execute(f"""insert into "{queue}" (id, data) select id, data from "{queue}.bare"
-                         where case when {IS_OBJECT} then 1 end order by id""")
-        conn.execute(f"""insert into task_history (queue, row_id, task_id, task_type, status, data, enqueued_at, error)
-                         select '{queue}', id, '{queue}-' || id, '{queue}', 'failed', coalesce(cast(data as text), ''),
-                                strftime('%Y-%m-%d %H:%M:%f', 'now'), 'was not a JSON object when the table was adopted'
-                         from "{queue}.bare" where case when {IS_OBJECT} then 0 else 1 end""")
-        (last_id,) = conn.execute(
-            LAST_ID.format(queue=queue), {"names": json.dumps([queue, f"{queue}.bare"])}
-        ).fetchone()
-        conn.execute(f'drop table "{queue}.bare"')
-        conn.execute("delete from sqlite_sequence where name = ?", (queue,))
-        conn.execute("insert into sqlite_sequence (name, seq) values (?, ?)", (queue, last_id or 0))
 
 
-def _create_view(conn: Connection) -> None:
+def create_view(conn: Connection) -> None:
     queues = [name for (name,) in conn.execute(QUEUES)]
     arms = "".join(VIEW_ARM.format(queue=queue, max_attempts=MAX_ATTEMPTS) for queue in queues)
     conn.execute("drop view if exists task_queue")
@@ -830,93 +798,6 @@ def backoff_delay(task: Task) -> float:
     return min(BACKOFF_CAP_SECONDS, base * 2.0 ** min(task.attempts - 1, 32)) * random.uniform(0.5, 1.0)
 
 
-def settle(conn: Connection, task: Task, exit_code: int, *, why: str | None = None,
-           delay: float | None = None) -> tuple[str | None, str | None]:  # fmt: skip
-    """Record how a handler's run ended, from its exit code and its output files, within a transaction.
-
-    Returns (outcome, error): "completed", "scheduled" (again), "failed", "cancelled", "put back", or None when the task
-    was no longer held. `why` the run was ended, if it was: STOPPED, NO_PLACE, CANCELLED, or the error to record, with
-    `delay` seconds until the next attempt (default: its back-off).
-    """
-    run = f"{conn.state}/logs/{task.run_name}"
-    told = {"exit_code": exit_code, "result": tail(f"{run}.out", OUTPUT_BYTES), "log": tail(f"{run}.err", OUTPUT_BYTES)}
-    if why == CANCELLED:
-        return ("cancelled" if finish(conn, task, "cancelled", error=why, **told) else None), None
-    if why in (STOPPED, NO_PLACE) and exit_code != 0:
-        return ("put back" if release(conn, task, error=why) else None), why
-    if why not in (None, STOPPED):
-        return nack(conn, task, error=why, delay=delay, **told), why
-    if exit_code == 0:
-        if task.then_queue:
-            try:
-                row = _next_row(task, tail(f"{run}.out", RESULT_BYTES))
-            except InvalidTask as refused:
-                error = f"done, but the next task was refused: {refused}"
-                return ("failed" if bury(conn, task, error=error, **told) else None), error
-        if not ack(conn, task, **told):
-            return None, None
-        if task.then_queue:
-            ensure_queue(conn, task.then_queue)
-            insert(conn, task.then_queue, row)
-        return "completed", None
-    if exit_code == EX_TEMPFAIL:
-        delay = _retry_after(told["result"])
-        error = "not now (exit 75)"
-        delay = backoff_delay(task) if delay is None else delay
-        return ("scheduled" if release(conn, task, delay=delay, error=error) else None), error
-    if exit_code == EX_DATAERR:
-        error = "refused by its handler (exit 65)"
-        return ("failed" if bury(conn, task, error=error, **told) else None), error
-    error = f"killed by {signal_name(exit_code - 128)}" if exit_code > 128 else f"exit {exit_code}"
-    last_words = told["log"].strip().rsplit("\n", 1)[-1][:200]
-    error += f": {last_words}" if last_words else ""
-    return nack(conn, task, error=error, **told), error
-
-
-def _next_row(task: Task, stdout: str) -> Row:
-    """The task that a result becomes: its payload is what the handler printed, if that is a JSON object."""
-    try:
-        data = json.loads(stdout)
-    except (ValueError, RecursionError):
-        data = None
-    data = data if isinstance(data, dict) else {"result": stdout}
-    source = {"queue": task.queue, "task_id": task.task_id}
-    task_id = f"{task.task_id.encode()[:470].decode('utf-8', 'ignore')}.{task.id}"  # one per row: a second result does not drown in a waiting first
-    return new_row(task.task_type, data, task_id, depth=task.depth + 1, source=source)
-
-
-def _retry_after(stdout: str) -> float | None:
-    """Seconds, where the last line is {"retry_after": SECONDS}."""
-    try:
-        seconds = json.loads(stdout.strip().rsplit("\n", 1)[-1])["retry_after"]
-        return min(max(float(seconds), 0.0), RETRY_AFTER_CAP_SECONDS)
-    except (ValueError, TypeError, KeyError, RecursionError):
-        return None
-
-
-def tail(path: str, size: int) -> str:
-    """The last size bytes of a file as text, "" where there is none."""
-    try:
-        length = os.stat(path).st_size
-        if length == 0:
-            return ""
-        with open(path, "rb", buffering=0) as file:
-            file.seek(max(0, length - size))
-            return file.read(size).decode("utf-8", "replace").replace("\0", "\ufffd")
-    except OSError:
-        return ""
-
-
-def signal_name(number: int) -> str:
-    """SIGKILL for 9, and so on."""
-    import signal
-
-    try:
-        return signal.Signals(number).name
-    except ValueError:
-        return f"signal {number}"
-
-
 # ---------------------------------------------------------------------------------------------------------- the spool
 
 
@@ -945,74 +826,6 @@ def spool(queue: str, text: str, state: Path | None = None) -> Path:
         os.close(directory_fd)
     wake(state or STATE_DIR)
     return directory / name
-
-
-def spool_directories(state: Path) -> list[Path]:
-    """The state's spool/QUEUE directories."""
-    try:
-        return sorted(Path(entry.path) for entry in os.scandir(state / "spool") if entry.is_dir())
-    except OSError:
-        return []
-
-
-def spooled_files(directory: Path) -> list[tuple[int, str, int]]:
-    """The tasks in a spool/QUEUE directory, oldest first: (mtime in ns, name, inode)."""
-    files = []
-    try:
-        for entry in os.scandir(directory):
-            if not entry.name.startswith(".") and entry.is_file(follow_symlinks=False):
-                found = entry.stat(follow_symlinks=False)
-                files.append((found.st_mtime_ns, entry.name, found.st_ino))
-    except FileNotFoundError:
-        pass
-    return sorted(files)
-
-
-def take_in_spool(state: Path | None = None) -> tuple[int, list[str]]:
-    """Move spooled tasks into the database, oldest first, each exactly once: (how many, complaints).
-
-    A file's identity is stored in the transaction that stores its task, and forgotten after the file is removed: a
-    crash in between, or another worker at the same time, takes nothing in twice. What is not a JSON object is moved
-    to spool/QUEUE/malformed and named in the complaints.
-    """
-    state, taken, complaints = state or STATE_DIR, 0, []
-    for directory in spool_directories(state):
-        files = spooled_files(directory)
-        if not files:
-            continue
-        try:
-            queue = check_queue_name(directory.name)
-        except InvalidTask as error:
-            complaints.append(f"{directory}: {error}")
-            continue
-        conn = connect(state)
-        ensure_queue(conn, queue)
-        for mtime, name, inode in files:
-            path, identity = directory / name, f"{queue}/{name}:{inode}:{mtime}"
-            try:
-                text = path.read_bytes().decode("utf-8-sig")
-                with transaction(conn):
-                    if path.stat().st_ino != inode:
-                        raise FileNotFoundError(path)
-                    if conn.execute(SPOOLED, {"file": identity}).rowcount == 1:
-                        conn.execute(on_queue(INSERT, queue), (text, READY, None, 0))
-                        taken += 1
-                path.unlink(missing_ok=True)
-                with _ErrorsExplained(conn):
-                    conn.execute(UNSPOOLED, {"file": identity})
-            except FileNotFoundError:
-                continue  # another worker took it
-            except OSError as error:
-                complaints.append(
-                    f"{path}: {error.strerror}; it cannot be taken in, or not removed: check the permissions"
-                )
-            except (InvalidTask, UnicodeDecodeError) as error:
-                aside = make_private(directory / "malformed") / f"{inode}-{name}"
-                path.rename(aside)
-                complaints.append(f"{aside}: {error}")
-    if taken:
-        wake(state)
-    return taken, complaints
 
 
 # --------------------------------------------------------------------------------------------- who is alive, recovery
@@ -1089,513 +902,44 @@ def resign(state: Path | None = None) -> None:
             os.close(fd)
 
 
-def recover(state: Path | None = None, *, crash_backoff: float = 0.0) -> tuple[list, int]:
-    """Take back the tasks of dead owners. Returns ([(task, outcome, error), …], how many handlers outlive them).
-
-    An owner is dead when its lock is free. While a handler of its still runs (it holds its output file's lock), its
-    task is left alone; one that ended left its exit status, which counts. Otherwise the task is ready again after
-    crash_backoff seconds, or buried when its attempts are spent.
-    """
-    conn, recovered, orphans = connect(state, create=False), [], 0
-    with _ErrorsExplained(conn):
-        claims = [(owner, queue) for (queue,) in conn.execute(QUEUES).fetchall()
-                  for (owner,) in execute(conn, OWNERS, queue)]  # fmt: skip
-    mine = _owners.get(conn.state, (None, None))[0]
-    for owner in {owner for owner, _ in claims if owner != mine}:
-        path, fd = conn.state / "workers" / os.path.basename(owner or NOBODY), None
-        try:
-            fd = lock_file(path, probe=True)
-            if fd is None:
-                continue  # alive
-        except FileNotFoundError:
-            pass  # nobody can hold what is not there
-        except OSError:
-            continue
-        try:
-            left = 0
-            with transaction(conn):
-                for queue in [queue for name, queue in claims if name == owner]:
-                    for row in execute(conn, CLAIMED_BY, queue, owner=owner).fetchall():
-                        done = _recover_task(conn, _task(queue, row), crash_backoff)
-                        left += done is None
-                        recovered += [done] if done else []
-            orphans += left
-            if not left:
-                exits_file(conn.state, owner).unlink(missing_ok=True)
-                path.unlink(missing_ok=True)
-        finally:
-            if fd is not None:
-                os.close(fd)
-    if recovered:
-        wake(conn.state)
-    return recovered, orphans
-
-
-@lru_cache(64)
-def exits_file(state: Path, owner: str | None) -> Path:
-    """Where an owner's supervisor appends a line `run_name exit_code` as handlers end, and why if they were ended."""
-    return state / "logs" / f"{os.path.basename(owner or NOBODY)}.exits"
-
-
-def _recover_task(conn: Connection, task: Task, crash_backoff: float) -> tuple[Task, str, str | None] | None:
-    """(task, outcome, error) of a dead owner's task, None while its handler runs."""
-    run = f"{conn.state / 'logs' / task.run_name}"
-    try:
-        fd = lock_file(f"{run}.out", probe=True)
-        if fd is None:
-            return None
-        os.close(fd)
-    except OSError:
-        pass  # it never started one
-    exits = tail(str(exits_file(conn.state, task.owner)), RESULT_BYTES)  # complete: the lock is free
-    end = re.search(rf"^{re.escape(task.run_name)} ([0-9]+)(?: (.+))?$", exits, re.MULTILINE)
-    if end and (int(end[1]) <= 128 or end[2]):
-        outcome, error = settle(conn, task, int(end[1]), why=end[2])
-    elif end:  # it was killed: fell with its worker
-        error = f"its worker died ({task.owner}), and its handler was killed by {signal_name(int(end[1]) - 128)}"
-        outcome, error = settle(conn, task, int(end[1]), why=error, delay=crash_backoff)
-    else:
-        error = f"its worker died ({task.owner})"
-        outcome = nack(conn, task, error=error, delay=crash_backoff)
-    return task, outcome or "lost", error
-
 
 _inherited: list[Connection] = []  # a child must not close its parent's connections: that would shut the parent's log
 
 
-def _before_fork() -> None:
-    """Close what can be closed: SQLite in a child would take its parent's locks on the same file for its own.
+def close_before_fork(conn: Connection | None) -> None:
+    """Close a connection unless a transaction of its is under way: a child would take SQLite's locks for its own."""
+    if conn in _connections and not conn.in_transaction:
+        conn.file = None  # has connect() open another
+        _connections.discard(conn)
+        conn.close()
 
-    That is the forking thread's connections and the watches'; they are opened again when wanted. Connections of other
-    threads are left as they are: a program that uses the queue in threads should fork before that, or use subprocess.
+
+def _before_fork() -> None:
+    """Close the forking thread's connections; they are opened again when wanted.
+
+    Connections of other threads are left as they are: a program that uses the queue in threads should fork before
+    that, or use subprocess.
     """
-    for watch in list(Watch.instances.values()):
-        watch._looking.acquire()
-    idle = [*_thread.__dict__.get("connections", {}).values(), *(watch._conn for watch in Watch.instances.values())]
-    for conn in idle:
-        if conn in _connections and not conn.in_transaction:
-            conn.file = None  # has connect() open another
-            _connections.discard(conn)
-            conn.close()
+    for conn in list(_thread.__dict__.get("connections", {}).values()):
+        close_before_fork(conn)
     _inherited.extend(_connections)
 
 
-def _after_fork_in_parent() -> None:
-    _inherited.clear()
-    for watch in list(Watch.instances.values()):
-        watch._looking.release()
-
-
 def _after_fork_in_child() -> None:
-    """A child opens its own connections, owns nothing of its parent's, and has no threads to wake it."""
-    global _thread, _connections, _owners_lock, _making
+    """A child opens its own connections, and owns nothing of its parent's."""
+    global _thread, _connections, _owners_lock
     _thread, _connections, _owners_lock = threading.local(), WeakSet(), threading.Lock()
-    _claims.clear()
-    _making = threading.RLock()
     for _, fd in _owners.values():
         os.close(fd)
     _owners.clear()
-    Watch.instances, Watch.lock = {}, threading.Lock()
-    inotify = sys.modules.get("watchdog.observers.inotify_c")
-    if hasattr(inotify, "InotifyFD"):  # watchdog 7 has one reader thread per process, and the child has not
-        inotify.InotifyFD._instance, inotify.InotifyFD._global_lock = None, threading.Lock()
 
 
 os.register_at_fork(
     before=_before_fork,
-    after_in_parent=_after_fork_in_parent,
+    after_in_parent=_inherited.clear,
     after_in_child=_after_fork_in_child,
 )
 
-
-# ------------------------------------------------------------------------------------------------- waking the sleepers
-
-
-def look_again(heard: threading.Event, look, pauses=LOOK_AGAIN_SECONDS) -> None:
-    """Call look() at growing intervals until they have all passed without an event and without a change.
-
-    Where one change follows the other, AFTER_A_CHANGE is where the intervals start: each look costs a reader's locks.
-
-    watchdog reports the write to the write-ahead log, but that comes before the commit can be seen (write, fsync,
-    then the shared index): whoever looks once per event misses one task in ten until the next event. An event that no
-    change has followed is waited for longer: the disk may be slow.
-    """
-    step, owed_until = 0, 0.0
-    while step < len(pauses) or time.monotonic() < owed_until:
-        if heard.wait(pauses[min(step, len(pauses) - 1)]):
-            heard.clear()
-            step, owed_until = 0, time.monotonic() + SLOW_COMMIT_SECONDS
-        else:
-            step += 1
-        if look():
-            step, owed_until = AFTER_A_CHANGE, 0.0
-
-
-def data_version(conn: Connection) -> tuple:
-    """A value that changes whenever another connection's commit becomes visible."""
-    return conn.file, conn.execute("pragma data_version").fetchone()[0]
-
-
-def is_wake(path: str) -> bool:
-    """Whether a write at this path may mean a commit."""
-    return os.path.basename(path) in ("tasks.db-wal", "wake")
-
-
-class Watch(threading.Thread):
-    """Tells its listeners when another connection has changed the database; one per process and state directory.
-
-    Listeners are objects with a set() method, held weakly. It also takes back the tasks of dead owners, the moment
-    their lock files are closed, and notices a deleted or replaced state directory. Without file events it polls.
-    """
-
-    instances: dict[Path, Watch] = {}
-    lock = threading.Lock()
-
-    @classmethod
-    def of(cls, state: Path | None = None) -> Watch:
-        """The running watch of this process on state."""
-        state = state or STATE_DIR
-        with cls.lock:
-            if state not in cls.instances:
-                cls.instances[state] = cls(state)
-                cls.instances[state].start()
-            return cls.instances[state]
-
-    def __init__(self, state: Path) -> None:
-        super().__init__(name=f"watch {state}", daemon=True)
-        self.state = state
-        self.listeners: WeakSet = WeakSet()
-        self.crash_backoff = 0.0  # seconds, for recover()
-        self.on_recovered = lambda task, outcome, error: None
-        self.on_deaf = lambda message: None  # file events cannot be had; called once
-        self._heard = threading.Event()
-        self._owner_closed_at = time.monotonic()  # so that the first looks recover
-        self._recovered_at = 0.0
-        self._orphans = 0
-        self._seen, self._written = None, None
-        self._looking, self._conn = threading.RLock(), None  # so that a fork does not take our connection along
-        self._observer, self._watching, self._ear, self._deaf = None, None, None, False
-
-    def notify(self) -> None:
-        """Have every listener look."""
-        for listener in list(self.listeners):
-            listener.set()
-
-    def dispatch(self, event) -> None:
-        """Hear of a write; this makes us a handler of watchdog's."""
-        path = os.fsdecode(event.dest_path or event.src_path)
-        directory = os.path.dirname(path)
-        if os.path.basename(directory) == "workers":
-            self._owner_closed_at = time.monotonic()
-            self._heard.set()
-        elif is_wake(path) or os.path.basename(os.path.dirname(directory)) == "spool":
-            self._heard.set()
-
-    def run(self) -> None:
-        while True:
-            tick = SAFETY_TICK_SECONDS
-            try:
-                # While there is work, looking is cheaper than having watchdog report each write; the ears open again
-                # once all has been quiet, and then we look as long again for what was written before they did.
-                self._listen(False)
-                look_again(self._heard, self._look, LOOK_AGAIN_SECONDS[:6])
-                self._listen(True)
-                quiet = self._seen
-                look_again(self._heard, self._look)
-                if self._observer is None:
-                    continue
-                while self._seen == quiet and not self._heard.wait(ORPHAN_TICK_SECONDS if self._orphans else tick):
-                    self._refresh()
-                    self.notify()
-                    self._look()
-            except Exception as error:
-                if not isinstance(error, (QueueError, sqlite3.Error, OSError)):
-                    self._report(error)
-                self._stop_observing()  # the state directory is gone or in trouble: its users find out when they look
-                self._seen = None
-                self.notify()
-                time.sleep(POLL_SECONDS)
-
-    def _report(self, error: Exception) -> None:
-        """Say what should not have happened: waking and recovery must outlive it."""
-        import logging
-
-        logging.getLogger(__name__).error("watching %s", self.state, exc_info=error)
-
-    def _look(self) -> bool:
-        """Pass on what can be seen now; whether there was anything."""
-        with self._looking:
-            self._conn = connect(self.state, create=False)
-            version = data_version(self._conn)
-        changed = version != self._seen
-        if changed:
-            self._seen = version
-            self.notify()
-        try:
-            written = os.stat(f"{self.state}/tasks.db-wal").st_mtime_ns
-        except OSError:
-            written = None
-        if written != self._written and not changed:
-            self._heard.set()  # as if watchdog had said so: it is not listened to all the time
-        self._written = written
-        # The event of a dead owner's file comes a little before its lock is free; hence again for a while.
-        now, tick = time.monotonic(), ORPHAN_TICK_SECONDS if self._orphans else SAFETY_TICK_SECONDS
-        if now < self._owner_closed_at + OWNER_CLOSED_SECONDS or now > self._recovered_at + tick:
-            recovered, self._orphans = recover(self.state, crash_backoff=self.crash_backoff)
-            self._recovered_at = time.monotonic()
-            for report in recovered:
-                self.on_recovered(*report)
-            if recovered:
-                self.notify()
-        return changed
-
-    def _listen(self, wanted: bool) -> None:
-        """Have the state directory watched, or not; workers and the spool always are. Without file events: wait."""
-        self._refresh()
-        if self._observer is None:
-            time.sleep(POLL_SECONDS)
-        elif wanted and self._ear is None:
-            from watchdog.events import FileClosedEvent, FileModifiedEvent
-
-            self._ear = self._observer.schedule(
-                self, str(self.state), event_filter=[FileClosedEvent, FileModifiedEvent]
-            )
-        elif not wanted and self._ear is not None:
-            self._observer.unschedule(self._ear)
-            self._ear = None
-
-    def _refresh(self) -> None:
-        """Start to observe; anew when one of the directories was made, removed or replaced."""
-        found = {}
-        for directory in (self.state, make_private(self.state / "workers"), *spool_directories(self.state)):
-            there = os.stat(directory)
-            found[str(directory)] = (there.st_dev, there.st_ino)
-        if found == self._watching:
-            return
-        self._stop_observing()
-        self._watching = found
-        try:
-            from watchdog.events import FileClosedEvent, FileMovedEvent
-            from watchdog.observers import Observer
-
-            observer = Observer()
-            for directory in found.keys() - {str(self.state)}:
-                observer.schedule(self, directory, event_filter=[FileClosedEvent, FileMovedEvent])
-            observer.daemon = True
-            observer.start()
-            self._observer = observer
-        except (ImportError, OSError) as error:
-            if not self._deaf:
-                self.on_deaf(f"no file events ({error}): looking every {POLL_SECONDS * 1000:.0f} ms instead")
-            self._deaf = True
-
-    def _stop_observing(self) -> None:
-        observer, self._observer, self._watching, self._ear = self._observer, None, None, None
-        if observer is not None:
-            observer.stop()
-
-
-class WakeEvent:
-    """What persist-queue's blocking get() waits on: a threading.Event that other processes set, too.
-
-    clear() does nothing: persist-queue clears after it has looked, and would lose what came in between. Instead each
-    thread remembers how far it has heard, and wait() returns at once when there was more.
-    """
-
-    def __init__(self, queue: str, state: Path) -> None:
-        self._queue, self._state = queue, state
-        self._changed, self._count = threading.Condition(), 0
-        self._heard = threading.local()
-
-    def set(self) -> None:
-        with self._changed:
-            self._count += 1
-            self._changed.notify_all()
-
-    def clear(self) -> None:
-        pass
-
-    def wait(self, timeout: float | None = None) -> bool:
-        """True when there is reason to look, False after timeout seconds."""
-        Watch.of(self._state).listeners.add(self)
-        timeout = sleep_seconds(connect(self._state), [self._queue], timeout)
-        with self._changed:
-            woken = self._changed.wait_for(lambda: self._count != getattr(self._heard, "count", -1), timeout)
-            self._heard.count = self._count
-            return woken
-
-
-def sleep_seconds(conn: Connection, queues, longest: float | None = None) -> float:
-    """How long a consumer may sleep if no event wakes it: until the next scheduled task, SAFETY_TICK_SECONDS at most."""
-    now = time.time()
-    due = [max(0.0, when - now) for when in (next_due(conn, queue) for queue in queues) if when is not None]
-    return min([SAFETY_TICK_SECONDS if longest is None else longest, *due])
-
-
-# -------------------------------------------------------------------------------------------------- the queue classes
-
-
-def get_queue(queue_name: str, **options):
-    """A persistqueue.SQLiteQueue whose get() hands a task over and finishes it: at most once.
-
-    Options are persist-queue's; those that would break the shared table are ignored.
-    """
-    return _lazy("SQLiteQueue")(str(STATE_DIR), check_queue_name(queue_name), **options)
-
-
-def get_ack_queue(queue_name: str, **options):
-    """A persistqueue.SQLiteAckQueue: get() -> (id, json_text), then ack(id), nack(id) or ack_failed(id).
-
-    Options: max_attempts (default 4), backoff (seconds, default 1), and persist-queue's.
-    """
-    return _lazy("SQLiteAckQueue")(str(STATE_DIR), name=check_queue_name(queue_name), **options)
-
-
-def dequeue_task(queue_name: str, timeout: float | None = None) -> dict | None:
-    """Take the next task and finish it: its envelope, or None when there is none.
-
-    Waits up to timeout seconds for one; without a timeout it does not wait.
-    """
-    queue = get_queue(queue_name)
-    try:
-        task = queue.get_task(block=timeout is not None, timeout=timeout)
-    except _lazy("Empty"):
-        return None
-    return task.envelope
-
-
-async def _to_its_end(function, *args, **options):
-    """(what a thread makes of a call, whether we were cancelled meanwhile): the call is never left half done."""
-    import asyncio
-    from functools import partial
-
-    running = asyncio.get_running_loop().run_in_executor(None, partial(function, *args, **options))
-    cancelled = False
-    while True:
-        try:
-            return await asyncio.shield(running), cancelled
-        except asyncio.CancelledError:
-            if running.cancelled():
-                raise
-            cancelled = True
-
-
-class Delivery:
-    """A task that consume() hands out, with the fields of Task.
-
-    Asking for the next one acks it. `async with` decides earlier: the block's end acks, an exception in it nacks and
-    is logged, and the loop goes on.
-    """
-
-    def __init__(self, task: Task, conn_state: Path) -> None:
-        self.task, self._state, self._settled = task, conn_state, False
-
-    def __getattr__(self, name):
-        return getattr(self.task, name)
-
-    async def __aenter__(self) -> Delivery:
-        return self
-
-    async def __aexit__(self, kind, error, traceback) -> bool:
-        import asyncio
-
-        if kind is not None and not issubclass(kind, Exception):  # cancelled: not this task's fault
-            self.settle_now(release)
-            return False
-        if error is not None:
-            import logging
-
-            logging.getLogger(__name__).error("queue %r: task %s failed", self.queue, self.task_id, exc_info=error)
-            _, cancelled = await _to_its_end(self.settle, nack, error=f"{kind.__name__}: {error}")
-        else:
-            _, cancelled = await _to_its_end(self.settle, ack)
-        if cancelled:
-            raise asyncio.CancelledError
-        return error is not None
-
-    def settle_now(self, verb, **told) -> None:
-        """settle(), without holding up the caller for longer than one wait for the lock; a thread tries again."""
-        try:
-            self.settle(verb, patient=False, **told)
-        except QueueBusy:
-            threading.Thread(target=self.settle, args=(verb,), kwargs=told, daemon=True).start()
-
-    def settle(self, verb, patient: bool = True, **told) -> None:
-        """Ack, nack or release, once; for as long as it takes, since nobody else may while this process lives."""
-        while not self._settled:
-            conn = connect(self._state)
-            try:
-                if self.task.owner != owner_name(self._state):
-                    done = False  # a forked child's copy
-                else:
-                    with transaction(conn):
-                        done = verb(conn, self.task, **told)
-            except QueueBusy:
-                if not patient:
-                    raise
-                continue
-            self._settled = True
-            if not done:
-                not_held(conn, self.task)
-            wake(self._state)
-
-
-async def consume(queue_name: str, *, max_attempts: int = MAX_ATTEMPTS, backoff: float = BACKOFF_SECONDS):
-    """Yield the queue's tasks for ever, as they come: `async for task in consume("approvals")`.
-
-    Asking for the next task acks the one before; leaving the loop (an exception, break, cancellation) nacks it.
-    Usable from many coroutines at once: each task goes to one.
-    """
-    import asyncio
-
-    check_queue_name(queue_name)
-    state, loop = STATE_DIR, asyncio.get_running_loop()
-    heard = _LoopEvent(loop)
-    Watch.of(state).listeners.add(heard)
-
-    def next_task() -> tuple[Task | None, float]:
-        conn = connect(state)
-        ensure_queue(conn, queue_name)
-        tasks = claim_ready(conn, queue_name, limit=1, max_attempts=max_attempts, backoff=backoff)
-        return (tasks[0], 0.0) if tasks else (None, sleep_seconds(conn, [queue_name]))
-
-    while True:
-        heard.event.clear()
-        (task, pause), cancelled = await _to_its_end(next_task)
-        if cancelled:
-            if task:
-                Delivery(task, state).settle_now(release)
-            raise asyncio.CancelledError
-        if task is None:
-            try:
-                await asyncio.wait_for(heard.event.wait(), pause)
-            except TimeoutError:
-                pass
-            continue
-        delivery = Delivery(task, state)
-        try:
-            yield delivery
-        except BaseException:
-            delivery.settle_now(nack, error="its consumer left the loop")
-            raise
-        _, cancelled = await _to_its_end(delivery.settle, ack)
-        if cancelled:
-            raise asyncio.CancelledError
-
-
-class _LoopEvent:
-    """An asyncio.Event that the watch's thread may set."""
-
-    def __init__(self, loop) -> None:
-        import asyncio
-
-        self.event, self._loop = asyncio.Event(), loop
-
-    def set(self) -> None:
-        try:
-            self._loop.call_soon_threadsafe(self.event.set)
-        except RuntimeError:
-            pass  # the loop is closed
 
 
 def claim_ready(conn: Connection, queue: str, **how) -> list[Task]:
@@ -1622,287 +966,37 @@ def not_held(conn: Connection, task: Task, verb: str = "acknowledged") -> None:
     logging.getLogger(__name__).warning(message, task.queue, task.id, verb, why)
 
 
-_claims: dict[tuple[Path, str, int], Task] = {}  # of this process's ack queues: {(state, queue, row): task}
+# ------------------------------------------------------------------------------------------------ the modules beside it
+
+_LATER = {
+    name: module
+    for module, names in {
+        "queue_owners": "settle tail signal_name spool_directories spooled_files take_in_spool recover exits_file",
+        "queue_wake": "Watch WakeEvent QueueWatcher look_again data_version is_wake sleep_seconds",
+        "queue_persist": "get_queue get_ack_queue dequeue_task SQLiteQueue SQLiteAckQueue Empty",
+        "queue_asyncio": "consume Delivery",
+    }.items()
+    for name in names.split()
+}
 
 
-def _persistqueue_classes() -> dict:
-    import persistqueue
+def _module(name: str):
+    """One of the modules beside this file. Raises ImportError that names it where somebody took this file alone."""
+    import importlib
 
-    class JsonObjects:
-        """persist-queue's serializer: JSON text in, the same text out."""
-
-        @staticmethod
-        def dumps(item, sort_keys: bool = False) -> str:
-            if isinstance(item, (bytes, bytearray)):
-                item = item.decode()
-            if isinstance(item, str):
-                return item  # the database checks it
-            if not isinstance(item, dict):
-                raise InvalidTask(f"a {type(item).__name__} was refused: put() takes a dict, or JSON text of an object")
-            return to_json(item)
-
-        @staticmethod
-        def loads(text: str) -> str:
-            return text
-
-    class SharedTable:
-        """What both classes do differently from persist-queue: the table is shared, and the database is asked.
-
-        Counts are the database's; a claim is one transaction; connections belong to threads.
-        """
-
-        _KEY_COLUMN = "id"
-        _SQL_INSERT = "insert into {table_name} (data, timestamp) values (?, ?)"
-
-        def __init__(self, path=None, name: str = "default", multithreading: bool = True, timeout: float | None = None,
-                     auto_commit: bool = True, serializer=None, db_file_name=None, **options) -> None:  # fmt: skip
-            # multithreading, auto_commit, serializer and db_file_name are as the shared table needs them.
-            self.state = Path(path or STATE_DIR).expanduser().absolute()
-            check_queue_name(name)
-            self.max_attempts = options.pop("max_attempts", MAX_ATTEMPTS)
-            self.backoff = options.pop("backoff", BACKOFF_SECONDS)
-            timeout = BUSY_TIMEOUT_MS / 1000 if timeout is None else timeout  # seconds, for the write lock
-            super().__init__(path=str(self.state), name=name, multithreading=True, timeout=timeout,
-                             serializer=JsonObjects, db_file_name="tasks.db", **options)  # fmt: skip
-
-        def _init(self) -> None:
-            self.tran_lock, self.action_lock = threading.Lock(), threading.Lock()
-            ensure_queue(self._conn, self.name)
-            self.put_event = WakeEvent(self.name, self.state)
-
-        # persist-queue keeps two connections and a count; here a connection is the thread's, a count the database's.
-        _conn = _getter = _putter = property(
-            lambda self: connect(self.state, busy_timeout_ms=int(self.timeout * 1000)), lambda self, value: None
-        )
-        total = property(lambda self: self._count(), lambda self, value: None)
-
-        @property
-        def _table_name(self) -> str:
-            return f'"{check_queue_name(self.name)}"'
-
-        def _count(self) -> int:
-            return execute(self._conn, COUNT_READY, self.name, now=time.time()).fetchone()[0]
-
-        def empty(self) -> bool:
-            return not has_ready(self._conn, self.name)
-
-        def put(self, item, block: bool = True) -> int | None:
-            """Store a dict or JSON text of an object; the row's id, None when its task_id is waiting or running."""
-            conn, text = self._conn, self._serializer.dumps(item)
-            ensure_queue(conn, self.name)
-            with transaction(conn):
-                cursor = conn.execute(on_queue(INSERT, self.name), (text, READY, None, 0))
-                row_id = cursor.lastrowid if cursor.rowcount == 1 else None
-            wake(self.state)
-            return row_id
-
-        put_nowait = put
-
-        def get_task(self, block: bool = True, timeout: float | None = None) -> Task:
-            """get(), as a Task."""
-            self._as_task.wanted = True
-            try:
-                return self.get(block=block, timeout=timeout)
-            finally:
-                self._as_task.wanted = False
-
-        _as_task = threading.local()
-
-        def _hand_over(self, task: Task | None, raw: bool):
-            if task is None or getattr(self._as_task, "wanted", False):
-                return task
-            if raw:
-                return {"pqid": task.id, "data": task.text, "timestamp": task.enqueued_at}
-            return self._plain(task)
-
-        def close(self) -> None:
-            """Nothing to close: connections are the threads', shared by their queues."""
-
-        def __del__(self) -> None:
-            pass
-
-    class SQLiteQueue(SharedTable, persistqueue.SQLiteQueue):
-        """persist-queue's SQLiteQueue on the shared table: get() hands the JSON text over and finishes the task."""
-
-        def _plain(self, task: Task) -> str:
-            return task.text
-
-        def _pop(self, rowid: int | None = None, raw: bool = False):
-            conn = self._conn
-            if not has_ready(conn, self.name):
-                return None
-            with transaction(conn):
-                while tasks := claim(conn, self.name, "get", row_id=rowid):
-                    error = unreadable(tasks[0]) if getattr(self._as_task, "wanted", False) else None
-                    if error is None:
-                        ack(conn, tasks[0])
-                        break
-                    bury(conn, tasks[0], error=error)
-            return self._hand_over(tasks[0] if tasks else None, raw)
-
-    class SQLiteAckQueue(SharedTable, persistqueue.SQLiteAckQueue):
-        """persist-queue's SQLiteAckQueue on the shared table: get() -> (id, json_text), then ack, nack or ack_failed.
-
-        The row is this process's until then; if it dies, the task goes to another. nack() backs off, and a task whose
-        attempts are spent goes to the history as failed.
-        """
-
-        def __init__(self, path=None, auto_resume: bool = True, **options) -> None:
-            super().__init__(path, auto_resume=auto_resume, **options)
-
-        def _plain(self, task: Task) -> tuple[int, str]:
-            return task.id, task.text
-
-        def resume_unack_tasks(self) -> None:
-            """Take back the tasks of dead processes; those of living ones are theirs."""
-            recover(self.state)
-
-        def _pop(self, rowid: int | None = None, next_in_order: bool = False, raw: bool = False):
-            conn = self._conn
-            if next_in_order:
-                row = execute(conn, NEXT_AFTER, self.name, id=rowid).fetchone()
-                rowid = row[0] if row else None
-            tasks = claim_ready(conn, self.name, row_id=rowid, max_attempts=self.max_attempts, backoff=self.backoff)
-            for task in tasks:
-                _claims[self.state, self.name, task.id], self._unack_cache[task.id] = task, task.text
-            return self._hand_over(tasks[0] if tasks else None, raw)
-
-        def _leave(self, verb, item, id, **told) -> int | bool:
-            """The row's id; False when this process no longer holds it, or never did. Nothing changes then."""
-            item, search = self._check_id(item, id)
-            if isinstance(item, tuple) and len(item) == 2:
-                item = item[0]
-            row_id = item if isinstance(item, int) else self._find_item_id(item, search)
-            conn, task = self._conn, _claims.get((self.state, self.name, row_id))
-            if task is None:
-                task = Task(self.name, row_id, None, None, None, None, 0, -1, None, None, None, "nobody", None)
-            with transaction(conn):
-                done = verb(conn, task, **told)
-            _claims.pop((self.state, self.name, row_id), None)  # not before: it may have been busy, and is tried again
-            self._unack_cache.pop(row_id, None)
-            if not done:
-                not_held(conn, task)
-                return False
-            wake(self.state)
-            return row_id
-
-        def ack(self, item=None, id: int | None = None) -> int | bool:
-            return self._leave(ack, item, id)
-
-        def nack(self, item=None, id: int | None = None, error: str = "nack") -> int | bool:
-            return self._leave(nack, item, id, error=error)
-
-        def ack_failed(self, item=None, id: int | None = None, error: str = "ack_failed") -> int | bool:
-            return self._leave(bury, item, id, error=error)
-
-        def unack_count(self) -> int:
-            return execute(self._conn, COUNT_CLAIMED, self.name).fetchone()[0]
-
-        def ready_count(self) -> int:
-            return self._count()
-
-        def acked_count(self) -> int:
-            return self._conn.execute(COUNT_FINISHED, {"queue": self.name, "status": "completed"}).fetchone()[0]
-
-        def ack_failed_count(self) -> int:
-            return self._conn.execute(COUNT_FINISHED, {"queue": self.name, "status": "failed"}).fetchone()[0]
-
-        def clear_acked_data(
-            self, max_delete: int = 1000, keep_latest: int = 1000, clear_ack_failed: bool = False
-        ) -> int:
-            """Delete finished tasks of this queue from the history, all but the latest; how many."""
-            values = {
-                "queue": self.name,
-                "failed": clear_ack_failed,
-                "limit": max_delete or -1,
-                "keep": keep_latest or 0,
-            }
-            with transaction(self._conn):
-                return self._conn.execute(CLEAR_FINISHED, values).rowcount
-
-    return {"SQLiteQueue": SQLiteQueue, "SQLiteAckQueue": SQLiteAckQueue, "Empty": persistqueue.Empty}
-
-
-def _watchdog_classes() -> dict:
-    from watchdog.events import FileSystemEventHandler
-
-    class QueueWatcher(FileSystemEventHandler):
-        """A watchdog handler that calls back when the queue has changed: QueueWatcher(QUEUE_PATH, callback).
-
-        The callback takes nothing and drains the queue: several tasks may come with one call, and a call may find
-        none. A coroutine function runs in the event loop in which this was made; made outside of one, in a loop of
-        its own. Calls do not overlap.
-        """
-
-        def __init__(self, queue_path, callback) -> None:
-            self.queue_path, self.callback = Path(queue_path).absolute(), callback
-            connect(self.queue_path)  # so that there is something to watch
-            self._heard, self._thread, self._seen, self._loop = threading.Event(), None, None, None
-            if sys.modules.get("asyncio"):
-                try:
-                    self._loop = sys.modules["asyncio"].get_running_loop()
-                except RuntimeError:
-                    pass
-
-        def on_modified(self, event) -> None:
-            if is_wake(os.fsdecode(event.src_path)):
-                self._heard.set()
-                if self._thread is None:  # watchdog calls from one thread
-                    self._thread = threading.Thread(
-                        target=self._run, name=f"QueueWatcher {self.queue_path}", daemon=True
-                    )
-                    self._thread.start()
-
-        on_closed = on_modified
-
-        def _run(self) -> None:
-            while self._heard.wait():
-                look_again(self._heard, self._look)
-
-        def _look(self) -> bool:
-            try:
-                version = data_version(connect(self.queue_path, create=False))
-                changed = version != self._seen
-                self._seen = version
-                if changed:
-                    self._call()
-                return changed
-            except QueueUnavailable:
-                return False  # the database was removed; whoever makes the next one is heard
-            except Exception:
-                import logging
-
-                logging.getLogger(__name__).exception("QueueWatcher(%s)", self.queue_path)
-                return False
-
-        def _call(self) -> None:
-            result = self.callback()
-            if hasattr(result, "__await__"):
-                import asyncio
-
-                async def whole():
-                    return await result
-
-                if self._loop is None or self._loop.is_closed():
-                    asyncio.run(whole())
-                else:
-                    asyncio.run_coroutine_threadsafe(whole(), self._loop).result()
-
-    return {"QueueWatcher": QueueWatcher}
-
-
-_making = threading.RLock()
-
-
-def _lazy(name: str):
-    with _making:
-        if name not in globals():
-            globals().update(_watchdog_classes() if name == "QueueWatcher" else _persistqueue_classes())
-        return globals()[name]
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name != name:
+            raise
+        here = os.path.dirname(os.path.abspath(__file__))
+        raise ImportError(f"{name}.py is missing in {here}: put it beside queue_helpers.py", name=name) from None
 
 
 def __getattr__(name: str):
-    """SQLiteQueue, SQLiteAckQueue, Empty and QueueWatcher, made when first asked for: their libraries are heavy."""
-    if name in ("SQLiteQueue", "SQLiteAckQueue", "Empty", "QueueWatcher"):
-        return _lazy(name)
+    """The names of the modules beside this one, which are loaded when first asked for: their libraries are heavy."""
+    if name in _LATER:
+        value = getattr(_module(_LATER[name]), name)
+        globals()[name] = value
+        return value
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -208,7 +208,7 @@ def test_an_older_schema_is_migrated_by_all_or_nothing(installation, queue, monk
         raise sqlite3.OperationalError("as if the disk had failed")
 
     with monkeypatch.context() as patched:
-        patched.setattr(queue, "_create_view", fails)
+        patched.setattr(queue, "create_view", fails)
         with pytest.raises(queue.QueueUnavailable, match="as if"):
             queue.connect()
     assert installation.sqlite3(".dump") == dump and installation.rows("pragma user_version") == [(0,)]

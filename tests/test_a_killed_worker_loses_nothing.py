@@ -165,7 +165,9 @@ def test_a_death_between_two_looks_is_heard_too(installation, queue, monkeypatch
     from watchdog.events import FileClosedEvent
 
     installation.enqueue("notifications", "any")
-    look_again, looks, died = queue.look_again, [], []
+    import queue_wake
+
+    look_again, looks, died = queue_wake.look_again, [], []
 
     def die_at_its_end(*args):
         look_again(*args)
@@ -176,7 +178,7 @@ def test_a_death_between_two_looks_is_heard_too(installation, queue, monkeypatch
             died.append(time.monotonic())
             watch.dispatch(FileClosedEvent(str(installation.state / "workers" / "1-dead")))
 
-    monkeypatch.setattr(queue, "look_again", die_at_its_end)
+    monkeypatch.setattr(queue_wake, "look_again", die_at_its_end)
     watch = queue.Watch(installation.state)
     watch.start()
     theirs = "select 1 from notifications where owner = '1-dead'"

@@ -417,7 +417,7 @@ def test_no_inotify_instances_left(home, tmp_path):
         pytest.skip("needs to be root, and a Python that everybody may run")
     public = Path(subprocess.run(["mktemp", "-d"], capture_output=True, text=True, check=True).stdout.strip())
     try:
-        for name in ("tasks.py", "queue_helpers.py"):
+        for name in ("tasks.py", *(path.name for path in MAIN.glob("queue_*.py"))):
             shutil.copy(MAIN / name, public)
         script = ("import ctypes, subprocess, sys\nlibc = ctypes.CDLL(None)\nwhile libc.inotify_init1(0) >= 0: pass\n"
                   "sys.exit(subprocess.run([sys.executable, '-B', sys.argv[1], 'doctor'], close_fds=True).returncode)")  # fmt: skip

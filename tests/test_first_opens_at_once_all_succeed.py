@@ -1,5 +1,6 @@
 """Thirty-two processes open a state directory that does not exist yet, at the same moment."""
 
+import importlib
 import os
 import sqlite3
 import subprocess
@@ -96,23 +97,24 @@ def test_twenty_rounds(tmp_path, kind):
         assert state.stat().st_mode & 0o777 == 0o700 and (state / "tasks.db").stat().st_mode & 0o777 == 0o600
 
 
-@pytest.mark.parametrize("moment", ["_is_ours", "_is_bare_queue", "_switch_to_wal", "_migrate", "transaction"])
+@pytest.mark.parametrize("moment", ["_tables", "has_bare_queue", "is_bare_queue", "_switch_to_wal", "_make_schema", "transaction"])
 @pytest.mark.parametrize("bare", [False, True], ids=["nothing was there", "a bare table was there"])
 def test_an_open_that_is_overtaken_half_way_by_another_first_open(installation, queue, monkeypatch, moment, bare):
     """The other makes the whole schema at each of the moments in which ours has looked, and not yet acted."""
     if bare:
         installation.state.mkdir()
         installation.sqlite3("CREATE TABLE notifications (id INTEGER PRIMARY KEY AUTOINCREMENT, data TEXT NOT NULL)")
-    elif moment == "_is_bare_queue":
+    elif moment in ("has_bare_queue", "is_bare_queue"):
         pytest.skip("it is asked of tables")
-    real, overtakings = getattr(queue, moment), []
+    module = queue if hasattr(queue, moment) else importlib.import_module("queue_migrate")
+    real, overtakings = getattr(module, moment), []
 
     def overtaken(*args, **options):
         if not overtakings:
             overtakings.append(installation.run("enqueue.py", "notifications", "t").returncode)
         return real(*args, **options)
 
-    monkeypatch.setattr(queue, moment, overtaken)
+    monkeypatch.setattr(module, moment, overtaken)
     assert queue.enqueue_tasks("notifications", [{"task_type": "t", "data": {}}])[0][1]
     assert overtakings in ([0], [75])  # or ours holds a lock at that moment, and the other says so
     assert installation.rows("select count(*) from notifications") == [(1 + overtakings.count(0),)]

@@ -143,7 +143,8 @@ def home(tmp_path):
     """A HOME with queue_helpers.py where the quick reference has it, a workspace, and no TASK_QUEUE_STATE."""
     library = tmp_path / ".claude/automation/lychee/runtime/lib"
     library.mkdir(parents=True)
-    shutil.copy(ROOT / "queue_helpers.py", library)
+    for module in ROOT.glob("queue_*.py"):
+        shutil.copy(module, library)
     (tmp_path / "workspace").mkdir()
     (tmp_path / "hook.py").write_text(OPTION_A)
     return tmp_path

@@ -27,7 +27,7 @@ def home(tmp_path):
     made = Installation(tmp_path)
     base = tmp_path / ".claude/automation/lychee"
     (base / "runtime/lib").mkdir(parents=True)
-    for script in (*SCRIPTS, "queue_helpers.py"):
+    for script in (*SCRIPTS, *(path.name for path in ROOT.glob("queue_*.py"))):
         shutil.copy(ROOT / script, base / "runtime/lib")
     shutil.copytree(ROOT / "handlers", base / "handlers")
     made.state, made.db = base / "state", base / "state/tasks.db"

@@ -1,0 +1,237 @@
+"""What a worker does on behalf of tasks: how a run's end becomes an outcome, spooled tasks taken in, dead owners' tasks taken back."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from functools import lru_cache
+from pathlib import Path
+
+import queue_helpers as q
+
+
+def settle(conn: q.Connection, task: q.Task, exit_code: int, *, why: str | None = None,
+           delay: float | None = None) -> tuple[str | None, str | None]:  # fmt: skip
+    """Record how a handler's run ended, from its exit code and its output files, within a transaction.
+
+    Returns (outcome, error): "completed", "scheduled" (again), "failed", "cancelled", "put back", or None when the task
+    was no longer held. `why` the run was ended, if it was: STOPPED, NO_PLACE, CANCELLED, or the error to record, with
+    `delay` seconds until the next attempt (default: its back-off).
+    """
+    run = f"{conn.state}/logs/{task.run_name}"
+    told = {"exit_code": exit_code, "result": tail(f"{run}.out", q.OUTPUT_BYTES), "log": tail(f"{run}.err", q.OUTPUT_BYTES)}
+    if why == q.CANCELLED:
+        return ("cancelled" if q.finish(conn, task, "cancelled", error=why, **told) else None), None
+    if why in (q.STOPPED, q.NO_PLACE) and exit_code != 0:
+        return ("put back" if q.release(conn, task, error=why) else None), why
+    if why not in (None, q.STOPPED):
+        return q.nack(conn, task, error=why, delay=delay, **told), why
+    if exit_code == 0:
+        if task.then_queue:
+            try:
+                row = _next_row(task, tail(f"{run}.out", q.RESULT_BYTES))
+            except q.InvalidTask as refused:
+                error = f"done, but the next task was refused: {refused}"
+                return ("failed" if q.bury(conn, task, error=error, **told) else None), error
+        if not q.ack(conn, task, **told):
+            return None, None
+        if task.then_queue:
+            q.ensure_queue(conn, task.then_queue)
+            q.insert(conn, task.then_queue, row)
+        return "completed", None
+    if exit_code == q.EX_TEMPFAIL:
+        delay = _retry_after(told["result"])
+        error = "not now (exit 75)"
+        delay = q.backoff_delay(task) if delay is None else delay
+        return ("scheduled" if q.release(conn, task, delay=delay, error=error) else None), error
+    if exit_code == q.EX_DATAERR:
+        error = "refused by its handler (exit 65)"
+        return ("failed" if q.bury(conn, task, error=error, **told) else None), error
+    error = f"killed by {signal_name(exit_code - 128)}" if exit_code > 128 else f"exit {exit_code}"
+    last_words = told["log"].strip().rsplit("\n", 1)[-1][:200]
+    error += f": {last_words}" if last_words else ""
+    return q.nack(conn, task, error=error, **told), error
+
+
+def _next_row(task: q.Task, stdout: str) -> q.Row:
+    """The task that a result becomes: its payload is what the handler printed, if that is a JSON object."""
+    try:
+        data = json.loads(stdout)
+    except (ValueError, RecursionError):
+        data = None
+    data = data if isinstance(data, dict) else {"result": stdout}
+    source = {"queue": task.queue, "task_id": task.task_id}
+    task_id = f"{task.task_id.encode()[:470].decode('utf-8', 'ignore')}.{task.id}"  # one per row: a second result does not drown in a waiting first
+    return q.new_row(task.task_type, data, task_id, depth=task.depth + 1, source=source)
+
+
+def _retry_after(stdout: str) -> float | None:
+    """Seconds, where the last line is {"retry_after": SECONDS}."""
+    try:
+        seconds = json.loads(stdout.strip().rsplit("\n", 1)[-1])["retry_after"]
+        return min(max(float(seconds), 0.0), q.RETRY_AFTER_CAP_SECONDS)
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return None
+
+
+def tail(path: str, size: int) -> str:
+    """The last size bytes of a file as text, "" where there is none."""
+    try:
+        length = os.stat(path).st_size
+        if length == 0:
+            return ""
+        with open(path, "rb", buffering=0) as file:
+            file.seek(max(0, length - size))
+            return file.read(size).decode("utf-8", "replace").replace("\0", "\ufffd")
+    except OSError:
+        return ""
+
+
+def signal_name(number: int) -> str:
+    """SIGKILL for 9, and so on."""
+    import signal
+
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
+
+
+def spool_directories(state: Path) -> list[Path]:
+    """The state's spool/QUEUE directories."""
+    try:
+        return sorted(Path(entry.path) for entry in os.scandir(state / "spool") if entry.is_dir())
+    except OSError:
+        return []
+
+
+def spooled_files(directory: Path) -> list[tuple[int, str, int]]:
+    """The tasks in a spool/QUEUE directory, oldest first: (mtime in ns, name, inode)."""
+    files = []
+    try:
+        for entry in os.scandir(directory):
+            if not entry.name.startswith(".") and entry.is_file(follow_symlinks=False):
+                found = entry.stat(follow_symlinks=False)
+                files.append((found.st_mtime_ns, entry.name, found.st_ino))
+    except FileNotFoundError:
+        pass
+    return sorted(files)
+
+
+def take_in_spool(state: Path | None = None) -> tuple[int, list[str]]:
+    """Move spooled tasks into the database, oldest first, each exactly once: (how many, complaints).
+
+    A file's identity is stored in the transaction that stores its task, and forgotten after the file is removed: a
+    crash in between, or another worker at the same time, takes nothing in twice. What is not a JSON object is moved
+    to spool/QUEUE/malformed and named in the complaints.
+    """
+    state, taken, complaints = state or q.STATE_DIR, 0, []
+    for directory in spool_directories(state):
+        files = spooled_files(directory)
+        if not files:
+            continue
+        try:
+            queue = q.check_queue_name(directory.name)
+        except q.InvalidTask as error:
+            complaints.append(f"{directory}: {error}")
+            continue
+        conn = q.connect(state)
+        q.ensure_queue(conn, queue)
+        for mtime, name, inode in files:
+            path, identity = directory / name, f"{queue}/{name}:{inode}:{mtime}"
+            try:
+                text = path.read_bytes().decode("utf-8-sig")
+                with q.transaction(conn):
+                    if path.stat().st_ino != inode:
+                        raise FileNotFoundError(path)
+                    if conn.execute(q.SPOOLED, {"file": identity}).rowcount == 1:
+                        conn.execute(q.on_queue(q.INSERT, queue), (text, q.READY, None, 0))
+                        taken += 1
+                path.unlink(missing_ok=True)
+                with q._ErrorsExplained(conn):
+                    conn.execute(q.UNSPOOLED, {"file": identity})
+            except FileNotFoundError:
+                continue  # another worker took it
+            except OSError as error:
+                complaints.append(
+                    f"{path}: {error.strerror}; it cannot be taken in, or not removed: check the permissions"
+                )
+            except (q.InvalidTask, UnicodeDecodeError) as error:
+                aside = q.make_private(directory / "malformed") / f"{inode}-{name}"
+                path.rename(aside)
+                complaints.append(f"{aside}: {error}")
+    if taken:
+        q.wake(state)
+    return taken, complaints
+
+
+def recover(state: Path | None = None, *, crash_backoff: float = 0.0) -> tuple[list, int]:
+    """Take back the tasks of dead owners. Returns ([(task, outcome, error), …], how many handlers outlive them).
+
+    An owner is dead when its lock is free. While a handler of its still runs (it holds its output file's lock), its
+    task is left alone; one that ended left its exit status, which counts. Otherwise the task is ready again after
+    crash_backoff seconds, or buried when its attempts are spent.
+    """
+    conn, recovered, orphans = q.connect(state, create=False), [], 0
+    with q._ErrorsExplained(conn):
+        claims = [(owner, queue) for (queue,) in conn.execute(q.QUEUES).fetchall()
+                  for (owner,) in q.execute(conn, q.OWNERS, queue)]  # fmt: skip
+    mine = q._owners.get(conn.state, (None, None))[0]
+    for owner in {owner for owner, _ in claims if owner != mine}:
+        path, fd = conn.state / "workers" / os.path.basename(owner or q.NOBODY), None
+        try:
+            fd = q.lock_file(path, probe=True)
+            if fd is None:
+                continue  # alive
+        except FileNotFoundError:
+            pass  # nobody can hold what is not there
+        except OSError:
+            continue
+        try:
+            left = 0
+            with q.transaction(conn):
+                for queue in [queue for name, queue in claims if name == owner]:
+                    for row in q.execute(conn, q.CLAIMED_BY, queue, owner=owner).fetchall():
+                        done = _recover_task(conn, q._task(queue, row), crash_backoff)
+                        left += done is None
+                        recovered += [done] if done else []
+            orphans += left
+            if not left:
+                exits_file(conn.state, owner).unlink(missing_ok=True)
+                path.unlink(missing_ok=True)
+        finally:
+            if fd is not None:
+                os.close(fd)
+    if recovered:
+        q.wake(conn.state)
+    return recovered, orphans
+
+
+@lru_cache(64)
+def exits_file(state: Path, owner: str | None) -> Path:
+    """Where an owner's supervisor appends a line `run_name exit_code` as handlers end, and why if they were ended."""
+    return state / "logs" / f"{os.path.basename(owner or q.NOBODY)}.exits"
+
+
+def _recover_task(conn: q.Connection, task: q.Task, crash_backoff: float) -> tuple[q.Task, str, str | None] | None:
+    """(task, outcome, error) of a dead owner's task, None while its handler runs."""
+    run = f"{conn.state / 'logs' / task.run_name}"
+    try:
+        fd = q.lock_file(f"{run}.out", probe=True)
+        if fd is None:
+            return None
+        os.close(fd)
+    except OSError:
+        pass  # it never started one
+    exits = tail(str(exits_file(conn.state, task.owner)), q.RESULT_BYTES)  # complete: the lock is free
+    end = re.search(rf"^{re.escape(task.run_name)} ([0-9]+)(?: (.+))?$", exits, re.MULTILINE)
+    if end and (int(end[1]) <= 128 or end[2]):
+        outcome, error = settle(conn, task, int(end[1]), why=end[2])
+    elif end:  # it was killed: fell with its worker
+        error = f"its worker died ({task.owner}), and its handler was killed by {signal_name(int(end[1]) - 128)}"
+        outcome, error = settle(conn, task, int(end[1]), why=error, delay=crash_backoff)
+    else:
+        error = f"its worker died ({task.owner})"
+        outcome = q.nack(conn, task, error=error, delay=crash_backoff)
+    return task, outcome or "lost", error
