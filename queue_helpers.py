@@ -6,21 +6,25 @@
       └> scheduled <───────────────┤
                                    └ attempts spent, or a permanent failure ──> history: failed
                                                                      (redrive puts it back)
+    held: scheduled without a time, until a person approves it
+    blocked: until its group's turn comes; tasks of one group run one at a time
 
-A task is a row; its `data` is the envelope {"task_id", "task_type", "enqueued_at", "data"}, and any other JSON
-object is taken as a bare payload (bash inserts those). A claimed row names its owner, and an owner is a lock file
-in STATE_DIR/workers that the kernel frees the instant its process dies: whoever gets that lock may take the dead
-owner's tasks back. Every change that leaves `claimed` names the owner and the attempt it expects, so a late or
-foreign ack changes nothing.
+A task is a row; its `data` is the envelope {"task_id", "task_type", "enqueued_at", "data"}, and any
+other JSON object is taken as a bare payload (bash inserts those). A claimed row names its owner, and
+an owner is a lock file in STATE_DIR/workers that the kernel frees the instant its process dies:
+whoever gets that lock may recover the dead owner's tasks. Every change that leaves `claimed` names
+the owner and the attempt it expects, so a late or foreign ack changes nothing.
 
-This module reads from top to bottom: constants, the schema, the statements, tasks and errors, connections, then the
-verbs in the order of a task's life, then who is alive, then how sleepers are woken, then the queue classes.
-Enqueuing needs the standard library alone; persist-queue, watchdog and asyncio are imported where they are used.
+This file is all that enqueuing, claiming and acknowledging need, with the standard library alone. It
+reads from top to bottom: constants, the schema, the statements, tasks and errors, the turn,
+connections and transactions, the verbs in a task's order, the spool, who is alive. The modules beside
+it are loaded when one of their names is first asked for.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import sqlite3
@@ -28,43 +32,71 @@ import stat
 import threading
 import time
 from collections import namedtuple
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
+from fcntl import LOCK_EX, LOCK_NB, LOCK_SH, LOCK_UN, flock
 from functools import lru_cache
 from pathlib import Path
 from weakref import WeakSet
 
-_installed = Path(__file__).resolve().parent.parent.parent  # install.py's PREFIX, where this file lies in one
-_default = _installed / "state" if (_installed / "installed.json").exists() else "~/.claude/automation/lychee/state"
-STATE_DIR = Path(os.environ.get("TASK_QUEUE_STATE") or _default).expanduser().absolute()
+VERSION = "0.2.0"
+_UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
+
+
+def _find_state() -> tuple[Path, str | None]:
+    """The state directory, and why TASK_QUEUE_STATE is ignored, if it is."""
+    # Installed scripts lie in PREFIX/runtime/lib, and their state in PREFIX/state.
+    prefix = Path(__file__).resolve().parents[2]
+    installed = (prefix / "installed.json").exists()
+    default = (
+        prefix / "state" if installed else Path("~/.claude/automation/lychee/state").expanduser()
+    )
+    named = os.environ.get("TASK_QUEUE_STATE") or str(default)
+    if os.path.isabs(os.path.expanduser(named)) and not _UNPRINTABLE.search(named):
+        return Path(os.path.expanduser(named)), None
+    # A relative path would mean another directory for each process.
+    return default, f"TASK_QUEUE_STATE {named!r} is not an absolute path: give one, or unset it"
+
+
+STATE_DIR, state_complaint = _find_state()
 QUEUE_DB = STATE_DIR / "tasks.db"
-QUEUE_PATH = STATE_DIR  # what QueueWatcher and watchdog are given
+# What QueueWatcher and watchdog are given.
+QUEUE_PATH = STATE_DIR
 
 TASK_QUEUE_NOTIFICATION = "notifications"
 TASK_QUEUE_APPROVAL = "approvals"
 TASK_QUEUE_COMPLETION = "completions"
 DEFAULT_QUEUES = (TASK_QUEUE_NOTIFICATION, TASK_QUEUE_APPROVAL, TASK_QUEUE_COMPLETION)
 
-SCHEMA_VERSION = 1
-BUSY_TIMEOUT_MS = 5_000  # how long one wait for the write lock may take
+SCHEMA_VERSION = 2
+# How long one wait for the write lock may take.
+BUSY_TIMEOUT_MS = 5_000
+# Who waits for its turn looks this often: the one who is next, and those behind it.
+TURN_POLL_SECONDS, NEXT_POLL_SECONDS = 0.0001, 0.001
+# Who did not get its turn in time takes none for this long.
+NO_TURN_SECONDS = 1.0
 MAX_ATTEMPTS = 4
-BACKOFF_SECONDS = 1.0  # before the second attempt; doubles with each one after it
+# Before the second attempt; it doubles with each one after.
+BACKOFF_SECONDS = 1.0
 BACKOFF_CAP_SECONDS = 3_600
-RETRY_AFTER_CAP_SECONDS = 30 * 86_400  # what a handler that exits 75 may ask for
-MAX_DEPTH = 16  # tasks enqueued by handlers of tasks enqueued by handlers …
-MAX_QUEUES = 200  # the view is one compound SELECT, which SQLite limits to 500 terms
-OUTPUT_BYTES = 65_536  # of a handler's stdout and stderr, each, kept in the history
-RESULT_BYTES = 16 * 2**20  # of a handler's stdout that may become the next task
-WAL_BYTES = 16 * 2**20  # what is kept of the write-ahead log once it has been written back
-SAFETY_TICK_SECONDS = 5.0  # look this often whatever the events say
-PROBE_SECONDS = 0.2  # whoever wants a lock outwaits those who only look whether it is held
+# Tasks that are enqueued by handlers of tasks that are enqueued by handlers …
+MAX_DEPTH = 16
+# The view is one compound SELECT, which SQLite limits to 500 terms.
+MAX_QUEUES = 200
+# What is kept of the write-ahead log once it has been written back.
+WAL_BYTES = 16 * 2**20
+# A sleeping consumer looks this often whatever the events say.
+SAFETY_TICK_SECONDS = 5.0
+# Who wants a lock waits this long for those who only look whether it is held.
+PROBE_SECONDS = 0.2
+# Times in the database lie between 1970 and the year 3000.
+LAST_SECOND = 32_503_680_000
+# The owner of a row that was marked as claimed by hand.
+NOBODY = "nobody"
 
-READY, CLAIMED, SCHEDULED, BLOCKED = 1, 2, 3, 4  # persist-queue also writes 0 for ready; it selects `status < 2`
+# persist-queue also writes 0 for ready, and selects `status < 2`.
+READY, CLAIMED, SCHEDULED, BLOCKED = 1, 2, 3, 4
 
-EX_DATAERR, EX_TEMPFAIL = 65, 75  # exit codes of handlers (sysexits.h): never again; not now
-STOPPED, CANCELLED = "its worker was stopped", "cancelled while it ran"  # why a run was ended; or else its timeout
-NO_PLACE = "its worker had no place for it"  # and it was not even started
-
-# ---------------------------------------------------------------------------------------------- schema and statements
+# ------------------------------------------------------------------------ schema and statements
 
 HISTORY_SCHEMA = """
 create table if not exists task_history (
@@ -73,7 +105,7 @@ create table if not exists task_history (
   row_id        integer not null,                -- the id it had in its queue; never used again there
   task_id       text not null,
   task_type     text not null,
-  status        text not null check (status in ('completed', 'failed', 'cancelled')),
+  status        text not null check (status in ('completed', 'failed', 'cancelled', 'expired')),
   data          text not null,
   priority      integer not null default 0,
   group_id      text,
@@ -91,54 +123,100 @@ create index if not exists "task_history.completed_at" on task_history (complete
 create index if not exists "task_history.type" on task_history (queue, task_type, status, completed_at, started_at, enqueued_at);
 create index if not exists "task_history.task_id" on task_history (task_id);
 create index if not exists "task_history.failed" on task_history (queue, completed_at) where status = 'failed';
-create table if not exists task_paused (
+create table if not exists task_controls (       -- what holds a queue back; no row: nothing
   queue         text primary key,
-  paused_at     text not null default (strftime('%Y-%m-%d %H:%M:%f', 'now'))
+  paused_at     real,                            -- Unix seconds; null: not paused
+  paused_until  real,                            -- null: until a person resumes it
+  pause_reason  text,
+  paused_by     text,                            -- 'person' or 'handler'
+  slots         integer check (slots > 0)        -- tasks that may run at a time; null: any number
+);
+create table if not exists task_marks (          -- the last row of the history that was reported
+  workspace     text primary key,
+  history_id    integer not null
 );
 create table if not exists task_spooled (
   file          text primary key                 -- taken in, and perhaps not yet removed
 );
 """
 
-# task_id and task_type are read out of data by SQLite itself, so that no writer, bash included, can forget or fake
-# them. A bare payload has no task_id of its own (null, and nulls never collide): it is called <queue>-<id>.
+# task_id and task_type are read out of data by SQLite itself, so that no writer, bash included, can
+# forget or fake them. A bare payload has no task_id of its own (null, and nulls never collide): it is
+# called <queue>-<id>.
 QUEUE_SCHEMA = """
 create table "{queue}" (
   id            integer primary key autoincrement,
-  data          text not null constraint data_must_be_a_json_object
-                check ({is_object}),
+  data          text not null constraint data_must_be_a_json_object check ({is_object}),
   timestamp     real not null default ((julianday('now') - 2440587.5) * 86400.0),  -- enqueued, Unix seconds
-  status        integer not null default 1,      -- 0 and 1 ready, 2 claimed, 3 scheduled, 4 blocked
+  status        integer not null default 1,      -- 0 and 1 ready, 2 claimed, 3 scheduled or held, 4 blocked
   priority      integer not null default 0,      -- higher first
-  due_at        real,                            -- a scheduled task becomes ready then, Unix seconds
+  due_at        real,                            -- a scheduled task becomes ready then; null: it is held
   group_id      text,                            -- tasks of one group run one at a time
+  expires_at    real,                            -- not claimed by then, it ends as expired; Unix seconds
   attempts      integer not null default 0,      -- counted at the claim
   owner         text,                            -- who claimed it: a file in STATE_DIR/workers
   claimed_at    real,                            -- Unix seconds
-  max_attempts  integer,                         -- these three: what the claimer wants done when the run ends,
+  released_at   real,                            -- when it was put back for later: it keeps its group's turn
+  max_attempts  integer,                         -- these five: what the claimer wants done when the run ends,
   backoff       real,                            --   whoever records that
   then_queue    text,
-  cancel_requested integer not null default 0,   -- tasks.py cancel: the owner ends the run
+  then_hold     integer not null default 0,
+  chain         integer not null default 0,
+  cancel_requested integer not null default 0,   -- the owner ends the run
+  rerun_data    text check (rerun_data is null or json_valid(rerun_data)),  -- enqueued when the run ends
   error         text,                            -- of the last failed attempt
   task_id       text generated always as (case when {is_envelope} then nullif(json_extract(data, '$.task_id'), '') end)
-                virtual unique on conflict ignore,
+                stored unique on conflict ignore,
   task_type     text generated always as (case when {is_envelope} then json_extract(data, '$.task_type')
                 when json_type(data, '$.hook_event_name') = 'text' then json_extract(data, '$.hook_event_name')
-                else '{queue}' end) virtual
+                else '{queue}' end) stored,
+  constraint priority_must_be_a_whole_number_within_a_million
+    check (typeof(priority) = 'integer' and abs(priority) <= 1000000),
+  constraint due_at_and_expires_at_must_be_unix_seconds
+    check (typeof(coalesce(due_at, 0.0)) = 'real' and coalesce(due_at, 0) between 0 and {last_second}
+           and typeof(coalesce(expires_at, 0.0)) = 'real' and coalesce(expires_at, 0) between 0 and {last_second}),
+  constraint group_id_must_be_a_text_of_500_characters_at_most
+    check (group_id is null or typeof(group_id) = 'text' and length(group_id) between 1 and 500)
 );
-create index "{queue}.ready" on "{queue}" (priority desc, id) where status < 2;
-create index "{queue}.type" on "{queue}" (task_type, priority desc, id, timestamp) where status < 2;
+create index "{queue}.ready" on "{queue}" (priority desc, id, task_type, timestamp) where status < 2;
 create index "{queue}.claimed" on "{queue}" (owner) where status = 2;
 create index "{queue}.scheduled" on "{queue}" (due_at) where status = 3;
-create index "{queue}.blocked" on "{queue}" (group_id, id) where status = 4;
+create index "{queue}.retrying" on "{queue}" (released_at) where status = 3 and released_at is not null;
+create index "{queue}.expiring" on "{queue}" (expires_at) where expires_at is not null;
+create index "{queue}.group" on "{queue}" (group_id, status, released_at, priority desc, id) where group_id is not null;
+create trigger "{queue}.scheduled at insert" after insert on "{queue}" when new.due_at is not null and new.status < 2
+  begin update "{queue}" set status = 3 where id = new.id; end;
+create trigger "{queue}.blocked at insert" after insert on "{queue}"
+  when new.group_id is not null and new.due_at is null and new.status < 2 and {group_is_busy}
+  begin update "{queue}" set status = 4 where id = new.id; end;
+create trigger "{queue}.blocked at update" after update of status on "{queue}"
+  when new.group_id is not null and new.status < 2 and old.status > 2 and {group_is_busy}
+  begin update "{queue}" set status = 4 where id = new.id; end;
+create trigger "{queue}.next at update" after update of status on "{queue}"
+  when old.group_id is not null and old.status < 3 and new.status > 2 and new.released_at is null
+  begin {next_of_group}; end;
+create trigger "{queue}.next at delete" after delete on "{queue}"
+  when old.group_id is not null and (old.status < 3 or old.released_at is not null)
+  begin {next_of_group}; end
 """
-
 IS_OBJECT = "typeof(data) = 'text' and instr(data, char(0)) = 0 and json_valid(data) and json_type(data) = 'object'"
 IS_ENVELOPE = (
     "json_type(data, '$.data') = 'object' and json_type(data, '$.task_type') = 'text'"
     " and json_type(data, '$.task_id') = 'text'"
 )
+# A group's turn belongs to its ready or claimed task, or to one that waits for its retry.
+GROUP_IS_BUSY = """(
+    exists (select 1 from "{queue}" where group_id = new.group_id and status < 3 and id <> new.id)
+    or exists (select 1 from "{queue}" where group_id = new.group_id and status = 3 and released_at > 0 and id <> new.id))"""
+NEXT_OF_GROUP = """update "{queue}" set status = 1 where id = (
+      select b.id from "{queue}" b where b.group_id = {group} and b.status = 4 and b.released_at is null
+      order by b.priority desc, b.id limit 1)
+    and not exists (select 1 from "{queue}" where group_id = {group} and status < 3)
+    and not exists (select 1 from "{queue}" where group_id = {group} and status = 3 and released_at > 0)"""
 
+# A row's status, in words.
+STATUS_WORD = """case status when 2 then 'in_progress' when 4 then 'blocked'
+  when 3 then iif(due_at is null, 'held', 'scheduled') else 'pending' end"""
 VIEW_SCHEMA = """
 create view task_queue as
 {arms}select queue, task_id, task_type, status, data, enqueued_at, started_at, completed_at,
@@ -146,8 +224,7 @@ create view task_queue as
 from task_history
 """
 VIEW_ARM = """select '{queue}' as queue, coalesce(task_id, '{queue}-' || id) as task_id, task_type,
-  case status when 2 then 'in_progress' when 3 then 'scheduled' when 4 then 'blocked' else 'pending' end as status, data,
-  strftime('%Y-%m-%d %H:%M:%f', timestamp, 'unixepoch') as enqueued_at,
+  {status_word} as status, data, strftime('%Y-%m-%d %H:%M:%f', timestamp, 'unixepoch') as enqueued_at,
   strftime('%Y-%m-%d %H:%M:%f', claimed_at, 'unixepoch') as started_at, null as completed_at,
   max(attempts - 1, 0) as retry_count, coalesce(max_attempts, {max_attempts}) - 1 as max_retries, error as error_message
 from "{queue}" union all
@@ -155,154 +232,107 @@ from "{queue}" union all
 
 QUEUES = """
 select i.tbl_name from sqlite_master i where i.type = 'index' and i.name = i.tbl_name || '.ready' order by i.tbl_name"""
-
 INSERT = """
-insert into "{queue}" (data, status, due_at, priority) values (?, ?, ?, ?)"""
+insert into "{queue}" (data, status, due_at, priority, group_id, expires_at) values (?, ?, ?, ?, ?, ?)"""
+# A waiting task takes the latest firing's data; a running one keeps it for when its run ends.
+REPLACE = """
+update "{queue}"
+set data = iif(status = 2, data, :data), rerun_data = iif(status = 2, :data, null),
+    status = iif(:due_at is null or status = 2 or status = 3 and due_at is null, status, 3),
+    due_at = iif(:due_at is null or status = 2 or status = 3 and due_at is null, due_at, :due_at)
+where task_id = :task_id
+  and coalesce(json_extract(coalesce(rerun_data, data), '$.firing'), '') is not :firing"""
 FINISHED_SINCE = """
-select exists (select 1 from task_history where task_id = :task_id and queue = :queue and enqueued_at > :since)"""
+select exists (select 1 from task_history where task_id = :task_id and queue = :queue
+  and enqueued_at > :since and enqueued_at <= :now and (:firing is null or json_extract(data, '$.firing') = :firing))"""
 
-HAS_READY = """
-select (exists (select 1 from "{queue}" where status < 2)
-        or exists (select 1 from "{queue}" where status = 3 and due_at <= :now))
-   and not exists (select 1 from task_paused where queue = '{queue}')"""
-COUNT_READY = """
-select (select count(*) from "{queue}" where status < 2) + (select count(*) from "{queue}" where status = 3 and due_at <= :now)"""
+IS_PAUSED = """exists (select 1 from task_controls where queue = '{queue}' and paused_at is not null
+  and (paused_until is null or paused_until > :now))"""
+# How many of :limit tasks may be claimed now.
+OPEN_SLOTS = f"""coalesce((select case when {IS_PAUSED} then 0 when slots is null then :limit
+    else max(0, min(:limit, slots - (select count(*) from "{{queue}}" where status = 2))) end
+  from task_controls where queue = '{{queue}}'), :limit)"""
+# A retry is due, too, when the clock was set back to before its release.
+DUE = """select id from "{queue}" where status = 3 and due_at <= :now
+  union all select id from "{queue}" where status = 3 and released_at is not null and released_at > :now + 1"""
+HAS_OVERDUE = f"""
+select exists ({DUE}), exists (select 1 from "{{queue}}" where expires_at <= :now)"""
+HAS_READY = f"""
+select (exists (select 1 from "{{queue}}" where status < 2) or exists ({DUE})
+  or exists (select 1 from "{{queue}}" where expires_at <= :now)) and {OPEN_SLOTS.replace(":limit", "1")} > 0"""
+NEXT_TIMES = f"""
+select (select min(due_at) from "{{queue}}" where status = 3),
+  (select min(expires_at) from "{{queue}}" where expires_at is not null),
+  exists (select 1 from "{{queue}}" where status < 2),
+  {IS_PAUSED}, (select paused_until from task_controls where queue = '{{queue}}')"""
 COUNT_CLAIMED = """
 select count(*) from "{queue}" where status = 2"""
-NEXT_DUE = """
-select min(due_at) from "{queue}" where status = 3 and not exists (select 1 from task_paused where queue = '{queue}')"""
-IS_PAUSED = """
-select exists (select 1 from task_paused where queue = :queue)"""
 
-PROMOTE = """
-update "{queue}" set status = 1, due_at = null where status = 3 and due_at <= :now"""
-CLAIM = """
-update "{queue}"
-set status = 2, owner = :owner, claimed_at = :now, attempts = attempts + 1,
-    max_attempts = :max_attempts, backoff = :backoff, then_queue = :then_queue
-where id in (select id from "{queue}" where status < 2 order by priority desc, id limit :limit)
-  and not exists (select 1 from task_paused where queue = '{queue}')
-returning id, task_id, task_type, data, timestamp, priority, attempts, max_attempts, backoff, then_queue, owner, claimed_at"""
-CLAIM_ROW = CLAIM.replace("order by priority desc, id limit :limit", "and id = :id")
+PROMOTE = f"""
+update "{{queue}}"
+set status = iif(group_id is null or released_at is not null, 1, 4), due_at = null, released_at = null
+where id in ({DUE}) returning group_id"""
+UNBLOCK = NEXT_OF_GROUP.replace("{group}", ":group_id")
+EXPIRED = """
+select {task} from "{queue}" where expires_at <= :now"""
+CLAIM = f"""
+update "{{queue}}"
+set status = 2, owner = :owner, claimed_at = :now, attempts = attempts + 1, expires_at = null, max_attempts = :max_attempts,
+    backoff = :backoff, then_queue = :then_queue, then_hold = :then_hold, chain = :chain
+where id in (select id from "{{queue}}" where status < 2 order by priority desc, id limit {OPEN_SLOTS})
+returning {{task}}"""
+CLAIM_ROW = CLAIM.replace("order by priority desc, id limit", "and id = :id limit")
 CLAIMED_BY = """
-select id, task_id, task_type, data, timestamp, priority, attempts, max_attempts, backoff, then_queue, owner, claimed_at
-from "{queue}" where status = 2 and owner is :owner"""
-CANCEL_REQUESTED = """
-select id from "{queue}" where status = 2 and owner = :owner and cancel_requested"""
-OWNERS = """
-select distinct owner from "{queue}" where status = 2"""
+select {task} from "{queue}" where status = 2 and owner is :owner"""
 
-SPOOLED = """
-insert or ignore into task_spooled (file) values (:file)"""
-UNSPOOLED = """
-delete from task_spooled where file = :file"""
-
-WHO_HOLDS = """
-select owner, claimed_at, attempts from "{queue}" where id = :id"""
-NEXT_AFTER = """
-select coalesce((select min(id) from "{queue}" where status < 2 and id > :id), (select min(id) from "{queue}" where status < 2))"""
-COUNT_FINISHED = """
-select count(*) from task_history where queue = :queue and status = :status"""
-CLEAR_FINISHED = """
-delete from task_history where id in (
-  select id from task_history where queue = :queue and (status = 'completed' or status = 'failed' and :failed)
-  order by completed_at desc limit :limit offset :keep)"""
-
-# owner and claimed_at are null unless claimed, so this is the fence: this row, this owner, this very claim.
+# owner and claimed_at are null unless claimed, so this is the fence: this row, this owner, this claim.
 FENCE = "where id = :id and owner is :owner and attempts = :attempts and claimed_at is :claimed_at"
-
 ARCHIVE = f"""
 insert into task_history (queue, row_id, task_id, task_type, status, data, priority, group_id, attempts, max_attempts,
-                          enqueued_at, started_at, exit_code, result, log, error)
+                          enqueued_at, started_at, completed_at, exit_code, result, log, error)
 select '{{queue}}', id, coalesce(task_id, '{{queue}}-' || id), coalesce(task_type, '{{queue}}'), :outcome, data, priority,
-       group_id, attempts, max_attempts, strftime('%Y-%m-%d %H:%M:%f', timestamp, 'unixepoch'),
-       strftime('%Y-%m-%d %H:%M:%f', claimed_at, 'unixepoch'), :exit_code, :result, :log, :error
+       group_id, attempts, max_attempts, :enqueued_at, :started_at, :completed_at, :exit_code, :result, :log, :error
 from "{{queue}}" {FENCE}"""
-REMOVE = f"""
-delete from "{{queue}}" {FENCE}"""
-RETURN = f"""
+REMOVE = """
+delete from "{queue}" where id = :id returning rerun_data, priority, group_id"""
+# Put back, to be tried again: with the latest firing's data, where there is one.
+RELEASE = f"""
 update "{{queue}}"
-set status = case when :due_at is null then 1 else 3 end, due_at = :due_at, owner = null, claimed_at = null,
-    cancel_requested = 0, attempts = attempts - :uncounted, error = coalesce(:error, error)
+set status = iif(:delay > 0, 3, 1), due_at = iif(:delay > 0, :now + :delay, null), released_at = iif(:delay > 0, :now, null),
+    owner = null, claimed_at = null, cancel_requested = 0, attempts = iif(rerun_data is null, attempts - :uncounted, 0),
+    error = coalesce(:error, error), data = coalesce(rerun_data, data), rerun_data = null
 {FENCE}"""
-REDRIVE = """
-insert or ignore into "{queue}" (id, data, priority, group_id)
-select row_id, data, priority, group_id from task_history where id = :history_id"""
-FORGET = """
-delete from task_history where id = :history_id"""
+
+TASK_COLUMNS = """id, task_id, task_type, data, timestamp, priority, attempts, max_attempts, backoff, then_queue,
+  then_hold, chain, owner, claimed_at"""
 
 
 def check_queue_name(name: str) -> str:
-    """Return name, which may now be put into SQL; raises InvalidTask. Every {queue} in a statement went through here."""
+    """Return name, which may now be put into SQL: every {queue} in a statement went through here."""
     reserved = isinstance(name, str) and name.startswith(("task_", "sqlite_"))
-    if not isinstance(name, str) or reserved or not re.fullmatch(r"[a-z][a-z0-9_]{0,62}", name):
+    if reserved or not isinstance(name, str) or not re.fullmatch(r"[a-z][a-z0-9_]{0,62}", name):
         why = "is reserved" if reserved else "is not a queue name"
-        raise InvalidTask(f"queue {name!r} {why}: use a lower-case letter, then up to 62 of a-z, 0-9 and _")
+        raise InvalidTask(
+            f"queue {name!r} {why}: use a lower-case letter, then up to 62 of a-z, 0-9 and _"
+        )
     return name
 
 
 @lru_cache(4096)
 def on_queue(statement: str, queue: str) -> str:
-    """One of the statements above, for this queue's table."""
-    return statement.format(queue=check_queue_name(queue))
+    """One of the statements above, for this queue's table. Raises InvalidTask."""
+    return statement.format(queue=check_queue_name(queue), task=TASK_COLUMNS)
 
 
 def execute(conn: sqlite3.Connection, statement: str, queue: str, **values) -> sqlite3.Cursor:
-    """Run one of the statements above on a queue's table. Raises QueueBusy, QueueUnavailable, InvalidTask."""
-    with _ErrorsExplained(conn):
-        return conn.execute(on_queue(statement, queue), values)
-
-
-# --------------------------------------------------------------------------------------------------- tasks and errors
-
-
-class Task(namedtuple("Task", "queue id task_id task_type text enqueued_at priority attempts max_attempts backoff "
-                              "then_queue owner claimed_at")):  # fmt: skip
-    """A claimed task. `id` is its row, `text` what was stored (JSON), times are Unix seconds.
-
-    A named tuple, since importing dataclasses would cost a hook 8 ms.
-    """
-
-    __slots__ = ()
-
-    @property
-    def envelope(self) -> dict:
-        """{"task_id", "task_type", "enqueued_at", "data", …}, whatever was stored. ValueError if that is not JSON."""
-        stored = json.loads(self.text)
-        is_envelope = isinstance(stored.get("data"), dict) and {"task_id", "task_type"} <= stored.keys()
-        shell = stored if is_envelope and stored["task_id"] == self.task_id else {"data": stored}
-        head = {"task_id": self.task_id, "task_type": self.task_type, "enqueued_at": utc(self.enqueued_at)}
-        return {**head, **shell, "task_id": self.task_id, "task_type": self.task_type}
-
-    @property
-    def data(self) -> dict:
-        """The payload."""
-        return self.envelope["data"]
-
-    @property
-    def depth(self) -> int:
-        """How many handlers stand between this task and the outside world; 0 for most."""
-        return depth_of(self.envelope)
-
-    @property
-    def run_name(self) -> str:
-        """What the files of this run in STATE_DIR/logs are called, before .out and .err."""
-        return f"{self.queue}/{self.id}-{self.attempts}-{self.owner}-{int((self.claimed_at or 0) * 1e6)}"
-
-
-def unreadable(task: Task) -> str | None:
-    """Why the task's JSON cannot be read: SQLite takes some that Python does not, like numbers of 5,000 digits."""
+    """Run one of the statements above on a queue's table. Raises a QueueError."""
     try:
-        task.envelope  # noqa: B018
-        return None
-    except (ValueError, RecursionError, TypeError, AttributeError) as error:
-        return f"data cannot be read: {error}"
+        return conn.execute(on_queue(statement, queue), values)
+    except sqlite3.Error as error:
+        raise explain(error, getattr(conn, "state", STATE_DIR)) from error
 
 
-def depth_of(envelope: dict) -> int:
-    """What an envelope says of its task's depth; 0 for what is no depth."""
-    depth = envelope.get("depth")
-    return depth if type(depth) is int and depth > 0 else 0
+# ----------------------------------------------------------------------------- tasks and errors
 
 
 class QueueError(Exception):
@@ -314,36 +344,104 @@ class InvalidTask(QueueError, ValueError):
 
 
 class QueueBusy(QueueError):
-    """The write lock was not had within BUSY_TIMEOUT_MS. Trying again may help."""
+    """The write lock was not had within the busy time. Trying again may help."""
 
 
 class QueueUnavailable(QueueError):
-    """The database cannot be used as it is: missing, unreadable, full, damaged, or from a newer version."""
+    """The database cannot be used: missing, unreadable, full, damaged, or of a newer version."""
 
 
 def explain(error: sqlite3.Error, state: Path) -> QueueError:
     """The QueueError for what SQLite said."""
-    db, text = state / "tasks.db", str(error)
-    name = getattr(error, "sqlite_errorname", "") or ""
+    db, text, name = state / "tasks.db", str(error), getattr(error, "sqlite_errorname", "") or ""
     if name.startswith(("SQLITE_BUSY", "SQLITE_LOCKED")):
-        return QueueBusy(f"{db} is locked by another process: {text}; find who holds it with: fuser -v '{db}'")
-    if name == "SQLITE_CONSTRAINT_CHECK" or "JSON" in text:  # "malformed JSON" comes from the generated columns
-        return InvalidTask(f"the task was refused: {text}; data is a JSON object, nested 1000 deep at most")
-    if name.startswith("SQLITE_TOOBIG"):
+        return QueueBusy(
+            f"{db} is locked by another process: {text}; find who holds it with: fuser -v '{db}'"
+        )
+    # "malformed JSON" comes from the generated columns.
+    if name == "SQLITE_CONSTRAINT_CHECK" or "JSON" in text:
+        return InvalidTask(
+            f"the task was refused: {text}; data is a JSON object, nested 1000 deep at most"
+        )
+    if name.startswith("SQLITE_TOOBIG") or isinstance(error, sqlite3.DataError):
         return InvalidTask("the task was refused: it is larger than SQLite can store (1 GB)")
     if name.startswith("SQLITE_FULL"):
         return QueueUnavailable(f"{db}: the disk is full; free some space: df -h '{state}'")
     if name.startswith(("SQLITE_NOTADB", "SQLITE_CORRUPT")):
-        return QueueUnavailable(
-            f"{db} is damaged or not a database ({text}); move it away, or restore a backup over it"
-        )
+        mend = "put a backup in its place with: tasks.py restore BACKUP"
+        return QueueUnavailable(f"{db} is damaged or not a database ({text}); {mend}")
     if name.startswith(("SQLITE_READONLY", "SQLITE_CANTOPEN", "SQLITE_PERM", "SQLITE_IOERR")):
-        return QueueUnavailable(f"{db} cannot be used ({text}); check that it exists and is yours: ls -la '{state}'")
+        mend = f"check that it exists and is yours: ls -la '{state}'"
+        return QueueUnavailable(f"{db} cannot be used ({text}); {mend}")
     return QueueUnavailable(f"{db}: {text}")
 
 
+class Task(
+    namedtuple(
+        "Task",
+        "queue id task_id task_type text enqueued_at priority attempts max_attempts backoff then_queue "
+        "then_hold chain owner claimed_at",
+    )
+):
+    """A claimed task. `id` is its row, `text` what was stored (JSON), times are Unix seconds.
+
+    A named tuple, since importing dataclasses would cost a hook 8 ms.
+    """
+
+    __slots__ = ()
+
+    @classmethod
+    def from_row(cls, queue: str, row: tuple) -> Task:
+        """The task of a row with TASK_COLUMNS."""
+        return cls(queue, row[0], row[1] or f"{queue}-{row[0]}", row[2] or queue, *row[3:])
+
+    @property
+    def envelope(self) -> dict:
+        """{"task_id", "task_type", "enqueued_at", "data", …}, whatever was stored. ValueError if it is not JSON."""
+        stored = parse_json(self.text, lenient=True)[0]
+        is_envelope = (
+            isinstance(stored.get("data"), dict) and {"task_id", "task_type"} <= stored.keys()
+        )
+        shell = stored if is_envelope and stored["task_id"] == self.task_id else {"data": stored}
+        head = {
+            "task_id": self.task_id,
+            "task_type": self.task_type,
+            "enqueued_at": utc(self.enqueued_at),
+        }
+        return {**head, **shell, "task_id": self.task_id, "task_type": self.task_type}
+
+    @property
+    def data(self) -> dict:
+        """The payload."""
+        return self.envelope["data"]
+
+    @property
+    def depth(self) -> int:
+        """How many handlers stand between this task and the outside world; 0 for most."""
+        depth = self.envelope.get("depth")
+        return depth if type(depth) is int and depth > 0 else 0
+
+    @property
+    def run_name(self) -> str:
+        """What the files of this run in STATE_DIR/logs are called, before their endings."""
+        return f"{self.queue}/{self.id}-{self.attempts}-{self.owner}-{int((self.claimed_at or 0) * 1e6)}"
+
+    def unreadable(self) -> str | None:
+        """Why the JSON cannot be read: SQLite takes some that Python does not."""
+        try:
+            self.envelope  # noqa: B018
+            return None
+        except (ValueError, RecursionError, TypeError, AttributeError) as error:
+            return f"data cannot be read: {error}"
+
+
 def utc(seconds: float) -> str:
-    """Unix seconds as YYYY-MM-DD HH:MM:SS.SSS, UTC: what the database holds, and what sorts."""
+    """Unix seconds as YYYY-MM-DD HH:MM:SS.SSS, UTC: what the database holds, and what sorts.
+
+    What is no number becomes 0, and what lies outside of 1970 to 3000 the nearest of the two.
+    """
+    is_number = isinstance(seconds, (int, float)) and not math.isnan(seconds)
+    seconds = min(max(seconds, 0), LAST_SECOND) if is_number else 0
     seconds, milliseconds = divmod(round(seconds * 1000), 1000)
     return f"{_whole_seconds(seconds)}.{milliseconds:03d}"
 
@@ -353,8 +451,34 @@ def _whole_seconds(seconds: int) -> str:
     return time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(seconds))
 
 
+def parse_duration(text: str) -> float:
+    """Seconds: "30", "90m", "5min", "1.5h", "2d", "1h30m". ValueError for anything else."""
+    part = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*(|s|sec|m|min|h|d|w)")
+    units = {"": 1, "s": 1, "sec": 1, "m": 60, "min": 60, "h": 3600, "d": 86_400, "w": 604_800}
+    if not re.fullmatch(rf"\s*(?:{part.pattern}\s*)+", text):
+        raise ValueError(f"{text!r} is not a duration like 30, 90m, 5min, 1.5h or 2d")
+    seconds = sum(float(number) * units[unit] for number, unit in part.findall(text))
+    if seconds >= 1e9:
+        raise ValueError(f"{text!r} is longer than 30 years")
+    return seconds
+
+
+def parse_time(text: str) -> float:
+    """Unix seconds of 2026-12-01T09:00, local time or with a zone. ValueError for anything else."""
+    from datetime import datetime
+
+    try:
+        seconds = datetime.fromisoformat(text.strip()).timestamp()
+    except (ValueError, OverflowError, OSError):
+        seconds = -1
+    if not 0 <= seconds <= LAST_SECOND:
+        raise ValueError(f"{text!r} is not a time like 2026-12-01T09:00")
+    return seconds
+
+
+# One rule for JSON: what is stored is JSON that any reader reads.
 _encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False).encode
-_quote = json.encoder.encode_basestring  # a string, encoded so
+_quote = json.encoder.encode_basestring
 
 
 def to_json(value: object) -> str:
@@ -363,159 +487,331 @@ def to_json(value: object) -> str:
         text = _encode(value)
     except (TypeError, ValueError, RecursionError) as error:
         raise InvalidTask(f"the task was refused: {error}; data must be a JSON object") from None
+    # A lone surrogate is legal in JSON as an escape, but not in UTF-8.
+    return json.dumps(value) if _SURROGATE.search(text) else text
+
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+def parse_json(text: str, lenient: bool = False) -> tuple[object, list[str]]:
+    """The value of a JSON text, and the numbers in it that other readers could not read.
+
+    Those are NaN, Infinity, 1e400, and whole numbers of thousands of digits. When lenient, each
+    becomes a text; else ValueError names the first one. Raises ValueError, RecursionError.
+    """
+    odd: list[str] = []
+
+    def refuse(number: str) -> str:
+        if not lenient:
+            raise ValueError(f"{number[:40]} is a number that JSON readers cannot read")
+        odd.append(number[:40])
+        return number
+
+    decoder = json.JSONDecoder(
+        parse_float=lambda number: (
+            float(number) if math.isfinite(float(number)) else refuse(number)
+        ),
+        parse_int=lambda number: int(number) if len(number) < 4300 else refuse(number),
+        parse_constant=refuse,
+    )
+    return decoder.decode(text), odd
+
+
+def as_payload(raw: bytes) -> dict:
+    """What came from outside as a task's data: a JSON object as it is, anything else kept as text."""
+    text = raw.decode("utf-8-sig", "replace")
     try:
-        text.encode()
-    except UnicodeEncodeError:  # a lone surrogate: legal in JSON as an escape, not in UTF-8
-        text = json.dumps(value)
-    return text
+        value, odd = parse_json(text, lenient=True)
+        if isinstance(value, dict) and _nesting(value) <= 200:
+            return {**value, "numbers_kept_as_text": odd} if odd else value
+        why = "nested more than 200 deep" if isinstance(value, dict) else "not a JSON object"
+    except (ValueError, RecursionError) as error:
+        why = f"not JSON: {error}" if text.strip() else "empty"
+    return {"unreadable_payload": text, "unreadable_because": why}
 
 
-# -------------------------------------------------------------------------------------- connections and transactions
+def _nesting(value: object) -> int:
+    depth, level = 0, [value]
+    while level:
+        depth += 1
+        parents = [value for value in level if isinstance(value, (dict, list))]
+        level = [
+            child
+            for parent in parents
+            for child in (parent.values() if isinstance(parent, dict) else parent)
+        ]
+    return depth
+
+
+# ------------------------------------------------------------------------------------ the turn
+
+
+class _Turn:
+    """A fair place in the queue of writers, for all threads of this process.
+
+    SQLite's busy handler starves writers: it sleeps up to 100 ms between two looks, while the holder
+    comes back at once. So two files in STATE_DIR/turn are locked before: lock `next`, lock `turn`,
+    unlock `next`; unlock `turn` after the commit. Who has just written must wait at `next`, behind
+    whoever waits at `turn`. The turn is courtesy: SQLite's lock remains the truth.
+    """
+
+    def __init__(self, state: Path) -> None:
+        self.directory, self.fds = f"{state}/turn", []
+        self.threads, self.none_until = threading.Lock(), 0.0
+
+    def take(self, seconds: float) -> bool:
+        """Wait for the turn for at most `seconds`. False when it was not had; go on without it then."""
+        began, had = time.monotonic(), False
+        if began < self.none_until or not self.threads.acquire(timeout=seconds):
+            return False
+        try:
+            if not self.fds or os.fstat(self.fds[1]).st_nlink == 0:
+                self.open()
+            if self._lock(self.fds[0], NEXT_POLL_SECONDS, began + seconds):
+                had = self._lock(self.fds[1], TURN_POLL_SECONDS, began + seconds)
+                flock(self.fds[0], LOCK_UN)
+        except OSError:
+            # The directory cannot be made or written: everybody writes without a turn.
+            pass
+        finally:
+            if not had:
+                self.none_until = time.monotonic() + NO_TURN_SECONDS
+                self.release()
+        return had
+
+    def _lock(self, fd: int, pause: float, deadline: float) -> bool:
+        while True:
+            try:
+                flock(fd, LOCK_EX | LOCK_NB)
+                return True
+            except BlockingIOError:
+                if time.monotonic() >= deadline:
+                    return False
+                time.sleep(pause)
+
+    def release(self) -> None:
+        """Let the next writer in. With LOCK_UN, since a forked child's copy would keep the lock."""
+        for fd in self.fds:
+            flock(fd, LOCK_UN)
+        self.threads.release()
+
+    def open(self) -> None:
+        self.close()
+        if not os.path.isdir(self.directory):
+            os.mkdir(self.directory, 0o700)
+        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
+        self.fds = [os.open(f"{self.directory}/{name}", flags, 0o600) for name in ("next", "turn")]
+
+    def close(self) -> None:
+        fds, self.fds = self.fds, []
+        for fd in fds:
+            os.close(fd)
+
+
+# ----------------------------------------------------------------- connections and transactions
 
 
 class Connection(sqlite3.Connection):
-    """A connection that knows its state directory, its file, and the queues it has seen."""
+    """A connection that knows its state directory, its files, and the queues it has seen."""
 
     state: Path
-    file: tuple[int, int]
+    file: tuple
     queues: set[str]
     durable: bool | None
     busy_timeout_ms: int
 
 
 class _Connections(dict):
-    """A thread's {state: Connection}, closed when the thread ends: Python's own end of a connection waits for gc."""
+    """A thread's {state: Connection}, closed when the thread ends and not only at gc's next run."""
 
     def __init__(self) -> None:
         super().__init__()
         self.pid = os.getpid()
 
     def __del__(self) -> None:
-        if self.pid == os.getpid():  # not a forked child's copy
-            for conn in self.values():
-                conn.close()
+        # A forked child must not close its copies: that would drop its parent's locks.
+        for conn in self.values() if self.pid == os.getpid() else ():
+            conn.close()
 
 
-_thread = threading.local()  # .connections: _Connections
-_connections: WeakSet[Connection] = WeakSet()
+class _Process:
+    """What a process truly has once; a forked child begins with a new one.
 
-
-def connect(state: Path | None = None, create: bool = True, busy_timeout_ms: int | None = None) -> Connection:
-    """This thread's connection to STATE_DIR/tasks.db, opened or reopened as needed, its schema made or adopted.
-
-    A deleted or replaced database is noticed here. With create=False a missing one raises QueueUnavailable.
+    Its connections (closed before a fork); by state directory its turn, its name and locked
+    descriptor as an owner, and the wake file, which is kept open.
     """
+
+    def __init__(self) -> None:
+        self.thread = threading.local()
+        self.connections: WeakSet[Connection] = WeakSet()
+        self.turns: dict[Path, _Turn] = {}
+        self.owners: dict[Path, tuple[str, int]] = {}
+        self.owners_lock = threading.Lock()
+        self.wake_files: dict[Path, int] = {}
+
+
+_process = _Process()
+
+
+def _files_of(db: str) -> tuple:
+    """Which database and write-ahead log lie there now. OSError when there is no database."""
+    found = os.stat(db)
+    try:
+        return found.st_dev, found.st_ino, os.stat(f"{db}-wal").st_ino
+    except FileNotFoundError:
+        return found.st_dev, found.st_ino, None
+
+
+def connect(
+    state: Path | None = None,
+    create: bool = True,
+    busy_timeout_ms: int | None = None,
+    migrate: bool = True,
+) -> Connection:
+    """This thread's connection to STATE_DIR/tasks.db, opened or reopened as needed.
+
+    Its schema is made, or brought to the present version unless `migrate` is false. A deleted or
+    replaced database is noticed here. With create=False a missing one raises QueueUnavailable.
+    """
+    if state is None and state_complaint:
+        raise QueueUnavailable(state_complaint)
     state = state or STATE_DIR
     busy_timeout_ms = BUSY_TIMEOUT_MS if busy_timeout_ms is None else busy_timeout_ms
-    if not hasattr(_thread, "connections"):
-        _thread.connections = _Connections()
-    cache = _thread.connections
+    cache = getattr(_process.thread, "connections", None)
+    if cache is None:
+        cache = _process.thread.connections = _Connections()
     conn, db = cache.get(state), f"{state}/tasks.db"
     try:
-        found = os.stat(db)
-        if conn is not None and conn.file == (found.st_dev, found.st_ino):
+        files = _files_of(db)
+        if conn is not None and conn.file == files:
             if conn.busy_timeout_ms != busy_timeout_ms:
-                conn.execute(f"pragma busy_timeout = {busy_timeout_ms}")
-                conn.busy_timeout_ms = busy_timeout_ms
+                _set_busy_timeout(conn, busy_timeout_ms)
             return conn
+        if conn is not None and conn.file[:2] == files[:2]:
+            _module("queue_owners").log_is_lost(db)
     except OSError as error:
         if not create:
-            raise QueueUnavailable(f"{db}: {error.strerror}; the next enqueue makes a new one") from None
+            raise QueueUnavailable(
+                f"{db}: {error.strerror}; the next enqueue makes a new one"
+            ) from None
     if conn is not None:
         close(conn)
     try:
-        cache[state] = _open(state, db, busy_timeout_ms)
+        cache[state] = _open(state, db, busy_timeout_ms, migrate)
     except sqlite3.Error as error:
         raise explain(error, state) from error
     except OSError as error:
-        raise QueueUnavailable(f"{state} cannot be made or read: {error.strerror}; check TASK_QUEUE_STATE") from error
+        raise QueueUnavailable(
+            f"{state} cannot be made or read: {error.strerror}; check TASK_QUEUE_STATE"
+        ) from error
     return cache[state]
 
 
 def close(conn: Connection) -> None:
     """Close a connection that connect() returned. The next connect() opens another."""
-    _thread.connections.pop(conn.state, None)
-    _connections.discard(conn)
+    _process.thread.connections.pop(conn.state, None)
+    _process.connections.discard(conn)
     conn.close()
 
 
 def make_private(directory: Path, parents: bool = False) -> Path:
-    """Make a directory for its owner only. Without parents none is made for a state that was moved away."""
+    """Make a directory for its owner only, also where somebody has made it for all.
+
+    Without parents none is made for a state that was moved away.
+    """
     directory.mkdir(mode=0o700, parents=parents, exist_ok=True)
+    found = os.stat(directory)
+    if stat.S_IMODE(found.st_mode) & 0o077 and found.st_uid == os.geteuid():
+        os.chmod(directory, 0o700)
     return directory
 
 
-def _open(state: Path, db: str, busy_timeout_ms: int) -> Connection:
+def _set_busy_timeout(conn: Connection, milliseconds: int) -> None:
+    conn.execute(f"pragma busy_timeout = {milliseconds}")
+    conn.busy_timeout_ms = milliseconds
+
+
+def _open(state: Path, db: str, busy_timeout_ms: int, migrate: bool) -> Connection:
     make_private(state, parents=True)
-    conn = sqlite3.connect(db, timeout=busy_timeout_ms / 1000, isolation_level=None, check_same_thread=False,
-                           factory=Connection)  # fmt: skip
+    conn = sqlite3.connect(
+        db,
+        busy_timeout_ms / 1000,
+        isolation_level=None,
+        check_same_thread=False,
+        factory=Connection,
+    )
     try:
-        conn.state, conn.queues, conn.durable, conn.busy_timeout_ms = state, set(), None, busy_timeout_ms
+        conn.state, conn.queues, conn.durable, conn.busy_timeout_ms = (
+            state,
+            set(),
+            None,
+            busy_timeout_ms,
+        )
+        # bash may have cast any bytes to text.
+        conn.text_factory = lambda raw: raw.decode("utf-8", "replace")
         conn.execute(f"pragma journal_size_limit = {WAL_BYTES}")
-        conn.execute("pragma cache_size = -16000")  # KiB; many tasks in one transaction stay in memory until its end
-        conn.text_factory = lambda raw: raw.decode("utf-8", "replace")  # bash may have cast any bytes to text
-        conn.execute("begin")  # one snapshot: another first open may be at work
-        version = conn.execute("pragma user_version").fetchone()[0]
-        tables = _tables(conn)
-        is_ours = version > SCHEMA_VERSION or "task_history" in tables
-        if version == 0:
-            is_ours = not tables or _module("queue_migrate").has_bare_queue(conn)
-        conn.execute("commit")
-        if version > SCHEMA_VERSION:
-            raise QueueUnavailable(
-                f"{db} has schema version {version}, these scripts know {SCHEMA_VERSION}: update them"
-            )
-        if not is_ours:
+        # In KiB: many tasks of one transaction stay in memory until its end.
+        conn.execute("pragma cache_size = -16000")
+        # One snapshot: another first open may be at work.
+        conn.execute("begin")
+        (version,) = conn.execute("pragma user_version").fetchone()
+        tables = table_names(conn)
+        if version != SCHEMA_VERSION and (version or tables):
+            _module("queue_migrate").check(conn, version, migrate)
+        elif version and "task_history" not in tables:
             raise QueueUnavailable(f"{db} is not a task queue's database; check TASK_QUEUE_STATE")
+        conn.execute("commit")
         if version == 0:
-            conn.execute("pragma auto_vacuum = incremental")  # before the first table; cleanup.py gives space back
-        found = os.stat(db)
-        conn.file = (found.st_dev, found.st_ino)
-        if stat.S_IMODE(found.st_mode) & 0o077:  # chmod, not open: closing a descriptor would drop SQLite's locks
-            for sidecar in ("", "-wal", "-shm"):
-                if os.path.exists(f"{db}{sidecar}"):
-                    os.chmod(f"{db}{sidecar}", 0o600)
+            # Before the first table: cleanup.py can give space back only then.
+            conn.execute("pragma auto_vacuum = incremental")
+        # chmod, not open: closing a descriptor of the database would drop SQLite's locks.
+        for sidecar in ("", "-wal", "-shm") if stat.S_IMODE(os.stat(db).st_mode) & 0o077 else ():
+            if os.path.exists(f"{db}{sidecar}"):
+                os.chmod(f"{db}{sidecar}", 0o600)
         _switch_to_wal(conn)
         if version < SCHEMA_VERSION:
             _make_schema(conn)
+        # A read opens the write-ahead log where WAL was already on.
+        table_names(conn)
+        conn.file = _files_of(db)
     except BaseException:
         conn.close()
         raise
-    _connections.add(conn)
+    _process.connections.add(conn)
     return conn
 
 
-def _tables(conn: Connection) -> list[str]:
-    found = conn.execute("select name from sqlite_master where type = 'table' and name not like 'sqlite@_%' escape '@'")
-    return [name for (name,) in found]
+def table_names(conn: Connection) -> list[str]:
+    """The database's tables but SQLite's own."""
+    rows = conn.execute("select name from sqlite_master where type = 'table'").fetchall()
+    return [name for (name,) in rows if not name.startswith("sqlite_")]
 
 
 def _make_schema(conn: Connection) -> None:
-    """Make the schema in an empty database; what is not empty is queue_migrate's. In one transaction."""
+    """Make the schema in an empty database; one that is not empty is queue_migrate's business."""
     with transaction(conn):
-        if conn.execute("pragma user_version").fetchone()[0] == SCHEMA_VERSION:
-            return  # made while we waited for the lock
-        if _tables(conn):
-            _module("queue_migrate").migrate(conn)
+        (version,) = conn.execute("pragma user_version").fetchone()
+        if version == SCHEMA_VERSION:
+            # It was made while we waited for the lock.
+            return
+        if table_names(conn):
+            _module("queue_migrate").migrate(conn, version)
         else:
-            for statement in HISTORY_SCHEMA.split(";\n"):
-                conn.execute(statement)
-            for queue in DEFAULT_QUEUES:
-                create_queue(conn, queue)
-            create_view(conn)
+            create_all(conn, DEFAULT_QUEUES)
         conn.execute(f"pragma user_version = {SCHEMA_VERSION}")
 
 
 def _switch_to_wal(conn: Connection) -> None:
-    """Turn WAL on, once in a database's life. This switch ignores SQLite's busy handler, hence the loop."""
+    """Turn WAL on, once in a database's life. This switch ignores SQLite's busy handler."""
     deadline = time.monotonic() + conn.busy_timeout_ms / 1000
     while True:
         try:
-            if conn.execute("pragma journal_mode = wal").fetchone()[0] != "wal":
-                raise QueueUnavailable(
-                    f"{conn.state} is on a file system where SQLite cannot use WAL: use a local disk"
-                )
-            return
+            if conn.execute("pragma journal_mode = wal").fetchone()[0] == "wal":
+                return
+            raise QueueUnavailable(
+                f"{conn.state} is on a file system where SQLite cannot use WAL: use a local disk"
+            )
         except sqlite3.OperationalError as error:
             locked = (error.sqlite_errorname or "").startswith(("SQLITE_BUSY", "SQLITE_LOCKED"))
             if not locked or time.monotonic() > deadline:
@@ -523,158 +819,293 @@ def _switch_to_wal(conn: Connection) -> None:
             time.sleep(0.005)
 
 
-def ensure_queue(conn: Connection, queue: str) -> None:
-    """Create the queue's table, or adopt the bare one that a hook made: its rows and ids are kept."""
-    check_queue_name(queue)
-    if queue not in conn.queues:
-        with _ErrorsExplained(conn):
-            conn.queues = {name for (name,) in conn.execute(QUEUES)}
-        if queue not in conn.queues:
-            with nullcontext() if conn.in_transaction else transaction(conn):
-                if queue not in {name for (name,) in conn.execute(QUEUES)}:
-                    if len(conn.queues) >= MAX_QUEUES:
-                        raise InvalidTask(f"queue {queue!r} would be number {MAX_QUEUES + 1}: use an existing one")
-                    if queue in _tables(conn):
-                        _module("queue_migrate").adopt(conn, queue)
-                    else:
-                        create_queue(conn, queue)
-                    create_view(conn)
-            conn.queues.add(queue)
+def ensure_queue(conn: Connection, queue: str) -> bool:
+    """Create the queue's table, or adopt the bare one that a hook made. Whether it did. Raises a QueueError."""
+    if queue in conn.queues:
+        return False
+    conn.queues = {name for (name,) in execute(conn, QUEUES, check_queue_name(queue))}
+    if queue in conn.queues:
+        return False
+    with nullcontext() if conn.in_transaction else transaction(conn):
+        if queue in {name for (name,) in conn.execute(QUEUES)}:
+            return False
+        if len(conn.queues) >= MAX_QUEUES:
+            raise InvalidTask(
+                f"queue {queue!r} would be number {MAX_QUEUES + 1}: use an existing one"
+            )
+        if queue in table_names(conn):
+            _module("queue_migrate").adopt(conn, queue)
+        else:
+            create_queue(conn, queue)
+        create_view(conn)
+    conn.queues.add(queue)
+    return True
+
+
+def create_all(conn: Connection, queues) -> None:
+    """Make the history, the queues' tables and the view, within a transaction."""
+    run_statements(conn, HISTORY_SCHEMA)
+    for queue in queues:
+        create_queue(conn, queue)
+    create_view(conn)
 
 
 def create_queue(conn: Connection, queue: str) -> None:
-    """Make the queue's table and its indexes, within a transaction; create_view() has to follow."""
-    for statement in QUEUE_SCHEMA.format(queue=queue, is_object=IS_OBJECT, is_envelope=IS_ENVELOPE).split(";\n"):
-        conn.execute(statement)
+    """Make a queue's table, indexes and triggers, within a transaction; create_view() has to follow."""
+    parts = {"is_object": IS_OBJECT, "is_envelope": IS_ENVELOPE, "last_second": LAST_SECOND}
+    parts["group_is_busy"] = on_queue(GROUP_IS_BUSY, queue)
+    parts["next_of_group"] = NEXT_OF_GROUP.format(queue=queue, group="old.group_id")
+    run_statements(conn, QUEUE_SCHEMA.format(queue=queue, **parts))
+
+
+def run_statements(conn: Connection, text: str) -> None:
+    """Run statements that are separated by semicolons; executescript() would commit first."""
+    statement = ""
+    for line in f"{text};".splitlines(keepends=True):
+        statement += line
+        if sqlite3.complete_statement(statement):
+            conn.execute(statement)
+            statement = ""
 
 
 def create_view(conn: Connection) -> None:
+    """Make the view task_queue anew, over all queues, within a transaction."""
+    told = {"max_attempts": MAX_ATTEMPTS, "status_word": STATUS_WORD}
     queues = [name for (name,) in conn.execute(QUEUES)]
-    arms = "".join(VIEW_ARM.format(queue=queue, max_attempts=MAX_ATTEMPTS) for queue in queues)
     conn.execute("drop view if exists task_queue")
-    conn.execute(VIEW_SCHEMA.format(arms=arms, max_attempts=MAX_ATTEMPTS))
+    arms = "".join(VIEW_ARM.format(queue=queue, **told) for queue in queues)
+    conn.execute(VIEW_SCHEMA.format(arms=arms, **told))
 
 
-class _ErrorsExplained:
-    """Has SQLite's errors on a Connection raised as QueueErrors. A class: contextmanager costs more than most statements."""
+class transaction:
+    """`with transaction(conn):` has a fair turn, then the write lock, from its start.
 
-    __slots__ = ("conn",)
-
-    def __init__(self, conn: sqlite3.Connection) -> None:
-        self.conn = conn
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind, error, traceback) -> None:
-        if isinstance(error, sqlite3.Error) and isinstance(self.conn, Connection):
-            raise explain(error, self.conn.state) from error
-
-
-@contextmanager
-def transaction(conn: Connection, durable: bool = True):
-    """One transaction that has the write lock from its start, and is rolled back when its block raises.
-
-    A durable one survives a power cut once it has ended (synchronous=FULL). Raises QueueBusy, QueueUnavailable.
+    It commits at the end of its block, and rolls back when that raises. A durable one survives a
+    power cut once it has ended (synchronous=FULL). Raises QueueBusy, QueueUnavailable, InvalidTask.
+    A class, since contextmanager costs more than most statements.
     """
-    with _ErrorsExplained(conn):
-        if conn.durable is not durable:
-            conn.execute(f"pragma synchronous = {'full' if durable else 'normal'}")
-            conn.durable = durable
-        conn.execute("begin immediate")
+
+    __slots__ = ("conn", "durable", "turn", "is_open")
+
+    def __init__(self, conn: Connection, durable: bool = True) -> None:
+        self.conn, self.durable, self.turn, self.is_open = conn, durable, None, False
+
+    def __enter__(self) -> Connection:
+        conn, self.is_open = self.conn, True
         try:
-            yield conn
-            conn.execute("commit")
-        except BaseException:
-            conn.queues = set()  # one of them may have been made here
-            if conn.in_transaction:
-                conn.execute("rollback")
+            if conn.durable is not self.durable:
+                conn.execute(f"pragma synchronous = {'full' if self.durable else 'normal'}")
+                conn.durable = self.durable
+            self._take_turn()
+            conn.execute("begin immediate")
+            return conn
+        except BaseException as error:
+            self._end("rollback")
+            if isinstance(error, sqlite3.Error):
+                raise explain(error, conn.state) from error
             raise
 
+    def _take_turn(self) -> None:
+        """Wait for the turn for half of the busy time at most; SQLite is asked with the rest."""
+        conn, began = self.conn, time.monotonic()
+        turn = _process.turns.get(conn.state) or _process.turns.setdefault(
+            conn.state, _Turn(conn.state)
+        )
+        self.turn = turn if turn.take(conn.busy_timeout_ms / 2000) else None
+        waited = int((time.monotonic() - began) * 1000)
+        if waited > 50:
+            _set_busy_timeout(conn, max(conn.busy_timeout_ms - waited, 1))
 
-# ------------------------------------------------------------------------------------------- the verbs, in life order
+    def __exit__(self, kind, error, traceback) -> None:
+        try:
+            if error is None:
+                self._end("commit")
+        except sqlite3.Error as failed:
+            raise explain(failed, self.conn.state) from failed
+        finally:
+            self._end("rollback")
+        if isinstance(error, sqlite3.Error):
+            raise explain(error, self.conn.state) from error
+
+    def _end(self, how: str) -> None:
+        """Commit or roll back, and let the next writer in. Doing it again changes nothing."""
+        if self.is_open:
+            if self.conn.in_transaction:
+                self.conn.execute(how)
+            if how == "rollback":
+                # Some of these queues may have been made here.
+                self.conn.queues = set()
+            self.is_open = False
+            if self.turn is not None:
+                self.turn.release()
+
+    def __del__(self) -> None:
+        # An exception out of a signal's handler can keep __exit__ from its first line.
+        self._end("rollback")
 
 
-def enqueue_task(queue_name: str, task_type: str, data: dict, task_id: str | None = None, *, delay: float = 0.0,
-                 priority: int = 0, window: float = 0.0) -> str:  # fmt: skip
+# ----------------------------------------------------------------- the verbs, in a task's order
+
+
+Stored = namedtuple("Stored", "task_id is_new")
+
+
+def enqueue_task(
+    queue_name: str, task_type: str, data: dict, task_id: str | None = None, **options
+) -> str:
     """Store a task and return its id, new or already there: it is on disk when this returns.
 
-    Where a waiting or running task of the queue has this task_id, or one that was enqueued in the last `window`
-    seconds and is finished, nothing is added. The task becomes ready after `delay` seconds; a higher `priority` is
-    claimed first. Raises InvalidTask, QueueBusy, QueueUnavailable.
+    Where a waiting or running task of the queue has this task_id, nothing is added, unless
+    on_duplicate says otherwise. `options` are new_row()'s. Raises InvalidTask, QueueBusy,
+    QueueUnavailable.
     """
-    return enqueue_tasks(
-        queue_name, [new_row(task_type, data, task_id, delay=delay, priority=priority, window=window)]
-    )[0][0]
+    return enqueue_tasks(queue_name, [new_row(task_type, data, task_id, **options)])[0].task_id
 
 
-def enqueue_tasks(queue_name: str, tasks, *, state: Path | None = None) -> list[tuple[str, bool]]:
-    """Store many tasks in one transaction, all or none; returns [(task_id, is_new), …] in their order.
+def enqueue_tasks(queue_name: str, tasks, **how) -> list[Stored]:
+    """Store many tasks in one transaction, all or none: (task_id, is_new) of each, in their order.
 
-    A task is a dict of enqueue_task's arguments: {"task_type": …, "data": …, "task_id": …}, or a new_row().
+    A task is a dict of enqueue_task's arguments: {"task_type": …, "data": …, "task_id": …}, or a
+    new_row(). `how` goes to connect(). Raises InvalidTask, QueueBusy, QueueUnavailable.
     """
     rows = [task if isinstance(task, Row) else new_row(**task) for task in tasks]
-    conn = connect(state)
+    conn = connect(**how)
     ensure_queue(conn, queue_name)
     with transaction(conn):
-        results = [(row.task_id, insert(conn, queue_name, row)) for row in rows]
+        stored = [Stored(row.task_id, insert(conn, queue_name, row)) for row in rows]
     wake(conn.state)
-    return results
+    return stored
 
 
-Row = namedtuple("Row", "task_id data status due_at priority window")  # a task that has passed new_row()
+# A task that has passed new_row(); the first six of its columns are INSERT's.
+Row = namedtuple(
+    "Row", "data status due_at priority group_id expires_at task_id window on_duplicate firing"
+)
 
 
 def insert(conn: Connection, queue: str, row: Row) -> bool:
-    """Insert a row within a transaction; False when its task_id is waiting, running, or finished within its window."""
+    """Insert a row within a transaction; whether it is new. False, too, when a task has taken its data."""
     if row.window:
-        known = {"queue": queue, "task_id": row.task_id, "since": utc(time.time() - row.window)}
-        if conn.execute(FINISHED_SINCE, known).fetchone()[0]:
+        now = time.time()
+        firing = row.firing if row.on_duplicate == "rerun" else None
+        told = {"since": utc(now - row.window), "now": utc(now), "firing": firing}
+        if conn.execute(
+            FINISHED_SINCE, {"queue": queue, "task_id": row.task_id, **told}
+        ).fetchone()[0]:
             return False
-    return conn.execute(on_queue(INSERT, queue), row[1:5]).rowcount == 1
+    if conn.execute(on_queue(INSERT, queue), row[:6]).rowcount == 1:
+        return True
+    if row.on_duplicate != "skip":
+        told = {
+            "data": row.data,
+            "due_at": row.due_at,
+            "task_id": row.task_id,
+            "firing": row.firing,
+        }
+        conn.execute(on_queue(REPLACE, queue), told)
+    return False
 
 
-def new_row(task_type: str, data: dict, task_id: str | None = None, *, delay: float = 0.0, priority: int = 0,
-            window: float = 0.0, depth: int | None = None, source: dict | None = None, text: str | None = None) -> Row:  # fmt: skip
-    """Check a task and write its envelope; `text` is the JSON that data was read from, if any. Raises InvalidTask."""
+def new_row(
+    task_type: str,
+    data: dict,
+    task_id: str | None = None,
+    *,
+    delay: float = 0.0,
+    at: float | None = None,
+    priority: int = 0,
+    window: float = 0.0,
+    group: str | None = None,
+    hold: bool = False,
+    ttl: float | None = None,
+    on_duplicate: str = "skip",
+    firing: str | None = None,
+    depth: int | None = None,
+    source: dict | None = None,
+    text: str | None = None,
+) -> Row:
+    """Check a task and write its envelope. Raises InvalidTask.
+
+    delay         seconds until it becomes ready; `at` is the same as Unix seconds
+    priority      higher is claimed first
+    window        seconds; a task with this id that was enqueued this recently, and is finished,
+                  makes this one a duplicate, too
+    group         tasks of one group run one at a time, in order
+    hold          it waits until a person approves it
+    ttl           seconds; not claimed by then, it ends as expired
+    on_duplicate  of a task that waits or runs: "skip" adds nothing. "replace" and "rerun" have it
+                  take the new data, or run once more with it when it runs already
+    firing        what tells two firings of a hook apart, where they mean the same task
+    depth, source   how many handlers stand before it, and which task it comes from
+    text          the JSON that data was read from, if any
+    """
     if not isinstance(data, dict):
-        raise InvalidTask(f"the task was refused: data is a {type(data).__name__}; it must be a JSON object")
-    task_id = os.urandom(8).hex() if task_id is None else _checked_name("task_id", task_id, 500)
-    _check_task_type(task_type) if isinstance(task_type, str) else _checked_name("task_type", task_type, 200)
-    if isinstance(priority, bool) or not isinstance(priority, int) or abs(priority) > 1_000_000:
-        raise InvalidTask(f"priority {priority!r} was refused: it is a whole number from -1000000 to 1000000")
-    for what, seconds in (("delay", delay), ("window", window)) if (delay, window) != (0.0, 0.0) else ():
-        if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not 0 <= seconds < 1e9:
-            raise InvalidTask(f"{what} {seconds!r} was refused: it is a number of seconds")
+        raise InvalidTask(
+            f"the task was refused: data is a {type(data).__name__}; it must be a JSON object"
+        )
+    task_id = os.urandom(8).hex() if task_id is None else check_text("task_id", task_id, 500)
+    _check_task_type(task_type if isinstance(task_type, str) else str(type(task_type)))
     depth = task_depth() if depth is None else depth
     if depth > MAX_DEPTH:
-        raise InvalidTask(f"the task was refused: its chain of handlers is more than {MAX_DEPTH} deep (TASK_DEPTH)")
+        raise InvalidTask(
+            f"the task was refused: its chain of handlers is more than {MAX_DEPTH} deep (TASK_DEPTH)"
+        )
     now = time.time()
+    status, due_at, expires_at = READY, None, None
+    if (priority, delay, window, ttl, at) != (0, 0.0, 0.0, None, None):
+        _check_numbers(priority=priority, delay=delay, window=window, ttl=ttl, at=at)
+        due_at = at if at is not None else now + delay if delay else None
+        expires_at = now + ttl if ttl is not None else None
+    if group is not None:
+        check_text("group", group, 500)
+    if hold:
+        status, due_at = SCHEDULED, None
+    elif due_at is not None:
+        status = SCHEDULED
+    if on_duplicate not in ("skip", "replace", "rerun"):
+        raise InvalidTask(f"on_duplicate {on_duplicate!r} was refused: skip, replace or rerun")
     head = f'"task_id": {_quote(task_id)}, "task_type": {_quote(task_type)}, "enqueued_at": "{utc(now)}"'
     if depth:
         head += f', "depth": {depth}'
     if source:
         head += f', "source": {_encode(source)}'
+    if firing:
+        head += f', "firing": {_quote(firing)}'
     envelope = f'{{{head}, "data": {to_json(data) if text is None else text}}}'
-    return Row(task_id, envelope, SCHEDULED if delay else READY, now + delay if delay else None, priority, window)
+    return Row(
+        envelope, status, due_at, priority, group, expires_at, task_id, window, on_duplicate, firing
+    )
 
 
-_UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
+def _check_numbers(priority: int, **seconds: float | None) -> None:
+    if type(priority) is not int or abs(priority) > 1_000_000:
+        raise InvalidTask(
+            f"priority {priority!r} was refused: it is a whole number from -1000000 to 1000000"
+        )
+    for what, value in seconds.items():
+        longest = LAST_SECOND if what == "at" else 1e9
+        if value is not None and not (type(value) in (int, float) and 0 <= value < longest):
+            raise InvalidTask(f"{what} {value!r} was refused: it is a number of seconds")
 
 
-def _checked_name(what: str, value: object, longest: int) -> str:
-    """A task_id or task_type: text that fits into an environment variable, a log line and a file name."""
-    if not isinstance(value, str) or not 0 < len(value.encode("utf-8", "surrogatepass")) <= longest:
-        raise InvalidTask(f"{what} {str(value)[:40]!r} was refused: it is a text of 1 to {longest} bytes")
+def check_text(what: str, value: object, longest: int) -> str:
+    """A task_id, task_type or group: text that fits into an environment variable and a log line."""
+    is_text = isinstance(value, str)
+    if not is_text or not 0 < len(value.encode("utf-8", "surrogatepass")) <= longest:
+        raise InvalidTask(
+            f"{what} {str(value)[:40]!r} was refused: it is a text of 1 to {longest} bytes"
+        )
     if _UNPRINTABLE.search(value):
-        raise InvalidTask(f"{what} {value!r} was refused: it has control characters or lone surrogates")
+        raise InvalidTask(f"{what} {value!r} was refused: it has control characters or surrogates")
     return value
 
 
 @lru_cache(256)
 def _check_task_type(task_type: str) -> None:
-    if "/" in _checked_name("task_type", task_type, 200) or task_type[0] in ".-":
-        raise InvalidTask(f"task_type {task_type!r} was refused: it names a handler, so no / and no leading . or -")
+    if "/" in check_text("task_type", task_type, 200) or task_type[0] in ".-<":
+        raise InvalidTask(
+            f"task_type {task_type!r} was refused: it names a handler, so no / and no leading . - <"
+        )
 
 
 def task_depth() -> int:
@@ -684,13 +1115,20 @@ def task_depth() -> int:
 
 
 def wake(state: Path) -> None:
-    """Tell sleeping consumers to look, after a commit. Best effort: they also hear the write-ahead log."""
+    """Tell sleeping consumers to look, after a commit.
+
+    Best effort: they also notice a write to the write-ahead log.
+    """
+    fd = _process.wake_files.get(state)
     try:
-        fd = os.open(state / "wake", os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        os.utime(fd)  # what macOS reports; Linux reports the close
-        os.close(fd)
+        if fd is None or os.fstat(fd).st_nlink == 0:
+            if fd is not None:
+                os.close(fd)
+            flags = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC
+            fd = _process.wake_files[state] = os.open(f"{state}/wake", flags, 0o600)
+        os.pwrite(fd, b"\n", 0)
     except OSError:
-        pass
+        _process.wake_files.pop(state, None)
 
 
 def has_ready(conn: Connection, queue: str) -> bool:
@@ -698,96 +1136,149 @@ def has_ready(conn: Connection, queue: str) -> bool:
     return bool(execute(conn, HAS_READY, queue, now=time.time()).fetchone()[0])
 
 
-def is_paused(conn: Connection, queue: str) -> bool:
-    """Whether claims of this queue are held back (tasks.py pause)."""
-    return bool(conn.execute(IS_PAUSED, {"queue": queue}).fetchone()[0])
-
-
 def next_due(conn: Connection, queue: str) -> float | None:
-    """When the queue's next scheduled task becomes ready, Unix seconds; None when there is none, or it is paused."""
-    return execute(conn, NEXT_DUE, queue).fetchone()[0]
+    """When there will be something to do at the latest, Unix seconds; None when nothing has a time.
 
-
-def claim(conn: Connection, queue: str, owner: str, *, limit: int = 1, row_id: int | None = None,
-          max_attempts: int = MAX_ATTEMPTS, backoff: float = BACKOFF_SECONDS, then_queue: str | None = None) -> list[Task]:  # fmt: skip
-    """Claim up to `limit` ready tasks, or one given row, for owner; [] when nothing is ready or the queue is paused.
-
-    Within a transaction. What max_attempts, backoff (seconds) and then_queue say is kept with the task, so that
-    whoever has to end it (this process, or another that finds this one dead) does the same.
+    That is the time of a scheduled task, of an expiry, or of the end of a pause.
     """
     now = time.time()
-    execute(conn, PROMOTE, queue, now=now)
-    values = {"owner": owner, "now": now, "max_attempts": max_attempts, "backoff": backoff, "then_queue": then_queue}
+    due, expires, ready, paused, until = execute(conn, NEXT_TIMES, queue, now=now).fetchone()
+    times = [when for when in (due, expires) if when is not None]
+    if paused:
+        times = [until] if until is not None and (ready or due is not None) else []
+        times = [max(until, due)] if times and not ready else times
+    return min(times, default=None)
+
+
+# What a claimer may want done with a task: attempts, back-off in seconds, the queue that the result
+# goes to and whether it is held there, and whether a result may enqueue tasks.
+TERMS = {
+    "max_attempts": MAX_ATTEMPTS,
+    "backoff": BACKOFF_SECONDS,
+    "then_queue": None,
+    "then_hold": False,
+    "chain": False,
+}
+
+
+def claim(
+    conn: Connection,
+    queue: str,
+    owner: str,
+    *,
+    limit: int = 1,
+    row_id: int | None = None,
+    **terms,
+) -> list[Task]:
+    """Claim up to `limit` ready tasks, or one given row, for owner, within a transaction.
+
+    [] when nothing is ready, or the queue is paused or has no free slot. `terms` are some of TERMS:
+    they are kept with the task, so that whoever ends it does the same: this process, or another
+    that finds this one dead.
+    """
+    now = time.time()
+    overdue, expired = execute(conn, HAS_OVERDUE, queue, now=now).fetchone()
+    if expired:
+        expire(conn, queue, now)
+    if overdue:
+        _promote(conn, queue, now)
+    values = {"owner": owner, "now": now, "limit": limit, **TERMS, **terms}
     if row_id is None:
-        rows = execute(conn, CLAIM, queue, limit=limit, **values).fetchall()
+        rows = execute(conn, CLAIM, queue, **values).fetchall()
     else:
         rows = execute(conn, CLAIM_ROW, queue, id=row_id, **values).fetchall()
-    return sorted((_task(queue, row) for row in rows), key=lambda task: (-task.priority, task.id))
+    tasks = [Task.from_row(queue, row) for row in rows]
+    return sorted(tasks, key=lambda task: (-task.priority, task.id)) if len(tasks) > 1 else tasks
 
 
-def _task(queue: str, row: tuple) -> Task:
-    task_id, task_type = row[1] or f"{queue}-{row[0]}", row[2] or queue
-    return Task(queue, row[0], task_id, task_type, *row[3:])
+def _promote(conn: Connection, queue: str, now: float) -> None:
+    """Make the scheduled tasks ready whose time has come; of a group only the first."""
+    groups = {group for (group,) in execute(conn, PROMOTE, queue, now=now).fetchall()}
+    for group in groups - {None}:
+        execute(conn, UNBLOCK, queue, group_id=group)
 
 
-def ack(conn: Connection, task: Task, *, exit_code: int | None = None, result: str | None = None,
-        log: str | None = None) -> bool:  # fmt: skip
-    """Record the claimed task as completed. False when its owner no longer holds it; nothing changes then."""
-    return finish(conn, task, "completed", exit_code=exit_code, result=result, log=log)
+def expire(conn: Connection, queue: str, now: float) -> int:
+    """Move tasks whose time is over to the history, within a transaction; how many."""
+    rows = execute(conn, EXPIRED, queue, now=now).fetchall()
+    error = "it was not started before its time was over"
+    return sum(finish(conn, Task.from_row(queue, row), "expired", error=error) for row in rows)
 
 
-def nack(conn: Connection, task: Task, *, error: str, delay: float | None = None, exit_code: int | None = None,
-         result: str | None = None, log: str | None = None) -> str | None:  # fmt: skip
-    """Record a failed attempt: "scheduled" again after delay seconds (default: its back-off), or, with its attempts
-    spent, "failed" for good. None when its owner no longer holds it; nothing changes then.
+def claim_ready(conn: Connection, queue: str, **how) -> list[Task]:
+    """Claim for this process, in a transaction of its own. A look that finds nothing takes no lock."""
+    if not has_ready(conn, queue):
+        return []
+    owner = owner_name(conn.state)
+    with transaction(conn, durable=False):
+        return claim(conn, queue, owner, **how)
+
+
+# How a run ended: the handler's exit code, the ends of its stdout and stderr, and what went wrong.
+ENDING = {"exit_code": None, "result": None, "log": None, "error": None}
+
+
+def ack(conn: Connection, task: Task, **told) -> bool:
+    """Record the claimed task as completed, within a transaction.
+
+    False when its owner no longer holds it; nothing changes then. `told` is some of ENDING.
+    """
+    return finish(conn, task, "completed", **told)
+
+
+def nack(
+    conn: Connection, task: Task, *, error: str, delay: float | None = None, **told
+) -> str | None:
+    """Record a failed attempt, within a transaction.
+
+    "scheduled" again after `delay` seconds (default: its back-off), or, with its attempts spent,
+    "failed" for good. None when its owner no longer holds it; nothing changes then.
     """
     if task.attempts >= (task.max_attempts or MAX_ATTEMPTS):
-        error = f"{error} (attempt {task.attempts} of {task.max_attempts})"
-        return "failed" if bury(conn, task, error=error, exit_code=exit_code, result=result, log=log) else None
+        error = f"{error} (attempt {task.attempts} of {task.max_attempts or MAX_ATTEMPTS})"
+        return "failed" if bury(conn, task, error=error, **told) else None
     delay = backoff_delay(task) if delay is None else delay
     return "scheduled" if _put_back(conn, task, delay=delay, error=error) else None
 
 
-def bury(conn: Connection, task: Task, *, error: str, exit_code: int | None = None, result: str | None = None,
-         log: str | None = None) -> bool:  # fmt: skip
-    """Record the claimed task as failed for good, a dead letter. False when its owner no longer holds it."""
-    return finish(conn, task, "failed", exit_code=exit_code, result=result, log=log, error=error)
+def bury(conn: Connection, task: Task, *, error: str, **told) -> bool:
+    """Record the claimed task as failed for good, a dead letter. False when not held."""
+    return finish(conn, task, "failed", error=error, **told)
 
 
 def release(conn: Connection, task: Task, *, delay: float = 0.0, error: str | None = None) -> bool:
-    """Put the claimed task back as if it had not been claimed: this attempt does not count. False when not held."""
+    """Put the claimed task back for `delay` seconds: this attempt does not count. False when not held."""
     return _put_back(conn, task, delay=delay, error=error, uncounted=1)
 
 
-def finish(conn: Connection, task: Task, outcome: str, *, exit_code: int | None = None, result: str | None = None,
-           log: str | None = None, error: str | None = None) -> bool:  # fmt: skip
-    """Move the task to the history as completed, failed or cancelled, within a transaction. False when not held."""
-    fence = _fence(task)
-    told = {"outcome": outcome, "exit_code": exit_code, "result": result, "log": log, "error": error}
-    if execute(conn, ARCHIVE, task.queue, **fence, **told).rowcount != 1:
+def finish(conn: Connection, task: Task, outcome: str, **told) -> bool:
+    """Move the task to the history with that outcome, within a transaction; `told` is some of ENDING.
+
+    Where a later firing waits for the end of this run, it is enqueued. False when its owner no
+    longer holds the task; nothing changes then.
+    """
+    times = {"enqueued_at": utc(task.enqueued_at), "completed_at": utc(time.time())}
+    times["started_at"] = None if task.claimed_at is None else utc(task.claimed_at)
+    values = {**ENDING, **told, **times, **_fence(task), "outcome": outcome}
+    if execute(conn, ARCHIVE, task.queue, **values).rowcount != 1:
         return False
-    execute(conn, REMOVE, task.queue, **fence)
+    [(rerun_data, priority, group)] = execute(conn, REMOVE, task.queue, id=task.id).fetchall()
+    if rerun_data is not None:
+        conn.execute(on_queue(INSERT, task.queue), (rerun_data, READY, None, priority, group, None))
     return True
 
 
 def _fence(task: Task) -> dict:
     """The values of FENCE."""
-    return {"id": task.id, "owner": task.owner, "attempts": task.attempts, "claimed_at": task.claimed_at}
+    values = {"id": task.id, "owner": task.owner}
+    return {**values, "attempts": task.attempts, "claimed_at": task.claimed_at}
 
 
-def _put_back(conn: Connection, task: Task, *, delay: float, error: str | None, uncounted: int = 0) -> bool:
-    due_at = time.time() + delay if delay > 0 else None
-    return execute(conn, RETURN, task.queue, **_fence(task), due_at=due_at, error=error, uncounted=uncounted).rowcount == 1
-
-
-def redrive(conn: Connection, queue: str, history_id: int) -> bool:
-    """Put a finished task back into its queue, attempts at zero, under its old id. False when the same task_id is
-    waiting or running already; the history is kept then.
-    """
-    if execute(conn, REDRIVE, queue, history_id=history_id).rowcount != 1:
-        return False
-    conn.execute(FORGET, {"history_id": history_id})
-    return True
+def _put_back(
+    conn: Connection, task: Task, *, delay: float, error: str | None, uncounted: int = 0
+) -> bool:
+    told = {"delay": delay, "error": error, "uncounted": uncounted, "now": time.time()}
+    return execute(conn, RELEASE, task.queue, **_fence(task), **told).rowcount == 1
 
 
 def backoff_delay(task: Task) -> float:
@@ -795,21 +1286,25 @@ def backoff_delay(task: Task) -> float:
     import random
 
     base = BACKOFF_SECONDS if task.backoff is None else task.backoff
-    return min(BACKOFF_CAP_SECONDS, base * 2.0 ** min(task.attempts - 1, 32)) * random.uniform(0.5, 1.0)
+    doubled = base * 2.0 ** min(task.attempts - 1, 32)
+    return min(BACKOFF_CAP_SECONDS, doubled) * random.uniform(0.5, 1.0)
 
 
-# ---------------------------------------------------------------------------------------------------------- the spool
+# ------------------------------------------------------------------------------------ the spool
 
 
 def spool(queue: str, text: str, state: Path | None = None) -> Path:
-    """Write a task that could not reach the database to state/spool/QUEUE: on disk when this returns. OSError if not.
+    """Write a task that could not reach the database to state/spool/QUEUE.
 
-    `text` is what would be a row's data. A shell can do the same: write a file elsewhere on the disk, mv it there.
+    It is on disk when this returns. `text` is what would be a row's data. Raises OSError,
+    InvalidTask. A shell can do the same: write a file elsewhere on the disk, and mv it there.
     """
-    directory = (state or STATE_DIR) / "spool" / check_queue_name(queue)
-    make_private(directory, parents=True)
+    state = state or STATE_DIR
+    make_private(state, parents=True)
+    directory = make_private(make_private(state / "spool") / check_queue_name(queue))
     name = f"{time.time_ns()}-{os.urandom(4).hex()}.json"
-    fd = os.open(directory / f".{name}", os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+    fd = os.open(directory / f".{name}", flags, 0o600)
     try:
         with open(fd, "w", encoding="utf-8") as file:
             file.write(text)
@@ -824,32 +1319,27 @@ def spool(queue: str, text: str, state: Path | None = None) -> Path:
         os.fsync(directory_fd)
     finally:
         os.close(directory_fd)
-    wake(state or STATE_DIR)
+    wake(state)
     return directory / name
 
 
-# --------------------------------------------------------------------------------------------- who is alive, recovery
-
-NOBODY = "nobody"  # a row that was marked as claimed by hand has no owner
-
-_owners: dict[Path, tuple[str, int]] = {}  # {state: (name, descriptor)}
-_owners_lock = threading.Lock()
+# --------------------------------------------------------------------------------- who is alive
 
 
-def lock_file(path: Path | str, *, shared: bool = False, probe: bool = False, patience: float = 0.0) -> int | None:
-    """A descriptor that holds the flock on path, None when somebody else holds it (for `patience` seconds).
+def lock_file(
+    path: Path | str, *, shared: bool = False, probe: bool = False, patience: float = 0.0
+) -> int | None:
+    """A descriptor that holds the flock on path; None when another holds it for `patience` seconds.
 
-    A probe opens for reading and creates nothing: closing a descriptor that was open for writing is what tells
-    everybody that an owner has died. It raises FileNotFoundError.
+    A probe opens for reading and creates nothing: closing a descriptor that was open for writing
+    is what tells everybody that an owner has died. Raises OSError; a probe FileNotFoundError.
     """
-    import fcntl
-
     flags = os.O_RDONLY if probe else os.O_RDWR | os.O_CREAT
     deadline = time.monotonic() + patience
     while True:
         fd = os.open(path, flags | os.O_CLOEXEC, 0o600)
         try:
-            fcntl.flock(fd, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+            flock(fd, (LOCK_SH if shared else LOCK_EX) | LOCK_NB)
             mine, there = os.fstat(fd), os.stat(path)
             if (mine.st_dev, mine.st_ino) == (there.st_dev, there.st_ino):
                 return fd
@@ -862,38 +1352,47 @@ def lock_file(path: Path | str, *, shared: bool = False, probe: bool = False, pa
             if probe:
                 os.close(fd)
                 raise
-        os.close(fd)  # somebody removed the file between open and flock: the lock is on nothing
+        # Somebody removed the file between open and flock: the lock is on nothing.
+        os.close(fd)
 
 
 def owner_name(state: Path | None = None) -> str:
-    """This process as an owner of tasks: its lock file in state/workers exists and is held when this returns."""
+    """This process as an owner of tasks: its lock file in state/workers is held when this returns.
+
+    Raises QueueUnavailable.
+    """
     state = state or STATE_DIR
-    with _owners_lock:
-        name, fd = _owners.get(state, (None, None))
+    with _process.owners_lock:
+        name, fd = _process.owners.get(state, (None, None))
         if fd is not None:
             try:
                 if os.stat(f"{state}/workers/{name}").st_ino == os.fstat(fd).st_ino:
                     return name
             except OSError:
                 pass
-            os.close(fd)  # removed under us, by hand: what we hold is lost unless the file is back in time
+            # It was removed by hand: what we hold is lost unless the file is back in time.
+            os.close(fd)
         path = state / "workers" / (name or f"{os.getpid()}-{os.urandom(4).hex()}")
         try:
             make_private(path.parent)
             fd = lock_file(path, patience=PROBE_SECONDS)
         except OSError as error:
-            raise QueueUnavailable(f"{path} cannot be made: {error.strerror}; check the permissions") from error
+            raise QueueUnavailable(
+                f"{path} cannot be made: {error.strerror}; check the permissions"
+            ) from error
         if fd is None:
-            raise QueueUnavailable(f"{path} is locked by another process; it is this process's own: remove it")
-        _owners[state] = (path.name, fd)
+            raise QueueUnavailable(
+                f"{path} is locked by another process; it is this process's own: remove it"
+            )
+        _process.owners[state] = (path.name, fd)
         return path.name
 
 
 def resign(state: Path | None = None) -> None:
     """Give up this process's ownership: nothing of its is claimed any more."""
     state = state or STATE_DIR
-    with _owners_lock:
-        name, fd = _owners.pop(state, (None, None))
+    with _process.owners_lock:
+        name, fd = _process.owners.pop(state, (None, None))
         if fd is not None:
             try:
                 os.unlink(state / "workers" / name)
@@ -902,36 +1401,43 @@ def resign(state: Path | None = None) -> None:
             os.close(fd)
 
 
-
-_inherited: list[Connection] = []  # a child must not close its parent's connections: that would shut the parent's log
-
-
 def close_before_fork(conn: Connection | None) -> None:
-    """Close a connection unless a transaction of its is under way: a child would take SQLite's locks for its own."""
-    if conn in _connections and not conn.in_transaction:
-        conn.file = None  # has connect() open another
-        _connections.discard(conn)
+    """Close a connection: a child would take its parent's locks on the database for its own.
+
+    One with a transaction under way is left open.
+    """
+    if conn in _process.connections and not conn.in_transaction:
+        # So that connect() opens another.
+        conn.file = ()
+        _process.connections.discard(conn)
         conn.close()
+
+
+# What a child must not close, since that would drop its parent's locks.
+_inherited: list = []
 
 
 def _before_fork() -> None:
     """Close the forking thread's connections; they are opened again when wanted.
 
-    Connections of other threads are left as they are: a program that uses the queue in threads should fork before
-    that, or use subprocess.
+    Connections of other threads are left as they are: a program that uses the queue in threads
+    should fork before that, or use subprocess.
     """
-    for conn in list(_thread.__dict__.get("connections", {}).values()):
+    for conn in list(_process.thread.__dict__.get("connections", {}).values()):
         close_before_fork(conn)
-    _inherited.extend(_connections)
+    _inherited.extend([_process, *_process.connections])
 
 
 def _after_fork_in_child() -> None:
-    """A child opens its own connections, and owns nothing of its parent's."""
-    global _thread, _connections, _owners_lock
-    _thread, _connections, _owners_lock = threading.local(), WeakSet(), threading.Lock()
-    for _, fd in _owners.values():
+    """A child opens its own connections, owns nothing of its parent's, and takes turns of its own."""
+    global _process
+    for _, fd in _process.owners.values():
         os.close(fd)
-    _owners.clear()
+    for fd in _process.wake_files.values():
+        os.close(fd)
+    for turn in _process.turns.values():
+        turn.close()
+    _process = _Process()
 
 
 os.register_at_fork(
@@ -941,42 +1447,15 @@ os.register_at_fork(
 )
 
 
-
-def claim_ready(conn: Connection, queue: str, **how) -> list[Task]:
-    """Claim for this process, in a transaction of its own. A look that finds nothing takes no lock."""
-    if not has_ready(conn, queue):
-        return []
-    owner = owner_name(conn.state)
-    with transaction(conn, durable=False):
-        return claim(conn, queue, owner, **how)
-
-
-def not_held(conn: Connection, task: Task, verb: str = "acknowledged") -> None:
-    """Say that a task was not ours to end."""
-    import logging
-
-    row = execute(conn, WHO_HOLDS, task.queue, id=task.id).fetchone()
-    if row is None:
-        why = "it is finished or gone"
-    elif row[0] is None:
-        why = "it is waiting again"
-    else:
-        why = f"{row[0]} holds it since {utc(row[1])} UTC, attempt {row[2]}"
-    message = 'queue "%s": task %s was not %s: %s (this process lost it when its lock file or the state was removed)'
-    logging.getLogger(__name__).warning(message, task.queue, task.id, verb, why)
-
-
 # ------------------------------------------------------------------------------------------------ the modules beside it
 
 _LATER = {
-    name: module
-    for module, names in {
-        "queue_owners": "settle tail signal_name spool_directories spooled_files take_in_spool recover exits_file",
-        "queue_wake": "Watch WakeEvent QueueWatcher look_again data_version is_wake sleep_seconds",
-        "queue_persist": "get_queue get_ack_queue dequeue_task SQLiteQueue SQLiteAckQueue Empty",
-        "queue_asyncio": "consume Delivery",
-    }.items()
-    for name in names.split()
+    "queue_owners": "settle tail signal_name spool_directories spooled_files take_in_spool recover exits_file"
+    " redrive not_held log_is_lost EX_DATAERR EX_TEMPFAIL OUTPUT_BYTES RESULT_BYTES STOPPED CANCELLED NO_PLACE"
+    " OWNERS CANCEL_REQUESTED FORGET",
+    "queue_wake": "Watch WakeEvent QueueWatcher look_again data_version is_wake sleep_seconds",
+    "queue_persist": "get_queue get_ack_queue dequeue_task SQLiteQueue SQLiteAckQueue Empty COUNT_READY",
+    "queue_asyncio": "consume Delivery",
 }
 
 
@@ -990,13 +1469,15 @@ def _module(name: str):
         if error.name != name:
             raise
         here = os.path.dirname(os.path.abspath(__file__))
-        raise ImportError(f"{name}.py is missing in {here}: put it beside queue_helpers.py", name=name) from None
+        raise ImportError(
+            f"{name}.py is missing in {here}: put it beside queue_helpers.py", name=name
+        ) from None
 
 
 def __getattr__(name: str):
-    """The names of the modules beside this one, which are loaded when first asked for: their libraries are heavy."""
-    if name in _LATER:
-        value = getattr(_module(_LATER[name]), name)
-        globals()[name] = value
-        return value
+    """The names of the modules beside this one: their libraries are heavy, so they are loaded late."""
+    for module, names in _LATER.items():
+        if name in names.split():
+            value = globals()[name] = getattr(_module(module), name)
+            return value
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -6,6 +6,7 @@ Loaded by queue_helpers when a database needs it, and never otherwise.
 from __future__ import annotations
 
 import json
+import logging
 
 import queue_helpers as q
 
@@ -17,20 +18,110 @@ select max(id) from (
 
 def has_bare_queue(conn: q.Connection) -> bool:
     """Whether a hook made one of the tables before any Python ran."""
-    return any(is_bare_queue(conn, name) for name in q._tables(conn))
+    return any(is_bare_queue(conn, name) for name in q.table_names(conn))
 
 
-def migrate(conn: q.Connection) -> None:
-    """Adopt the bare tables of a database that no Python has opened, within a transaction."""
-    bare = [name for name in q._tables(conn) if is_bare_queue(conn, name)]
-    for statement in q.HISTORY_SCHEMA.split(";\n"):
-        conn.execute(statement)
-    for queue in sorted({*q.DEFAULT_QUEUES, *bare}):
-        if queue in bare:
-            adopt(conn, queue)
-        else:
-            q.create_queue(conn, queue)
+def check(conn: q.Connection, version: int, may_migrate: bool) -> None:
+    """Raise QueueUnavailable unless a database that is not of the present version can be brought to it."""
+    db = conn.state / "tasks.db"
+    if version > q.SCHEMA_VERSION:
+        raise q.QueueUnavailable(
+            f"{db} has schema version {version}, these scripts know {q.SCHEMA_VERSION}: update them"
+        )
+    tables = q.table_names(conn)
+    if not (has_bare_queue(conn) if version == 0 else "task_history" in tables):
+        raise q.QueueUnavailable(f"{db} is not a task queue's database; check TASK_QUEUE_STATE")
+    if version and not may_migrate:
+        raise q.QueueUnavailable(
+            f"{db} has schema version {version}, and a hook does not wait for its migration to version "
+            f"{q.SCHEMA_VERSION}: the next worker does it"
+        )
+
+
+def migrate(conn: q.Connection, version: int) -> None:
+    """Bring a database to the present schema, within a transaction that has seen its version."""
+    if version == 0:
+        adopt_all(conn)
+    else:
+        from_1_to_2(conn)
+
+
+def adopt_all(conn: q.Connection) -> None:
+    """Adopt the bare tables of a database that no Python has opened."""
+    bare = [name for name in q.table_names(conn) if is_bare_queue(conn, name)]
+    q.create_all(conn, sorted({*q.DEFAULT_QUEUES} - {*bare}))
+    for queue in bare:
+        adopt(conn, queue)
     q.create_view(conn)
+
+
+# What a queue's table of version 1 has, and version 2 stores as it is.
+COLUMNS_OF_1 = """id, data, timestamp, status, priority, due_at, group_id, attempts, owner, claimed_at,
+  max_attempts, backoff, then_queue, cancel_requested, error"""
+# Version 1 did not check these.
+BOUNDED = COLUMNS_OF_1.replace(
+    "priority,", "max(-1000000, min(1000000, cast(priority as integer))),"
+).replace(
+    "due_at,", f"iif(typeof(due_at) = 'real' and due_at between 0 and {q.LAST_SECOND}, due_at, null),"
+).replace(
+    "group_id,", "iif(typeof(group_id) = 'text' and length(group_id) between 1 and 500, group_id, null),"
+)
+HISTORY_OF_1 = """id, queue, row_id, task_id, task_type, status, data, priority, group_id, attempts, max_attempts,
+  enqueued_at, started_at, completed_at, exit_code, result, log, error"""
+
+
+def from_1_to_2(conn: q.Connection) -> None:
+    """Groups, expiry, held tasks, slots; task_id and task_type are stored, and fewer indexes."""
+    queues = [queue for (queue,) in conn.execute(q.QUEUES)]
+    rows = sum(count_rows(conn, name) for name in (*queues, "task_history"))
+    if rows >= TELL_FROM_ROWS:
+        logging.getLogger(__name__).warning(
+            "bringing %s to schema version 2: %s rows are written anew, which takes a minute for some "
+            "millions; it happens once, and what is enqueued meanwhile waits or goes to the spool",
+            conn.state / "tasks.db",
+            f"{rows:,}",
+        )
+    conn.execute("drop view if exists task_queue")
+    for queue in queues:
+        rebuild_queue(conn, queue)
+    for index in ("completed_at", "type", "task_id", "failed"):
+        conn.execute(f'drop index if exists "task_history.{index}"')
+    conn.execute("alter table task_history rename to task_history_1")
+    q.run_statements(conn, q.HISTORY_SCHEMA)
+    conn.execute(
+        f"insert into task_history ({HISTORY_OF_1}) select {HISTORY_OF_1} from task_history_1 order by id"
+    )
+    conn.execute("drop table task_history_1")
+    conn.execute("""insert into task_controls (queue, paused_at, paused_by)
+                    select queue, (julianday(paused_at) - 2440587.5) * 86400.0, 'person' from task_paused""")
+    conn.execute("drop table task_paused")
+    q.create_view(conn)
+
+
+# A migration of this many rows is worth a line.
+TELL_FROM_ROWS = 50_000
+
+
+def count_rows(conn: q.Connection, table: str) -> int:
+    return conn.execute(f'select count(*) from "{table}"').fetchone()[0]
+
+
+def rebuild_queue(conn: q.Connection, queue: str) -> None:
+    """Copy a queue's table of version 1 into one of the present version: rows and ids are kept."""
+    for index in ("ready", "type", "claimed", "scheduled", "blocked"):
+        conn.execute(f'drop index if exists "{queue}.{index}"')
+    (last_id,) = conn.execute("select max(seq) from sqlite_sequence where name = ?", (queue,)).fetchone()
+    conn.execute(f'alter table "{queue}" rename to "{queue}.1"')
+    q.create_queue(conn, queue)
+    conn.execute(f"""insert into "{queue}" ({COLUMNS_OF_1}) select {BOUNDED} from "{queue}.1" order by id""")
+    conn.execute(f'drop table "{queue}.1"')
+    set_last_id(conn, queue, last_id)
+
+
+def set_last_id(conn: q.Connection, queue: str, last_id: int | None) -> None:
+    """Have the next row's id follow this one."""
+    conn.execute("delete from sqlite_sequence where name = ?", (queue,))
+    conn.execute("insert into sqlite_sequence (name, seq) values (?, ?)", (queue, last_id or 0))
 
 
 def is_bare_queue(conn: q.Connection, table: str) -> bool:
@@ -60,5 +151,4 @@ def adopt(conn: q.Connection, queue: str) -> None:
     names = json.dumps([queue, f"{queue}.bare"])
     (last_id,) = conn.execute(LAST_ID.format(queue=queue), {"names": names}).fetchone()
     conn.execute(f'drop table "{queue}.bare"')
-    conn.execute("delete from sqlite_sequence where name = ?", (queue,))
-    conn.execute("insert into sqlite_sequence (name, seq) values (?, ?)", (queue, last_id or 0))
+    set_last_id(conn, queue, last_id)

@@ -3,12 +3,43 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
+import sqlite3
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 
 import queue_helpers as q
+
+# The exit codes of handlers that mean more than failure (sysexits.h): never again; not now.
+EX_DATAERR, EX_TEMPFAIL = 65, 75
+# Of a handler's stdout and stderr, each, kept in the history.
+OUTPUT_BYTES = 65_536
+# Of a handler's stdout that may become the next task.
+RESULT_BYTES = 16 * 2**20
+# What a handler that exits 75 may ask for, and what it gets when it asks for nothing.
+RETRY_AFTER_CAP_SECONDS, NOT_NOW_SECONDS = 30 * 86_400, 60.0
+# Why a run was ended; or else its timeout.
+STOPPED, CANCELLED = "its worker was stopped", "cancelled while it ran"
+NO_PLACE = "its worker had no place for it"
+
+OWNERS = """
+select distinct owner from "{queue}" where status = 2"""
+CANCEL_REQUESTED = """
+select id from "{queue}" where status = 2 and owner = :owner and cancel_requested"""
+WHO_HOLDS = """
+select owner, claimed_at, attempts from "{queue}" where id = :id"""
+SPOOLED = """
+insert or ignore into task_spooled (file) values (:file)"""
+UNSPOOLED = """
+delete from task_spooled where file = :file"""
+REDRIVE = """
+insert or ignore into "{queue}" (id, data, priority, group_id)
+select row_id, data, priority, group_id from task_history where id = :history_id"""
+FORGET = """
+delete from task_history where id = :history_id"""
 
 
 def settle(conn: q.Connection, task: q.Task, exit_code: int, *, why: str | None = None,
@@ -20,17 +51,17 @@ def settle(conn: q.Connection, task: q.Task, exit_code: int, *, why: str | None 
     `delay` seconds until the next attempt (default: its back-off).
     """
     run = f"{conn.state}/logs/{task.run_name}"
-    told = {"exit_code": exit_code, "result": tail(f"{run}.out", q.OUTPUT_BYTES), "log": tail(f"{run}.err", q.OUTPUT_BYTES)}
-    if why == q.CANCELLED:
+    told = {"exit_code": exit_code, "result": tail(f"{run}.out", OUTPUT_BYTES), "log": tail(f"{run}.err", OUTPUT_BYTES)}
+    if why == CANCELLED:
         return ("cancelled" if q.finish(conn, task, "cancelled", error=why, **told) else None), None
-    if why in (q.STOPPED, q.NO_PLACE) and exit_code != 0:
+    if why in (STOPPED, NO_PLACE) and exit_code != 0:
         return ("put back" if q.release(conn, task, error=why) else None), why
-    if why not in (None, q.STOPPED):
+    if why not in (None, STOPPED):
         return q.nack(conn, task, error=why, delay=delay, **told), why
     if exit_code == 0:
         if task.then_queue:
             try:
-                row = _next_row(task, tail(f"{run}.out", q.RESULT_BYTES))
+                row = _next_row(task, tail(f"{run}.out", RESULT_BYTES))
             except q.InvalidTask as refused:
                 error = f"done, but the next task was refused: {refused}"
                 return ("failed" if q.bury(conn, task, error=error, **told) else None), error
@@ -40,12 +71,12 @@ def settle(conn: q.Connection, task: q.Task, exit_code: int, *, why: str | None 
             q.ensure_queue(conn, task.then_queue)
             q.insert(conn, task.then_queue, row)
         return "completed", None
-    if exit_code == q.EX_TEMPFAIL:
+    if exit_code == EX_TEMPFAIL:
         delay = _retry_after(told["result"])
         error = "not now (exit 75)"
         delay = q.backoff_delay(task) if delay is None else delay
         return ("scheduled" if q.release(conn, task, delay=delay, error=error) else None), error
-    if exit_code == q.EX_DATAERR:
+    if exit_code == EX_DATAERR:
         error = "refused by its handler (exit 65)"
         return ("failed" if q.bury(conn, task, error=error, **told) else None), error
     error = f"killed by {signal_name(exit_code - 128)}" if exit_code > 128 else f"exit {exit_code}"
@@ -70,7 +101,7 @@ def _retry_after(stdout: str) -> float | None:
     """Seconds, where the last line is {"retry_after": SECONDS}."""
     try:
         seconds = json.loads(stdout.strip().rsplit("\n", 1)[-1])["retry_after"]
-        return min(max(float(seconds), 0.0), q.RETRY_AFTER_CAP_SECONDS)
+        return min(max(float(seconds), 0.0), RETRY_AFTER_CAP_SECONDS)
     except (ValueError, TypeError, KeyError, RecursionError):
         return None
 
@@ -145,12 +176,12 @@ def take_in_spool(state: Path | None = None) -> tuple[int, list[str]]:
                 with q.transaction(conn):
                     if path.stat().st_ino != inode:
                         raise FileNotFoundError(path)
-                    if conn.execute(q.SPOOLED, {"file": identity}).rowcount == 1:
-                        conn.execute(q.on_queue(q.INSERT, queue), (text, q.READY, None, 0))
+                    if conn.execute(SPOOLED, {"file": identity}).rowcount == 1:
+                        conn.execute(q.on_queue(q.INSERT, queue), (text, q.READY, None, 0, None, None))
                         taken += 1
                 path.unlink(missing_ok=True)
-                with q._ErrorsExplained(conn):
-                    conn.execute(q.UNSPOOLED, {"file": identity})
+                with errors_explained(conn):
+                    conn.execute(UNSPOOLED, {"file": identity})
             except FileNotFoundError:
                 continue  # another worker took it
             except OSError as error:
@@ -174,10 +205,10 @@ def recover(state: Path | None = None, *, crash_backoff: float = 0.0) -> tuple[l
     crash_backoff seconds, or buried when its attempts are spent.
     """
     conn, recovered, orphans = q.connect(state, create=False), [], 0
-    with q._ErrorsExplained(conn):
+    with errors_explained(conn):
         claims = [(owner, queue) for (queue,) in conn.execute(q.QUEUES).fetchall()
-                  for (owner,) in q.execute(conn, q.OWNERS, queue)]  # fmt: skip
-    mine = q._owners.get(conn.state, (None, None))[0]
+                  for (owner,) in q.execute(conn, OWNERS, queue)]  # fmt: skip
+    mine = q._process.owners.get(conn.state, (None, None))[0]
     for owner in {owner for owner, _ in claims if owner != mine}:
         path, fd = conn.state / "workers" / os.path.basename(owner or q.NOBODY), None
         try:
@@ -193,7 +224,7 @@ def recover(state: Path | None = None, *, crash_backoff: float = 0.0) -> tuple[l
             with q.transaction(conn):
                 for queue in [queue for name, queue in claims if name == owner]:
                     for row in q.execute(conn, q.CLAIMED_BY, queue, owner=owner).fetchall():
-                        done = _recover_task(conn, q._task(queue, row), crash_backoff)
+                        done = _recover_task(conn, q.Task.from_row(queue, row), crash_backoff)
                         left += done is None
                         recovered += [done] if done else []
             orphans += left
@@ -224,7 +255,7 @@ def _recover_task(conn: q.Connection, task: q.Task, crash_backoff: float) -> tup
         os.close(fd)
     except OSError:
         pass  # it never started one
-    exits = tail(str(exits_file(conn.state, task.owner)), q.RESULT_BYTES)  # complete: the lock is free
+    exits = tail(str(exits_file(conn.state, task.owner)), RESULT_BYTES)  # complete: the lock is free
     end = re.search(rf"^{re.escape(task.run_name)} ([0-9]+)(?: (.+))?$", exits, re.MULTILINE)
     if end and (int(end[1]) <= 128 or end[2]):
         outcome, error = settle(conn, task, int(end[1]), why=end[2])
@@ -235,3 +266,51 @@ def _recover_task(conn: q.Connection, task: q.Task, crash_backoff: float) -> tup
         error = f"its worker died ({task.owner})"
         outcome = q.nack(conn, task, error=error, delay=crash_backoff)
     return task, outcome or "lost", error
+
+
+def redrive(conn: q.Connection, queue: str, history_id: int) -> bool:
+    """Put a finished task back into its queue under its old id, attempts at zero.
+
+    False when the same task_id is waiting or running already; the history is kept then.
+    """
+    if q.execute(conn, REDRIVE, queue, history_id=history_id).rowcount != 1:
+        return False
+    conn.execute(FORGET, {"history_id": history_id})
+    return True
+
+
+def not_held(conn: q.Connection, task: q.Task, verb: str = "acknowledged") -> None:
+    """Log that a task was not ours to end."""
+    row = q.execute(conn, WHO_HOLDS, task.queue, id=task.id).fetchone()
+    if row is None:
+        why = "it is finished or gone"
+    elif row[0] is None:
+        why = "it is waiting again"
+    else:
+        why = f"{row[0]} holds it since {q.utc(row[1] or 0)} UTC, attempt {row[2]}"
+    logging.getLogger(__name__).warning(
+        'queue "%s": task %s was not %s: %s (this process lost it when its lock file or the state '
+        "was removed)",
+        task.queue,
+        task.id,
+        verb,
+        why,
+    )
+
+
+@contextmanager
+def errors_explained(conn: q.Connection):
+    """Have SQLite's errors raised as QueueErrors."""
+    try:
+        yield
+    except sqlite3.Error as error:
+        raise q.explain(error, conn.state) from error
+
+
+def log_is_lost(db: str) -> None:
+    """Say that the write-ahead log was removed while it was in use."""
+    logging.getLogger(__name__).error(
+        "%s-wal was removed while it was in use: what was committed since it was last written back "
+        "may be lost; see tasks.py doctor",
+        db,
+    )

@@ -16,6 +16,18 @@ from persistqueue import Empty
 
 import queue_helpers as q
 
+COUNT_READY = f"""
+select (select count(*) from "{{queue}}" where status < 2) + (select count(*) from ({q.DUE}))"""
+NEXT_AFTER = """
+select coalesce((select min(id) from "{queue}" where status < 2 and id > :id),
+                (select min(id) from "{queue}" where status < 2))"""
+COUNT_FINISHED = """
+select count(*) from task_history where queue = :queue and status = :status"""
+CLEAR_FINISHED = """
+delete from task_history where id in (
+  select id from task_history where queue = :queue and (status = 'completed' or status = 'failed' and :failed)
+  order by completed_at desc limit :limit offset :keep)"""
+
 # The claims of this process's ack queues, by state directory, queue and row.
 _claims: dict[tuple[Path, str, int], q.Task] = {}
 
@@ -77,7 +89,7 @@ class SharedTable:
         return f'"{q.check_queue_name(self.name)}"'
 
     def _count(self) -> int:
-        return q.execute(self._conn, q.COUNT_READY, self.name, now=time.time()).fetchone()[0]
+        return q.execute(self._conn, COUNT_READY, self.name, now=time.time()).fetchone()[0]
 
     def empty(self) -> bool:
         return not q.has_ready(self._conn, self.name)
@@ -87,7 +99,7 @@ class SharedTable:
         conn, text = self._conn, self._serializer.dumps(item)
         q.ensure_queue(conn, self.name)
         with q.transaction(conn):
-            cursor = conn.execute(q.on_queue(q.INSERT, self.name), (text, q.READY, None, 0))
+            cursor = conn.execute(q.on_queue(q.INSERT, self.name), (text, q.READY, None, 0, None, None))
             row_id = cursor.lastrowid if cursor.rowcount == 1 else None
         q.wake(self.state)
         return row_id
@@ -130,7 +142,7 @@ class SQLiteQueue(SharedTable, persistqueue.SQLiteQueue):
             return None
         with q.transaction(conn):
             while tasks := q.claim(conn, self.name, "get", row_id=rowid):
-                error = q.unreadable(tasks[0]) if getattr(self._as_task, "wanted", False) else None
+                error = tasks[0].unreadable() if getattr(self._as_task, "wanted", False) else None
                 if error is None:
                     q.ack(conn, tasks[0])
                     break
@@ -158,7 +170,7 @@ class SQLiteAckQueue(SharedTable, persistqueue.SQLiteAckQueue):
     def _pop(self, rowid: int | None = None, next_in_order: bool = False, raw: bool = False):
         conn = self._conn
         if next_in_order:
-            row = q.execute(conn, q.NEXT_AFTER, self.name, id=rowid).fetchone()
+            row = q.execute(conn, NEXT_AFTER, self.name, id=rowid).fetchone()
             rowid = row[0] if row else None
         tasks = q.claim_ready(conn, self.name, row_id=rowid, max_attempts=self.max_attempts, backoff=self.backoff)
         for task in tasks:
@@ -173,7 +185,7 @@ class SQLiteAckQueue(SharedTable, persistqueue.SQLiteAckQueue):
         row_id = item if isinstance(item, int) else self._find_item_id(item, search)
         conn, task = self._conn, _claims.get((self.state, self.name, row_id))
         if task is None:
-            task = q.Task(self.name, row_id, None, None, None, None, 0, -1, None, None, None, "nobody", None)
+            task = q.Task(self.name, row_id, *[None] * 5, -1, *[None] * 5, "nobody", None)
         with q.transaction(conn):
             done = verb(conn, task, **told)
         _claims.pop((self.state, self.name, row_id), None)  # not before: it may have been busy, and is tried again
@@ -200,10 +212,10 @@ class SQLiteAckQueue(SharedTable, persistqueue.SQLiteAckQueue):
         return self._count()
 
     def acked_count(self) -> int:
-        return self._conn.execute(q.COUNT_FINISHED, {"queue": self.name, "status": "completed"}).fetchone()[0]
+        return self._conn.execute(COUNT_FINISHED, {"queue": self.name, "status": "completed"}).fetchone()[0]
 
     def ack_failed_count(self) -> int:
-        return self._conn.execute(q.COUNT_FINISHED, {"queue": self.name, "status": "failed"}).fetchone()[0]
+        return self._conn.execute(COUNT_FINISHED, {"queue": self.name, "status": "failed"}).fetchone()[0]
 
     def clear_acked_data(
         self, max_delete: int = 1000, keep_latest: int = 1000, clear_ack_failed: bool = False
@@ -216,7 +228,7 @@ class SQLiteAckQueue(SharedTable, persistqueue.SQLiteAckQueue):
             "keep": keep_latest or 0,
         }
         with q.transaction(self._conn):
-            return self._conn.execute(q.CLEAR_FINISHED, values).rowcount
+            return self._conn.execute(CLEAR_FINISHED, values).rowcount
 
 
 def get_queue(queue_name: str, **options):

@@ -648,7 +648,7 @@ class Worker:
         return [handler]
 
     def environment(self, task: q.Task, envelope: dict) -> dict[str, str]:
-        depth = q.depth_of(envelope) + 1
+        depth = task.depth + 1
         values = task.task_id, task.task_type, task.queue, str(task.attempts), str(depth), str(self.state)
         return dict(zip(TOLD, values, strict=True))
 

@@ -6,17 +6,28 @@ import pytest
 
 NOW = 1e10  # later than any real due time in these tests
 
+TERMS = {"max_attempts": 4, "backoff": 1.0, "then_queue": None, "then_hold": 0, "chain": 0}
+FENCE = {"id": 7, "owner": "o", "attempts": 1, "claimed_at": NOW}
+TIMES = {"enqueued_at": "2000", "started_at": "2000", "completed_at": "2000"}
+ENDING = {"outcome": "completed", "exit_code": 0, "result": "", "log": "", "error": None}
 STATEMENTS = {
-    "CLAIM": {"owner": "o", "now": NOW, "max_attempts": 4, "backoff": 1.0, "then_queue": None, "limit": 1},
-    "CLAIM_ROW": {"owner": "o", "now": NOW, "max_attempts": 4, "backoff": 1.0, "then_queue": None, "id": 7},
+    "CLAIM": {"owner": "o", "now": NOW, "limit": 1, **TERMS},
+    "CLAIM_ROW": {"owner": "o", "now": NOW, "id": 7, "limit": 1, **TERMS},
     "HAS_READY": {"now": 0.0},
-    "NEXT_DUE": {},
+    "HAS_OVERDUE": {"now": 0.0},
+    "NEXT_TIMES": {"now": 0.0},
     "PROMOTE": {"now": 0.0},
+    "UNBLOCK": {"group_id": "g"},
+    "EXPIRED": {"now": 0.0},
+    "ARCHIVE": {**FENCE, **TIMES, **ENDING},
+    "REMOVE": {"id": 7},
+    "RELEASE": {**FENCE, "now": 0.0, "delay": 1.0, "error": None, "uncounted": 1},
+    "REPLACE": {"data": "{}", "due_at": None, "task_id": "7", "firing": None},
     "OWNERS": {},
     "CLAIMED_BY": {"owner": "o"},
     "CANCEL_REQUESTED": {"owner": "o"},
     "WHO_HOLDS": {"id": 7},
-    "FINISHED_SINCE": {"queue": "notifications", "task_id": "history 7", "since": "2000"},
+    "FINISHED_SINCE": {"queue": "notifications", "task_id": "history 7", "since": "2000", "now": "2001", "firing": None},
 }
 
 WAITING = """
@@ -91,7 +102,9 @@ def plan(conn, statement: str, values: dict) -> list[str]:
 @pytest.mark.parametrize("name", STATEMENTS)
 def test_each_statement_searches_an_index_and_sorts_nothing(queue, name):
     conn = queue.connect()
-    statement = getattr(queue, name)
+    import queue_owners
+
+    statement = getattr(queue, name, None) or getattr(queue_owners, name)
     statement = queue.on_queue(statement, "notifications") if "{queue}" in statement else statement
     for analyzed in (False, True):
         if analyzed:  # what the planner then knows must not lead it astray

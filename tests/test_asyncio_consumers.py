@@ -306,6 +306,7 @@ def test_it_wakes_promptly_and_the_loop_is_not_blocked_meanwhile(installation, q
 
 
 def test_a_scheduled_task_comes_when_it_is_due(installation, queue):
+    queue.connect()
     enqueue(queue, 1, delay=0.4)
     began = time.monotonic()
 

@@ -89,11 +89,11 @@ def test_while_tasks_are_scheduled_and_when_they_become_due(both, queue):
 def test_while_the_queue_is_paused_it_is_empty_to_those_who_would_take_from_it(both, installation):
     ours, say = both
     ours.put({})
-    installation.sqlite3("insert into task_paused (queue) values ('notifications')")
+    installation.sqlite3("insert into task_controls (queue, paused_at) values ('notifications', 1)")
     assert ours.empty() and say("queue.empty()") == "True"
     with pytest.raises(Exception, match="^$"):
         ours.get_nowait()
-    installation.sqlite3("delete from task_paused")
+    installation.sqlite3("delete from task_controls")
     agree(both, 1)
 
 

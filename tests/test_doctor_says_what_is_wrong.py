@@ -221,7 +221,7 @@ def test_an_overdue_scheduled_task_counts_and_one_that_is_not_due_does_not(home)
 def test_a_paused_queue_is_a_note(home):
     put(home, seconds_ago=7000)
     conn = database(home)
-    conn.execute("insert into task_paused (queue) values ('notifications')")
+    conn.execute("insert into task_controls (queue, paused_at) values ('notifications', 1)")
     conn.close()
     findings = doctor(home)
     assert of_level(findings, "problem") == [] and "paused" in of_level(findings, "note", "tasks")[0]

@@ -97,7 +97,7 @@ def test_twenty_rounds(tmp_path, kind):
         assert state.stat().st_mode & 0o777 == 0o700 and (state / "tasks.db").stat().st_mode & 0o777 == 0o600
 
 
-@pytest.mark.parametrize("moment", ["_tables", "has_bare_queue", "is_bare_queue", "_switch_to_wal", "_make_schema", "transaction"])
+@pytest.mark.parametrize("moment", ["table_names", "has_bare_queue", "is_bare_queue", "_switch_to_wal", "_make_schema", "transaction"])
 @pytest.mark.parametrize("bare", [False, True], ids=["nothing was there", "a bare table was there"])
 def test_an_open_that_is_overtaken_half_way_by_another_first_open(installation, queue, monkeypatch, moment, bare):
     """The other makes the whole schema at each of the moments in which ours has looked, and not yet acted."""

@@ -237,7 +237,7 @@ def test_waiting_due_spooled_and_orphaned_tasks_are_work(job):
 def test_a_paused_queue_is_no_work(job):
     _home, prefix, start, put = job
     put()
-    subprocess.run(["sqlite3", prefix / "state/tasks.db", "insert into task_paused (queue) values ('notifications')"], check=True)
+    subprocess.run(["sqlite3", prefix / "state/tasks.db", "insert into task_controls (queue, paused_at) values ('notifications', 1)"], check=True)
     log, _ = start()
     assert "serves" not in log
 
