@@ -34,7 +34,7 @@ import time
 from collections import namedtuple
 from contextlib import nullcontext
 from fcntl import LOCK_EX, LOCK_NB, LOCK_SH, LOCK_UN, flock
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from weakref import WeakSet
 
@@ -255,11 +255,9 @@ OPEN_SLOTS = f"""coalesce((select case when {IS_PAUSED} then 0 when slots is nul
 # A retry is due, too, when the clock was set back to before its release.
 DUE = """select id from "{queue}" where status = 3 and due_at <= :now
   union all select id from "{queue}" where status = 3 and released_at is not null and released_at > :now + 1"""
-HAS_OVERDUE = f"""
-select exists ({DUE}), exists (select 1 from "{{queue}}" where expires_at <= :now)"""
-HAS_READY = f"""
-select (exists (select 1 from "{{queue}}" where status < 2) or exists ({DUE})
-  or exists (select 1 from "{{queue}}" where expires_at <= :now)) and {OPEN_SLOTS.replace(":limit", "1")} > 0"""
+IS_OVERDUE = f"""(exists ({DUE}) or exists (select 1 from "{{queue}}" where expires_at <= :now))"""
+LOOK = f"""
+select exists (select 1 from "{{queue}}" where status < 2), {IS_OVERDUE}, {OPEN_SLOTS.replace(":limit", "1")} > 0"""
 NEXT_TIMES = f"""
 select (select min(due_at) from "{{queue}}" where status = 3),
   (select min(expires_at) from "{{queue}}" where expires_at is not null),
@@ -446,7 +444,7 @@ def utc(seconds: float) -> str:
     return f"{_whole_seconds(seconds)}.{milliseconds:03d}"
 
 
-@lru_cache(1)
+@lru_cache(8)
 def _whole_seconds(seconds: int) -> str:
     return time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(seconds))
 
@@ -558,16 +556,20 @@ class _Turn:
 
     def __init__(self, state: Path) -> None:
         self.directory, self.fds = f"{state}/turn", []
-        self.threads, self.none_until = threading.Lock(), 0.0
+        self.threads, self.none_until, self.checked_at = threading.Lock(), 0.0, 0.0
 
     def take(self, seconds: float) -> bool:
         """Wait for the turn for at most `seconds`. False when it was not had; go on without it then."""
         began, had = time.monotonic(), False
-        if began < self.none_until or not self.threads.acquire(timeout=seconds):
+        if began < self.none_until or not (
+            self.threads.acquire(False) or self.threads.acquire(timeout=seconds)
+        ):
             return False
         try:
-            if not self.fds or os.fstat(self.fds[1]).st_nlink == 0:
+            if began > self.checked_at + 1.0:
+                # Somebody may have removed the files, which would leave us a turn of our own.
                 self.open()
+                self.checked_at = began
             if self._lock(self.fds[0], NEXT_POLL_SECONDS, began + seconds):
                 had = self._lock(self.fds[1], TURN_POLL_SECONDS, began + seconds)
                 flock(self.fds[0], LOCK_UN)
@@ -597,6 +599,9 @@ class _Turn:
         self.threads.release()
 
     def open(self) -> None:
+        """Open the files, anew where they were removed."""
+        if self.fds and all(os.fstat(fd).st_nlink for fd in self.fds):
+            return
         self.close()
         if not os.path.isdir(self.directory):
             os.mkdir(self.directory, 0o700)
@@ -749,7 +754,7 @@ def _open(state: Path, db: str, busy_timeout_ms: int, migrate: bool) -> Connecti
             busy_timeout_ms,
         )
         # bash may have cast any bytes to text.
-        conn.text_factory = lambda raw: raw.decode("utf-8", "replace")
+        conn.text_factory = partial(str, encoding="utf-8", errors="replace")
         conn.execute(f"pragma journal_size_limit = {WAL_BYTES}")
         # In KiB: many tasks of one transaction stay in memory until its end.
         conn.execute("pragma cache_size = -16000")
@@ -918,12 +923,12 @@ class transaction:
 
     def __exit__(self, kind, error, traceback) -> None:
         try:
-            if error is None:
-                self._end("commit")
-        except sqlite3.Error as failed:
-            raise explain(failed, self.conn.state) from failed
-        finally:
+            self._end("commit" if error is None else "rollback")
+        except BaseException as failed:
             self._end("rollback")
+            if isinstance(failed, sqlite3.Error):
+                raise explain(failed, self.conn.state) from failed
+            raise
         if isinstance(error, sqlite3.Error):
             raise explain(error, self.conn.state) from error
 
@@ -941,7 +946,8 @@ class transaction:
 
     def __del__(self) -> None:
         # An exception out of a signal's handler can keep __exit__ from its first line.
-        self._end("rollback")
+        if self.is_open:
+            self._end("rollback")
 
 
 # ----------------------------------------------------------------- the verbs, in a task's order
@@ -1131,9 +1137,15 @@ def wake(state: Path) -> None:
         _process.wake_files.pop(state, None)
 
 
+def look(conn: Connection, queue: str) -> tuple[bool, bool]:
+    """(whether a claim would find something, whether tasks have become due or expired)."""
+    ready, overdue, is_open = execute(conn, LOOK, queue, now=time.time()).fetchone()
+    return bool((ready or overdue) and is_open), bool(overdue)
+
+
 def has_ready(conn: Connection, queue: str) -> bool:
     """Whether a claim would find something."""
-    return bool(execute(conn, HAS_READY, queue, now=time.time()).fetchone()[0])
+    return look(conn, queue)[0]
 
 
 def next_due(conn: Connection, queue: str) -> float | None:
@@ -1168,19 +1180,18 @@ def claim(
     *,
     limit: int = 1,
     row_id: int | None = None,
+    overdue: bool = True,
     **terms,
 ) -> list[Task]:
     """Claim up to `limit` ready tasks, or one given row, for owner, within a transaction.
 
     [] when nothing is ready, or the queue is paused or has no free slot. `terms` are some of TERMS:
     they are kept with the task, so that whoever ends it does the same: this process, or another
-    that finds this one dead.
+    that finds this one dead. `overdue` as look() says; when in doubt, true.
     """
     now = time.time()
-    overdue, expired = execute(conn, HAS_OVERDUE, queue, now=now).fetchone()
-    if expired:
-        expire(conn, queue, now)
     if overdue:
+        expire(conn, queue, now)
         _promote(conn, queue, now)
     values = {"owner": owner, "now": now, "limit": limit, **TERMS, **terms}
     if row_id is None:
@@ -1207,11 +1218,12 @@ def expire(conn: Connection, queue: str, now: float) -> int:
 
 def claim_ready(conn: Connection, queue: str, **how) -> list[Task]:
     """Claim for this process, in a transaction of its own. A look that finds nothing takes no lock."""
-    if not has_ready(conn, queue):
+    found, overdue = look(conn, queue)
+    if not found:
         return []
     owner = owner_name(conn.state)
     with transaction(conn, durable=False):
-        return claim(conn, queue, owner, **how)
+        return claim(conn, queue, owner, overdue=overdue, **how)
 
 
 # How a run ended: the handler's exit code, the ends of its stdout and stderr, and what went wrong.
@@ -1450,9 +1462,10 @@ os.register_at_fork(
 # ------------------------------------------------------------------------------------------------ the modules beside it
 
 _LATER = {
-    "queue_owners": "settle tail signal_name spool_directories spooled_files take_in_spool recover exits_file"
-    " redrive not_held log_is_lost EX_DATAERR EX_TEMPFAIL OUTPUT_BYTES RESULT_BYTES STOPPED CANCELLED NO_PLACE"
-    " OWNERS CANCEL_REQUESTED FORGET",
+    "queue_outcome": "settle tail signal_name pause resume limit controls STOPPED CANCELLED TIMED_OUT"
+    " EX_DATAERR EX_TEMPFAIL OUTPUT_BYTES RESULT_BYTES",
+    "queue_owners": "spool_directories spooled_files take_in_spool recover exits_file redrive not_held"
+    " log_is_lost OWNERS CANCEL_REQUESTED FORGET",
     "queue_wake": "Watch WakeEvent QueueWatcher look_again data_version is_wake sleep_seconds",
     "queue_persist": "get_queue get_ack_queue dequeue_task SQLiteQueue SQLiteAckQueue Empty COUNT_READY",
     "queue_asyncio": "consume Delivery",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import re
@@ -12,18 +11,6 @@ from functools import lru_cache
 from pathlib import Path
 
 import queue_helpers as q
-
-# The exit codes of handlers that mean more than failure (sysexits.h): never again; not now.
-EX_DATAERR, EX_TEMPFAIL = 65, 75
-# Of a handler's stdout and stderr, each, kept in the history.
-OUTPUT_BYTES = 65_536
-# Of a handler's stdout that may become the next task.
-RESULT_BYTES = 16 * 2**20
-# What a handler that exits 75 may ask for, and what it gets when it asks for nothing.
-RETRY_AFTER_CAP_SECONDS, NOT_NOW_SECONDS = 30 * 86_400, 60.0
-# Why a run was ended; or else its timeout.
-STOPPED, CANCELLED = "its worker was stopped", "cancelled while it ran"
-NO_PLACE = "its worker had no place for it"
 
 OWNERS = """
 select distinct owner from "{queue}" where status = 2"""
@@ -40,93 +27,6 @@ insert or ignore into "{queue}" (id, data, priority, group_id)
 select row_id, data, priority, group_id from task_history where id = :history_id"""
 FORGET = """
 delete from task_history where id = :history_id"""
-
-
-def settle(conn: q.Connection, task: q.Task, exit_code: int, *, why: str | None = None,
-           delay: float | None = None) -> tuple[str | None, str | None]:  # fmt: skip
-    """Record how a handler's run ended, from its exit code and its output files, within a transaction.
-
-    Returns (outcome, error): "completed", "scheduled" (again), "failed", "cancelled", "put back", or None when the task
-    was no longer held. `why` the run was ended, if it was: STOPPED, NO_PLACE, CANCELLED, or the error to record, with
-    `delay` seconds until the next attempt (default: its back-off).
-    """
-    run = f"{conn.state}/logs/{task.run_name}"
-    told = {"exit_code": exit_code, "result": tail(f"{run}.out", OUTPUT_BYTES), "log": tail(f"{run}.err", OUTPUT_BYTES)}
-    if why == CANCELLED:
-        return ("cancelled" if q.finish(conn, task, "cancelled", error=why, **told) else None), None
-    if why in (STOPPED, NO_PLACE) and exit_code != 0:
-        return ("put back" if q.release(conn, task, error=why) else None), why
-    if why not in (None, STOPPED):
-        return q.nack(conn, task, error=why, delay=delay, **told), why
-    if exit_code == 0:
-        if task.then_queue:
-            try:
-                row = _next_row(task, tail(f"{run}.out", RESULT_BYTES))
-            except q.InvalidTask as refused:
-                error = f"done, but the next task was refused: {refused}"
-                return ("failed" if q.bury(conn, task, error=error, **told) else None), error
-        if not q.ack(conn, task, **told):
-            return None, None
-        if task.then_queue:
-            q.ensure_queue(conn, task.then_queue)
-            q.insert(conn, task.then_queue, row)
-        return "completed", None
-    if exit_code == EX_TEMPFAIL:
-        delay = _retry_after(told["result"])
-        error = "not now (exit 75)"
-        delay = q.backoff_delay(task) if delay is None else delay
-        return ("scheduled" if q.release(conn, task, delay=delay, error=error) else None), error
-    if exit_code == EX_DATAERR:
-        error = "refused by its handler (exit 65)"
-        return ("failed" if q.bury(conn, task, error=error, **told) else None), error
-    error = f"killed by {signal_name(exit_code - 128)}" if exit_code > 128 else f"exit {exit_code}"
-    last_words = told["log"].strip().rsplit("\n", 1)[-1][:200]
-    error += f": {last_words}" if last_words else ""
-    return q.nack(conn, task, error=error, **told), error
-
-
-def _next_row(task: q.Task, stdout: str) -> q.Row:
-    """The task that a result becomes: its payload is what the handler printed, if that is a JSON object."""
-    try:
-        data = json.loads(stdout)
-    except (ValueError, RecursionError):
-        data = None
-    data = data if isinstance(data, dict) else {"result": stdout}
-    source = {"queue": task.queue, "task_id": task.task_id}
-    task_id = f"{task.task_id.encode()[:470].decode('utf-8', 'ignore')}.{task.id}"  # one per row: a second result does not drown in a waiting first
-    return q.new_row(task.task_type, data, task_id, depth=task.depth + 1, source=source)
-
-
-def _retry_after(stdout: str) -> float | None:
-    """Seconds, where the last line is {"retry_after": SECONDS}."""
-    try:
-        seconds = json.loads(stdout.strip().rsplit("\n", 1)[-1])["retry_after"]
-        return min(max(float(seconds), 0.0), RETRY_AFTER_CAP_SECONDS)
-    except (ValueError, TypeError, KeyError, RecursionError):
-        return None
-
-
-def tail(path: str, size: int) -> str:
-    """The last size bytes of a file as text, "" where there is none."""
-    try:
-        length = os.stat(path).st_size
-        if length == 0:
-            return ""
-        with open(path, "rb", buffering=0) as file:
-            file.seek(max(0, length - size))
-            return file.read(size).decode("utf-8", "replace").replace("\0", "\ufffd")
-    except OSError:
-        return ""
-
-
-def signal_name(number: int) -> str:
-    """SIGKILL for 9, and so on."""
-    import signal
-
-    try:
-        return signal.Signals(number).name
-    except ValueError:
-        return f"signal {number}"
 
 
 def spool_directories(state: Path) -> list[Path]:
@@ -255,13 +155,13 @@ def _recover_task(conn: q.Connection, task: q.Task, crash_backoff: float) -> tup
         os.close(fd)
     except OSError:
         pass  # it never started one
-    exits = tail(str(exits_file(conn.state, task.owner)), RESULT_BYTES)  # complete: the lock is free
+    exits = q.tail(str(exits_file(conn.state, task.owner)), q.RESULT_BYTES)  # complete: the lock is free
     end = re.search(rf"^{re.escape(task.run_name)} ([0-9]+)(?: (.+))?$", exits, re.MULTILINE)
     if end and (int(end[1]) <= 128 or end[2]):
-        outcome, error = settle(conn, task, int(end[1]), why=end[2])
+        outcome, error = q.settle(conn, task, int(end[1]), why=end[2])
     elif end:  # it was killed: fell with its worker
-        error = f"its worker died ({task.owner}), and its handler was killed by {signal_name(int(end[1]) - 128)}"
-        outcome, error = settle(conn, task, int(end[1]), why=error, delay=crash_backoff)
+        error = f"its worker died ({task.owner}), and its handler was killed by {q.signal_name(int(end[1]) - 128)}"
+        outcome, error = q.settle(conn, task, int(end[1]), why=error, delay=crash_backoff)
     else:
         error = f"its worker died ({task.owner})"
         outcome = q.nack(conn, task, error=error, delay=crash_backoff)

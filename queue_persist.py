@@ -138,10 +138,11 @@ class SQLiteQueue(SharedTable, persistqueue.SQLiteQueue):
 
     def _pop(self, rowid: int | None = None, raw: bool = False):
         conn = self._conn
-        if not q.has_ready(conn, self.name):
+        found, overdue = q.look(conn, self.name)
+        if not found:
             return None
         with q.transaction(conn):
-            while tasks := q.claim(conn, self.name, "get", row_id=rowid):
+            while tasks := q.claim(conn, self.name, "get", row_id=rowid, overdue=overdue):
                 error = tasks[0].unreadable() if getattr(self._as_task, "wanted", False) else None
                 if error is None:
                     q.ack(conn, tasks[0])

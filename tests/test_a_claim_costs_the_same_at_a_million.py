@@ -13,8 +13,7 @@ ENDING = {"outcome": "completed", "exit_code": 0, "result": "", "log": "", "erro
 STATEMENTS = {
     "CLAIM": {"owner": "o", "now": NOW, "limit": 1, **TERMS},
     "CLAIM_ROW": {"owner": "o", "now": NOW, "id": 7, "limit": 1, **TERMS},
-    "HAS_READY": {"now": 0.0},
-    "HAS_OVERDUE": {"now": 0.0},
+    "LOOK": {"now": 0.0},
     "NEXT_TIMES": {"now": 0.0},
     "PROMOTE": {"now": 0.0},
     "UNBLOCK": {"group_id": "g"},

@@ -128,15 +128,15 @@ def test_by_threads_of_one_process_that_share_a_queue_with_another_process(insta
 @pytest.mark.parametrize("kind", ["get_queue", "get_ack_queue"])
 def test_by_a_claim_while_another_connection_is_between_its_look_and_its_claim(installation, queue, monkeypatch, kind):
     """Whoever looked and found one may still come second: then it has nothing, and raises nothing but Empty."""
-    mine, look, overtakings = getattr(queue, kind)("notifications"), queue.has_ready, []
+    mine, look, overtakings = getattr(queue, kind)("notifications"), queue.look, []
 
     def overtaken(conn, name):
         found = look(conn, name)
-        if found:
+        if found[0]:
             overtakings.append(installation.sqlite3("delete from notifications"))
         return found
 
-    monkeypatch.setattr(queue, "has_ready", overtaken)
+    monkeypatch.setattr(queue, "look", overtaken)
     installation.enqueue("notifications", "t")
     with pytest.raises(queue.Empty):
         mine.get_nowait()

@@ -1,0 +1,311 @@
+"""How the end of a handler's run becomes an outcome: its exit code and its last words decide.
+
+    0    done. With --then, what it printed is the next task; with --chain, its last line may say
+         {"enqueue": [{"queue", "task_type", "data", …}, …]}
+    75   not now, uncounted: after a minute, or as the last line of stdout says:
+         {"retry_after": SECONDS}, or {"pause": SECONDS or null, "reason": "…"} for the whole queue
+    65   never: a dead letter
+    else a failed attempt
+
+Here, too, is what holds a whole queue back: a pause and a number of slots.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+import sqlite3
+import time
+from typing import NamedTuple
+
+import queue_helpers as q
+
+# The exit codes of handlers that mean more than failure (sysexits.h): never again; not now.
+EX_DATAERR, EX_TEMPFAIL = 65, 75
+# Of a handler's stdout and stderr, each, kept in the history.
+OUTPUT_BYTES = 65_536
+# Of a handler's stdout that may become the next task.
+RESULT_BYTES = 16 * 2**20
+# The longest that a handler may ask for, and what one gets that asks for nothing.
+LONGEST_SECONDS, NOT_NOW_SECONDS = 30 * 86_400, 60.0
+# Tasks that one result may enqueue.
+CHAIN_TASKS = 100
+CHAIN_KEYS = {"queue", "task_type", "data", "task_id", "priority", "delay", "group", "hold"}
+
+# Why a run was ended by its worker: tokens that are sent and written down; see in_words().
+STOPPED, CANCELLED, TIMED_OUT = "stopped", "cancelled", "timed-out"
+
+# The later end of two pauses wins; one without an end is later than any.
+PAUSE = """
+insert into task_controls (queue, paused_at, paused_until, pause_reason, paused_by)
+values (:queue, :now, :until, :reason, :by)
+on conflict (queue) do update set paused_at = excluded.paused_at, paused_until = excluded.paused_until,
+  pause_reason = excluded.pause_reason, paused_by = excluded.paused_by
+where paused_at is null or paused_until <= :now or paused_until is not null
+  and (excluded.paused_until is null or excluded.paused_until > paused_until)"""
+RESUME = """
+update task_controls set paused_at = null, paused_until = null, pause_reason = null, paused_by = null
+where queue = :queue and paused_at is not null"""
+LIMIT = """
+insert into task_controls (queue, slots) values (:queue, :slots)
+on conflict (queue) do update set slots = excluded.slots"""
+CONTROLS = """
+select queue, paused_at, paused_until, pause_reason, paused_by, slots from task_controls"""
+
+
+class Settled(NamedTuple):
+    """What became of a task whose run has ended.
+
+    outcome is "completed", "scheduled" (again), "failed", "cancelled", "put back", or None when the
+    task was no longer held; error says what went wrong, if anything.
+    """
+
+    outcome: str | None
+    error: str | None = None
+
+
+class Control(NamedTuple):
+    """What holds a queue back; times are Unix seconds."""
+
+    paused: bool
+    until: float | None
+    reason: str | None
+    by: str | None
+    slots: int | None
+
+
+def in_words(why: str) -> str:
+    """What people read for the token that says why a run was ended."""
+    if why == STOPPED:
+        return "its worker was stopped"
+    if why == CANCELLED:
+        return "cancelled while it ran"
+    if why.startswith(f"{TIMED_OUT} "):
+        return f"timed out after {why.split()[1]} s"
+    return why
+
+
+def settle(
+    conn: q.Connection,
+    task: q.Task,
+    exit_code: int,
+    *,
+    why: str | None = None,
+    delay: float | None = None,
+) -> Settled:
+    """Record how a handler's run ended, from its exit code and its output files, in a transaction.
+
+    `why` it was ended, if it was: STOPPED, CANCELLED, or what to record as the error, with `delay`
+    seconds until the next attempt (default: its back-off). Raises QueueBusy, QueueUnavailable.
+    """
+    told = {"exit_code": exit_code, **output_of(conn, task)}
+    words = in_words(why) if why else None
+    if why == CANCELLED:
+        return _if_held(q.finish(conn, task, "cancelled", error=words, **told), "cancelled")
+    if why == STOPPED and exit_code != 0:
+        return _if_held(q.release(conn, task, error=words), "put back", words)
+    if why not in (None, STOPPED):
+        return Settled(q.nack(conn, task, error=words, delay=delay, **told), words)
+    if exit_code == 0:
+        return _completed(conn, task, told)
+    if exit_code == EX_TEMPFAIL:
+        return _not_now(conn, task, told)
+    last = last_words(told)
+    if exit_code == EX_DATAERR:
+        error = f"refused by its handler (exit 65){last}"
+        return _if_held(q.bury(conn, task, error=error, **told), "failed", error)
+    how = f"killed by {signal_name(exit_code - 128)}" if exit_code > 128 else f"exit {exit_code}"
+    return Settled(q.nack(conn, task, error=how + last, **told), how + last)
+
+
+def _if_held(held: bool, outcome: str, error: str | None = None) -> Settled:
+    return Settled(outcome if held else None, error)
+
+
+def _completed(conn: q.Connection, task: q.Task, told: dict) -> Settled:
+    """Record the task as done, and what follows from it, together."""
+    try:
+        follow_ups = _follow_ups(conn, task)
+    except (q.InvalidTask, RecursionError) as refused:
+        error = f"done, but what should follow was refused: {refused}"
+        return _if_held(q.bury(conn, task, error=error, **told), "failed", error)
+    if not q.ack(conn, task, **told):
+        return Settled(None)
+    for queue, row in follow_ups:
+        q.ensure_queue(conn, queue)
+        q.insert(conn, queue, row)
+    return Settled("completed")
+
+
+def _follow_ups(conn: q.Connection, task: q.Task) -> list[tuple[str, q.Row]]:
+    """The tasks that a result becomes and enqueues. Raises InvalidTask."""
+    if not task.then_queue and not task.chain:
+        return []
+    stdout, size = read_output(f"{conn.state}/logs/{task.run_name}.out", RESULT_BYTES)
+    rows = []
+    if task.chain:
+        stdout, entries = _take_chain(stdout)
+        rows = [_chained(conn, task, entry, number) for number, entry in enumerate(entries, 1)]
+    if task.then_queue:
+        rows.append((task.then_queue, _next_row(task, stdout, size)))
+    return rows
+
+
+def _take_chain(stdout: str) -> tuple[str, list]:
+    """(stdout without its last line, the tasks that this line enqueues); unchanged where it has none."""
+    body, _, last = stdout.rstrip().rpartition("\n")
+    entries = (_as_object(last) or {}).get("enqueue")
+    if entries is None:
+        return stdout, []
+    if not isinstance(entries, list) or len(entries) > CHAIN_TASKS:
+        raise q.InvalidTask(f'"enqueue" must be a list of at most {CHAIN_TASKS} tasks')
+    return f"{body}\n" if body else "", entries
+
+
+def _chained(conn: q.Connection, task: q.Task, entry: object, number: int) -> tuple[str, q.Row]:
+    """A task that a result enqueues, checked. Raises InvalidTask."""
+    try:
+        if not isinstance(entry, dict) or not {"queue", "task_type"} <= entry.keys() <= CHAIN_KEYS:
+            raise q.InvalidTask(f"it has queue and task_type, and of {', '.join(sorted(CHAIN_KEYS))}")
+        options = {"data": {}, **entry}
+        queue = q.check_queue_name(options.pop("queue"))
+        if queue not in {name for (name,) in conn.execute(q.QUEUES)}:
+            raise q.InvalidTask(f"there is no queue {queue!r}")
+        if type(options.get("hold", False)) is not bool:
+            raise q.InvalidTask("hold is true or false")
+        return queue, q.new_row(**options, **_descent(task))
+    except q.InvalidTask as error:
+        raise q.InvalidTask(f'entry {number} of "enqueue": {error}') from None
+
+
+def _next_row(task: q.Task, stdout: str, size: int) -> q.Row:
+    """The task that a result becomes: what the handler printed, if that is a JSON object.
+
+    Each result is a task of its own, whatever waits: hence a part of the id that is never the same.
+    """
+    data = None if size > RESULT_BYTES else _as_object(stdout)
+    if data is None:
+        data = {"result": stdout}
+        if size > RESULT_BYTES:
+            data |= {"result_is_cut": True, "result_bytes": size}
+    head = task.task_id.encode()[:470].decode("utf-8", "ignore")
+    task_id = f"{head}.{os.urandom(5).hex()}"
+    return q.new_row(task.task_type, data, task_id, hold=bool(task.then_hold), **_descent(task))
+
+
+def _descent(task: q.Task) -> dict:
+    """What a task that follows from this one says of that."""
+    source = {"queue": task.queue, "task_id": task.task_id}
+    return {"depth": task.depth + 1, "source": source}
+
+
+def _as_object(text: str) -> dict | None:
+    """A JSON object that can be stored; None for anything else."""
+    data = q.as_payload(text.encode("utf-8", "surrogatepass"))
+    return None if "unreadable_because" in data else data
+
+
+def _not_now(conn: q.Connection, task: q.Task, told: dict) -> Settled:
+    """Put the task back, uncounted: for as long as the last line of stdout says, else for a minute."""
+    said = _as_object(told["result"].rstrip().rpartition("\n")[2]) or {}
+    reason = said.get("reason")
+    reason = f": {' '.join(reason.split())[:200]}" if isinstance(reason, str) and reason else ""
+    if "pause" in said and (said["pause"] is None or seconds_in(said["pause"]) is not None):
+        seconds = seconds_in(said["pause"])
+        until = None if said["pause"] is None else time.time() + (seconds or 0.0)
+        pause(conn, task.queue, until, reason[2:], by="handler")
+        error = f"not now (exit 75), and its queue is paused{reason}"
+        return _if_held(q.release(conn, task, error=error), "put back", error)
+    seconds = seconds_in(said.get("retry_after"))
+    delay = NOT_NOW_SECONDS if seconds is None else seconds
+    error = f"not now (exit 75){reason or ('' if said else last_words(told))}"
+    return _if_held(q.release(conn, task, delay=delay, error=error), "scheduled", error)
+
+
+def seconds_in(value: object) -> float | None:
+    """A number that a handler gave, within bounds; None for anything that is no finite number."""
+    if type(value) not in (int, float) or not math.isfinite(value):
+        return None
+    return float(min(max(value, 0), LONGEST_SECONDS))
+
+
+def last_words(told: dict) -> str:
+    """": " and the last line of stderr, or of stdout where stderr is empty; "" where both are."""
+    for text in (told["log"], told["result"]):
+        line = text.strip().rpartition("\n")[2].strip()
+        if line:
+            return f": {line[:200]}"
+    return ""
+
+
+def output_of(conn: q.Connection, task: q.Task) -> dict[str, str]:
+    """The ends of a run's stdout and stderr, as the history keeps them."""
+    run = f"{conn.state}/logs/{task.run_name}"
+    return {"result": tail(f"{run}.out", OUTPUT_BYTES), "log": tail(f"{run}.err", OUTPUT_BYTES)}
+
+
+def tail(path: str, size: int) -> str:
+    """The last `size` bytes of a file as text, "" where there is none."""
+    return read_output(path, size)[0]
+
+
+def read_output(path: str, size: int) -> tuple[str, int]:
+    """(the last `size` bytes of a file as text, the file's size); ("", 0) where there is none."""
+    try:
+        length = os.stat(path).st_size
+        if length == 0:
+            return "", 0
+        with open(path, "rb", buffering=0) as file:
+            file.seek(max(0, length - size))
+            raw = file.read(size)
+            return raw.decode("utf-8", "replace").replace("\0", "\ufffd"), length
+    except OSError:
+        return "", 0
+
+
+def signal_name(number: int) -> str:
+    """SIGKILL for 9, and so on."""
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
+
+
+# -------------------------------------------------------------------- what holds a queue back
+
+
+def pause(
+    conn: q.Connection, queue: str, until: float | None, reason: str | None, *, by: str
+) -> bool:
+    """Hold back a queue's claims until a time (Unix seconds), or, with None, until a person resumes it.
+
+    Within a transaction. `by` is "person" or "handler". False when a pause with a later end holds.
+    """
+    told = {"queue": q.check_queue_name(queue), "now": time.time(), "until": until}
+    return conn.execute(PAUSE, {**told, "reason": reason or None, "by": by}).rowcount == 1
+
+
+def resume(conn: q.Connection, queue: str) -> bool:
+    """End a queue's pause, within a transaction; whether there was one."""
+    return conn.execute(RESUME, {"queue": q.check_queue_name(queue)}).rowcount == 1
+
+
+def limit(conn: q.Connection, queue: str, slots: int | None) -> None:
+    """Have at most `slots` of the queue's tasks run at a time, within a transaction; None: any number."""
+    conn.execute(LIMIT, {"queue": q.check_queue_name(queue), "slots": slots})
+
+
+def controls(conn: q.Connection) -> dict[str, Control]:
+    """What holds each queue back, where anything does."""
+    now, found = time.time(), {}
+    try:
+        rows = conn.execute(CONTROLS).fetchall()
+    except sqlite3.Error as error:
+        raise q.explain(error, conn.state) from error
+    for queue, paused_at, until, reason, by, slots in rows:
+        paused = paused_at is not None and (until is None or until > now)
+        told = (until, reason, by) if paused else (None, None, None)
+        if paused or slots is not None:
+            found[queue] = Control(paused, *told, slots)
+    return found
