@@ -1,12 +1,13 @@
 """handlers/link_validation, run as a worker runs it: the script itself, with a task on stdin. lychee is the real one."""
 
+# ruff: noqa: F811 -- fixtures are imported, and named again where they are used
+
 import ctypes
 import http.server
 import json
 import os
 import re
 import resource
-import shutil
 import signal
 import socket
 import stat
@@ -17,69 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).resolve().parent.parent
-HANDLER = ROOT / "handlers" / "link_validation"
-
-
-def uv_binary():
-    """The real uv, not a shim of a version manager."""
-    try:
-        from uv import find_uv_bin
-
-        return find_uv_bin()
-    except (ImportError, FileNotFoundError):
-        return os.environ.get("UV") or shutil.which("uv")
-
-
-UV = uv_binary()
-assert UV, "uv is missing: python3 -m pip install uv"
-UV_CACHE = subprocess.run([UV, "cache", "dir"], capture_output=True, text=True, check=True).stdout.strip()
-
-
-@pytest.fixture
-def workspace(tmp_path):
-    folder = tmp_path / "workspace"
-    folder.mkdir()
-    return folder
-
-
-@pytest.fixture
-def check(tmp_path, workspace):
-    """check(data, …) runs the handler with a task that has this payload, and returns the finished process."""
-    home = tmp_path / "home"
-    home.mkdir()
-
-    def run(data=None, *, task=None, path=(), env=None, **options):
-        payload = {"workspace_path": str(workspace)} if data is None else data
-        if task is None:
-            task = json.dumps({"task_id": "t1", "task_type": "link_validation", "data": payload}).encode()
-        places = os.pathsep.join([*map(str, path), os.path.dirname(UV), "/usr/local/bin", "/usr/bin", "/bin"])
-        environment = {"PATH": places, "HOME": str(home), "UV_CACHE_DIR": UV_CACHE, **(env or {})}
-        done = subprocess.run([HANDLER], input=task, env=environment, cwd=workspace, capture_output=True, timeout=60,
-                              check=False, **options)  # fmt: skip
-        done.summary = json.loads(done.stdout) if done.returncode == 0 else None
-        done.words = done.stderr.decode()
-        assert "Traceback" not in done.words
-        return done
-
-    return run
-
-
-def write(folder, **files):
-    for name, text in files.items():
-        path = folder / f"{name}.md"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
-
-
-def git(workspace, *words):
-    subprocess.run(["git", *words], cwd=workspace, check=True, capture_output=True,
-                   env={"PATH": os.environ["PATH"], "HOME": str(workspace.parent)})  # fmt: skip
-
-
-def broken(done):
-    return [(link["file"], os.path.basename(link["url"])) for link in done.summary["broken"]]
+from link_check import HANDLER, ROOT, UV, UV_CACHE, broken, check, git, report, workspace, write  # noqa: F401
 
 
 def without_overrides():
@@ -108,7 +47,8 @@ def test_a_broken_link_is_found_and_is_no_failure(workspace, check):
     assert (link["file"], link["line"], link["url"]) == ("README.md", 4, f"file://{workspace}/missing.md")
     assert "not found" in link["reason"]
     assert summary["workspace_path"] == str(workspace)
-    assert summary["results_file"] == str(workspace / ".lychee-results.json")
+    assert summary["summary"] == "1 broken link: README.md:4 → missing.md"
+    assert report(done)["total"] == 2
     assert 0 < summary["seconds"] < 30
 
 
@@ -116,10 +56,10 @@ def test_the_results_file_is_the_whole_report_of_lychee(workspace, check):
     write(workspace, README="".join(f"[{n}](missing-{n}.md)\n" for n in range(200)))
     (workspace / "out").mkdir()
     done = check({"workspace_path": str(workspace), "results_file": "out/links of today.json"})
-    report = json.loads((workspace / "out" / "links of today.json").read_text())
-    assert (report["total"], report["errors"], len(report["error_map"]["./README.md"])) == (200, 200, 200)
+    whole = json.loads((workspace / "out" / "links of today.json").read_text())
+    assert (whole["total"], whole["errors"], len(whole["error_map"]["./README.md"])) == (200, 200, 200)
     assert (done.summary["failed"], len(done.summary["broken"])) == (200, 50)
-    assert not (workspace / ".lychee-results.json").exists()
+    assert sorted(os.listdir(workspace)) == ["README.md", "out"]
     assert os.listdir(workspace / "out") == ["links of today.json"]
 
 
@@ -135,16 +75,58 @@ def test_the_summary_fits_into_the_history_whatever_the_names_are(workspace, che
     assert len(done.stdout) < 65_536
 
 
-def test_results_file_null_is_the_default(workspace, check):
-    assert check({"workspace_path": str(workspace), "results_file": None}).returncode == 0
-    assert (workspace / ".lychee-results.json").exists()
+def test_the_report_goes_to_the_state_directory_unless_a_file_is_named(tmp_path, workspace, check):
+    write(workspace, README="[x](missing.md)")
+    namesake = tmp_path / "other" / "workspace"
+    namesake.mkdir(parents=True)
+    for task, total in (({"workspace_path": str(workspace), "results_file": None}, 1), ({"workspace_path": str(namesake)}, 0)):
+        done = check(task, preexec_fn=lambda: os.umask(0))
+        place = Path(done.summary["results_file"])
+        assert place.parent == tmp_path / "state" / "reports" / "link_validation" and place.name.startswith("workspace-")
+        assert report(done)["total"] == total
+        for path in (place, *place.parents[:3]):
+            assert stat.S_IMODE(path.stat().st_mode) == (0o600 if path == place else 0o700), path
+    assert len(os.listdir(place.parent)) == 2
+    assert os.listdir(workspace) == ["README.md"]
+    # The next check of a workspace replaces its report.
+    check()
+    assert len(os.listdir(place.parent)) == 2
+
+
+def test_without_a_state_directory_of_its_own_it_is_the_default_one(tmp_path, workspace, check):
+    done = check(env={"TASK_QUEUE_STATE": ""})
+    assert done.summary["results_file"].startswith(f"{tmp_path}/home/.claude/automation/lychee/state/reports/link_validation/")
+
+
+def test_a_relative_state_directory_is_a_usage_error(workspace, check):
+    done = check(env={"TASK_QUEUE_STATE": "state"})
+    assert (done.returncode, done.stdout, os.listdir(workspace)) == (64, b"", [])
+    assert "TASK_QUEUE_STATE" in done.words
+
+
+@pytest.mark.parametrize("pages, line", [
+    ({"README": "x"}, "all 0 links fine"),
+    ({"README": "[a](README.md)"}, "the 1 link is fine"),
+    ({"README": "[a](README.md) [b](README.md) [c](http://127.0.0.1:1/)"}, "all 2 links fine, 1 not checked"),
+    ({"README": "\n\n[a](pier%20a.md)", "a": "[b](/x.md)"}, "2 broken links: README.md:3 → pier a.md; a.md:1 → x.md"),
+])  # fmt: skip
+def test_what_was_found_is_said_in_one_line(workspace, check, pages, line):
+    write(workspace, **pages)
+    assert check().summary["summary"] == line
+
+
+def test_the_one_line_is_bounded_and_says_what_was_not_read(workspace, check):
+    write(workspace, **{f"{'a' * 200}{number}": "[x](" + "b" * 300 + ")" for number in range(60)})
+    (workspace / "latin.md").write_bytes(b"caf\xe9")
+    line = check().summary["summary"]
+    assert line.startswith("60 broken links: aaa") and line.endswith("; …; 1 file not read") and len(line) < 500
 
 
 def test_a_workspace_without_markdown_has_no_broken_links(workspace, check):
     (workspace / "main.c").write_text("/* [x](nope.md) */")
     done = check()
     assert (done.returncode, done.summary["files"], done.summary["total"], done.summary["broken"]) == (0, 0, 0, [])
-    assert json.loads((workspace / ".lychee-results.json").read_text())["total"] == 0
+    assert report(done)["total"] == 0
 
 
 def test_absolute_links_start_at_the_workspace(workspace, check):
@@ -331,23 +313,23 @@ def test_a_usage_error_is_64(check):
 
 def test_old_results_stay_whole_when_new_ones_cannot_be_written(workspace, check):
     write(workspace, README="[x](missing.md)\n" * 300)
-    results = workspace / ".lychee-results.json"
+    results = workspace / "links.json"
     results.write_text("old")
-    done = check(preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000)))
+    done = check({"workspace_path": str(workspace), "results_file": "links.json"}, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000)))
     assert (done.returncode, done.stdout) == (1, b"")
     assert "File too large" in done.words
     assert results.read_text() == "old"
-    assert sorted(os.listdir(workspace)) == [".lychee-results.json", "README.md"]
+    assert sorted(os.listdir(workspace)) == ["README.md", "links.json"]
 
 
 def test_results_are_replaced_not_rewritten(tmp_path, workspace, check):
     write(workspace, README="x")
     precious = tmp_path / "precious"
     precious.write_text("precious")
-    (workspace / ".lychee-results.json").symlink_to(precious)
-    assert check().returncode == 0
+    (workspace / "links.json").symlink_to(precious)
+    assert check({"workspace_path": str(workspace), "results_file": "links.json"}).returncode == 0
     assert precious.read_text() == "precious"
-    assert stat.S_ISREG((workspace / ".lychee-results.json").lstat().st_mode)
+    assert stat.S_ISREG((workspace / "links.json").lstat().st_mode)
 
 
 def test_a_full_disk_is_not_now(workspace, check, tmp_path):
@@ -358,7 +340,7 @@ def test_a_full_disk_is_not_now(workspace, check, tmp_path):
         pytest.skip("needs the right to mount a small file system")
     try:
         write(disk, README="[x](missing.md)\n" * 300)
-        done = check({"workspace_path": str(disk)})
+        done = check({"workspace_path": str(disk), "results_file": "links.json"})
         assert done.returncode == 75
         assert json.loads(done.stdout)["retry_after"] > 0
         assert "No space left" in done.words
@@ -463,7 +445,7 @@ def test_wrong_settings_are_a_failed_attempt_that_says_why(workspace, check, nam
     assert (done.returncode, done.stdout) == (1, b"")
     last = done.words.strip().splitlines()[-1]
     assert last.startswith("link_validation: lychee") and len(last) < 700
-    assert not (workspace / ".lychee-results.json").exists()
+    assert sorted(os.listdir(workspace)) == sorted(["README.md", name])
 
 
 @pytest.mark.parametrize("name, text", [
@@ -490,7 +472,8 @@ def test_a_stopped_check_leaves_nothing_behind(workspace):
     """TERM to the whole process group, as a worker does at a timeout, while lychee waits for a server."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         write(workspace, README=f"[x](http://127.0.0.1:{server.getsockname()[1]}/)")
-        environment = {**os.environ, "PATH": f"{os.path.dirname(UV)}:{os.environ['PATH']}", "LYCHEE_ONLINE": "1"}
+        environment = {**os.environ, "PATH": f"{os.path.dirname(UV)}:{os.environ['PATH']}", "LYCHEE_ONLINE": "1",
+                       "TASK_QUEUE_STATE": str(workspace.parent / "state")}  # fmt: skip
         handler = subprocess.Popen([HANDLER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
                                    start_new_session=True, env={**environment, "UV_CACHE_DIR": UV_CACHE})  # fmt: skip
         handler.stdin.write(json.dumps({"data": {"workspace_path": str(workspace)}}).encode())
@@ -506,6 +489,7 @@ def test_a_stopped_check_leaves_nothing_behind(workspace):
         assert handler.wait(10) != 0
         handler.stdout.close()
     assert os.listdir(workspace) == ["README.md"]
+    assert os.listdir(workspace.parent / "state" / "reports" / "link_validation") == []
 
 
 # ------------------------------------------------------------------------------------------------------------- the demo
