@@ -62,7 +62,7 @@ def check_anew(tmp_path, check):
     handler = Path(shutil.copy(HANDLER, path))
     subprocess.run([UV, "run", "--script", HANDLER, "--help"], env={**os.environ, "UV_CACHE_DIR": UV_CACHE}, capture_output=True,
                    check=True)  # fmt: skip
-    return lambda env=None, **options: check(handler=handler, env={"UV_OFFLINE": "1", **(env or {})}, **options)
+    return lambda env=None, handler=handler, **options: check(handler=handler, env={"UV_OFFLINE": "1", **(env or {})}, **options)
 
 
 def not_obeyed(done):
@@ -102,8 +102,10 @@ def test_a_workspace_s_settings_of_uv_do_not_choose_the_package(workspace, check
     section = "[tool.uv]\n" if name == "pyproject.toml" else ""
     (workspace / name).write_text(f"{section}reinstall = true\nfind-links = ['{workspace}/wheels']\n")
     write(workspace, README="[x](missing.md)")
-    done = check_anew()
-    assert not trap.sprung() and broken(done) == [("README.md", "missing.md")]
+    # By the path that a worker uses, and by one that leads through the workspace.
+    for options in ({}, {"handler": "../handlers/link_validation"}):
+        done = check_anew(**options)
+        assert not trap.sprung() and broken(done) == [("README.md", "missing.md")]
 
 
 @pytest.mark.parametrize("said", [True, False])
@@ -166,8 +168,7 @@ def test_a_repository_has_nothing_fetched_by_a_program_of_its_own(workspace, che
         for name in os.listdir(folder / ".git"):
             shutil.move(folder / ".git" / name, folder / name)
         (folder / ".git").rmdir()
-        git(workspace, "--git-dir", "docs", "config", "core.bare", "false")
-        git(workspace, "--git-dir", "docs", "config", "core.worktree", "..")
+        git(workspace, "--git-dir", "docs", "config", "core.worktree", ".")
     done = check({"workspace_path": str(folder)})
     assert not trap.sprung() and ("page.md", "missing.md") in broken(done)
 
