@@ -70,8 +70,8 @@ def test_the_hook_ends_in_a_handler_that_has_run(home):
     hook = subprocess.run(["/bin/sh", "-c", command], input=payload, env=bare(home), cwd=workspace, capture_output=True, text=True, timeout=20)
     assert (hook.returncode, hook.stdout, hook.stderr) == (0, "", "")
     conn = sqlite3.connect(prefix / "state/tasks.db", isolation_level=None)
-    ((status, _result, log),) = wait_for(lambda: conn.execute("select status, result, log from task_history").fetchall())
-    assert status == "completed" and "missing.md" in (workspace / ".lychee-results.json").read_text(), log
+    ((status, result, log),) = wait_for(lambda: conn.execute("select status, result, log from task_history").fetchall())
+    assert status == "completed" and "missing.md" in Path(json.loads(result)["results_file"]).read_text(), log
     assert workers(home), "it stays for a while, in case there is more"
 
 

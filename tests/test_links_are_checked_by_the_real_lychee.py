@@ -1,12 +1,13 @@
 """handlers/link_validation, run as a worker runs it: the script itself, with a task on stdin. lychee is the real one."""
 
+# ruff: noqa: F811 -- fixtures are imported, and named again where they are used
+
 import ctypes
 import http.server
 import json
 import os
 import re
 import resource
-import shutil
 import signal
 import socket
 import stat
@@ -17,69 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).resolve().parent.parent
-HANDLER = ROOT / "handlers" / "link_validation"
-
-
-def uv_binary():
-    """The real uv, not a shim of a version manager."""
-    try:
-        from uv import find_uv_bin
-
-        return find_uv_bin()
-    except (ImportError, FileNotFoundError):
-        return os.environ.get("UV") or shutil.which("uv")
-
-
-UV = uv_binary()
-assert UV, "uv is missing: python3 -m pip install uv"
-UV_CACHE = subprocess.run([UV, "cache", "dir"], capture_output=True, text=True, check=True).stdout.strip()
-
-
-@pytest.fixture
-def workspace(tmp_path):
-    folder = tmp_path / "workspace"
-    folder.mkdir()
-    return folder
-
-
-@pytest.fixture
-def check(tmp_path, workspace):
-    """check(data, …) runs the handler with a task that has this payload, and returns the finished process."""
-    home = tmp_path / "home"
-    home.mkdir()
-
-    def run(data=None, *, task=None, path=(), env=None, **options):
-        payload = {"workspace_path": str(workspace)} if data is None else data
-        if task is None:
-            task = json.dumps({"task_id": "t1", "task_type": "link_validation", "data": payload}).encode()
-        places = os.pathsep.join([*map(str, path), os.path.dirname(UV), "/usr/local/bin", "/usr/bin", "/bin"])
-        environment = {"PATH": places, "HOME": str(home), "UV_CACHE_DIR": UV_CACHE, **(env or {})}
-        done = subprocess.run([HANDLER], input=task, env=environment, cwd=workspace, capture_output=True, timeout=60,
-                              check=False, **options)  # fmt: skip
-        done.summary = json.loads(done.stdout) if done.returncode == 0 else None
-        done.words = done.stderr.decode()
-        assert "Traceback" not in done.words
-        return done
-
-    return run
-
-
-def write(folder, **files):
-    for name, text in files.items():
-        path = folder / f"{name}.md"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
-
-
-def git(workspace, *words):
-    subprocess.run(["git", *words], cwd=workspace, check=True, capture_output=True,
-                   env={"PATH": os.environ["PATH"], "HOME": str(workspace.parent)})  # fmt: skip
-
-
-def broken(done):
-    return [(link["file"], os.path.basename(link["url"])) for link in done.summary["broken"]]
+from link_check import HANDLER, ROOT, UV, UV_CACHE, broken, check, git, report, workspace, write  # noqa: F401
 
 
 def without_overrides():
@@ -105,10 +44,15 @@ def test_a_broken_link_is_found_and_is_no_failure(workspace, check):
         "files": 2, "total": 2, "successful": 1, "failed": 1, "excluded": 0, "skipped": [], "online": False,
     }  # fmt: skip
     (link,) = summary["broken"]
-    assert (link["file"], link["line"], link["url"]) == ("README.md", 4, f"file://{workspace}/missing.md")
+    assert (link["file"], link["line"], link["url"]) == (
+        "README.md",
+        4,
+        f"file://{workspace}/missing.md",
+    )
     assert "not found" in link["reason"]
     assert summary["workspace_path"] == str(workspace)
-    assert summary["results_file"] == str(workspace / ".lychee-results.json")
+    assert summary["summary"] == "1 broken link: README.md:4 → missing.md"
+    assert report(done)["total"] == 2
     assert 0 < summary["seconds"] < 30
 
 
@@ -116,10 +60,14 @@ def test_the_results_file_is_the_whole_report_of_lychee(workspace, check):
     write(workspace, README="".join(f"[{n}](missing-{n}.md)\n" for n in range(200)))
     (workspace / "out").mkdir()
     done = check({"workspace_path": str(workspace), "results_file": "out/links of today.json"})
-    report = json.loads((workspace / "out" / "links of today.json").read_text())
-    assert (report["total"], report["errors"], len(report["error_map"]["./README.md"])) == (200, 200, 200)
+    whole = json.loads((workspace / "out" / "links of today.json").read_text())
+    assert (whole["total"], whole["errors"], len(whole["error_map"]["./README.md"])) == (
+        200,
+        200,
+        200,
+    )
     assert (done.summary["failed"], len(done.summary["broken"])) == (200, 50)
-    assert not (workspace / ".lychee-results.json").exists()
+    assert sorted(os.listdir(workspace)) == ["README.md", "out"]
     assert os.listdir(workspace / "out") == ["links of today.json"]
 
 
@@ -135,16 +83,75 @@ def test_the_summary_fits_into_the_history_whatever_the_names_are(workspace, che
     assert len(done.stdout) < 65_536
 
 
-def test_results_file_null_is_the_default(workspace, check):
-    assert check({"workspace_path": str(workspace), "results_file": None}).returncode == 0
-    assert (workspace / ".lychee-results.json").exists()
+def test_the_report_goes_to_the_state_directory_unless_a_file_is_named(tmp_path, workspace, check):
+    write(workspace, README="[x](missing.md)")
+    namesake = tmp_path / "other" / "workspace"
+    namesake.mkdir(parents=True)
+    for task, total in (
+        ({"workspace_path": str(workspace), "results_file": None}, 1),
+        ({"workspace_path": str(namesake)}, 0),
+    ):
+        done = check(task, preexec_fn=lambda: os.umask(0))
+        place = Path(done.summary["results_file"])
+        assert (
+            place.parent == tmp_path / "state" / "reports" / "link_validation"
+            and place.name.startswith("workspace-")
+        )
+        assert report(done)["total"] == total
+        for path in (place, *place.parents[:3]):
+            assert stat.S_IMODE(path.stat().st_mode) == (0o600 if path == place else 0o700), path
+    assert len(os.listdir(place.parent)) == 2
+    assert os.listdir(workspace) == ["README.md"]
+    # The next check of a workspace replaces its report.
+    check()
+    assert len(os.listdir(place.parent)) == 2
+
+
+def test_without_a_state_directory_of_its_own_it_is_the_default_one(tmp_path, workspace, check):
+    done = check(env={"TASK_QUEUE_STATE": ""})
+    assert done.summary["results_file"].startswith(
+        f"{tmp_path}/home/.claude/automation/lychee/state/reports/link_validation/"
+    )
+
+
+def test_a_relative_state_directory_is_a_usage_error(workspace, check):
+    done = check(env={"TASK_QUEUE_STATE": "state"})
+    assert (done.returncode, done.stdout, os.listdir(workspace)) == (64, b"", [])
+    assert "TASK_QUEUE_STATE" in done.words
+
+
+@pytest.mark.parametrize("pages, line", [
+    ({"README": "x"}, "all 0 links fine"),
+    ({"README": "[a](README.md)"}, "the 1 link is fine"),
+    ({"README": "[a](README.md) [b](README.md) [c](http://127.0.0.1:1/)"}, "all 2 links fine, 1 not checked"),
+    ({"README": "\n\n[a](pier%20a.md)", "a": "[b](/x.md)"}, "2 broken links: README.md:3 → pier a.md; a.md:1 → x.md"),
+])  # fmt: skip
+def test_what_was_found_is_said_in_one_line(workspace, check, pages, line):
+    write(workspace, **pages)
+    assert check().summary["summary"] == line
+
+
+def test_the_one_line_is_bounded_and_says_what_was_not_read(workspace, check):
+    write(workspace, **{f"{'a' * 200}{number}": "[x](" + "b" * 300 + ")" for number in range(60)})
+    (workspace / "latin.md").write_bytes(b"caf\xe9")
+    line = check().summary["summary"]
+    assert (
+        line.startswith("60 broken links: aaa")
+        and line.endswith("; …; 1 file not read")
+        and len(line) < 500
+    )
 
 
 def test_a_workspace_without_markdown_has_no_broken_links(workspace, check):
     (workspace / "main.c").write_text("/* [x](nope.md) */")
     done = check()
-    assert (done.returncode, done.summary["files"], done.summary["total"], done.summary["broken"]) == (0, 0, 0, [])
-    assert json.loads((workspace / ".lychee-results.json").read_text())["total"] == 0
+    assert (
+        done.returncode,
+        done.summary["files"],
+        done.summary["total"],
+        done.summary["broken"],
+    ) == (0, 0, 0, [])
+    assert report(done)["total"] == 0
 
 
 def test_absolute_links_start_at_the_workspace(workspace, check):
@@ -181,10 +188,17 @@ def test_the_network_is_asked_only_when_told_so(workspace, check):
     with web_server() as (url, asked):
         write(workspace, README=f"[ok]({url}/ok) [gone]({url}/gone)")
         summary = check().summary
-        assert (summary["excluded"], summary["failed"], summary["online"], asked) == (2, 0, False, [])
+        assert (summary["excluded"], summary["failed"], summary["online"], asked) == (
+            2,
+            0,
+            False,
+            [],
+        )
         summary = check(env={"LYCHEE_ONLINE": "1"}).summary
         assert (summary["successful"], summary["failed"], summary["online"]) == (1, 1, True)
-        assert summary["broken"][0]["url"] == f"{url}/gone" and "404" in summary["broken"][0]["reason"]
+        assert (
+            summary["broken"][0]["url"] == f"{url}/gone" and "404" in summary["broken"][0]["reason"]
+        )
         assert set(asked) == {"/ok", "/gone"}
 
 
@@ -199,9 +213,17 @@ def test_every_file_name_is_checked(workspace, check):
         write(workspace, **{f"{name}/{name}": "[x](missing.md)", name: "[x](missing.md)"})
     (workspace / "UPPER.MD").write_text("[x](missing.md)")
     summary = check().summary
-    expected = sorted([f"{name}/{name}.md" for name in AWKWARD] + [f"{name}.md" for name in AWKWARD] + ["UPPER.MD"])
+    expected = sorted(
+        [f"{name}/{name}.md" for name in AWKWARD]
+        + [f"{name}.md" for name in AWKWARD]
+        + ["UPPER.MD"]
+    )
     assert [link["file"] for link in summary["broken"]] == expected
-    assert (summary["total"], summary["files"], summary["skipped"]) == (len(expected), len(expected), [])
+    assert (summary["total"], summary["files"], summary["skipped"]) == (
+        len(expected),
+        len(expected),
+        [],
+    )
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the file system refuses such names")
@@ -214,7 +236,7 @@ def test_a_name_that_is_not_utf8_is_skipped_and_said_so(workspace, check):
 
 
 def test_a_workspace_path_may_have_any_name(tmp_path, check):
-    folder = tmp_path / "it's \"a\" [work]\nspace ü"
+    folder = tmp_path / 'it\'s "a" [work]\nspace ü'
     folder.mkdir()
     write(folder, README="[x](missing.md) [y](README.md)")
     done = check({"workspace_path": str(folder)})
@@ -231,7 +253,10 @@ def test_content_that_is_not_utf8_is_skipped_and_the_rest_checked(workspace, che
 
 @pytest.mark.parametrize("in_git", [True, False])
 def test_what_may_not_be_read_is_skipped_and_the_rest_checked(workspace, check, in_git):
-    write(workspace, **{name: "[x](missing.md)" for name in ("a", "closed/b", "open/c", "secret", "z")})
+    write(
+        workspace,
+        **{name: "[x](missing.md)" for name in ("a", "closed/b", "open/c", "secret", "z")},
+    )
     if in_git:
         git(workspace, "init")
     (workspace / "secret.md").chmod(0)
@@ -240,7 +265,11 @@ def test_what_may_not_be_read_is_skipped_and_the_rest_checked(workspace, check, 
         done = check(preexec_fn=without_overrides)
     finally:
         (workspace / "closed").chmod(0o700)
-    assert broken(done) == [("a.md", "missing.md"), ("open/c.md", "missing.md"), ("z.md", "missing.md")]
+    assert broken(done) == [
+        ("a.md", "missing.md"),
+        ("open/c.md", "missing.md"),
+        ("z.md", "missing.md"),
+    ]
     assert (done.summary["total"], done.summary["failed"]) == (3, 3)
     assert [skipped["file"] for skipped in done.summary["skipped"]] == ["closed", "secret.md"]
     assert all("ermission denied" in skipped["reason"] for skipped in done.summary["skipped"])
@@ -259,7 +288,13 @@ def test_symbolic_links_pipes_and_loops_are_not_followed(workspace, check):
 
 @pytest.mark.parametrize("in_git", [True, False])
 def test_dependencies_and_hidden_folders_are_left_out(workspace, check, in_git):
-    left_out = ("node_modules/x/README", ".venv/lib/y", "venv/lib/site-packages/z/README", ".git/notes", ".hidden")
+    left_out = (
+        "node_modules/x/README",
+        ".venv/lib/y",
+        "venv/lib/site-packages/z/README",
+        ".git/notes",
+        ".hidden",
+    )
     write(workspace, **{name: "[x](missing.md)" for name in (*left_out, "docs/a")})
     if in_git:
         git(workspace, "init")
@@ -267,7 +302,13 @@ def test_dependencies_and_hidden_folders_are_left_out(workspace, check, in_git):
 
 
 def test_what_git_ignores_is_left_out_and_untracked_files_are_not(workspace, check):
-    write(workspace, **{name: "[x](missing.md)" for name in ("build/out", "tracked", "new", "deleted", "sub/local")})
+    write(
+        workspace,
+        **{
+            name: "[x](missing.md)"
+            for name in ("build/out", "tracked", "new", "deleted", "sub/local")
+        },
+    )
     (workspace / ".gitignore").write_text("build/\nlocal.md\n")
     git(workspace, "init")
     git(workspace, "add", "tracked.md", "deleted.md")
@@ -312,7 +353,9 @@ def test_results_never_leave_the_workspace(tmp_path, workspace, check, name):
     write(workspace, README="[x](missing.md)")
     before = [sorted(os.listdir(folder)) for folder in (tmp_path, workspace, workspace / "sub")]
     assert_refused(check({"workspace_path": str(workspace), "results_file": name}))
-    assert [sorted(os.listdir(folder)) for folder in (tmp_path, workspace, workspace / "sub")] == before
+    assert [
+        sorted(os.listdir(folder)) for folder in (tmp_path, workspace, workspace / "sub")
+    ] == before
 
 
 def assert_refused(done):
@@ -331,34 +374,39 @@ def test_a_usage_error_is_64(check):
 
 def test_old_results_stay_whole_when_new_ones_cannot_be_written(workspace, check):
     write(workspace, README="[x](missing.md)\n" * 300)
-    results = workspace / ".lychee-results.json"
+    results = workspace / "links.json"
     results.write_text("old")
-    done = check(preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000)))
+    done = check(
+        {"workspace_path": str(workspace), "results_file": "links.json"},
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000)),
+    )
     assert (done.returncode, done.stdout) == (1, b"")
     assert "File too large" in done.words
     assert results.read_text() == "old"
-    assert sorted(os.listdir(workspace)) == [".lychee-results.json", "README.md"]
+    assert sorted(os.listdir(workspace)) == ["README.md", "links.json"]
 
 
 def test_results_are_replaced_not_rewritten(tmp_path, workspace, check):
     write(workspace, README="x")
     precious = tmp_path / "precious"
     precious.write_text("precious")
-    (workspace / ".lychee-results.json").symlink_to(precious)
-    assert check().returncode == 0
+    (workspace / "links.json").symlink_to(precious)
+    assert check({"workspace_path": str(workspace), "results_file": "links.json"}).returncode == 0
     assert precious.read_text() == "precious"
-    assert stat.S_ISREG((workspace / ".lychee-results.json").lstat().st_mode)
+    assert stat.S_ISREG((workspace / "links.json").lstat().st_mode)
 
 
 def test_a_full_disk_is_not_now(workspace, check, tmp_path):
     disk = tmp_path / "disk"
     disk.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "none", disk], capture_output=True, check=False)
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=64k", "none", disk], capture_output=True, check=False
+    )
     if mounted.returncode:
         pytest.skip("needs the right to mount a small file system")
     try:
         write(disk, README="[x](missing.md)\n" * 300)
-        done = check({"workspace_path": str(disk)})
+        done = check({"workspace_path": str(disk), "results_file": "links.json"})
         assert done.returncode == 75
         assert json.loads(done.stdout)["retry_after"] > 0
         assert "No space left" in done.words
@@ -375,10 +423,16 @@ def in_the_environment_of_the_handler(code, *argv):
         "handler = util.module_from_spec(util.spec_from_loader('handler', loader)); loader.exec_module(handler)\n"
     )
     environment = {**os.environ, "UV_CACHE_DIR": UV_CACHE}
-    subprocess.run([UV, "run", "--script", HANDLER, "--help"], env=environment, capture_output=True, check=True)
+    subprocess.run(
+        [UV, "run", "--script", HANDLER, "--help"], env=environment, capture_output=True, check=True
+    )
     find = [UV, "python", "find", "--script", HANDLER]
-    python = subprocess.run(find, env=environment, capture_output=True, text=True, check=True).stdout.strip()
-    return subprocess.run([python, "-c", setup + code, *argv], capture_output=True, text=True, check=False)
+    python = subprocess.run(
+        find, env=environment, capture_output=True, text=True, check=True
+    ).stdout.strip()
+    return subprocess.run(
+        [python, "-c", setup + code, *argv], capture_output=True, text=True, check=False
+    )
 
 
 def test_files_that_go_away_during_the_check_are_not_now(workspace):
@@ -396,7 +450,9 @@ except handler.Failed as failed:
 
 def test_without_the_package_it_says_how_to_get_it(workspace):
     task = json.dumps({"data": {"workspace_path": str(workspace)}}).encode()
-    done = subprocess.run([sys.executable, "-S", HANDLER], input=task, capture_output=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-S", HANDLER], input=task, capture_output=True, check=False
+    )
     assert (done.returncode, done.stdout) == (1, b"")
     assert b"uv run --script" in done.stderr and b"Traceback" not in done.stderr
 
@@ -463,7 +519,7 @@ def test_wrong_settings_are_a_failed_attempt_that_says_why(workspace, check, nam
     assert (done.returncode, done.stdout) == (1, b"")
     last = done.words.strip().splitlines()[-1]
     assert last.startswith("link_validation: lychee") and len(last) < 700
-    assert not (workspace / ".lychee-results.json").exists()
+    assert sorted(os.listdir(workspace)) == sorted(["README.md", name])
 
 
 @pytest.mark.parametrize("name, text", [
@@ -490,7 +546,8 @@ def test_a_stopped_check_leaves_nothing_behind(workspace):
     """TERM to the whole process group, as a worker does at a timeout, while lychee waits for a server."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         write(workspace, README=f"[x](http://127.0.0.1:{server.getsockname()[1]}/)")
-        environment = {**os.environ, "PATH": f"{os.path.dirname(UV)}:{os.environ['PATH']}", "LYCHEE_ONLINE": "1"}
+        environment = {**os.environ, "PATH": f"{os.path.dirname(UV)}:{os.environ['PATH']}", "LYCHEE_ONLINE": "1",
+                       "TASK_QUEUE_STATE": str(workspace.parent / "state")}  # fmt: skip
         handler = subprocess.Popen([HANDLER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
                                    start_new_session=True, env={**environment, "UV_CACHE_DIR": UV_CACHE})  # fmt: skip
         handler.stdin.write(json.dumps({"data": {"workspace_path": str(workspace)}}).encode())
@@ -506,6 +563,7 @@ def test_a_stopped_check_leaves_nothing_behind(workspace):
         assert handler.wait(10) != 0
         handler.stdout.close()
     assert os.listdir(workspace) == ["README.md"]
+    assert os.listdir(workspace.parent / "state" / "reports" / "link_validation") == []
 
 
 # ------------------------------------------------------------------------------------------------------------- the demo
@@ -522,19 +580,34 @@ def test_the_demo_goes_from_a_hook_to_a_completion(tmp_path):
     steps = ("scripts are ready", "workspace made", "worker started", "hook payload in", "task queued", "worker woken",
              "broken link found: README.md:4 -> pier.md", "completion queued")  # fmt: skip
     *lines, completion = demo.stdout.splitlines()
-    shown = (ROOT / "README.md").read_text().split("waits for what comes of it:")[1].split("```")[1].splitlines()[1:]
-    for line, real in zip(shown, demo.stdout.splitlines(), strict=True):  # … stands for anything, and a number for any
+    shown = (
+        (ROOT / "README.md")
+        .read_text()
+        .split("waits for what comes of it:")[1]
+        .split("```")[1]
+        .splitlines()[1:]
+    )
+    for line, real in zip(
+        shown, demo.stdout.splitlines(), strict=True
+    ):  # … stands for anything, and a number for any
         pattern = re.sub(r"\d+", "[0-9]+", re.escape(line.strip())).replace("…", ".*")
         assert re.fullmatch(pattern, real.strip()), (line, real)
-    assert [line.split("ms  ")[1].startswith(step) for line, step in zip(lines, steps, strict=True)] == [True] * len(steps)
+    assert [
+        line.split("ms  ")[1].startswith(step) for line, step in zip(lines, steps, strict=True)
+    ] == [True] * len(steps)
     summary = json.loads(completion)
     assert (summary["total"], summary["successful"], summary["failed"]) == (2, 1, 1)
-    assert sorted(os.listdir(tmp_path)) == ["home", "tmp"] and list((tmp_path / "tmp").glob("task-queue-*")) == []
+    assert (
+        sorted(os.listdir(tmp_path)) == ["home", "tmp"]
+        and list((tmp_path / "tmp").glob("task-queue-*")) == []
+    )
 
 
 def test_a_demo_that_is_stopped_leaves_nothing_behind(tmp_path):
     environment = {**os.environ, "UV_CACHE_DIR": UV_CACHE, "TMPDIR": str(tmp_path)}
-    with subprocess.Popen([sys.executable, ROOT / "demo.py"], env=environment, stdout=subprocess.PIPE, text=True) as demo:
+    with subprocess.Popen(
+        [sys.executable, ROOT / "demo.py"], env=environment, stdout=subprocess.PIPE, text=True
+    ) as demo:
         for line in demo.stdout:
             if "worker started" in line:
                 (lock,) = [path for path in tmp_path.glob("*/state/workers/*-*")]
