@@ -7,28 +7,33 @@
 
     bench/peers.py [--rounds 7] [--quick] [--json]
 
-put: one task with a hook's payload of about 300 bytes, in a loop. Ours is enqueue_task. Raw is Python's sqlite3 with an
-autocommit INSERT of the very same text, encoded beforehand, into (id integer primary key autoincrement, data text not
-null): nothing but SQLite. The peers use their own call (persist-queue: SQLiteAckQueue with JSON; huey: a task of
-SqliteHuey; litequeue: put of JSON text).
+put: one task with a hook's payload of some 350 bytes, in a loop. Ours is enqueue_task. Raw is
+Python's sqlite3 with an autocommit INSERT of the same text, encoded beforehand, into (id integer
+primary key autoincrement, data text not null): nothing but SQLite. The peers use their own call
+(persist-queue: SQLiteAckQueue with JSON; huey: a task of SqliteHuey; litequeue: put of JSON text).
 
-get+ack: one task taken and finished, from a queue of some hundreds. Ours is get and ack of get_ack_queue. Raw is UPDATE …
-RETURNING, then an INSERT into a history and a DELETE in one transaction. huey deletes a task as it hands it out, so what
-it does is less: no ack, and a task that is lost with its process. Peers' finished tasks are removed between the rounds.
+get+ack: one task taken and finished, from a queue of some hundreds. Ours is get and ack of
+get_ack_queue. Raw is UPDATE … RETURNING, then an INSERT into a history and a DELETE in one
+transaction. huey deletes a task as it hands it out, so it does less: there is no ack, and a task is
+lost with its process. Peers' finished tasks are removed between the rounds.
 
-All databases are in WAL with synchronous=FULL, forced upon whoever has it otherwise. Ours syncs a put and an ack, but not
-a claim: after a power cut the task is merely ready again. "raw, claim unsynced" shows what that alone is worth.
+All databases are in WAL with synchronous=FULL, forced upon whoever has it otherwise. Ours syncs a
+put and an ack, but not a claim: after a power cut the task is merely ready again. The line "raw,
+claim unsynced" shows what that alone is worth.
 
-wake: a sleeping consumer process and a producer process with 20 tasks a second. The time is from the producer's call
-(enqueue_task; for the bare watchdog a pwrite of a file) having returned to the first line of the consumer's code. Processor
-time is all that the consumer process uses for a task, and that includes get and ack in ours.
+wake: a sleeping consumer process, and a producer process with 20 tasks a second. The time is from
+the return of the producer's call (enqueue_task; for the bare watchdog a pwrite to the one file that
+it watches) to the first line of the consumer's code. The processor time is all that the consumer's
+process uses for a task: in ours that includes get and ack.
 
-Contestants take turns within a round. The table shows medians over the rounds, and the median of the ratios within them.
+Contestants take turns within a round. The table shows medians over the rounds, and the median of
+the ratios within them.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import random
@@ -39,6 +44,7 @@ import struct
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -49,12 +55,17 @@ PAYLOAD = {
     "cwd": "/home/user/projects/docs",
     "hook_event_name": "PostToolUse",
     "tool_name": "Write",
-    "tool_input": {"file_path": "/home/user/projects/docs/guide/installation.md", "content": "See the guide."},
+    "tool_input": {
+        "file_path": "/home/user/projects/docs/guide/installation.md",
+        "content": "See the guide.",
+    },
 }
 # So many of a waking consumer's tasks come before those that count.
 WARM_UP = 5
+# A process that says nothing for so long has gone wrong, and is ended.
+ANSWER_SECONDS = 300
 
-# ----------------------------------------------------------------------------------------------- calls: put, get, ack
+# ----------------------------------------------------------------------------- calls: put, get, ack
 
 
 class Ours:
@@ -86,12 +97,19 @@ class Raw:
         conn = self.conn = sqlite3.connect(f"{directory}/raw.db", isolation_level=None)
         conn.execute("pragma journal_mode = wal")
         conn.execute("pragma synchronous = full")
-        conn.execute("create table queued (id integer primary key autoincrement, data text not null)")
-        conn.execute("""create table claimable (id integer primary key autoincrement, data text not null,
-                        status integer not null default 1, claimed_at real)""")
-        conn.execute("create table history (id integer primary key, row_id integer, data text, completed_at real)")
+        conn.execute(
+            "create table queued (id integer primary key autoincrement, data text not null)"
+        )
+        conn.execute("""create table claimable (id integer primary key autoincrement,
+                        data text not null, status integer not null default 1, claimed_at real)""")
+        conn.execute(
+            """create table history (id integer primary key, row_id integer, data text,
+                        completed_at real)"""
+        )
         envelope = {"task_id": "0123456789abcdef", "task_type": "link_validation"}
-        self.text = json.dumps({**envelope, "enqueued_at": "2001-01-01 00:00:00.000", "data": PAYLOAD})
+        self.text = json.dumps(
+            {**envelope, "enqueued_at": "2001-01-01 00:00:00.000", "data": PAYLOAD}
+        )
 
     def put(self, number: int) -> None:
         execute, text = self.conn.execute, self.text
@@ -106,13 +124,17 @@ class Raw:
                 conn.execute("pragma synchronous = normal")
             ((row_id, text),) = conn.execute(
                 """update claimable set status = 2, claimed_at = ?
-                   where id = (select id from claimable where status = 1 order by id limit 1) returning id, data""",
+                   where id = (select id from claimable where status = 1 order by id limit 1)
+                   returning id, data""",
                 (time.time(),),
             ).fetchall()
             if not self.claims_are_synced:
                 conn.execute("pragma synchronous = full")
             conn.execute("begin immediate")
-            conn.execute("insert into history (row_id, data, completed_at) values (?, ?, ?)", (row_id, text, time.time()))
+            conn.execute(
+                "insert into history (row_id, data, completed_at) values (?, ?, ?)",
+                (row_id, text, time.time()),
+            )
             conn.execute("delete from claimable where id = ?", (row_id,))
             conn.execute("commit")
 
@@ -138,7 +160,9 @@ class PersistQueue:
         import persistqueue
         from persistqueue.serializers import json as serializer
 
-        self.queue = persistqueue.SQLiteAckQueue(f"{directory}/persist-queue", serializer=serializer)
+        self.queue = persistqueue.SQLiteAckQueue(
+            f"{directory}/persist-queue", serializer=serializer
+        )
         for conn in {self.queue._putter, self.queue._getter}:
             conn.execute("pragma synchronous = full")
 
@@ -220,7 +244,7 @@ def ours(directory: str):
 
 
 def contend(name: str, directory: str) -> None:
-    """A contestant's process: for each line with a number, the µs of one put, and of one get and ack."""
+    """A contestant's process: does a step so often as each line says, and prints the µs of one."""
     contestant = CONTESTANTS[name](directory)
     fill = getattr(contestant, "fill", None)
     print("ready", flush=True)
@@ -236,12 +260,14 @@ def contend(name: str, directory: str) -> None:
 
 
 def measure_calls(rounds: int, number: int) -> dict:
-    """{"put": {contestant: [µs in each round]}, "get+ack": …}; the contestants' processes take turns."""
+    """{"put": {contestant: [µs in each round]}, "get+ack": …}; all processes live, one works."""
     times = {row: {name: [] for name in CONTESTANTS} for row in ("put", "get+ack")}
     # A put of its is that of raw.
     del times["put"]["raw, claim unsynced"]
     with tempfile.TemporaryDirectory() as directory:
-        processes = {name: start("--contend", name, tempfile.mkdtemp(dir=directory)) for name in CONTESTANTS}
+        processes = {
+            name: start("--contend", name, tempfile.mkdtemp(dir=directory)) for name in CONTESTANTS
+        }
         try:
             for process in processes.values():
                 answer(process)
@@ -258,23 +284,24 @@ def measure_calls(rounds: int, number: int) -> dict:
     return times
 
 
-# ------------------------------------------------------------------------------------------------------- wakes
+# -------------------------------------------------------------------------------------------- wakes
 
 
 def consume(kind: str, directory: str, number: int) -> dict:
-    """A consumer's process: when its code ran for which task, and the processor time in between."""
-    heard: list[tuple[int, int]] = []
+    """A consumer's process: when its code ran for which task, and the processor time of one."""
+    heard: dict[int, int] = {}
     began = [0.0]
 
     def hear(task: int, now: int) -> bool:
-        """Whether that was the last one."""
-        heard.append((task, now))
-        if len(heard) == WARM_UP:
+        """Whether that was the last one. One event may stand for two writes, so they are not counted."""
+        heard.setdefault(task, now)
+        if task <= WARM_UP:
             began[0] = processor_seconds()
-        return len(heard) == WARM_UP + number
+        return task == WARM_UP + number
 
     {"get": hear_get, "consume": hear_consume, BARE: hear_bare}[kind](directory, hear)
-    return {"heard": heard, "cpu_ms": (processor_seconds() - began[0]) / number * 1000}
+    cpu_ms = (processor_seconds() - began[0]) / number * 1000
+    return {"heard": sorted(heard.items()), "cpu_ms": cpu_ms}
 
 
 def hear_get(directory: str, hear) -> None:
@@ -304,8 +331,6 @@ def hear_consume(directory: str, hear) -> None:
 
 
 def hear_bare(directory: str, hear) -> None:
-    import threading
-
     from watchdog.events import FileSystemEventHandler
     from watchdog.observers import Observer
 
@@ -324,6 +349,7 @@ def hear_bare(directory: str, hear) -> None:
     print("ready", flush=True)
     ended.wait()
     observer.stop()
+    observer.join()
 
 
 def processor_seconds() -> float:
@@ -347,7 +373,7 @@ def produce(kind: str, directory: str, number: int, rate: float) -> list[int]:
             q.enqueue_task("bench", "link_validation", {**PAYLOAD, "n": n})
 
     stamps = []
-    for n in range(WARM_UP + number):
+    for n in range(1, WARM_UP + number + 1):
         # Not quite even, so that nobody can fall into step.
         time.sleep(random.uniform(0.8, 1.2) / rate)
         put(n)
@@ -357,7 +383,10 @@ def produce(kind: str, directory: str, number: int, rate: float) -> list[int]:
 
 def measure_wakes(rounds: int, number: int, rate: float) -> dict:
     """{"p50 ms": {contestant: [one in each round]}, "p95 ms": …, "cpu ms": …}."""
-    times = {row: {name: [] for name in (BARE, "get", "consume")} for row in ("p50 ms", "p95 ms", "cpu ms")}
+    times = {
+        row: {name: [] for name in (BARE, "get", "consume")}
+        for row in ("p50 ms", "p95 ms", "cpu ms")
+    }
     for _ in range(rounds):
         for kind in random.sample(sorted(times["p50 ms"]), 3):
             with tempfile.TemporaryDirectory() as directory:
@@ -374,23 +403,31 @@ def measure_wakes(rounds: int, number: int, rate: float) -> dict:
                         stop(producer)
                 finally:
                     stop(consumer)
-            late = sorted((now - stamps[n]) / 1e6 for n, now in report["heard"] if n >= WARM_UP)
+            late = sorted((now - stamps[n - 1]) / 1e6 for n, now in report["heard"] if n > WARM_UP)
             times["p50 ms"][kind].append(statistics.median(late))
             times["p95 ms"][kind].append(late[int(len(late) * 0.95)])
             times["cpu ms"][kind].append(report["cpu_ms"])
     return times
 
 
-# ------------------------------------------------------------------------------------------------ processes, the table
+# ----------------------------------------------------------------------------- processes, the table
 
 
 def start(*arguments: str) -> subprocess.Popen:
-    return subprocess.Popen([sys.executable, __file__, *arguments], text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    return subprocess.Popen(
+        [sys.executable, __file__, *arguments],
+        text=True,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
 
 
 def answer(process: subprocess.Popen) -> str:
     """A process's next line."""
+    late = threading.Timer(ANSWER_SECONDS, process.kill)
+    late.start()
     line = process.stdout.readline()
+    late.cancel()
     if not line:
         raise SystemExit(f"{' '.join(process.args[1:])} ended with {process.wait()}")
     return line
@@ -403,14 +440,18 @@ def stop(*processes: subprocess.Popen) -> None:
 
 
 def summarize(times: dict, base: str) -> dict:
-    """{row: {contestant: {"median", "times_base", "of_base"}}}: ratios are medians of those within each round."""
+    """{row: {contestant: {"median", "times_base", "of_base"}}}: medians, also of the ratios."""
     table = {}
     for row, measured in times.items():
         table[row] = {
             name: {
                 "median": statistics.median(values),
-                "times_base": statistics.median(one / of for one, of in zip(values, measured[base], strict=True)),
-                "of_base": statistics.median(of / one for one, of in zip(values, measured[base], strict=True)),
+                "times_base": statistics.median(
+                    one / of for one, of in zip(values, measured[base], strict=True)
+                ),
+                "of_base": statistics.median(
+                    of / one for one, of in zip(values, measured[base], strict=True)
+                ),
             }
             for name, values in measured.items()
         }
@@ -439,17 +480,30 @@ def as_text(calls: dict, wakes: dict) -> str:
     lines.append("")
     lines.append(f"{'a wake':22}" + "".join(f"{row:>10}{'x bare':>8}" for row in wakes))
     for name in (BARE, "get", "consume"):
-        cells = "".join(f"{rows[name]['median']:10.2f}{rows[name]['times_base']:8.2f}" for rows in wakes.values())
+        cells = "".join(
+            f"{rows[name]['median']:10.2f}{rows[name]['times_base']:8.2f}"
+            for rows in wakes.values()
+        )
         lines.append(f"{name:22}{cells}")
     return "\n".join(lines)
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=7, help="how often each contestant has its turn (default 7)")
-    parser.add_argument("--quick", action="store_true", help="two rounds with few tasks: to see that it works")
-    parser.add_argument("--rate", type=float, default=20.0, help="tasks a second of the wakes (default 20)")
-    parser.add_argument("--json", action="store_true", help="the same as one JSON object, with each round's figures")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--rounds", type=int, default=7, help="how often each contestant has its turn (default 7)"
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="two rounds with few tasks: to see that it works"
+    )
+    parser.add_argument(
+        "--rate", type=float, default=20.0, help="tasks a second of the wakes (default 20)"
+    )
+    parser.add_argument(
+        "--json", action="store_true", help="the same as one JSON object, with each round's figures"
+    )
     for role in ("--contend", "--consume", "--produce"):
         parser.add_argument(role, nargs="+", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
@@ -462,11 +516,23 @@ def main(argv: list[str] | None = None) -> int:
         kind, directory, number, rate = args.produce
         print(json.dumps(produce(kind, directory, int(number), float(rate))), flush=True)
     else:
+        needed = ("persistqueue", "watchdog", "huey", "litequeue")
+        missing = [name for name in needed if importlib.util.find_spec(name) is None]
+        if missing:
+            how = "uv brings them along: uv run --script bench/peers.py"
+            parser.error(f"not installed: {', '.join(missing)}; {how}")
         rounds, calls, wakes = (2, 50, 15) if args.quick else (args.rounds, 500, 80)
-        call_times, wake_times = measure_calls(rounds, calls), measure_wakes(rounds, wakes, args.rate)
+        call_times, wake_times = (
+            measure_calls(rounds, calls),
+            measure_wakes(rounds, wakes, args.rate),
+        )
         call_table, wake_table = summarize(call_times, BASE), summarize(wake_times, BARE)
         if args.json:
-            whole = {"calls": call_table, "wakes": wake_table, "rounds": {**call_times, **wake_times}}
+            whole = {
+                "calls": call_table,
+                "wakes": wake_table,
+                "rounds": {**call_times, **wake_times},
+            }
             print(json.dumps(whole, indent=1))
         else:
             print(as_text(call_table, wake_table))

@@ -1,4 +1,4 @@
-"""Every writer gets its turn, and nothing that happens to the turn's files keeps anybody from writing."""
+"""Every writer gets its turn; what happens to the turn's files keeps nobody from writing."""
 
 from __future__ import annotations
 
@@ -35,7 +35,14 @@ os.kill(os.getpid(), signal.SIGSTOP)
 
 def compare(scenario: str, seconds: float = 3.0) -> list[dict]:
     """What bench/fairness.py says of a scenario."""
-    command = [sys.executable, ROOT / "bench" / "fairness.py", scenario, "--seconds", str(seconds), "--json"]
+    command = [
+        sys.executable,
+        ROOT / "bench" / "fairness.py",
+        scenario,
+        "--seconds",
+        str(seconds),
+        "--json",
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stdout + done.stderr
     return [json.loads(line) for line in done.stdout.splitlines()]
@@ -43,8 +50,9 @@ def compare(scenario: str, seconds: float = 3.0) -> list[dict]:
 
 def start_writer(installation) -> subprocess.Popen:
     """A process that has written once, and writes as many tasks as it is told to."""
-    process = subprocess.Popen([sys.executable, "-c", WRITER], env=installation.env | {"PYTHONPATH": str(ROOT)}, text=True,
-                               stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    env = installation.env | {"PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen([sys.executable, "-c", WRITER], env=env, text=True, **pipes)
     installation.processes.append(process)
     assert process.stdout.readline() == "ready\n", process.stderr.read()
     return process
@@ -73,7 +81,7 @@ def turn_files(installation) -> list:
     return files
 
 
-@pytest.mark.parametrize("scenario", ["put-2", "put-8", "put-32", "work-8", "shell-8"])
+@pytest.mark.parametrize("scenario", ["put-2", "put-8", "put-32", "thread-8", "work-8", "shell-8"])
 def test_the_slowest_gets_half_of_what_the_fastest_gets(scenario):
     python = compare(scenario)[0]
     assert python["busy"] == 0, python
@@ -103,7 +111,9 @@ def test_a_stopped_holder_of_the_turn_keeps_nobody_from_writing(installation, he
             wrote(writer)
         assert count(installation) == before + 60
         # A hook's whole deadline is one second: its task gets into the table, not into the spool.
-        installation.enqueue("--hook", "bench", "t", "--wait", "1", input='{"hook_event_name": "PostToolUse"}')
+        installation.enqueue(
+            "--hook", "bench", "t", "--wait", "1", input='{"hook_event_name": "PostToolUse"}'
+        )
         assert count(installation) == before + 61
         assert not list(installation.state.glob("spool/*/*"))
         holder.send_signal(signal.SIGCONT)
@@ -130,7 +140,9 @@ def test_a_turn_that_is_removed_keeps_nobody_from_writing(installation, removed)
         else:
             (files[0].parent / removed).unlink(missing_ok=True)
         now = count(installation)
-        wait_for(lambda now=now: count(installation) > min(now + 20, 403), what="writers that go on")
+        wait_for(
+            lambda now=now: count(installation) > min(now + 20, 403), what="writers that go on"
+        )
     for writer in writers:
         wrote(writer)
     # One that comes later does not mind either.
@@ -147,9 +159,15 @@ def test_a_turn_that_cannot_be_made_keeps_nobody_from_writing(installation, obst
     if obstacle == "read-only":
         directory.mkdir(mode=0o500)
         # Without its capabilities, root too is held to what a directory's mode says.
-        as_anybody = ["setpriv", "--inh-caps=-all", "--bounding-set=-all"] if os.geteuid() == 0 else []
-        if as_anybody and (not shutil.which("setpriv") or subprocess.run([*as_anybody, "true"]).returncode):
-            pytest.skip("root may write into a read-only directory, and cannot be kept from it here")
+        as_anybody = (
+            ["setpriv", "--inh-caps=-all", "--bounding-set=-all"] if os.geteuid() == 0 else []
+        )
+        if as_anybody and (
+            not shutil.which("setpriv") or subprocess.run([*as_anybody, "true"]).returncode
+        ):
+            pytest.skip(
+                "root may write into a read-only directory, and cannot be kept from it here"
+            )
         made = subprocess.run([*as_anybody, "touch", directory / "next"], capture_output=True)
         assert made.returncode != 0, "the directory is not read-only"
     elif obstacle == "a file":
