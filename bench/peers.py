@@ -293,7 +293,7 @@ def consume(kind: str, directory: str, number: int) -> dict:
     began = [0.0]
 
     def hear(task: int, now: int) -> bool:
-        """Whether that was the last one; events are not counted, as one may stand for two writes."""
+        """Whether that was the last one. One event may stand for two writes: none is counted."""
         heard.setdefault(task, now)
         if task <= WARM_UP:
             began[0] = processor_seconds()
