@@ -54,6 +54,13 @@ def write(kind: str, threads: int, seconds: float) -> list[dict]:
     warm, told = threading.Barrier(threads + 1), threading.Barrier(threads + 1)
     reports: list[dict] = []
 
+    def fall_over(failure) -> None:
+        # One thread less would leave the others waiting at their barrier.
+        sys.__excepthook__(*failure[:3])
+        os._exit(1)
+
+    threading.excepthook = fall_over
+
     def writer() -> None:
         call = make()
         warm.wait()
@@ -153,15 +160,19 @@ def run(scenario: str, seconds: float) -> list[dict]:
                 command = [*ours, "--write", kind, str(threads)]
                 pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
                 running.append((kind, subprocess.Popen(command, env=env, text=True, **pipes)))
-            for _, process in running:
-                process.stdout.readline()
+            for kind, process in running:
+                if process.stdout.readline() != "ready\n":
+                    raise SystemExit(f"{scenario}: a {kind} writer ended with {process.wait()}")
             begin = time.monotonic() + 0.2
             for _, process in running:
                 process.stdin.write(f"{begin}\n")
                 process.stdin.flush()
             reports: dict[str, list[dict]] = {}
             for kind, process in running:
-                reports.setdefault(kind, []).extend(json.loads(process.communicate()[0]))
+                said = process.communicate()[0]
+                if process.returncode != 0:
+                    raise SystemExit(f"{scenario}: a {kind} writer ended with {process.returncode}")
+                reports.setdefault(kind, []).extend(json.loads(said))
         finally:
             for _, process in running:
                 process.kill()
