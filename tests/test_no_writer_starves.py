@@ -83,7 +83,8 @@ def turn_files(installation) -> list:
 
 @pytest.mark.parametrize("scenario", ["put-2", "put-8", "put-32", "thread-8", "work-8", "shell-8"])
 def test_the_slowest_gets_half_of_what_the_fastest_gets(scenario):
-    python = compare(scenario)[0]
+    # With 32, each does so little a second that chance would weigh more than fairness.
+    python = compare(scenario, seconds=5.0 if scenario == "put-32" else 3.0)[0]
     assert python["busy"] == 0, python
     assert not python["ran_dry"], python
     assert python["slowest"] >= python["fastest"] / 2, python
