@@ -26,6 +26,7 @@ the return of the producer's call (enqueue_task; for the bare watchdog a pwrite 
 it watches) to the first line of the consumer's code. The processor time is all that the consumer's
 process uses for a task: in ours that includes get and ack.
 
+The processor's microseconds of a call are shown beside its whole time, which is mostly the disk's.
 Contestants take turns within a round. The table shows medians over the rounds, and the median of
 the ratios within them.
 """
@@ -231,7 +232,8 @@ CONTESTANTS = {
 }
 BASE, BARE = "raw", "bare watchdog"
 # These do less than what the row is about: they are shown, and no measure of the others.
-NOT_COMPARED = {"put": (), "get+ack": ("raw, claim unsynced", "huey")}
+UNSYNCED = "raw, claim unsynced"
+NOT_COMPARED = {"put": (), "get+ack": (UNSYNCED, "huey")}
 
 
 def ours(directory: str):
@@ -244,7 +246,7 @@ def ours(directory: str):
 
 
 def contend(name: str, directory: str) -> None:
-    """A contestant's process: does a step so often as each line says, and prints the µs of one."""
+    """A contestant's process: does a step as often as told; prints the µs of one, and its cpu µs."""
     contestant = CONTESTANTS[name](directory)
     fill = getattr(contestant, "fill", None)
     print("ready", flush=True)
@@ -252,18 +254,19 @@ def contend(name: str, directory: str) -> None:
         step, number = line.split()
         if step == "get+ack" and fill:
             fill(int(number))
-        began = time.perf_counter()
+        began, used = time.perf_counter(), time.process_time()
         (contestant.put if step == "put" else contestant.take)(int(number))
-        print((time.perf_counter() - began) / int(number) * 1e6, flush=True)
+        took = [time.perf_counter() - began, time.process_time() - used]
+        print(json.dumps([seconds / int(number) * 1e6 for seconds in took]), flush=True)
         if step == "get+ack":
             contestant.tidy()
 
 
 def measure_calls(rounds: int, number: int) -> dict:
-    """{"put": {contestant: [µs in each round]}, "get+ack": …}; all processes live, one works."""
-    times = {row: {name: [] for name in CONTESTANTS} for row in ("put", "get+ack")}
-    # A put of its is that of raw.
-    del times["put"]["raw, claim unsynced"]
+    """{"put": {contestant: [µs in each round]}, "put cpu": …}; all processes live, one works."""
+    times = {f"{step}{what}": {} for step in ("put", "get+ack") for what in ("", " cpu")}
+    for row in times:
+        times[row] = {name: [] for name in CONTESTANTS if row[:3] != "put" or name != UNSYNCED}
     with tempfile.TemporaryDirectory() as directory:
         processes = {
             name: start("--contend", name, tempfile.mkdtemp(dir=directory)) for name in CONTESTANTS
@@ -273,12 +276,13 @@ def measure_calls(rounds: int, number: int) -> dict:
                 answer(process)
             # The first round warms up: it makes the files grow and fills the caches.
             for turn in range(rounds + 1):
-                for row in times:
+                for row in ("put", "get+ack"):
                     for name in random.sample(sorted(times[row]), len(times[row])):
                         processes[name].stdin.write(f"{row} {number}\n")
                         processes[name].stdin.flush()
-                        took = float(answer(processes[name]))
+                        took, used = json.loads(answer(processes[name]))
                         times[row][name] += [took] if turn else []
+                        times[f"{row} cpu"][name] += [used] if turn else []
         finally:
             stop(*processes.values())
     return times
@@ -466,14 +470,15 @@ def best_peer(row: str, contestants: dict) -> str:
 
 def as_text(calls: dict, wakes: dict) -> str:
     """The tables."""
-    lines = [f"{'':22}" + "".join(f"{row + ' µs':>14}{'of raw':>8}" for row in calls)]
+    lines = [f"{'':22}" + "".join(f"{row + ' µs':>16}{'of raw':>8}" for row in calls)]
     for name in CONTESTANTS:
         cells = ""
         for contestants in calls.values():
             one = contestants.get(name)
-            cells += f"{one['median']:14.1f}{one['of_base']:8.2f}" if one else f"{'':22}"
+            cells += f"{one['median']:16.1f}{one['of_base']:8.2f}" if one else f"{'':24}"
         lines.append(f"{name:22}{cells}{'   (no ack)' if name == 'huey' else ''}".rstrip())
-    for row, contestants in calls.items():
+    for row in NOT_COMPARED:
+        contestants = calls[row]
         best = best_peer(row, contestants)
         times = contestants["ours"]["of_base"] / contestants[best]["of_base"]
         lines.append(f"{row}: ours is {times:.2f} times as fast as the best peer, {best}")
