@@ -1,123 +1,145 @@
 #!/usr/bin/env -S uv run --script
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["datasette>=0.65,<1", "datasette-dashboards>=0.8,<0.9"]
+# dependencies = ["jinja2>=3.1,<4"]
 # ///
-"""Show the queue as a web page: numbers, charts, and every task, on the live database, which is only read.
+"""Show the queue as a web page: what failed lately and why, what runs, and every task. It only reads.
 
     dashboard.py                       prints the page's address; Ctrl-C ends it
     dashboard.py --port 9000
     dashboard.py --port 0              any free port
 
-The server is Datasette. It listens on 127.0.0.1 alone, refuses requests that were addressed to another host name, needs
-no network, and shows payloads and results to whoever may open the page on this machine.
+The page is served on 127.0.0.1 alone and needs no network. The address contains a key that is new at
+each start: other users of this machine and other web pages cannot read the queue without it. Whoever
+has the whole address sees payloads and results.
 
-exit codes: 0 ended by a signal; 1 the database cannot be used, or the port is taken; 64 usage; 75 the database is
-locked, try again.
+exit codes: 0 ended by a signal; 1 the database cannot be used, or the port is taken; 64 usage; 75 the
+database is locked, try again.
 """
+
+# Why the standard library serves this: the page answers GET for four kinds of address and runs only the
+# statements below. A general tool for SQLite was used before; with arbitrary SQL, table pages, filters and
+# its own JSON interface switched off, nothing but its 37 packages was left of it. Jinja2 stays, because
+# escaping what tasks say is not a thing to write by hand. There is no JavaScript: the charts are SVG, and
+# the Content-Security-Policy lets no script run, whatever a payload contains.
 
 from __future__ import annotations
 
 import argparse
+import base64
+import hashlib
 import json
 import os
+import re
+import secrets
+import shlex
 import signal
-import socket
 import sqlite3
+import statistics
 import sys
-from collections.abc import Sequence
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import UTC, datetime
 from functools import lru_cache
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from types import ModuleType
+from typing import NamedTuple
+from urllib.parse import parse_qs, urlsplit
 
 import queue_helpers as q
 
 EX_FAILED, EX_USAGE, EX_TEMPFAIL = 1, 64, 75
 PORT = 8765
-SQL_TIME_LIMIT_MS = 5_000  # a reader keeps the write-ahead log from being emptied, so no query may last
-REFRESH_MINUTES = 0.5
-TITLE = "Task queue"
+REFRESH_SECONDS = 30
+# A reader keeps SQLite from emptying the write-ahead log, so no page may read for long.
+PAGE_SECONDS = 5.0
+# How long a browser may take to send its request, or to read the answer.
+SOCKET_SECONDS = 10.0
+CONNECTIONS = 32
+# A row that is larger than this is not read: a page takes no more memory than a few of them.
+ROW_BYTES = 64 * 2**20
+BOX_CHARS = 65_536
+LINE_CHARS = 300
+ROWS = 200
+ROWS_ON_FRONT = 8
+# Medians are made of the newest finished tasks of a queue and type, at most so many of each status.
+SAMPLE = 2_000
+DAY = 86_400
+BARS = 24
+# A bar stands for 5 minutes, 15 minutes or an hour: the first with which all of the day's tasks fit.
+BAR_SECONDS = (300, 900, 3_600)
 
-# ---------------------------------------------------------------------------------------------------------- statements
+# ---------------------------------------------------------------------------------------- statements
 
 # Literal conditions, so that SQLite sees that the partial index of each status serves them.
-LIVE = {"pending": "status < 2", "in_progress": "status = 2", "scheduled": "status = 3", "blocked": "status = 4"}
-LIVE_ARM = """
-select '{queue}' as queue, coalesce(task_type, '{queue}') as task_type, '{status}' as status, count(*) as tasks,
-       min(timestamp) as oldest
-from "{queue}" where {condition} group by task_type"""
-HOUR_AGO = "strftime('%Y-%m-%d %H:%M:%f', 'now', '-1 hour')"
-DAY_AGO = "strftime('%Y-%m-%d %H:%M:%f', 'now', '-1 day')"
-OVERVIEW = f"""
-select queue, task_type, sum(tasks * (status = 'pending')) as pending, sum(tasks * (status = 'in_progress')) as in_progress,
-       sum(tasks * (status = 'scheduled')) as scheduled, sum(tasks * (status = 'blocked')) as blocked,
-       round(max((julianday('now') - 2440587.5) * 86400.0 - min(case status when 'pending' then oldest end), 0), 1)
-         as oldest_pending_seconds,
-       sum(hour * (status = 'completed')) as completed_hour, sum(day * (status = 'completed')) as completed_day,
-       sum(hour * (status = 'failed')) as failed_hour, sum(day * (status = 'failed')) as failed_day,
-       sum(hour * (status = 'cancelled')) as cancelled_hour, sum(day * (status = 'cancelled')) as cancelled_day
-from (
-  select queue, task_type, status, tasks, oldest, 0 as hour, 0 as day from ({{live}})
-  union all
-  select queue, task_type, status, 0, null, sum(completed_at >= {HOUR_AGO}), count(*) from task_history
-  where completed_at >= {DAY_AGO} group by queue, task_type, status)
-group by queue, task_type order by queue, task_type"""
-TOTALS = """
-select coalesce(sum(pending), 0) as pending, coalesce(sum(in_progress), 0) as in_progress,
-       coalesce(sum(scheduled + blocked), 0) as later,
-       coalesce(sum(completed_day), 0) as completed_day, coalesce(sum(failed_day), 0) as failed_day
-from ({overview})"""
-NOW = """
-select queue, status, sum(tasks) as tasks from ({live}) group by queue, status"""
-THROUGHPUT = f"""
-select replace(substr(completed_at, 1, 13), ' ', 'T') || ':00:00Z' as at, task_type as type, count(*) as tasks
-from task_history where completed_at >= {DAY_AGO} group by 1, 2 order by 1"""
-WAITING_TIME = f"""
-select replace(substr(completed_at, 1, 13), ' ', 'T') || ':00:00Z' as at, task_type as type,
-       round(avg((julianday(started_at) - julianday(enqueued_at)) * 86400.0), 3) as seconds
-from task_history where completed_at >= {DAY_AGO} and started_at is not null group by 1, 2 order by 1"""
-FAILURES = f"""
-select task_type as type, count(*) as failed
-from task_history where completed_at >= {DAY_AGO} and status = 'failed' group by 1 order by 2 desc"""
-SLOWEST = f"""
-select queue, task_type, count(*) as tasks, round(avg(seconds), 3) as mean_seconds, round(max(seconds), 3) as longest_seconds,
-       round(avg(waited), 3) as mean_wait_seconds
-from (select queue, task_type, (julianday(completed_at) - julianday(started_at)) * 86400.0 as seconds,
-             (julianday(started_at) - julianday(enqueued_at)) * 86400.0 as waited
-      from task_history where completed_at >= {DAY_AGO} and started_at is not null)
-group by queue, task_type order by mean_seconds desc"""
+LIVE = {
+    "in_progress": "status = 2",
+    "pending": "status < 2",
+    "scheduled": "status = 3 and due_at is not null",
+    "held": "status = 3 and due_at is null",
+    "blocked": "status = 4",
+}
+CLAIM_ORDER = {
+    "in_progress": "claimed_at, id",
+    "pending": "priority desc, id",
+    "scheduled": "due_at, id",
+    "held": "id",
+    "blocked": "id",
+}
+LIVE_STATUS = "".join(f" when {condition} then '{status}'" for status, condition in LIVE.items())
+LIVE_STATUS = f"case{LIVE_STATUS} else 'status ' || status end"
 
-NEVER_EMPTY = """
-with drawn as ({sql})
-select * from drawn union all select {nothing} where not exists (select 1 from drawn)"""  # Vega draws nothing wrongly
-A_MOMENT = "strftime('%Y-%m-%dT%H:00:00Z', 'now'), 'none yet', 0"
+COUNT_LIVE = """
+select coalesce(task_type, '{queue}'), count(*), min(timestamp) from "{queue}" where {condition}
+group by task_type"""
+# The + keeps SQLite from picking an index by that column: the one that has the order is better.
+COUNT_FINISHED = """
+select queue, task_type, status, count(*) from task_history
+where +completed_at >= :day_ago group by queue, task_type, status"""
+NEWEST_TIMES = """
+select completed_at, (julianday(started_at) - julianday(enqueued_at)) * 86400.0,
+       (julianday(completed_at) - julianday(started_at)) * 86400.0
+from task_history
+where queue = :queue and task_type = :task_type and status = :status and completed_at >= :day_ago
+  and started_at is not null
+order by completed_at desc limit :sample"""
+EACH_MINUTE = """
+select substr(completed_at, 1, 16) as minute, status, count(*), count(started_at),
+       total(max((julianday(started_at) - julianday(enqueued_at)) * 86400.0, 0))
+from task_history where completed_at >= :day_ago group by 1, 2 order by 1"""
 
-LIVE_COLUMNS = """'/tasks/{queue}/' || id as details, '{queue}' as queue, coalesce(task_id, '{queue}-' || id) as task_id,
-       coalesce(task_type, '{queue}') as task_type"""
-WAITING_ARM = f"""
-select * from (select {LIVE_COLUMNS}, '{{status}}' as status, priority, attempts,
-                      strftime('%Y-%m-%d %H:%M:%S', timestamp, 'unixepoch') as enqueued_at,
-                      strftime('%Y-%m-%d %H:%M:%S', due_at, 'unixepoch') as due_at, error
-               from "{{queue}}" where {{condition}} order by {{order}} limit 500)"""
-RUNNING_ARM = f"""
-select {LIVE_COLUMNS}, attempts, strftime('%Y-%m-%d %H:%M:%S', claimed_at, 'unixepoch') as started_at,
-       round((julianday('now') - 2440587.5) * 86400.0 - claimed_at, 1) as running_seconds, owner
-from "{{queue}}" where status = 2"""
-DEAD_LETTERS = """
-select '/tasks/task_history/' || id as details, queue, task_id, task_type, completed_at, attempts, exit_code, error
-from task_history where status = 'failed' and (:queue = '' or queue = :queue) order by completed_at desc limit 1000"""
-TASK_ARM = f"""
-select {LIVE_COLUMNS}, case status when 2 then 'in_progress' when 3 then 'scheduled' when 4 then 'blocked' else 'pending' end
-         as status, attempts, strftime('%Y-%m-%d %H:%M:%f', timestamp, 'unixepoch') as enqueued_at,
-       strftime('%Y-%m-%d %H:%M:%f', claimed_at, 'unixepoch') as started_at, null as completed_at, error
-from "{{queue}}" where task_id = :task_id
-  or task_id is null and :task_id = '{{queue}}-' || id and id = cast(substr(:task_id, length('{{queue}}') + 2) as integer)"""
-TASK_IN_HISTORY = """
-select '/tasks/task_history/' || id as details, queue, task_id, task_type, status, attempts, enqueued_at, started_at,
-       completed_at, error
-from task_history where task_id = :task_id"""
+LIVE_IDS = """
+select id, {key} from "{queue}" where {condition} order by {order} limit :rows"""
+FINISHED_IDS = """
+select id from task_history where status = :status and (:queue is null or queue = :queue)
+order by completed_at desc limit :rows"""
+LIVE_LINE = f"""
+select '{{queue}}' as queue, id, coalesce(task_id, '{{queue}}-' || id) as task_id,
+       coalesce(task_type, '{{queue}}') as task_type, {LIVE_STATUS} as status, attempts,
+       timestamp as enqueued_at, claimed_at as started_at, due_at, null as completed_at,
+       substr(error, 1, {LINE_CHARS}) as error
+from "{{queue}}" where id = :id"""
+FINISHED_LINE = f"""
+select queue, id, task_id, task_type, status, attempts, enqueued_at, started_at, null as due_at,
+       completed_at, substr(error, 1, {LINE_CHARS}) as error,
+       substr(ltrim(result, char(9, 10, 13, 32)), 1, {LINE_CHARS}) as printed
+from task_history where id = :id"""
 
-# -------------------------------------------------------------------------------------------------------- command line
+LIVE_TASK = f"""
+select *, {LIVE_STATUS} as word, coalesce(task_id, '{{queue}}-' || id) as name
+from "{{queue}}" where id = :id"""
+FINISHED_TASK = """
+select *, status as word, task_id as name from task_history where id = :id"""
+LIVE_RUN = """
+select id from "{queue}" where task_id = :name"""
+FINISHED_RUNS = """
+select id from task_history where task_id = :name and +queue = :queue order by id desc limit :rows"""
+MOVED_ON = """
+select max(id) from task_history where queue = :queue and row_id = :id"""
+
+# -------------------------------------------------------------------------------------- command line
 
 
 class Parser(argparse.ArgumentParser):
@@ -132,12 +154,18 @@ def port(text: str) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = Parser(prog="dashboard.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--port", metavar="N", type=port, default=PORT, help=f"on 127.0.0.1 (default {PORT}; 0: any free)")
+    parser = Parser(
+        prog="dashboard.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--port", metavar="N", type=port, default=PORT, help=f"default {PORT}; 0: any free one"
+    )
     args = parser.parse_args(argv)
     try:
-        database = open_read_only(q.STATE_DIR)
-        serve(database, listen(args.port))
+        open_read_only(q.STATE_DIR).close()
+        serve(q.STATE_DIR, args.port)
         return 0
     except q.QueueBusy as error:
         return fail(EX_TEMPFAIL, error)
@@ -150,20 +178,150 @@ def fail(code: int, message: object) -> int:
     return code
 
 
+def serve(state: Path, number: int) -> None:
+    """Answer requests until SIGTERM or SIGINT."""
+    try:
+        server = Server(state, number)
+    except OSError as error:
+        raise q.QueueUnavailable(
+            f"port {number}: {error.strerror}; choose another with --port, 0 for any free one"
+        ) from None
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: sys.exit(0))
+    with server:
+        print(server.address, flush=True)
+        server.serve_forever()
+
+
+# --------------------------------------------------------------------------------- who may ask for what
+
+
+class Server(ThreadingHTTPServer):
+    """Serves the pages of one state directory on 127.0.0.1, at an address that contains a new key."""
+
+    daemon_threads = True
+    request_queue_size = CONNECTIONS
+
+    def __init__(self, state: Path, number: int) -> None:
+        self.state = state
+        # Part of the path, because a cookie would be sent to every other port of 127.0.0.1, too. New at each
+        # start, because an open page goes on asking after the end of this process, and another user's
+        # process may listen there by then.
+        self.key = secrets.token_urlsafe(24)
+        # Read by one request at a time, so that neither time nor memory depends on how many there are.
+        self.reader = threading.Lock()
+        self.places = threading.BoundedSemaphore(CONNECTIONS)
+        super().__init__(("127.0.0.1", number), Request)
+        number = self.server_address[1]
+        self.address = f"http://127.0.0.1:{number}/{self.key}/"
+        names = ("127.0.0.1", "localhost")
+        self.hosts = {f"{name}:{number}" for name in names} | (
+            set(names) if number == 80 else set()
+        )
+
+    def process_request(self, request, client_address) -> None:
+        if self.places.acquire(blocking=False):
+            super().process_request(request, client_address)
+        else:
+            self.shutdown_request(request)
+
+    def process_request_thread(self, request, client_address) -> None:
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            self.places.release()
+
+    def handle_error(self, request, client_address) -> None:
+        """Say nothing of a browser that went away; anything else is a fault of ours, and is printed."""
+        if not isinstance(sys.exception(), OSError):
+            super().handle_error(request, client_address)
+
+
+class Request(BaseHTTPRequestHandler):
+    """One GET or HEAD. The base class answers other methods with 501."""
+
+    server: Server
+    timeout = SOCKET_SECONDS
+
+    def do_GET(self) -> None:
+        self.server_version, self.sys_version = "task-queue", ""
+        refused = self.refusal()
+        if refused:
+            self.answer(403, f"refused: {refused}\n")
+            return
+        path = urlsplit(self.path).path.removeprefix(f"/{self.server.key}/")
+        try:
+            self.answer(
+                *page(self.server, path, parse_qs(urlsplit(self.path).query, max_num_fields=9))
+            )
+        except ValueError:
+            self.answer(400, "that is no address of a page here\n")
+        except (q.QueueBusy, q.QueueUnavailable) as error:
+            self.answer(503, f"{error}\n")
+
+    do_HEAD = do_GET
+
+    def refusal(self) -> str | None:
+        """Why this request is not answered, None when it is.
+
+        Host is checked because a web page can make a name of its own mean 127.0.0.1. Sec-Fetch-Site is
+        `none` for an address that a person typed or opened from a terminal. It is `same-site` for what
+        another port of this machine serves: a stranger to us. Requests that carry none of these headers do not come
+        from a web page in a browser of today; they need the key like all others.
+        """
+        host, origin = self.headers.get_all("Host", []), self.headers.get("Origin")
+        if len(host) != 1 or host[0] not in self.server.hosts:
+            return "open this page as 127.0.0.1 or localhost"
+        if origin is not None and origin not in {f"http://{name}" for name in self.server.hosts}:
+            return "another web page asked"
+        if self.headers.get("Sec-Fetch-Site", "none") not in ("none", "same-origin"):
+            return (
+                "another web page asked; to open this page, paste its address into the address bar"
+            )
+        if self.headers.get("Sec-Fetch-Dest", "document") != "document":
+            return "this is a page, not a part of one"
+        key = self.path.split("/", 2)[1:2]
+        if not secrets.compare_digest("".join(key).encode(), self.server.key.encode()):
+            return "open the whole address that dashboard.py printed when it was started last"
+        return None
+
+    def answer(self, code: int, text: str, to: str | None = None) -> None:
+        """Send a page, or a line of plain text."""
+        body = text.encode("utf-8", "replace")
+        self.send_response(code)
+        kind = "html" if text.startswith("<!doctype html>") else "plain"
+        self.send_header("Content-Type", f"text/{kind}; charset=utf-8")
+        self.send_header("Content-Length", str(len(body)))
+        if to is not None:
+            self.send_header("Location", f"/{self.server.key}/{to}")
+        for name, value in HEADERS.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    def log_message(self, *_) -> None:
+        """Keep the terminal still: the address of a request contains the key."""
+
+
+# --------------------------------------------------------------------------------------- the database
+
+
 def open_read_only(state: Path) -> sqlite3.Connection:
     """A connection that can only read a queue's database of this version; it makes and migrates nothing."""
     db = state / "tasks.db"
     try:
         os.stat(db)
-        conn = sqlite3.connect(f"{db.as_uri()}?mode=ro", uri=True, timeout=q.BUSY_TIMEOUT_MS / 1000, check_same_thread=False)
-        (version,) = conn.execute("pragma user_version").fetchone()
-        if version > q.SCHEMA_VERSION:
-            raise q.QueueUnavailable(f"{db} has schema version {version}, these scripts know {q.SCHEMA_VERSION}: update them")
-        if not conn.execute("select 1 from sqlite_master where name = 'task_history'").fetchone():
-            raise q.QueueUnavailable(f"{db} has no task history: it is not a task queue's, or only bash has used it yet; "
-                                     "an enqueue.py or worker.py makes it ready")  # fmt: skip
-        if version < q.SCHEMA_VERSION:
-            raise q.QueueUnavailable(f"{db} has schema version {version}; any enqueue.py or worker.py migrates it")
+        # as_uri() quotes what a URI would take for its own: ? and # and %.
+        conn = sqlite3.connect(f"{db.as_uri()}?mode=ro", uri=True, timeout=1, isolation_level=None)
+        try:
+            check_version(conn, db)
+        except BaseException:
+            conn.close()
+            raise
+        # bash may have cast any bytes to text.
+        conn.text_factory = lambda raw: raw.decode("utf-8", "replace")
+        conn.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, ROW_BYTES)
         return conn
     except OSError as error:
         raise q.QueueUnavailable(f"{db}: {error.strerror}; the first enqueue makes it") from None
@@ -171,155 +329,842 @@ def open_read_only(state: Path) -> sqlite3.Connection:
         raise q.explain(error, state) from error
 
 
-def listen(number: int) -> socket.socket:
-    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+def check_version(conn: sqlite3.Connection, db: Path) -> None:
+    (version,) = conn.execute("pragma user_version").fetchone()
+    if version > q.SCHEMA_VERSION:
+        raise q.QueueUnavailable(
+            f"{db} has schema version {version}, these scripts know {q.SCHEMA_VERSION}: update them"
+        )
+    if not conn.execute("select 1 from sqlite_master where name = 'task_history'").fetchone():
+        raise q.QueueUnavailable(
+            f"{db} has no task history: it is not a task queue's, or only bash has used it yet; "
+            "an enqueue.py or worker.py makes it ready"
+        )
+    if version < q.SCHEMA_VERSION:
+        raise q.QueueUnavailable(
+            f"{db} has schema version {version}; any enqueue.py or worker.py migrates it"
+        )
+
+
+@contextmanager
+def reading(server: Server) -> Iterator[sqlite3.Connection]:
+    """One state of the database, to be read within PAGE_SECONDS. A database that was replaced is noticed."""
+    deadline = time.monotonic() + PAGE_SECONDS
+    if not server.reader.acquire(timeout=PAGE_SECONDS):
+        raise q.QueueBusy("other pages are being read; try again")
     try:
-        listener.bind(("127.0.0.1", number))
-        listener.listen(128)
-    except OSError as error:
-        listener.close()
-        raise q.QueueUnavailable(f"port {number}: {error.strerror}; choose another with --port, 0 for any free one") from None
-    return listener
+        conn = open_read_only(server.state)
+        try:
+            conn.set_progress_handler(lambda: time.monotonic() > deadline, 10_000)
+            conn.execute("begin")
+            yield conn
+        except sqlite3.Error as error:
+            raise q.explain(error, server.state) from error
+        finally:
+            conn.close()
+    finally:
+        server.reader.release()
 
 
-def serve(database: sqlite3.Connection, listener: socket.socket) -> None:
-    """Run Datasette on the listener until SIGTERM or SIGINT."""
-    import uvicorn
-    from datasette.app import Datasette
-    from datasette.plugins import pm
-
-    host = f"127.0.0.1:{listener.getsockname()[1]}"
-    pm.register(plugin(database, {host, host.replace("127.0.0.1", "localhost")}))
-    settings = {"sql_time_limit_ms": SQL_TIME_LIMIT_MS, "max_returned_rows": 5_000, "suggest_facets": False,
-                "allow_download": False, "default_page_size": 50, "truncate_cells_html": 160}  # fmt: skip
-    app = Datasette([str(q.STATE_DIR / "tasks.db")], settings=settings).app()
-    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=1))
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: None)  # uvicorn ends, and then raises the signal again
-    print(f"http://{host}/-/dashboards/queue", flush=True)
-    server.run(sockets=[listener])
-
-
-# ------------------------------------------------------------------------------------------------------- what it shows
-
-
-def plugin(database: sqlite3.Connection, hosts: set[str]) -> ModuleType:
-    """What Datasette asks: the pages, the links in cells, and who may talk to it."""
-    from urllib.parse import quote
-
-    from datasette import hookimpl
-    from markupsafe import Markup
-
-    @hookimpl
-    def get_metadata():
-        return json.loads(pages(tuple(queue for (queue,) in database.execute(q.QUEUES))))  # those that there are now
-
-    @hookimpl
-    def render_cell(value, column):
-        if isinstance(value, str) and column == "details" and value.startswith("/tasks/"):
-            return Markup('<a href="{}">details</a>').format(value)
-        if isinstance(value, str) and column == "task_id":
-            return Markup('<a href="/tasks/task?task_id={}">{}</a>').format(quote(value, safe=""), value)
+def in_time(read: Callable, *args):
+    """What read(*args) returns, None when it did not end in time: the rest of the page is still worth showing."""
+    try:
+        return read(*args)
+    except sqlite3.OperationalError as error:
+        if error.sqlite_errorname != "SQLITE_INTERRUPT":
+            raise
         return None
 
-    @hookimpl
-    def asgi_wrapper():
-        """Refuse other host names: a web page elsewhere could make one of its own mean this address."""
 
-        def wrap(app):
-            async def guarded(scope, receive, send):
-                addressed = dict(scope.get("headers") or ()).get(b"host", b"").decode("latin-1")
-                if scope["type"] == "http" and addressed not in hosts:
-                    await send({"type": "http.response.start", "status": 403, "headers": [(b"content-type", b"text/plain")]})
-                    await send({"type": "http.response.body", "body": b"open this page as 127.0.0.1 or localhost\n"})
-                else:
-                    await app(scope, receive, send)
-
-            return guarded
-
-        return wrap
-
-    module = ModuleType("task_queue_pages")
-    module.get_metadata, module.render_cell, module.asgi_wrapper = get_metadata, render_cell, asgi_wrapper
-    return module
+def rows_of(cursor: sqlite3.Cursor) -> Iterator[dict]:
+    names = [column[0] for column in cursor.description]
+    return (dict(zip(names, row, strict=True)) for row in cursor)
 
 
-def arms(statement: str, queues: Sequence[str], **values: str) -> str:
-    """One statement for all queues."""
-    return "\nunion all".join(statement.format(queue=q.check_queue_name(queue), **values) for queue in queues)
+def on_queue(statement: str, queue: str, **parts: str) -> str:
+    return statement.format(queue=q.check_queue_name(queue), **parts)
 
 
-@lru_cache(maxsize=4)
-def pages(queues: tuple[str, ...]) -> str:
-    """Datasette's metadata, as JSON: the dashboard's charts and the canned queries."""
-    live = "\nunion all ".join(f"select * from ({arms(LIVE_ARM, queues, status=status, condition=condition)})"
-                               for status, condition in LIVE.items())  # fmt: skip
-    overview = OVERVIEW.format(live=live)
-    order = {"pending": "priority desc, id", "scheduled": "due_at", "blocked": "id"}
-    waiting = "\nunion all ".join(
-        f"select * from ({arms(WAITING_ARM, queues, status=status, condition=LIVE[status], order=order[status])})"
-        for status in order
+def queues_of(conn: sqlite3.Connection) -> list[str]:
+    return [queue for (queue,) in conn.execute(q.QUEUES)]
+
+
+def pauses_of(conn: sqlite3.Connection) -> list[dict]:
+    """The queues that are paused, each with `since`, and `until` and `reason` where they are recorded."""
+    found = []
+    for row in rows_of(conn.execute("select * from task_paused order by queue")):
+        if row["paused_at"] is not None:
+            until = next((row[name] for name in row if "until" in name), None)
+            reason = (row.get("reason") or "")[:LINE_CHARS]
+            found.append(
+                {"queue": row["queue"], "since": row["paused_at"], "until": until, "reason": reason}
+            )
+    return found
+
+
+class Counts(NamedTuple):
+    """Of one queue and type: tasks by status, the finished ones of the last 24 hours; and seconds."""
+
+    queue: str
+    task_type: str | None
+    tasks: dict[str, int]
+    oldest_waiting: float | None
+    waited: float | None
+    ran: float | None
+
+
+def counts_of(conn: sqlite3.Connection, day_ago: str) -> list[Counts]:
+    """For each queue a row for all of its types, then one for each of them: what tasks.py stats counts."""
+    types: dict[str, dict[str, dict]] = {queue: {} for queue in queues_of(conn)}
+    oldest: dict[tuple[str, str], float] = {}
+    for queue in types:
+        for status, condition in LIVE.items():
+            for task_type, tasks, since in conn.execute(
+                on_queue(COUNT_LIVE, queue, condition=condition)
+            ):
+                types[queue].setdefault(task_type, {})[status] = tasks
+                if status == "pending" and isinstance(since, float | int):
+                    oldest[queue, task_type] = max(time.time() - since, 0)
+    for queue, task_type, status, tasks in conn.execute(COUNT_FINISHED, {"day_ago": day_ago}):
+        types.setdefault(queue, {}).setdefault(task_type, {})[status] = tasks
+    rows = []
+    for queue in sorted(types):
+        of_types, all_times = [], []
+        for task_type, tasks in sorted(types[queue].items()):
+            newest = newest_times(conn, queue, task_type, day_ago)
+            all_times += newest
+            of_types.append(
+                Counts(queue, task_type, tasks, oldest.get((queue, task_type)), *medians(newest))
+            )
+        total: dict[str, int] = {}
+        for row in of_types:
+            for status, tasks in row.tasks.items():
+                total[status] = total.get(status, 0) + tasks
+        longest = max(
+            (row.oldest_waiting for row in of_types if row.oldest_waiting is not None), default=None
+        )
+        rows += [Counts(queue, None, total, longest, *medians(all_times)), *of_types]
+    return rows
+
+
+def newest_times(conn: sqlite3.Connection, queue: str, task_type: str, day_ago: str) -> list[tuple]:
+    """(completed_at, seconds waited, seconds run) of the newest finished tasks."""
+    found = []
+    for status in ("completed", "failed"):
+        which = {"queue": queue, "task_type": task_type, "status": status}
+        found += conn.execute(NEWEST_TIMES, {**which, "day_ago": day_ago, "sample": SAMPLE})
+    return sorted(found, reverse=True)[:SAMPLE]
+
+
+def medians(times: list[tuple]) -> tuple[float | None, float | None]:
+    """How long the newest of them usually waited and ran."""
+    times = [row for row in sorted(times, reverse=True)[:SAMPLE] if None not in row]
+    if not times:
+        return None, None
+    waited, ran = (statistics.median(max(row[column], 0) for row in times) for column in (1, 2))
+    return round(waited, 3), round(ran, 3)
+
+
+class Bar(NamedTuple):
+    """What finished between two moments: tasks by status, and the mean seconds that they waited."""
+
+    since: float
+    until: float
+    tasks: dict[str, int]
+    waited: float | None
+
+
+def bars_of(conn: sqlite3.Connection, now: float, day_ago: str) -> list[Bar]:
+    """The last hours in BARS parts, none when nothing has finished in the last day."""
+    minutes = [row for row in conn.execute(EACH_MINUTE, {"day_ago": day_ago}) if seconds_of(row[0])]
+    if not minutes:
+        return []
+    # Bars begin at full hours of the local clock, which are not those of UTC everywhere.
+    offset = datetime.fromtimestamp(now).astimezone().utcoffset().total_seconds()
+    for width in BAR_SECONDS:
+        end = ((now + offset) // width + 1) * width - offset
+        begin = end - BARS * width
+        if seconds_of(minutes[0][0]) >= begin:
+            break
+    tasks: list[dict[str, int]] = [{} for _ in range(BARS)]
+    waits, started = [0.0] * BARS, [0] * BARS
+    for minute, status, count, with_start, waited in minutes:
+        # The day began within the hour of which the first bar shows the rest: that hour is not drawn.
+        number = int((seconds_of(minute) - begin) // width)
+        if 0 <= number < BARS:
+            tasks[number][status] = tasks[number].get(status, 0) + count
+            waits[number] += waited
+            started[number] += with_start
+    return [
+        Bar(
+            begin + number * width,
+            begin + (number + 1) * width,
+            tasks[number],
+            waits[number] / started[number] if started[number] else None,
+        )
+        for number in range(BARS)
+    ]
+
+
+def lines_of(conn: sqlite3.Connection, status: str, queue: str | None, rows: int) -> list[dict]:
+    """Tasks of one status: waiting ones in the order of their claims, finished ones with the newest first.
+
+    Each task is read on its own, so that one that is too large hides no other.
+    """
+    which = {"status": status, "queue": queue, "rows": rows}
+    if status not in LIVE:
+        found = conn.execute(FINISHED_IDS, which).fetchall()
+        return [line(conn, FINISHED_LINE, id, queue, status) for (id,) in found]
+    order = CLAIM_ORDER[status]
+    key = "-priority" if status == "pending" else order.split(",")[0]
+    parts = {"condition": LIVE[status], "key": key, "order": order}
+    found = []
+    for name in [queue] if queue else queues_of(conn):
+        for id, value in conn.execute(on_queue(LIVE_IDS, name, **parts), which):
+            found.append((value if isinstance(value, float | int) else 0, id, name))
+    found = sorted(found)[:rows]
+    return [line(conn, on_queue(LIVE_LINE, name), id, name, status) for _, id, name in found]
+
+
+def line(conn: sqlite3.Connection, statement: str, id: int, queue: str | None, status: str) -> dict:
+    try:
+        (row,) = rows_of(conn.execute(statement, {"id": id}))
+    except sqlite3.DataError:
+        row = {
+            "queue": queue or "",
+            "id": id,
+            "task_id": f"row {id}",
+            "task_type": "?",
+            "status": status,
+        }
+        row["error"] = f"larger than {ROW_BYTES >> 20} MiB, too large for a page"
+    finished = status not in LIVE
+    row["link"] = f"finished/{row['id']}" if finished else f"task/{row['queue']}/{row['id']}"
+    row["says"] = row.get("error") or (row.get("printed") or "").split("\n")[0]
+    return row
+
+
+# ------------------------------------------------------------------------------------------ the pages
+
+
+def page(server: Server, path: str, asked: dict[str, list[str]]) -> tuple:
+    """What Request.answer takes: a status, a page, and where it is when it is elsewhere. ValueError for no page."""
+    with reading(server) as conn:
+        if path == "":
+            return 200, front(conn)
+        if path == "tasks":
+            return 200, task_list(conn, asked)
+        if match := re.fullmatch(r"finished/(\d{1,18})", path):
+            return 200, task(conn, FINISHED_TASK, "finished", int(match[1]))
+        if match := re.fullmatch(r"task/([a-z][a-z0-9_]{0,62})/(\d{1,18})", path):
+            queue, id = match[1], int(match[2])
+            if queue not in queues_of(conn):
+                raise ValueError
+            if conn.execute(f'select 1 from "{queue}" where id = ?', [id]).fetchone():
+                return 200, task(conn, on_queue(LIVE_TASK, queue), queue, id)
+            (found,) = conn.execute(MOVED_ON, {"queue": queue, "id": id}).fetchone()
+            if found is not None:
+                return 302, "it has finished\n", f"finished/{found}"
+            return 404, "this task is no longer here: it was removed, or moved to another queue\n"
+    return 404, "there is no such page\n"
+
+
+def front(conn: sqlite3.Connection) -> str:
+    """The first page. What a person must see comes first, and is read first."""
+    now = time.time()
+    day_ago = q.utc(now - DAY)
+    failed, running = (lines_of(conn, s, None, ROWS_ON_FRONT) for s in ("failed", "in_progress"))
+    pauses = pauses_of(conn)
+    counts = in_time(counts_of, conn, day_ago)
+    bars = in_time(bars_of, conn, now, day_ago)
+    totals = {"failed": 0, "in_progress": 0, "pending": 0, "scheduled": 0, "completed": 0}
+    for row in counts or ():
+        if row.task_type is None:
+            for status, tasks in row.tasks.items():
+                totals[status] = totals.get(status, 0) + tasks
+    columns = [status for status in (*STATUS_WORDS, *totals) if totals.get(status)]
+    columns = list(dict.fromkeys(["pending", "in_progress", *columns, "completed", "failed"]))
+    return render(
+        "front",
+        up="",
+        failed=failed,
+        running=running,
+        pauses=pauses,
+        paused={pause["queue"] for pause in pauses},
+        counts=counts,
+        bars=bars,
+        totals=totals,
+        columns=columns,
+        refresh=True,
     )
-    queries = {
-        "overview": ("Tasks by queue and type", overview),
-        "waiting": ("Waiting, in the order in which they will be claimed", waiting),
-        "running": ("Running, longest first",
-                    f"select * from ({arms(RUNNING_ARM, queues)}) order by running_seconds desc"),
-        "dead_letters": ("Dead letters, newest first; tasks.py retry ID puts one back", DEAD_LETTERS),
-        "slowest_types": ("Types by how long they ran in the last 24 hours", SLOWEST),
-        "task": ("One task, by its id", f"{arms(TASK_ARM, queues)}\nunion all{TASK_IN_HISTORY}"),
-    }  # fmt: skip
-    links = " · ".join(f'<a href="/tasks/{name}">{name.replace("_", " ")}</a>' for name in queries if name != "task")
-    at = {"field": "at", "type": "temporal", "title": None, "axis": {"format": "%H:%M"}}
-    kind = {"field": "type", "type": "nominal", "title": None, "legend": {"orient": "bottom", "columns": 3}}
-    charts = {
-        "links": {"library": "markdown", "display": links},
-        "pending": metric("Waiting", "pending", overview),
-        "in_progress": metric("Running", "in_progress", overview),
-        "later": metric("Scheduled or blocked", "later", overview),
-        "completed_day": metric("Completed, 24 h", "completed_day", overview),
-        "failed_day": metric("Failed, 24 h", "failed_day", overview),
-        "throughput": chart("Finished tasks per hour, by type", THROUGHPUT, A_MOMENT, {
-            "mark": {"type": "bar", "tooltip": True},
-            "encoding": {"x": {**at, "timeUnit": "yearmonthdatehours"},
-                         "y": {"field": "tasks", "type": "quantitative", "stack": True, "title": "tasks"}, "color": kind}}),
-        "waiting_time": chart("Seconds from enqueue to start, mean of each hour, by type", WAITING_TIME, A_MOMENT, {
-            "mark": {"type": "line", "tooltip": True, "point": True},
-            "encoding": {"x": at, "y": {"field": "seconds", "type": "quantitative", "title": "seconds"}, "color": kind}}),
-        "failures": chart("Failed for good in 24 h, by type", FAILURES, "'none', 0", {
-            "mark": {"type": "bar", "tooltip": True, "color": "#c0392b"},
-            "encoding": {"y": {"field": "type", "type": "nominal", "sort": "-x", "title": None},
-                         "x": {"field": "failed", "type": "quantitative", "title": "tasks", "axis": {"tickMinStep": 1}}}}),
-        "now": chart("Waiting and running now, by queue", NOW.format(live=live), "'none', 'pending', 0", {
-            "mark": {"type": "bar", "tooltip": True},
-            "encoding": {"y": {"field": "queue", "type": "nominal", "title": None},
-                         "x": {"field": "tasks", "type": "quantitative", "axis": {"tickMinStep": 1}},
-                         "color": {"field": "status", "type": "nominal", "title": None, "scale": {"domain": list(LIVE)},
-                                   "legend": {"orient": "bottom"}}}}),
-    }  # fmt: skip
-    layout = [["links"] * 10, [name for name in ("pending", "in_progress", "later", "completed_day", "failed_day")
-                               for _ in range(2)],
-              ["throughput"] * 5 + ["waiting_time"] * 5, ["failures"] * 5 + ["now"] * 5]  # fmt: skip
-    dashboard = {"title": TITLE, "description": f"Of this machine, live; redrawn every {REFRESH_MINUTES * 60:.0f} seconds.",
-                 "layout": layout, "charts": charts, "settings": {"autorefresh": REFRESH_MINUTES}}  # fmt: skip
-    return json.dumps({
-        "title": TITLE,
-        "description_html": f'<p><a href="/-/dashboards/queue">Dashboard</a> · {links}</p>',
-        "databases": {"tasks": {"queries": {name: {"title": title, "sql": sql.strip()} for name, (title, sql) in queries.items()},
-                                "tables": {"task_history": {"sort_desc": "id"}}}},
-        "plugins": {"datasette-dashboards": {"queue": dashboard}},
-    })  # fmt: skip
 
 
-def metric(title: str, column: str, overview: str) -> dict:
-    sql = f"select {column} from ({TOTALS.format(overview=overview)})"
-    return {"title": title, "db": "tasks", "query": sql, "library": "metric", "display": {"field": column}}
+def task_list(conn: sqlite3.Connection, asked: dict[str, list[str]]) -> str:
+    """Tasks of one status, of all queues or one."""
+    status, queue = asked.get("status", ["pending"])[0], asked.get("queue", [None])[0]
+    if not re.fullmatch(r"[a-z_]{1,40}", status) or queue not in (None, *queues_of(conn)):
+        raise ValueError
+    rows = lines_of(conn, status, queue, ROWS + 1)
+    more, rows = len(rows) > ROWS, rows[:ROWS]
+    return render(
+        "list",
+        up="",
+        status=status,
+        queue=queue,
+        queues=queues_of(conn),
+        rows=rows,
+        more=more,
+        refresh=True,
+    )
 
 
-def chart(title: str, sql: str, nothing: str, display: dict) -> dict:
-    sql = NEVER_EMPTY.format(sql=sql, nothing=nothing).strip()
-    return {"title": title, "db": "tasks", "query": sql, "library": "vega-lite", "display": {"height": 180, **display}}
+def task(conn: sqlite3.Connection, statement: str, place: str, id: int) -> str:
+    """Everything about one task."""
+    try:
+        row = next(rows_of(conn.execute(statement, {"id": id})), None)
+    except sqlite3.DataError:
+        raise q.QueueUnavailable(
+            f"this task is larger than {ROW_BYTES >> 20} MiB; see: tasks.py show"
+        ) from None
+    if row is None:
+        raise ValueError
+    queue, finished = row.get("queue", place), place == "finished"
+    runs = []
+    if not finished or row["name"]:
+        which = {"name": row["name"], "queue": queue, "rows": ROWS_ON_FRONT + 1}
+        found = [
+            run for (run,) in conn.execute(FINISHED_RUNS, which) if not (finished and run == id)
+        ]
+        runs = [line(conn, FINISHED_LINE, run, queue, "") for run in found]
+        if finished and queue in queues_of(conn):
+            live = conn.execute(on_queue(LIVE_RUN, queue), which).fetchall()
+            runs = [
+                line(conn, on_queue(LIVE_LINE, queue), run, queue, "pending") for (run,) in live
+            ] + runs
+    return render(
+        "task",
+        up="../" if finished else "../../",
+        name=row["name"],
+        status=row["word"],
+        task_type=row["task_type"] or queue,
+        fields=fields_of(row, queue, finished),
+        error=row["error"],
+        boxes=[
+            ("What it printed", cut(row.get("result"))),
+            ("Its messages and errors (stderr)", cut(row.get("log"))),
+            ("What it was given", cut(payload(row["data"]))),
+        ],
+        runs=runs,
+        command=COMMANDS.get(row["word"], "tasks.py show {id}").format(id=shlex.quote(row["name"])),
+        refresh=not finished,
+    )
+
+
+# What is said elsewhere on a task's page, or to nobody.
+UNSAID = {
+    "id",
+    "row_id",
+    "data",
+    "error",
+    "result",
+    "log",
+    "word",
+    "name",
+    "status",
+    "task_id",
+    "task_type",
+}
+UNSAID |= {"queue", "max_attempts", "backoff"}
+LABELS = {
+    "timestamp": "Enqueued",
+    "enqueued_at": "Enqueued",
+    "due_at": "Starts at",
+    "expires_at": "Expires at",
+    "claimed_at": "Started",
+    "started_at": "Started",
+    "completed_at": "Finished",
+    "exit_code": "Exit code",
+    "group_id": "Group",
+    "then_queue": "Result goes to queue",
+    "owner": "Worker",
+    "cancel_requested": "To be cancelled",
+}
+FIRST = ("enqueued_at", "timestamp", "due_at", "started_at", "claimed_at", "completed_at")
+
+
+def fields_of(row: dict, queue: str, finished: bool) -> list[tuple[str, object]]:
+    """(label, value) of a task. A column that is not known here is shown under its own name."""
+    of_row = {name: row[name] for name in (*(name for name in FIRST if name in row), *row)}
+    fields: list[tuple[str, object]] = [("Queue", queue), ("Type", row["task_type"] or queue)]
+    for name, value in of_row.items():
+        if name in UNSAID or value is None or value == "" or (value == 0 and name != "exit_code"):
+            continue
+        label = LABELS.get(name, name.replace("_", " ").capitalize())
+        if name == "attempts":
+            most = row.get("max_attempts")
+            value = f"{value} of {most}" if most else value
+        elif name.endswith("_at") or name == "timestamp":
+            value = Moment(value)
+        elif isinstance(value, str):
+            value = cut(value, LINE_CHARS)
+        fields.append((label, value))
+    started = seconds_of(row.get("started_at") or row.get("claimed_at"))
+    if started is not None and (finished or row["word"] == "in_progress"):
+        until = seconds_of(row["completed_at"]) if finished else time.time()
+        fields.append(
+            ("Ran for" if finished else "Running for", span((until or started) - started))
+        )
+    return fields
+
+
+def payload(text: str) -> str:
+    """What the sender sent, without the queue's envelope, indented; or the text itself when it is long or no JSON."""
+    if len(text) > BOX_CHARS:
+        return text
+    try:
+        stored = json.loads(text)
+        envelope = isinstance(stored, dict) and {"task_id", "task_type"} <= stored.keys()
+        inner = stored["data"] if envelope and isinstance(stored.get("data"), dict) else stored
+        return json.dumps(inner, ensure_ascii=False, indent=2)
+    except (ValueError, RecursionError):
+        return text
+
+
+def cut(value: object, most: int = BOX_CHARS) -> str:
+    text = "" if value is None else str(value)
+    return text if len(text) <= most else f"{text[:most]} … ({len(text) - most:,} more characters)"
+
+
+# --------------------------------------------------------------------------------- words and drawings
+
+# Words that people use, in the order in which columns stand. A status that is not here is shown as it is called.
+STATUS_WORDS = {
+    "pending": "Waiting",
+    "in_progress": "Running",
+    "scheduled": "Scheduled",
+    "held": "Held for approval",
+    "blocked": "Waiting for its turn",
+    "completed": "Done",
+    "failed": "Failed",
+    "cancelled": "Cancelled",
+    "expired": "Expired",
+}
+COMMANDS = {
+    "failed": "tasks.py retry {id}",
+    "in_progress": "tasks.py logs {id} --follow",
+    "scheduled": "tasks.py retry {id}",
+    "held": "tasks.py approve {id}",
+}
+UNITS = ((86_400, "d", 3_600, "h"), (3_600, "h", 60, "min"), (60, "min", 1, "s"))
+
+
+def word(status: str) -> str:
+    return STATUS_WORDS.get(status, status.replace("_", " ").capitalize())
+
+
+def known(status: str) -> str:
+    """The CSS class of a status: one colour a meaning, and one for statuses that have none."""
+    return status if status in STATUS_WORDS else "other"
+
+
+def span(seconds: float | None) -> str:
+    """A duration in at most two units."""
+    if seconds is None:
+        return "–"
+    seconds = max(seconds, 0.0)
+    for size, unit, smaller, small_unit in UNITS:
+        if seconds >= size:
+            whole, rest = divmod(int(seconds), size)
+            return f"{whole} {unit}" + (
+                f" {rest // smaller} {small_unit}" if rest >= smaller else ""
+            )
+    return (
+        f"{seconds:.0f} s"
+        if seconds >= 10
+        else f"{seconds:.1f} s"
+        if seconds >= 0.1
+        else f"{seconds * 1000:.0f} ms"
+    )
+
+
+def seconds_of(moment: object) -> float | None:
+    """Unix seconds of what a table holds: a number, or UTC text. None for what is neither."""
+    if isinstance(moment, int | float):
+        return float(moment)
+    try:
+        return datetime.fromisoformat(str(moment)).replace(tzinfo=UTC).timestamp()
+    except (ValueError, OverflowError):
+        return None
+
+
+class Moment:
+    """A moment as the database has it, shown in local time; what is no moment is shown as it is."""
+
+    def __init__(self, value: object) -> None:
+        self.seconds, self.full, self.short, self.ago = (
+            seconds_of(value),
+            cut(value, 40),
+            cut(value, 40),
+            "",
+        )
+        try:
+            local = datetime.fromtimestamp(self.seconds).astimezone()
+            now = datetime.now().astimezone()
+        except (TypeError, ValueError, OverflowError, OSError):
+            return
+        self.full = f"{local:%Y-%m-%d %H:%M:%S} {zone(local)}"
+        today = local.date() == now.date()
+        this_year = local.year == now.year
+        self.short = (
+            f"{local:%H:%M}"
+            if today
+            else f"{local:%d %b, %H:%M}"
+            if this_year
+            else f"{local:%Y-%m-%d}"
+        )
+        away = (now - local).total_seconds()
+        self.ago = f"{span(away)} ago" if away >= 0 else f"in {span(-away)}"
+
+    def __str__(self) -> str:
+        return f"{self.full} ({self.ago})" if self.ago else self.full
+
+
+def zone(local: datetime) -> str:
+    offset = f"{local:%z}"
+    return f"{local.tzname()} (UTC{offset[:3]}:{offset[3:5]})"
+
+
+class Block(NamedTuple):
+    """A rectangle of a chart, in hundredths of its height."""
+
+    x: int
+    y: float
+    height: float
+    css: str
+
+
+def finished_chart(bars: list[Bar]) -> tuple[int, list[tuple[list[Block], str]]]:
+    """The highest number of tasks, and for each bar its blocks, stacked, with what they say."""
+    most = max(sum(bar.tasks.values()) for bar in bars)
+    drawn = []
+    for number, bar in enumerate(bars):
+        top, blocks = 100.0, []
+        for status in sorted(bar.tasks, key=lambda status: (status == "failed", status)):
+            height = 100 * bar.tasks[status] / (most or 1)
+            top -= height
+            blocks.append(Block(number, round(top, 2), round(height, 2), known(status)))
+        says = ", ".join(
+            f"{tasks} {word(status).lower()}" for status, tasks in sorted(bar.tasks.items())
+        )
+        drawn.append((blocks, f"{between(bar)}: {says or 'nothing'}"))
+    return most, drawn
+
+
+def waiting_chart(bars: list[Bar]) -> tuple[float, list[tuple[list[Block], str]]]:
+    """The longest mean wait, and for each bar its block with what it says."""
+    most = max((bar.waited or 0) for bar in bars)
+    drawn = []
+    for number, bar in enumerate(bars):
+        height = 100 * (bar.waited or 0) / (most or 1)
+        block = Block(number, round(100 - height, 2), round(height, 2), "pending")
+        drawn.append(([block], f"{between(bar)}: {span(bar.waited)}"))
+    return most, drawn
+
+
+def between(bar: Bar) -> str:
+    return f"{clock(bar.since)} to {clock(bar.until)}"
+
+
+def clock(seconds: float) -> str:
+    return time.strftime("%H:%M", time.localtime(seconds))
+
+
+@lru_cache(1)
+def templates():
+    from jinja2 import DictLoader, Environment, StrictUndefined
+
+    made = Environment(
+        loader=DictLoader(TEMPLATES),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    made.filters |= {"word": word, "css": known, "span": span, "moment": Moment, "clock": clock}
+    made.globals |= {
+        "finished_chart": finished_chart,
+        "waiting_chart": waiting_chart,
+        "style": STYLE,
+    }
+    made.globals |= {
+        "words": STATUS_WORDS,
+        "live": LIVE,
+        "refresh_seconds": REFRESH_SECONDS,
+        "page_seconds": PAGE_SECONDS,
+    }
+    return made
+
+
+def render(name: str, **values) -> str:
+    local = datetime.now().astimezone()
+    return templates().get_template(name).render(now=local, zone=zone(local), **values)
+
+
+# ------------------------------------------------------------------------------------------- the looks
+
+# Each status has one colour, wherever it appears; every one is read easily on the page's background.
+STYLE = """
+:root {
+  color-scheme: light dark;
+  --back: #f5f6f8; --card: #ffffff; --text: #1a1f26; --quiet: #56606c; --line: #d9dde3; --link: #0b57a4;
+  --pending: #56606c; --in_progress: #0b62b8; --scheduled: #6a3fb5; --held: #8f5200; --blocked: #6b6000;
+  --completed: #2a7230; --failed: #c02020; --cancelled: #6b5b57; --expired: #7d4a63; --other: #56606c;
+}
+@media (prefers-color-scheme: dark) {
+  :root {
+    --back: #14171b; --card: #1e2328; --text: #e6e9ed; --quiet: #a4aeb9; --line: #39414a; --link: #86bdf5;
+    --pending: #a4aeb9; --in_progress: #6cb2f7; --scheduled: #b79bf0; --held: #eaa64d; --blocked: #cfc14e;
+    --completed: #74c47b; --failed: #ff8a80; --cancelled: #b8a7a2; --expired: #d79bb8; --other: #a4aeb9;
+  }
+}
+.pending { --status: var(--pending) } .in_progress { --status: var(--in_progress) }
+.scheduled { --status: var(--scheduled) } .held { --status: var(--held) }
+.blocked { --status: var(--blocked) } .completed { --status: var(--completed) }
+.failed { --status: var(--failed) } .cancelled { --status: var(--cancelled) }
+.expired { --status: var(--expired) } .other { --status: var(--other) }
+* { box-sizing: border-box }
+body {
+  margin: 0 auto; max-width: 72rem; padding: 1rem; background: var(--back); color: var(--text);
+  font: 1rem/1.45 system-ui, sans-serif; overflow-wrap: anywhere;
+}
+a { color: var(--link) }
+h1 { font-size: 1.5rem; margin: 0 0 .25rem } h2 { font-size: 1.1rem; margin: 0 0 .5rem }
+h1 a { color: inherit; text-decoration: none }
+header p, footer, .quiet { color: var(--quiet); margin: 0; font-size: .875rem }
+section, .note { background: var(--card); border: 1px solid var(--line); border-radius: .5rem; padding: 1rem;
+  margin: 1rem 0 }
+.note { border-left: .375rem solid var(--status, var(--held)) }
+.note p { margin: 0 } .note p + p { margin-top: .5rem }
+nav { display: flex; flex-wrap: wrap; gap: .25rem 1rem; margin-top: .75rem }
+.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(8.5rem, 1fr)); gap: .75rem; margin: 1rem 0 }
+.tiles a { background: var(--card); border: 1px solid var(--line); border-top: .25rem solid var(--status);
+  border-radius: .5rem; padding: .5rem .75rem; text-decoration: none; color: inherit }
+.tiles b { display: block; font-size: 1.75rem; line-height: 1.2; font-variant-numeric: tabular-nums }
+.tiles .some b { color: var(--status) }
+.status { color: var(--status); font-weight: 600 }
+table { border-collapse: collapse; width: 100%; font-size: .9375rem }
+th, td { text-align: left; vertical-align: top; padding: .375rem .75rem .375rem 0; border-top: 1px solid var(--line) }
+thead th { border-top: 0; color: var(--quiet); font-weight: 600; font-size: .8125rem }
+td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap }
+td.time { white-space: nowrap } td.zero { color: var(--quiet) }
+tr.total td { font-weight: 600 } tr.total ~ tr:not(.total) td:first-child { padding-left: 1rem }
+.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(20rem, 100%), 1fr)); gap: 1rem }
+.charts section { margin: 0 }
+svg { display: block; width: 100%; height: 9rem; border-bottom: 1px solid var(--line) }
+svg rect { fill: var(--status) } svg .ground { fill: transparent }
+.axis { display: flex; justify-content: space-between; color: var(--quiet); font-size: .8125rem }
+.key { display: flex; flex-wrap: wrap; gap: 0 1rem; font-size: .8125rem }
+.key span::before { content: "■ "; color: var(--status) }
+dl { display: grid; grid-template-columns: minmax(7rem, max-content) 1fr; gap: .25rem 1rem; margin: 0 }
+dt { color: var(--quiet) } dd { margin: 0 }
+pre { margin: 0; padding: .75rem; max-height: 30rem; overflow-y: auto; white-space: pre-wrap; overflow-wrap: anywhere;
+  border: 1px solid var(--line); border-radius: .375rem; background: var(--back); font-size: .875rem }
+code { font-size: .9em }
+@media (max-width: 44rem) {
+  thead { display: none }
+  tr { display: block; border-top: 1px solid var(--line); padding: .5rem 0 }
+  td, td.number { display: grid; grid-template-columns: 6.5rem 1fr; gap: .5rem; border: 0; padding: 0;
+    text-align: left; white-space: normal }
+  tr.total ~ tr:not(.total) td:first-child { padding-left: 0 }
+  td::before { content: attr(data-label); color: var(--quiet); font-weight: 400 }
+  td.zero { display: none }
+}
+"""
+STYLE_HASH = base64.b64encode(hashlib.sha256(STYLE.encode()).digest()).decode()
+
+BASE = """<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+{% if refresh %}<meta http-equiv="refresh" content="{{ refresh_seconds }}">{% endif %}
+
+<link rel="icon" href="data:,">
+<title>{% block title %}Task queue{% endblock %}</title>
+<style>{{ style | safe }}</style>
+<header>
+<h1>{% block head %}<a href="{{ up or './' }}">Task queue</a>{% endblock %}</h1>
+<p>As of {{ now.strftime('%H:%M:%S') }}{% if refresh %}, read again every {{ refresh_seconds }} seconds{% endif %}.
+All times are {{ zone }}.</p>
+</header>
+<main>
+{% block main %}{% endblock %}
+</main>
+<footer><nav><a href="{{ up or './' }}">Overview</a>
+{% for status in words %}<a href="{{ up }}tasks?status={{ status }}">{{ status | word }}</a>
+{% endfor %}</nav></footer>
+</html>
+"""
+
+PARTS = """
+{% macro late(command) %}<p class="quiet">This took longer than {{ '%g' % page_seconds }} seconds to count.
+<code>{{ command }}</code> has the numbers.</p>{% endmacro %}
+
+{% macro time(value) %}{% if value is none %}–{% else %}{% set at = value | moment -%}
+<time title="{{ at.full }}">{{ at.short }}</time>{% if at.ago %} <span class="quiet">{{ at.ago }}</span>{% endif %}
+{% endif %}{% endmacro %}
+
+{% macro lines(rows, up, columns, says) %}
+<table><thead><tr><th>Task</th>{% for column, label in columns %}<th>{{ label }}</th>{% endfor %}
+{% if says %}<th>{{ says }}</th>{% endif %}<th>Queue</th></tr></thead>
+<tbody>
+{% for row in rows %}
+<tr><td data-label="Task"><a href="{{ up }}{{ row.link }}" title="{{ row.task_id }}">{{ row.task_type }}</a></td>
+{% for column, label in columns %}
+<td class="time" data-label="{{ label }}"><span>
+{%- if column == "status" %}<b class="status {{ row.status | css }}">{{ row.status | word }}</b>
+{%- else %}{{ time(row[column]) }}{% endif %}</span></td>
+{% endfor %}
+{% if says %}<td data-label="{{ says }}" class="says{{ '' if row.says else ' zero' }}">{{ row.says or "–" }}</td>{% endif %}
+
+<td data-label="Queue">{{ row.queue }}</td></tr>
+{% endfor %}
+</tbody></table>
+{% endmacro %}
+
+{% macro chart(drawn, bars, label) %}
+<svg viewBox="0 0 {{ bars | length }} 100" preserveAspectRatio="none" role="img" aria-label="{{ label }}">
+{% for blocks, says in drawn %}
+<g><title>{{ says }}</title><rect class="ground" x="{{ loop.index0 }}" y="0" width="1" height="100"/>
+{% for block in blocks %}<rect class="{{ block.css }}" x="{{ block.x + 0.08 }}" y="{{ block.y }}" width="0.84" height="{{ block.height }}"/>
+{% endfor %}</g>
+{% endfor %}
+</svg>
+<div class="axis"><span>{{ bars[0].since | clock }}</span><span>{{ bars[12].since | clock }}</span>
+<span>{{ bars[-1].until | clock }}</span></div>
+{% endmacro %}
+"""
+
+FRONT = """{% extends "base" %}{% from "parts" import late, lines, time, chart %}
+{% block main %}
+{% for pause in pauses %}
+<div class="note paused" id="paused-{{ pause.queue }}"><p><b>{{ pause.queue }}</b> is paused
+{%- if pause.until is not none %} until {{ (pause.until | moment).short }}{% endif %}
+{%- if pause.reason %}: {{ pause.reason }}{% endif %}.
+<span class="quiet">Paused since {{ (pause.since | moment).short }}. Go on now: <code>tasks.py resume {{ pause.queue }}</code></span></p></div>
+{% endfor %}
+
+<div class="tiles">
+{% for status in totals %}
+<a href="tasks?status={{ status }}" id="total-{{ status }}" class="{{ status | css }}{{ ' some' if totals[status] }}">
+<b>{{ "…" if counts is none else "{:,}".format(totals[status]) }}</b>{{ status | word }}
+{%- if status not in live %} in 24 hours{% endif %}</a>
+{% endfor %}
+</div>
+
+<section id="failed"><h2>Failed lately</h2>
+{% if failed %}{{ lines(failed, "", [("completed_at", "When")], "Why") }}
+<p class="quiet"><a href="tasks?status=failed">All that failed</a>. Put one back: <code>tasks.py retry ID</code></p>
+{% else %}<p class="quiet">Nothing has failed.</p>{% endif %}
+</section>
+
+<section id="running"><h2>Running now</h2>
+{% if running %}{{ lines(running, "", [("started_at", "Since")], "") }}
+{% if totals.in_progress > running | length %}<p class="quiet"><a href="tasks?status=in_progress">All that run</a></p>{% endif %}
+{% else %}<p class="quiet">Nothing is running.</p>{% endif %}
+</section>
+
+{% if bars is none %}<section>{{ late("tasks.py stats") }}</section>
+{% elif bars %}
+<div class="charts">
+<section id="chart-finished"><h2>Finished tasks</h2>
+{% set most, drawn = finished_chart(bars) %}
+<p class="quiet">Each bar is {{ (bars[0].until - bars[0].since) | span }}, the highest is {{ "{:,}".format(most) }}</p>
+{{ chart(drawn, bars, "Finished tasks over time") }}
+<p class="key">{% for status in totals if status not in live and totals[status] %}<span class="{{ status | css }}">{{ status | word }}</span>
+{% endfor %}</p></section>
+<section id="chart-waited"><h2>How long tasks waited to start</h2>
+{% set most, drawn = waiting_chart(bars) %}
+<p class="quiet">Mean of the tasks of each bar, the highest is {{ most | span }}</p>
+{{ chart(drawn, bars, "Mean time from enqueue to start") }}</section>
+</div>
+{% else %}<section><p class="quiet">Nothing has finished in the last 24 hours.</p></section>
+{% endif %}
+
+<section id="counts"><h2>By queue and type of task</h2>
+{% if counts is none %}{{ late("tasks.py stats") }}{% else %}
+<table><thead><tr><th>Queue and type</th>
+{% for status in columns %}<th class="number">{{ status | word }}{% if status not in live %}, 24 h{% endif %}</th>{% endfor %}
+<th class="number">Waiting longest</th><th class="number">Usually waits</th><th class="number">Usually runs</th></tr></thead>
+<tbody>
+{% for row in counts %}
+<tr class="{{ 'total' if row.task_type is none else 'type' }}" data-queue="{{ row.queue }}" data-type="{{ row.task_type or '' }}">
+<td data-label="{{ 'Queue' if row.task_type is none else 'Type' }}"><span>{{ row.task_type or row.queue }}
+{%- if row.task_type is none and row.queue in paused %} (paused){% endif %}</span></td>
+{% for status in columns %}{% set tasks = row.tasks.get(status, 0) %}
+<td class="number{{ ' zero' if not tasks }}{{ ' status failed' if status == 'failed' and tasks }}" data-status="{{ status }}" data-label="{{ status | word }}">{{ "{:,}".format(tasks) }}</td>
+{% endfor %}
+{% for name, label in [("oldest_waiting", "Waiting longest"), ("waited", "Usually waits"), ("ran", "Usually runs")] %}
+<td class="number{{ ' zero' if row[loop.index0 + 3] is none }}" data-seconds="{{ name }}" data-label="{{ label }}"
+ title="{{ row[loop.index0 + 3] if row[loop.index0 + 3] is not none }}">{{ row[loop.index0 + 3] | span }}</td>
+{% endfor %}</tr>
+{% endfor %}
+</tbody></table>
+{% endif %}
+</section>
+{% endblock %}
+"""
+
+LIST = """{% extends "base" %}{% from "parts" import lines %}
+{% block title %}{{ status | word }} – Task queue{% endblock %}
+{% block head %}{{ status | word }}{% if queue %} in {{ queue }}{% endif %}{% endblock %}
+{% block main %}
+<nav><a href="tasks?status={{ status }}">All queues</a>
+{% for name in queues %}<a href="tasks?status={{ status }}&amp;queue={{ name }}">{{ name }}</a>
+{% endfor %}</nav>
+<section>
+{% set columns = {"pending": [("enqueued_at", "Since")], "in_progress": [("started_at", "Since")],
+  "scheduled": [("due_at", "Starts")], "held": [("enqueued_at", "Since")], "blocked": [("enqueued_at", "Since")]} %}
+{% set says = {"failed": "Why", "completed": "What it printed", "in_progress": ""}.get(status, "Note") %}
+{% if rows %}{{ lines(rows, up, columns.get(status, [("completed_at", "When")]), says) }}
+{% if more %}<p class="quiet">These are the first {{ rows | length }}. <code>tasks.py list --status {{ status }} --limit N</code> shows more.</p>{% endif %}
+{% else %}<p class="quiet">There are none.</p>{% endif %}
+</section>
+{% endblock %}
+"""
+
+TASK = """{% extends "base" %}{% from "parts" import lines %}
+{% block title %}{{ task_type }} – Task queue{% endblock %}
+{% block head %}{{ task_type }} <span class="status {{ status | css }}">{{ status | word }}</span>{% endblock %}
+{% block main %}
+{% if error %}<div class="note {{ status | css }}" id="error"><p>
+{%- if status == "failed" %}It failed: {% elif status not in ("cancelled", "expired") %}Its last attempt: {% endif -%}
+{{ error }}</p></div>{% endif %}
+<section><dl id="fields">
+<dt>Id</dt><dd>{{ name }}</dd>
+{% for label, value in fields %}<dt>{{ label }}</dt><dd>{{ value }}</dd>
+{% endfor %}
+<dt>Command</dt><dd><code>{{ command }}</code></dd>
+</dl></section>
+{% for label, text in boxes if text.strip() %}
+<section class="box"><h2>{{ label }}</h2><pre tabindex="0">{{ text }}</pre></section>
+{% endfor %}
+{% if runs %}<section id="runs"><h2>Other runs with this id</h2>
+{{ lines(runs, up, [("status", "Status"), ("enqueued_at", "Enqueued")], "Note") }}</section>{% endif %}
+{% endblock %}
+"""
+
+TEMPLATES = {"base": BASE, "parts": PARTS, "front": FRONT, "list": LIST, "task": TASK}
+
+HEADERS = {
+    "Cache-Control": "no-store",
+    "Content-Security-Policy": f"default-src 'none'; style-src 'sha256-{STYLE_HASH}'; img-src data:; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "Cross-Origin-Opener-Policy": "same-origin",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Referrer-Policy": "no-referrer",
+    "X-Content-Type-Options": "nosniff",
+    "X-Frame-Options": "DENY",
+}
 
 
 if __name__ == "__main__":

@@ -1,0 +1,187 @@
+"""Draw docs/dashboard-*.png: the page on day one and on day thirty, from made-up tasks in a throw-away state.
+
+    uv run --no-project --with 'persist-queue>=1.1,<2' python bench/dashboard_pictures.py [DIRECTORY]
+
+It needs Chromium (chromium or google-chrome on PATH). Numbers are the same in each drawing, times are those of now.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import queue_helpers as q  # noqa: E402
+
+MINUTE, HOUR, DAY = 60, 3_600, 86_400
+REASONS = {
+    "link_validation": ["lychee ended with status 2: cannot read lychee.toml"],
+    "fix_links": [
+        "ended after the timeout of 1800 s",
+        "exit status 1: usage limit reached, resets 7pm",
+    ],
+    "summary": ["exit status 127: claude: command not found"],
+}
+PRINTED = {
+    "link_validation": "412 links in 31 files, none is broken",
+    "fix_links": "3 links in docs/ were mended",
+    "summary": "2 commits, 5 files",
+    "report": "sent",
+}
+# Of each type: the queue, seconds that it runs, and finished tasks of a busy hour.
+TYPES = {
+    "link_validation": ("notifications", 1.4, 9),
+    "report": ("completions", 0.3, 4),
+    "summary": ("notifications", 22, 3),
+    "fix_links": ("approvals", 340, 2),
+}
+
+FINISHED = """
+insert into task_history (queue, row_id, task_id, task_type, status, data, attempts, enqueued_at, started_at,
+                          completed_at, exit_code, result, error)
+values (?, ?, ?, ?, ?, '{"workspace_path": "/home/user/docs"}', ?, ?, ?, ?, ?, ?, ?)"""
+
+
+def main() -> int:
+    directory = Path(sys.argv[1]) if sys.argv[1:] else ROOT / "docs"
+    with tempfile.TemporaryDirectory() as scratch:
+        for name, fill in (("day-one", day_one), ("day-thirty", day_thirty)):
+            state = Path(scratch) / name
+            fill(q.connect(state), random.Random(30))
+            with page(state) as address:
+                draw(directory / f"dashboard-{name}.png", address, "1180,1200")
+                if fill is day_thirty:
+                    draw(directory / "dashboard-dark.png", address, "1180,1200", dark=True)
+    return 0
+
+
+def day_one(conn: q.Connection, chance: random.Random) -> None:
+    """Installed forty minutes ago: a few link checks, one that failed, one that runs."""
+    now = time.time()
+    for minutes in (38, 31, 30, 22, 17, 9, 8, 3):
+        finish(conn, chance, "link_validation", now - minutes * MINUTE, failed=minutes == 22)
+    wait(conn, "notifications", "link_validation", claimed=now - 2)
+
+
+def day_thirty(conn: q.Connection, chance: random.Random) -> None:
+    """A day with its busy and its quiet hours, failures of the weeks before, and some of all that can wait."""
+    now = time.time()
+    for hour in range(24):
+        busy = 0.15 + 0.85 * abs((hour + 6) % 24 - 12) / 12
+        for task_type, (_, _, tasks) in TYPES.items():
+            for _ in range(round(tasks * busy * chance.uniform(0.6, 1.4))):
+                ended = now - hour * HOUR - chance.uniform(0, HOUR)
+                finish(
+                    conn,
+                    chance,
+                    task_type,
+                    ended,
+                    failed=task_type != "report" and chance.random() < 0.03,
+                )
+    for days in range(2, 30):
+        finish(conn, chance, "fix_links", now - days * DAY, failed=True)
+    for _ in range(5):
+        wait(conn, "notifications", "link_validation")
+    wait(conn, "approvals", "fix_links", claimed=now - 412)
+    wait(conn, "notifications", "summary", claimed=now - 9)
+    wait(conn, "approvals", "fix_links", status=3, due=now + 14 * MINUTE)
+    wait(conn, "approvals", "fix_links", status=3)
+
+
+def finish(
+    conn: q.Connection, chance: random.Random, task_type: str, ended: float, failed: bool
+) -> None:
+    queue, runs, _ = TYPES[task_type]
+    ran, waited = (
+        runs * chance.uniform(0.7, 1.6),
+        chance.expovariate(2 if queue != "approvals" else 0.1),
+    )
+    row = conn.execute("select count(*) + 1000 from task_history").fetchone()[0]
+    began = ended - ran
+    error = chance.choice(REASONS[task_type]) if failed else None
+    status, attempts = ("failed", 4) if failed else ("completed", 1)
+    times = [q.utc(moment) for moment in (began - waited, began, ended)]
+    values = [
+        queue,
+        row,
+        f"{task_type}-{row}",
+        task_type,
+        status,
+        attempts,
+        *times,
+        1 if failed else 0,
+    ]
+    conn.execute(FINISHED, [*values, None if failed else PRINTED[task_type], error])
+
+
+def wait(
+    conn: q.Connection,
+    queue: str,
+    task_type: str,
+    claimed: float | None = None,
+    status: int = 1,
+    due: float | None = None,
+) -> None:
+    data = f'{{"task_id": "{os.urandom(4).hex()}", "task_type": "{task_type}", "data": {{}}}}'
+    conn.execute(
+        f'insert into "{queue}" (data, timestamp, status, due_at, owner, claimed_at, attempts) values (?, ?, ?, ?, ?, ?, ?)',
+        [
+            data,
+            (claimed or time.time()) - 4,
+            2 if claimed else status,
+            due,
+            "worker" if claimed else None,
+            claimed,
+            1 if claimed else 0,
+        ],
+    )
+
+
+@contextmanager
+def page(state: Path):
+    """The address of a dashboard of this state, while the block runs."""
+    command = [os.environ.get("UV", "uv"), "run", "--script", ROOT / "dashboard.py", "--port", "0"]
+    environment = {**os.environ, "TASK_QUEUE_STATE": str(state)}
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+    try:
+        yield process.stdout.readline().strip()
+    finally:
+        process.send_signal(signal.SIGTERM)
+        process.wait()
+
+
+def draw(file: Path, address: str, size: str, dark: bool = False) -> None:
+    chromium = shutil.which("chromium") or shutil.which("google-chrome")
+    if not chromium:
+        raise SystemExit("there is no Chromium: apt-get install chromium")
+    command = [
+        chromium,
+        "--headless=new",
+        "--hide-scrollbars",
+        f"--window-size={size}",
+        f"--screenshot={file}",
+    ]
+    # Chromium refuses its sandbox to root, as whom containers run.
+    command += ["--no-sandbox"] if os.geteuid() == 0 else []
+    command += ["--blink-settings=preferredColorScheme=0"] if dark else []
+    with tempfile.TemporaryDirectory() as profile:
+        done = subprocess.run(
+            [*command, f"--user-data-dir={profile}", address], capture_output=True, text=True
+        )
+    if done.returncode or not file.exists():
+        raise SystemExit(f"Chromium made no picture: {done.stderr[-500:]}")
+    print(file)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
