@@ -63,7 +63,7 @@ ROW_BYTES = 64 * 2**20
 BOX_CHARS = 65_536
 LINE_CHARS = 300
 ROWS = 200
-ROWS_ON_FRONT = 8
+ROWS_ON_FRONT = 6
 # Medians are made of the newest finished tasks of a queue and type, at most so many of each status.
 SAMPLE = 2_000
 DAY = 86_400
@@ -110,6 +110,9 @@ select substr(completed_at, 1, 16) as minute, status, count(*), count(started_at
        total(max((julianday(started_at) - julianday(enqueued_at)) * 86400.0, 0))
 from task_history where completed_at >= :day_ago group by 1, 2 order by 1"""
 
+WORKSPACE = """
+case when json_valid(data) then coalesce(json_extract(data, '$.data.workspace_path'),
+  json_extract(data, '$.workspace_path')) end as workspace"""
 LIVE_IDS = """
 select id, {key} from "{queue}" where {condition} order by {order} limit :rows"""
 FINISHED_IDS = """
@@ -119,12 +122,13 @@ LIVE_LINE = f"""
 select '{{queue}}' as queue, id, coalesce(task_id, '{{queue}}-' || id) as task_id,
        coalesce(task_type, '{{queue}}') as task_type, {LIVE_STATUS} as status, attempts,
        timestamp as enqueued_at, claimed_at as started_at, due_at, null as completed_at,
-       substr(error, 1, {LINE_CHARS}) as error
+       substr(error, 1, {LINE_CHARS}) as error, {WORKSPACE}
 from "{{queue}}" where id = :id"""
 FINISHED_LINE = f"""
 select queue, id, task_id, task_type, status, attempts, enqueued_at, started_at, null as due_at,
        completed_at, substr(error, 1, {LINE_CHARS}) as error,
-       substr(ltrim(result, char(9, 10, 13, 32)), 1, {LINE_CHARS}) as printed
+       substr(ltrim(result, char(9, 10, 13, 32)), 1, {LINE_CHARS}) as printed,
+       {WORKSPACE}
 from task_history where id = :id"""
 
 LIVE_TASK = f"""
@@ -422,9 +426,11 @@ def counts_of(conn: sqlite3.Connection, day_ago: str) -> list[Counts]:
             for task_type, tasks, since in conn.execute(
                 on_queue(COUNT_LIVE, queue, condition=condition)
             ):
-                types[queue].setdefault(task_type, {})[status] = tasks
+                of_type = types[queue].setdefault(task_type, {})
+                of_type[status] = of_type.get(status, 0) + tasks
                 if status == "pending" and isinstance(since, float | int):
-                    oldest[queue, task_type] = max(time.time() - since, 0)
+                    waiting = max(time.time() - since, oldest.get((queue, task_type), 0))
+                    oldest[queue, task_type] = waiting
     for queue, task_type, status, tasks in conn.execute(COUNT_FINISHED, {"day_ago": day_ago}):
         types.setdefault(queue, {}).setdefault(task_type, {})[status] = tasks
     rows = []
@@ -540,6 +546,8 @@ def line(conn: sqlite3.Connection, statement: str, id: int, queue: str | None, s
         row["error"] = f"larger than {ROW_BYTES >> 20} MiB, too large for a page"
     finished = status not in LIVE
     row["link"] = f"finished/{row['id']}" if finished else f"task/{row['queue']}/{row['id']}"
+    workspace = cut(row.get("workspace"), LINE_CHARS)
+    row["workspace"], row["project"] = workspace, workspace.rstrip("/").rpartition("/")[2]
     row["says"] = row.get("error") or (row.get("printed") or "").split("\n")[0]
     return row
 
@@ -577,13 +585,15 @@ def front(conn: sqlite3.Connection) -> str:
     pauses = pauses_of(conn)
     counts = in_time(counts_of, conn, day_ago)
     bars = in_time(bars_of, conn, now, day_ago)
-    totals = {"failed": 0, "in_progress": 0, "pending": 0, "scheduled": 0, "completed": 0}
+    totals: dict[str, int] = {}
     for row in counts or ():
         if row.task_type is None:
             for status, tasks in row.tasks.items():
                 totals[status] = totals.get(status, 0) + tasks
-    columns = [status for status in (*STATUS_WORDS, *totals) if totals.get(status)]
-    columns = list(dict.fromkeys(["pending", "in_progress", *columns, "completed", "failed"]))
+    tiles = [status for status in TILES if status in ALWAYS or totals.get(status)]
+    tiles += sorted(totals.keys() - set(TILES))
+    columns = [status for status in STATUS_WORDS if status in ALWAYS or totals.get(status)]
+    columns += sorted(totals.keys() - STATUS_WORDS.keys())
     return render(
         "front",
         up="",
@@ -594,6 +604,7 @@ def front(conn: sqlite3.Connection) -> str:
         counts=counts,
         bars=bars,
         totals=totals,
+        tiles=tiles,
         columns=columns,
         refresh=True,
     )
@@ -749,13 +760,16 @@ STATUS_WORDS = {
     "cancelled": "Cancelled",
     "expired": "Expired",
 }
+# The front page's numbers: first what needs a person. Some are there even when they are 0.
+TILES = ("failed", "held", "in_progress", "pending", "blocked", "scheduled", "completed")
+ALWAYS = {"failed", "in_progress", "pending", "scheduled", "completed"}
 COMMANDS = {
     "failed": "tasks.py retry {id}",
     "in_progress": "tasks.py logs {id} --follow",
     "scheduled": "tasks.py retry {id}",
     "held": "tasks.py approve {id}",
 }
-UNITS = ((86_400, "d", 3_600, "h"), (3_600, "h", 60, "min"), (60, "min", 1, "s"))
+UNITS = ((86_400, "d"), (3_600, "h"), (60, "min"), (1, "s"))
 
 
 def word(status: str) -> str:
@@ -767,24 +781,20 @@ def known(status: str) -> str:
     return status if status in STATUS_WORDS else "other"
 
 
-def span(seconds: float | None) -> str:
-    """A duration in at most two units."""
+def span(seconds: float | None, units: int = 2) -> str:
+    """A duration in at most so many units."""
     if seconds is None:
         return "–"
-    seconds = max(seconds, 0.0)
-    for size, unit, smaller, small_unit in UNITS:
-        if seconds >= size:
-            whole, rest = divmod(int(seconds), size)
-            return f"{whole} {unit}" + (
-                f" {rest // smaller} {small_unit}" if rest >= smaller else ""
-            )
-    return (
-        f"{seconds:.0f} s"
-        if seconds >= 10
-        else f"{seconds:.1f} s"
-        if seconds >= 0.1
-        else f"{seconds * 1000:.0f} ms"
-    )
+    if seconds < 10:
+        return f"{seconds:.1f} s" if seconds >= 0.1 else f"{max(seconds, 0) * 1000:.0f} ms"
+    rest, parts = int(seconds), []
+    for size, unit in UNITS:
+        if rest >= size:
+            parts.append(f"{rest // size} {unit}")
+        elif parts:
+            break
+        rest %= size
+    return " ".join(parts[:units])
 
 
 def seconds_of(moment: object) -> float | None:
@@ -823,7 +833,7 @@ class Moment:
             else f"{local:%Y-%m-%d}"
         )
         away = (now - local).total_seconds()
-        self.ago = f"{span(away)} ago" if away >= 0 else f"in {span(-away)}"
+        self.ago = f"{span(away, 1)} ago" if away >= 0 else f"in {span(-away, 1)}"
 
     def __str__(self) -> str:
         return f"{self.full} ({self.ago})" if self.ago else self.full
@@ -945,6 +955,7 @@ section, .note { background: var(--card); border: 1px solid var(--line); border-
   margin: 1rem 0 }
 .note { border-left: .375rem solid var(--status, var(--held)) }
 .note p { margin: 0 } .note p + p { margin-top: .5rem }
+table + p { margin-top: .75rem }
 nav { display: flex; flex-wrap: wrap; gap: .25rem 1rem; margin-top: .75rem }
 .tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(8.5rem, 1fr)); gap: .75rem; margin: 1rem 0 }
 .tiles a { background: var(--card); border: 1px solid var(--line); border-top: .25rem solid var(--status);
@@ -1014,11 +1025,12 @@ PARTS = """
 {% endif %}{% endmacro %}
 
 {% macro lines(rows, up, columns, says) %}
-<table><thead><tr><th>Task</th>{% for column, label in columns %}<th>{{ label }}</th>{% endfor %}
+<table><thead><tr><th>Task</th><th>In</th>{% for column, label in columns %}<th>{{ label }}</th>{% endfor %}
 {% if says %}<th>{{ says }}</th>{% endif %}<th>Queue</th></tr></thead>
 <tbody>
 {% for row in rows %}
 <tr><td data-label="Task"><a href="{{ up }}{{ row.link }}" title="{{ row.task_id }}">{{ row.task_type }}</a></td>
+<td data-label="In" class="{{ '' if row.project else 'zero' }}" title="{{ row.workspace }}">{{ row.project }}</td>
 {% for column, label in columns %}
 <td class="time" data-label="{{ label }}"><span>
 {%- if column == "status" %}<b class="status {{ row.status | css }}">{{ row.status | word }}</b>
@@ -1054,9 +1066,9 @@ FRONT = """{% extends "base" %}{% from "parts" import late, lines, time, chart %
 {% endfor %}
 
 <div class="tiles">
-{% for status in totals %}
-<a href="tasks?status={{ status }}" id="total-{{ status }}" class="{{ status | css }}{{ ' some' if totals[status] }}">
-<b>{{ "…" if counts is none else "{:,}".format(totals[status]) }}</b>{{ status | word }}
+{% for status in tiles %}{% set tasks = totals.get(status, 0) %}
+<a href="tasks?status={{ status }}" id="total-{{ status }}" class="{{ status | css }}{{ ' some' if tasks }}">
+<b>{{ "…" if counts is none else "{:,}".format(tasks) }}</b>{{ status | word }}
 {%- if status not in live %} in 24 hours{% endif %}</a>
 {% endfor %}
 </div>
@@ -1069,7 +1081,7 @@ FRONT = """{% extends "base" %}{% from "parts" import late, lines, time, chart %
 
 <section id="running"><h2>Running now</h2>
 {% if running %}{{ lines(running, "", [("started_at", "Since")], "") }}
-{% if totals.in_progress > running | length %}<p class="quiet"><a href="tasks?status=in_progress">All that run</a></p>{% endif %}
+{% if totals.get("in_progress", 0) > running | length %}<p class="quiet"><a href="tasks?status=in_progress">All that run</a></p>{% endif %}
 {% else %}<p class="quiet">Nothing is running.</p>{% endif %}
 </section>
 
@@ -1080,7 +1092,7 @@ FRONT = """{% extends "base" %}{% from "parts" import late, lines, time, chart %
 {% set most, drawn = finished_chart(bars) %}
 <p class="quiet">Each bar is {{ (bars[0].until - bars[0].since) | span }}, the highest is {{ "{:,}".format(most) }}</p>
 {{ chart(drawn, bars, "Finished tasks over time") }}
-<p class="key">{% for status in totals if status not in live and totals[status] %}<span class="{{ status | css }}">{{ status | word }}</span>
+<p class="key">{% for status in tiles if status not in live and totals.get(status) %}<span class="{{ status | css }}">{{ status | word }}</span>
 {% endfor %}</p></section>
 <section id="chart-waited"><h2>How long tasks waited to start</h2>
 {% set most, drawn = waiting_chart(bars) %}
@@ -1143,7 +1155,7 @@ TASK = """{% extends "base" %}{% from "parts" import lines %}
 <dt>Id</dt><dd>{{ name }}</dd>
 {% for label, value in fields %}<dt>{{ label }}</dt><dd>{{ value }}</dd>
 {% endfor %}
-<dt>Command</dt><dd><code>{{ command }}</code></dd>
+<dt>In a terminal</dt><dd><code>{{ command }}</code></dd>
 </dl></section>
 {% for label, text in boxes if text.strip() %}
 <section class="box"><h2>{{ label }}</h2><pre tabindex="0">{{ text }}</pre></section>

@@ -7,6 +7,7 @@ It needs Chromium (chromium or google-chrome on PATH). Numbers are the same in e
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import shutil
@@ -38,6 +39,7 @@ PRINTED = {
     "summary": "2 commits, 5 files",
     "report": "sent",
 }
+PROJECTS = ("handbook", "website", "tide-tables")
 # Of each type: the queue, seconds that it runs, and finished tasks of a busy hour.
 TYPES = {
     "link_validation": ("notifications", 1.4, 9),
@@ -49,7 +51,7 @@ TYPES = {
 FINISHED = """
 insert into task_history (queue, row_id, task_id, task_type, status, data, attempts, enqueued_at, started_at,
                           completed_at, exit_code, result, error)
-values (?, ?, ?, ?, ?, '{"workspace_path": "/home/user/docs"}', ?, ?, ?, ?, ?, ?, ?)"""
+values (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"""
 
 
 def main() -> int:
@@ -132,7 +134,7 @@ def wait(
     status: int = 1,
     due: float | None = None,
 ) -> None:
-    data = f'{{"task_id": "{os.urandom(4).hex()}", "task_type": "{task_type}", "data": {{}}}}'
+    data = f'{{"task_id": "{os.urandom(4).hex()}", "task_type": "{task_type}", "data": {{"workspace_path": "/home/user/handbook"}}}}'
     conn.execute(
         f'insert into "{queue}" (data, timestamp, status, due_at, owner, claimed_at, attempts) values (?, ?, ?, ?, ?, ?, ?)',
         [
