@@ -48,11 +48,6 @@ TYPES = {
     "fix_links": ("approvals", 340, 2),
 }
 
-FINISHED = """
-insert into task_history (queue, row_id, task_id, task_type, status, data, attempts, enqueued_at, started_at,
-                          completed_at, exit_code, result, error)
-values (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"""
-
 
 def main() -> int:
     directory = Path(sys.argv[1]) if sys.argv[1:] else ROOT / "docs"
@@ -96,7 +91,7 @@ def day_thirty(conn: q.Connection, chance: random.Random) -> None:
         wait(conn, "notifications", "link_validation")
     wait(conn, "approvals", "fix_links", claimed=now - 412)
     wait(conn, "notifications", "summary", claimed=now - 9)
-    wait(conn, "approvals", "fix_links", status=3, due=now + 14 * MINUTE)
+    wait(conn, "approvals", "fix_links", status=3, due_at=now + 14 * MINUTE)
     wait(conn, "approvals", "fix_links", status=3)
 
 
@@ -104,49 +99,40 @@ def finish(
     conn: q.Connection, chance: random.Random, task_type: str, ended: float, failed: bool
 ) -> None:
     queue, runs, _ = TYPES[task_type]
-    ran, waited = (
-        runs * chance.uniform(0.7, 1.6),
-        chance.expovariate(2 if queue != "approvals" else 0.1),
-    )
+    began = ended - runs * chance.uniform(0.7, 1.6)
+    enqueued = began - chance.expovariate(0.1 if queue == "approvals" else 2)
     row = conn.execute("select count(*) + 1000 from task_history").fetchone()[0]
-    began = ended - ran
-    error = chance.choice(REASONS[task_type]) if failed else None
-    status, attempts = ("failed", 4) if failed else ("completed", 1)
-    times = [q.utc(moment) for moment in (began - waited, began, ended)]
-    values = [
-        queue,
-        row,
-        f"{task_type}-{row}",
-        task_type,
-        status,
-        attempts,
-        *times,
-        1 if failed else 0,
-    ]
-    conn.execute(FINISHED, [*values, None if failed else PRINTED[task_type], error])
+    values = {
+        "queue": queue,
+        "row_id": row,
+        "task_id": f"{task_type}-{row}",
+        "task_type": task_type,
+        "status": "failed" if failed else "completed",
+        "data": json.dumps({"workspace_path": f"/home/user/{chance.choice(PROJECTS)}"}),
+        "attempts": 4 if failed else 1,
+        "enqueued_at": q.utc(enqueued),
+        "started_at": q.utc(began),
+        "completed_at": q.utc(ended),
+        "exit_code": 1 if failed else 0,
+        "result": None if failed else PRINTED[task_type],
+        "error": chance.choice(REASONS[task_type]) if failed else None,
+    }
+    insert(conn, "task_history", values)
 
 
-def wait(
-    conn: q.Connection,
-    queue: str,
-    task_type: str,
-    claimed: float | None = None,
-    status: int = 1,
-    due: float | None = None,
-) -> None:
-    data = f'{{"task_id": "{os.urandom(4).hex()}", "task_type": "{task_type}", "data": {{"workspace_path": "/home/user/handbook"}}}}'
-    conn.execute(
-        f'insert into "{queue}" (data, timestamp, status, due_at, owner, claimed_at, attempts) values (?, ?, ?, ?, ?, ?, ?)',
-        [
-            data,
-            (claimed or time.time()) - 4,
-            2 if claimed else status,
-            due,
-            "worker" if claimed else None,
-            claimed,
-            1 if claimed else 0,
-        ],
-    )
+def wait(conn: q.Connection, queue: str, task_type: str, claimed: float | None = None, **values):
+    """Store a task that waits, or runs since `claimed`; or has other values."""
+    if claimed:
+        values |= {"status": 2, "owner": "worker", "claimed_at": claimed, "attempts": 1}
+    payload = {"workspace_path": "/home/user/handbook"}
+    envelope = {"task_id": os.urandom(4).hex(), "task_type": task_type, "data": payload}
+    values |= {"data": json.dumps(envelope), "timestamp": (claimed or time.time()) - 4}
+    insert(conn, queue, values)
+
+
+def insert(conn: q.Connection, table: str, values: dict) -> None:
+    names, places = ", ".join(values), ", ".join(f":{name}" for name in values)
+    conn.execute(f'insert into "{table}" ({names}) values ({places})', values)
 
 
 @contextmanager
