@@ -262,6 +262,9 @@ class Request(BaseHTTPRequestHandler):
             self.answer(400, "that is no address of a page here\n")
         except (q.QueueBusy, q.QueueUnavailable) as error:
             self.answer(503, f"{error}\n")
+        except Exception:
+            self.answer(500, "a fault of dashboard.py; where it was started, it says more\n")
+            raise
 
     do_HEAD = do_GET
 
@@ -363,6 +366,10 @@ def reading(server: Server) -> Iterator[sqlite3.Connection]:
             conn.execute("begin")
             yield conn
         except sqlite3.Error as error:
+            if getattr(error, "sqlite_errorname", "") == "SQLITE_INTERRUPT":
+                raise q.QueueBusy(
+                    f"this page was not read within {PAGE_SECONDS:g} seconds; see: tasks.py list"
+                ) from None
             raise q.explain(error, server.state) from error
         finally:
             conn.close()
@@ -375,7 +382,7 @@ def in_time(read: Callable, *args):
     try:
         return read(*args)
     except sqlite3.OperationalError as error:
-        if error.sqlite_errorname != "SQLITE_INTERRUPT":
+        if getattr(error, "sqlite_errorname", "") != "SQLITE_INTERRUPT":
             raise
         return None
 
@@ -822,7 +829,8 @@ class Moment:
             now = datetime.now().astimezone()
         except (TypeError, ValueError, OverflowError, OSError):
             return
-        self.full = f"{local:%Y-%m-%d %H:%M:%S} {zone(local)}"
+        self.long = f"{local:%Y-%m-%d %H:%M:%S}"
+        self.full = f"{self.long} {zone(local)}"
         today = local.date() == now.date()
         this_year = local.year == now.year
         self.short = (
@@ -836,7 +844,7 @@ class Moment:
         self.ago = f"{span(away, 1)} ago" if away >= 0 else f"in {span(-away, 1)}"
 
     def __str__(self) -> str:
-        return f"{self.full} ({self.ago})" if self.ago else self.full
+        return f"{self.long} ({self.ago})" if self.ago else self.full
 
 
 def zone(local: datetime) -> str:
@@ -915,9 +923,9 @@ def templates():
     return made
 
 
-def render(name: str, **values) -> str:
+def render(template: str, /, **values) -> str:
     local = datetime.now().astimezone()
-    return templates().get_template(name).render(now=local, zone=zone(local), **values)
+    return templates().get_template(template).render(now=local, zone=zone(local), **values)
 
 
 # ------------------------------------------------------------------------------------------- the looks
@@ -955,7 +963,7 @@ section, .note { background: var(--card); border: 1px solid var(--line); border-
   margin: 1rem 0 }
 .note { border-left: .375rem solid var(--status, var(--held)) }
 .note p { margin: 0 } .note p + p { margin-top: .5rem }
-table + p { margin-top: .75rem }
+table + p.quiet { margin-top: .75rem }
 nav { display: flex; flex-wrap: wrap; gap: .25rem 1rem; margin-top: .75rem }
 .tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(8.5rem, 1fr)); gap: .75rem; margin: 1rem 0 }
 .tiles a { background: var(--card); border: 1px solid var(--line); border-top: .25rem solid var(--status);
@@ -988,7 +996,7 @@ code { font-size: .9em }
     text-align: left; white-space: normal }
   tr.total ~ tr:not(.total) td:first-child { padding-left: 0 }
   td::before { content: attr(data-label); color: var(--quiet); font-weight: 400 }
-  td.zero { display: none }
+  td.zero, td.queue { display: none }
 }
 """
 STYLE_HASH = base64.b64encode(hashlib.sha256(STYLE.encode()).digest()).decode()
@@ -1038,7 +1046,7 @@ PARTS = """
 {% endfor %}
 {% if says %}<td data-label="{{ says }}" class="says{{ '' if row.says else ' zero' }}">{{ row.says or "–" }}</td>{% endif %}
 
-<td data-label="Queue">{{ row.queue }}</td></tr>
+<td data-label="Queue" class="queue">{{ row.queue }}</td></tr>
 {% endfor %}
 </tbody></table>
 {% endmacro %}
@@ -1113,7 +1121,7 @@ FRONT = """{% extends "base" %}{% from "parts" import late, lines, time, chart %
 <td data-label="{{ 'Queue' if row.task_type is none else 'Type' }}"><span>{{ row.task_type or row.queue }}
 {%- if row.task_type is none and row.queue in paused %} (paused){% endif %}</span></td>
 {% for status in columns %}{% set tasks = row.tasks.get(status, 0) %}
-<td class="number{{ ' zero' if not tasks }}{{ ' status failed' if status == 'failed' and tasks }}" data-status="{{ status }}" data-label="{{ status | word }}">{{ "{:,}".format(tasks) }}</td>
+<td class="number{{ ' zero' if not tasks }}{{ ' status failed' if status == 'failed' and tasks }}" data-status="{{ status }}" data-label="{{ status | word }}{% if status not in live %}, 24 h{% endif %}">{{ "{:,}".format(tasks) }}</td>
 {% endfor %}
 {% for name, label in [("oldest_waiting", "Waiting longest"), ("waited", "Usually waits"), ("ran", "Usually runs")] %}
 <td class="number{{ ' zero' if row[loop.index0 + 3] is none }}" data-seconds="{{ name }}" data-label="{{ label }}"

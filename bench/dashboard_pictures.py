@@ -52,13 +52,13 @@ TYPES = {
 def main() -> int:
     directory = Path(sys.argv[1]) if sys.argv[1:] else ROOT / "docs"
     with tempfile.TemporaryDirectory() as scratch:
-        for name, fill in (("day-one", day_one), ("day-thirty", day_thirty)):
+        for name, fill, size in PICTURES:
             state = Path(scratch) / name
             fill(q.connect(state), random.Random(30))
             with page(state) as address:
-                draw(directory / f"dashboard-{name}.png", address, "1180,1200")
+                draw(directory / f"dashboard-{name}.png", address, size)
                 if fill is day_thirty:
-                    draw(directory / "dashboard-dark.png", address, "1180,1200", dark=True)
+                    draw(directory / "dashboard-dark.png", address, size, dark=True)
     return 0
 
 
@@ -170,6 +170,8 @@ def draw(file: Path, address: str, size: str, dark: bool = False) -> None:
         raise SystemExit(f"Chromium made no picture: {done.stderr[-500:]}")
     print(file)
 
+
+PICTURES = (("day-one", day_one, "1180,1100"), ("day-thirty", day_thirty, "1180,1420"))
 
 if __name__ == "__main__":
     raise SystemExit(main())

@@ -1,0 +1,123 @@
+"""What the tests of the dashboard share: its process, a real Chromium, and realistic tasks."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import urllib.request
+from contextlib import contextmanager
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import pytest
+from conftest import ROOT, wait_for
+
+NAUGHTY = "<img src=x onerror=alert(1)>"
+
+HISTORY = """
+with recursive n (n) as (select 1 union all select n + 1 from n where n < 400)
+insert into task_history (queue, row_id, task_id, task_type, status, data, attempts, enqueued_at, started_at, completed_at, error)
+select case when n % 3 then 'notifications' else 'approvals' end, n + 1000, 'task-' || n,
+  case n % 4 when 0 then 'review' when 1 then 'summary' else 'link_validation' end,
+  case when n % 10 then 'completed' else 'failed' end, '{}', 1,
+  strftime('%Y-%m-%d %H:%M:%f', 'now', (-200 * n - 30 - n % 7) || ' seconds'),
+  strftime('%Y-%m-%d %H:%M:%f', 'now', (-200 * n - 30) || ' seconds'),
+  strftime('%Y-%m-%d %H:%M:%f', 'now', (-200 * n - 30 + n % 23) || ' seconds'),
+  case when n % 10 then null else 'exit 1: <b>no</b>' end
+from n"""
+
+
+def uv(installation, **env: str) -> tuple[list, dict]:
+    """The command that runs dashboard.py as people do, and an environment that keeps uv's cache and settings."""
+    cache = subprocess.run(["uv", "cache", "dir"], capture_output=True, text=True, check=True)
+    kept = {**os.environ, **installation.env, "UV_CACHE_DIR": cache.stdout.strip(), **env}
+    return ["uv", "run", "--script", ROOT / "dashboard.py"], kept
+
+
+def fill(installation) -> None:
+    lines = "".join(json.dumps({"workspace_path": f"/home/user/docs {n}"}) + "\n" for n in range(7))
+    installation.enqueue("notifications", "link_validation", "--jsonl", input=lines)
+    installation.enqueue("approvals", "review", "{}", "--delay", "3600", "--task-id", "later")
+    naughty = json.dumps({"hook_event_name": NAUGHTY, "workspace_path": f"/{NAUGHTY}"})
+    installation.sqlite3(f"insert into notifications (data) values ('{naughty}')")
+    installation.sqlite3(HISTORY)
+
+
+def start(installation, command: list | None = None, **env: str) -> subprocess.Popen:
+    """A dashboard on any free port; its stderr goes to dashboard.err."""
+    usual, env = uv(installation, **env)
+    with open(installation.directory / "dashboard.err", "wb") as err:
+        process = subprocess.Popen([*(command or usual), "--port", "0"], env=env, start_new_session=True,
+                                   stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=err, text=True)  # fmt: skip
+    installation.processes.append(process)
+    return process
+
+
+def start_with(installation, statements: str, **env: str) -> subprocess.Popen:
+    """A dashboard on which a test first does something: its own code, with other limits, or a log of requests."""
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import dashboard\n{statements}\nraise SystemExit(dashboard.main())"
+    needs = next(line for line in (ROOT / "dashboard.py").read_text().splitlines() if line.startswith("# dependencies"))
+    needs = json.loads(needs.partition("=")[2])
+    options = [word for need in needs for word in ("--with", need)]
+    return start(installation, ["uv", "run", "--no-project", *options, "python", "-c", code], **env)
+
+
+def address(process: subprocess.Popen) -> str:
+    """Where the front page is; what it prints is that and nothing else."""
+    page = process.stdout.readline().strip()
+    assert page.startswith("http://127.0.0.1:") and page.endswith("/"), page
+    return page
+
+
+def get(url: str, **headers: str) -> str:
+    """The page, fetched by what is no browser."""
+    with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=20) as response:
+        return response.read().decode()
+
+
+@contextmanager
+def chromium(directory: Path, *arguments: str):
+    """A real Chromium, driven by selenium; the test is skipped where there is none."""
+    binary = shutil.which("chromium") or shutil.which("google-chrome")
+    driver = shutil.which("chromedriver")
+    if not (binary and driver):
+        pytest.skip("there is no Chromium with its driver: apt-get install chromium chromium-driver")
+    from selenium import webdriver
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = binary
+    for argument in ("--headless=new", "--no-sandbox", "--window-size=1280,1180", "--disable-background-networking",
+                     f"--user-data-dir={directory / 'profile'}", *arguments):  # fmt: skip
+        options.add_argument(argument)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    chrome = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
+    try:
+        yield chrome
+    finally:
+        chrome.quit()
+
+
+def loaded(browser, url: str) -> None:
+    browser.get(url)
+    wait_for(lambda: browser.execute_script("return document.readyState === 'complete'"), 30, "a loaded page")
+
+
+def text(browser, css: str) -> str:
+    return browser.execute_script("return document.querySelector(arguments[0]).innerText", css)
+
+
+def tile(browser, status: str) -> int:
+    return int(text(browser, f"#total-{status} b").replace(",", ""))
+
+
+def complaints(browser) -> list[str]:
+    return [entry["message"] for entry in browser.get_log("browser")]
+
+
+def hosts_asked(browser) -> set[str]:
+    """Whom the pages wanted something from."""
+    messages = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
+    urls = [m["params"]["request"]["url"] for m in messages if m["method"] == "Network.requestWillBeSent"]
+    return {urlsplit(url).hostname for url in urls if url.startswith("http")}
