@@ -662,37 +662,27 @@ def task(conn: sqlite3.Connection, statement: str, place: str, id: int) -> str:
     return render(
         "task",
         up="../" if finished else "../../",
-        name=row["name"],
+        name=cut(row["name"], LINE_CHARS),
         status=row["word"],
-        task_type=row["task_type"] or queue,
+        task_type=cut(row["task_type"] or queue, LINE_CHARS),
         fields=fields_of(row, queue, finished),
-        error=row["error"],
+        error=cut(row["error"], 10 * LINE_CHARS),
         boxes=[
             ("What it printed", cut(row.get("result"))),
             ("Its messages and errors (stderr)", cut(row.get("log"))),
             ("What it was given", cut(payload(row["data"]))),
         ],
         runs=runs,
-        command=COMMANDS.get(row["word"], "tasks.py show {id}").format(id=shlex.quote(row["name"])),
+        command=COMMANDS.get(row["word"], "tasks.py show {id}").format(
+            id=shlex.quote(row["name"][:LINE_CHARS])
+        ),
         refresh=not finished,
     )
 
 
-# What is said elsewhere on a task's page, or to nobody.
-UNSAID = {
-    "id",
-    "row_id",
-    "data",
-    "error",
-    "result",
-    "log",
-    "word",
-    "name",
-    "status",
-    "task_id",
-    "task_type",
-}
-UNSAID |= {"queue", "max_attempts", "backoff"}
+# Shown elsewhere on a task's page, or not at all.
+UNSAID = set("id row_id queue task_id task_type status word name data error result log".split())
+UNSAID |= {"max_attempts", "backoff"}
 LABELS = {
     "timestamp": "Enqueued",
     "enqueued_at": "Enqueued",
@@ -713,7 +703,7 @@ FIRST = ("enqueued_at", "timestamp", "due_at", "started_at", "claimed_at", "comp
 def fields_of(row: dict, queue: str, finished: bool) -> list[tuple[str, object]]:
     """(label, value) of a task. A column that is not known here is shown under its own name."""
     of_row = {name: row[name] for name in (*(name for name in FIRST if name in row), *row)}
-    fields: list[tuple[str, object]] = [("Queue", queue), ("Type", row["task_type"] or queue)]
+    fields: list[tuple[str, object]] = [("Queue", queue)]
     for name, value in of_row.items():
         if name in UNSAID or value is None or value == "" or (value == 0 and name != "exit_code"):
             continue
@@ -974,8 +964,8 @@ nav { display: flex; flex-wrap: wrap; gap: .25rem 1rem; margin-top: .75rem }
 table { border-collapse: collapse; width: 100%; font-size: .9375rem }
 th, td { text-align: left; vertical-align: top; padding: .375rem .75rem .375rem 0; border-top: 1px solid var(--line) }
 thead th { border-top: 0; color: var(--quiet); font-weight: 600; font-size: .8125rem }
-td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap }
-td.time { white-space: nowrap } td.zero { color: var(--quiet) }
+td.number, th.number { text-align: right; font-variant-numeric: tabular-nums }
+th { overflow-wrap: break-word } td.number, td.time { white-space: nowrap } td.zero { color: var(--quiet) }
 tr.total td { font-weight: 600 } tr.total ~ tr:not(.total) td:first-child { padding-left: 1rem }
 .charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(20rem, 100%), 1fr)); gap: 1rem }
 .charts section { margin: 0 }
@@ -989,16 +979,22 @@ dt { color: var(--quiet) } dd { margin: 0 }
 pre { margin: 0; padding: .75rem; max-height: 30rem; overflow-y: auto; white-space: pre-wrap; overflow-wrap: anywhere;
   border: 1px solid var(--line); border-radius: .375rem; background: var(--back); font-size: .875rem }
 code { font-size: .9em }
-@media (max-width: 44rem) {
-  thead { display: none }
-  tr { display: block; border-top: 1px solid var(--line); padding: .5rem 0 }
-  td, td.number { display: grid; grid-template-columns: 6.5rem 1fr; gap: .5rem; border: 0; padding: 0;
+"""
+# On a narrow screen each row of a table is a card: a line for each cell, with its column's name. A table of many
+# columns is shown so on a wider screen already.
+CARDS = """
+@media (max-width: WIDTH) {
+  TABLE thead { display: none }
+  TABLE tr { display: block; border-top: 1px solid var(--line); padding: .5rem 0 }
+  TABLE td, TABLE td.number { display: grid; grid-template-columns: 6.5rem 1fr; gap: .5rem; border: 0; padding: 0;
     text-align: left; white-space: normal }
-  tr.total ~ tr:not(.total) td:first-child { padding-left: 0 }
-  td::before { content: attr(data-label); color: var(--quiet); font-weight: 400 }
-  td.zero, td.queue { display: none }
+  TABLE tr.total ~ tr:not(.total) td:first-child { padding-left: 0 }
+  TABLE td::before { content: attr(data-label); color: var(--quiet); font-weight: 400 }
+  TABLE td.zero, TABLE td.queue { display: none }
 }
 """
+for table, width in (("table", "44rem"), ("table.many", "68rem")):
+    STYLE += CARDS.replace("TABLE", table).replace("WIDTH", width)
 STYLE_HASH = base64.b64encode(hashlib.sha256(STYLE.encode()).digest()).decode()
 
 BASE = """<!doctype html>
@@ -1042,7 +1038,7 @@ PARTS = """
 {% for column, label in columns %}
 <td class="time" data-label="{{ label }}"><span>
 {%- if column == "status" %}<b class="status {{ row.status | css }}">{{ row.status | word }}</b>
-{%- else %}{{ time(row[column]) }}{% endif %}</span></td>
+{%- else %}{{ time(row.get(column)) }}{% endif %}</span></td>
 {% endfor %}
 {% if says %}<td data-label="{{ says }}" class="says{{ '' if row.says else ' zero' }}">{{ row.says or "–" }}</td>{% endif %}
 
@@ -1112,7 +1108,7 @@ FRONT = """{% extends "base" %}{% from "parts" import late, lines, time, chart %
 
 <section id="counts"><h2>By queue and type of task</h2>
 {% if counts is none %}{{ late("tasks.py stats") }}{% else %}
-<table><thead><tr><th>Queue and type</th>
+<table{% if columns | length > 6 %} class="many"{% endif %}><thead><tr><th>Queue and type</th>
 {% for status in columns %}<th class="number">{{ status | word }}{% if status not in live %}, 24 h{% endif %}</th>{% endfor %}
 <th class="number">Waiting longest</th><th class="number">Usually waits</th><th class="number">Usually runs</th></tr></thead>
 <tbody>

@@ -58,7 +58,11 @@ def start(installation, command: list | None = None, **env: str) -> subprocess.P
 def start_with(installation, statements: str, **env: str) -> subprocess.Popen:
     """A dashboard on which a test first does something: its own code, with other limits, or a log of requests."""
     code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import dashboard\n{statements}\nraise SystemExit(dashboard.main())"
-    needs = next(line for line in (ROOT / "dashboard.py").read_text().splitlines() if line.startswith("# dependencies"))
+    needs = next(
+        line
+        for line in (ROOT / "dashboard.py").read_text().splitlines()
+        if line.startswith("# dependencies")
+    )
     needs = json.loads(needs.partition("=")[2])
     options = [word for need in needs for word in ("--with", need)]
     return start(installation, ["uv", "run", "--no-project", *options, "python", "-c", code], **env)
@@ -73,7 +77,9 @@ def address(process: subprocess.Popen) -> str:
 
 def get(url: str, **headers: str) -> str:
     """The page, fetched by what is no browser."""
-    with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=20) as response:
+    with urllib.request.urlopen(
+        urllib.request.Request(url, headers=headers), timeout=20
+    ) as response:
         return response.read().decode()
 
 
@@ -83,7 +89,9 @@ def chromium(directory: Path, *arguments: str):
     binary = shutil.which("chromium") or shutil.which("google-chrome")
     driver = shutil.which("chromedriver")
     if not (binary and driver):
-        pytest.skip("there is no Chromium with its driver: apt-get install chromium chromium-driver")
+        pytest.skip(
+            "there is no Chromium with its driver: apt-get install chromium chromium-driver"
+        )
     from selenium import webdriver
 
     options = webdriver.ChromeOptions()
@@ -101,7 +109,11 @@ def chromium(directory: Path, *arguments: str):
 
 def loaded(browser, url: str) -> None:
     browser.get(url)
-    wait_for(lambda: browser.execute_script("return document.readyState === 'complete'"), 30, "a loaded page")
+    wait_for(
+        lambda: browser.execute_script("return document.readyState === 'complete'"),
+        30,
+        "a loaded page",
+    )
 
 
 def text(browser, css: str) -> str:
@@ -119,5 +131,9 @@ def complaints(browser) -> list[str]:
 def hosts_asked(browser) -> set[str]:
     """Whom the pages wanted something from."""
     messages = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
-    urls = [m["params"]["request"]["url"] for m in messages if m["method"] == "Network.requestWillBeSent"]
+    urls = [
+        m["params"]["request"]["url"]
+        for m in messages
+        if m["method"] == "Network.requestWillBeSent"
+    ]
     return {urlsplit(url).hostname for url in urls if url.startswith("http")}

@@ -80,7 +80,9 @@ def test_each_queue_and_type_has_the_numbers_of_stats(site, browser):
     shown = browser.execute_script(COUNTS)
     said = stats(installation)
     expected = {(queue, ""): numbers for queue, numbers in said.items()}
-    expected |= {(queue, kind): numbers for queue in said for kind, numbers in said[queue]["types"].items()}
+    expected |= {
+        (queue, kind): numbers for queue in said for kind, numbers in said[queue]["types"].items()
+    }
     assert {(queue, kind) for queue, kind, *_ in shown} == set(expected)
     for queue, kind, counts, seconds in shown:
         numbers = expected[queue, kind]
@@ -88,7 +90,11 @@ def test_each_queue_and_type_has_the_numbers_of_stats(site, browser):
             assert number == numbers.get(name, numbers.get(f"{name}_day")), (queue, kind, name)
         for name, mine in (("wait_seconds", "waited"), ("run_seconds", "ran")):
             median = numbers[name] and numbers[name]["median"]
-            assert seconds[mine] == pytest.approx(median or 0, abs=0.002) if numbers[name] else not seconds[mine]
+            assert (
+                seconds[mine] == pytest.approx(median or 0, abs=0.002)
+                if numbers[name]
+                else not seconds[mine]
+            )
         assert bool(seconds["oldest_waiting"]) == bool(numbers["oldest_pending_seconds"])
 
 
@@ -98,7 +104,9 @@ def test_the_page_follows_the_queue(site, browser):
     before = tile(browser, "pending")
     installation.enqueue("a_new_queue", "review")
     # It reads again by itself.
-    refresh = browser.execute_script("return document.querySelector('meta[http-equiv=refresh]').content")
+    refresh = browser.execute_script(
+        "return document.querySelector('meta[http-equiv=refresh]').content"
+    )
     assert 10 <= int(refresh) <= 60
     loaded(browser, base)
     assert tile(browser, "pending") == before + 1
@@ -153,11 +161,23 @@ def test_a_task_has_a_page_with_its_fields_and_its_output_in_boxes(site, browser
     wait_for(lambda: "/finished/" in browser.current_url, what="the task's page")
     assert text(browser, "#error") == "It failed: exit 1: <b>no</b>"
     assert "first\nsecond" in text(browser, "main") and "a warning" in text(browser, "main")
-    fields = dict(zip(text(browser, "#fields").split("\n")[::2], text(browser, "#fields").split("\n")[1::2], strict=True))
-    assert fields["Queue"] == "approvals" and fields["Exit code"] == "1" and fields["Id"].startswith("task-")
+    fields = dict(
+        zip(
+            text(browser, "#fields").split("\n")[::2],
+            text(browser, "#fields").split("\n")[1::2],
+            strict=True,
+        )
+    )
+    assert (
+        fields["Queue"] == "approvals"
+        and fields["Exit code"] == "1"
+        and fields["Id"].startswith("task-")
+    )
     assert fields["In a terminal"] == f"tasks.py retry {fields['Id']}"
     assert browser.execute_script("return document.querySelectorAll('table').length") == 0
-    tops = browser.execute_script("return [...document.querySelectorAll('dt')].map(e => e.getBoundingClientRect().top)")
+    tops = browser.execute_script(
+        "return [...document.querySelectorAll('dt')].map(e => e.getBoundingClientRect().top)"
+    )
     assert len(set(tops)) == len(tops)
     browser.find_element(By.LINK_TEXT, "Overview").click()
     wait_for(lambda: browser.current_url == base, what="the front page")
@@ -169,22 +189,34 @@ def test_what_tasks_say_is_text_and_nothing_else(site, browser):
     for page in (base, f"{base}tasks?status=pending", f"{base}task/notifications/8"):
         loaded(browser, page)
         assert NAUGHTY in text(browser, "body")
-        assert browser.execute_script("return document.images.length + document.scripts.length") == 0
+        assert (
+            browser.execute_script("return document.images.length + document.scripts.length") == 0
+        )
     assert complaints(browser) == []
 
 
 def test_no_page_shows_sql(site):
     _, _, base = site
-    for page in ("", "tasks?status=pending", "tasks?status=failed", "finished/10", "task/notifications/1"):
+    for page in (
+        "",
+        "tasks?status=pending",
+        "tasks?status=failed",
+        "finished/10",
+        "task/notifications/1",
+    ):
         shown = get(base + page)
-        assert "task_history" not in shown and not re.search(r"select .* from", shown, re.IGNORECASE | re.DOTALL)
+        assert "task_history" not in shown and not re.search(
+            r"select .* from", shown, re.IGNORECASE | re.DOTALL
+        )
 
 
 def test_lists_show_what_waits_runs_failed_and_ended(site):
     installation, _, base = site
     installation.handler("link_validation", "#!/bin/sh\nexec sleep 60\n")
     installation.worker("notifications")
-    wait_for(lambda: "link_validation" in get(f"{base}tasks?status=in_progress"), what="a running task")
+    wait_for(
+        lambda: "link_validation" in get(f"{base}tasks?status=in_progress"), what="a running task"
+    )
     assert get(f"{base}tasks?status=pending").count("<tr>") == 1 + 7
     assert "review" in get(f"{base}tasks?status=scheduled")
     assert get(f"{base}tasks?status=failed").count("exit 1: &lt;b&gt;") == 40
@@ -209,7 +241,9 @@ def test_a_task_that_has_finished_meanwhile_is_still_found(installation):
 def test_runs_of_one_id_lead_to_each_other(site):
     installation, _, base = site
     installation.enqueue("approvals", "review", "{}", "--task-id", "task-30")
-    (row,) = re.findall(r'href="(task/approvals/\d+)" title="task-30"', get(f"{base}tasks?status=pending"))
+    (row,) = re.findall(
+        r'href="(task/approvals/\d+)" title="task-30"', get(f"{base}tasks?status=pending")
+    )
     (before,) = re.findall(r'href="../../(finished/\d+)" title="task-30"', get(base + row))
     assert f'href="../{row}"' in get(base + before)
 
@@ -217,16 +251,24 @@ def test_runs_of_one_id_lead_to_each_other(site):
 def test_it_can_not_write_and_listens_to_this_machine_alone(site):
     installation, _, base = site
     before = installation.rows("select count(*) from task_history")
-    for sql in ("delete from task_history", "insert into notifications (data) values ('{}')", "pragma user_version = 9"):
+    for sql in (
+        "delete from task_history",
+        "insert into notifications (data) values ('{}')",
+        "pragma user_version = 9",
+    ):
         for page in ("", "tasks", "finished/10"):
             get(f"{base}{page}?sql={urllib.parse.quote(sql)}")
         with pytest.raises(urllib.error.HTTPError):
             get(f"{base}tasks.json?sql={urllib.parse.quote(sql)}")
     assert installation.rows("select count(*) from task_history") == before
     port = urllib.parse.urlsplit(base).port
-    listening = subprocess.run(["cat", "/proc/net/tcp", "/proc/net/tcp6"], capture_output=True, text=True).stdout
+    listening = subprocess.run(
+        ["cat", "/proc/net/tcp", "/proc/net/tcp6"], capture_output=True, text=True
+    ).stdout
     sockets = [line.split() for line in listening.splitlines()]
-    where = {socket[1] for socket in sockets if socket[1].endswith(f":{port:04X}") and socket[3] == "0A"}
+    where = {
+        socket[1] for socket in sockets if socket[1].endswith(f":{port:04X}") and socket[3] == "0A"
+    }
     if where:  # Linux
         assert where == {f"0100007F:{port:04X}"}
 
@@ -242,11 +284,15 @@ def test_an_open_dashboard_never_blocks_an_enqueue(site):
 def test_a_database_that_was_replaced_is_noticed(site):
     installation, _, base = site
     get(base)
-    installation.sqlite3("delete from notifications; delete from approvals; delete from task_history")
+    installation.sqlite3(
+        "delete from notifications; delete from approvals; delete from task_history"
+    )
     copy = installation.directory / "copy.db"
     installation.sqlite3(f"vacuum into '{copy}'")
     with sqlite3.connect(copy) as conn:
-        conn.execute("insert into completions (data) values ('{\"hook_event_name\": \"from_the_copy\"}')")
+        conn.execute(
+            'insert into completions (data) values (\'{"hook_event_name": "from_the_copy"}\')'
+        )
     conn.close()
     for suffix in ("-wal", "-shm"):
         (installation.state / f"tasks.db{suffix}").unlink(missing_ok=True)
@@ -271,7 +317,9 @@ def test_a_signal_ends_it_with_0(site, number):
 def refused(installation, *args) -> tuple[int, str]:
     command, env = uv(installation)
     done = subprocess.run([*command, *args], env=env, capture_output=True, text=True, timeout=60)
-    assert done.stdout == "" and done.stderr.count("\n") == 1 and "Traceback" not in done.stderr, done.stderr
+    assert done.stdout == "" and done.stderr.count("\n") == 1 and "Traceback" not in done.stderr, (
+        done.stderr
+    )
     return done.returncode, done.stderr
 
 
@@ -304,7 +352,9 @@ def test_a_bad_or_taken_port_is_said(site):
     assert code == 1 and "--port" in said
 
 
-@pytest.mark.parametrize("name", ("a#b", "a?mode=rwc", "%41 b", "it's \"quoted\"", "Übung – 漁港", "a&b;c\\d\ne"))
+@pytest.mark.parametrize(
+    "name", ("a#b", "a?mode=rwc", "%41 b", 'it\'s "quoted"', "Übung – 漁港", "a&b;c\\d\ne")
+)
 def test_a_state_directory_may_have_any_name(installation, name):
     installation.state = installation.directory / name
     installation.db = installation.state / "tasks.db"
@@ -313,7 +363,9 @@ def test_a_state_directory_may_have_any_name(installation, name):
 
     def files() -> set:
         sidecars = ("tasks.db-wal", "tasks.db-shm", "dashboard.err")
-        return {str(file) for file in installation.directory.rglob("*") if file.name not in sidecars}
+        return {
+            str(file) for file in installation.directory.rglob("*") if file.name not in sidecars
+        }
 
     before = files()
     assert "a_type_of_its_own" in get(address(start(installation)))
