@@ -52,6 +52,8 @@ import queue_helpers as q
 
 EX_FAILED, EX_USAGE, EX_TEMPFAIL = 1, 64, 75
 PORT = 8765
+# How pages call the script that acts on tasks.
+TASKS = "tasks.py"
 REFRESH_SECONDS = 30
 # A reader keeps SQLite from emptying the write-ahead log, so no page may read for long.
 PAGE_SECONDS = 5.0
@@ -368,7 +370,7 @@ def reading(server: Server) -> Iterator[sqlite3.Connection]:
         except sqlite3.Error as error:
             if getattr(error, "sqlite_errorname", "") == "SQLITE_INTERRUPT":
                 raise q.QueueBusy(
-                    f"this page was not read within {PAGE_SECONDS:g} seconds; see: tasks.py list"
+                    f"this page was not read within {PAGE_SECONDS:g} seconds; see: {TASKS} list"
                 ) from None
             raise q.explain(error, server.state) from error
         finally:
@@ -642,7 +644,7 @@ def task(conn: sqlite3.Connection, statement: str, place: str, id: int) -> str:
         row = next(rows_of(conn.execute(statement, {"id": id})), None)
     except sqlite3.DataError:
         raise q.QueueUnavailable(
-            f"this task is larger than {ROW_BYTES >> 20} MiB; see: tasks.py show"
+            f"this task is larger than {ROW_BYTES >> 20} MiB; see: {TASKS} show"
         ) from None
     if row is None:
         raise ValueError
@@ -673,7 +675,7 @@ def task(conn: sqlite3.Connection, statement: str, place: str, id: int) -> str:
             ("What it was given", cut(payload(row["data"]))),
         ],
         runs=runs,
-        command=COMMANDS.get(row["word"], "tasks.py show {id}").format(
+        command=COMMANDS.get(row["word"], "show {id}").format(
             id=shlex.quote(row["name"][:LINE_CHARS])
         ),
         refresh=not finished,
@@ -761,10 +763,10 @@ STATUS_WORDS = {
 TILES = ("failed", "held", "in_progress", "pending", "blocked", "scheduled", "completed")
 ALWAYS = {"failed", "in_progress", "pending", "scheduled", "completed"}
 COMMANDS = {
-    "failed": "tasks.py retry {id}",
-    "in_progress": "tasks.py logs {id} --follow",
-    "scheduled": "tasks.py retry {id}",
-    "held": "tasks.py approve {id}",
+    "failed": "retry {id}",
+    "in_progress": "logs {id} --follow",
+    "scheduled": "retry {id}",
+    "held": "approve {id}",
 }
 UNITS = ((86_400, "d"), (3_600, "h"), (60, "min"), (1, "s"))
 
@@ -838,6 +840,8 @@ class Moment:
 
 
 def zone(local: datetime) -> str:
+    if local.tzname() == "UTC":
+        return "UTC"
     offset = f"{local:%z}"
     return f"{local.tzname()} (UTC{offset[:3]}:{offset[3:5]})"
 
@@ -906,6 +910,7 @@ def templates():
     }
     made.globals |= {
         "words": STATUS_WORDS,
+        "script": TASKS,
         "live": LIVE,
         "refresh_seconds": REFRESH_SECONDS,
         "page_seconds": PAGE_SECONDS,
@@ -1022,7 +1027,7 @@ All times are {{ zone }}.</p>
 
 PARTS = """
 {% macro late(command) %}<p class="quiet">This took longer than {{ '%g' % page_seconds }} seconds to count.
-<code>{{ command }}</code> has the numbers.</p>{% endmacro %}
+<code>{{ script }} {{ command }}</code> has the numbers.</p>{% endmacro %}
 
 {% macro time(value) %}{% if value is none %}–{% else %}{% set at = value | moment -%}
 <time title="{{ at.full }}">{{ at.short }}</time>{% if at.ago %} <span class="quiet">{{ at.ago }}</span>{% endif %}
@@ -1066,7 +1071,7 @@ FRONT = """{% extends "base" %}{% from "parts" import late, lines, time, chart %
 <div class="note paused" id="paused-{{ pause.queue }}"><p><b>{{ pause.queue }}</b> is paused
 {%- if pause.until is not none %} until {{ (pause.until | moment).short }}{% endif %}
 {%- if pause.reason %}: {{ pause.reason }}{% endif %}.
-<span class="quiet">Paused since {{ (pause.since | moment).short }}. Go on now: <code>tasks.py resume {{ pause.queue }}</code></span></p></div>
+<span class="quiet">Paused since {{ (pause.since | moment).short }}. Go on now: <code>{{ script }} resume {{ pause.queue }}</code></span></p></div>
 {% endfor %}
 
 <div class="tiles">
@@ -1079,7 +1084,7 @@ FRONT = """{% extends "base" %}{% from "parts" import late, lines, time, chart %
 
 <section id="failed"><h2>Failed lately</h2>
 {% if failed %}{{ lines(failed, "", [("completed_at", "When")], "Why") }}
-<p class="quiet"><a href="tasks?status=failed">All that failed</a>. Put one back: <code>tasks.py retry ID</code></p>
+<p class="quiet"><a href="tasks?status=failed">All that failed</a>. Put one back: <code>{{ script }} retry ID</code></p>
 {% else %}<p class="quiet">Nothing has failed.</p>{% endif %}
 </section>
 
@@ -1089,7 +1094,7 @@ FRONT = """{% extends "base" %}{% from "parts" import late, lines, time, chart %
 {% else %}<p class="quiet">Nothing is running.</p>{% endif %}
 </section>
 
-{% if bars is none %}<section>{{ late("tasks.py stats") }}</section>
+{% if bars is none %}<section>{{ late("stats") }}</section>
 {% elif bars %}
 <div class="charts">
 <section id="chart-finished"><h2>Finished tasks</h2>
@@ -1107,7 +1112,7 @@ FRONT = """{% extends "base" %}{% from "parts" import late, lines, time, chart %
 {% endif %}
 
 <section id="counts"><h2>By queue and type of task</h2>
-{% if counts is none %}{{ late("tasks.py stats") }}{% else %}
+{% if counts is none %}{{ late("stats") }}{% else %}
 <table{% if columns | length > 6 %} class="many"{% endif %}><thead><tr><th>Queue and type</th>
 {% for status in columns %}<th class="number">{{ status | word }}{% if status not in live %}, 24 h{% endif %}</th>{% endfor %}
 <th class="number">Waiting longest</th><th class="number">Usually waits</th><th class="number">Usually runs</th></tr></thead>
@@ -1142,7 +1147,7 @@ LIST = """{% extends "base" %}{% from "parts" import lines %}
   "scheduled": [("due_at", "Starts")], "held": [("enqueued_at", "Since")], "blocked": [("enqueued_at", "Since")]} %}
 {% set says = {"failed": "Why", "completed": "What it printed", "in_progress": ""}.get(status, "Note") %}
 {% if rows %}{{ lines(rows, up, columns.get(status, [("completed_at", "When")]), says) }}
-{% if more %}<p class="quiet">These are the first {{ rows | length }}. <code>tasks.py list --status {{ status }} --limit N</code> shows more.</p>{% endif %}
+{% if more %}<p class="quiet">These are the first {{ rows | length }}. <code>{{ script }} list --status {{ status }} --limit N</code> shows more.</p>{% endif %}
 {% else %}<p class="quiet">There are none.</p>{% endif %}
 </section>
 {% endblock %}
@@ -1159,7 +1164,7 @@ TASK = """{% extends "base" %}{% from "parts" import lines %}
 <dt>Id</dt><dd>{{ name }}</dd>
 {% for label, value in fields %}<dt>{{ label }}</dt><dd>{{ value }}</dd>
 {% endfor %}
-<dt>In a terminal</dt><dd><code>{{ command }}</code></dd>
+<dt>In a terminal</dt><dd><code>{{ script }} {{ command }}</code></dd>
 </dl></section>
 {% for label, text in boxes if text.strip() %}
 <section class="box"><h2>{{ label }}</h2><pre tabindex="0">{{ text }}</pre></section>

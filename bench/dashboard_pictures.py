@@ -51,6 +51,7 @@ TYPES = {
 
 def main() -> int:
     directory = Path(sys.argv[1]) if sys.argv[1:] else ROOT / "docs"
+    directory.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
         for name, fill, size in PICTURES:
             state = Path(scratch) / name

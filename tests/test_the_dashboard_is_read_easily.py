@@ -5,9 +5,12 @@ from __future__ import annotations
 import colorsys
 import json
 import re
+import subprocess
+import sys
 import time
 
 import pytest
+from conftest import ROOT
 from pages import (
     HISTORY,
     NAUGHTY,
@@ -20,6 +23,7 @@ from pages import (
     start,
     text,
     tile,
+    uv,
 )
 
 SCHEMES = ("light", "dark")
@@ -252,3 +256,17 @@ def test_the_charts_suit_one_hour_of_data_and_a_day_of_it(installation, browser)
     bars = browser.execute_script(BARS)
     assert len(bars) == 24 and all(drawn for _, drawn in bars[1:-1])
     assert any("failed" in says and "done" in says for says, _ in bars)
+
+
+def test_the_pictures_in_docs_are_drawn_by_a_recipe(installation, browser):
+    environment = uv(installation)[1]
+    recipe = [sys.executable, ROOT / "bench" / "dashboard_pictures.py", installation.directory]
+    done = subprocess.run(recipe, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    drawn = {file.name: file for file in installation.directory.glob("dashboard-*.png")}
+    assert set(drawn) == {file.name for file in (ROOT / "docs").glob("dashboard-*.png")}
+    for file in drawn.values():
+        # A PNG as wide as a page, with more on it than one colour.
+        head = file.read_bytes()[:24]
+        assert head[:8] == b"\x89PNG\r\n\x1a\n" and int.from_bytes(head[16:20]) >= 1000
+        assert file.stat().st_size > 20_000
