@@ -3,25 +3,25 @@
 # requires-python = ">=3.11"
 # dependencies = ["jinja2>=3.1,<4"]
 # ///
-"""Show the queue as a web page: what failed lately and why, what runs, and every task. It only reads.
+"""Show the queue as a web page, which only reads: what failed lately and why, and what runs.
 
     dashboard.py                       prints the page's address; Ctrl-C ends it
     dashboard.py --port 9000
     dashboard.py --port 0              any free port
 
-The page is served on 127.0.0.1 alone and needs no network. The address contains a key that is new at
-each start: other users of this machine and other web pages cannot read the queue without it. Whoever
-has the whole address sees payloads and results.
+The page is served on 127.0.0.1 alone and needs no network. The address contains a key that is new
+at each start: other users of this machine and other web pages cannot read the queue without it.
+Whoever has the whole address sees payloads and results.
 
-exit codes: 0 ended by a signal; 1 the database cannot be used, or the port is taken; 64 usage; 75 the
-database is locked, try again.
+exit codes: 0 ended by a signal; 1 the database cannot be used, or the port is taken; 64 usage;
+75 the database is locked, try again.
 """
 
-# Why the standard library serves this: the page answers GET for four kinds of address and runs only the
-# statements below. A general tool for SQLite was used before; with arbitrary SQL, table pages, filters and
-# its own JSON interface switched off, nothing but its 37 packages was left of it. Jinja2 stays, because
-# escaping what tasks say is not a thing to write by hand. There is no JavaScript: the charts are SVG, and
-# the Content-Security-Policy lets no script run, whatever a payload contains.
+# Why the standard library serves this: the page answers GET for four kinds of address and runs only
+# the statements below. Datasette was used before. With arbitrary SQL, table pages, filters and its
+# JSON interface switched off, little but its 34 packages was left of it. Jinja2 stays, because
+# escaping what tasks say is not a thing to write by hand. There is no JavaScript: the charts are
+# SVG, and the Content-Security-Policy lets no script run, whatever a payload contains.
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ from functools import lru_cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import NamedTuple
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import parse_qsl, urlsplit
 
 import queue_helpers as q
 
@@ -70,10 +70,11 @@ ROWS_ON_FRONT = 6
 SAMPLE = 2_000
 DAY = 86_400
 BARS = 24
-# A bar stands for 5 minutes, 15 minutes or an hour: the first with which all of the day's tasks fit.
+# A bar stands for 5 minutes, 15 minutes or an hour: the first with which all of the day's tasks
+# fit.
 BAR_SECONDS = (300, 900, 3_600)
 
-# ---------------------------------------------------------------------------------------- statements
+# --------------------------------------------------------------------------------------- statements
 
 # Literal conditions, so that SQLite sees that the partial index of each status serves them.
 LIVE = {
@@ -145,7 +146,7 @@ select id from task_history where task_id = :name and +queue = :queue order by i
 MOVED_ON = """
 select max(id) from task_history where queue = :queue and row_id = :id"""
 
-# -------------------------------------------------------------------------------------- command line
+# ------------------------------------------------------------------------------------- command line
 
 
 class Parser(argparse.ArgumentParser):
@@ -192,29 +193,30 @@ def serve(state: Path, number: int) -> None:
         raise q.QueueUnavailable(
             f"port {number}: {error.strerror}; choose another with --port, 0 for any free one"
         ) from None
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: sys.exit(0))
+    for ending in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(ending, lambda *_: sys.exit(0))
     with server:
         print(server.address, flush=True)
         server.serve_forever()
 
 
-# --------------------------------------------------------------------------------- who may ask for what
+# ----------------------------------------------------------------------------- who may ask for what
 
 
 class Server(ThreadingHTTPServer):
-    """Serves the pages of one state directory on 127.0.0.1, at an address that contains a new key."""
+    """Serves the pages of a state directory, at an address that contains a new key."""
 
     daemon_threads = True
     request_queue_size = CONNECTIONS
 
     def __init__(self, state: Path, number: int) -> None:
         self.state = state
-        # Part of the path, because a cookie would be sent to every other port of 127.0.0.1, too. New at each
-        # start, because an open page goes on asking after the end of this process, and another user's
-        # process may listen there by then.
+        # Part of the path, because a cookie would be sent to every other port of 127.0.0.1, too.
+        # New at each start, because an open page goes on asking after the end of this process, and
+        # another user's process may listen there by then.
         self.key = secrets.token_urlsafe(24)
-        # Read by one request at a time, so that neither time nor memory depends on how many there are.
+        # Read by one request at a time, so that neither time nor memory depends on how many there
+        # are.
         self.reader = threading.Lock()
         self.places = threading.BoundedSemaphore(CONNECTIONS)
         super().__init__(("127.0.0.1", number), Request)
@@ -238,7 +240,7 @@ class Server(ThreadingHTTPServer):
             self.places.release()
 
     def handle_error(self, request, client_address) -> None:
-        """Say nothing of a browser that went away; anything else is a fault of ours, and is printed."""
+        """Print faults of ours, but not that a browser went away."""
         if not isinstance(sys.exception(), OSError):
             super().handle_error(request, client_address)
 
@@ -255,13 +257,12 @@ class Request(BaseHTTPRequestHandler):
         if refused:
             self.answer(403, f"refused: {refused}\n")
             return
-        path = urlsplit(self.path).path.removeprefix(f"/{self.server.key}/")
         try:
-            self.answer(
-                *page(self.server, path, parse_qs(urlsplit(self.path).query, max_num_fields=9))
-            )
-        except ValueError:
-            self.answer(400, "that is no address of a page here\n")
+            asked = urlsplit(self.path)
+            path, query = asked.path.removeprefix(f"/{self.server.key}/"), asked.query
+            self.answer(*page(self.server, path, query))
+        except NoPage:
+            self.answer(404, "there is no such page\n")
         except (q.QueueBusy, q.QueueUnavailable) as error:
             self.answer(503, f"{error}\n")
         except Exception:
@@ -273,10 +274,11 @@ class Request(BaseHTTPRequestHandler):
     def refusal(self) -> str | None:
         """Why this request is not answered, None when it is.
 
-        Host is checked because a web page can make a name of its own mean 127.0.0.1. Sec-Fetch-Site is
-        `none` for an address that a person typed or opened from a terminal. It is `same-site` for what
-        another port of this machine serves: a stranger to us. Requests that carry none of these headers do not come
-        from a web page in a browser of today; they need the key like all others.
+        Host is checked because a web page can make a name of its own mean 127.0.0.1.
+        Sec-Fetch-Site is `none` for an address that a person typed or opened from a terminal. It is
+        `same-site` for what another port of this machine serves: a stranger to us. Requests that
+        carry none of these headers do not come from a web page in a browser of today. They need
+        the key like all others.
         """
         host, origin = self.headers.get_all("Host", []), self.headers.get("Origin")
         if len(host) != 1 or host[0] not in self.server.hosts:
@@ -313,11 +315,11 @@ class Request(BaseHTTPRequestHandler):
         """Keep the terminal still: the address of a request contains the key."""
 
 
-# --------------------------------------------------------------------------------------- the database
+# ------------------------------------------------------------------------------------- the database
 
 
 def open_read_only(state: Path) -> sqlite3.Connection:
-    """A connection that can only read a queue's database of this version; it makes and migrates nothing."""
+    """A connection that only reads a queue's database. It makes and migrates nothing."""
     db = state / "tasks.db"
     try:
         os.stat(db)
@@ -357,7 +359,7 @@ def check_version(conn: sqlite3.Connection, db: Path) -> None:
 
 @contextmanager
 def reading(server: Server) -> Iterator[sqlite3.Connection]:
-    """One state of the database, to be read within PAGE_SECONDS. A database that was replaced is noticed."""
+    """One state of the database as it is now, to be read within PAGE_SECONDS."""
     deadline = time.monotonic() + PAGE_SECONDS
     if not server.reader.acquire(timeout=PAGE_SECONDS):
         raise q.QueueBusy("other pages are being read; try again")
@@ -380,7 +382,7 @@ def reading(server: Server) -> Iterator[sqlite3.Connection]:
 
 
 def in_time(read: Callable, *args):
-    """What read(*args) returns, None when it did not end in time: the rest of the page is still worth showing."""
+    """What read(*args) returns; None when it did not end in time, and is left out."""
     try:
         return read(*args)
     except sqlite3.OperationalError as error:
@@ -403,7 +405,7 @@ def queues_of(conn: sqlite3.Connection) -> list[str]:
 
 
 def pauses_of(conn: sqlite3.Connection) -> list[dict]:
-    """The queues that are paused, each with `since`, and `until` and `reason` where they are recorded."""
+    """The paused queues: `queue`, `since`, `reason`, and `until` when that is recorded."""
     found = []
     for row in rows_of(conn.execute("select * from task_paused order by queue")):
         if row["paused_at"] is not None:
@@ -416,7 +418,7 @@ def pauses_of(conn: sqlite3.Connection) -> list[dict]:
 
 
 class Counts(NamedTuple):
-    """Of one queue and type: tasks by status, the finished ones of the last 24 hours; and seconds."""
+    """Of one queue and type: tasks by status (finished ones of the last 24 hours), seconds."""
 
     queue: str
     task_type: str | None
@@ -427,7 +429,7 @@ class Counts(NamedTuple):
 
 
 def counts_of(conn: sqlite3.Connection, day_ago: str) -> list[Counts]:
-    """For each queue a row for all of its types, then one for each of them: what tasks.py stats counts."""
+    """For each queue a row for all types, then one for each: what tasks.py stats counts."""
     types: dict[str, dict[str, dict]] = {queue: {} for queue in queues_of(conn)}
     oldest: dict[tuple[str, str], float] = {}
     for queue in types:
@@ -504,7 +506,7 @@ def bars_of(conn: sqlite3.Connection, now: float, day_ago: str) -> list[Bar]:
     tasks: list[dict[str, int]] = [{} for _ in range(BARS)]
     waits, started = [0.0] * BARS, [0] * BARS
     for minute, status, count, with_start, waited in minutes:
-        # The day began within the hour of which the first bar shows the rest: that hour is not drawn.
+        # What is older than the first bar is not drawn: a day's 24 bars end with the next full hour.
         number = int((seconds_of(minute) - begin) // width)
         if 0 <= number < BARS:
             tasks[number][status] = tasks[number].get(status, 0) + count
@@ -522,7 +524,7 @@ def bars_of(conn: sqlite3.Connection, now: float, day_ago: str) -> list[Bar]:
 
 
 def lines_of(conn: sqlite3.Connection, status: str, queue: str | None, rows: int) -> list[dict]:
-    """Tasks of one status: waiting ones in the order of their claims, finished ones with the newest first.
+    """Tasks of one status: waiting ones in the order of claims, finished ones newest first.
 
     Each task is read on its own, so that one that is too large hides no other.
     """
@@ -561,29 +563,33 @@ def line(conn: sqlite3.Connection, statement: str, id: int, queue: str | None, s
     return row
 
 
-# ------------------------------------------------------------------------------------------ the pages
+# ---------------------------------------------------------------------------------------- the pages
 
 
-def page(server: Server, path: str, asked: dict[str, list[str]]) -> tuple:
-    """What Request.answer takes: a status, a page, and where it is when it is elsewhere. ValueError for no page."""
+class NoPage(Exception):
+    """Nothing has this address."""
+
+
+def page(server: Server, path: str, query: str) -> tuple:
+    """What Request.answer takes: a status, a page, and where it is when it is elsewhere."""
     with reading(server) as conn:
         if path == "":
             return 200, front(conn)
         if path == "tasks":
-            return 200, task_list(conn, asked)
+            return 200, task_list(conn, query)
         if match := re.fullmatch(r"finished/(\d{1,18})", path):
             return 200, task(conn, FINISHED_TASK, "finished", int(match[1]))
         if match := re.fullmatch(r"task/([a-z][a-z0-9_]{0,62})/(\d{1,18})", path):
             queue, id = match[1], int(match[2])
             if queue not in queues_of(conn):
-                raise ValueError
+                raise NoPage
             if conn.execute(f'select 1 from "{queue}" where id = ?', [id]).fetchone():
                 return 200, task(conn, on_queue(LIVE_TASK, queue), queue, id)
             (found,) = conn.execute(MOVED_ON, {"queue": queue, "id": id}).fetchone()
             if found is not None:
                 return 302, "it has finished\n", f"finished/{found}"
             return 404, "this task is no longer here: it was removed, or moved to another queue\n"
-    return 404, "there is no such page\n"
+    raise NoPage
 
 
 def front(conn: sqlite3.Connection) -> str:
@@ -619,11 +625,15 @@ def front(conn: sqlite3.Connection) -> str:
     )
 
 
-def task_list(conn: sqlite3.Connection, asked: dict[str, list[str]]) -> str:
+def task_list(conn: sqlite3.Connection, query: str) -> str:
     """Tasks of one status, of all queues or one."""
-    status, queue = asked.get("status", ["pending"])[0], asked.get("queue", [None])[0]
+    try:
+        asked = dict(parse_qsl(query, max_num_fields=9))
+    except ValueError:
+        raise NoPage from None
+    status, queue = asked.get("status", "pending"), asked.get("queue")
     if not re.fullmatch(r"[a-z_]{1,40}", status) or queue not in (None, *queues_of(conn)):
-        raise ValueError
+        raise NoPage
     rows = lines_of(conn, status, queue, ROWS + 1)
     more, rows = len(rows) > ROWS, rows[:ROWS]
     return render(
@@ -647,7 +657,7 @@ def task(conn: sqlite3.Connection, statement: str, place: str, id: int) -> str:
             f"this task is larger than {ROW_BYTES >> 20} MiB; see: {TASKS} show"
         ) from None
     if row is None:
-        raise ValueError
+        raise NoPage
     queue, finished = row.get("queue", place), place == "finished"
     runs = []
     if not finished or row["name"]:
@@ -728,7 +738,7 @@ def fields_of(row: dict, queue: str, finished: bool) -> list[tuple[str, object]]
 
 
 def payload(text: str) -> str:
-    """What the sender sent, without the queue's envelope, indented; or the text itself when it is long or no JSON."""
+    """What the sender sent, without the envelope, indented; as it is when long or no JSON."""
     if len(text) > BOX_CHARS:
         return text
     try:
@@ -742,12 +752,14 @@ def payload(text: str) -> str:
 
 def cut(value: object, most: int = BOX_CHARS) -> str:
     text = "" if value is None else str(value)
-    return text if len(text) <= most else f"{text[:most]} … ({len(text) - most:,} more characters)"
+    more = len(text) - most
+    return text if more <= 0 else f"{text[:most]} … ({more:,} more characters)"
 
 
-# --------------------------------------------------------------------------------- words and drawings
+# ------------------------------------------------------------------------------- words and drawings
 
-# Words that people use, in the order in which columns stand. A status that is not here is shown as it is called.
+# Words that people use, in the order in which columns stand. A status that is not here is shown as
+# it is called.
 STATUS_WORDS = {
     "pending": "Waiting",
     "in_progress": "Running",
@@ -923,9 +935,10 @@ def render(template: str, /, **values) -> str:
     return templates().get_template(template).render(now=local, zone=zone(local), **values)
 
 
-# ------------------------------------------------------------------------------------------- the looks
+# ---------------------------------------------------------------------------------------- the looks
 
-# Each status has one colour, wherever it appears; every one is read easily on the page's background.
+# Each status has one colour, wherever it appears; every one is read easily on the page's
+# background.
 STYLE = """
 :root {
   color-scheme: light dark;
@@ -985,8 +998,8 @@ pre { margin: 0; padding: .75rem; max-height: 30rem; overflow-y: auto; white-spa
   border: 1px solid var(--line); border-radius: .375rem; background: var(--back); font-size: .875rem }
 code { font-size: .9em }
 """
-# On a narrow screen each row of a table is a card: a line for each cell, with its column's name. A table of many
-# columns is shown so on a wider screen already.
+# On a narrow screen each row of a table is a card: a line for each cell, with its column's name. A
+# table of many columns is shown so on a wider screen already.
 CARDS = """
 @media (max-width: WIDTH) {
   TABLE thead { display: none }

@@ -1,8 +1,9 @@
-"""Draw docs/dashboard-*.png: the page on day one and on day thirty, from made-up tasks in a throw-away state.
+"""Draw docs/dashboard-*.png: the page on day one and on day thirty.
 
-    uv run --no-project --with 'persist-queue>=1.1,<2' python bench/dashboard_pictures.py [DIRECTORY]
+    python bench/dashboard_pictures.py [DIRECTORY]
 
-It needs Chromium (chromium or google-chrome on PATH). Numbers are the same in each drawing, times are those of now.
+It needs uv, and Chromium (chromium or google-chrome on PATH). The tasks are made up, in a throw-away
+state. Times are those of now.
 """
 
 from __future__ import annotations
@@ -72,7 +73,7 @@ def day_one(conn: q.Connection, chance: random.Random) -> None:
 
 
 def day_thirty(conn: q.Connection, chance: random.Random) -> None:
-    """A day with its busy and its quiet hours, failures of the weeks before, and some of all that can wait."""
+    """A day with busy and quiet hours, failures of the weeks before, and all that can wait."""
     now = time.time()
     for hour in range(24):
         busy = 0.15 + 0.85 * abs((hour + 6) % 24 - 12) / 12

@@ -30,7 +30,7 @@ from n"""
 
 
 def uv(installation, **env: str) -> tuple[list, dict]:
-    """The command that runs dashboard.py as people do, and an environment that keeps uv's cache and settings."""
+    """The command that runs dashboard.py as people do, and an environment with uv's cache."""
     cache = subprocess.run(["uv", "cache", "dir"], capture_output=True, text=True, check=True)
     kept = {**os.environ, **installation.env, "UV_CACHE_DIR": cache.stdout.strip(), **env}
     return ["uv", "run", "--script", ROOT / "dashboard.py"], kept
@@ -56,7 +56,7 @@ def start(installation, command: list | None = None, **env: str) -> subprocess.P
 
 
 def start_with(installation, statements: str, **env: str) -> subprocess.Popen:
-    """A dashboard on which a test first does something: its own code, with other limits, or a log of requests."""
+    """The same with statements of a test's before it: other limits, or a log of requests."""
     code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import dashboard\n{statements}\nraise SystemExit(dashboard.main())"
     needs = next(
         line

@@ -1,4 +1,4 @@
-"""No web page may read the queue, nor another user of the machine; and no request costs much time or memory."""
+"""No web page reads the queue, nor another user; and no request costs much time or memory."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pages import address, chromium, fill, get, start, start_with
 
 SECRET = "a-word-that-nobody-guesses"
 
-# A line for each request: its method, what the browser says of it, its path and the answer's status.
+# A line for each request: its method, what the browser says of it, its path, the answer's status.
 LOG = """
 def log_request(self, code, size=None):
     said = [self.headers.get(f"Sec-Fetch-{name}") for name in ("Site", "Dest")]
@@ -28,7 +28,7 @@ dashboard.Request.log_request = log_request
 
 @pytest.fixture
 def site(installation):
-    """(the installation, the dashboard's process, its front page's address); the queue holds a secret."""
+    """(the installation, its dashboard, the front page's address), over a secret."""
     fill(installation)
     installation.enqueue("notifications", SECRET, json.dumps({"key": SECRET}))
     process = start_with(installation, LOG)
@@ -295,7 +295,7 @@ def test_a_name_that_means_this_machine_is_not_this_machine(site, browser):
 
 
 def test_a_page_of_its_own_leads_to_the_others(site, browser):
-    """What is refused to others is not refused to the page itself: links, reloads, and reading again."""
+    """What is refused to others is not refused to the page itself: links and reloads."""
     installation, _, base = site
     browser.get(base)
     browser.find_element("css selector", "#total-failed").click()
@@ -308,7 +308,7 @@ def test_a_page_of_its_own_leads_to_the_others(site, browser):
     assert {row[-1] for row in requests(installation)} == {"200"}
 
 
-# ------------------------------------------------------------------------------------------- what a request may cost
+# -------------------------------------------------------------------------- what a request may cost
 
 
 def test_what_takes_too_long_is_left_out_and_said(installation):
@@ -377,7 +377,8 @@ def test_silent_connections_take_no_more_than_their_share(installation):
     held = [
         socket.create_connection(("127.0.0.1", urlsplit(base).port), timeout=20) for _ in range(100)
     ]
-    # More than there are places for are closed at once, and the others when they have said nothing for a while.
+    # More than there are places for are closed at once, and the others when they have said nothing
+    # for a while.
     for conn in held:
         assert conn.recv(1) == b""
         conn.close()

@@ -1,4 +1,4 @@
-"""The dashboard is read easily: on a phone, in the dark, with one hour of data, in one colour a meaning."""
+"""The dashboard is read easily: on a phone, in the dark, with one hour of data, by its colours."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def browser(tmp_path):
 
 @pytest.fixture
 def site(installation):
-    """(the installation, its front page's address), over tasks of every status that a task can have."""
+    """(the installation, its front page's address), over tasks of every status."""
     fill(installation)
     payload = json.dumps({"workspace_path": f"/home/user/{LONG}", "text": LONG})
     installation.enqueue("notifications", LONG[:200], payload, "--task-id", LONG)
@@ -57,7 +57,7 @@ def site(installation):
 
 
 def pages_of(base: str) -> list[str]:
-    """A page of each kind; the last are of a failed, a running and a waiting task with long words in them."""
+    """A page of each kind, the last of a failed, a running, and a waiting task, in long words."""
     lists = [
         f"tasks?status={status}"
         for status in ("pending", "scheduled", "held", "failed", "completed", "put_off", "none")
@@ -97,7 +97,8 @@ def test_nothing_is_wider_than_the_screen(site, browser, width):
     assert complaints(browser) == []
 
 
-# The colours of each text and of what is behind it, and the smallest contrast of all (WCAG's definition).
+# The colours of each text and of what is behind it, and the smallest contrast of all (WCAG's
+# definition).
 CONTRAST = """
 const channels = colour => colour.match(/[0-9.]+/g).map(Number);
 const light = colour => { const [r, g, b] = channels(colour).slice(0, 3).map(v => v / 255)

@@ -1,4 +1,4 @@
-"""The dashboard in a real Chromium: its numbers are those of tasks.py stats, and the console stays silent."""
+"""The dashboard in a real Chromium: its numbers are those of tasks.py stats, its console silent."""
 
 from __future__ import annotations
 
@@ -31,7 +31,9 @@ from pages import (
 
 @pytest.fixture
 def site(installation):
-    """(the installation, the dashboard's process, its front page's address), over some realistic tasks."""
+    """(the installation, the dashboard's process, its front page's address), over some realistic
+    tasks.
+    """
     fill(installation)
     process = start(installation)
     yield installation, process, address(process)
