@@ -410,7 +410,7 @@ def pauses_of(conn: sqlite3.Connection) -> list[dict]:
     for row in rows_of(conn.execute("select * from task_paused order by queue")):
         if row["paused_at"] is not None:
             until = next((row[name] for name in row if "until" in name), None)
-            reason = (row.get("reason") or "")[:LINE_CHARS]
+            reason = cut(row.get("reason"), LINE_CHARS)
             found.append(
                 {"queue": row["queue"], "since": row["paused_at"], "until": until, "reason": reason}
             )
@@ -445,13 +445,13 @@ def counts_of(conn: sqlite3.Connection, day_ago: str) -> list[Counts]:
     for queue, task_type, status, tasks in conn.execute(COUNT_FINISHED, {"day_ago": day_ago}):
         types.setdefault(queue, {}).setdefault(task_type, {})[status] = tasks
     rows = []
-    for queue in sorted(types):
+    for queue in sorted(types, key=str):
         of_types, all_times = [], []
-        for task_type, tasks in sorted(types[queue].items()):
-            newest = newest_times(conn, queue, task_type, day_ago)
-            all_times += newest
+        for task_type, tasks in sorted(types[queue].items(), key=str):
+            times = newest_times(conn, queue, task_type, day_ago)
+            all_times += times
             of_types.append(
-                Counts(queue, task_type, tasks, oldest.get((queue, task_type)), *medians(newest))
+                Counts(queue, task_type, tasks, oldest.get((queue, task_type)), *medians(times))
             )
         total: dict[str, int] = {}
         for row in of_types:
@@ -470,12 +470,16 @@ def newest_times(conn: sqlite3.Connection, queue: str, task_type: str, day_ago: 
     for status in ("completed", "failed"):
         which = {"queue": queue, "task_type": task_type, "status": status}
         found += conn.execute(NEWEST_TIMES, {**which, "day_ago": day_ago, "sample": SAMPLE})
-    return sorted(found, reverse=True)[:SAMPLE]
+    return newest(found)
+
+
+def newest(times: list[tuple]) -> list[tuple]:
+    return sorted(times, key=lambda row: str(row[0]), reverse=True)[:SAMPLE]
 
 
 def medians(times: list[tuple]) -> tuple[float | None, float | None]:
     """How long the newest of them usually waited and ran."""
-    times = [row for row in sorted(times, reverse=True)[:SAMPLE] if None not in row]
+    times = [row for row in newest(times) if None not in row]
     if not times:
         return None, None
     waited, ran = (statistics.median(max(row[column], 0) for row in times) for column in (1, 2))
@@ -559,7 +563,7 @@ def line(conn: sqlite3.Connection, statement: str, id: int, queue: str | None, s
     row["link"] = f"finished/{row['id']}" if finished else f"task/{row['queue']}/{row['id']}"
     workspace = cut(row.get("workspace"), LINE_CHARS)
     row["workspace"], row["project"] = workspace, workspace.rstrip("/").rpartition("/")[2]
-    row["says"] = row.get("error") or (row.get("printed") or "").split("\n")[0]
+    row["says"] = cut(row.get("error") or row.get("printed")).split("\n")[0]
     return row
 
 
@@ -659,18 +663,14 @@ def task(conn: sqlite3.Connection, statement: str, place: str, id: int) -> str:
     if row is None:
         raise NoPage
     queue, finished = row.get("queue", place), place == "finished"
+    which = {"name": row["name"], "queue": queue, "rows": ROWS_ON_FRONT + 1}
     runs = []
-    if not finished or row["name"]:
-        which = {"name": row["name"], "queue": queue, "rows": ROWS_ON_FRONT + 1}
-        found = [
-            run for (run,) in conn.execute(FINISHED_RUNS, which) if not (finished and run == id)
-        ]
-        runs = [line(conn, FINISHED_LINE, run, queue, "") for run in found]
-        if finished and queue in queues_of(conn):
-            live = conn.execute(on_queue(LIVE_RUN, queue), which).fetchall()
-            runs = [
-                line(conn, on_queue(LIVE_LINE, queue), run, queue, "pending") for (run,) in live
-            ] + runs
+    if finished and queue in queues_of(conn):
+        for (run,) in conn.execute(on_queue(LIVE_RUN, queue), which).fetchall():
+            runs.append(line(conn, on_queue(LIVE_LINE, queue), run, queue, "pending"))
+    for (run,) in conn.execute(FINISHED_RUNS, which).fetchall():
+        if not (finished and run == id):
+            runs.append(line(conn, FINISHED_LINE, run, queue, "failed"))
     return render(
         "task",
         up="../" if finished else "../../",
@@ -686,7 +686,7 @@ def task(conn: sqlite3.Connection, statement: str, place: str, id: int) -> str:
         ],
         runs=runs,
         command=COMMANDS.get(row["word"], "show {id}").format(
-            id=shlex.quote(row["name"][:LINE_CHARS])
+            id=shlex.quote(str(row["name"])[:LINE_CHARS])
         ),
         refresh=not finished,
     )
@@ -793,8 +793,8 @@ def known(status: str) -> str:
 
 
 def span(seconds: float | None, units: int = 2) -> str:
-    """A duration in at most so many units."""
-    if seconds is None:
+    """A duration in at most so many units; a dash for none, and for what cannot be one."""
+    if seconds is None or not seconds < 1e11:
         return "–"
     if seconds < 10:
         return f"{seconds:.1f} s" if seconds >= 0.1 else f"{max(seconds, 0) * 1000:.0f} ms"
@@ -822,28 +822,21 @@ class Moment:
     """A moment as the database has it, shown in local time; what is no moment is shown as it is."""
 
     def __init__(self, value: object) -> None:
-        self.seconds, self.full, self.short, self.ago = (
-            seconds_of(value),
-            cut(value, 40),
-            cut(value, 40),
-            "",
-        )
+        self.full = self.short = cut(value, 40)
+        self.ago = ""
         try:
-            local = datetime.fromtimestamp(self.seconds).astimezone()
+            local = datetime.fromtimestamp(seconds_of(value)).astimezone()
             now = datetime.now().astimezone()
         except (TypeError, ValueError, OverflowError, OSError):
             return
         self.long = f"{local:%Y-%m-%d %H:%M:%S}"
         self.full = f"{self.long} {zone(local)}"
-        today = local.date() == now.date()
-        this_year = local.year == now.year
-        self.short = (
-            f"{local:%H:%M}"
-            if today
-            else f"{local:%d %b, %H:%M}"
-            if this_year
-            else f"{local:%Y-%m-%d}"
-        )
+        if local.date() == now.date():
+            self.short = f"{local:%H:%M}"
+        elif local.year == now.year:
+            self.short = f"{local:%d %b, %H:%M}"
+        else:
+            self.short = f"{local:%Y-%m-%d}"
         away = (now - local).total_seconds()
         self.ago = f"{span(away, 1)} ago" if away >= 0 else f"in {span(-away, 1)}"
 
@@ -915,18 +908,9 @@ def templates():
         lstrip_blocks=True,
     )
     made.filters |= {"word": word, "css": known, "span": span, "moment": Moment, "clock": clock}
-    made.globals |= {
-        "finished_chart": finished_chart,
-        "waiting_chart": waiting_chart,
-        "style": STYLE,
-    }
-    made.globals |= {
-        "words": STATUS_WORDS,
-        "script": TASKS,
-        "live": LIVE,
-        "refresh_seconds": REFRESH_SECONDS,
-        "page_seconds": PAGE_SECONDS,
-    }
+    made.globals |= {"finished_chart": finished_chart, "waiting_chart": waiting_chart}
+    made.globals |= {"style": STYLE, "words": STATUS_WORDS, "live": LIVE, "script": TASKS}
+    made.globals |= {"refresh_seconds": REFRESH_SECONDS, "page_seconds": PAGE_SECONDS}
     return made
 
 

@@ -388,3 +388,39 @@ def test_silent_connections_take_no_more_than_their_share(installation):
 def test_the_printed_address_is_one_line_that_a_terminal_makes_a_link_of(installation):
     installation.enqueue("notifications", "t")
     assert re.fullmatch(r"http://127\.0\.0\.1:\d+/[A-Za-z0-9_-]+/", address(start(installation)))
+
+
+def test_what_no_script_of_ours_would_store_stops_no_page(installation):
+    """Any program may write to the tables; one odd row does not hide the others."""
+    installation.enqueue("notifications", "sound", "{}", "--task-id", "sound")
+    odd = ("9e999", "-9e999", "1e300", "'next week'", "x'ff00'", "''", "-1")
+    for value in odd:
+        for status in range(-1, 6):
+            installation.sqlite3(
+                "pragma ignore_check_constraints = 1; insert into notifications "
+                "(data, status, timestamp, due_at, claimed_at, priority, attempts, error, owner) values "
+                f"('{{\"n\": 1}}', {status}, {value}, {value}, {value}, {value}, {value}, {value}, {value})"
+            )
+        for status in ("completed", "failed"):
+            installation.sqlite3(
+                "insert into task_history (queue, row_id, task_id, task_type, status, data, attempts, "
+                "enqueued_at, started_at, completed_at, exit_code, result, log, error) select "
+                f"v, 1, v, v, '{status}', v, v, v, v, w, v, v, v, v from (select {value} as v), "
+                f"(select {value} as w union all select strftime('%Y-%m-%d %H:%M:%f', 'now'))"
+            )
+    base = address(start(installation))
+    pages = [
+        "",
+        *(f"tasks?status={status}" for status in ("in_progress", "pending", "scheduled", "held")),
+    ]
+    pages += ["tasks?status=blocked", "tasks?status=failed", "tasks?status=completed"]
+    links = {
+        link
+        for page in pages
+        for link in re.findall(r'href="((?:task|finished)/[^"]+)"', get(base + page))
+    }
+    assert len(links) > 50
+    for page in links:
+        get(base + page)
+    assert "sound" in get(base) and "sound" in get(f"{base}tasks?status=pending")
+    assert (installation.directory / "dashboard.err").read_text() == ""
