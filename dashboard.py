@@ -91,8 +91,6 @@ CLAIM_ORDER = {
     "held": "id",
     "blocked": "id",
 }
-LIVE_STATUS = "".join(f" when {condition} then '{status}'" for status, condition in LIVE.items())
-LIVE_STATUS = f"case{LIVE_STATUS} else 'status ' || status end"
 
 COUNT_LIVE = """
 select coalesce(task_type, '{queue}'), count(*), min(timestamp) from "{queue}" where {condition}
@@ -116,6 +114,10 @@ from task_history where completed_at >= :day_ago group by 1, 2 order by 1"""
 WORKSPACE = """
 case when json_valid(data) then coalesce(json_extract(data, '$.data.workspace_path'),
   json_extract(data, '$.workspace_path')) end as workspace"""
+PAUSES = f"""
+select queue, paused_at, paused_until, substr(pause_reason, 1, {LINE_CHARS}) as pause_reason
+from task_controls
+where paused_at is not null and (paused_until is null or paused_until > :now) order by queue"""
 LIVE_IDS = """
 select id, {key} from "{queue}" where {condition} order by {order} limit :rows"""
 FINISHED_IDS = """
@@ -123,7 +125,7 @@ select id from task_history where status = :status and (:queue is null or queue 
 order by completed_at desc limit :rows"""
 LIVE_LINE = f"""
 select '{{queue}}' as queue, id, coalesce(task_id, '{{queue}}-' || id) as task_id,
-       coalesce(task_type, '{{queue}}') as task_type, {LIVE_STATUS} as status, attempts,
+       coalesce(task_type, '{{queue}}') as task_type, {q.STATUS_WORD} as status, attempts,
        timestamp as enqueued_at, claimed_at as started_at, due_at, null as completed_at,
        substr(error, 1, {LINE_CHARS}) as error, {WORKSPACE}
 from "{{queue}}" where id = :id"""
@@ -135,7 +137,7 @@ select queue, id, task_id, task_type, status, attempts, enqueued_at, started_at,
 from task_history where id = :id"""
 
 LIVE_TASK = f"""
-select *, {LIVE_STATUS} as word, coalesce(task_id, '{{queue}}-' || id) as name
+select *, {q.STATUS_WORD} as word, coalesce(task_id, '{{queue}}-' || id) as name
 from "{{queue}}" where id = :id"""
 FINISHED_TASK = """
 select *, status as word, task_id as name from task_history where id = :id"""
@@ -404,17 +406,9 @@ def queues_of(conn: sqlite3.Connection) -> list[str]:
     return [queue for (queue,) in conn.execute(q.QUEUES)]
 
 
-def pauses_of(conn: sqlite3.Connection) -> list[dict]:
-    """The paused queues: `queue`, `since`, `reason`, and `until` when that is recorded."""
-    found = []
-    for row in rows_of(conn.execute("select * from task_paused order by queue")):
-        if row["paused_at"] is not None:
-            until = next((row[name] for name in row if "until" in name), None)
-            reason = cut(row.get("reason"), LINE_CHARS)
-            found.append(
-                {"queue": row["queue"], "since": row["paused_at"], "until": until, "reason": reason}
-            )
-    return found
+def pauses_of(conn: sqlite3.Connection, now: float) -> list[dict]:
+    """The queues that are paused now, with `paused_at`, `paused_until` and `pause_reason`."""
+    return list(rows_of(conn.execute(PAUSES, {"now": now})))
 
 
 class Counts(NamedTuple):
@@ -601,7 +595,7 @@ def front(conn: sqlite3.Connection) -> str:
     now = time.time()
     day_ago = q.utc(now - DAY)
     failed, running = (lines_of(conn, s, None, ROWS_ON_FRONT) for s in ("failed", "in_progress"))
-    pauses = pauses_of(conn)
+    pauses = pauses_of(conn, now)
     counts = in_time(counts_of, conn, day_ago)
     bars = in_time(bars_of, conn, now, day_ago)
     totals: dict[str, int] = {}
@@ -683,6 +677,7 @@ def task(conn: sqlite3.Connection, statement: str, place: str, id: int) -> str:
             ("What it printed", cut(row.get("result"))),
             ("Its messages and errors (stderr)", cut(row.get("log"))),
             ("What it was given", cut(payload(row["data"]))),
+            ("What it runs again with", cut(payload(row.get("rerun_data") or ""))),
         ],
         runs=runs,
         command=COMMANDS.get(row["word"], "show {id}").format(
@@ -694,8 +689,10 @@ def task(conn: sqlite3.Connection, statement: str, place: str, id: int) -> str:
 
 # Shown elsewhere on a task's page, or not at all.
 UNSAID = set("id row_id queue task_id task_type status word name data error result log".split())
-UNSAID |= {"max_attempts", "backoff"}
+UNSAID |= {"max_attempts", "backoff", "chain", "rerun_data"}
 LABELS = {
+    "released_at": "Put back",
+    "then_hold": "Result is held for approval",
     "timestamp": "Enqueued",
     "enqueued_at": "Enqueued",
     "due_at": "Starts at",
@@ -1066,9 +1063,9 @@ FRONT = """{% extends "base" %}{% from "parts" import late, lines, time, chart %
 {% block main %}
 {% for pause in pauses %}
 <div class="note paused" id="paused-{{ pause.queue }}"><p><b>{{ pause.queue }}</b> is paused
-{%- if pause.until is not none %} until {{ (pause.until | moment).short }}{% endif %}
-{%- if pause.reason %}: {{ pause.reason }}{% endif %}.
-<span class="quiet">Paused since {{ (pause.since | moment).short }}. Go on now: <code>{{ script }} resume {{ pause.queue }}</code></span></p></div>
+{%- if pause.paused_until is not none %} until {{ (pause.paused_until | moment).short }}{% endif %}
+{%- if pause.pause_reason %}: {{ pause.pause_reason }}{% endif %}.
+<span class="quiet">Paused since {{ (pause.paused_at | moment).short }}. Go on now: <code>{{ script }} resume {{ pause.queue }}</code></span></p></div>
 {% endfor %}
 
 <div class="tiles">

@@ -189,34 +189,25 @@ def test_every_status_of_the_view_has_a_word_here(installation, browser):
     assert live | finished <= set(links)
 
 
-@pytest.mark.parametrize("columns", ((), ("until", "reason")))
-def test_a_paused_queue_is_named_with_its_reason_and_its_end(installation, browser, columns):
-    installation.enqueue("notifications", "t")
-    done = installation.run("tasks.py", "pause", "notifications")
-    assert done.returncode == 0, done.stderr
-    if columns:
-        # As a pause that ends by itself is recorded.
-        has = {
-            name
-            for (name,) in installation.rows("select name from pragma_table_info('task_paused')")
-        }
-        until = next((name for name in has if "until" in name), "until")
-        for column in {until, "reason"} - has:
-            installation.sqlite3(f"alter table task_paused add column {column}")
-        installation.sqlite3(
-            f"update task_paused set {until} = {time.time() + 1800}, reason = 'usage limit {NAUGHTY}'"
-        )
+def test_a_paused_queue_is_named_with_its_reason_and_its_end(installation, browser):
+    for queue in ("for_a_while", "for_good", "no_more"):
+        installation.enqueue(queue, "t")
+    until = time.time() + 1800
+    installation.sqlite3(
+        "insert into task_controls (queue, paused_at, paused_until, pause_reason) values "
+        f"('for_a_while', {until - 3600}, {until}, 'usage limit {NAUGHTY}'), "
+        f"('for_good', {until - 3600}, null, null), ('no_more', {until - 3600}, {until - 1900}, 'x')"
+    )
+    installation.sqlite3("insert into task_controls (queue, slots) values ('approvals', 3)")
     loaded(browser, address(start(installation, TZ="Asia/Kolkata")))
-    said = text(browser, "#paused-notifications")
-    assert "notifications is paused" in said and "tasks.py resume notifications" in said
-    if columns:
-        at = [
-            time.strftime("%H:%M", time.gmtime(time.time() + 1800 + 19_800 - n))
-            for n in range(0, 121, 60)
-        ]
-        assert any(f"until {moment}: " in said or f", {moment}: " in said for moment in at), said
-        assert f"usage limit {NAUGHTY}" in said
-    assert "notifications (paused)" in text(browser, "#counts")
+    said = text(browser, "#paused-for_a_while")
+    at = time.strftime("%H:%M", time.gmtime(until + 19_800))
+    assert re.search(rf"is paused until (\d\d \w+, )?{at}: usage limit", said), said
+    assert NAUGHTY in said and "tasks.py resume for_a_while" in said
+    assert "for_good is paused." in text(browser, "#paused-for_good")
+    assert browser.execute_script("return document.querySelectorAll('.paused').length") == 2
+    counts = text(browser, "#counts")
+    assert "for_good (paused)" in counts and "no_more (paused)" not in counts
     assert complaints(browser) == []
 
 
