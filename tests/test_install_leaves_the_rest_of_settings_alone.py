@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -52,8 +53,17 @@ def snapshot(root):
     return {str(path.relative_to(root)): (path.lstat().st_mtime_ns, path.is_file() and path.read_bytes()) for path in root.rglob("*")}
 
 
+def outside_of_hooks(text):
+    """What is before and after the settings' own (last) "hooks", and without the comma that a new key needs."""
+    found = [(match, *json.JSONDecoder().raw_decode(text, match.end())) for match in re.finditer(r',?\s*"hooks"\s*:\s*', text)]
+    found = [(match.start(), end) for match, value, end in found if isinstance(value, dict)]
+    start, end = found[-1] if found else (len(text), len(text))
+    before, after = text[:start], text[end:]
+    return before + after.lstrip() if before.strip() == "{" else before + after
+
+
 @pytest.mark.parametrize("text", OTHERS.values(), ids=OTHERS)
-def test_the_hook_is_added_and_every_other_byte_stays(home, text):
+def test_the_hook_is_added_and_every_byte_outside_of_hooks_stays(home, text):
     settings_of(home).write_bytes(text.encode())
     ran = install(home, "--hook", "yes")
     assert ran.returncode == 0, ran.stderr
@@ -61,9 +71,9 @@ def test_the_hook_is_added_and_every_other_byte_stays(home, text):
     before, after = json.loads(text), json.loads(new)
     assert len(our_hooks(new)) == 1
     assert len(after["hooks"]["Stop"]) == len(before.get("hooks", {}).get("Stop", [])) + 1
-    start = next(i for i in range(len(new)) if new[i] != text[i : i + 1])
-    rest = len(text) - start
-    assert new[:start] + new[len(new) - rest :] == text  # one piece was put in, and nothing taken away
+    assert after["hooks"].pop("Stop")[:-1] == before.get("hooks", {}).pop("Stop", [])
+    assert after["hooks"] == before.get("hooks", {})
+    assert outside_of_hooks(new) == outside_of_hooks(text)
     assert list(after)[: len(before)] == list(before)
     assert [path.read_bytes() for path in home.glob(".claude/settings.json.*.backup")] == [text.encode()]
 

@@ -185,7 +185,7 @@ def job(home):
     record = json.loads((prefix / "installed.json").read_text())
     (prefix / "installed.json").write_text(json.dumps({**record, "uv": None}))
     lib = prefix / "runtime/lib"
-    (lib / "install.py").write_text((lib / "install.py").read_text().replace("IDLE_EXIT_SECONDS = 30", "IDLE_EXIT_SECONDS = 0"))
+    (lib / "service.py").write_text((lib / "service.py").read_text().replace("IDLE_EXIT_SECONDS = 60", "IDLE_EXIT_SECONDS = 0"))
     plist = plist_of(home)
 
     def start():
