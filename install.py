@@ -9,10 +9,11 @@
     install.py install --hook yes --dry-run  shows what would be done, and the change to settings.json
     install.py service --enable              a worker that runs only when there is work; the same as service.py
 
-install copies the scripts to PREFIX/runtime/lib and the example handlers to PREFIX/handlers. Handlers that you changed
-stay yours. It makes PREFIX/state (or TASK_QUEUE_STATE) with its queues, fills uv's cache so that no hook ever
-downloads, and offers a Stop hook for settings.json. Run it again to upgrade: running workers are not disturbed.
-uninstall takes out what install and service.py put in, never the state and nothing that you changed.
+install copies the scripts to PREFIX/runtime/lib and the example handlers to PREFIX/handlers.
+Handlers that you changed stay yours. It makes PREFIX/state (or TASK_QUEUE_STATE) with its queues,
+fills uv's cache so that no hook ever downloads, and offers a Stop hook for settings.json. Run it
+again to upgrade: running workers are not disturbed. uninstall takes out what install and service.py
+put in, never the state and nothing that you changed.
 
 exit codes: 0 done; 1 something was left undone, and the message says what; 64 usage.
 """
@@ -152,7 +153,7 @@ def complain(message: object) -> int:
     return 1
 
 
-# ------------------------------------------------------------------------------------------------------------- install
+# ------------------------------------------------------------------------------------------ install
 
 
 def install(place: Installation, args: argparse.Namespace) -> int:
@@ -201,9 +202,11 @@ def install(place: Installation, args: argparse.Namespace) -> int:
 
 
 def scripts() -> list[Path]:
-    """What goes to runtime/lib, in the order in which it is written: the modules first, queue_helpers before all.
+    """What goes to runtime/lib, in the order in which it is written: the modules first,
+    queue_helpers before all.
 
-    A script is a Python file with a PEP 723 header; everything else beside this file stays where it is.
+    A script is a Python file with a PEP 723 header; everything else beside this file stays where it
+    is.
     """
     modules = sorted(
         HERE.glob("queue_*.py"), key=lambda path: (path.stem != "queue_helpers", path.name)
@@ -263,11 +266,12 @@ def action_for(place: Installation, path: Path, content: bytes, mode: int) -> st
 
 
 def put_in_order(place: Installation, files: list[tuple[Path, bytes, int]]) -> None:
-    """Write the files so that a hook which starts meanwhile never runs a script with a module that lacks what it uses.
+    """Write the files so that a hook which starts meanwhile never runs a script with a module that
+    lacks what it uses.
 
-    An old script works with newer modules, so these come first. When an older version goes over a newer one, it is
-    the other way round: the scripts come first, and the modules when every hook that had read a newer script has
-    imported them.
+    An old script works with newer modules, so these come first. When an older version goes over a
+    newer one, it is the other way round: the scripts come first, and the modules when every hook
+    that had read a newer script has imported them.
     """
     modules = [file for file in files if file[0].name.startswith("queue_")]
     rest = [file for file in files if file not in modules]
@@ -436,7 +440,7 @@ def find_python() -> str | None:
     return None
 
 
-# ----------------------------------------------------------------------------------------------------- the offered hook
+# --------------------------------------------------------------------------------- the offered hook
 
 
 def check_event(event: str) -> None:
@@ -493,7 +497,7 @@ def not_wanted(place: Installation, args: argparse.Namespace, by_hand: str) -> s
     return "" if sys.stdin.readline().strip().lower() in ("y", "yes") else "no hook was added"
 
 
-# ----------------------------------------------------------------------------------------------------------- uninstall
+# ---------------------------------------------------------------------------------------- uninstall
 
 
 def uninstall(place: Installation, args: argparse.Namespace) -> int:

@@ -1,8 +1,9 @@
-"""What install.py put where: the installation's directories, its record, and its hooks in settings.json.
+"""What install.py put where: the installation's directories, its record, and its hooks in
+settings.json.
 
-install.py, service.py and doctor.py ask here whether something is installed, and where. The record is
-PREFIX/installed.json: the digest of each file that was put there, so that what a person changed is told from what is
-ours, and the paths of the state, of Python and of uv.
+install.py, service.py and doctor.py ask here whether something is installed, and where. The record
+is PREFIX/installed.json: the digest of each file that was put there, so that what a person changed
+is told from what is ours, and the paths of the state, of Python and of uv.
 """
 
 from __future__ import annotations
@@ -42,7 +43,8 @@ def settings_file() -> Path:
 
 
 def installed(script: str | Path | None = None) -> Installation | None:
-    """The installation that a script is a part of, or without one the one in the default place; None if there is none.
+    """The installation that a script is a part of, or without one the one in the default place;
+    None if there is none.
 
     installed(__file__) in a checkout is None, installed() there is what `just install` made.
     """
@@ -58,7 +60,8 @@ def is_plain(path: str) -> bool:
 class Installation:
     """Where things are in PREFIX, and what was put there. It need not exist yet.
 
-    Raises WrongUse for a prefix or a state that cannot stand in a unit file, and for a state that is relative.
+    Raises WrongUse for a prefix or a state that cannot stand in a unit file, and for a state that
+    is relative.
     """
 
     def __init__(self, prefix: str | Path | None = None) -> None:
@@ -107,8 +110,8 @@ class Installation:
     def put(self, files: list[tuple[Path, bytes, int]]) -> None:
         """Write (path, content, mode) files in this order, each whole or not at all.
 
-        They are recorded before they are written, so that uninstall knows even the last one of an install that was
-        killed.
+        They are recorded before they are written, so that uninstall knows even the last one of an
+        install that was killed.
         """
         for path, content, _ in files:
             digests = self.record["files"].setdefault(self.name(path), [])
@@ -122,7 +125,7 @@ class Installation:
         self.save()
 
 
-# ---------------------------------------------------------------------------------------------------------- files
+# -------------------------------------------------------------------------------------------- files
 
 
 def digest(content: bytes) -> str:

@@ -1,7 +1,9 @@
-"""Claude Code's settings.json: which hooks are in it, which of them are ours, and how ours is added and taken out.
+"""Claude Code's settings.json: which hooks are in it, which of them are ours, and how ours is added
+and taken out.
 
-install.py and doctor.py use this. A person's settings keep every byte outside of "hooks", a backup is made before
-each change, and when nobody has written to the file since, taking the hook out gives the very file back.
+install.py and doctor.py use this. A person's settings keep every byte outside of "hooks", a backup
+is made before each change, and when nobody has written to the file since, taking the hook out gives
+the very file back.
 """
 
 from __future__ import annotations
@@ -21,14 +23,14 @@ from queue_installation import Installation, Trouble, digest, only_one, write_fi
 HOOK_ARGUMENTS = "notifications link_validation --start-worker"
 HOOK_TIMEOUT_SECONDS = 10
 
-# ----------------------------------------------------------------------------------------------------- hooks of ours
+# ------------------------------------------------------------------------------------ hooks of ours
 
 
 def hooks_in(settings: object) -> Iterator[tuple[str, list, dict, list[str]]]:
     """(event, the group's list of hooks, hook, its words) of every command hook in parsed settings.
 
-    The words are those of `command` as a shell reads them, then `args` where the hook is in exec form. What is not of
-    the shape that Claude Code reads is passed over.
+    The words are those of `command` as a shell reads them, then `args` where the hook is in exec
+    form. What is not of the shape that Claude Code reads is passed over.
     """
     hooks = settings.get("hooks") if isinstance(settings, dict) else None
     for event, groups in hooks.items() if isinstance(hooks, dict) else ():
@@ -67,9 +69,11 @@ def calls(words: list[str], prefix: Path) -> bool:
 def our_hooks(
     settings: object, prefix: Path | None = None
 ) -> Iterator[tuple[str, list, dict, list[str]]]:
-    """Those of hooks_in() that run the installation in prefix; without a prefix, those of any queue of this kind.
+    """Those of hooks_in() that run the installation in prefix; without a prefix, those of any queue
+    of this kind.
 
-    A hook that is written in bash, with the sqlite3 command, belongs to nobody's prefix, but to a queue.
+    A hook that is written in bash, with the sqlite3 command, belongs to nobody's prefix, but to a
+    queue.
     """
     for found in hooks_in(settings):
         words = found[3]
@@ -81,7 +85,7 @@ def our_hooks(
             yield found
 
 
-# ---------------------------------------------------------------------------------------------- the hook
+# ----------------------------------------------------------------------------------------- the hook
 
 
 def hook_command(place: Installation) -> str:
@@ -156,7 +160,7 @@ def settings_before(place: Installation, text: str) -> str | None:
     return None if "backup" in recorded and backup is None and json.loads(new) == {} else new
 
 
-# ---------------------------------------------------------------------------------------------- the file
+# ----------------------------------------------------------------------------------------- the file
 
 
 def read(path: Path) -> str | None:
@@ -201,7 +205,8 @@ def not_json(name: str):
 def edit(
     place: Installation, change: Callable[[str | None], str | None], remember: bool = True
 ) -> None:
-    """Write change(text) over settings.json, a copy kept beside it; anew when somebody else writes meanwhile.
+    """Write change(text) over settings.json, a copy kept beside it; anew when somebody else writes
+    meanwhile.
 
     With remember, the record says how to undo it.
     """

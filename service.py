@@ -9,8 +9,8 @@
     service.py --enable --queue approvals    writes and loads them: now and at each login
     service.py --dry-run                     shows them
 
-Nothing runs while there is no work: the units watch the state directory, and look once a minute for tasks that have
-become due. Run install.py first. install.py uninstall takes the units out again.
+Nothing runs while there is no work: the units watch the state directory, and look once a minute for
+tasks that have become due. Run install.py first. install.py uninstall takes the units out again.
 
 exit codes: 0 done; 1 something was left undone, and the message says what; 64 usage.
 """
@@ -43,16 +43,16 @@ from queue_installation import (  # noqa: E402
 
 EX_USAGE = 64
 
-# Between the two looks of a run that found nothing at first; it also keeps a service that is started for nothing from
-# spinning.
+# Between the two looks of a run that found nothing at first; it also keeps a service that is
+# started for nothing from spinning.
 LOOK_TWICE_SECONDS = 1.0
 
 # The units look this often for tasks that have become due.
 TICK_SECONDS = 60
 IDLE_EXIT_SECONDS = 60
 
-# What a worker and its handlers are told of the environment they are started from. All else may come from a session's
-# workspace, and decide what Python or uv run.
+# What a worker and its handlers are told of the environment they are started from. All else may
+# come from a session's workspace, and decide what Python or uv run.
 TOLD = re.compile(
     "HOME|USER|LOGNAME|SHELL|LANG|LC_[A-Z]+|TZ|TMPDIR|XDG_[A-Z_]+|DISPLAY|WAYLAND_DISPLAY|SSH_AUTH_SOCK"
     "|DBUS_SESSION_BUS_ADDRESS|(HTTPS?|ALL|NO)_PROXY|(https?|all|no)_proxy|SSL_CERT_(FILE|DIR)|NODE_EXTRA_CA_CERTS"
@@ -125,7 +125,7 @@ def complain(message: object) -> int:
     return 1
 
 
-# ----------------------------------------------------------------------------------------------------------- the units
+# ---------------------------------------------------------------------------------------- the units
 
 
 def write_units(place: Installation, args: argparse.Namespace) -> int:
@@ -312,7 +312,7 @@ def launchd_plist(place: Installation, queues: list[str]) -> dict[Path, str]:
     }
 
 
-# ---------------------------------------------------------------------------------------------------- loading them
+# ------------------------------------------------------------------------------------- loading them
 
 
 def load_commands(kind: str, name: str, units: Mapping[Path, str]) -> list[list[str]]:
@@ -378,7 +378,7 @@ def why_not(command: list[str]) -> str:
     )
 
 
-# ---------------------------------------------------------------------------------------------------- what the units run
+# ------------------------------------------------------------------------------- what the units run
 
 
 def work(place: Installation, queues: list[str]) -> int:
