@@ -37,6 +37,8 @@ def place(master):
     shutil.copytree(prefix / "runtime", home / "runtime.kept", dirs_exist_ok=True)
     sqlite3.connect(prefix / "state/tasks.db", isolation_level=None).execute("delete from notifications").connection.close()
     yield home, prefix, command
+    for file in spooled(prefix):
+        file.unlink()
     shutil.rmtree(prefix / "runtime", ignore_errors=True)
     (home / "runtime.kept").rename(prefix / "runtime")
 
@@ -113,20 +115,6 @@ def test_uv_is_not_disturbed_by_what_lies_in_the_workspace(place, tmp_path):
     (tmp_path / ".python-version").write_text("2.7\n")
     assert_quiet(fire(home, command, cwd=tmp_path))
     assert len(rows(prefix)) == 1
-
-
-def test_without_python_and_uv_the_task_goes_to_the_spool_and_from_there_into_the_queue(place):
-    home, prefix, command = place
-    change_hook(prefix, python="''", uv="''")
-    assert_quiet(fire(home, command))
-    (file,) = spooled(prefix)
-    assert file.stat().st_mode & 0o777 == 0o600
-    assert json.loads(file.read_text())["data"]["session_id"] == "s1" and rows(prefix) == []
-    take_in = "import queue_helpers as q; print(q.take_in_spool())"
-    env = {"TASK_QUEUE_STATE": str(prefix / "state"), "PATH": os.environ["PATH"]}
-    ran = subprocess.run([sys.executable, "-c", take_in], cwd=MAIN, env=env, capture_output=True, text=True)
-    assert ran.stdout == "(1, [])\n", ran.stderr
-    assert rows(prefix)[0][0] == "link_validation" and spooled(prefix) == []
 
 
 def test_inside_a_handler_it_stores_nothing_even_without_python(place):
