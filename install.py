@@ -71,7 +71,7 @@ def parser() -> Parser:
         prog="install.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = top.add_subparsers(
-        dest="command", metavar="COMMAND", required=True, parser_class=Parser
+        dest="verb", metavar="COMMAND", required=True, parser_class=Parser
     )
 
     def command(name: str, help: str) -> argparse.ArgumentParser:
@@ -96,6 +96,12 @@ def parser() -> Parser:
         default=HOOK_EVENT,
         help="the event that fires the hook (default Stop)",
     )
+    sub.add_argument(
+        "--command",
+        metavar="NAME",
+        help="put the command into ~/.local/bin under this name (default: ask on a terminal, tq)",
+    )
+    sub.add_argument("--no-command", action="store_true", help="put no command there")
     sub.add_argument("--yes", action="store_true", help="answer yes to every question")
     sub.add_argument(
         "--no-warm",
@@ -134,12 +140,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(args: argparse.Namespace) -> int:
-    command = {"install": install, "uninstall": uninstall}[args.command]
+    command = {"install": install, "uninstall": uninstall}[args.verb]
     place = Installation(args.prefix)
     if args.dry_run:
         return command(place, args)
-    if args.command == "install":
+    if args.verb == "install":
         check_event(args.event)
+        check_command(args.command or COMMAND)
         place.prefix.mkdir(parents=True, exist_ok=True)
     elif not place.prefix.is_dir():
         raise Trouble(f"{place.prefix} is not there: nothing is installed; see just install")
@@ -158,20 +165,23 @@ def complain(message: object) -> int:
 
 def install(place: Installation, args: argparse.Namespace) -> int:
     check_event(args.event)
+    check_command(args.command or COMMAND)
     uv, python = find_uv(), find_python()
-    if not all((HERE / name).is_file() for name in ("queue_helpers.py", "enqueue.py", "hook.sh")):
+    if not all(
+        (HERE / name).is_file() for name in ("queue_helpers.py", "enqueue.py", "hook.sh", "tq.sh")
+    ):
         raise Trouble(
-            f"{HERE} lacks queue_helpers.py, enqueue.py or hook.sh: run install.py from a whole checkout"
+            f"{HERE} lacks queue_helpers.py, enqueue.py or a .sh file: run install.py from a whole checkout"
         )
     failed = 0
-    files = plan(place, hook_script(place, uv, python))
+    place.record.update(state=str(place.state), uv=uv, python=python)
+    files = plan(place)
     for path, _, _, action in files:
         print(f"{action:<10} {place.name(path)}")
     if args.dry_run:
         state = "unchanged" if (place.state / "tasks.db").exists() else "make"
         print(f"{state:<10} {place.name(place.state)}: the queues")
     else:
-        place.record.update(state=str(place.state), uv=uv, python=python)
         for path in (place.settings, *(path for path, *_ in files)):
             # What a killed run has left.
             begun(path).unlink(missing_ok=True)
@@ -190,6 +200,7 @@ def install(place: Installation, args: argparse.Namespace) -> int:
             "no Python 3.11 that runs on its own was found: until then hooks put their tasks into the spool"
         )
     failed |= offer_hook(place, args)
+    failed |= offer_command(place, args)
     if not args.dry_run:
         where = (
             ""
@@ -222,7 +233,7 @@ def is_script(content: bytes) -> bool:
 WRITTEN = ("add", "update")
 
 
-def plan(place: Installation, hook: str) -> list[tuple[Path, bytes, int, str]]:
+def plan(place: Installation) -> list[tuple[Path, bytes, int, str]]:
     """(path, content, mode, action) of every file; scripts are always replaced, handlers only while they are ours."""
     wanted = []
     for path in scripts():
@@ -233,9 +244,10 @@ def plan(place: Installation, hook: str) -> list[tuple[Path, bytes, int, str]]:
                 0o600 if path.name.startswith("queue_") else 0o700,
             )
         )
-    # Not only for the record: whoever installs from the installed copy needs it.
-    wanted.append((place.lib / "hook.sh", (HERE / "hook.sh").read_bytes(), 0o600))
-    wanted.append((place.hook, hook.encode(), 0o700))
+    # Whoever installs from the installed copy needs them.
+    for path in sorted(HERE.glob("*.sh")):
+        wanted.append((place.lib / path.name, path.read_bytes(), 0o600))
+    wanted.append((place.hook, filled_in(place, "hook.sh"), 0o700))
     for path in sorted(handlers_here().glob("[!._]*")):
         if path.is_file():
             wanted.append(
@@ -293,18 +305,15 @@ def goes_back(place: Installation, modules: list[tuple[Path, bytes, int]]) -> bo
     return not used <= set(re.findall(rb"\w+", b" ".join(staying)))
 
 
-def hook_script(place: Installation, uv: str | None, python: str | None) -> str:
-    """hook.sh with its four paths."""
-    values = {
-        "lib": place.lib,
-        "python": python or "",
-        "uv": uv or "",
-        "TASK_QUEUE_STATE": place.state,
-    }
-    text = (HERE / "hook.sh").read_text()
-    for name, value in values.items():
-        text = text.replace(f"\n{name}=\n", f"\n{name}={shlex.quote(str(value))}\n", 1)
-    return text
+def filled_in(place: Installation, name: str) -> bytes:
+    """hook.sh or tq.sh with its paths, each in the line that has its name."""
+    uv, python = place.record.get("uv"), place.record.get("python")
+    values = {"lib": place.lib, "python": python or "", "uv": uv or ""}
+    values |= {"TASK_QUEUE_STATE": place.state, "state": place.state}
+    text = (HERE / name).read_text()
+    for key, value in values.items():
+        text = text.replace(f"\n{key}=\n", f"\n{key}={shlex.quote(str(value))}\n", 1)
+    return text.encode()
 
 
 def make_state(place: Installation) -> int:
@@ -440,6 +449,84 @@ def find_python() -> str | None:
     return None
 
 
+# ------------------------------------------------------------------------------------- the command
+
+COMMAND = "tq"
+
+
+def offer_command(place: Installation, args: argparse.Namespace) -> int:
+    """Put the command into ~/.local/bin if that is wanted, under a name that no other program has."""
+    directory = Path.home() / ".local/bin"
+    name = wanted_command(place, args)
+    while name and (taken := taken_by(place, directory / name)):
+        say = f"{taken} is another program called {name}"
+        if args.command or not sys.stdin.isatty() or args.dry_run:
+            return complain(f"{say}: choose another name for the command, with --command NAME")
+        name = answer(f"{say}. Another name for the command (empty for none): ")
+        check_command(name or COMMAND)
+    if not name:
+        return 0
+    path, content = directory / name, filled_in(place, "tq.sh")
+    there = digest_there(path) == digest(content) and os.access(path, os.X_OK)
+    print(f"{'unchanged' if there else 'update' if path.exists() else 'add':<10} {path}")
+    if args.dry_run:
+        return 0
+    forget_command(place, except_for=path)
+    place.record["command"] = str(path)
+    place.put([(path, content, 0o700)])
+    if str(directory) not in os.environ.get("PATH", "").split(os.pathsep):
+        print(f"{directory} is not on your PATH; this line in your shell's profile adds it:")
+        print('export PATH="$HOME/.local/bin:$PATH"')
+    return 0
+
+
+def wanted_command(place: Installation, args: argparse.Namespace) -> str:
+    """The name of the command; '' when none is wanted. An upgrade need not be told again."""
+    if args.no_command:
+        return ""
+    had = place.record.get("command")
+    if args.command or had or args.yes:
+        return args.command or (Path(had).name if had else COMMAND)
+    if args.dry_run or not sys.stdin.isatty():
+        print(f"no command was added to ~/.local/bin: say --command {COMMAND}")
+        return ""
+    wanted = answer(f"Put the command {COMMAND} into ~/.local/bin? [y/N] ").lower() in ("y", "yes")
+    return COMMAND if wanted else ""
+
+
+def answer(question: str) -> str:
+    print(question, end="", flush=True)
+    return sys.stdin.readline().strip()
+
+
+def check_command(name: str) -> None:
+    if not re.fullmatch("[a-z][a-z0-9_-]{0,30}", name):
+        raise WrongUse(f"{name!r} cannot name a command: use small letters, digits, - and _")
+
+
+def taken_by(place: Installation, path: Path) -> str | None:
+    """Which other program a command of this name would replace, or stand behind or before."""
+    there = digest_there(path)
+    if there is not None and there not in place.known(path):
+        return str(path)
+    elsewhere = [
+        entry for entry in os.environ.get("PATH", "").split(os.pathsep) if os.path.isabs(entry)
+    ]
+    elsewhere = [
+        entry for entry in elsewhere if os.path.realpath(entry) != os.path.realpath(path.parent)
+    ]
+    return shutil.which(path.name, path=os.pathsep.join(elsewhere)) if elsewhere else None
+
+
+def forget_command(place: Installation, except_for: Path) -> None:
+    """Remove the command that an earlier install put there under another name, unless it was changed."""
+    had = place.record.get("command")
+    if had and had != str(except_for):
+        if digest_there(Path(had)) in place.known(Path(had)):
+            Path(had).unlink()
+        place.record["files"].pop(had, None)
+
+
 # --------------------------------------------------------------------------------- the offered hook
 
 
@@ -493,8 +580,8 @@ def not_wanted(place: Installation, args: argparse.Namespace, by_hand: str) -> s
         return ""
     if not sys.stdin.isatty():
         return f"no hook was added to {place.settings}: say --hook yes, or add by hand: {by_hand}"
-    print(f"Add this hook to {place.settings}? [y/N] ", end="", flush=True)
-    return "" if sys.stdin.readline().strip().lower() in ("y", "yes") else "no hook was added"
+    yes = answer(f"Add this hook to {place.settings}? [y/N] ").lower() in ("y", "yes")
+    return "" if yes else "no hook was added"
 
 
 # ---------------------------------------------------------------------------------------- uninstall

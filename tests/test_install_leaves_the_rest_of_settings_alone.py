@@ -177,7 +177,7 @@ def test_without_a_terminal_and_without_an_option_no_hook_is_added(home):
 @pytest.mark.parametrize(("answer", "added"), [("y\n", True), ("n\n", False), ("\n", False), ("\x04", False)])
 def test_on_a_terminal_it_asks(home, answer, added):
     master, slave = os.openpty()
-    with subprocess.Popen([sys.executable, INSTALL, "install", "--no-warm"], stdin=slave, stdout=subprocess.PIPE, text=True,
+    with subprocess.Popen([sys.executable, INSTALL, "install", "--no-warm", "--no-command"], stdin=slave, stdout=subprocess.PIPE, text=True,
                           env={"HOME": str(home), "PATH": os.environ["PATH"]}) as process:  # fmt: skip
         os.close(slave)
         os.write(master, answer.encode())
