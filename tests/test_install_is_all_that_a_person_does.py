@@ -93,7 +93,7 @@ def test_upgrading_under_a_running_worker_loses_and_repeats_nothing(home):
                 changed = (MAIN / "queue_helpers.py").read_text() + f"# {number}\n"
                 source = home / "checkout"
                 source.mkdir(exist_ok=True)
-                for path in [*(MAIN / name for name in ("install.py", "enqueue.py", "worker.py", "hook.sh")), *MAIN.glob("queue_*.py")]:
+                for path in [*(MAIN / name for name in ("install.py", "enqueue.py", "worker.py", "hook.sh", "tq.sh")), *MAIN.glob("queue_*.py")]:
                     (source / path.name).write_bytes(path.read_bytes())
                 (source / "queue_helpers.py").write_text(changed)
                 ran = subprocess.run([sys.executable, source / "install.py", "install", "--no-warm", "--hook", "no"], stdin=subprocess.DEVNULL,
