@@ -5,9 +5,9 @@
 # ///
 """Put the queue where Claude Code's hooks find it, and take it away again.
 
-    install.py install                       into ~/.claude/automation/lychee; asks about the hook on a terminal
-    install.py install --hook yes --dry-run  shows what would be done, and the change to settings.json
-    install.py service --enable              a worker that runs only when there is work; the same as service.py
+    install.py install               into ~/.claude/automation/lychee; asks about the hook
+    install.py install --dry-run     shows what would be done, and the change to settings.json
+    install.py service --enable      a worker that runs only when there is work: service.py
 
 install copies the scripts to PREFIX/runtime/lib and the example handlers to PREFIX/handlers.
 Handlers that you changed stay yours. It makes PREFIX/state (or TASK_QUEUE_STATE) with its queues,
@@ -30,7 +30,8 @@ import stat
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 
 # A dry run writes nothing, compiled modules included.
@@ -57,7 +58,6 @@ WARM_SECONDS = 600.0
 HOOK_LOADS_SECONDS = 2.0
 
 HERE = Path(__file__).resolve().parent
-HOOK_EVENT = "Stop"
 QUEUES = ("notifications", "approvals", "completions")
 
 
@@ -67,52 +67,47 @@ class Parser(argparse.ArgumentParser):
 
 
 def parser() -> Parser:
-    top = Parser(
-        prog="install.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    commands = top.add_subparsers(
-        dest="verb", metavar="COMMAND", required=True, parser_class=Parser
-    )
+    wide = argparse.RawDescriptionHelpFormatter
+    top = Parser(prog="install.py", description=__doc__, formatter_class=wide)
+    # --command is the program that is installed; what argparse calls a command is a verb here.
+    verbs = top.add_subparsers(dest="verb", metavar="COMMAND", required=True, parser_class=Parser)
 
-    def command(name: str, help: str) -> argparse.ArgumentParser:
-        sub = commands.add_parser(name, help=help, description=help)
-        sub.add_argument(
-            "prefix", metavar="PREFIX", nargs="?", help="default ~/.claude/automation/lychee"
-        )
-        sub.add_argument(
-            "--dry-run", action="store_true", help="show what would be done, and write nothing"
-        )
-        return sub
+    def verb(name: str, help: str) -> Callable:
+        sub = verbs.add_parser(name, help=help, description=help)
+        default = "default ~/.claude/automation/lychee"
+        sub.add_argument("prefix", metavar="PREFIX", nargs="?", help=default)
+        sub.add_argument("--dry-run", action="store_true", help="show it all, and write nothing")
+        return sub.add_argument
 
-    sub = command("install", "copy the scripts, make the queues, offer the hook")
-    sub.add_argument(
-        "--hook",
-        choices=("yes", "no"),
-        help="add the hook to settings.json, or not (default: ask on a terminal)",
-    )
-    sub.add_argument(
-        "--event",
-        metavar="NAME",
-        default=HOOK_EVENT,
-        help="the event that fires the hook (default Stop)",
-    )
-    sub.add_argument(
-        "--command",
-        metavar="NAME",
-        help="put the command into ~/.local/bin under this name (default: ask on a terminal, tq)",
-    )
-    sub.add_argument("--no-command", action="store_true", help="put no command there")
-    sub.add_argument("--yes", action="store_true", help="answer yes to every question")
-    sub.add_argument(
-        "--no-warm",
-        action="store_true",
-        help="leave uv's cache alone; a first run may then download",
-    )
-    command("uninstall", "take out what install and service.py put in, never the state")
-    commands.add_parser(
-        "service", help="have a worker started whenever there is work; see service.py --help"
-    )
+    add = verb("install", "copy the scripts, make the queues, offer the hook and the command")
+    add("--hook", choices=("yes", "no"), help="add the hook, or not (default: ask on a terminal)")
+    add("--event", metavar="NAME", type=event, default="Stop", help="which fires it (default Stop)")
+    add("--command", metavar="NAME", type=program, help="put it into ~/.local/bin as NAME (or ask)")
+    add("--no-command", action="store_true", help="put no command there")
+    add("--yes", action="store_true", help="answer yes to every question")
+    add("--no-warm", action="store_true", help="leave uv's cache alone; a first run may download")
+    verb("uninstall", "take out what install and service.py put in, never the state")
+    verbs.add_parser("service", help="start a worker whenever there is work; see service.py --help")
     return top
+
+
+def event(name: str) -> str:
+    """An event of Claude Code that may fire a hook of the queue."""
+    if name == "WorktreeCreate":
+        raise argparse.ArgumentTypeError(
+            "Claude Code takes a worktree's path from what a WorktreeCreate hook prints, and a hook"
+            " of the queue prints nothing: no worktree could be made any more"
+        )
+    if not re.fullmatch("[A-Z][A-Za-z]{0,63}", name):
+        raise argparse.ArgumentTypeError(f"{name!r} is not the name of an event, like SessionEnd")
+    return name
+
+
+def program(name: str) -> str:
+    """A name for the command."""
+    if not re.fullmatch("[a-z][a-z0-9_-]{0,30}", name):
+        raise argparse.ArgumentTypeError(f"{name!r}: use small letters, digits, - and _")
+    return name
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -127,7 +122,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.umask(0o077)
     try:
         return run(args)
-    except WrongUse as error:
+    except (WrongUse, argparse.ArgumentTypeError) as error:
         complain(error)
         return EX_USAGE
     except Trouble as trouble:
@@ -145,8 +140,6 @@ def run(args: argparse.Namespace) -> int:
     if args.dry_run:
         return command(place, args)
     if args.verb == "install":
-        check_event(args.event)
-        check_command(args.command or COMMAND)
         place.prefix.mkdir(parents=True, exist_ok=True)
     elif not place.prefix.is_dir():
         raise Trouble(f"{place.prefix} is not there: nothing is installed; see just install")
@@ -164,64 +157,41 @@ def complain(message: object) -> int:
 
 
 def install(place: Installation, args: argparse.Namespace) -> int:
-    check_event(args.event)
-    check_command(args.command or COMMAND)
+    if not all((HERE / name).is_file() for name in ("queue_helpers.py", "enqueue.py", "hook.sh")):
+        raise Trouble(f"{HERE} lacks queue_helpers.py, enqueue.py or hook.sh: use a whole checkout")
     uv, python = find_uv(), find_python()
-    if not all(
-        (HERE / name).is_file() for name in ("queue_helpers.py", "enqueue.py", "hook.sh", "tq.sh")
-    ):
-        raise Trouble(
-            f"{HERE} lacks queue_helpers.py, enqueue.py or a .sh file: run install.py from a whole checkout"
-        )
-    failed = 0
     place.record.update(state=str(place.state), uv=uv, python=python)
     files = plan(place)
     for path, _, _, action in files:
         print(f"{action:<10} {place.name(path)}")
+    failed = 0
     if args.dry_run:
-        state = "unchanged" if (place.state / "tasks.db").exists() else "make"
-        print(f"{state:<10} {place.name(place.state)}: the queues")
+        action = "unchanged" if (place.state / "tasks.db").exists() else "make"
+        print(f"{action:<10} {place.name(place.state)}: the queues")
     else:
-        for path in (place.settings, *(path for path, *_ in files)):
-            # What a killed run has left.
-            begun(path).unlink(missing_ok=True)
-        put_in_order(
-            place,
-            [(path, content, mode) for path, content, mode, action in files if action in WRITTEN],
-        )
+        put_in_order(place, files)
         failed |= make_state(place)
         failed |= warm(place, uv) if uv and not args.no_warm else 0
     if not uv:
-        failed |= complain(
-            "uv was not found: workers need it (python3 -m pip install uv); the hook works without"
-        )
+        failed |= complain("uv was not found, and workers need it: python3 -m pip install uv")
     if not python and not uv:
-        failed |= complain(
-            "no Python 3.11 that runs on its own was found: until then hooks put their tasks into the spool"
-        )
+        failed |= complain("no Python 3.11 was found either: until then hooks fill the spool")
     failed |= offer_hook(place, args)
     failed |= offer_command(place, args)
     if not args.dry_run:
-        where = (
-            ""
-            if place.state == default_prefix() / "state"
-            else f"TASK_QUEUE_STATE={shlex.quote(str(place.state))} "
-        )
+        usual = place.state == default_prefix() / "state"
+        where = "" if usual else f"TASK_QUEUE_STATE={shlex.quote(str(place.state))} "
         doctor = shlex.quote(str(place.lib / "tasks.py"))
         print(f"installed in {place.prefix}; check it with: {where}{doctor} doctor")
     return failed
 
 
 def scripts() -> list[Path]:
-    """What goes to runtime/lib, in the order in which it is written: the modules first,
-    queue_helpers before all.
+    """What goes to runtime/lib: the modules, queue_helpers before all, then the scripts.
 
-    A script is a Python file with a PEP 723 header; everything else beside this file stays where it
-    is.
+    A script is a Python file with a PEP 723 header; all else beside this file stays where it is.
     """
-    modules = sorted(
-        HERE.glob("queue_*.py"), key=lambda path: (path.stem != "queue_helpers", path.name)
-    )
+    modules = sorted(HERE.glob("queue_*.py"), key=lambda path: path.stem != "queue_helpers")
     others = [path for path in sorted(HERE.glob("*.py")) if path not in modules]
     return modules + [path for path in others if is_script(path.read_bytes())]
 
@@ -230,40 +200,30 @@ def is_script(content: bytes) -> bool:
     return re.search(rb"^# /// script$", content, re.MULTILINE) is not None
 
 
-WRITTEN = ("add", "update")
-
-
 def plan(place: Installation) -> list[tuple[Path, bytes, int, str]]:
-    """(path, content, mode, action) of every file; scripts are always replaced, handlers only while they are ours."""
+    """(path, content, mode, action) of every file.
+
+    Scripts are always replaced, handlers only while they are ours. What an older version put into
+    runtime/lib, and this one has no more, is removed.
+    """
     wanted = []
     for path in scripts():
-        wanted.append(
-            (
-                place.lib / path.name,
-                path.read_bytes(),
-                0o600 if path.name.startswith("queue_") else 0o700,
-            )
-        )
-    # Whoever installs from the installed copy needs them.
+        mode = 0o600 if path.name.startswith("queue_") else 0o700
+        wanted.append((place.lib / path.name, path.read_bytes(), mode))
     for path in sorted(HERE.glob("*.sh")):
+        # Whoever installs from the installed copy needs them.
         wanted.append((place.lib / path.name, path.read_bytes(), 0o600))
     wanted.append((place.hook, filled_in(place, "hook.sh"), 0o700))
-    for path in sorted(handlers_here().glob("[!._]*")):
+    for path in sorted((HERE / "handlers").glob("[!._]*")):
         if path.is_file():
-            wanted.append(
-                (
-                    place.handlers / path.name,
-                    path.read_bytes(),
-                    0o700 if os.access(path, os.X_OK) else 0o600,
-                )
-            )
-    return [(*file, action_for(place, *file)) for file in wanted]
-
-
-def handlers_here() -> Path:
-    """The handlers beside this file, or of the installation that this file is a part of."""
-    beside = HERE / "handlers"
-    return beside if beside.is_dir() else HERE.parent.parent / "handlers"
+            mode = 0o700 if os.access(path, os.X_OK) else 0o600
+            wanted.append((place.handlers / path.name, path.read_bytes(), mode))
+    files = [(*file, action_for(place, *file)) for file in wanted]
+    before = {place.prefix / name for name in place.record["files"]} - {path for path, *_ in wanted}
+    for path in sorted(before):
+        if path.parent == place.lib and digest_there(path) in place.known(path):
+            files.append((path, b"", 0, "remove"))
+    return files
 
 
 def action_for(place: Installation, path: Path, content: bytes, mode: int) -> str:
@@ -277,26 +237,34 @@ def action_for(place: Installation, path: Path, content: bytes, mode: int) -> st
     return "update"
 
 
-def put_in_order(place: Installation, files: list[tuple[Path, bytes, int]]) -> None:
-    """Write the files so that a hook which starts meanwhile never runs a script with a module that
-    lacks what it uses.
+def put_in_order(place: Installation, files: list[tuple[Path, bytes, int, str]]) -> None:
+    """Write the files so that no hook runs a script with a module that lacks what it uses.
 
     An old script works with newer modules, so these come first. When an older version goes over a
     newer one, it is the other way round: the scripts come first, and the modules when every hook
     that had read a newer script has imported them.
     """
-    modules = [file for file in files if file[0].name.startswith("queue_")]
-    rest = [file for file in files if file not in modules]
-    if not goes_back(place, modules):
+    for path in (place.settings, *(path for path, *_ in files)):
+        # What a killed run has left.
+        begun(path).unlink(missing_ok=True)
+    new = [file[:3] for file in files if file[3] in ("add", "update")]
+    modules = [file for file in new if file[0].name.startswith("queue_")]
+    rest = [file for file in new if file not in modules]
+    if goes_back(place, modules):
+        place.put(rest)
+        time.sleep(HOOK_LOADS_SECONDS)
+        place.put(modules)
+    else:
         place.put(modules + rest)
-        return
-    place.put(rest)
-    time.sleep(HOOK_LOADS_SECONDS)
-    place.put(modules)
+    for path, _, _, action in files:
+        if action == "remove":
+            path.unlink(missing_ok=True)
+            del place.record["files"][place.name(path)]
+    place.save()
 
 
 def goes_back(place: Installation, modules: list[tuple[Path, bytes, int]]) -> bool:
-    """Whether the hook's script, as it is installed, uses a name that the modules would no longer have."""
+    """Whether the installed enqueue.py uses a name that the modules would no longer have."""
     script = place.lib / "enqueue.py"
     if not modules or not script.is_file():
         return False
@@ -317,7 +285,7 @@ def filled_in(place: Installation, name: str) -> bytes:
 
 
 def make_state(place: Installation) -> int:
-    """Make the database with its queues, and the directories; all are their owner's alone, whoever made them first."""
+    """Make the database and the directories, their owner's alone, whoever made them first."""
     import queue_helpers as q
 
     directories = [place.state, *(place.state / name for name in ("spool", "workers", "logs"))]
@@ -360,13 +328,14 @@ def warm(place: Installation, uv: str) -> int:
         why = why_not(command, timeout=WARM_SECONDS, cwd=place.prefix, env=environment())
         if why:
             failed |= complain(
-                f"{place.name(path)} does not run yet: {why}; with a network, run: {shlex.join(command)}"
+                f"{place.name(path)} does not run yet: {why};"
+                f" with a network, run: {shlex.join(command)}"
             )
     return failed
 
 
 def environment() -> dict[str, str]:
-    """This one without what chooses another Python, or other modules, for the programs that install tries out."""
+    """This one, without what chooses another Python or other modules."""
     chooses = re.compile(
         "PYTHON.*|VIRTUAL_ENV|UV|UV_(PYTHON|PROJECT|ENV_FILE|CONFIG_FILE|WORKING_DIR.*)"
     )
@@ -386,7 +355,10 @@ def why_not(command: list[str], **options) -> str:
 
 
 def works_alone(command: list[str]) -> bool:
-    """Whether a program runs with nothing on PATH, as a graphical start has it: version managers' shims do not."""
+    """Whether a program runs with nothing on PATH, unlike the shims of version managers.
+
+    A program that was started by a desktop has such a PATH.
+    """
     return not why_not(command, env={"HOME": str(Path.home())}, timeout=30)
 
 
@@ -425,7 +397,10 @@ def find_uv() -> str | None:
 
 
 def find_python() -> str | None:
-    """The absolute path of a Python that can enqueue and works alone; those that survive an upgrade come first."""
+    """The absolute path of a Python that can enqueue and works alone.
+
+    Those that survive an upgrade come first.
+    """
     # Outside of any virtual environment, uv's own included.
     base = getattr(sys, "_base_executable", None)
     places = [
@@ -438,7 +413,8 @@ def find_python() -> str | None:
     if sys.platform != "darwin":
         # On macOS it may be a stub that opens a window.
         places.insert(0, "/usr/bin/python3")
-    fit = "import sys, sqlite3; sys.exit(sys.version_info < (3, 11) or sqlite3.sqlite_version_info < (3, 35))"
+    versions = "sys.version_info < (3, 11) or sqlite3.sqlite_version_info < (3, 35)"
+    fit = f"import sys, sqlite3; sys.exit({versions})"
     for python in places:
         if (
             python
@@ -455,7 +431,7 @@ COMMAND = "tq"
 
 
 def offer_command(place: Installation, args: argparse.Namespace) -> int:
-    """Put the command into ~/.local/bin if that is wanted, under a name that no other program has."""
+    """Put the command into ~/.local/bin if it is wanted, under a name no other program has."""
     directory = Path.home() / ".local/bin"
     name = wanted_command(place, args)
     while name and (taken := taken_by(place, directory / name)):
@@ -463,7 +439,7 @@ def offer_command(place: Installation, args: argparse.Namespace) -> int:
         if args.command or not sys.stdin.isatty() or args.dry_run:
             return complain(f"{say}: choose another name for the command, with --command NAME")
         name = answer(f"{say}. Another name for the command (empty for none): ")
-        check_command(name or COMMAND)
+        program(name or COMMAND)
     if not name:
         return 0
     path, content = directory / name, filled_in(place, "tq.sh")
@@ -499,27 +475,21 @@ def answer(question: str) -> str:
     return sys.stdin.readline().strip()
 
 
-def check_command(name: str) -> None:
-    if not re.fullmatch("[a-z][a-z0-9_-]{0,30}", name):
-        raise WrongUse(f"{name!r} cannot name a command: use small letters, digits, - and _")
-
-
 def taken_by(place: Installation, path: Path) -> str | None:
     """Which other program a command of this name would replace, or stand behind or before."""
     there = digest_there(path)
     if there is not None and there not in place.known(path):
         return str(path)
-    elsewhere = [
+    here = os.path.realpath(path.parent)
+    entries = [
         entry for entry in os.environ.get("PATH", "").split(os.pathsep) if os.path.isabs(entry)
     ]
-    elsewhere = [
-        entry for entry in elsewhere if os.path.realpath(entry) != os.path.realpath(path.parent)
-    ]
-    return shutil.which(path.name, path=os.pathsep.join(elsewhere)) if elsewhere else None
+    elsewhere = os.pathsep.join(entry for entry in entries if os.path.realpath(entry) != here)
+    return shutil.which(path.name, path=elsewhere) if elsewhere else None
 
 
 def forget_command(place: Installation, except_for: Path) -> None:
-    """Remove the command that an earlier install put there under another name, unless it was changed."""
+    """Remove the command that was put there under another name before, if it is unchanged."""
     had = place.record.get("command")
     if had and had != str(except_for):
         if digest_there(Path(had)) in place.known(Path(had)):
@@ -528,16 +498,6 @@ def forget_command(place: Installation, except_for: Path) -> None:
 
 
 # --------------------------------------------------------------------------------- the offered hook
-
-
-def check_event(event: str) -> None:
-    if event == "WorktreeCreate":
-        raise WrongUse(
-            "Claude Code takes a worktree's path from what a WorktreeCreate hook prints, and a hook of the queue prints"
-            " nothing, so worktrees could no longer be made: choose another event, for example SessionStart"
-        )
-    if not re.fullmatch("[A-Z][A-Za-z]{0,63}", event):
-        raise WrongUse(f"{event!r} is not the name of an event, like Stop or SessionEnd")
 
 
 def offer_hook(place: Installation, args: argparse.Namespace) -> int:
@@ -570,7 +530,8 @@ def offer_hook(place: Installation, args: argparse.Namespace) -> int:
     except OSError as error:
         where = error.filename or place.settings
         return complain(
-            f"{where}: {error.strerror}; settings.json was left alone. To have the hook, add by hand: {by_hand}"
+            f"{where}: {error.strerror}; settings.json was left alone."
+            f" To have the hook, add by hand: {by_hand}"
         )
 
 
@@ -592,11 +553,11 @@ def uninstall(place: Installation, args: argparse.Namespace) -> int:
         raise Trouble(
             f"{place.prefix} has no installed.json: nothing is installed there, or by hand"
         )
+    import service
+
     failed = withdraw_hook(place, args.dry_run)
     units = place.record.get("units", [])
-    if units and not args.dry_run:
-        import service
-
+    if not args.dry_run:
         service.unload(units)
     for name, digests in sorted(place.record["files"].items()):
         # Units are recorded with their absolute path.
@@ -612,8 +573,7 @@ def uninstall(place: Installation, args: argparse.Namespace) -> int:
         return failed
     for path in (place.settings, place.record_file):
         begun(path).unlink(missing_ok=True)
-    if units:
-        service.reload(units)
+    service.reload(units)
     remove_compiled(place)
     remove_empty(place.lib / "__pycache__", place.lib, place.lib.parent, place.handlers)
     # The record goes last: whoever is killed before that can begin again.
@@ -651,21 +611,16 @@ def withdraw_hook(place: Installation, dry_run: bool) -> int:
         text = queue_settings.read(place.settings)
         if text is None:
             return 0
-        new = queue_settings.settings_before(place, text)
+        before = partial(queue_settings.settings_before, place)
+        new = before(text)
         if new != text:
             print("".join(queue_settings.difference(text, new, place.settings)), end="")
-        left = [
-            found
-            for found in queue_settings.hooks_in(json.loads(new or "{}"))
-            if queue_settings.calls(found[3], place.prefix)
-        ]
+        left = queue_settings.our_hooks(json.loads(new or "{}"), place.prefix)
         if not dry_run and new != text:
             if new is None:
                 place.settings.unlink()
             else:
-                queue_settings.edit(
-                    place, lambda text: queue_settings.settings_before(place, text), remember=False
-                )
+                queue_settings.edit(place, before, remember=False)
         return name_left(place, left)
     except Trouble as trouble:
         if "hook" not in place.record:
@@ -674,14 +629,15 @@ def withdraw_hook(place: Installation, dry_run: bool) -> int:
         return complain(f"{trouble}; it was left alone. Remove by hand the hook with: {command}")
 
 
-def name_left(place: Installation, left: list) -> int:
-    """Name the hooks that stay although they call this installation; 1 if one of them would now disturb Claude."""
+def name_left(place: Installation, left: Iterable[tuple]) -> int:
+    """Name the hooks that stay and call this installation; 1 if one of them now disturbs Claude."""
     failed = 0
     for event, _, hook, words in left:
         if any(word.endswith("enqueue.py") for word in words):
             failed = complain(
-                f"the {event} hook in {place.settings} calls {place.lib / 'enqueue.py'}, which is gone now: Python then"
-                f" exits 2, and that blocks Claude. Take this hook out by hand: {json.dumps(hook, ensure_ascii=False)}"
+                f"the {event} hook in {place.settings} calls {place.lib / 'enqueue.py'},"
+                " which is gone: Python then exits 2, and that blocks Claude."
+                " Take this hook out by hand: " + json.dumps(hook, ensure_ascii=False)
             )
         else:
             print(f"{'keep yours':<10} {place.settings}: you changed the {event} hook")

@@ -53,7 +53,7 @@ def installed(script: str | Path | None = None) -> Installation | None:
 
 
 def is_plain(path: str) -> bool:
-    """Whether a path can stand in a line of a unit file or a script: no control characters, and UTF-8."""
+    """Whether a path can stand in a line of a unit or a script: UTF-8, no control characters."""
     return not re.search("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]", path)
 
 
@@ -74,7 +74,7 @@ class Installation:
         state = os.path.expanduser(asked or self.record.get("state") or self.prefix / "state")
         if not os.path.isabs(state):
             raise WrongUse(
-                f"TASK_QUEUE_STATE={asked!r} is relative: it would be another state in every directory"
+                f"TASK_QUEUE_STATE={asked!r} is relative: each directory would have its own"
             )
         self.state = Path(os.path.abspath(state))
         for path, what in ((self.prefix, "PREFIX"), (self.state, "TASK_QUEUE_STATE")):
@@ -89,8 +89,9 @@ class Installation:
             found = json.loads(self.record_file.read_bytes())
         except (FileNotFoundError, ValueError):
             found = None
-        fits = isinstance(found, dict) and isinstance(found.get("files"), dict)
-        return found if fits else {"files": {}}
+        if isinstance(found, dict) and isinstance(found.get("files"), dict):
+            return found
+        return {"files": {}}
 
     def save(self) -> None:
         write_file(
@@ -133,7 +134,10 @@ def digest(content: bytes) -> str:
 
 
 def digest_there(path: Path) -> str | None:
-    """The digest of what is at path, None when nothing is; what is not a plain file has one that nothing matches."""
+    """The digest of the file at path, None when nothing is there.
+
+    What is not a plain file has a digest that nothing matches.
+    """
     try:
         if not stat.S_ISREG(path.lstat().st_mode):
             return "not a file"
@@ -148,7 +152,7 @@ def begun(path: Path) -> Path:
 
 
 def write_file(path: Path, content: bytes, mode: int, owner: os.stat_result | None = None) -> None:
-    """Replace path in one step: a reader sees the old file or the new one, and so it is after a power cut."""
+    """Replace path in one step: a reader, or a power cut, leaves the old file or the new one."""
     new = begun(path)
     new.unlink(missing_ok=True)
     fd = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
@@ -176,7 +180,8 @@ def only_one(directory: Path) -> Iterator[None]:
     while (fd := q.lock_file(directory, probe=True)) is None:
         if time.monotonic() > deadline:
             raise Trouble(
-                f"{directory} is locked by another install since {LOCK_SECONDS:.0f} s; is one waiting for an answer?"
+                f"{directory} is locked by another install since {LOCK_SECONDS:.0f} s;"
+                " is one waiting for an answer?"
             )
         time.sleep(0.05)
     try:

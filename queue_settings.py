@@ -16,9 +16,10 @@ import stat
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from itertools import chain
 from pathlib import Path
 
-from queue_installation import Installation, Trouble, digest, only_one, write_file
+from queue_installation import Installation, Trouble, digest, digest_there, only_one, write_file
 
 HOOK_ARGUMENTS = "notifications link_validation --start-worker"
 HOOK_TIMEOUT_SECONDS = 10
@@ -36,13 +37,15 @@ def hooks_in(settings: object) -> Iterator[tuple[str, list, dict, list[str]]]:
     for event, groups in hooks.items() if isinstance(hooks, dict) else ():
         for group in groups if isinstance(groups, list) else ():
             listed = group.get("hooks") if isinstance(group, dict) else None
-            for hook in listed if isinstance(listed, list) else ():
+            if not isinstance(listed, list):
+                continue
+            for hook in listed:
                 if isinstance(hook, dict) and isinstance(hook.get("command"), str):
                     yield event, listed, hook, words_of(hook)
 
 
 def words_of(hook: dict) -> list[str]:
-    """The words of a hook's command. In exec form `command` is a program, and `args` are its arguments."""
+    """The words of a hook's command; in exec form those are the program and its `args`."""
     arguments = hook.get("args")
     if isinstance(arguments, list):
         return [hook["command"], *(word for word in arguments if isinstance(word, str))]
@@ -53,7 +56,10 @@ def words_of(hook: dict) -> list[str]:
 
 
 def calls(words: list[str], prefix: Path) -> bool:
-    """Whether a hook runs the installation in prefix: its hook, or a script in its lib, through symbolic links, too."""
+    """Whether a hook runs runtime/hook or enqueue.py of the installation in prefix.
+
+    Symbolic links count as what they point to.
+    """
     ours = {
         os.path.realpath(prefix / "runtime/hook"),
         os.path.realpath(prefix / "runtime/lib/enqueue.py"),
@@ -89,7 +95,10 @@ def our_hooks(
 
 
 def hook_command(place: Installation) -> str:
-    """The command of the hook: ends well even when everything has been removed, and never with 2, as sh alone would."""
+    """The command of the hook.
+
+    It ends well even when everything has been removed, and never with 2, as sh alone would.
+    """
     hook = shlex.quote(str(place.hook))
     return f"test ! -r {hook} || /bin/sh {hook} {HOOK_ARGUMENTS} || exit 1"
 
@@ -123,7 +132,7 @@ def with_hook(text: str | None, place: Installation, event: str) -> tuple[str, s
 
 
 def without_hook(text: str, place: Installation) -> str:
-    """The settings without the hook; one that was changed since is left. What was made for it goes with it."""
+    """The settings without the hook, and without what was made for it; a changed hook is left."""
     settings, recorded = json.loads(text), place.record["hook"]["command"]
     found = [
         (event, listed, hook)
@@ -143,13 +152,13 @@ def without_hook(text: str, place: Installation) -> str:
     return with_value(text, "hooks", settings["hooks"] or None) if found else text
 
 
-def settings_before(place: Installation, text: str) -> str | None:
+def settings_before(place: Installation, text: str | None) -> str | None:
     """The settings as they would be had the hook never been added; None if there would be none.
 
     When nobody has written to them since, they are what they were, byte for byte.
     """
     recorded = place.record.get("hook")
-    if recorded is None:
+    if recorded is None or text is None:
         return text
     backup = recorded.get("backup")
     if recorded.get("written") == digest(text.encode()) and (
@@ -164,7 +173,10 @@ def settings_before(place: Installation, text: str) -> str | None:
 
 
 def read(path: Path) -> str | None:
-    """The text of settings.json, None when there is none; raises Trouble for what had better be left alone."""
+    """The text of settings.json, None when there is none.
+
+    Raises Trouble for what had better be left alone.
+    """
     try:
         found = path.lstat()
     except FileNotFoundError:
@@ -229,7 +241,7 @@ def edit(
 
 
 def remember_hook(place: Installation, text: str | None, new: str, backup: Path | None) -> None:
-    """Record how to undo a change of settings.json; after an update, how to undo all changes since the first."""
+    """Record how to undo a change of settings.json, and the changes of ours before it."""
     recorded = place.record.get("hook", {})
     if "backup" not in recorded or recorded.get("written") != digest((text or "").encode()):
         recorded = {"backup": backup and str(backup)}
@@ -242,10 +254,14 @@ def remember_hook(place: Installation, text: str | None, new: str, backup: Path 
 
 
 def keep_backup(path: Path, text: str, mode: int, owner: os.stat_result | None) -> Path:
-    backup = path.with_name(f"{path.name}.{time.strftime('%Y%m%d-%H%M%S')}.backup")
-    if not backup.exists():
-        write_file(backup, text.encode(), mode, owner)
-    return backup
+    """A copy beside the file, under a name that no other copy has."""
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    for name in chain([stamp], (f"{stamp}-{number}" for number in range(1, 100))):
+        backup = path.with_name(f"{path.name}.{name}.backup")
+        if digest_there(backup) in (None, digest(text.encode())):
+            write_file(backup, text.encode(), mode, owner)
+            return backup
+    raise Trouble(f"{path} has a hundred backups of this second")
 
 
 def difference(old: str | None, new: str | None, path: Path) -> Iterator[str]:
@@ -288,17 +304,23 @@ def without_member(text: str, found: list[tuple[str, int, int, int]], index: int
 
 
 def members(text: str) -> tuple[list[tuple[str, int, int, int]], int]:
-    """[(key, its start, its value's start and end), …] of a JSON object's text, and where its brace closes."""
-    space, decode, found = re.compile(r"[ \t\n\r,:]*"), json.JSONDecoder().raw_decode, []
-    at = space.match(text, text.index("{") + 1).end()
+    """[(key, its start, its value's start and end), …] of a JSON object's text, and its close."""
+    decode, found = json.JSONDecoder().raw_decode, []
+    at = after_space(text, text.index("{") + 1)
     while text[at] != "}":
-        start = at
-        key, at = decode(text, at)
-        value = space.match(text, at).end()
+        key, end = decode(text, at)
+        value = after_space(text, end)
         _, end = decode(text, value)
-        found.append((key, start, value, end))
-        at = space.match(text, end).end()
+        found.append((key, at, value, end))
+        at = after_space(text, end)
     return found, at
+
+
+def after_space(text: str, at: int) -> int:
+    """The position of what comes after blanks, a colon or a comma. The text is known to be JSON."""
+    while text[at] in " \t\n\r,:":
+        at += 1
+    return at
 
 
 def style(text: str) -> tuple[str, str | None, tuple[str, str]]:

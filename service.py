@@ -5,7 +5,7 @@
 # ///
 """Have a worker started whenever there is work, by systemd or launchd.
 
-    service.py                               writes the units for the queue notifications, and says how to load them
+    service.py                               writes the units, and says how to load them
     service.py --enable --queue approvals    writes and loads them: now and at each login
     service.py --dry-run                     shows them
 
@@ -93,13 +93,13 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
-    # What the units run: work PREFIX QUEUE ...
     if argv[:1] == ["work"]:
-        return (
-            work(Installation(argv[1]), argv[2:])
-            if len(argv) > 2
-            else parse(["--work-takes-a-prefix-and-queues"])
-        )
+        # This is what the units run.
+        parser = Parser(prog="service.py work", description=work.__doc__)
+        parser.add_argument("prefix", metavar="PREFIX")
+        parser.add_argument("queues", metavar="QUEUE", nargs="+")
+        told = parser.parse_args(argv[1:])
+        return work(Installation(told.prefix), told.queues)
     args = parse(argv)
     os.umask(0o077)
     try:
@@ -147,7 +147,7 @@ def write_units(place: Installation, args: argparse.Namespace) -> int:
             print(f"# {path}\n{content}")
         elif digest_there(path) not in (None, digest(content.encode()), *place.known(path)):
             raise Trouble(
-                f"{path} is not as it was written here: move it away, then run the same command again"
+                f"{path} is not as it was written here: move it away, then run this again"
             )
     if args.dry_run:
         return 0
@@ -174,7 +174,7 @@ def name_of(place: Installation) -> str:
 
 
 def unit_environment(place: Installation) -> dict[str, str]:
-    """What a worker's handlers need of the environment: the user's own PATH, no more, so no secrets."""
+    """What handlers need of the environment: the user's own PATH, no more, so no secrets."""
     import getpass
 
     tools = [os.path.dirname(place.record.get("uv") or "")]
@@ -215,7 +215,10 @@ def unit_command(place: Installation, queues: list[str]) -> list[str]:
 
 
 def watched(place: Installation, queues: list[str]) -> list[Path]:
-    """What changes when a task comes in: Python touches wake, the sqlite3 command writes the WAL, the spool fills."""
+    """What changes when a task comes in.
+
+    Python touches wake, the sqlite3 command writes the WAL, a hook without Python fills the spool.
+    """
     return [
         place.state / "wake",
         place.state / "tasks.db-wal",
@@ -333,7 +336,8 @@ def enable(kind: str, load: list[list[str]]) -> int:
         # What was not loaded before cannot be taken out.
         if why and command[1] != "bootout":
             return complain(
-                f"the service is written but not loaded: {why}; in a login session, run: {shlex.join(command)}"
+                f"the service is written but not loaded: {why};"
+                f" in a login session, run: {shlex.join(command)}"
             )
     print("loaded: a worker starts when there is work")
     if kind == "systemd":
@@ -342,7 +346,7 @@ def enable(kind: str, load: list[list[str]]) -> int:
 
 
 def unload(units: list[str]) -> None:
-    """Stop what the recorded units do. Where nothing can be loaded, nothing is: failures do not count."""
+    """Stop what the recorded units do. Where nothing can be loaded, failures do not count."""
     names = [Path(unit).name for unit in units]
     watching = [name for name in names if name.endswith((".path", ".timer"))]
     if watching:
@@ -382,7 +386,10 @@ def why_not(command: list[str]) -> str:
 
 
 def work(place: Installation, queues: list[str]) -> int:
-    """Become a worker if there is work. Looks twice: what started us may have seen a commit before others can."""
+    """Become a worker if there is work.
+
+    Looks twice: what started this may have seen a commit before others can.
+    """
     import queue_helpers as q
 
     for pause in (0.0, LOOK_TWICE_SECONDS):
@@ -399,7 +406,7 @@ def work(place: Installation, queues: list[str]) -> int:
 
 
 def is_work(state: Path, queues: list[str]) -> bool:
-    """Whether a worker of these queues would find anything; tasks of dead workers are taken back first."""
+    """Whether a worker would find anything; tasks of dead workers are taken back first."""
     import queue_helpers as q
 
     spools = [state / "spool" / queue for queue in queues]
@@ -433,7 +440,7 @@ def worker_command(place: Installation, queues: list[str]) -> list[str]:
 
 
 def worker_environment(environ: Mapping[str, str], state: Path) -> dict[str, str]:
-    """The clean, named set of variables that a worker is started with; relative paths are left out."""
+    """The clean, named set of variables that a worker is started with; no relative paths."""
     told = {
         name: value
         for name, value in environ.items()

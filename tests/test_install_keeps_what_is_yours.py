@@ -117,6 +117,57 @@ def test_the_installed_copy_can_uninstall_without_the_checkout(source, home):
     assert [path.name for path in prefix.iterdir()] == ["state"]
 
 
+def test_an_upgrade_removes_what_the_new_version_has_no_more(source, home):
+    lib = home / ".claude/automation/lychee/runtime/lib"
+    for name in ("queue_extra.py", "extra.py", "changed.py"):
+        (source / name).write_text("# /// script\n# ///\n")
+    install(source, home)
+    assert {"queue_extra.py", "extra.py", "changed.py"} <= files(lib)
+    for name in ("queue_extra.py", "extra.py", "changed.py"):
+        (source / name).unlink()
+    (lib / "changed.py").write_text("mine")
+    (lib / "own.py").write_text("# /// script\n# ///\n")
+    output = install(source, home)
+    assert "remove     runtime/lib/extra.py" in output
+    assert not {"queue_extra.py", "extra.py"} & files(lib) and {"changed.py", "own.py"} <= files(lib)
+    assert run(source, home, "uninstall").returncode == 0 and files(lib) == {"changed.py", "own.py"}
+
+
+def test_what_is_no_script_is_not_installed(source, home):
+    (source / "conftest.py").write_text("import os\n")
+    (source / "notes.txt").write_text("")
+    install(source, home)
+    installed = files(home / ".claude/automation/lychee/runtime/lib")
+    assert not {"conftest.py", "notes.txt"} & installed
+    assert {path.name for path in source.glob("queue_*.py")} | {"hook.sh", "service.py", "worker.py"} <= installed
+
+
+def test_installing_again_from_the_installed_copy_takes_over_no_handler_of_yours(source, home):
+    install(source, home)
+    prefix = home / ".claude/automation/lychee"
+    (prefix / "handlers/own").write_text("#!/bin/sh\n")
+    (prefix / "handlers/own").chmod(0o755)
+    shutil.rmtree(source)
+    install(prefix / "runtime/lib", home)
+    assert (prefix / "handlers/own").stat().st_mode & 0o777 == 0o755 and (prefix / "runtime/hook").is_file()
+    assert run(prefix / "runtime/lib", home, "uninstall").returncode == 0
+    assert files(prefix / "handlers") == {"own"}
+
+
+def test_one_answers_whether_it_is_installed_and_where(source, home, monkeypatch):
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.syspath_prepend(MAIN)
+    from queue_installation import installed
+
+    assert installed() is None and installed(source / "tasks.py") is None
+    install(source, home)
+    place = installed()
+    assert place is not None and place.prefix == home / ".claude/automation/lychee" and place.state == place.prefix / "state"
+    assert installed(source / "tasks.py") is None
+    inside = installed(place.lib / "tasks.py")
+    assert inside is not None and inside.prefix == place.prefix
+
+
 def test_another_prefix_and_state_are_kept_apart(source, home, tmp_path):
     prefix, state = tmp_path / "an other\u00e4 place", tmp_path / "its state"
     install(source, home, str(prefix), TASK_QUEUE_STATE=str(state))

@@ -153,3 +153,13 @@ def test_what_somebody_wrote_after_us_is_kept_by_uninstall(home):
     settings_of(home).write_text(settings_of(home).read_text().replace("1.50", "2.50"))
     assert run(home, "uninstall").returncode == 0
     assert settings_of(home).read_text().startswith('{\n   "a": 2.50') and json.loads(settings_of(home).read_text()) == {"a": 2.5}
+
+
+def test_uninstall_never_takes_back_an_older_state_of_the_file(home):
+    """Each change has a backup of its own, also when two are made within the same second."""
+    for number in range(4):
+        text = json.dumps({"number": number})
+        settings_of(home).write_text(text)
+        assert run(home, "install", "--hook", "yes").returncode == 0
+        assert run(home, "uninstall").returncode == 0
+        assert settings_of(home).read_text() == text

@@ -161,6 +161,28 @@ def test_enabling_loads_the_path_and_the_timer_but_starts_no_worker(home):
     assert (home / "told").read_text().splitlines()[len(told)].startswith("--user disable --now lychee-queue.path")
 
 
+def test_service_py_and_install_py_service_are_the_same(home):
+    shown = run(home, "service", "--dry-run", "--kind", "systemd")
+    ran = subprocess.run([sys.executable, MAIN / "service.py", "--dry-run", "--kind", "systemd"], capture_output=True, text=True,
+                         env={"HOME": str(home), "PATH": os.environ["PATH"]})  # fmt: skip
+    assert (ran.returncode, ran.stdout, ran.stderr) == (0, shown.stdout, "") and "ExecStart=" in ran.stdout
+
+
+@pytest.mark.parametrize("args", [["--kind", "cron"], ["work"], ["work", "/x"], ["a", "b"], ["--nonsense"]])
+def test_wrong_use_is_64_in_one_line(home, args):
+    ran = subprocess.run([sys.executable, MAIN / "service.py", *args], env={"HOME": str(home)}, capture_output=True, text=True)
+    assert (ran.returncode, ran.stdout, ran.stderr.count("\n")) == (64, "", 1) and "--help" in ran.stderr
+
+
+def test_units_that_were_written_before_still_start_a_worker(job):
+    """Those run `install.py work`; an upgrade of the scripts does not rewrite units."""
+    home, prefix, _start, put = job
+    put("--task-id", "waiting")
+    ran = subprocess.run([sys.executable, "-E", "-s", prefix / "runtime/lib/install.py", "work", prefix, "notifications"], capture_output=True, text=True,
+                         env={"HOME": str(home), "PATH": "/usr/bin:/bin"}, timeout=60)  # fmt: skip
+    assert ran.returncode == 0 and (home / "ran").read_text() == "waiting\n", ran.stderr
+
+
 def test_it_needs_an_install_first(tmp_path):
     ran = run(tmp_path, "service")
     assert ran.returncode == 1 and "just install" in ran.stderr and not (tmp_path / ".config").exists()
