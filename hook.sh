@@ -46,19 +46,19 @@ export TASK_QUEUE_STATE PATH
 
 # 2, 126 and 127 come from an interpreter that did not get as far as the script: stdin is still unread.
 # -E and not -I: without the script's own directory on sys.path, enqueue.py would not find its module.
-status=127
+code=127
 if [ -x "$python" ] && [ -r "$lib/enqueue.py" ]; then
     "$python" -E -s "$lib/enqueue.py" --hook "$@"
-    status=$?
+    code=$?
 fi
-case $status in 2 | 126 | 127)
+case $code in 2 | 126 | 127)
     # --no-config: a workspace may hold a uv.toml or a .python-version.
     if [ -x "$uv" ] && [ -r "$lib/enqueue.py" ]; then
         "$uv" run -qq --offline --no-config --script "$lib/enqueue.py" --hook "$@"
-        status=$?
+        code=$?
     fi ;;
 esac
-case $status in 2 | 126 | 127) ;; *) exit $status ;; esac
+case $code in 2 | 126 | 127) ;; *) exit $code ;; esac
 
 # Without Python the task goes to the spool, as it came: a worker makes a task of it by the same rules as enqueue.py.
 fail() {

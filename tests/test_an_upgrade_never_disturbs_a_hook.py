@@ -13,7 +13,10 @@ from conftest import ROOT, wait_for
 
 # A name that the newer version's script uses, and that only the newer version's module has.
 NEWER_MODULE = "\n\ndef only_in_the_newer_version():\n    return 0\n"
-NEWER_SCRIPT = ("def hook(q, args: Arguments) -> int:\n", "def hook(q, args: Arguments) -> int:\n    q.only_in_the_newer_version()\n")
+NEWER_SCRIPT = (
+    "def hook(q, args: Arguments) -> int:\n",
+    "def hook(q, args: Arguments) -> int:\n    q.only_in_the_newer_version()\n",
+)
 
 
 @pytest.fixture
@@ -22,7 +25,11 @@ def versions(tmp_path):
     made = {}
     for name in ("older", "newer"):
         made[name] = tmp_path / name
-        shutil.copytree(ROOT, made[name], ignore=shutil.ignore_patterns(".*", "__pycache__", "tests", "bench", "docs"))
+        shutil.copytree(
+            ROOT,
+            made[name],
+            ignore=shutil.ignore_patterns(".*", "__pycache__", "tests", "bench", "docs"),
+        )
     module, script = made["newer"] / "queue_helpers.py", made["newer"] / "enqueue.py"
     # Above __getattr__, which every name passes that is not there.
     module.write_text(module.read_text().replace("\ndef wake(", f"{NEWER_MODULE}\n\ndef wake(", 1))
@@ -57,7 +64,9 @@ def test_no_firing_is_lost_while_versions_change(tmp_path, versions):
         count = 0
         while not over.is_set():
             count += 1
-            payload = json.dumps({"cwd": "/", "hook_event_name": "Stop", "session_id": f"{number}-{count}"}).encode()
+            payload = json.dumps(
+                {"cwd": "/", "hook_event_name": "Stop", "session_id": f"{number}-{count}"}
+            ).encode()
             ran = subprocess.run(["/bin/sh", prefix / "runtime/hook", "notifications", "t"], input=payload, env={"HOME": str(home)},
                                  capture_output=True, timeout=30)  # fmt: skip
             fired.append(f"{number}-{count}")
@@ -71,7 +80,9 @@ def test_no_firing_is_lost_while_versions_change(tmp_path, versions):
         for name in ("newer", "older") * 3:
             install(versions[name], home)
             for script in ("enqueue.py", "queue_helpers.py"):
-                assert (prefix / "runtime/lib" / script).read_bytes() == (versions[name] / script).read_bytes()
+                assert (prefix / "runtime/lib" / script).read_bytes() == (
+                    versions[name] / script
+                ).read_bytes()
             # Some hooks run with this version alone.
             seen = len(fired)
             wait_for(lambda seen=seen: len(fired) > seen + 6 or failed, 30, "six firings more")
@@ -81,7 +92,10 @@ def test_no_firing_is_lost_while_versions_change(tmp_path, versions):
             thread.join(60)
     assert failed == [] and len(fired) > 40
     conn = sqlite3.connect(prefix / "state/tasks.db")
-    stored = [json.loads(data)["data"]["session_id"] for (data,) in conn.execute("select data from notifications")]
+    stored = [
+        json.loads(data)["data"]["session_id"]
+        for (data,) in conn.execute("select data from notifications")
+    ]
     conn.close()
     spooled = [path for path in (prefix / "state/spool/notifications").iterdir() if path.is_file()]
     assert len(stored) + len(spooled) == len(fired) and set(stored) <= set(fired)

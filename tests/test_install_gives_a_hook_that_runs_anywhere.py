@@ -18,7 +18,7 @@ SHELLS = [shell for shell in ("sh", "bash", "dash", "zsh") if shutil.which(shell
 @pytest.fixture(scope="module")
 def master(tmp_path_factory):
     """A home with blanks, quotes and umlauts in its path, and an install in it; nothing but sh is ever on PATH."""
-    home = tmp_path_factory.mktemp("homes") / "J\u00fcrgen's \"own\" $HOME `x` \\ 100% caf\u00e9"
+    home = tmp_path_factory.mktemp("homes") / 'J\u00fcrgen\'s "own" $HOME `x` \\ 100% caf\u00e9'
     home.mkdir()
     ran = subprocess.run([sys.executable, MAIN / "install.py", "install", "--no-warm", "--hook", "yes"], stdin=subprocess.DEVNULL,
                          env={"HOME": str(home), "PATH": os.environ["PATH"]}, capture_output=True, text=True, timeout=60)  # fmt: skip
@@ -35,7 +35,9 @@ def place(master):
     home, command = master
     prefix = home / ".claude/automation/lychee"
     shutil.copytree(prefix / "runtime", home / "runtime.kept", dirs_exist_ok=True)
-    sqlite3.connect(prefix / "state/tasks.db", isolation_level=None).execute("delete from notifications").connection.close()
+    sqlite3.connect(prefix / "state/tasks.db", isolation_level=None).execute(
+        "delete from notifications"
+    ).connection.close()
     yield home, prefix, command
     for file in spooled(prefix):
         file.unlink()
@@ -57,7 +59,9 @@ def rows(prefix):
 
 
 def spooled(prefix):
-    return sorted(path for path in (prefix / "state/spool/notifications").iterdir() if path.is_file())
+    return sorted(
+        path for path in (prefix / "state/spool/notifications").iterdir() if path.is_file()
+    )
 
 
 def assert_quiet(ran, code=0):
@@ -95,7 +99,10 @@ def test_without_that_python_uv_runs_it(place, python):
     assert len(rows(prefix)) == 1
 
 
-@pytest.mark.parametrize("program", ["#!/nowhere/interpreter\n", "#!/bin/sh\necho broken >&2; exit 127\n", "#!/bin/sh\nexit 2\n"])
+@pytest.mark.parametrize(
+    "program",
+    ["#!/nowhere/interpreter\n", "#!/bin/sh\necho broken >&2; exit 127\n", "#!/bin/sh\nexit 2\n"],
+)
 def test_a_python_that_does_not_start_is_stood_in_for_with_stdin_unread(place, tmp_path, program):
     home, prefix, command = place
     broken = tmp_path / "python3"
@@ -161,7 +168,10 @@ def test_twenty_at_once_store_twenty_tasks(place):
     assert len(rows(prefix)) + len(spooled(prefix)) == 20
 
 
-@pytest.mark.parametrize("payload", [b"", b"{", b"\xff\xfe\x00", b"[1]", b"\xef\xbb\xbf" + STOP, b'{"a": "' + b"x" * 2**20 + b'"}'])
+@pytest.mark.parametrize(
+    "payload",
+    [b"", b"{", b"\xff\xfe\x00", b"[1]", b"\xef\xbb\xbf" + STOP, b'{"a": "' + b"x" * 2**20 + b'"}'],
+)
 def test_any_payload_ends_well(place, payload):
     home, prefix, command = place
     assert_quiet(fire(home, command, payload=payload))
@@ -170,7 +180,12 @@ def test_any_payload_ends_well(place, payload):
 
 def test_a_stdin_that_is_never_closed_does_not_hold_it(place):
     home, prefix, command = place
-    with subprocess.Popen(["/bin/sh", "-c", command], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env={"HOME": str(home)}) as process:
+    with subprocess.Popen(
+        ["/bin/sh", "-c", command],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env={"HOME": str(home)},
+    ) as process:
         process.stdin.write(STOP)
         process.stdin.flush()
         assert process.wait(10) == 0
@@ -179,7 +194,12 @@ def test_a_stdin_that_is_never_closed_does_not_hold_it(place):
 
 def test_a_closed_stdin_does_not_hold_it(place):
     home, prefix, command = place
-    ran = subprocess.run(["/bin/sh", "-c", f"{command} <&-"], env={"HOME": str(home)}, capture_output=True, timeout=10)
+    ran = subprocess.run(
+        ["/bin/sh", "-c", f"{command} <&-"],
+        env={"HOME": str(home)},
+        capture_output=True,
+        timeout=10,
+    )
     assert_quiet(ran)
     assert len(rows(prefix)) == 1
 

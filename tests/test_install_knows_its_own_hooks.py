@@ -35,14 +35,27 @@ def hooks_of(home, event="Stop"):
 
 
 def with_hook(home, **hook):
-    settings_of(home).write_text(json.dumps({"hooks": {"Stop": [{"hooks": [{"type": "command", **hook}]}]}}, indent=2))
+    settings_of(home).write_text(
+        json.dumps({"hooks": {"Stop": [{"hooks": [{"type": "command", **hook}]}]}}, indent=2)
+    )
 
 
 WRITTEN = {
-    "exec form, the script": {"command": "python3", "args": ["{prefix}/runtime/lib/enqueue.py", "--hook", "notifications"]},
-    "exec form, the hook": {"command": "/bin/sh", "args": ["{prefix}/runtime/hook", "notifications", "link_validation"]},
-    "exec form, the program itself": {"command": "{prefix}/runtime/lib/enqueue.py", "args": ["--hook", "notifications"]},
-    "a shell's words": {"command": "/usr/bin/python3 '{prefix}/runtime/lib/enqueue.py' --hook notifications || exit 1"},
+    "exec form, the script": {
+        "command": "python3",
+        "args": ["{prefix}/runtime/lib/enqueue.py", "--hook", "notifications"],
+    },
+    "exec form, the hook": {
+        "command": "/bin/sh",
+        "args": ["{prefix}/runtime/hook", "notifications", "link_validation"],
+    },
+    "exec form, the program itself": {
+        "command": "{prefix}/runtime/lib/enqueue.py",
+        "args": ["--hook", "notifications"],
+    },
+    "a shell's words": {
+        "command": "/usr/bin/python3 '{prefix}/runtime/lib/enqueue.py' --hook notifications || exit 1"
+    },
     "below the home": {"command": "sh ~/.claude/automation/lychee/runtime/hook notifications"},
     "with $HOME": {"command": 'sh "$HOME/.claude/automation/lychee/runtime/hook" notifications'},
 }
@@ -62,7 +75,11 @@ def test_a_hook_that_somebody_wrote_is_ours_and_gets_no_second_one(home, monkeyp
     ran = run(home, "uninstall")
     assert settings_of(home).read_text() == before
     if "enqueue.py" in json.dumps(hook):
-        assert ran.returncode == 1 and "blocks Claude" in ran.stderr and json.dumps(hook["command"])[1:-1] in ran.stderr
+        assert (
+            ran.returncode == 1
+            and "blocks Claude" in ran.stderr
+            and json.dumps(hook["command"])[1:-1] in ran.stderr
+        )
     else:
         assert ran.returncode == 0 and "keep yours" in ran.stdout
 
@@ -107,7 +124,9 @@ def test_a_firing_through_a_symbolic_link_is_stored(home, tmp_path):
     sys.path.insert(0, str(ROOT))
     import queue_helpers as q
 
-    assert q.connect(tmp_path / "dotfiles/automation/lychee/state").execute("select count(*) from notifications").fetchone() == (1,)
+    assert q.connect(tmp_path / "dotfiles/automation/lychee/state").execute(
+        "select count(*) from notifications"
+    ).fetchone() == (1,)
 
 
 @pytest.mark.parametrize("args", [[], ["--dry-run"], ["--hook", "yes"], ["--hook", "no"]])
@@ -127,7 +146,10 @@ def test_another_event_can_be_chosen_and_both_are_taken_out(home):
     text = '{"hooks": {"SessionEnd": [{"hooks": [{"type": "command", "command": "mine"}]}]}}\n'
     settings_of(home).write_text(text)
     assert run(home, "install", "--hook", "yes", "--event", "SessionEnd").returncode == 0
-    assert [hook["command"] == "mine" for hook in hooks_of(home, "SessionEnd")] == [True, False] and hooks_of(home) == []
+    assert [hook["command"] == "mine" for hook in hooks_of(home, "SessionEnd")] == [
+        True,
+        False,
+    ] and hooks_of(home) == []
     assert run(home, "install", "--hook", "yes").returncode == 0
     assert len(hooks_of(home)) == 1 and len(hooks_of(home, "SessionEnd")) == 2
     assert run(home, "uninstall").returncode == 0
@@ -138,12 +160,21 @@ def test_an_upgrade_changes_a_hook_that_an_older_version_wrote(home):
     run(home, "install", "--hook", "yes")
     record = home / ".claude/automation/lychee/installed.json"
     old = "sh /old/hook notifications"
-    settings_of(home).write_text(settings_of(home).read_text().replace(json.dumps(hooks_of(home)[0]["command"]), json.dumps(old)))
+    settings_of(home).write_text(
+        settings_of(home)
+        .read_text()
+        .replace(json.dumps(hooks_of(home)[0]["command"]), json.dumps(old))
+    )
     value = json.loads(record.read_text())
     value["hook"] = {"command": old, "created": [".", "hooks", "Stop"]}
     record.write_text(json.dumps(value))
     ran = run(home, "install", "--hook", "yes")
-    assert ran.returncode == 0 and "updated" in ran.stdout and len(hooks_of(home)) == 1 and hooks_of(home)[0]["command"] != old
+    assert (
+        ran.returncode == 0
+        and "updated" in ran.stdout
+        and len(hooks_of(home)) == 1
+        and hooks_of(home)[0]["command"] != old
+    )
     assert run(home, "uninstall").returncode == 0
 
 
@@ -152,7 +183,9 @@ def test_what_somebody_wrote_after_us_is_kept_by_uninstall(home):
     run(home, "install", "--hook", "yes")
     settings_of(home).write_text(settings_of(home).read_text().replace("1.50", "2.50"))
     assert run(home, "uninstall").returncode == 0
-    assert settings_of(home).read_text().startswith('{\n   "a": 2.50') and json.loads(settings_of(home).read_text()) == {"a": 2.5}
+    assert settings_of(home).read_text().startswith('{\n   "a": 2.50') and json.loads(
+        settings_of(home).read_text()
+    ) == {"a": 2.5}
 
 
 def test_uninstall_never_takes_back_an_older_state_of_the_file(home):

@@ -29,8 +29,18 @@ def test_nothing_that_it_makes_is_open_to_others(home):
     made = {path: mode(path) for path in home.rglob("*")}
     assert [str(path) for path, found in made.items() if found & 0o077] == []
     prefix = home / ".claude/automation/lychee"
-    assert made[prefix / "runtime/lib/enqueue.py"] == made[prefix / "runtime/hook"] == made[prefix / "handlers/link_validation"] == 0o700
-    assert made[prefix / "runtime/lib/queue_helpers.py"] == made[prefix / "state/tasks.db"] == made[prefix / "installed.json"] == 0o600
+    assert (
+        made[prefix / "runtime/lib/enqueue.py"]
+        == made[prefix / "runtime/hook"]
+        == made[prefix / "handlers/link_validation"]
+        == 0o700
+    )
+    assert (
+        made[prefix / "runtime/lib/queue_helpers.py"]
+        == made[prefix / "state/tasks.db"]
+        == made[prefix / "installed.json"]
+        == 0o600
+    )
 
 
 @pytest.mark.parametrize("umask", [0, 0o022, 0o077])
@@ -41,7 +51,9 @@ def test_a_state_that_a_shell_made_first_becomes_private(home, umask):
     assert run(home, "install", "--no-warm", "--hook", "no").returncode == 0
     for path in (state, *state.rglob("*")):
         assert mode(path) == (0o700 if path.is_dir() else 0o600), path
-    assert sqlite3.connect(state / "tasks.db").execute("select count(*) from notifications").fetchone() == (0,)
+    assert sqlite3.connect(state / "tasks.db").execute(
+        "select count(*) from notifications"
+    ).fetchone() == (0,)
 
 
 TABLE = "create table notifications (id integer primary key autoincrement, data text not null)"
@@ -70,7 +82,16 @@ def test_what_is_not_ours_keeps_its_mode(home):
 def test_what_an_older_version_installed_becomes_private(home):
     assert run(home, "install", "--no-warm", "--hook", "no").returncode == 0
     prefix = home / ".claude/automation/lychee"
-    for path in (prefix / "runtime/lib/enqueue.py", prefix / "runtime/hook", prefix / "handlers/link_validation"):
+    for path in (
+        prefix / "runtime/lib/enqueue.py",
+        prefix / "runtime/hook",
+        prefix / "handlers/link_validation",
+    ):
         path.chmod(0o755)
     assert run(home, "install", "--no-warm", "--hook", "no").returncode == 0
-    assert mode(prefix / "runtime/lib/enqueue.py") == mode(prefix / "runtime/hook") == mode(prefix / "handlers/link_validation") == 0o700
+    assert (
+        mode(prefix / "runtime/lib/enqueue.py")
+        == mode(prefix / "runtime/hook")
+        == mode(prefix / "handlers/link_validation")
+        == 0o700
+    )

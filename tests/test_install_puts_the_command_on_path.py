@@ -12,7 +12,7 @@ from conftest import ROOT
 
 @pytest.fixture
 def home(tmp_path):
-    home = tmp_path / "J\u00fcrgen's \"home\" $x"
+    home = tmp_path / 'J\u00fcrgen\'s "home" $x'
     home.mkdir()
     return home
 
@@ -37,12 +37,16 @@ def tq(home, *args, name="tq", env=None, **options):
 def test_it_is_put_there_when_wanted_and_taken_out_again(home, args):
     ran = run(home, *args)
     assert ran.returncode == 0, ran.stderr
-    assert os.listdir(bin_of(home)) == ["tq"] and (bin_of(home) / "tq").stat().st_mode & 0o777 == 0o700
+    assert (
+        os.listdir(bin_of(home)) == ["tq"] and (bin_of(home) / "tq").stat().st_mode & 0o777 == 0o700
+    )
     assert 'export PATH="$HOME/.local/bin:$PATH"' in ran.stdout
     assert run(home, command="uninstall").returncode == 0 and os.listdir(bin_of(home)) == []
 
 
-@pytest.mark.parametrize("args", [[], ["--no-command"], ["--yes", "--no-command"], ["--command", "tq", "--dry-run"]])
+@pytest.mark.parametrize(
+    "args", [[], ["--no-command"], ["--yes", "--no-command"], ["--command", "tq", "--dry-run"]]
+)
 def test_it_is_not_put_there_unasked(home, args):
     ran = run(home, *args)
     assert ran.returncode == 0 and not bin_of(home).exists()
@@ -76,7 +80,10 @@ def test_another_program_of_that_name_is_left_and_another_name_asked_for(home, t
     assert (home / ".claude/automation/lychee/runtime/lib/enqueue.py").is_file()
 
     assert run(home, "--command", "queue", path=f"{directory}:/usr/bin:/bin").returncode == 0
-    assert "stored" not in tq(home, "--help", name="queue").stdout and (bin_of(home) / "queue").is_file()
+    assert (
+        "stored" not in tq(home, "--help", name="queue").stdout
+        and (bin_of(home) / "queue").is_file()
+    )
     assert run(home, command="uninstall").returncode == 0
     assert other.exists() and not (bin_of(home) / "queue").exists()
 
@@ -89,7 +96,11 @@ def test_on_a_terminal_it_asks_for_another_name(home, tmp_path):
     ran = run(home, stdin=slave, path=f"{tmp_path / 'other'}:/usr/bin:/bin")
     os.close(slave)
     os.close(master)
-    assert ran.returncode == 0 and ran.stdout.count("Another name") == 2 and os.listdir(bin_of(home)) == ["mine"]
+    assert (
+        ran.returncode == 0
+        and ran.stdout.count("Another name") == 2
+        and os.listdir(bin_of(home)) == ["mine"]
+    )
 
 
 def test_an_upgrade_keeps_it_without_asking_and_another_name_replaces_it(home):
@@ -128,24 +139,38 @@ def test_it_hands_over_to_the_scripts(home):
     lines = launcher.read_text().splitlines(True)
     launcher.write_text("".join("uv=\n" if line.startswith("uv=") else line for line in lines))
     ran = tq(home, "list", "--json")
-    assert ran.returncode == 0 and [task["task_id"] for task in json.loads(ran.stdout)] == ["one task"], ran.stderr
+    assert ran.returncode == 0 and [task["task_id"] for task in json.loads(ran.stdout)] == [
+        "one task"
+    ], ran.stderr
     assert tq(home, "work", "approvals", "--drain", "--", "cat").returncode == 0
     ran = tq(home, "show", "one task", "--json")
     assert ran.returncode == 0 and "completed" in ran.stdout
-    assert tq(home, "no-such-command").returncode == 64 and tq(home, "cancel", "nothing").returncode == 1
+    assert (
+        tq(home, "no-such-command").returncode == 64
+        and tq(home, "cancel", "nothing").returncode == 1
+    )
     assert tq(home, "service", "--dry-run", "--kind", "systemd").stdout.startswith("# ")
     assert "usage" in tq(home).stdout and tq(home, "--help").stdout == tq(home).stdout
 
 
 def test_it_uses_the_state_of_its_installation_and_yours_when_set(home, tmp_path):
-    assert run(home, "--command", "tq", TASK_QUEUE_STATE=str(tmp_path / "its state")).returncode == 0
+    assert (
+        run(home, "--command", "tq", TASK_QUEUE_STATE=str(tmp_path / "its state")).returncode == 0
+    )
     assert tq(home, "add", "notifications", "t").returncode == 0
-    assert tq(home, "add", "notifications", "t", env={"TASK_QUEUE_STATE": str(tmp_path / "mine")}).returncode == 0
+    assert (
+        tq(
+            home, "add", "notifications", "t", env={"TASK_QUEUE_STATE": str(tmp_path / "mine")}
+        ).returncode
+        == 0
+    )
     sys.path.insert(0, str(ROOT))
     import queue_helpers as q
 
     for state in ("its state", "mine"):
-        assert q.connect(tmp_path / state).execute("select count(*) from notifications").fetchone() == (1,)
+        assert q.connect(tmp_path / state).execute(
+            "select count(*) from notifications"
+        ).fetchone() == (1,)
 
 
 def test_after_everything_was_removed_by_hand_it_says_so(home):
@@ -156,5 +181,7 @@ def test_after_everything_was_removed_by_hand_it_says_so(home):
 
 
 def test_the_launcher_is_a_shell_script_without_fault():
-    ran = subprocess.run(["shellcheck", "--shell=sh", ROOT / "tq.sh"], capture_output=True, text=True)
+    ran = subprocess.run(
+        ["shellcheck", "--shell=sh", ROOT / "tq.sh"], capture_output=True, text=True
+    )
     assert (ran.returncode, ran.stdout) == (0, "")

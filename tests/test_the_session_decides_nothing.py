@@ -12,7 +12,17 @@ import pytest
 from conftest import ROOT, wait_for
 
 STOP = b'{"session_id": "s1", "cwd": "/", "hook_event_name": "Stop"}'
-MODULES = ("socket", "json", "queue_helpers", "sqlite3", "getopt", "sitecustomize", "usercustomize", "watchdog", "enqueue")
+MODULES = (
+    "socket",
+    "json",
+    "queue_helpers",
+    "sqlite3",
+    "getopt",
+    "sitecustomize",
+    "usercustomize",
+    "watchdog",
+    "enqueue",
+)
 PROGRAMS = ("uv", "python3", "python", "sh", "env", "cat", "date", "mkdir", "mktemp", "mv", "sleep")
 
 
@@ -32,7 +42,10 @@ def workers(home):
     found = []
     for cmdline in Path("/proc").glob("[0-9]*/cmdline"):
         try:
-            if f"{home}/.claude/automation/lychee/runtime/lib/worker.py".encode() in cmdline.read_bytes():
+            if (
+                f"{home}/.claude/automation/lychee/runtime/lib/worker.py".encode()
+                in cmdline.read_bytes()
+            ):
                 found.append(int(cmdline.parent.name))
         except OSError:
             continue
@@ -45,7 +58,9 @@ def workspace(tmp_path):
     workspace = tmp_path / "workspace"
     workspace.mkdir()
     for name in MODULES:
-        (workspace / f"{name}.py").write_text(f"open({str(tmp_path / 'hijacked')!r}, 'a').write({name!r})\n")
+        (workspace / f"{name}.py").write_text(
+            f"open({str(tmp_path / 'hijacked')!r}, 'a').write({name!r})\n"
+        )
     for name in PROGRAMS:
         (workspace / name).write_text(f"#!/bin/sh\necho {name} >>'{tmp_path / 'hijacked'}'\n")
         (workspace / name).chmod(0o755)
@@ -82,9 +97,18 @@ def hostile(workspace):
 
 def fire(home, workspace, args="notifications link_validation", **changed):
     hook = home / ".claude/automation/lychee/runtime/hook"
-    cache = subprocess.run(["uv", "cache", "dir"], capture_output=True, text=True, check=True).stdout.strip()
+    cache = subprocess.run(
+        ["uv", "cache", "dir"], capture_output=True, text=True, check=True
+    ).stdout.strip()
     env = {"HOME": str(home), "UV_CACHE_DIR": cache, "UV_OFFLINE": "1", **hostile(workspace)}
-    ran = subprocess.run(["/bin/sh", hook, *args.split()], input=STOP, env={**env, **changed}, cwd=workspace, capture_output=True, timeout=60)
+    ran = subprocess.run(
+        ["/bin/sh", hook, *args.split()],
+        input=STOP,
+        env={**env, **changed},
+        cwd=workspace,
+        capture_output=True,
+        timeout=60,
+    )
     assert (ran.returncode, ran.stdout) == (0, b""), ran.stderr
     return ran.stderr.decode()
 
@@ -98,7 +122,11 @@ def rows(home, statement="select data from notifications"):
 
 
 def spooled(home):
-    return [path for path in (home / ".claude/automation/lychee/state/spool").rglob("*") if path.is_file()]
+    return [
+        path
+        for path in (home / ".claude/automation/lychee/state/spool").rglob("*")
+        if path.is_file()
+    ]
 
 
 @pytest.fixture(params=["python", "uv", "neither"])
@@ -108,7 +136,11 @@ def way(home, request):
     kept = hook.read_text()
     gone = {"python": [], "uv": ["python="], "neither": ["python=", "uv="]}[request.param]
     lines = kept.splitlines(True)
-    hook.write_text("".join(next((f"{name}''\n" for name in gone if line.startswith(name)), line) for line in lines))
+    hook.write_text(
+        "".join(
+            next((f"{name}''\n" for name in gone if line.startswith(name)), line) for line in lines
+        )
+    )
     yield request.param
     hook.write_text(kept)
     rows(home, "delete from notifications")
@@ -126,34 +158,72 @@ def test_the_hook_stores_its_task_and_runs_nothing_of_the_workspace(home, worksp
 
 def test_what_the_workspace_brings_would_be_used_without_that(workspace):
     """The test before this one can fail: these modules are what Python imports when the session decides."""
-    ran = subprocess.run([sys.executable, ROOT / "enqueue.py", "--help"], env={"PYTHONPATH": "."}, cwd=workspace, capture_output=True)
+    ran = subprocess.run(
+        [sys.executable, ROOT / "enqueue.py", "--help"],
+        env={"PYTHONPATH": "."},
+        cwd=workspace,
+        capture_output=True,
+    )
     assert (workspace.parent / "hijacked").exists(), ran.stderr
 
 
 def test_the_worker_that_a_hook_starts_runs_nothing_of_the_workspace(home, workspace):
     handler = home / ".claude/automation/lychee/handlers/told"
-    handler.write_text(f'#!/bin/sh\nunset TWO_LINES; env >"{home}/told.new"; mv "{home}/told.new" "{home}/told"\n')
+    handler.write_text(
+        f'#!/bin/sh\nunset TWO_LINES; env >"{home}/told.new"; mv "{home}/told.new" "{home}/told"\n'
+    )
     handler.chmod(0o755)
-    fire(home, workspace, "notifications told --start-worker", ANTHROPIC_API_KEY="mine", CLAUDE_CONFIG_DIR="/mine")
-    told = wait_for(lambda: (home / "told").exists() and (home / "told").read_text(), 30, "the handler")
+    fire(
+        home,
+        workspace,
+        "notifications told --start-worker",
+        ANTHROPIC_API_KEY="mine",
+        CLAUDE_CONFIG_DIR="/mine",
+    )
+    told = wait_for(
+        lambda: (home / "told").exists() and (home / "told").read_text(), 30, "the handler"
+    )
     assert not (workspace.parent / "hijacked").exists()
     told = dict(line.split("=", 1) for line in told.splitlines() if "=" in line)
     assert told["ANTHROPIC_API_KEY"] == "mine" and told["CLAUDE_CONFIG_DIR"] == "/mine"
     assert told["TASK_QUEUE_STATE"] == f"{home}/.claude/automation/lychee/state"
-    assert not [name for name in told if name.startswith(("PYTHON", "UV_PYTHON", "UV_ENV", "UV_CONFIG", "UV_PROJECT"))]
+    assert not [
+        name
+        for name in told
+        if name.startswith(("PYTHON", "UV_PYTHON", "UV_ENV", "UV_CONFIG", "UV_PROJECT"))
+    ]
     assert all(entry.startswith("/") for entry in told["PATH"].split(":"))
 
 
-@pytest.mark.parametrize("command", [["install", "--no-warm"], ["uninstall"], ["service"], ["service", "--dry-run"]])
+@pytest.mark.parametrize(
+    "command", [["install", "--no-warm"], ["uninstall"], ["service"], ["service", "--dry-run"]]
+)
 @pytest.mark.parametrize("state", ["/tmp/a\nExecStart=/bin/false", "/tmp/a\r", "relative", "."])
 def test_a_state_that_cannot_stand_in_a_unit_or_is_relative_is_refused(tmp_path, command, state):
     """Nothing is written then, not even where an installation is."""
     env = {"HOME": str(tmp_path), "PATH": os.environ["PATH"]}
     run = [sys.executable, "-B", ROOT / "install.py"]
-    assert subprocess.run([*run, "install", "--no-warm", "--hook", "no"], env=env, stdin=subprocess.DEVNULL, capture_output=True).returncode == 0
+    assert (
+        subprocess.run(
+            [*run, "install", "--no-warm", "--hook", "no"],
+            env=env,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+        ).returncode
+        == 0
+    )
     before = {path: path.lstat().st_mtime_ns for path in tmp_path.rglob("*")}
-    ran = subprocess.run([*run, *command], env=env | {"TASK_QUEUE_STATE": state}, cwd=tmp_path, stdin=subprocess.DEVNULL, capture_output=True, text=True)
-    assert ran.returncode == 64 and ran.stderr.count("\n") == 1 and "TASK_QUEUE_STATE" in ran.stderr, ran.stderr
+    ran = subprocess.run(
+        [*run, *command],
+        env=env | {"TASK_QUEUE_STATE": state},
+        cwd=tmp_path,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+    )
+    assert (
+        ran.returncode == 64 and ran.stderr.count("\n") == 1 and "TASK_QUEUE_STATE" in ran.stderr
+    ), ran.stderr
     assert {path: path.lstat().st_mtime_ns for path in tmp_path.rglob("*")} == before
 
 
@@ -187,5 +257,8 @@ def test_install_finds_the_same_programs_whatever_the_session_says(tmp_path, nam
                              capture_output=True, text=True)  # fmt: skip
         assert ran.returncode == 0, ran.stderr
         records.append(json.loads((home / ".claude/automation/lychee/installed.json").read_text()))
-    assert records[0]["uv"] == records[1]["uv"] != "/gone" and records[0]["python"] == records[1]["python"]
+    assert (
+        records[0]["uv"] == records[1]["uv"] != "/gone"
+        and records[0]["python"] == records[1]["python"]
+    )
     assert shutil.which("uv") is None or records[0]["uv"]
