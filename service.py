@@ -51,17 +51,20 @@ LOOK_TWICE_SECONDS = 1.0
 TICK_SECONDS = 60
 IDLE_EXIT_SECONDS = 60
 
-# What a worker and its handlers are told of the environment they are started from. All else may
-# come from a session's workspace, and decide what Python or uv run.
+# What a worker is told of the environment that it is started from: a person's account, desktop and
+# network, and the families of names that set up `claude` and its providers. All else may come from
+# a session's workspace, and decide what Python or uv run. Of the CLAUDE_ names, the worker itself
+# keeps from handlers those that name a session.
 TOLD = re.compile(
-    "HOME|USER|LOGNAME|SHELL|LANG|LC_[A-Z]+|TZ|TMPDIR|XDG_[A-Z_]+|DISPLAY|WAYLAND_DISPLAY|SSH_AUTH_SOCK"
-    "|DBUS_SESSION_BUS_ADDRESS|(HTTPS?|ALL|NO)_PROXY|(https?|all|no)_proxy|SSL_CERT_(FILE|DIR)|NODE_EXTRA_CA_CERTS"
-    "|UV_(CACHE_DIR|OFFLINE)|ANTHROPIC_[A-Z_]+|CLAUDE_CONFIG_DIR|CLAUDE_CODE_(OAUTH_TOKEN|USE_[A-Z]+)|AWS_[A-Z_]+"
-    "|GOOGLE_[A-Z_]+|CLOUD_ML_REGION|LYCHEE_[A-Z]+"
+    "HOME|USER|LOGNAME|SHELL|LANG|LANGUAGE|LC_[A-Z]+|TZ|TMPDIR|XDG_[A-Z_]+|DISPLAY|WAYLAND_DISPLAY"
+    "|SSH_AUTH_SOCK|DBUS_SESSION_BUS_ADDRESS|(HTTPS?|ALL|NO)_PROXY|(https?|all|no)_proxy"
+    "|SSL_CERT_(FILE|DIR)|NODE_EXTRA_CA_CERTS|UV_(CACHE_DIR|OFFLINE)|LYCHEE_[A-Z]+"
+    "|(ANTHROPIC|CLAUDE|AWS|GOOGLE|GCLOUD|VERTEX|CLOUD_ML|DISABLE|MAX|MCP|OTEL)_[A-Z0-9_]+"
 )
-# Of these a relative one would mean the workspace.
+# A relative one of these would mean the workspace.
 PATHS = re.compile(
-    "HOME|SHELL|TMPDIR|XDG_[A-Z_]+(HOME|DIR)|SSL_CERT_(FILE|DIR)|NODE_EXTRA_CA_CERTS|UV_CACHE_DIR|CLAUDE_CONFIG_DIR"
+    "HOME|SHELL|TMPDIR|XDG_[A-Z_]+_(HOME|DIR)|SSL_CERT_(FILE|DIR)|NODE_EXTRA_CA_CERTS|UV_CACHE_DIR"
+    "|CLAUDE_CONFIG_DIR|CLAUDE_CODE_(TMPDIR|SHELL)"
 )
 
 

@@ -232,18 +232,31 @@ def test_a_unit_starts_a_worker_with_a_clean_environment(tmp_path):
     sys.path.insert(0, str(ROOT))
     import service
 
-    session = hostile(tmp_path) | {
-        "HOME": "/home/user", "LANG": "C.UTF-8", "LC_ALL": "C", "TMPDIR": "tmp", "XDG_RUNTIME_DIR": "/run/user/1", "XDG_CONFIG_HOME": ".config",
-        "https_proxy": "http://proxy", "ANTHROPIC_BASE_URL": "https://x", "CLAUDE_CODE_OAUTH_TOKEN": "t", "CLAUDE_CODE_USE_BEDROCK": "1",
-        "CLAUDECODE": "1", "CLAUDE_CODE_CHILD_SESSION": "1", "CLAUDE_PID": "7", "CLAUDE_EFFORT": "x", "CLAUDE_PLUGIN_DATA": "/x",
-        "LD_PRELOAD": "x.so", "BASH_ENV": "x", "ENV": "x", "GIT_DIR": ".git", "NODE_OPTIONS": "--require x", "TASK_DEPTH": "3",
-        "UV_CACHE_DIR": "/cache", "CLAUDE_CONFIG_DIR": "relative",
-    }  # fmt: skip
-    assert service.worker_environment(session, Path("/state")) == {
-        "HOME": "/home/user", "LANG": "C.UTF-8", "LC_ALL": "C", "XDG_RUNTIME_DIR": "/run/user/1", "https_proxy": "http://proxy",
-        "ANTHROPIC_BASE_URL": "https://x", "CLAUDE_CODE_OAUTH_TOKEN": "t", "CLAUDE_CODE_USE_BEDROCK": "1", "UV_CACHE_DIR": "/cache",
-        "PATH": "/usr/bin:/bin", "TASK_QUEUE_STATE": "/state",
-    }  # fmt: skip
+    kept = {
+        "HOME": "/home/user",
+        "LANG": "C.UTF-8",
+        "LC_ALL": "C",
+        "XDG_RUNTIME_DIR": "/run/user/1",
+        "https_proxy": "http://proxy",
+        "ANTHROPIC_BASE_URL": "https://x",
+        "CLAUDE_CODE_OAUTH_TOKEN": "t",
+        "CLAUDE_CODE_USE_BEDROCK": "1",
+        "UV_CACHE_DIR": "/cache",
+    }
+    dropped = {
+        "TMPDIR": "tmp",
+        "XDG_CONFIG_HOME": ".config",
+        "CLAUDE_CONFIG_DIR": "relative",
+        "CLAUDECODE": "1",
+        "LD_PRELOAD": "x.so",
+        "BASH_ENV": "x",
+        "ENV": "x",
+        "GIT_DIR": ".git",
+        "NODE_OPTIONS": "--require x",
+        "TASK_DEPTH": "3",
+    }
+    told = service.worker_environment(hostile(tmp_path) | kept | dropped, Path("/state"))
+    assert told == kept | {"PATH": "/usr/bin:/bin", "TASK_QUEUE_STATE": "/state"}
 
 
 @pytest.mark.parametrize("name", ["UV_PYTHON", "PYTHONPATH", "UV", "VIRTUAL_ENV"])
