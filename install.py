@@ -553,12 +553,10 @@ def uninstall(place: Installation, args: argparse.Namespace) -> int:
         raise Trouble(
             f"{place.prefix} has no installed.json: nothing is installed there, or by hand"
         )
-    import service
-
     failed = withdraw_hook(place, args.dry_run)
     units = place.record.get("units", [])
-    if not args.dry_run:
-        service.unload(units)
+    if units and not args.dry_run:
+        tell_service("unload", units)
     for name, digests in sorted(place.record["files"].items()):
         # Units are recorded with their absolute path.
         path = place.prefix / name
@@ -573,7 +571,8 @@ def uninstall(place: Installation, args: argparse.Namespace) -> int:
         return failed
     for path in (place.settings, place.record_file):
         begun(path).unlink(missing_ok=True)
-    service.reload(units)
+    if units:
+        tell_service("reload", units)
     remove_compiled(place)
     remove_empty(place.lib / "__pycache__", place.lib, place.lib.parent, place.handlers)
     # The record goes last: whoever is killed before that can begin again.
@@ -586,6 +585,13 @@ def uninstall(place: Installation, args: argparse.Namespace) -> int:
     if place.state.exists():
         print(f"{'keep':<10} {place.state}: the queues")
     return failed
+
+
+def tell_service(verb: str, units: list[str]) -> None:
+    """Have service.py unload or reload units; without units an uninstall does not need that file."""
+    import service
+
+    getattr(service, verb)(units)
 
 
 def remove_compiled(place: Installation) -> None:
