@@ -36,10 +36,10 @@ PATH=$clean${uv:+${uv%/*}:}/usr/bin:/bin
 if [ -n "$uv" ]; then export UV="$uv"; fi
 
 # A relative state would be another one in every workspace.
+case $asked in [~]/*) [ -z "${HOME:-}" ] || asked=$HOME/${asked#??} ;; esac
 case $asked in
 '') ;;
 /*) TASK_QUEUE_STATE=$asked ;;
-[~]/*) TASK_QUEUE_STATE=${HOME:-~}/${asked#??} ;;
 *) echo "TASK_QUEUE_STATE is not an absolute path and was ignored: the task goes to $TASK_QUEUE_STATE" >&2 ;;
 esac
 export TASK_QUEUE_STATE PATH

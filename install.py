@@ -588,7 +588,7 @@ def uninstall(place: Installation, args: argparse.Namespace) -> int:
 
 
 def tell_service(verb: str, units: list[str]) -> None:
-    """Have service.py unload or reload units; without units an uninstall does not need that file."""
+    """Have service.py unload or reload units; where there are none, that file may be gone."""
     import service
 
     getattr(service, verb)(units)

@@ -154,15 +154,16 @@ def test_a_state_below_the_home_is_found_there(installation, hook):
     assert not installation.state.exists()
 
 
-@pytest.mark.parametrize("state", ["relative/q", ".", "~other", "./~/q"])
-def test_a_relative_state_is_ignored_and_said_so(installation, queue, hook, state, tmp_path):
-    code, out, err = hook.fire("notifications", env={"TASK_QUEUE_STATE": state}, cwd=tmp_path)
-    assert (
-        (code, out, err.count("\n")) == (0, b"", 1)
-        and "TASK_QUEUE_STATE" in err
-        and str(installation.state) in err
-    )
-    assert len(tasks(installation, queue)) == 1 and not (tmp_path / "relative").exists()
+@pytest.mark.parametrize("home", [None, "", "relative"])
+@pytest.mark.parametrize("state", ["relative/q", ".", "~other", "./~/q", "~/q"])
+def test_a_relative_state_is_ignored_and_said_so(installation, queue, hook, state, home, tmp_path):
+    (tmp_path / "workspace").mkdir()
+    env = {"TASK_QUEUE_STATE": state} | ({} if home is None else {"HOME": home})
+    code, out, err = hook.fire("notifications", env=env, cwd=tmp_path / "workspace")
+    assert (code, out, err.count("\n")) == (0, b"", 1)
+    assert "TASK_QUEUE_STATE" in err and str(installation.state) in err
+    assert len(tasks(installation, queue)) == 1
+    assert list((tmp_path / "workspace").iterdir()) == []
 
 
 def test_what_it_makes_is_its_owners_alone(installation, hook):
