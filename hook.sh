@@ -1,6 +1,6 @@
 #!/bin/sh
-# Hands the payload of a Claude Code hook to the queue: hook QUEUE [TASK_TYPE] [OPTION ...], options as of enqueue.py.
-# install.py copies this file to PREFIX/runtime/hook and fills in the four paths below.
+# Hands the payload of a Claude Code hook to the queue: hook QUEUE [TASK_TYPE] [OPTION ...]
+# The options are those of enqueue.py. install.py copies this file to PREFIX/runtime/hook and fills in the four paths below.
 # Exit status 2 would block Claude, and stdout can end up in its context: neither leaves this file.
 asked=${TASK_QUEUE_STATE:-}
 lib=
@@ -9,8 +9,8 @@ uv=
 TASK_QUEUE_STATE=
 exec >/dev/null
 
-# The session's environment decides neither which Python and uv run nor what they import: a workspace may have set it.
-# Only names are looked at, so a value that goes on for several lines can at most have one variable more removed.
+# The session's environment decides neither which Python and uv run nor what they import: a workspace
+# may have set it. Only names are looked at: a value of several lines can at most remove one more.
 set -f
 IFS='
 '
@@ -23,6 +23,7 @@ for name in $(export -p); do
     UV* | PYTHON* | VIRTUAL_ENV) unset "$name" ;;
     esac
 done
+case ${UV_CACHE_DIR:-/} in /*) ;; *) unset UV_CACHE_DIR ;; esac
 
 # An empty or a relative entry of PATH means the working directory, which is the workspace.
 IFS=:
@@ -40,11 +41,11 @@ case $asked in [~]/*) [ -z "${HOME:-}" ] || asked=$HOME/${asked#??} ;; esac
 case $asked in
 '') ;;
 /*) TASK_QUEUE_STATE=$asked ;;
-*) echo "TASK_QUEUE_STATE is not an absolute path and was ignored: the task goes to $TASK_QUEUE_STATE" >&2 ;;
+*) echo "TASK_QUEUE_STATE is not absolute and was ignored: the task goes to $TASK_QUEUE_STATE" >&2 ;;
 esac
 export TASK_QUEUE_STATE PATH
 
-# 2, 126 and 127 come from an interpreter that did not get as far as the script: stdin is still unread.
+# 2, 126 and 127 come from an interpreter that did not get as far as the script: stdin is unread.
 # -E and not -I: without the script's own directory on sys.path, enqueue.py would not find its module.
 code=127
 if [ -x "$python" ] && [ -r "$lib/enqueue.py" ]; then
@@ -60,7 +61,8 @@ case $code in 2 | 126 | 127)
 esac
 case $code in 2 | 126 | 127) ;; *) exit $code ;; esac
 
-# Without Python the task goes to the spool, as it came: a worker makes a task of it by the same rules as enqueue.py.
+# Without Python the payload goes to the spool, as it came: a worker makes a task of it by the same
+# rules as enqueue.py.
 fail() {
     echo "the task was not stored: no Python 3.11 was found, and $1" >&2
     exit 1
@@ -86,7 +88,7 @@ incomplete=
 {
     printf '%s\0' "$#" "$@" "${PWD:-}" "${CLAUDE_PROJECT_DIR:-}" "${TASK_DEPTH:-0}" || incomplete=yes
     # stdin may never close: what came within a second is the payload.
-    # A command in the background has /dev/null for its stdin, so the payload is handed to it as descriptor 3.
+    # A command in the background has /dev/null for its stdin, so it gets the payload as descriptor 3.
     cat <&3 &
     reader=$!
     { sleep 1; kill -s KILL "$reader"; } >/dev/null 3<&- &

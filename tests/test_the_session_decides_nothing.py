@@ -150,10 +150,17 @@ def way(home, request):
 
 def test_the_hook_stores_its_task_and_runs_nothing_of_the_workspace(home, workspace, way):
     said = fire(home, workspace)
-    assert said.count("\n") == 1 and "TASK_QUEUE_STATE is not an absolute path" in said
+    assert said.count("\n") == 1 and "TASK_QUEUE_STATE is not absolute" in said
     assert (len(rows(home)), len(spooled(home))) == ((0, 1) if way == "neither" else (1, 0))
     assert not (workspace.parent / "hijacked").exists() and not (workspace / "state").exists()
     assert sorted(path.name for path in workspace.iterdir() if path.is_dir()) == []
+
+
+def test_a_relative_cache_of_uv_is_not_used(home, workspace, way):
+    """What lies in uv's cache is run, so a workspace must not bring it."""
+    fire(home, workspace, UV_CACHE_DIR="cache")
+    assert (len(rows(home)), len(spooled(home))) == ((0, 1) if way == "neither" else (1, 0))
+    assert [path.name for path in workspace.iterdir() if path.is_dir()] == []
 
 
 def test_what_the_workspace_brings_would_be_used_without_that(workspace):
