@@ -1,6 +1,7 @@
 #!/bin/sh
 # Hands the payload of a Claude Code hook to the queue: hook QUEUE [TASK_TYPE] [OPTION ...]
-# The options are those of enqueue.py. install.py copies this file to PREFIX/runtime/hook and fills in the four paths below.
+# The options are those of enqueue.py. install.py copies this file to PREFIX/runtime/hook and fills in
+# the four paths below.
 # Exit status 2 would block Claude, and stdout can end up in its context: neither leaves this file.
 asked=${TASK_QUEUE_STATE:-}
 lib=
