@@ -264,13 +264,18 @@ def put_in_order(place: Installation, files: list[tuple[Path, bytes, int, str]])
 
 
 def goes_back(place: Installation, modules: list[tuple[Path, bytes, int]]) -> bool:
-    """Whether the installed enqueue.py uses a name that the modules would no longer have."""
+    """Whether the installed enqueue.py uses a name that only the installed modules have."""
     script = place.lib / "enqueue.py"
     if not modules or not script.is_file():
         return False
     used = set(re.findall(rb"\bq\.(\w+)", script.read_bytes()))
-    staying = [path.read_bytes() for path in HERE.glob("queue_*.py")]
-    return not used <= set(re.findall(rb"\w+", b" ".join(staying)))
+    return not used & names_in(place.lib) <= names_in(HERE)
+
+
+def names_in(directory: Path) -> set[bytes]:
+    """All words of the modules in a directory."""
+    modules = [path.read_bytes() for path in directory.glob("queue_*.py")]
+    return set(re.findall(rb"\w+", b" ".join(modules)))
 
 
 def filled_in(place: Installation, name: str) -> bytes:
