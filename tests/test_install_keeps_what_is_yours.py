@@ -23,7 +23,9 @@ def home(tmp_path):
 def source(tmp_path):
     """A checkout that a test may change."""
     source = tmp_path / "checkout"
-    shutil.copytree(MAIN, source, ignore=shutil.ignore_patterns(".*", "__pycache__", "tests", "bench", "docs"))
+    shutil.copytree(
+        MAIN, source, ignore=shutil.ignore_patterns(".*", "__pycache__", "tests", "bench", "docs")
+    )
     return source
 
 
@@ -47,11 +49,20 @@ def test_it_lays_out_what_the_reference_has(source, home):
     prefix = home / ".claude/automation/lychee"
     for name in ("enqueue.py", "worker.py", "cleanup.py", "tasks.py", "queue_helpers.py"):
         assert (prefix / "runtime/lib" / name).read_bytes() == (source / name).read_bytes()
-    assert os.access(prefix / "runtime/lib/enqueue.py", os.X_OK) and os.access(prefix / "handlers/link_validation", os.X_OK)
+    assert os.access(prefix / "runtime/lib/enqueue.py", os.X_OK) and os.access(
+        prefix / "handlers/link_validation", os.X_OK
+    )
     assert prefix.stat().st_mode & 0o777 == 0o700
-    tables = {name for (name,) in sqlite3.connect(prefix / "state/tasks.db").execute("select name from sqlite_master")}
+    tables = {
+        name
+        for (name,) in sqlite3.connect(prefix / "state/tasks.db").execute(
+            "select name from sqlite_master"
+        )
+    }
     assert {"notifications", "approvals", "completions", "task_history", "task_queue"} <= tables
-    assert (prefix / "state").stat().st_mode & 0o777 == 0o700 and (prefix / "state/tasks.db").stat().st_mode & 0o777 == 0o600
+    assert (prefix / "state").stat().st_mode & 0o777 == 0o700 and (
+        prefix / "state/tasks.db"
+    ).stat().st_mode & 0o777 == 0o600
     assert (prefix / "state/spool/notifications").is_dir()  # a shell may mv a task there
 
 
@@ -88,7 +99,10 @@ def test_scripts_are_replaced_and_a_new_version_of_ours_can_be_taken_out(source,
     (source / "enqueue.py").write_text((source / "enqueue.py").read_text() + "# newer\n")
     (lib / "worker.py").write_text("# half of it")
     output = install(source, home)
-    assert "update     runtime/lib/enqueue.py" in output and "update     runtime/lib/worker.py" in output
+    assert (
+        "update     runtime/lib/enqueue.py" in output
+        and "update     runtime/lib/worker.py" in output
+    )
     assert (lib / "worker.py").read_bytes() == (source / "worker.py").read_bytes()
     assert run(source, home, "uninstall").returncode == 0
     assert not lib.exists()
@@ -98,15 +112,25 @@ def test_uninstall_leaves_the_state_as_it_is_and_nothing_else(source, home):
     install(source, home)
     prefix = home / ".claude/automation/lychee"
     lib, state = prefix / "runtime/lib", prefix / "state"
-    put = subprocess.run([sys.executable, lib / "enqueue.py", "approvals", "t", "--task-id", "keep-me"], env={"HOME": str(home)}, capture_output=True)
-    assert put.returncode == 0 and (lib / "__pycache__").exists()  # what Python made of our files goes with them
+    put = subprocess.run(
+        [sys.executable, lib / "enqueue.py", "approvals", "t", "--task-id", "keep-me"],
+        env={"HOME": str(home)},
+        capture_output=True,
+    )
+    assert (
+        put.returncode == 0 and (lib / "__pycache__").exists()
+    )  # what Python made of our files goes with them
     before = files(state)
     ran = run(source, home, "uninstall")
     assert ran.returncode == 0, ran.stderr
     assert [path.name for path in prefix.iterdir()] == ["state"] and files(state) == before
-    assert sqlite3.connect(state / "tasks.db").execute("select task_id from approvals").fetchall() == [("keep-me",)]
+    assert sqlite3.connect(state / "tasks.db").execute(
+        "select task_id from approvals"
+    ).fetchall() == [("keep-me",)]
     install(source, home)
-    assert sqlite3.connect(state / "tasks.db").execute("select task_id from approvals").fetchall() == [("keep-me",)]
+    assert sqlite3.connect(state / "tasks.db").execute(
+        "select task_id from approvals"
+    ).fetchall() == [("keep-me",)]
 
 
 def test_the_installed_copy_can_uninstall_without_the_checkout(source, home):
@@ -117,6 +141,69 @@ def test_the_installed_copy_can_uninstall_without_the_checkout(source, home):
     assert [path.name for path in prefix.iterdir()] == ["state"]
 
 
+def test_an_upgrade_removes_what_the_new_version_has_no_more(source, home):
+    lib = home / ".claude/automation/lychee/runtime/lib"
+    for name in ("queue_extra.py", "extra.py", "changed.py"):
+        (source / name).write_text("# /// script\n# ///\n")
+    install(source, home)
+    assert {"queue_extra.py", "extra.py", "changed.py"} <= files(lib)
+    for name in ("queue_extra.py", "extra.py", "changed.py"):
+        (source / name).unlink()
+    (lib / "changed.py").write_text("mine")
+    (lib / "own.py").write_text("# /// script\n# ///\n")
+    output = install(source, home)
+    assert "remove     runtime/lib/extra.py" in output
+    assert not {"queue_extra.py", "extra.py"} & files(lib) and {"changed.py", "own.py"} <= files(
+        lib
+    )
+    assert run(source, home, "uninstall").returncode == 0 and files(lib) == {"changed.py", "own.py"}
+
+
+def test_what_is_no_script_is_not_installed(source, home):
+    (source / "conftest.py").write_text("import os\n")
+    (source / "notes.txt").write_text("")
+    install(source, home)
+    installed = files(home / ".claude/automation/lychee/runtime/lib")
+    assert not {"conftest.py", "notes.txt"} & installed
+    assert {path.name for path in source.glob("queue_*.py")} | {
+        "hook.sh",
+        "service.py",
+        "worker.py",
+    } <= installed
+
+
+def test_installing_again_from_the_installed_copy_takes_over_no_handler_of_yours(source, home):
+    install(source, home)
+    prefix = home / ".claude/automation/lychee"
+    (prefix / "handlers/own").write_text("#!/bin/sh\n")
+    (prefix / "handlers/own").chmod(0o755)
+    shutil.rmtree(source)
+    install(prefix / "runtime/lib", home)
+    assert (prefix / "handlers/own").stat().st_mode & 0o777 == 0o755 and (
+        prefix / "runtime/hook"
+    ).is_file()
+    assert run(prefix / "runtime/lib", home, "uninstall").returncode == 0
+    assert files(prefix / "handlers") == {"own"}
+
+
+def test_one_answers_whether_it_is_installed_and_where(source, home, monkeypatch):
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.syspath_prepend(MAIN)
+    from queue_installation import installed
+
+    assert installed() is None and installed(source / "tasks.py") is None
+    install(source, home)
+    place = installed()
+    assert (
+        place is not None
+        and place.prefix == home / ".claude/automation/lychee"
+        and place.state == place.prefix / "state"
+    )
+    assert installed(source / "tasks.py") is None
+    inside = installed(place.lib / "tasks.py")
+    assert inside is not None and inside.prefix == place.prefix
+
+
 def test_another_prefix_and_state_are_kept_apart(source, home, tmp_path):
     prefix, state = tmp_path / "an other\u00e4 place", tmp_path / "its state"
     install(source, home, str(prefix), TASK_QUEUE_STATE=str(state))
@@ -124,9 +211,15 @@ def test_another_prefix_and_state_are_kept_apart(source, home, tmp_path):
     assert not (home / ".claude/automation").exists() and not (prefix / "state").exists()
     install(source, home, str(prefix))  # an upgrade need not be told again where the state is
     assert not (prefix / "state").exists()
-    hook = subprocess.run(["/bin/sh", prefix / "runtime/hook", "notifications", "t"], input=b"{}", env={"HOME": str(home)})
+    hook = subprocess.run(
+        ["/bin/sh", prefix / "runtime/hook", "notifications", "t"],
+        input=b"{}",
+        env={"HOME": str(home)},
+    )
     assert hook.returncode == 0
-    assert sqlite3.connect(state / "tasks.db").execute("select count(*) from notifications").fetchone() == (1,)
+    assert sqlite3.connect(state / "tasks.db").execute(
+        "select count(*) from notifications"
+    ).fetchone() == (1,)
     assert run(source, home, "uninstall", str(prefix)).returncode == 0
     assert not prefix.exists() and (state / "tasks.db").is_file()
 
@@ -145,7 +238,9 @@ def test_a_prefix_that_cannot_be_used_is_one_line_and_1(source, home, command):
     (home / "file").write_text("")
     for prefix in (home / "file", home / "file/below", Path("/proc/nowhere")):
         ran = run(source, home, command, str(prefix))
-        assert ran.returncode == 1 and ran.stderr.count("\n") == 1 and str(prefix) in ran.stderr, ran.stderr
+        assert ran.returncode == 1 and ran.stderr.count("\n") == 1 and str(prefix) in ran.stderr, (
+            ran.stderr
+        )
     assert (home / "file").read_text() == ""
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -45,15 +46,35 @@ def settings_of(home):
 
 def our_hooks(text):
     groups = json.loads(text)["hooks"]["Stop"]
-    return [hook for group in groups for hook in group["hooks"] if "runtime/hook" in hook["command"]]
+    return [
+        hook for group in groups for hook in group["hooks"] if "runtime/hook" in hook["command"]
+    ]
 
 
 def snapshot(root):
-    return {str(path.relative_to(root)): (path.lstat().st_mtime_ns, path.is_file() and path.read_bytes()) for path in root.rglob("*")}
+    return {
+        str(path.relative_to(root)): (
+            path.lstat().st_mtime_ns,
+            path.is_file() and path.read_bytes(),
+        )
+        for path in root.rglob("*")
+    }
+
+
+def outside_of_hooks(text):
+    """What is before and after the settings' own (last) "hooks", and without the comma that a new key needs."""
+    found = [
+        (match, *json.JSONDecoder().raw_decode(text, match.end()))
+        for match in re.finditer(r',?\s*"hooks"\s*:\s*', text)
+    ]
+    found = [(match.start(), end) for match, value, end in found if isinstance(value, dict)]
+    start, end = found[-1] if found else (len(text), len(text))
+    before, after = text[:start], text[end:]
+    return before + after.lstrip() if before.strip() == "{" else before + after
 
 
 @pytest.mark.parametrize("text", OTHERS.values(), ids=OTHERS)
-def test_the_hook_is_added_and_every_other_byte_stays(home, text):
+def test_the_hook_is_added_and_every_byte_outside_of_hooks_stays(home, text):
     settings_of(home).write_bytes(text.encode())
     ran = install(home, "--hook", "yes")
     assert ran.returncode == 0, ran.stderr
@@ -61,11 +82,13 @@ def test_the_hook_is_added_and_every_other_byte_stays(home, text):
     before, after = json.loads(text), json.loads(new)
     assert len(our_hooks(new)) == 1
     assert len(after["hooks"]["Stop"]) == len(before.get("hooks", {}).get("Stop", [])) + 1
-    start = next(i for i in range(len(new)) if new[i] != text[i : i + 1])
-    rest = len(text) - start
-    assert new[:start] + new[len(new) - rest :] == text  # one piece was put in, and nothing taken away
+    assert after["hooks"].pop("Stop")[:-1] == before.get("hooks", {}).pop("Stop", [])
+    assert after["hooks"] == before.get("hooks", {})
+    assert outside_of_hooks(new) == outside_of_hooks(text)
     assert list(after)[: len(before)] == list(before)
-    assert [path.read_bytes() for path in home.glob(".claude/settings.json.*.backup")] == [text.encode()]
+    assert [path.read_bytes() for path in home.glob(".claude/settings.json.*.backup")] == [
+        text.encode()
+    ]
 
     assert install(home, command="uninstall").returncode == 0
     assert settings_of(home).read_bytes() == text.encode()
@@ -79,7 +102,9 @@ def test_a_second_install_changes_nothing(home):
     assert ran.returncode == 0 and "the hook is there" in ran.stdout
     after = snapshot(home / ".claude")
     changed = {name for name in after if before.get(name) != after[name]}
-    assert {name for name in changed if "installed.json" not in name and "/state" not in name} <= {"automation/lychee"}
+    assert {name for name in changed if "installed.json" not in name and "/state" not in name} <= {
+        "automation/lychee"
+    }
     assert len(our_hooks(settings_of(home).read_text())) == 1
 
 
@@ -112,12 +137,18 @@ UNFIT = {
 
 
 @pytest.mark.parametrize("content", UNFIT.values(), ids=UNFIT)
-def test_a_settings_file_that_cannot_be_understood_is_left_alone_and_the_rest_installed(home, content):
+def test_a_settings_file_that_cannot_be_understood_is_left_alone_and_the_rest_installed(
+    home, content
+):
     content = content if isinstance(content, bytes) else content.encode()
     settings_of(home).write_bytes(content)
     ran = install(home, "--hook", "yes")
     assert ran.returncode == 1
-    assert str(settings_of(home)) in ran.stderr and "add by hand" in ran.stderr and ran.stderr.count("\n") == 1
+    assert (
+        str(settings_of(home)) in ran.stderr
+        and "add by hand" in ran.stderr
+        and ran.stderr.count("\n") == 1
+    )
     assert settings_of(home).read_bytes() == content
     assert (home / ".claude/automation/lychee/runtime/lib/enqueue.py").is_file()
     assert (home / ".claude/automation/lychee/state/tasks.db").is_file()
@@ -128,7 +159,11 @@ def test_a_symbolic_link_is_left_alone(home):
     (home / "dotfiles.json").write_text("{}")
     settings_of(home).symlink_to(home / "dotfiles.json")
     ran = install(home, "--hook", "yes")
-    assert ran.returncode == 1 and "symbolic link" in ran.stderr and str(home / "dotfiles.json") in ran.stderr
+    assert (
+        ran.returncode == 1
+        and "symbolic link" in ran.stderr
+        and str(home / "dotfiles.json") in ran.stderr
+    )
     assert settings_of(home).is_symlink() and (home / "dotfiles.json").read_text() == "{}"
 
 
@@ -164,10 +199,12 @@ def test_without_a_terminal_and_without_an_option_no_hook_is_added(home):
         assert settings_of(home).read_text() == "{}"
 
 
-@pytest.mark.parametrize(("answer", "added"), [("y\n", True), ("n\n", False), ("\n", False), ("\x04", False)])
+@pytest.mark.parametrize(
+    ("answer", "added"), [("y\n", True), ("n\n", False), ("\n", False), ("\x04", False)]
+)
 def test_on_a_terminal_it_asks(home, answer, added):
     master, slave = os.openpty()
-    with subprocess.Popen([sys.executable, INSTALL, "install", "--no-warm"], stdin=slave, stdout=subprocess.PIPE, text=True,
+    with subprocess.Popen([sys.executable, INSTALL, "install", "--no-warm", "--no-command"], stdin=slave, stdout=subprocess.PIPE, text=True,
                           env={"HOME": str(home), "PATH": os.environ["PATH"]}) as process:  # fmt: skip
         os.close(slave)
         os.write(master, answer.encode())
@@ -179,7 +216,11 @@ def test_on_a_terminal_it_asks(home, answer, added):
 
 def test_a_hook_that_the_user_changed_is_not_doubled_and_not_removed(home):
     install(home, "--hook", "yes")
-    text = settings_of(home).read_text().replace("link_validation --start-worker", "link_validation --once-per workspace")
+    text = (
+        settings_of(home)
+        .read_text()
+        .replace("link_validation --start-worker", "link_validation --once-per workspace")
+    )
     settings_of(home).write_text(text)
     assert install(home, "--hook", "yes").returncode == 0
     assert settings_of(home).read_text() == text
@@ -220,7 +261,15 @@ def test_two_installs_at_once_add_one_hook(home):
     assert len(our_hooks(settings_of(home).read_text())) == 1
 
 
-@pytest.mark.parametrize("args", [["install", "--hook", "maybe"], ["nonsense"], [], ["work"], ["service", "--kind", "cron"]])
+@pytest.mark.parametrize(
+    "args",
+    [["install", "--hook", "maybe"], ["nonsense"], [], ["work"], ["service", "--kind", "cron"]],
+)
 def test_a_usage_error_is_64_and_never_2(home, args):
-    ran = subprocess.run([sys.executable, INSTALL, *args], env={"HOME": str(home), "PATH": os.environ["PATH"]}, capture_output=True, text=True)
+    ran = subprocess.run(
+        [sys.executable, INSTALL, *args],
+        env={"HOME": str(home), "PATH": os.environ["PATH"]},
+        capture_output=True,
+        text=True,
+    )
     assert ran.returncode == 64 and "Traceback" not in ran.stderr

@@ -1,0 +1,190 @@
+"""What install.py put where: the installation's directories, its record, and its hooks in
+settings.json.
+
+install.py, service.py and doctor.py ask here whether something is installed, and where. The record
+is PREFIX/installed.json: the digest of each file that was put there, so that what a person changed
+is told from what is ours, and the paths of the state, of Python and of uv.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import stat
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+# An install that waits for a person's answer holds the lock; another one gives up after this time.
+LOCK_SECONDS = 120.0
+
+
+class Trouble(Exception):
+    """Something could not be done; the message says what, why and what to do."""
+
+
+class WrongUse(Exception):
+    """What was asked for cannot be meant; the message says why. Exit code 64."""
+
+
+def default_prefix() -> Path:
+    return Path.home() / ".claude/automation/lychee"
+
+
+def settings_file() -> Path:
+    """Claude Code's settings of this user."""
+    return (
+        Path(os.environ.get("CLAUDE_CONFIG_DIR") or Path.home() / ".claude").absolute()
+        / "settings.json"
+    )
+
+
+def installed(script: str | Path | None = None) -> Installation | None:
+    """The installation that a script is a part of, or without one the one in the default place;
+    None if there is none.
+
+    installed(__file__) in a checkout is None, installed() there is what `just install` made.
+    """
+    prefix = Path(script).resolve().parent.parent.parent if script else default_prefix()
+    return Installation(prefix) if (prefix / "installed.json").is_file() else None
+
+
+def is_plain(path: str) -> bool:
+    """Whether a path can stand in a line of a unit or a script: UTF-8, no control characters."""
+    return not re.search("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]", path)
+
+
+class Installation:
+    """Where things are in PREFIX, and what was put there. It need not exist yet.
+
+    Raises WrongUse for a prefix or a state that cannot stand in a unit file, and for a state that
+    is relative.
+    """
+
+    def __init__(self, prefix: str | Path | None = None) -> None:
+        self.prefix = Path(os.path.abspath(os.path.expanduser(prefix or default_prefix())))
+        self.lib, self.handlers = self.prefix / "runtime/lib", self.prefix / "handlers"
+        self.hook, self.record_file = self.prefix / "runtime/hook", self.prefix / "installed.json"
+        self.settings = settings_file()
+        self.record = self._read_record()
+        asked = os.environ.get("TASK_QUEUE_STATE")
+        state = os.path.expanduser(asked or self.record.get("state") or self.prefix / "state")
+        if not os.path.isabs(state):
+            raise WrongUse(
+                f"TASK_QUEUE_STATE={asked!r} is relative: each directory would have its own"
+            )
+        self.state = Path(os.path.abspath(state))
+        for path, what in ((self.prefix, "PREFIX"), (self.state, "TASK_QUEUE_STATE")):
+            if not is_plain(str(path)):
+                raise WrongUse(
+                    f"{str(path)!r} has control characters or is not UTF-8: choose another {what}"
+                )
+
+    def _read_record(self) -> dict:
+        """installed.json. A damaged one is as good as none: what is there counts as the user's."""
+        try:
+            found = json.loads(self.record_file.read_bytes())
+        except (FileNotFoundError, ValueError):
+            found = None
+        if isinstance(found, dict) and isinstance(found.get("files"), dict):
+            return found
+        return {"files": {}}
+
+    def save(self) -> None:
+        write_file(
+            self.record_file,
+            json.dumps(self.record, indent=1, ensure_ascii=False).encode() + b"\n",
+            0o600,
+        )
+
+    def name(self, path: Path) -> str:
+        """How the record and the messages call a file."""
+        return str(path.relative_to(self.prefix)) if path.is_relative_to(self.prefix) else str(path)
+
+    def known(self, path: Path) -> list[str]:
+        """The digests under which this file was put here; several while an install is under way."""
+        return self.record["files"].get(self.name(path), [])
+
+    def put(self, files: list[tuple[Path, bytes, int]]) -> None:
+        """Write (path, content, mode) files in this order, each whole or not at all.
+
+        They are recorded before they are written, so that uninstall knows even the last one of an
+        install that was killed.
+        """
+        for path, content, _ in files:
+            digests = self.record["files"].setdefault(self.name(path), [])
+            digests += [digest(content)] if digest(content) not in digests else []
+        self.save()
+        for path, content, mode in files:
+            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            write_file(path, content, mode)
+        for path, content, _ in files:
+            self.record["files"][self.name(path)] = [digest(content)]
+        self.save()
+
+
+# -------------------------------------------------------------------------------------------- files
+
+
+def digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def digest_there(path: Path) -> str | None:
+    """The digest of the file at path, None when nothing is there.
+
+    What is not a plain file has a digest that nothing matches.
+    """
+    try:
+        if not stat.S_ISREG(path.lstat().st_mode):
+            return "not a file"
+        return digest(path.read_bytes())
+    except FileNotFoundError:
+        return None
+
+
+def begun(path: Path) -> Path:
+    """Where a file is written before it takes path's place."""
+    return path.with_name(f".{path.name}.new")
+
+
+def write_file(path: Path, content: bytes, mode: int, owner: os.stat_result | None = None) -> None:
+    """Replace path in one step: a reader, or a power cut, leaves the old file or the new one."""
+    new = begun(path)
+    new.unlink(missing_ok=True)
+    fd = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    with open(fd, "wb") as file:
+        file.write(content)
+        os.fchmod(fd, mode)
+        if owner and (owner.st_uid, owner.st_gid) != (os.getuid(), os.getgid()):
+            os.fchown(fd, owner.st_uid, owner.st_gid)
+        file.flush()
+        os.fsync(fd)
+    os.replace(new, path)
+    directory = os.open(path.parent, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
+
+
+@contextmanager
+def only_one(directory: Path) -> Iterator[None]:
+    """Hold the lock on a directory, so that two installs do not meet."""
+    import queue_helpers as q
+
+    deadline = time.monotonic() + LOCK_SECONDS
+    while (fd := q.lock_file(directory, probe=True)) is None:
+        if time.monotonic() > deadline:
+            raise Trouble(
+                f"{directory} is locked by another install since {LOCK_SECONDS:.0f} s;"
+                " is one waiting for an answer?"
+            )
+        time.sleep(0.05)
+    try:
+        yield
+    finally:
+        os.close(fd)

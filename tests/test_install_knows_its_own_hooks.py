@@ -1,0 +1,198 @@
+"""A hook of ours is found in settings.json however it is written, and WorktreeCreate is not offered."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+INSTALL = ROOT / "install.py"
+
+
+@pytest.fixture
+def home(tmp_path):
+    home = tmp_path / "home"
+    (home / ".claude").mkdir(parents=True)
+    return home
+
+
+def run(home, command, *args, **options):
+    more = ["--no-warm"] if command == "install" else []
+    env = {"HOME": str(home), "PATH": os.environ["PATH"]} | options.pop("env", {})
+    return subprocess.run([sys.executable, INSTALL, command, *more, *args], env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True,
+                          timeout=60, **options)  # fmt: skip
+
+
+def settings_of(home):
+    return home / ".claude/settings.json"
+
+
+def hooks_of(home, event="Stop"):
+    groups = json.loads(settings_of(home).read_text())["hooks"].get(event, [])
+    return [hook for group in groups for hook in group["hooks"]]
+
+
+def with_hook(home, **hook):
+    settings_of(home).write_text(
+        json.dumps({"hooks": {"Stop": [{"hooks": [{"type": "command", **hook}]}]}}, indent=2)
+    )
+
+
+WRITTEN = {
+    "exec form, the script": {
+        "command": "python3",
+        "args": ["{prefix}/runtime/lib/enqueue.py", "--hook", "notifications"],
+    },
+    "exec form, the hook": {
+        "command": "/bin/sh",
+        "args": ["{prefix}/runtime/hook", "notifications", "link_validation"],
+    },
+    "exec form, the program itself": {
+        "command": "{prefix}/runtime/lib/enqueue.py",
+        "args": ["--hook", "notifications"],
+    },
+    "a shell's words": {
+        "command": "/usr/bin/python3 '{prefix}/runtime/lib/enqueue.py' --hook notifications || exit 1"
+    },
+    "below the home": {"command": "sh ~/.claude/automation/lychee/runtime/hook notifications"},
+    "with $HOME": {"command": 'sh "$HOME/.claude/automation/lychee/runtime/hook" notifications'},
+}
+
+
+@pytest.mark.parametrize("hook", WRITTEN.values(), ids=WRITTEN)
+def test_a_hook_that_somebody_wrote_is_ours_and_gets_no_second_one(home, monkeypatch, hook):
+    monkeypatch.setenv("HOME", str(home))
+    prefix = str(home / ".claude/automation/lychee")
+    hook = json.loads(json.dumps(hook).replace("{prefix}", prefix))
+    with_hook(home, **hook)
+    before = settings_of(home).read_text()
+    ran = run(home, "install", "--hook", "yes")
+    assert ran.returncode == 0 and "the hook is there, and yours" in ran.stdout
+    assert settings_of(home).read_text() == before
+
+    ran = run(home, "uninstall")
+    assert settings_of(home).read_text() == before
+    if "enqueue.py" in json.dumps(hook):
+        assert (
+            ran.returncode == 1
+            and "blocks Claude" in ran.stderr
+            and json.dumps(hook["command"])[1:-1] in ran.stderr
+        )
+    else:
+        assert ran.returncode == 0 and "keep yours" in ran.stdout
+
+
+OTHERS = {
+    "another prefix": {"command": "sh", "args": ["/elsewhere/runtime/hook", "notifications"]},
+    "a name that only looks like it": {"command": "echo {prefix}/runtime/hooks"},
+    "unbalanced quotes": {"command": "echo 'it"},
+    "args of another shape": {"command": "echo", "args": {"a": 1}},
+    "args that are no text": {"command": "echo", "args": [1, None]},
+}
+
+
+@pytest.mark.parametrize("hook", OTHERS.values(), ids=OTHERS)
+def test_another_hook_is_not(home, hook):
+    hook = json.loads(json.dumps(hook).replace("{prefix}", str(home / ".claude/automation/lychee")))
+    with_hook(home, **hook)
+    before = settings_of(home).read_text()
+    assert run(home, "install", "--hook", "yes").returncode == 0
+    assert len(hooks_of(home)) == 2
+    assert run(home, "uninstall").returncode == 0 and settings_of(home).read_text() == before
+
+
+def test_behind_a_symbolic_link_it_is_the_same_hook(home, tmp_path):
+    (tmp_path / "dotfiles/automation").mkdir(parents=True)
+    (home / ".claude/automation").symlink_to(tmp_path / "dotfiles/automation")
+    assert run(home, "install", "--hook", "yes").returncode == 0
+    # The other name of the same place.
+    ran = run(home, "install", str(tmp_path / "dotfiles/automation/lychee"), "--hook", "yes")
+    assert ran.returncode == 0 and len(hooks_of(home)) == 1, ran.stdout
+    assert run(home, "uninstall", str(tmp_path / "dotfiles/automation/lychee")).returncode == 0
+    assert not settings_of(home).exists()
+
+
+def test_a_firing_through_a_symbolic_link_is_stored(home, tmp_path):
+    (tmp_path / "dotfiles/automation").mkdir(parents=True)
+    (home / ".claude/automation").symlink_to(tmp_path / "dotfiles/automation")
+    assert run(home, "install", "--hook", "yes").returncode == 0
+    command = hooks_of(home)[0]["command"].replace(" --start-worker", "")
+    ran = subprocess.run(["/bin/sh", "-c", command], input=b"{}", env={}, capture_output=True)
+    assert (ran.returncode, ran.stdout, ran.stderr) == (0, b"", b"")
+    sys.path.insert(0, str(ROOT))
+    import queue_helpers as q
+
+    assert q.connect(tmp_path / "dotfiles/automation/lychee/state").execute(
+        "select count(*) from notifications"
+    ).fetchone() == (1,)
+
+
+@pytest.mark.parametrize("args", [[], ["--dry-run"], ["--hook", "yes"], ["--hook", "no"]])
+def test_worktree_create_is_refused_by_name(home, args):
+    ran = run(home, "install", "--event", "WorktreeCreate", *args)
+    assert ran.returncode == 64 and ran.stderr.count("\n") == 1 and "WorktreeCreate" in ran.stderr
+    assert list((home / ".claude").iterdir()) == []
+
+
+@pytest.mark.parametrize("event", ["", "stop", "Stop Hook", "Stop\n", "../Stop"])
+def test_what_names_no_event_is_refused(home, event):
+    ran = run(home, "install", "--event", event)
+    assert ran.returncode == 64 and ran.stderr.count("\n") == 1 and "event" in ran.stderr
+
+
+def test_another_event_can_be_chosen_and_both_are_taken_out(home):
+    text = '{"hooks": {"SessionEnd": [{"hooks": [{"type": "command", "command": "mine"}]}]}}\n'
+    settings_of(home).write_text(text)
+    assert run(home, "install", "--hook", "yes", "--event", "SessionEnd").returncode == 0
+    assert [hook["command"] == "mine" for hook in hooks_of(home, "SessionEnd")] == [
+        True,
+        False,
+    ] and hooks_of(home) == []
+    assert run(home, "install", "--hook", "yes").returncode == 0
+    assert len(hooks_of(home)) == 1 and len(hooks_of(home, "SessionEnd")) == 2
+    assert run(home, "uninstall").returncode == 0
+    assert settings_of(home).read_text() == text
+
+
+def test_an_upgrade_changes_a_hook_that_an_older_version_wrote(home):
+    run(home, "install", "--hook", "yes")
+    record = home / ".claude/automation/lychee/installed.json"
+    old = "sh /old/hook notifications"
+    settings_of(home).write_text(
+        settings_of(home)
+        .read_text()
+        .replace(json.dumps(hooks_of(home)[0]["command"]), json.dumps(old))
+    )
+    value = json.loads(record.read_text())
+    value["hook"] = {"command": old, "created": [".", "hooks", "Stop"]}
+    record.write_text(json.dumps(value))
+    ran = run(home, "install", "--hook", "yes")
+    assert (
+        ran.returncode == 0
+        and "updated" in ran.stdout
+        and len(hooks_of(home)) == 1
+        and hooks_of(home)[0]["command"] != old
+    )
+    assert run(home, "uninstall").returncode == 0
+
+
+def test_what_somebody_wrote_after_us_is_kept_by_uninstall(home):
+    settings_of(home).write_text('{\n   "a": 1.50,\n   "hooks": {"Stop": []}\n}\n')
+    run(home, "install", "--hook", "yes")
+    settings_of(home).write_text(settings_of(home).read_text().replace("1.50", "2.50"))
+    assert run(home, "uninstall").returncode == 0
+    assert settings_of(home).read_text().startswith('{\n   "a": 2.50') and json.loads(
+        settings_of(home).read_text()
+    ) == {"a": 2.5}
+
+
+def test_uninstall_never_takes_back_an_older_state_of_the_file(home):
+    """Each change has a backup of its own, also when two are made within the same second."""
+    for number in range(4):
+        text = json.dumps({"number": number})
+        settings_of(home).write_text(text)
+        assert run(home, "install", "--hook", "yes").returncode == 0
+        assert run(home, "uninstall").returncode == 0
+        assert settings_of(home).read_text() == text

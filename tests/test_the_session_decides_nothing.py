@@ -1,0 +1,284 @@
+"""The environment and the directory of the session that fires a hook choose no program, no module and no other state."""
+
+import json
+import os
+import shutil
+import sqlite3
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, wait_for
+
+STOP = b'{"session_id": "s1", "cwd": "/", "hook_event_name": "Stop"}'
+MODULES = (
+    "socket",
+    "json",
+    "queue_helpers",
+    "sqlite3",
+    "getopt",
+    "sitecustomize",
+    "usercustomize",
+    "watchdog",
+    "enqueue",
+)
+PROGRAMS = ("uv", "python3", "python", "sh", "env", "cat", "date", "mkdir", "mktemp", "mv", "sleep")
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    home = tmp_path_factory.mktemp("homes") / "home"
+    home.mkdir()
+    ran = subprocess.run([sys.executable, ROOT / "install.py", "install", "--no-warm", "--hook", "yes"], stdin=subprocess.DEVNULL,
+                         env={"HOME": str(home), "PATH": os.environ["PATH"]}, capture_output=True, text=True, timeout=60)  # fmt: skip
+    assert ran.returncode == 0, ran.stderr
+    yield home
+    for pid in workers(home):
+        os.kill(pid, 9)
+
+
+def workers(home):
+    found = []
+    for cmdline in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            if (
+                f"{home}/.claude/automation/lychee/runtime/lib/worker.py".encode()
+                in cmdline.read_bytes()
+            ):
+                found.append(int(cmdline.parent.name))
+        except OSError:
+            continue
+    return found
+
+
+@pytest.fixture
+def workspace(tmp_path):
+    """A cloned repository that brings modules and programs of its own, each of which says when it is used."""
+    workspace = tmp_path / "workspace"
+    workspace.mkdir()
+    for name in MODULES:
+        (workspace / f"{name}.py").write_text(
+            f"open({str(tmp_path / 'hijacked')!r}, 'a').write({name!r})\n"
+        )
+    for name in PROGRAMS:
+        (workspace / name).write_text(f"#!/bin/sh\necho {name} >>'{tmp_path / 'hijacked'}'\n")
+        (workspace / name).chmod(0o755)
+    (workspace / "env").write_text("#!/bin/sh\nexit 1\n")
+    (workspace / "uv.toml").write_text("nonsense = [")
+    (workspace / ".python-version").write_text("2.7\n")
+    (workspace / ".env").write_text("PYTHONPATH=.\n")
+    return workspace
+
+
+def hostile(workspace):
+    """What a session's environment may hold after it was started in such a workspace."""
+    return {
+        "PATH": ".::relative:/usr/bin:/bin",
+        "PYTHONPATH": ".",
+        "PYTHONHOME": str(workspace),
+        "PYTHONSAFEPATH": "1",
+        "PYTHONSTARTUP": "json.py",
+        "PYTHONWARNINGS": "error",
+        "PYTHONPYCACHEPREFIX": "cache",
+        "VIRTUAL_ENV": str(workspace),
+        "UV": "/gone",
+        "UV_PYTHON": "2.7",
+        "UV_PROJECT": ".",
+        "UV_ENV_FILE": ".env",
+        "UV_CONFIG_FILE": "uv.toml",
+        "UV_WORKING_DIRECTORY": "/nowhere",
+        "UV_PROJECT_ENVIRONMENT": ".",
+        "UV_INDEX_URL": "http://127.0.0.1:9/simple",
+        "TASK_QUEUE_STATE": "state",
+        "TWO_LINES": "a\nUV_CACHE_DIR=/nowhere\nPYTHONPATH=.\n; exit 7",
+    }
+
+
+def fire(home, workspace, args="notifications link_validation", **changed):
+    hook = home / ".claude/automation/lychee/runtime/hook"
+    cache = subprocess.run(
+        ["uv", "cache", "dir"], capture_output=True, text=True, check=True
+    ).stdout.strip()
+    env = {"HOME": str(home), "UV_CACHE_DIR": cache, "UV_OFFLINE": "1", **hostile(workspace)}
+    ran = subprocess.run(
+        ["/bin/sh", hook, *args.split()],
+        input=STOP,
+        env={**env, **changed},
+        cwd=workspace,
+        capture_output=True,
+        timeout=60,
+    )
+    assert (ran.returncode, ran.stdout) == (0, b""), ran.stderr
+    return ran.stderr.decode()
+
+
+def rows(home, statement="select data from notifications"):
+    conn = sqlite3.connect(home / ".claude/automation/lychee/state/tasks.db", isolation_level=None)
+    try:
+        return conn.execute(statement).fetchall()
+    finally:
+        conn.close()
+
+
+def spooled(home):
+    return [
+        path
+        for path in (home / ".claude/automation/lychee/state/spool").rglob("*")
+        if path.is_file()
+    ]
+
+
+@pytest.fixture(params=["python", "uv", "neither"])
+def way(home, request):
+    """The hook with its Python, with uv alone, and with neither."""
+    hook = home / ".claude/automation/lychee/runtime/hook"
+    kept = hook.read_text()
+    gone = {"python": [], "uv": ["python="], "neither": ["python=", "uv="]}[request.param]
+    lines = kept.splitlines(True)
+    hook.write_text(
+        "".join(
+            next((f"{name}''\n" for name in gone if line.startswith(name)), line) for line in lines
+        )
+    )
+    yield request.param
+    hook.write_text(kept)
+    rows(home, "delete from notifications")
+    for path in spooled(home):
+        path.unlink()
+
+
+def test_the_hook_stores_its_task_and_runs_nothing_of_the_workspace(home, workspace, way):
+    said = fire(home, workspace)
+    assert said.count("\n") == 1 and "TASK_QUEUE_STATE is not absolute" in said
+    assert (len(rows(home)), len(spooled(home))) == ((0, 1) if way == "neither" else (1, 0))
+    assert not (workspace.parent / "hijacked").exists() and not (workspace / "state").exists()
+    assert sorted(path.name for path in workspace.iterdir() if path.is_dir()) == []
+
+
+def test_a_relative_cache_of_uv_is_not_used(home, workspace, way):
+    """What lies in uv's cache is run, so a workspace must not bring it."""
+    fire(home, workspace, UV_CACHE_DIR="cache")
+    assert (len(rows(home)), len(spooled(home))) == ((0, 1) if way == "neither" else (1, 0))
+    assert [path.name for path in workspace.iterdir() if path.is_dir()] == []
+
+
+def test_what_the_workspace_brings_would_be_used_without_that(workspace):
+    """The test before this one can fail: these modules are what Python imports when the session decides."""
+    ran = subprocess.run(
+        [sys.executable, ROOT / "enqueue.py", "--help"],
+        env={"PYTHONPATH": "."},
+        cwd=workspace,
+        capture_output=True,
+    )
+    assert (workspace.parent / "hijacked").exists(), ran.stderr
+
+
+def test_the_worker_that_a_hook_starts_runs_nothing_of_the_workspace(home, workspace):
+    handler = home / ".claude/automation/lychee/handlers/told"
+    handler.write_text(
+        f'#!/bin/sh\nunset TWO_LINES; env >"{home}/told.new"; mv "{home}/told.new" "{home}/told"\n'
+    )
+    handler.chmod(0o755)
+    fire(
+        home,
+        workspace,
+        "notifications told --start-worker",
+        ANTHROPIC_API_KEY="mine",
+        CLAUDE_CONFIG_DIR="/mine",
+    )
+    told = wait_for(
+        lambda: (home / "told").exists() and (home / "told").read_text(), 30, "the handler"
+    )
+    assert not (workspace.parent / "hijacked").exists()
+    told = dict(line.split("=", 1) for line in told.splitlines() if "=" in line)
+    assert told["ANTHROPIC_API_KEY"] == "mine" and told["CLAUDE_CONFIG_DIR"] == "/mine"
+    assert told["TASK_QUEUE_STATE"] == f"{home}/.claude/automation/lychee/state"
+    assert not [
+        name
+        for name in told
+        if name.startswith(("PYTHON", "UV_PYTHON", "UV_ENV", "UV_CONFIG", "UV_PROJECT"))
+    ]
+    assert all(entry.startswith("/") for entry in told["PATH"].split(":"))
+
+
+@pytest.mark.parametrize(
+    "command", [["install", "--no-warm"], ["uninstall"], ["service"], ["service", "--dry-run"]]
+)
+@pytest.mark.parametrize("state", ["/tmp/a\nExecStart=/bin/false", "/tmp/a\r", "relative", "."])
+def test_a_state_that_cannot_stand_in_a_unit_or_is_relative_is_refused(tmp_path, command, state):
+    """Nothing is written then, not even where an installation is."""
+    env = {"HOME": str(tmp_path), "PATH": os.environ["PATH"]}
+    run = [sys.executable, "-B", ROOT / "install.py"]
+    assert (
+        subprocess.run(
+            [*run, "install", "--no-warm", "--hook", "no"],
+            env=env,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+        ).returncode
+        == 0
+    )
+    before = {path: path.lstat().st_mtime_ns for path in tmp_path.rglob("*")}
+    ran = subprocess.run(
+        [*run, *command],
+        env=env | {"TASK_QUEUE_STATE": state},
+        cwd=tmp_path,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+    )
+    assert (
+        ran.returncode == 64 and ran.stderr.count("\n") == 1 and "TASK_QUEUE_STATE" in ran.stderr
+    ), ran.stderr
+    assert {path: path.lstat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+
+
+def test_a_unit_starts_a_worker_with_a_clean_environment(tmp_path):
+    """The user manager of systemd hands its own environment to a unit: what Python and uv obey stays out."""
+    sys.path.insert(0, str(ROOT))
+    import service
+
+    kept = {
+        "HOME": "/home/user",
+        "LANG": "C.UTF-8",
+        "LC_ALL": "C",
+        "XDG_RUNTIME_DIR": "/run/user/1",
+        "https_proxy": "http://proxy",
+        "ANTHROPIC_BASE_URL": "https://x",
+        "CLAUDE_CODE_OAUTH_TOKEN": "t",
+        "CLAUDE_CODE_USE_BEDROCK": "1",
+        "UV_CACHE_DIR": "/cache",
+    }
+    dropped = {
+        "TMPDIR": "tmp",
+        "XDG_CONFIG_HOME": ".config",
+        "CLAUDE_CONFIG_DIR": "relative",
+        "CLAUDECODE": "1",
+        "LD_PRELOAD": "x.so",
+        "BASH_ENV": "x",
+        "ENV": "x",
+        "GIT_DIR": ".git",
+        "NODE_OPTIONS": "--require x",
+        "TASK_DEPTH": "3",
+    }
+    told = service.worker_environment(hostile(tmp_path) | kept | dropped, Path("/state"))
+    assert told == kept | {"PATH": "/usr/bin:/bin", "TASK_QUEUE_STATE": "/state"}
+
+
+@pytest.mark.parametrize("name", ["UV_PYTHON", "PYTHONPATH", "UV", "VIRTUAL_ENV"])
+def test_install_finds_the_same_programs_whatever_the_session_says(tmp_path, name):
+    records = []
+    for number, more in enumerate(({}, {name: "/gone"})):
+        home = tmp_path / str(number)
+        home.mkdir()
+        env = {"HOME": str(home), "PATH": os.environ["PATH"], **more}
+        ran = subprocess.run([sys.executable, "-E", ROOT / "install.py", "install", "--no-warm", "--hook", "no"], env=env, stdin=subprocess.DEVNULL,
+                             capture_output=True, text=True)  # fmt: skip
+        assert ran.returncode == 0, ran.stderr
+        records.append(json.loads((home / ".claude/automation/lychee/installed.json").read_text()))
+    assert (
+        records[0]["uv"] == records[1]["uv"] != "/gone"
+        and records[0]["python"] == records[1]["python"]
+    )
+    assert shutil.which("uv") is None or records[0]["uv"]

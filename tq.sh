@@ -1,0 +1,51 @@
+#!/bin/sh
+# The task queue's command: tq add, tq work, tq list ... hands over to the scripts.
+# install.py copies this file to ~/.local/bin and fills in the four paths below.
+lib=
+python=
+uv=
+state=
+export TASK_QUEUE_STATE="${TASK_QUEUE_STATE:-$state}"
+
+usage() {
+    cat <<END
+usage: ${0##*/} COMMAND [ARGUMENTS]
+
+  add QUEUE TASK_TYPE [DATA]    put a task into a queue
+  work QUEUE ...                run tasks
+  list, show, logs, stats, wait see what waits, runs and failed
+  retry, cancel, approve, ...   act on tasks
+  doctor                        what is wrong, and what to do about it
+  cleanup, dashboard, report    prune the history; a page on the live database; a summary
+  export, import, backup, restore
+  service, install, uninstall
+
+${0##*/} COMMAND --help says more. $lib has the scripts.
+END
+}
+
+# What a command is called that is not called like its script. A command that has no script is one of tasks.py.
+case ${1:-} in
+'' | -h | --help | help) usage; exit 0 ;;
+add) script=enqueue ;;
+work) script=worker ;;
+*[!a-z]*) script= ;;
+*) script=$1 ;;
+esac
+case $script in
+install | uninstall) script=install ;;
+*) if [ -n "$script" ] && [ -r "$lib/$script.py" ]; then shift; else script=tasks; fi ;;
+esac
+
+if [ ! -r "$lib/$script.py" ]; then
+    echo "${0##*/}: $lib/$script.py is gone; run just install again, or remove $0" >&2
+    exit 1
+fi
+# Scripts without dependencies start faster without uv.
+if [ -x "$uv" ] && ! { [ -x "$python" ] && grep -q '^# dependencies = \[\]$' "$lib/$script.py"; }; then
+    unset PYTHONPATH PYTHONHOME PYTHONSAFEPATH VIRTUAL_ENV UV_PYTHON UV_PROJECT UV_ENV_FILE UV_CONFIG_FILE
+    exec "$uv" run --quiet --no-config --script "$lib/$script.py" "$@"
+fi
+if [ -x "$python" ]; then exec "$python" -E -s "$lib/$script.py" "$@"; fi
+echo "${0##*/}: neither Python nor uv is where install found it; install uv, then run just install again" >&2
+exit 1
