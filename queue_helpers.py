@@ -74,6 +74,8 @@ BUSY_TIMEOUT_MS = 5_000
 TURN_POLL_SECONDS, NEXT_POLL_SECONDS = 0.0001, 0.001
 # Who did not get its turn in time takes none for this long.
 NO_TURN_SECONDS = 1.0
+# Where writers wait for each other, they leave the lock to those who take no turn: how often, how long.
+OTHERS_EVERY_SECONDS, OTHERS_SECONDS = 2.0, 0.11
 MAX_ATTEMPTS = 4
 # Before the second attempt; it doubles with each one after.
 BACKOFF_SECONDS = 1.0
@@ -573,6 +575,8 @@ class _Turn:
             if self._lock(self.fds[0], NEXT_POLL_SECONDS, began + seconds):
                 had = self._lock(self.fds[1], TURN_POLL_SECONDS, began + seconds)
                 flock(self.fds[0], LOCK_UN)
+            if had and time.monotonic() > began + TURN_POLL_SECONDS:
+                self._let_others_in()
         except OSError:
             # The directory cannot be made or written: everybody writes without a turn.
             pass
@@ -581,6 +585,15 @@ class _Turn:
                 self.none_until = time.monotonic() + NO_TURN_SECONDS
                 self.release()
         return had
+
+    def _let_others_in(self) -> None:
+        """Leave SQLite's lock free for a moment, now and then, while writers wait for each other.
+
+        Who takes no turn, like bash, looks for the lock every 100 ms at the longest.
+        """
+        if time.time() - os.fstat(self.fds[1]).st_mtime > OTHERS_EVERY_SECONDS:
+            os.utime(self.fds[1])
+            time.sleep(OTHERS_SECONDS)
 
     def _lock(self, fd: int, pause: float, deadline: float) -> bool:
         while True:
@@ -621,6 +634,7 @@ class Connection(sqlite3.Connection):
     """A connection that knows its state directory, its files, and the queues it has seen."""
 
     state: Path
+    db: str
     file: tuple
     queues: set[str]
     durable: bool | None
@@ -686,7 +700,8 @@ def connect(
     cache = getattr(_process.thread, "connections", None)
     if cache is None:
         cache = _process.thread.connections = _Connections()
-    conn, db = cache.get(state), f"{state}/tasks.db"
+    conn = cache.get(state)
+    db = f"{state}/tasks.db" if conn is None else conn.db
     try:
         files = _files_of(db)
         if conn is not None and conn.file == files:
@@ -747,12 +762,8 @@ def _open(state: Path, db: str, busy_timeout_ms: int, migrate: bool) -> Connecti
         factory=Connection,
     )
     try:
-        conn.state, conn.queues, conn.durable, conn.busy_timeout_ms = (
-            state,
-            set(),
-            None,
-            busy_timeout_ms,
-        )
+        conn.state, conn.db, conn.queues = state, db, set()
+        conn.durable, conn.busy_timeout_ms = None, busy_timeout_ms
         # bash may have cast any bytes to text.
         conn.text_factory = partial(str, encoding="utf-8", errors="replace")
         conn.execute(f"pragma journal_size_limit = {WAL_BYTES}")
@@ -768,8 +779,10 @@ def _open(state: Path, db: str, busy_timeout_ms: int, migrate: bool) -> Connecti
             raise QueueUnavailable(f"{db} is not a task queue's database; check TASK_QUEUE_STATE")
         conn.execute("commit")
         if version == 0:
-            # Before the first table: cleanup.py can give space back only then.
+            # Before the first table: cleanup.py can give space back only then. A commit writes whole
+            # pages, some for a task: small ones cost less to write and to sync.
             conn.execute("pragma auto_vacuum = incremental")
+            conn.execute("pragma page_size = 2048")
         # chmod, not open: closing a descriptor of the database would drop SQLite's locks.
         for sidecar in ("", "-wal", "-shm") if stat.S_IMODE(os.stat(db).st_mode) & 0o077 else ():
             if os.path.exists(f"{db}{sidecar}"):
