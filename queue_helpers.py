@@ -36,7 +36,11 @@ from contextlib import nullcontext
 from fcntl import LOCK_EX, LOCK_NB, LOCK_SH, LOCK_UN, flock
 from functools import lru_cache, partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 from weakref import WeakSet
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 VERSION = "0.2.0"
 _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
@@ -558,25 +562,23 @@ class _Turn:
 
     def __init__(self, state: Path) -> None:
         self.directory, self.fds = f"{state}/turn", []
-        self.threads, self.none_until, self.checked_at = threading.Lock(), 0.0, 0.0
+        self.threads, self.none_until, self.check_at = threading.Lock(), 0.0, 0.0
 
     def take(self, seconds: float) -> bool:
         """Wait for the turn for at most `seconds`. False when it was not had; go on without it then."""
         began, had = time.monotonic(), False
-        if began < self.none_until or not (
-            self.threads.acquire(False) or self.threads.acquire(timeout=seconds)
-        ):
+        if began < self.none_until or not self.threads.acquire(timeout=seconds):
             return False
         try:
-            if began > self.checked_at + 1.0:
-                # Somebody may have removed the files, which would leave us a turn of our own.
+            if began > self.check_at:
                 self.open()
-                self.checked_at = began
-            if self._lock(self.fds[0], NEXT_POLL_SECONDS, began + seconds):
-                had = self._lock(self.fds[1], TURN_POLL_SECONDS, began + seconds)
-                flock(self.fds[0], LOCK_UN)
-            if had and time.monotonic() > began + TURN_POLL_SECONDS:
-                self._let_others_in()
+                self.check_at = began + 1.0
+            flock(self.fds[0], LOCK_EX | LOCK_NB)
+            flock(self.fds[1], LOCK_EX | LOCK_NB)
+            flock(self.fds[0], LOCK_UN)
+            had = True
+        except BlockingIOError:
+            had = self._wait(began + seconds)
         except OSError:
             # The directory cannot be made or written: everybody writes without a turn.
             pass
@@ -586,24 +588,24 @@ class _Turn:
                 self.release()
         return had
 
-    def _let_others_in(self) -> None:
-        """Leave SQLite's lock free for a moment, now and then, while writers wait for each other.
-
-        Who takes no turn, like bash, looks for the lock every 100 ms at the longest.
-        """
+    def _wait(self, deadline: float) -> bool:
+        """Wait in line, for `next` and then for `turn`."""
+        for fd, pause in zip(self.fds, (NEXT_POLL_SECONDS, TURN_POLL_SECONDS), strict=True):
+            while True:
+                try:
+                    flock(fd, LOCK_EX | LOCK_NB)
+                    break
+                except BlockingIOError:
+                    if time.monotonic() >= deadline:
+                        return False
+                    time.sleep(pause)
+        flock(self.fds[0], LOCK_UN)
+        # Who takes no turn, like bash, looks for SQLite's lock every 100 ms at the longest: while
+        # writers wait for each other, they leave it free for so long now and then.
         if time.time() - os.fstat(self.fds[1]).st_mtime > OTHERS_EVERY_SECONDS:
             os.utime(self.fds[1])
             time.sleep(OTHERS_SECONDS)
-
-    def _lock(self, fd: int, pause: float, deadline: float) -> bool:
-        while True:
-            try:
-                flock(fd, LOCK_EX | LOCK_NB)
-                return True
-            except BlockingIOError:
-                if time.monotonic() >= deadline:
-                    return False
-                time.sleep(pause)
+        return True
 
     def release(self) -> None:
         """Let the next writer in. With LOCK_UN, since a forked child's copy would keep the lock."""
@@ -612,7 +614,7 @@ class _Turn:
         self.threads.release()
 
     def open(self) -> None:
-        """Open the files, anew where they were removed."""
+        """Open the files, anew where somebody has removed them: others would take another turn."""
         if self.fds and all(os.fstat(fd).st_nlink for fd in self.fds):
             return
         self.close()
@@ -636,8 +638,11 @@ class Connection(sqlite3.Connection):
     state: Path
     db: str
     file: tuple
+    log: int
+    check_at: float
     queues: set[str]
     durable: bool | None
+    turn: _Turn
     busy_timeout_ms: int
 
 
@@ -673,13 +678,19 @@ class _Process:
 _process = _Process()
 
 
-def _files_of(db: str) -> tuple:
-    """Which database and write-ahead log lie there now. OSError when there is no database."""
-    found = os.stat(db)
+def _log_is_lost(conn: Connection) -> bool:
+    """Whether the write-ahead log was removed under a connection; looked at once a second."""
+    now = time.monotonic()
+    if now < conn.check_at:
+        return False
+    conn.check_at = now + 1.0
     try:
-        return found.st_dev, found.st_ino, os.stat(f"{db}-wal").st_ino
-    except FileNotFoundError:
-        return found.st_dev, found.st_ino, None
+        if os.stat(f"{conn.db}-wal").st_ino == conn.log:
+            return False
+    except OSError:
+        pass
+    _module("queue_owners").log_is_lost(conn.db)
+    return True
 
 
 def connect(
@@ -703,13 +714,15 @@ def connect(
     conn = cache.get(state)
     db = f"{state}/tasks.db" if conn is None else conn.db
     try:
-        files = _files_of(db)
-        if conn is not None and conn.file == files:
+        found = os.stat(db)
+        if (
+            conn is not None
+            and conn.file == (found.st_dev, found.st_ino)
+            and not _log_is_lost(conn)
+        ):
             if conn.busy_timeout_ms != busy_timeout_ms:
                 _set_busy_timeout(conn, busy_timeout_ms)
             return conn
-        if conn is not None and conn.file[:2] == files[:2]:
-            _module("queue_owners").log_is_lost(db)
     except OSError as error:
         if not create:
             raise QueueUnavailable(
@@ -717,6 +730,9 @@ def connect(
             ) from None
     if conn is not None:
         close(conn)
+    fd = _process.wake_files.pop(state, None)
+    if fd is not None:
+        os.close(fd)
     try:
         cache[state] = _open(state, db, busy_timeout_ms, migrate)
     except sqlite3.Error as error:
@@ -764,6 +780,7 @@ def _open(state: Path, db: str, busy_timeout_ms: int, migrate: bool) -> Connecti
     try:
         conn.state, conn.db, conn.queues = state, db, set()
         conn.durable, conn.busy_timeout_ms = None, busy_timeout_ms
+        conn.turn = _process.turns.setdefault(state, _Turn(state))
         # bash may have cast any bytes to text.
         conn.text_factory = partial(str, encoding="utf-8", errors="replace")
         conn.execute(f"pragma journal_size_limit = {WAL_BYTES}")
@@ -792,7 +809,9 @@ def _open(state: Path, db: str, busy_timeout_ms: int, migrate: bool) -> Connecti
             _make_schema(conn)
         # A read opens the write-ahead log where WAL was already on.
         table_names(conn)
-        conn.file = _files_of(db)
+        found = os.stat(db)
+        conn.file, conn.log = (found.st_dev, found.st_ino), os.stat(f"{db}-wal").st_ino
+        conn.check_at = time.monotonic() + 1.0
     except BaseException:
         conn.close()
         raise
@@ -914,7 +933,13 @@ class transaction:
             if conn.durable is not self.durable:
                 conn.execute(f"pragma synchronous = {'full' if self.durable else 'normal'}")
                 conn.durable = self.durable
-            self._take_turn()
+            # Half of the busy time at most for the turn; SQLite is asked with the rest.
+            began = time.monotonic()
+            if conn.turn.take(conn.busy_timeout_ms / 2000):
+                self.turn = conn.turn
+            waited_ms = int((time.monotonic() - began) * 1000)
+            if waited_ms > 50:
+                _set_busy_timeout(conn, max(conn.busy_timeout_ms - waited_ms, 1))
             conn.execute("begin immediate")
             return conn
         except BaseException as error:
@@ -922,17 +947,6 @@ class transaction:
             if isinstance(error, sqlite3.Error):
                 raise explain(error, conn.state) from error
             raise
-
-    def _take_turn(self) -> None:
-        """Wait for the turn for half of the busy time at most; SQLite is asked with the rest."""
-        conn, began = self.conn, time.monotonic()
-        turn = _process.turns.get(conn.state) or _process.turns.setdefault(
-            conn.state, _Turn(conn.state)
-        )
-        self.turn = turn if turn.take(conn.busy_timeout_ms / 2000) else None
-        waited = int((time.monotonic() - began) * 1000)
-        if waited > 50:
-            _set_busy_timeout(conn, max(conn.busy_timeout_ms - waited, 1))
 
     def __exit__(self, kind, error, traceback) -> None:
         try:
@@ -953,9 +967,9 @@ class transaction:
             if how == "rollback":
                 # Some of these queues may have been made here.
                 self.conn.queues = set()
-            self.is_open = False
-            if self.turn is not None:
-                self.turn.release()
+            self.is_open, turn = False, self.turn
+            if turn is not None:
+                turn.release()
 
     def __del__(self) -> None:
         # An exception out of a signal's handler can keep __exit__ from its first line.
@@ -978,10 +992,16 @@ def enqueue_task(
     on_duplicate says otherwise. `options` are new_row()'s. Raises InvalidTask, QueueBusy,
     QueueUnavailable.
     """
-    return enqueue_tasks(queue_name, [new_row(task_type, data, task_id, **options)])[0].task_id
+    row = new_row(task_type, data, task_id, **options)
+    conn = connect()
+    ensure_queue(conn, queue_name)
+    with transaction(conn):
+        insert(conn, queue_name, row)
+    wake(conn.state)
+    return row.task_id
 
 
-def enqueue_tasks(queue_name: str, tasks, **how) -> list[Stored]:
+def enqueue_tasks(queue_name: str, tasks: Iterable[dict | Row], **how) -> list[Stored]:
     """Store many tasks in one transaction, all or none: (task_id, is_new) of each, in their order.
 
     A task is a dict of enqueue_task's arguments: {"task_type": …, "data": …, "task_id": …}, or a
@@ -1138,16 +1158,16 @@ def wake(state: Path) -> None:
 
     Best effort: they also notice a write to the write-ahead log.
     """
-    fd = _process.wake_files.get(state)
     try:
-        if fd is None or os.fstat(fd).st_nlink == 0:
-            if fd is not None:
-                os.close(fd)
-            flags = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC
-            fd = _process.wake_files[state] = os.open(f"{state}/wake", flags, 0o600)
-        os.pwrite(fd, b"\n", 0)
+        os.pwrite(_process.wake_files[state], b"\n", 0)
+    except KeyError:
+        try:
+            fd = os.open(f"{state}/wake", os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            os.pwrite(_process.wake_files.setdefault(state, fd), b"\n", 0)
+        except OSError:
+            pass
     except OSError:
-        _process.wake_files.pop(state, None)
+        pass
 
 
 def look(conn: Connection, queue: str) -> tuple[bool, bool]:
