@@ -32,11 +32,9 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+import queue_cli as cli
 import queue_helpers as q
-
-EX_FAILED, EX_USAGE, EX_TEMPFAIL = 1, 64, 75
-UNITS = {"s": 1, "m": 60, "h": 3_600, "d": 86_400, "w": 604_800}
-LONGEST_SECONDS = 36_500 * 86_400
+from queue_cli import EX_FAILED, EX_TEMPFAIL, plural, size
 
 # SQLite's busy handler looks again after 1, 3, 8, 18, 33 … ms. A lock held for less than 7 ms and then left alone for
 # 10 ms is therefore had at the third look; without the pause somebody unlucky could miss it ten times in a row.
@@ -73,34 +71,18 @@ select coalesce(max(seq), 0) from sqlite_sequence where name = '{queue}'"""
 # -------------------------------------------------------------------------------------------------------- command line
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        self.exit(EX_USAGE, f"{self.prog}: {message}; see {self.prog} --help\n")
-
-
-def duration(text: str) -> float:
-    """Seconds."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)([smhdw])", text.strip())
-    if not match:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a duration: write a number and s, m, h, d or w, like 24h")
-    seconds = float(match[1]) * UNITS[match[2]]
-    if seconds > LONGEST_SECONDS:
-        raise argparse.ArgumentTypeError(f"{text!r} is more than 100 years")
-    return seconds
-
-
 def interval(text: str) -> float:
-    seconds = duration(text)
+    seconds = cli.duration(text)
     if seconds < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is less than a second")
     return seconds
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = Parser(prog="cleanup.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--keep", metavar="DURATION", type=duration, default="24h",
+    parser = cli.make_parser("cleanup.py", __doc__)
+    parser.add_argument("--keep", metavar="DURATION", type=cli.duration, default="24h",
                         help="of completed and cancelled tasks (default 24h; 0s keeps none)")  # fmt: skip
-    parser.add_argument("--keep-failed", metavar="DURATION", type=duration, default="30d",
+    parser.add_argument("--keep-failed", metavar="DURATION", type=cli.duration, default="30d",
                         help="of dead letters (default 30d)")  # fmt: skip
     parser.add_argument("--dry-run", action="store_true", help="say what would go, change nothing")
     parser.add_argument("--every", metavar="DURATION", type=interval, help="stay, and do it again this often")
@@ -451,19 +433,6 @@ def sentences(report: Report) -> Iterator[str]:
         yield "database: made without auto_vacuum, so it does not shrink. To change that, once, with no worker running: "\
               f"sqlite3 '{report.state}/tasks.db' 'pragma auto_vacuum = incremental; vacuum'"  # fmt: skip
     yield f"{'stopped early after' if report.stopped else 'took'} {report.seconds:.1f} s"
-
-
-def plural(count: int, noun: str) -> str:
-    return f"{count:,} {noun}{'' if count == 1 else 's'}"
-
-
-def size(count: float) -> str:
-    """Bytes for people."""
-    for unit in ("B", "kB", "MB"):
-        if count < 1000:
-            return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.1f} GB"
 
 
 if __name__ == "__main__":

@@ -364,9 +364,9 @@ def test_an_installation_that_was_interrupted_or_lost_a_file(home):
 @pytest.fixture
 def tasks(monkeypatch):
     monkeypatch.syspath_prepend(MAIN)
-    import tasks
+    import doctor
 
-    return tasks
+    return doctor
 
 
 @pytest.mark.parametrize(("version", "has_it"), [((3, 6, 23), False), ((3, 40, 1), True), ((3, 44, 5), True), ((3, 44, 6), False), ((3, 45, 0), True),
@@ -417,8 +417,8 @@ def test_no_inotify_instances_left(home, tmp_path):
         pytest.skip("needs to be root, and a Python that everybody may run")
     public = Path(subprocess.run(["mktemp", "-d"], capture_output=True, text=True, check=True).stdout.strip())
     try:
-        for name in ("tasks.py", *(path.name for path in MAIN.glob("queue_*.py"))):
-            shutil.copy(MAIN / name, public)
+        for name in MAIN.glob("*.py"):
+            shutil.copy(name, public)
         script = ("import ctypes, subprocess, sys\nlibc = ctypes.CDLL(None)\nwhile libc.inotify_init1(0) >= 0: pass\n"
                   "sys.exit(subprocess.run([sys.executable, '-B', sys.argv[1], 'doctor'], close_fds=True).returncode)")  # fmt: skip
         shutil.chown(public, 65534, 65534)
