@@ -232,21 +232,6 @@ def check_disk(state: Path) -> Iterator[Finding]:
         yield Finding("ok", text)
 
 
-def open_to_read(state: Path) -> sqlite3.Connection:
-    """A connection that changes nothing: not even the sidecar files are made, as they are by an ordinary reader."""
-    from urllib.parse import quote
-
-    uri = f"file:{quote(str(state / 'tasks.db'))}?mode=ro{'' if in_use(state) else '&immutable=1'}"
-    conn = sqlite3.connect(uri, uri=True, timeout=2.0, isolation_level=None)
-    conn.text_factory = lambda raw: raw.decode("utf-8", "replace")
-    return conn
-
-
-def in_use(state: Path) -> bool:
-    """Whether the sidecar files are there: some process has the database open, or died with it."""
-    return all((state / f"tasks.db{end}").exists() for end in ("-wal", "-shm"))
-
-
 def check_database(state: Path) -> Iterator[Finding]:
     db = state / "tasks.db"
     if not db.exists():
@@ -257,8 +242,8 @@ def check_database(state: Path) -> Iterator[Finding]:
     if head and head[:15] != b"SQLite format 3":
         yield Finding("problem", f"{db} is not a database", f"mv {sh(db)} elsewhere, or restore a backup over it")
         return
-    was_in_use = in_use(state)
-    with closing(open_to_read(state)) as conn:
+    was_in_use = cli.is_in_use(cli.database_file(state))
+    with closing(cli.open_to_read(state / "tasks.db")) as conn:
         try:
             version = conn.execute("pragma user_version").fetchone()[0]
             tables = {name for (name,) in conn.execute("select name from sqlite_master where type = 'table'")}
@@ -279,11 +264,11 @@ def check_database(state: Path) -> Iterator[Finding]:
             yield Finding("problem", f"{db} is not in WAL mode: readers and writers hold each other up",
                           f"sqlite3 {sh(db)} 'pragma journal_mode = wal'")  # fmt: skip
         found = quick_check(conn, db)
-    if found.level == "problem" and head and not was_in_use and in_use(state):  # a worker started under our eyes
-        with closing(open_to_read(state)) as conn:
+    if found.level == "problem" and head and not was_in_use and cli.is_in_use(cli.database_file(state)):  # a worker started under our eyes
+        with closing(cli.open_to_read(state / "tasks.db")) as conn:
             found = quick_check(conn, db)
     yield found
-    wal = state / "tasks.db-wal"
+    wal = Path(f"{cli.database_file(state)}-wal")
     if wal.exists() and wal.stat().st_size > LONG_WAL_BYTES:
         size = wal.stat().st_size >> 20
         yield Finding("note", f"{wal.name} has grown to {size} MiB: a long read holds it", f"fuser -v {sh(db)}")
@@ -312,7 +297,7 @@ def quick_check(conn: sqlite3.Connection, db: Path) -> Finding:
 def check_tasks(state: Path, max_wait: float) -> Iterator[Finding]:
     if not (state / "tasks.db").exists():
         return
-    with closing(open_to_read(state)) as conn:
+    with closing(cli.open_to_read(state / "tasks.db")) as conn:
         if conn.execute("pragma user_version").fetchone()[0] != q.SCHEMA_VERSION:
             return
         now, dead, served = time.time(), set(), []

@@ -47,6 +47,10 @@ FINISHED = ("completed", "failed", "cancelled")
 STATUSES = (*LIVE, *FINISHED)
 
 
+# What SQLite may put beside a database, after its name.
+SIDECARS = ("-wal", "-shm", "-journal")
+
+
 class Refused(q.QueueError):
     """What was asked for cannot be done; the message says why and what to do."""
 
@@ -62,7 +66,7 @@ def database_file(state: Path) -> Path:
 def database_files(state: Path) -> list[Path]:
     """The database and its sidecar files, those that are there."""
     db = database_file(state)
-    return [path for path in (db, Path(f"{db}-wal"), Path(f"{db}-shm"), Path(f"{db}-journal")) if path.exists()]
+    return [path for path in (db, *(Path(f"{db}{ending}") for ending in SIDECARS)) if path.exists()]
 
 
 def owner_lock(state: Path, owner: str | None) -> Path:
@@ -157,20 +161,22 @@ def _told(work: Callable[[], int]) -> int:
     return code
 
 
-def open_standard_streams() -> set[int]:
-    """Open /dev/null in the place of standard streams that were closed, and return their numbers.
+# The standard streams that were closed when this process began.
+closed_streams: set[int] = set()
+
+
+def open_standard_streams() -> None:
+    """Open /dev/null in the place of standard streams that were closed.
 
     The next file that a program opens would otherwise get such a number, and what is printed would be written into it.
     """
-    closed = set()
     for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
         if getattr(sys, name) is None:
             fd = os.open(os.devnull, os.O_RDWR)
             if fd > 2:
                 os.close(fd)
             setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
-            closed.add(number)
-    return closed
+            closed_streams.add(number)
 
 
 def complain(code: int, who: str, error: object) -> int:
@@ -307,6 +313,26 @@ def span(value: float | None) -> str:
 def open_queue() -> q.Connection:
     """The database as it is: a missing one is not made, and one of somebody else's not touched."""
     return q.connect(create=False)
+
+
+def open_to_read(db: Path) -> sqlite3.Connection:
+    """A connection that changes nothing: not even the sidecar files are made, as they are by an ordinary reader."""
+    from urllib.parse import quote
+
+    real = os.path.realpath(db)
+    # The name is quoted as the bytes that it is on disk, whatever the locale.
+    uri = f"file:{quote(os.fsencode(real))}?mode=ro{'' if is_in_use(Path(real)) else '&immutable=1'}"
+    conn = sqlite3.connect(uri, uri=True, timeout=2.0, isolation_level=None)
+    conn.text_factory = lambda raw: raw.decode("utf-8", "replace")
+    return conn
+
+
+def is_in_use(real: Path) -> bool:
+    """Whether a database's sidecar files are there: some process has it open, or died with it.
+
+    They lie beside the file itself, not beside a symbolic link to it.
+    """
+    return all(os.path.exists(f"{real}{ending}") for ending in ("-wal", "-shm"))
 
 
 @contextmanager
