@@ -141,6 +141,8 @@ def run(who: str, work: Callable[[], int]) -> int:
     except UnicodeEncodeError:
         # A lone surrogate stands for a byte that is not UTF-8.
         return complain(EX_USAGE, who, "an argument is not valid UTF-8, and so no id or text of a task's")
+    except ImportError as error:
+        return complain(EX_FAILED, who, f"{error}; run it with: uv run --script, or with --json")
     except BrokenPipeError:
         # head and less have what they wanted.
         mute(1)
@@ -305,6 +307,86 @@ def span(value: float | None) -> str:
         if value >= 2 * SECONDS_OF_UNIT[unit]:
             return f"{value / SECONDS_OF_UNIT[unit]:.0f}{unit}"
     return f"{value:.0f}s" if value >= 10 else f"{value:.1f}s" if value >= 1 else f"{max(value, 0) * 1000:.0f}ms"
+
+
+# ---------------------------------------------------------------------------------------------------- tables for people
+
+COLOURS = {"failed": "red", "in_progress": "cyan", "completed": "green", "cancelled": "yellow", "scheduled": "blue"}
+SPARKS = "▁▂▃▄▅▆▇█"
+
+
+def payload(text: str | None) -> object:
+    """A task's data for --json: the object, or the text where that says more than JSON can."""
+    try:
+        value = json.loads(text)
+        json.dumps(value, allow_nan=False)
+        return value
+    except (TypeError, ValueError, RecursionError):
+        return text
+
+
+def seconds_since(moment: str | None) -> float | None:
+    """… a time of the database's."""
+    if not moment:
+        return None
+    from calendar import timegm
+
+    return time.time() - timegm(time.strptime(moment[:19], "%Y-%m-%d %H:%M:%S")) - float(f"0{moment[19:]}")
+
+
+def table(columns: Sequence[str], rows: Iterable[Sequence[str]], bold: Iterable[int] = ()):
+    """A rich table. Columns that begin with > are right-aligned; in a terminal the last is cut to what space there is,
+    and one that begins with * is folded where even that is not enough.
+    """
+    from rich import box
+    from rich.cells import cell_len
+    from rich.table import Table
+    from rich.text import Text
+
+    on_terminal, rows = sys.stdout.isatty(), [[printable(cell) for cell in row] for row in rows]
+    drawn = Table(box=box.SIMPLE_HEAD if on_terminal else None, show_edge=False, pad_edge=False,
+                  padding=0 if on_terminal else (0, 2, 0, 0))  # fmt: skip
+    left = console().width
+    for number, name in enumerate(columns):
+        head = name.lstrip(">*")
+        widest = max(cell_len(cell) for cell in (*head.split("\n"), *(row[number] for row in rows)))
+        room = max(8, left) if on_terminal and number == len(columns) - 1 else None
+        drawn.add_column(head, justify="right" if name.startswith(">") else "left", no_wrap=not name.startswith("*"),
+                         overflow="fold" if name.startswith("*") else "ellipsis", max_width=room,
+                         min_width=min(widest, 12) if name.startswith("*") else None)  # fmt: skip
+        left -= widest + 1
+    for number, row in enumerate(rows):
+        drawn.add_row(*(Text(cell, style=COLOURS.get(cell, "")) for cell in row), style="bold" if number in bold else "")
+    return drawn
+
+
+def console():
+    from rich.console import Console
+
+    # Into a pipe nothing is cut off or wrapped.
+    return Console(markup=False, highlight=False, emoji=False, width=None if sys.stdout.isatty() else 100_000)
+
+
+def draw(*drawings: object) -> None:
+    """Print; the text is made first and written by us, since rich has its own ideas of a closed pipe."""
+    screen = console()
+    with screen.capture() as captured:
+        for drawing in drawings:
+            screen.print(drawing)
+    text = captured.get()
+    if not sys.stdout.isatty():
+        text = re.sub(r" +$", "", text, flags=re.MULTILINE)
+    sys.stdout.write(text if text.endswith("\n") else f"{text}\n")
+
+
+def amount(number: int) -> str:
+    return f"{number:,}" if number < 10_000 else f"{number / 1000:,.0f}k" if number < 9_999_500 else f"{number / 1e6:,.0f}M"
+
+
+def sparkline(values: Sequence[int]) -> str:
+    top = max(max(values, default=0), 1)
+    # Rounded up, so that one is not shown as none.
+    return "".join(SPARKS[-(-value * (len(SPARKS) - 1) // top)] for value in values)
 
 
 # ---------------------------------------------------------------------------------------------------- reading the queue

@@ -21,33 +21,34 @@ import were refused (they are named, the others are in); 75 the database is lock
 from __future__ import annotations
 
 import argparse
-import heapq
+import codecs
+import io
 import json
 import os
 import re
-import sqlite3
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import BinaryIO, NamedTuple, TextIO
 
 import queue_cli as cli
 import queue_helpers as q
-from queue_cli import EX_FAILED, EX_USAGE, FINISHED, LIVE, STATUSES, Refused
+import queue_stats as numbers_of
+from queue_cli import EX_FAILED, EX_USAGE, LIVE, STATUSES, Refused
+from queue_find import FINISHED_ROW, LIVE_ROW, Found, Scan, find, find_tasks, history_ids, live_id, newest_life
 
-HOUR, DAY = 3_600, 86_400
-SAMPLE = 2_000  # finished tasks of a queue, type and status, the newest, that medians and percentiles are made of
-MATCHES = 10  # how many an ambiguous ID lists
-SCAN_SECONDS = 0.4  # how long `list --text` looks, unless --all
+# `list --text` looks for so long, unless --all is given.
+SCAN_SECONDS = 0.4
 POLL_SECONDS = 0.02
 RECOVER_SECONDS = 0.25
-CONSUMER_SECONDS = 1.0  # a worker has made its run's output file by then
+# A worker has made its run's output file by then.
+CONSUMER_SECONDS = 1.0
 CANCEL_SECONDS = 30.0
-SPARKS = "▁▂▃▄▅▆▇█"
 SPARK_MINUTES = 60
+# Output is copied in such pieces, and the history keeps it under these names.
+PIECE_BYTES = 65_536
+KEPT = {"err": "log", "out": "result"}
 
-CLAIM_ORDER = {"in_progress": "claimed_at", "pending": "-priority", "scheduled": "due_at", "blocked": "id"}
 # Commands that other scripts have.
 HANDED_OVER = {
     "export": "Write tasks as JSON lines (transfer.py)",
@@ -56,71 +57,10 @@ HANDED_OVER = {
     "restore": "Put a backup into the place of the database (transfer.py)",
     "doctor": "Say what is wrong, each with its remedy (doctor.py)",
 }
-SAME = {"waiting": "pending", "running": "in_progress", "done": "completed"}  # words that people use
+# Words that people use for a status.
+SAME = {"waiting": "pending", "running": "in_progress", "done": "completed"}
 
 # ---------------------------------------------------------------------------------------------------------- statements
-
-COUNT_BY_TYPE = {status: f"""
-select coalesce(task_type, '{{queue}}'), count(*), min(timestamp) from "{{queue}}" where {condition}
-group by task_type""" for status, condition in LIVE.items()}  # fmt: skip
-# The + keeps SQLite from picking an index by that column: the one wanted is the one that has the order.
-COUNT_FINISHED = """
-select queue, task_type, status, count(*), sum(completed_at >= :hour_ago) from task_history
-where +completed_at >= :day_ago group by queue, task_type, status"""
-NEWEST_TIMES = """
-select completed_at, (julianday(started_at) - julianday(enqueued_at)) * 86400.0,
-       (julianday(completed_at) - julianday(started_at)) * 86400.0
-from task_history
-where queue = :queue and task_type = :task_type and status = :status and completed_at >= :day_ago and started_at is not null
-order by completed_at desc limit :sample"""
-COUNT_BETWEEN = """
-select count(*) from task_history where completed_at >= :since and completed_at < :until"""
-PAUSED = """
-select queue from task_paused"""
-
-LIST_LIVE = """
-select id, {{match}}, {{key}} from "{queue}"
-where {{condition}} and timestamp >= :since and timestamp <= :before and {{of_type}}
-order by {{order}}, id"""
-LIVE_MATCHES = """
-(data like :text escape '\\' or '{queue}-' || id like :text escape '\\' or coalesce(error, '') like :text escape '\\')"""
-LIST_FINISHED = """
-select id, {match} from task_history
-where completed_at >= :since and completed_at <= :before and +status in (select value from json_each(:statuses))
-  and (:queues is null or +queue in (select value from json_each(:queues)))
-  and (:task_type is null or +task_type = :task_type)
-order by completed_at desc"""
-FINISHED_MATCHES = """
-(data like :text escape '\\' or task_id like :text escape '\\' or coalesce(error, '') like :text escape '\\'
-  or coalesce(result, '') like :text escape '\\' or coalesce(log, '') like :text escape '\\')"""
-
-LIVE_ROW = f"""
-select '{{queue}}' as queue, id, coalesce(task_id, '{{queue}}-' || id) as task_id, coalesce(task_type, '{{queue}}') as task_type,
-       {cli.STATUS_WORD} as status,
-       priority, group_id, attempts, max_attempts, strftime('%Y-%m-%d %H:%M:%f', timestamp, 'unixepoch') as enqueued_at,
-       strftime('%Y-%m-%d %H:%M:%f', due_at, 'unixepoch') as due_at,
-       strftime('%Y-%m-%d %H:%M:%f', claimed_at, 'unixepoch') as started_at, null as completed_at, owner,
-       cancel_requested, then_queue, error, data
-from "{{queue}}" where id = :id"""
-FINISHED_ROW = """
-select queue, row_id as id, task_id, task_type, status, priority, group_id, attempts, max_attempts, enqueued_at,
-       null as due_at, started_at, completed_at, exit_code, error, result, log, data
-from task_history where id = :id"""
-
-LIVE_ID = """
-select id from "{queue}" where task_id = :task_id
-union all select id from "{queue}" where id = :row_id and task_id is null"""
-LIVE_PREFIX = """
-select task_id from "{queue}" where task_id >= :prefix and task_id < :prefix || char(1114111) limit :limit"""
-BARE_PREFIX = """
-select '{queue}-' || id from "{queue}" where task_id is null and substr(id, 1, length(:digits)) = :digits limit :limit"""
-FINISHED_ID = """
-select distinct queue from task_history where task_id = :task_id"""
-FINISHED_PREFIX = """
-select distinct queue, task_id from task_history
-where task_id >= :prefix and task_id < :prefix || char(1114111) and (:queue is null or +queue = :queue) limit :limit"""
-HISTORY_OF = """
-select id from task_history where task_id = :task_id and +queue = :queue order by id desc"""
 
 CLAIMED_TASK = """
 select status, task_id, task_type, data, timestamp, priority, attempts, max_attempts, backoff, then_queue, owner, claimed_at
@@ -166,6 +106,7 @@ def status(text: str) -> str:
 
 
 def search_text(text: str) -> str:
+    text = cli.utf8(text)
     if not 0 < len(text) <= 1000:
         raise argparse.ArgumentTypeError("a text to look for has 1 to 1000 characters")
     return text
@@ -196,8 +137,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         return entry
 
     def one_or_more_ids(entry: cli.Parser) -> None:
-        entry.add_argument("ids", metavar="ID", nargs="+")
-        entry.add_argument("--queue", help="where several queues have that id")
+        entry.add_argument("ids", metavar="ID", nargs="+", type=cli.utf8)
+        entry.add_argument("--queue", help="where several queues have that id", type=cli.utf8)
 
     entry = command(stats)
     entry.add_argument("--watch", action="store_true", help="redraw until Ctrl-C, with the last hour as a sparkline")
@@ -205,9 +146,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     entry.add_argument("--prometheus", action="store_true", help="in Prometheus's text format")
 
     entry = command(list_)
-    entry.add_argument("--queue", dest="queues", metavar="QUEUE", action="append", help="may be given several times")
+    entry.add_argument("--queue", dest="queues", metavar="QUEUE", action="append", help="may be given several times", type=cli.utf8)
     entry.add_argument("--status", dest="statuses", metavar="STATUS", action="append", type=status, help="the same")
-    entry.add_argument("--type", dest="task_type", metavar="TYPE")
+    entry.add_argument("--type", dest="task_type", metavar="TYPE", type=cli.utf8)
     entry.add_argument("--since", metavar="AGE", type=cli.duration, help="enqueued (finished tasks: finished) at most this long ago")
     entry.add_argument("--before", metavar="AGE", type=cli.duration, help="… at least this long ago")
     entry.add_argument("--text", type=search_text, help="in the task, its error or its output")
@@ -218,15 +159,15 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     one_or_more_ids(command(show))
 
     entry = command(logs)
-    entry.add_argument("id", metavar="ID")
-    entry.add_argument("--queue", help="where several queues have that id")
+    entry.add_argument("id", metavar="ID", type=cli.utf8)
+    entry.add_argument("--queue", help="where several queues have that id", type=cli.utf8)
     entry.add_argument("-f", "--follow", action="store_true", help="go on until the task is finished")
 
     entry = command(retry)
-    entry.add_argument("ids", metavar="ID", nargs="*")
+    entry.add_argument("ids", metavar="ID", nargs="*", type=cli.utf8)
     entry.add_argument("--failed", action="store_true", help="all dead letters, of --queue, --type and --since if given")
-    entry.add_argument("--queue")
-    entry.add_argument("--type", dest="task_type", metavar="TYPE")
+    entry.add_argument("--queue", type=cli.utf8)
+    entry.add_argument("--type", dest="task_type", metavar="TYPE", type=cli.utf8)
     entry.add_argument("--since", metavar="AGE", type=cli.duration, help="failed at most this long ago")
 
     entry = command(cancel)
@@ -235,19 +176,19 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
                        help=f"for a running task to end (default {CANCEL_SECONDS:g})")  # fmt: skip
 
     for run in (pause, resume):
-        command(run).add_argument("queues", metavar="QUEUE", nargs="+")
+        command(run).add_argument("queues", metavar="QUEUE", nargs="+", type=cli.utf8)
 
     entry = command(move)
-    entry.add_argument("ids", metavar="ID", nargs="*")
-    entry.add_argument("to", metavar="QUEUE", help="where to")
-    entry.add_argument("--from", dest="source", metavar="QUEUE", help="all that wait there, or where the IDs are")
-    entry.add_argument("--type", dest="task_type", metavar="TYPE", help="of these, only the tasks of this type")
+    entry.add_argument("ids", metavar="ID", nargs="*", type=cli.utf8)
+    entry.add_argument("to", metavar="QUEUE", help="where to", type=cli.utf8)
+    entry.add_argument("--from", dest="source", metavar="QUEUE", help="all that wait there, or where the IDs are", type=cli.utf8)
+    entry.add_argument("--type", dest="task_type", metavar="TYPE", help="of these, only the tasks of this type", type=cli.utf8)
 
     entry = command(purge)
-    entry.add_argument("queue", metavar="QUEUE")
+    entry.add_argument("queue", metavar="QUEUE", type=cli.utf8)
     entry.add_argument("--status", dest="statuses", metavar="STATUS", action="append", type=status,
                        help="(default: pending, scheduled and blocked); may be given several times")  # fmt: skip
-    entry.add_argument("--type", dest="task_type", metavar="TYPE")
+    entry.add_argument("--type", dest="task_type", metavar="TYPE", type=cli.utf8)
     entry.add_argument("--before", metavar="AGE", type=cli.duration, help="enqueued, or finished, at least this long ago")
     entry.add_argument("--yes", action="store_true", help="do not ask")
 
@@ -293,120 +234,6 @@ def hand_over(argv: list[str]) -> int:
     return transfer.main(argv)
 
 
-# -------------------------------------------------------------------------------------------------------- finding a task
-
-
-class Found(NamedTuple):
-    """A task that an ID named. row_id is its row, None when it is in the history alone."""
-
-    queue: str
-    task_id: str
-    row_id: int | None
-
-
-def find(conn: q.Connection, ident: str, queue: str | None = None) -> Found:
-    """The task of this id, or else the only one whose id begins so."""
-    if queue is not None:
-        cli.check_known(conn, [queue])
-    queues = [queue] if queue else cli.queues_of(conn)
-    matches = {(name, ident) for name in queues if live_id(conn, name, ident) is not None}
-    matches |= {(name, ident) for (name,) in conn.execute(FINISHED_ID, {"task_id": ident}) if name in queues}
-    if not matches:
-        limit = {"limit": MATCHES + 1}
-        for name in queues:
-            matches |= {(name, found) for (found,) in q.execute(conn, LIVE_PREFIX, name, prefix=ident, **limit)}
-            if f"{name}-".startswith(ident) or ident.startswith(f"{name}-"):
-                digits = ident[len(name) + 1 :]
-                matches |= {(name, found) for (found,) in q.execute(conn, BARE_PREFIX, name, digits=digits, **limit)}
-        matches |= set(conn.execute(FINISHED_PREFIX, {"prefix": ident, "queue": queue, **limit}))
-    if not matches:
-        raise Refused(f"no task has the id {ident!r}, nor one that begins so; see: tasks.py list")
-    if len(matches) > 1:
-        named = [f"{found} ({name})" for name, found in sorted(matches)]
-        named = named[:MATCHES] + (["…"] if len(named) > MATCHES else [])
-        raise Refused(f"{ident!r} fits several tasks: {', '.join(named)}; give more of the id, or --queue")
-    ((name, found),) = matches
-    return Found(name, found, live_id(conn, name, found))
-
-
-def live_id(conn: q.Connection, queue: str, task_id: str) -> int | None:
-    """The row of a waiting or running task."""
-    bare = re.fullmatch(rf"{queue}-(\d{{1,18}})", task_id)
-    row = q.execute(conn, LIVE_ID, queue, task_id=task_id, row_id=int(bare[1]) if bare else None).fetchone()
-    return row[0] if row else None
-
-
-
-# -------------------------------------------------------------------------------------------------------------- output
-
-
-def payload(text: str | None) -> object:
-    """A task's data for --json: the object, or the text where that says more than JSON can."""
-    try:
-        value = json.loads(text)
-        json.dumps(value, allow_nan=False)
-        return value
-    except (TypeError, ValueError, RecursionError):
-        return text
-
-
-def seconds_since(moment: str | None) -> float | None:
-    """… a time of the database's."""
-    if not moment:
-        return None
-    from calendar import timegm
-
-    return time.time() - timegm(time.strptime(moment[:19], "%Y-%m-%d %H:%M:%S")) - float(f"0{moment[19:]}")
-
-
-def table(columns: Sequence[str], rows: Iterable[Sequence[str]], bold: Iterable[int] = ()):
-    """A rich table. Columns that begin with > are right-aligned; in a terminal the last is cut to what space there is,
-    and one that begins with * is folded where even that is not enough.
-    """
-    from rich import box
-    from rich.cells import cell_len
-    from rich.table import Table
-    from rich.text import Text
-
-    on_terminal, rows = sys.stdout.isatty(), [[cli.printable(cell) for cell in row] for row in rows]
-    drawn = Table(box=box.SIMPLE_HEAD if on_terminal else None, show_edge=False, pad_edge=False,
-                  padding=0 if on_terminal else (0, 2, 0, 0))  # fmt: skip
-    left = console().width
-    for number, name in enumerate(columns):
-        head = name.lstrip(">*")
-        widest = max(cell_len(cell) for cell in (*head.split("\n"), *(row[number] for row in rows)))
-        room = max(8, left) if on_terminal and number == len(columns) - 1 else None
-        drawn.add_column(head, justify="right" if name.startswith(">") else "left", no_wrap=not name.startswith("*"),
-                         overflow="fold" if name.startswith("*") else "ellipsis", max_width=room,
-                         min_width=min(widest, 12) if name.startswith("*") else None)  # fmt: skip
-        left -= widest + 1
-    for number, row in enumerate(rows):
-        drawn.add_row(*(Text(cell, style=COLOURS.get(cell, "")) for cell in row), style="bold" if number in bold else "")
-    return drawn
-
-
-COLOURS = {"failed": "red", "in_progress": "cyan", "completed": "green", "cancelled": "yellow", "scheduled": "blue"}
-
-
-def console():
-    from rich.console import Console
-
-    # Into a pipe nothing is cut off or wrapped.
-    return Console(markup=False, highlight=False, emoji=False, width=None if sys.stdout.isatty() else 100_000)
-
-
-def draw(*drawings: object) -> None:
-    """Print; the text is made first and written by us, since rich has its own ideas of a closed pipe."""
-    screen = console()
-    with screen.capture() as captured:
-        for drawing in drawings:
-            screen.print(drawing)
-    text = captured.get()
-    if not sys.stdout.isatty():
-        text = re.sub(r" +$", "", text, flags=re.MULTILINE)
-    sys.stdout.write(text if text.endswith("\n") else f"{text}\n")
-
-
 # --------------------------------------------------------------------------------------------------------------- stats
 
 
@@ -415,74 +242,15 @@ def stats(watch: bool, interval: float, prometheus: bool, as_json: bool) -> int:
     conn = cli.open_queue()
     if watch:
         return watch_stats(interval, as_json)
-    numbers = gather(conn)
+    numbers = numbers_of.gather(conn)
     if prometheus:
         sys.stdout.flush()
-        sys.stdout.buffer.write(prometheus_text(numbers).encode())
+        sys.stdout.buffer.write(numbers_of.prometheus_text(numbers).encode())
     elif as_json:
         cli.put_json(numbers)
     else:
-        draw(stats_table(numbers))
+        cli.draw(stats_table(numbers))
     return 0
-
-
-def gather(conn: q.Connection) -> dict:
-    """{"at", "queues": {queue: {…numbers, "paused", "types": {type: {…numbers}}}}}."""
-    now = time.time()
-    ago = {"hour_ago": q.utc(now - HOUR), "day_ago": q.utc(now - DAY)}
-    types: dict[str, dict[str, dict]] = {}
-    with cli.snapshot(conn):
-        paused = {queue for (queue,) in conn.execute(PAUSED)}
-        for queue in cli.queues_of(conn):
-            types[queue] = {}
-            for name, statement in COUNT_BY_TYPE.items():
-                for task_type, tasks, oldest in q.execute(conn, statement, queue):
-                    numbers = types[queue].setdefault(task_type, zeros())
-                    numbers[name] += tasks
-                    if name == "pending":
-                        numbers["oldest_pending_seconds"] = round(max(now - oldest, 0), 3)
-        samples: dict[tuple[str, str], list] = {}
-        for queue, task_type, name, day, hour in conn.execute(COUNT_FINISHED, ago).fetchall():
-            numbers = types.setdefault(queue, {}).setdefault(task_type, zeros())
-            numbers[f"{name}_day"], numbers[f"{name}_hour"] = day, hour
-            if name != "cancelled":
-                which = {"queue": queue, "task_type": task_type, "status": name, "sample": SAMPLE, **ago}
-                samples.setdefault((queue, task_type), []).extend(conn.execute(NEWEST_TIMES, which))
-    queues = {}
-    for queue in sorted(types):
-        total, of_queue = zeros(), []
-        for task_type, numbers in sorted(types[queue].items()):
-            newest = sorted(samples.get((queue, task_type), ()), reverse=True)[:SAMPLE]
-            numbers |= times(newest)
-            of_queue += newest
-            for name, value in numbers.items():
-                if isinstance(value, int):
-                    total[name] += value
-        oldest = [n["oldest_pending_seconds"] for n in types[queue].values() if n["oldest_pending_seconds"] is not None]
-        total["oldest_pending_seconds"] = max(oldest, default=None)
-        total |= times(sorted(of_queue, reverse=True)[:SAMPLE])
-        queues[queue] = {**total, "paused": queue in paused, "types": dict(sorted(types[queue].items()))}
-    return {"at": q.utc(now), "queues": queues}
-
-
-def zeros() -> dict:
-    counts = {name: 0 for name in LIVE} | {f"{name}_{when}": 0 for name in FINISHED for when in ("hour", "day")}
-    return counts | {"oldest_pending_seconds": None, "wait_seconds": None, "run_seconds": None}
-
-
-def times(sample: list) -> dict:
-    """Median and 95th percentile of the newest finished tasks' (completed_at, waited, ran)."""
-    if not sample:
-        return {}
-    waited, ran = (sorted(max(0.0, row[column]) for row in sample) for column in (1, 2))
-    return {name: {"median": percentile(values, 0.5), "p95": percentile(values, 0.95)}
-            for name, values in (("wait_seconds", waited), ("run_seconds", ran))}  # fmt: skip
-
-
-def percentile(ordered: list[float], share: float) -> float:
-    place = (len(ordered) - 1) * share
-    low, high = ordered[int(place)], ordered[min(int(place) + 1, len(ordered) - 1)]
-    return round(low + (high - low) * (place - int(place)), 3)
 
 
 def stats_table(numbers: dict):
@@ -493,8 +261,8 @@ def stats_table(numbers: dict):
     rows, bold = [], set()
 
     def row(name: str, n: dict) -> list[str]:
-        return [name, *(amount(n[word]) for word in shown), cli.span(n["oldest_pending_seconds"]),
-                *(f"{amount(n[f'{word}_hour'])}/{amount(n[f'{word}_day'])}" for word in ("completed", "failed")),
+        return [name, *(cli.amount(n[word]) for word in shown), cli.span(n["oldest_pending_seconds"]),
+                *(f"{cli.amount(n[f'{word}_hour'])}/{cli.amount(n[f'{word}_day'])}" for word in ("completed", "failed")),
                 *(f"{cli.span(n[word]['median'])}/{cli.span(n[word]['p95'])}" if n[word] else "-"
                   for word in ("wait_seconds", "run_seconds"))]  # fmt: skip
 
@@ -502,11 +270,7 @@ def stats_table(numbers: dict):
         bold.add(len(rows))
         rows.append(row(f"{queue} (paused)" if total["paused"] else queue, total))
         rows += [row(f"  {task_type}", of_type) for task_type, of_type in total["types"].items()]
-    return table(columns, rows, bold)
-
-
-def amount(number: int) -> str:
-    return f"{number:,}" if number < 10_000 else f"{number / 1000:,.0f}k" if number < 9_999_500 else f"{number / 1e6:,.0f}M"
+    return cli.table(columns, rows, bold)
 
 
 def watch_stats(interval: float, as_json: bool) -> int:
@@ -516,12 +280,12 @@ def watch_stats(interval: float, as_json: bool) -> int:
     def look() -> tuple[dict, float]:
         began = time.monotonic()
         conn = cli.open_queue()
-        numbers = gather(conn)
+        numbers = numbers_of.gather(conn)
         now = int(time.time()) // 60
         for minute in range(now - SPARK_MINUTES + 1, now + 1):
             if minute not in minutes or minute >= now - 1:
                 between = {"since": q.utc(minute * 60), "until": q.utc(minute * 60 + 60)}
-                minutes[minute] = conn.execute(COUNT_BETWEEN, between).fetchone()[0]
+                minutes[minute] = conn.execute(numbers_of.COUNT_BETWEEN, between).fetchone()[0]
         waiting[:] = [*waiting, sum(queue["pending"] for queue in numbers["queues"].values())][-SPARK_MINUTES:]
         # A big database is looked at less often: this must not become the load that it shows.
         return numbers, max(interval, 4 * (time.monotonic() - began))
@@ -531,8 +295,8 @@ def watch_stats(interval: float, as_json: bool) -> int:
         from rich.text import Text
 
         finished = [minutes[minute] for minute in sorted(minutes)[-SPARK_MINUTES:]]
-        lines = [f"finished a minute, last hour  {sparkline(finished)}  {sum(finished):,} in all, {max(finished):,} at most",
-                 f"pending, since this began     {sparkline(waiting)}  {waiting[-1]:,} now",
+        lines = [f"finished a minute, last hour  {cli.sparkline(finished)}  {sum(finished):,} in all, {max(finished):,} at most",
+                 f"pending, since this began     {cli.sparkline(waiting)}  {waiting[-1]:,} now",
                  f"{numbers['at'][:19]} UTC"]  # fmt: skip
         return Group(stats_table(numbers), Text("\n".join(lines)))
 
@@ -540,12 +304,12 @@ def watch_stats(interval: float, as_json: bool) -> int:
         if as_json or not sys.stdout.isatty():
             while True:
                 numbers, pause = look()
-                cli.put_json(numbers, indent=None) if as_json else draw(drawing(numbers))
+                cli.put_json(numbers, indent=None) if as_json else cli.draw(drawing(numbers))
                 sys.stdout.flush()
                 time.sleep(pause)
         from rich.live import Live
 
-        with Live(console=console(), auto_refresh=False) as live:
+        with Live(console=cli.console(), auto_refresh=False) as live:
             while True:
                 numbers, pause = look()
                 live.update(drawing(numbers), refresh=True)
@@ -554,67 +318,7 @@ def watch_stats(interval: float, as_json: bool) -> int:
         return 0
 
 
-def sparkline(values: Sequence[int]) -> str:
-    top = max(max(values, default=0), 1)
-    return "".join(SPARKS[-(-value * (len(SPARKS) - 1) // top)] for value in values)  # rounded up: one is not none
-
-
-def prometheus_text(numbers: dict) -> str:
-    """The text format, version 0.0.4. All are gauges: finished tasks are pruned, so nothing here only grows."""
-    families = {
-        "task_queue_tasks": "Waiting and running tasks.",
-        "task_queue_finished": "Tasks that ended within the window.",
-        "task_queue_oldest_pending_seconds": "Age of the oldest pending task.",
-        "task_queue_wait_seconds": "From enqueuing to the start of the last attempt, newest finished tasks of a day.",
-        "task_queue_run_seconds": "From the start to the end of the last attempt, newest finished tasks of a day.",
-        "task_queue_paused": "1 while claims of the queue are held back.",
-    }
-    samples: dict[str, list[str]] = {name: [] for name in families}
-
-    def sample(family: str, value: float, **labels: str) -> None:
-        escaped = {key: text.replace("\\", "\\\\").replace("\n", "\\n").replace('"', '\\"') for key, text in labels.items()}
-        inside = ",".join(f'{key}="{text}"' for key, text in escaped.items())
-        samples[family].append(f"{family}{{{inside}}} {value}")
-
-    for queue, total in numbers["queues"].items():
-        sample("task_queue_paused", int(total["paused"]), queue=queue)
-        for task_type, n in (total["types"] or {queue: zeros()}).items():
-            which = {"queue": queue, "task_type": task_type}
-            for name in LIVE:
-                sample("task_queue_tasks", n[name], **which, status=name)
-            for name in FINISHED:
-                for window, when in (("1h", "hour"), ("24h", "day")):
-                    sample("task_queue_finished", n[f"{name}_{when}"], **which, status=name, window=window)
-            if n["oldest_pending_seconds"] is not None:
-                sample("task_queue_oldest_pending_seconds", n["oldest_pending_seconds"], **which)
-            for name in ("wait_seconds", "run_seconds"):
-                for quantile, key in (("0.5", "median"), ("0.95", "p95")):
-                    if n[name]:
-                        sample(f"task_queue_{name}", n[name][key], **which, quantile=quantile)
-    return "".join(f"# HELP {name} {says}\n# TYPE {name} gauge\n" + "".join(f"{line}\n" for line in samples[name])
-                   for name, says in families.items())  # fmt: skip
-
-
 # ----------------------------------------------------------------------------------------------------- list, show, logs
-
-
-class Scan:
-    """How far a search for text went."""
-
-    def __init__(self, seconds: float | None) -> None:
-        self.deadline = None if seconds is None else time.monotonic() + seconds
-        self.looked, self.stopped = 0, False
-
-    def matches(self, cursor: sqlite3.Cursor) -> Iterator[tuple]:
-        """The rows whose second column says that they match, until the time is over."""
-        for row in cursor:
-            self.looked += 1
-            if row[1]:
-                yield row
-            if self.deadline and self.looked % 256 == 0 and time.monotonic() > self.deadline:
-                self.stopped = True
-            if self.stopped:
-                return
 
 
 def list_(queues: list[str] | None, statuses: list[str] | None, task_type: str | None, since: float | None,
@@ -636,10 +340,10 @@ def list_(queues: list[str] | None, statuses: list[str] | None, task_type: str |
     rows = rows[:limit]
     if as_json:
         for row in rows:
-            row["data"] = payload(row["data"])
+            row["data"] = cli.payload(row["data"])
         cli.put_json(rows)
     else:
-        draw(table(["status", "queue", "*id", "type", ">age", ">tries", "error, or the payload"],
+        cli.draw(cli.table(["status", "queue", "*id", "type", ">age", ">tries", "error, or the payload"],
                    [(row["status"], row["queue"], row["task_id"], row["task_type"], cli.span(age_of(row)), str(row["attempts"]),
                      cli.short(row["error"] or payload_text(row["data"]))) for row in rows]))  # fmt: skip
         sys.stdout.flush()
@@ -651,44 +355,13 @@ def list_(queues: list[str] | None, statuses: list[str] | None, task_type: str |
     return 0
 
 
-def find_tasks(conn: q.Connection, queues: list[str] | None, statuses: Sequence[str], task_type: str | None, oldest: float,
-               newest: float, like: str | None, scan: Scan) -> Iterator[dict]:  # fmt: skip
-    """Matching tasks in list's order, as they are found."""
-    which = {"task_type": task_type, "since": oldest, "before": newest, "text": like}
-    for name, condition in LIVE.items():
-        if name not in statuses:
-            continue
-        found = []
-        for queue in queues or cli.queues_of(conn):
-            match = "1" if like is None else LIVE_MATCHES.format(queue=queue)
-            key = CLAIM_ORDER[name]
-            order = "priority desc" if name == "pending" else key  # as the index has it
-            of_type = "1" if task_type is None else "task_type = :task_type"  # an OR would use no index
-            parts = {"condition": condition, "key": key, "order": order, "match": match, "of_type": of_type}
-            statement = q.on_queue(LIST_LIVE, queue).format(**parts)
-            found.append(in_order(queue, scan.matches(conn.execute(statement, which))))
-        for _, row_id, queue in heapq.merge(*found):  # each read only as far as needed
-            yield cli.as_dict(q.execute(conn, LIVE_ROW, queue, id=row_id))
-    finished = [name for name in FINISHED if name in statuses]
-    if finished and not scan.stopped:
-        which |= {"statuses": json.dumps(finished), "queues": json.dumps(queues) if queues else None,
-                  "since": q.utc(max(oldest, 0)), "before": q.utc(newest)}  # fmt: skip
-        statement = LIST_FINISHED.format(match="1" if like is None else FINISHED_MATCHES)
-        for row in scan.matches(conn.execute(statement, which)):
-            yield cli.as_dict(conn.execute(FINISHED_ROW, {"id": row[0]}))
-
-
-def in_order(queue: str, rows: Iterator[tuple]) -> Iterator[tuple]:
-    return ((key or 0, row_id, queue) for row_id, _, key in rows)
-
-
 def age_of(row: dict) -> float | None:
-    return seconds_since(row["completed_at"] or row["enqueued_at"])
+    return cli.seconds_since(row["completed_at"] or row["enqueued_at"])
 
 
 def payload_text(text: str) -> str:
     """What the sender sent, without our envelope."""
-    stored = payload(text)
+    stored = cli.payload(text)
     inner = stored.get("data") if isinstance(stored, dict) and {"task_id", "task_type"} <= stored.keys() else None
     return json.dumps(inner if isinstance(inner, dict) else stored, ensure_ascii=False) if isinstance(stored, dict) else text
 
@@ -702,7 +375,7 @@ def show(ids: list[str], queue: str | None, as_json: bool) -> int:
             lives = [] if found.row_id is None else [cli.as_dict(q.execute(conn, LIVE_ROW, found.queue, id=found.row_id))]
             lives += [cli.as_dict(conn.execute(FINISHED_ROW, {"id": row_id})) for row_id in history_ids(conn, found)]
         for life in lives:
-            life["data"] = payload(life["data"])
+            life["data"] = cli.payload(life["data"])
         shown.append(lives[0] | {"history": lives[1:], "runs": [run._asdict() for run in runs_of(lives[0])]})
     if as_json:
         cli.put_json(shown[0] if len(shown) == 1 else shown)
@@ -710,11 +383,6 @@ def show(ids: list[str], queue: str | None, as_json: bool) -> int:
     for task in shown:
         show_task(task)
     return 0
-
-
-def history_ids(conn: q.Connection, found: Found) -> list[int]:
-    """The finished lives of a task, newest first."""
-    return [row_id for (row_id,) in conn.execute(HISTORY_OF, {"task_id": found.task_id, "queue": found.queue})]
 
 
 def show_task(task: dict) -> None:
@@ -729,7 +397,7 @@ def show_task(task: dict) -> None:
     sys.stdout.write("\n".join(lines) + "\n")
     if history:
         sys.stdout.write("\nbefore\n")
-        draw(table(["status", "started", "completed", ">attempts", ">exit", "error"],
+        cli.draw(cli.table(["status", "started", "completed", ">attempts", ">exit", "error"],
                    [(life["status"], life["started_at"] or "-", life["completed_at"], str(life["attempts"]),
                      "-" if life["exit_code"] is None else str(life["exit_code"]), cli.short(life["error"])) for life in history]))  # fmt: skip
     if runs:
@@ -737,15 +405,15 @@ def show_task(task: dict) -> None:
                                                       if os.path.exists(f"{run['path']}{ending}")))  # fmt: skip
 
 
-class RunFiles(NamedTuple):
-    """The output files of one attempt: path, and .out or .err."""
+class Run(NamedTuple):
+    """One attempt's output: path with .out and .err added."""
 
     attempt: int
     path: str
     changed: float
 
 
-def runs_of(life: dict) -> list[RunFiles]:
+def runs_of(life: dict) -> list[Run]:
     """What its attempts left in the logs, oldest first."""
     pattern, runs = re.compile(rf"({life['id']}-(\d+)-.+)\.(?:out|err)"), {}
     try:
@@ -754,9 +422,10 @@ def runs_of(life: dict) -> list[RunFiles]:
                 match = pattern.fullmatch(entry.name)
                 if match:
                     path = entry.path[: -len(".out")]
-                    # Not the mtime: a file that served another run before keeps that one's while nothing is written.
-                    changed = max(entry.stat().st_ctime, runs[path].changed if path in runs else 0.0)
-                    runs[path] = RunFiles(int(match[2]), path, changed)
+                    # Not the time of the last write: a file that served another run before keeps
+                    # that one's while nothing is written.
+                    changed = max(entry.stat().st_ctime, runs[path].changed if path in runs else 0)
+                    runs[path] = Run(int(match[2]), path, changed)
     except OSError:
         pass
     return sorted(runs.values(), key=lambda run: (run.changed, run.attempt))
@@ -770,75 +439,96 @@ def logs(id: str, queue: str | None, follow: bool, as_json: bool) -> int:
         return follow_logs(conn, found)
     life = newest_life(conn, found)
     runs = runs_of(life)
-    output = {"out": (life.get("result") or "").encode(), "err": (life.get("log") or "").encode()}
-    if runs and runs[-1].attempt >= life["attempts"]:
-        output = {ending: read_file(f"{runs[-1].path}.{ending}") or kept for ending, kept in output.items()}
-    elif not life["attempts"]:
+    is_there = bool(runs) and runs[-1].attempt >= life["attempts"]
+    if not is_there and not life["attempts"]:
         raise Refused(f"task {found.task_id} has not run yet ({life['status']}); -f waits for it")
+    sources = {ending: open_output(runs[-1].path if is_there else None, ending, life) for ending in KEPT}
     if as_json:
-        texts = {stream: output[ending].decode("utf-8", "replace") for stream, ending in (("stdout", "out"), ("stderr", "err"))}
-        cli.put_json({"queue": found.queue, "task_id": found.task_id, "status": life["status"], "attempt": life["attempts"], **texts})
+        told = {"queue": found.queue, "task_id": found.task_id, "status": life["status"], "attempt": life["attempts"]}
+        sys.stdout.write(json.dumps(told, indent=2)[:-2])
+        for ending, name in (("out", "stdout"), ("err", "stderr")):
+            sys.stdout.write(f',\n  "{name}": "')
+            decode = codecs.getincrementaldecoder("utf-8")("replace").decode
+            while piece := sources[ending].read(PIECE_BYTES):
+                sys.stdout.write(json.dumps(decode(piece))[1:-1])
+            sys.stdout.write(json.dumps(decode(b"", True))[1:-1] + '"')
+        sys.stdout.write("\n}\n")
     else:
-        write_output(output)
+        printers = make_printers()
+        for ending, source in sources.items():
+            copy(source, printers[ending])
     return 0
 
 
-def newest_life(conn: q.Connection, found: Found) -> dict:
-    """The task as it is now: waiting or running, else as it last ended."""
-    with cli.snapshot(conn):
-        row_id = live_id(conn, found.queue, found.task_id)
-        if row_id is not None:
-            return cli.as_dict(q.execute(conn, LIVE_ROW, found.queue, id=row_id))
-        finished = history_ids(conn, found)
-        if not finished:
-            raise Refused(f"task {found.task_id} is gone: purged or pruned meanwhile")
-        return cli.as_dict(conn.execute(FINISHED_ROW, {"id": finished[0]}))
-
-
-def read_file(path: str) -> bytes:
+def open_output(path: str | None, ending: str, life: dict) -> BinaryIO:
+    """A run's stderr or stdout, or what the history kept of it."""
     try:
-        return Path(path).read_bytes()
+        if path is not None and os.path.getsize(f"{path}.{ending}"):
+            return open(f"{path}.{ending}", "rb")
     except OSError:
-        return b""
+        pass
+    return io.BytesIO((life.get(KEPT[ending]) or "").encode())
 
 
-def write_output(output: dict[str, bytes]) -> None:
-    for ending, stream in (("err", sys.stderr), ("out", sys.stdout)):
-        if output.get(ending):
-            stream.flush()
-            stream.buffer.write(output[ending])
-            stream.buffer.flush()
+class Printer:
+    """Passes a handler's output on: each byte into a file or pipe, and what a terminal only shows to a terminal."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self.stream, self.on_terminal = stream, stream.isatty()
+        self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def write(self, piece: bytes) -> None:
+        if self.on_terminal:
+            self.stream.write(cli.printable_lines(self.decoder.decode(piece)))
+        else:
+            self.stream.flush()
+            self.stream.buffer.write(piece)
+        self.stream.flush()
+
+
+def make_printers() -> dict[str, Printer]:
+    return {"err": Printer(sys.stderr), "out": Printer(sys.stdout)}
+
+
+def copy(source: BinaryIO, printer: Printer) -> None:
+    """Print what has come since, a piece at a time: it may be larger than the memory."""
+    while piece := source.read(PIECE_BYTES):
+        printer.write(piece)
 
 
 def follow_logs(conn: q.Connection, found: Found) -> int:
     """Print what is there, then what comes, attempt after attempt, until the task is finished."""
     files: dict[str, BinaryIO] = {}
-    waited = False
+    printers, waited = make_printers(), False
     while True:
-        life = newest_life(conn, found)  # looked at before the files are: what is written until then is read
+        # Looked at before the files are: what is written until then is read.
+        life = newest_life(conn, found)
         runs = runs_of(life)
-        for ending in ("out", "err") if runs else ():
-            copy_new(files, ending)
-            try:
-                there = os.stat(f"{runs[-1].path}.{ending}")
-                if ending not in files or os.fstat(files[ending].fileno()).st_ino != there.st_ino:  # the next attempt's
-                    files[ending] = open(f"{runs[-1].path}.{ending}", "rb")  # noqa: SIM115
-                    copy_new(files, ending)
-            except FileNotFoundError:
-                pass  # it was empty when the run ended, and serves another
+        for ending in KEPT if runs else ():
+            follow_file(files, ending, f"{runs[-1].path}.{ending}", printers[ending])
         if life["completed_at"] is not None:
-            if not files:
-                write_output({"out": (life["result"] or "").encode(), "err": (life["log"] or "").encode()})
+            for ending in () if files else KEPT:
+                copy(open_output(None, ending, life), printers[ending])
             return 0
         if not runs and not waited:
             waited = True
-            print(f"task {cli.printable(found.task_id)} has not run yet ({life['status']}); waiting for it", file=sys.stderr)
+            task_id = cli.printable(found.task_id)
+            print(f"task {task_id} has not run yet ({life['status']}); waiting for it", file=sys.stderr)
         time.sleep(5 * POLL_SECONDS)
 
 
-def copy_new(files: dict[str, BinaryIO], ending: str) -> None:
-    while ending in files and (new := files[ending].read(2**20)):
-        write_output({ending: new})
+def follow_file(files: dict[str, BinaryIO], ending: str, path: str, printer: Printer) -> None:
+    """Print what is new in the file that is open, then go on to the next attempt's file."""
+    if ending in files:
+        copy(files[ending], printer)
+    try:
+        there = os.stat(path)
+        if ending not in files or os.fstat(files[ending].fileno()).st_ino != there.st_ino:
+            files[ending] = open(path, "rb")  # noqa: SIM115
+            copy(files[ending], printer)
+    except FileNotFoundError:
+        # It was empty when the run ended, and was removed.
+        pass
 
 
 # --------------------------------------------------------------------------------------- retry, cancel, pause and resume
@@ -929,7 +619,7 @@ def cancel_task(conn: q.Connection, found: Found, deadline: float) -> str | None
             q.wake(conn.state)
             asked = task.run_name
         if asked != task.run_name and time.monotonic() > seen + CONSUMER_SECONDS:
-            return (f"process {task.owner.split('-')[0]} claimed it itself, without a handler (get_ack_queue or the like): "
+            return (f"process {(task.owner or q.NOBODY).split('-')[0]} claimed it itself, without a handler (get_ack_queue or the like): "
                     "only that process can end it")  # fmt: skip
         if time.monotonic() > deadline and asked == task.run_name:
             if not cli.owner_is_alive(conn.state, task.owner):
@@ -969,7 +659,7 @@ def move(ids: list[str], to: str, source: str | None, task_type: str | None, as_
     cli.check_known(conn, [to, *([source] if source else [])])
     if ids:
         wanted = []
-        for found in (find(conn, ident, source) for ident in ids):
+        for found in (find(conn, ident, source, option="--from") for ident in ids):
             if found.row_id is None:
                 raise Refused(f"task {found.task_id} has ended: retry it first, then move it")
             wanted.append(found)

@@ -136,7 +136,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
     entry = command(export)
     entry.add_argument("file", metavar="FILE", nargs="?", default="-", help="(default: stdout)")
-    entry.add_argument("--queue", dest="queues", metavar="QUEUE", action="append", help="may be given several times")
+    entry.add_argument("--queue", dest="queues", metavar="QUEUE", action="append", type=cli.utf8, help="may be given several times")
     entry.add_argument("--history", action="store_true", help="finished tasks, too")
 
     entry = command(import_)
@@ -631,7 +631,7 @@ def parse_line(conn: q.Connection, line: bytes, ids: dict[str, Ids]) -> tuple[st
     if task["status"] not in cli.STATUSES:
         raise q.InvalidTask(f"{task['status']!r} is not a status")
     queue = q.check_queue_name(task["queue"])
-    check_number(task, "id", 1, 2**62)
+    check_number(task, "id", 1, 2**53)
     check_number(task, "priority", -(2**53), 2**53, default=0)
     check_number(task, "attempts", 0, MOST_ATTEMPTS, default=0)
     check_number(task, "max_attempts", 1, MOST_ATTEMPTS, default=None)
