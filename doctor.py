@@ -18,7 +18,9 @@ import json
 import os
 import re
 import shlex
+import shutil
 import sqlite3
+import stat
 import subprocess
 import time
 from collections.abc import Iterator, Sequence
@@ -31,23 +33,29 @@ import queue_helpers as q
 from queue_cli import sh, span
 
 MAX_WAIT_SECONDS = 600.0
-SPOOL_TOO_OLD_SECONDS = 60.0  # a worker takes spooled tasks in at once
+# A worker takes spooled tasks in at once.
+SPOOL_TOO_OLD_SECONDS = 60.0
 QUICK_CHECK_SECONDS = 20.0
 LOW_DISK_BYTES, SHORT_DISK_BYTES = 50 * 2**20, 2**30
 LONG_WAL_BYTES = 256 * 2**20
-GUI_PATH = "/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin"  # what programs get that no shell started
-NETWORK_FILE_SYSTEMS = {"9p", "afs", "beegfs", "ceph", "cifs", "drvfs", "fuse.rclone", "fuse.s3fs", "fuse.sshfs", "glusterfs",
-                        "gpfs", "lustre", "ncpfs", "nfs", "nfs4", "osxfuse", "prl_fs", "smb3", "smbfs", "vboxsf", "virtiofs",
-                        "webdav"}  # fmt: skip
+# So many files of the state are looked at, the logs last.
+MOST_FILES = 50_000
+# What programs get as PATH that no shell started.
+GUI_PATH = "/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin"
+NETWORK_FILE_SYSTEMS = set(
+    "9p afs beegfs ceph cifs drvfs fuse.rclone fuse.s3fs fuse.sshfs glusterfs gpfs lustre ncpfs nfs nfs4 osxfuse "
+    "prl_fs smb3 smbfs vboxsf virtiofs webdav".split()
+)
+# Claude Code reads this hook's stdout as the path of the worktree, and takes no other answer.
+NOT_FOR_THE_QUEUE = "WorktreeCreate"
 
 OLDEST_READY = """
 select count(*), min(timestamp) from "{queue}" where status < 2"""
 OVERDUE = """
 select count(*), min(due_at) from "{queue}" where status = 3 and due_at <= :now"""
-CLAIMS = """
-select owner, count(*), min(claimed_at) from "{queue}" where status = 2 group by owner"""
-WITHOUT_HANDLER = """
-select task_type, count(*), max(error) from "{queue}" where status = 3 and error like 'no handler %' group by task_type"""
+PUT_BACK = """
+select task_type, count(*), max(error) from "{queue}"
+where status = 3 and error is not null and attempts = 0 group by task_type"""
 FAILED_LATELY = """
 select count(*) from task_history where queue = :queue and status = 'failed' and completed_at > :since"""
 
@@ -71,41 +79,75 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def doctor(max_wait: float, as_json: bool) -> int:
     """Print what every check finds. 1 when one of them is a problem."""
-    home = Path(__file__).resolve().parent
     state = q.STATE_DIR
-    installed = home.parent.parent if (home.parent.parent / "installed.json").is_file() else None
-    handlers = next((path for path in (home / "handlers", home.parent.parent / "handlers") if path.is_dir()), home / "handlers")
+    place = Place.find()
     checks = {
         "versions": check_versions,
-        "installation": lambda: check_installation(installed),
+        "installation": lambda: check_installation(place.prefix),
         "state": lambda: check_state(state),
         "file system": lambda: check_file_system(state),
         "disk": lambda: check_disk(state),
         "database": lambda: check_database(state),
-        "tasks": lambda: check_tasks(state, max_wait),
+        "tasks": lambda: check_tasks(state, place.handlers, max_wait),
         "spool": lambda: check_spool(state),
-        "handlers": lambda: check_handlers(handlers),
-        "hook": lambda: check_hook(installed),
+        "handlers": lambda: check_handlers(place.handlers),
+        "hook": lambda: check_hook(place),
         "file events": check_inotify,
     }
     findings = []
     for name, check in checks.items():
+        # What a check has found before it failed counts.
         try:
-            findings += [(name, finding) for finding in check()]
-        except (OSError, sqlite3.Error, q.QueueError) as error:
+            for finding in check():
+                findings.append((name, finding))
+        except (OSError, ValueError, sqlite3.Error, subprocess.SubprocessError, q.QueueError) as error:
             findings.append((name, Finding("problem", f"could not be checked: {error}", "mend that first")))
+    say(findings, state, as_json)
+    return 1 if any(finding.level == "problem" for _, finding in findings) else 0
+
+
+def say(findings: list[tuple[str, Finding]], state: Path, as_json: bool) -> None:
     problems = sum(finding.level == "problem" for _, finding in findings)
     notes = sum(finding.level == "note" for _, finding in findings)
     listed = [{"check": name, "level": f.level, "message": f.what, "remedy": f.remedy or None} for name, f in findings]
-    lines = [f"{f.level:<8} {name}: {f.what}" + (f"\n         -> {f.remedy}" if f.remedy else "") for name, f in findings]
-    lines.append(f"{problems or 'no'} problem{'s' * (problems != 1)}, {notes or 'no'} note{'s' * (notes != 1)} ({state})")
+    lines = []
+    for name, finding in findings:
+        lines.append(f"{finding.level:<8} {name}: {cli.printable(finding.what)}")
+        if finding.remedy:
+            lines.append(f"         -> {cli.printable(finding.remedy)}")
+    total = ", ".join(cli.plural(number, noun) if number else f"no {noun}s" for number, noun in ((problems, "problem"), (notes, "note")))
+    lines.append(f"{total} ({state})")
     cli.report(as_json, {"ok": not problems, "state": str(state), "findings": listed}, "\n".join(lines))
-    return 1 if problems else 0
+
+
+class Place(NamedTuple):
+    """Where these scripts are installed; prefix and record are None in a checkout."""
+
+    prefix: Path | None
+    handlers: Path
+    record: dict
+
+    @classmethod
+    def find(cls) -> Place:
+        lib = Path(__file__).resolve().parent
+        prefix = lib.parent.parent if (lib.parent.parent / "installed.json").is_file() else None
+        places = (lib / "handlers", lib.parent.parent / "handlers")
+        handlers = next((path for path in places if path.is_dir()), places[0])
+        record = read_record(prefix) if prefix else None
+        return cls(prefix, handlers, record or {})
+
+
+def read_record(prefix: Path) -> dict | None:
+    """What install.py wrote down, None when that is damaged."""
+    try:
+        record = json.loads((prefix / "installed.json").read_bytes())
+        return record if isinstance(record["files"], dict) else None
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
 
 
 def check_versions() -> Iterator[Finding]:
     import platform
-    import shutil
 
     version = sqlite3.sqlite_version_info
     if version < (3, 35):
@@ -137,12 +179,11 @@ def check_installation(prefix: Path | None) -> Iterator[Finding]:
     if prefix is None:
         yield Finding("note", "these scripts run from where they lie; hooks need a place that stays", "just install")
         return
-    try:
-        files = json.loads((prefix / "installed.json").read_bytes())["files"]
-        names = {name: set(digests) for name, digests in files.items()}
-    except (ValueError, KeyError, TypeError, AttributeError):
+    record = read_record(prefix)
+    if record is None:
         yield Finding("problem", f"{prefix / 'installed.json'} is damaged", "just install")
         return
+    names = {name: set(digests) for name, digests in record["files"].items()}
     from hashlib import sha256
 
     missing = [name for name in names if not (prefix / name).exists()]
@@ -160,22 +201,90 @@ def check_state(state: Path) -> Iterator[Finding]:
     if not state.is_dir():
         yield Finding("problem", f"{state} is not there", "just install, or set TASK_QUEUE_STATE to where your queue is")
         return
-    found = state.stat()
-    if found.st_uid != os.getuid():
-        yield Finding("problem", f"{state} belongs to another user (id {found.st_uid})", f"sudo chown -R $(id -u) {sh(state)}")
+    owner = state.stat().st_uid
+    if owner != os.getuid() and os.getuid() == 0:
+        yield Finding("problem", f"{state} belongs to the user {user_name(owner)}, and you are root: what root's workers write "
+                      "there its owner cannot use", f"run the scripts as that user: sudo -u {sh(user_name(owner))} ...")  # fmt: skip
+        return
+    if owner != os.getuid():
+        yield Finding("problem", f"{state} belongs to another user ({user_name(owner)})", give_me(state))
     if not os.access(state, os.R_OK | os.W_OK | os.X_OK):
         yield Finding("problem", f"{state} cannot be written", f"chmod u+rwx {sh(state)}")
         return
-    open_to_others = [path for path in (state, *sorted(state.glob("tasks.db*"))) if path.stat().st_mode & 0o077]
-    if open_to_others:
-        names = ", ".join(path.name for path in open_to_others)
-        yield Finding("problem", f"other users may read or write {names}: tasks hold prompts and paths",
-                      f"chmod -R go= {sh(state)}")  # fmt: skip
-    unwritable = [path for path in sorted(state.glob("tasks.db*")) if not os.access(path, os.R_OK | os.W_OK)]
-    if unwritable:
-        yield Finding("problem", f"{unwritable[0]} cannot be written", f"chmod u+rw {sh(unwritable[0])}; is it yours?")
-    if not open_to_others and not unwritable:
+    faults = list(check_files(state))
+    yield from faults
+    if (state / "tasks.db").is_symlink():
+        target = os.path.realpath(state / "tasks.db")
+        yield Finding("note", f"tasks.db is a link to {target}: workers do not hear there what other programs write, and look "
+                      "every few seconds", f"TASK_QUEUE_STATE={sh(os.path.dirname(target))}, if the file is called tasks.db there")  # fmt: skip
+    if not faults:
         yield Finding("ok", f"{state} is yours alone")
+
+
+def check_files(state: Path) -> Iterator[Finding]:
+    """Whether everything in the state is this user's, readable by this user and by nobody else."""
+    foreign, closed, open_to_others = [], [], []
+    for number, (path, found) in enumerate(files_of(state)):
+        if number == MOST_FILES:
+            break
+        wanted = 0o700 if stat.S_ISDIR(found.st_mode) else 0o600
+        if found.st_uid != os.getuid():
+            foreign.append((path, found.st_uid))
+        elif found.st_mode & wanted != wanted:
+            closed.append(path)
+        elif found.st_mode & 0o077:
+            open_to_others.append(path)
+    if foreign:
+        path, owner = foreign[0]
+        yield Finding("problem", f"{count_of(foreign)} in {state} belong to another user, the first is {path} of {user_name(owner)} "
+                      "(a worker that ran as that user made them): they hinder your workers", give_me(state))  # fmt: skip
+    if closed:
+        yield Finding("problem", f"{count_of(closed)} in {state} cannot be read and written, the first is {closed[0]}",
+                      f"chmod -R u+rwX {sh(state)}")  # fmt: skip
+    if open_to_others:
+        # Behind a closed state directory only the database counts: it may be a link to elsewhere.
+        reached = [path for path in open_to_others if path == state or path.name.startswith("tasks.db")]
+        names = ", ".join(path.name for path in [*reached, *open_to_others][:3])
+        yield Finding("problem" if reached else "note", f"other users may read or write {names}: tasks hold prompts and paths",
+                      f"chmod -R go= {sh(state)}; cleanup.py does the same")  # fmt: skip
+
+
+def files_of(state: Path) -> Iterator[tuple[Path, os.stat_result]]:
+    """All files and directories of the state, but links; those of the logs last, since there may be many."""
+    yield state, state.stat()
+    later = []
+    for entry in sorted(os.scandir(state), key=lambda entry: (entry.name == "logs", entry.name)):
+        later.append(entry)
+    while later:
+        entry = later.pop(0)
+        try:
+            found = entry.stat(follow_symlinks=False)
+            if stat.S_ISLNK(found.st_mode):
+                continue
+            yield Path(entry.path), found
+            if stat.S_ISDIR(found.st_mode):
+                later += os.scandir(entry.path)
+        except OSError:
+            # It was removed at this moment, or cannot be read, which its mode has told.
+            continue
+
+
+def count_of(found: list) -> str:
+    return cli.plural(len(found), "file") if len(found) < MOST_FILES else f"at least {MOST_FILES:,} files"
+
+
+def give_me(path: Path) -> str:
+    """The command that makes a path this user's, whoever made it."""
+    return f"sudo chown -R {os.getuid()}:{os.getgid()} {sh(path)}"
+
+
+def user_name(number: int) -> str:
+    import pwd
+
+    try:
+        return pwd.getpwuid(number).pw_name
+    except KeyError:
+        return f"#{number}"
 
 
 def check_file_system(state: Path) -> Iterator[Finding]:
@@ -240,7 +349,7 @@ def check_database(state: Path) -> Iterator[Finding]:
     with open(db, "rb") as file:  # this process has no connection yet whose locks closing the file would drop
         head = file.read(100)
     if head and head[:15] != b"SQLite format 3":
-        yield Finding("problem", f"{db} is not a database", f"mv {sh(db)} elsewhere, or restore a backup over it")
+        yield Finding("problem", f"{db} is not a database", f"put a backup in its place: tasks.py restore FILE (it keeps {db.name} beside it)")
         return
     was_in_use = cli.is_in_use(cli.database_file(state))
     with closing(cli.open_to_read(state / "tasks.db")) as conn:
@@ -248,14 +357,14 @@ def check_database(state: Path) -> Iterator[Finding]:
             version = conn.execute("pragma user_version").fetchone()[0]
             tables = {name for (name,) in conn.execute("select name from sqlite_master where type = 'table'")}
         except sqlite3.DatabaseError as error:
-            yield Finding("problem", f"{db} cannot be read: {error}", "restore a backup over it; see the README")
+            yield Finding("problem", f"{db} cannot be read: {error}", "put a backup in its place: tasks.py restore FILE")
             return
         if version > q.SCHEMA_VERSION:
             yield Finding("problem", f"{db} has schema version {version}, these scripts know {q.SCHEMA_VERSION}",
                           "update them: just install")  # fmt: skip
             return
         if version == 0 and tables - set(q.DEFAULT_QUEUES) - {"sqlite_sequence"} or version and "task_history" not in tables:
-            yield Finding("problem", f"{db} belongs to another program, or lost its tables", "move it away, or set TASK_QUEUE_STATE")
+            yield Finding("problem", f"{db} belongs to another program, or lost its tables", "set TASK_QUEUE_STATE to where your queue is; if that is here: tasks.py restore FILE")
             return
         if version < q.SCHEMA_VERSION:
             yield Finding("note", f"{db} has schema version {version}", "the next enqueue or worker brings it to "
@@ -277,7 +386,10 @@ def check_database(state: Path) -> Iterator[Finding]:
 def quick_check(conn: sqlite3.Connection, db: Path) -> Finding:
     give_up = time.monotonic() + QUICK_CHECK_SECONDS
     conn.set_progress_handler(lambda: time.monotonic() > give_up, 100_000)
-    restore = "stop the workers, then restore a backup, or save what can be read: sqlite3 tasks.db .recover | sqlite3 new.db"
+    restore = (
+        "put a backup in its place: tasks.py restore FILE; without one, save what can be read: "
+        f"sqlite3 {sh(db)} .recover | sqlite3 recovered.db, then: tasks.py restore recovered.db"
+    )
     try:
         said = [row[0] for row in conn.execute("pragma quick_check(3)")]
     except sqlite3.OperationalError as error:
@@ -294,76 +406,137 @@ def quick_check(conn: sqlite3.Connection, db: Path) -> Finding:
     return Finding("problem", f"the database is damaged: {' '.join(said[0].split())}", restore)
 
 
-def check_tasks(state: Path, max_wait: float) -> Iterator[Finding]:
+def check_tasks(state: Path, handlers: Path, max_wait: float) -> Iterator[Finding]:
     if not (state / "tasks.db").exists():
         return
     with closing(cli.open_to_read(state / "tasks.db")) as conn:
         if conn.execute("pragma user_version").fetchone()[0] != q.SCHEMA_VERSION:
             return
-        now, dead, served = time.time(), set(), []
-        for (queue,) in conn.execute(q.QUEUES).fetchall():
-            ready, oldest = q.execute(conn, OLDEST_READY, queue).fetchone()
-            overdue, due = q.execute(conn, OVERDUE, queue, now=now).fetchone()
-            waiting, since = ready + overdue, min((t for t in (oldest, due) if t is not None), default=now)
-            has_worker = cli.is_locked(cli.serving_lock(state, queue))
-            served += [queue] if has_worker else []
-            how_long = f'queue "{queue}": {waiting} waiting, the oldest since {q.utc(since)} UTC ({span(now - since)})'
-            if waiting and q.is_paused(conn, queue):
-                yield Finding("note", f"{how_long}; the queue is paused", f"tasks.py resume {queue}")
-            elif waiting and now - since > max_wait and has_worker:
-                yield Finding("problem", f"{how_long}, although a worker serves it",
-                              f"see what it does: tasks.py list --queue {queue}, and its log in state/logs; "
-                              "more at a time: worker.py --concurrency N")  # fmt: skip
-            elif waiting and now - since > max_wait:
-                yield Finding("problem", f"{how_long}, and no worker serves it",
-                              f"start one: worker.py {queue}; or have it started: just service --enable; "
-                              "or see to whoever else should take them")  # fmt: skip
-            for task_type, count, error in q.execute(conn, WITHOUT_HANDLER, queue):
-                yield Finding("problem", f'queue "{queue}": {count} of type {task_type!r} cannot run: {error}',
-                              "put an executable of that name into the handlers' directory, or: "
-                              f"tasks.py purge {queue} --type {sh(task_type)}")  # fmt: skip
-            for owner, count, claimed_at in q.execute(conn, CLAIMS, queue):
-                if not cli.owner_is_alive(state, owner):
-                    dead.add((queue, owner, count, claimed_at))
-            failed = conn.execute(FAILED_LATELY, {"queue": queue, "since": q.utc(now - 86_400)}).fetchone()[0]
+        queues = cli.queues_of(conn)
+        served = [queue for queue in queues if cli.is_locked(cli.serving_lock(state, queue))]
+        for queue in queues:
+            yield from check_waiting(conn, queue, max_wait, queue in served)
+            yield from check_put_back(conn, queue, handlers)
+            since = {"queue": queue, "since": q.utc(time.time() - 86_400)}
+            failed = conn.execute(FAILED_LATELY, since).fetchone()[0]
             if failed:
                 yield Finding("note", f'queue "{queue}": {failed} failed for good in the last day',
                               f"tasks.py list --queue {queue} --status failed; then tasks.py retry --failed --queue {queue}")  # fmt: skip
-        for queue, owner, count, claimed_at in sorted(dead):
-            if not served:  # any worker takes them back, unless their handler still runs
-                yield Finding("problem", f'queue "{queue}": {count} claimed at {q.utc(claimed_at)} UTC by {owner}, which has died',
-                              f"any worker takes them back: worker.py {queue}; so does cleanup.py")  # fmt: skip
+        if not served:
+            yield from check_claims(conn, state)
         yield Finding("ok", f"workers serve: {', '.join(served)}" if served else "no worker runs now; hooks and the service start one")
 
 
+def check_waiting(conn: sqlite3.Connection, queue: str, max_wait: float, has_worker: bool) -> Iterator[Finding]:
+    now = time.time()
+    ready, oldest = conn.execute(q.on_queue(OLDEST_READY, queue)).fetchone()
+    overdue, due = conn.execute(q.on_queue(OVERDUE, queue), {"now": now}).fetchone()
+    waiting, since = ready + overdue, min((t for t in (oldest, due) if t is not None), default=now)
+    how_long = f'queue "{queue}": {waiting} waiting, the oldest since {moment(since)} ({span(now - since)})'
+    if waiting and q.is_paused(conn, queue):
+        yield Finding("note", f"{how_long}; the queue is paused", f"tasks.py resume {queue}")
+    elif waiting and now - since > max_wait and has_worker:
+        yield Finding("problem", f"{how_long}, although a worker serves it",
+                      f"see what it does: tasks.py list --queue {queue}, and its log in state/logs; "
+                      "more at a time: worker.py --concurrency N")  # fmt: skip
+    elif waiting and now - since > max_wait:
+        yield Finding("problem", f"{how_long}, and no worker serves it",
+                      f"start one: worker.py {queue}; or have it started: just service --enable; "
+                      "or see to whoever else should take them")  # fmt: skip
+
+
+def check_put_back(conn: sqlite3.Connection, queue: str, handlers: Path) -> Iterator[Finding]:
+    """Tasks that a worker has put back without a run, and whose type has no handler."""
+    for task_type, tasks, error in conn.execute(q.on_queue(PUT_BACK, queue)).fetchall():
+        if not has_handler(handlers, task_type or queue):
+            name = task_type or queue
+            yield Finding("problem", f'queue "{queue}": {tasks} of type {name!r} cannot run: {error}',
+                          f"put an executable of that name into {handlers}, or have a worker that serves {queue} run one "
+                          f"command for all: worker.py {queue} -- COMMAND; if nobody wants them: "
+                          f"tasks.py purge {queue} --type {sh(name)}")  # fmt: skip
+
+
+def has_handler(handlers: Path, task_type: str) -> bool:
+    if "/" in task_type or task_type.startswith("."):
+        return False
+    return (handlers / task_type).is_file() and os.access(handlers / task_type, os.X_OK)
+
+
+def check_claims(conn: sqlite3.Connection, state: Path) -> Iterator[Finding]:
+    """Claims of the dead that no worker is there to take back; a handler that still runs keeps its task."""
+    dead: dict[tuple[str, str], list[q.Task]] = {}
+    for queue, task in cli.claims(conn):
+        if not cli.owner_is_alive(state, task.owner) and not cli.run_is_alive(state, task):
+            dead.setdefault((queue, task.owner or q.NOBODY), []).append(task)
+    for (queue, owner), tasks in sorted(dead.items()):
+        since = min((task.claimed_at for task in tasks if task.claimed_at is not None), default=None)
+        by = f"by {owner}, which has died" if owner != q.NOBODY else "by nobody (by hand, or by another program)"
+        yield Finding("problem", f'queue "{queue}": {len(tasks)} claimed {f"at {moment(since)} " if since is not None else ""}{by}',
+                      f"any worker takes them back: worker.py {queue}; so does cleanup.py")  # fmt: skip
+
+
+def moment(seconds: float) -> str:
+    """A time of the database's, which may be any number."""
+    try:
+        return f"{q.utc(seconds)} UTC"
+    except (ValueError, OverflowError, OSError):
+        return f"{seconds:g} s after 1970"
+
+
 def check_spool(state: Path) -> Iterator[Finding]:
-    spooled = bad = 0
-    for directory in sorted((state / "spool").glob("*/")):
-        files = [entry for entry in os.scandir(directory) if entry.is_file(follow_symlinks=False)]
-        waiting = [entry.stat().st_mtime for entry in files if not entry.name.startswith(".")]
-        spooled += len(waiting)
+    if not cli.spool_directory(state).is_dir():
+        yield Finding("ok", "empty")
+        return
+    faults, spooled = [], 0
+    with os.scandir(cli.spool_directory(state)) as entries:
+        directories = sorted(Path(entry.path) for entry in entries if entry.is_dir(follow_symlinks=False))
+    for directory in directories:
         try:
-            q.check_queue_name(directory.name)
-        except q.InvalidTask as error:
-            yield Finding("problem", f"{directory}: {error}",
-                          f"mv its files into the right directory beside it, then rmdir {sh(directory)}")  # fmt: skip
-            continue
-        oldest = time.time() - min(waiting, default=time.time())
-        if oldest > SPOOL_TOO_OLD_SECONDS:
-            yield Finding("problem", f"{directory} is not draining: {len(waiting)} tasks, the oldest for {span(oldest)}",
-                          f"worker.py {directory.name} takes them in; so does cleanup.py, which says what hinders it")  # fmt: skip
-        malformed = sorted((directory / "malformed").glob("*"))
-        if malformed:
-            bad += len(malformed)
-            yield Finding("problem", f"{len(malformed)} in {directory / 'malformed'} could not be taken in: they are not JSON objects",
-                          "mend them and mv them one directory up, or remove them")  # fmt: skip
-    if not bad and not spooled:
+            waiting, found = check_spool_of(directory)
+        except OSError as error:
+            mine = directory.lstat().st_uid == os.getuid()
+            remedy = f"chmod -R u+rwX {sh(directory)}" if mine else give_me(directory)
+            waiting, found = 0, [Finding("problem", f"{directory} cannot be read: {error.strerror}", remedy)]
+        spooled, faults = spooled + waiting, faults + found
+    yield from faults
+    if not faults and not spooled:
         yield Finding("ok", "empty")
 
 
-def check_handlers(directory: Path) -> Iterator[Finding]:
-    import shutil
+def check_spool_of(directory: Path) -> tuple[int, list[Finding]]:
+    """(how many tasks wait in a queue's spool, what is wrong with it)."""
+    with os.scandir(directory) as entries:
+        files = [entry for entry in entries if entry.is_file(follow_symlinks=False) and not entry.name.startswith(".")]
+    try:
+        q.check_queue_name(directory.name)
+    except q.InvalidTask as error:
+        remedy = f"mv its files into the right directory beside it, then rmdir {sh(directory)}"
+        return len(files), [Finding("problem", f"{directory}: {error}", remedy)]
+    found = []
+    for entry in files:
+        if not is_utf8(entry.name):
+            new = directory / f"{re.sub('[^a-zA-Z0-9._-]', '_', entry.name)}"
+            found.append(Finding("problem", f"{entry.path}: its name is not UTF-8", f"mv {sh(entry.path)} {sh(new)}"))
+    oldest = time.time() - min((entry.stat().st_mtime for entry in files), default=time.time())
+    if oldest > SPOOL_TOO_OLD_SECONDS:
+        found.append(Finding("problem", f"{directory} is not draining: {len(files)} tasks, the oldest for {span(oldest)}",
+                             f"worker.py {directory.name} takes them in; so does cleanup.py, which says what hinders it"))  # fmt: skip
+    malformed = sorted((directory / "malformed").glob("*"))
+    if malformed:
+        found.append(Finding("problem", f"{len(malformed)} in {directory / 'malformed'} could not be taken in: they are not JSON objects",
+                             "mend them and mv them one directory up, or remove them"))  # fmt: skip
+    return len(files), found
 
+
+def is_utf8(name: str) -> bool:
+    try:
+        name.encode()
+        return True
+    except UnicodeEncodeError:
+        return False
+
+
+def check_handlers(directory: Path) -> Iterator[Finding]:
     if not directory.is_dir():
         yield Finding("note", f"{directory} is not there: workers need --handlers or a command", "just install")
         return
@@ -395,16 +568,11 @@ def check_handlers(directory: Path) -> Iterator[Finding]:
     yield Finding("ok" if fine else "note", f"{', '.join(fine) or 'none'} in {directory}")
 
 
-def check_hook(prefix: Path | None) -> Iterator[Finding]:
-    import shutil
-
+def check_hook(place: Place) -> Iterator[Finding]:
     settings = Path(os.environ.get("CLAUDE_CONFIG_DIR") or Path.home() / ".claude") / "settings.json"
     try:
-        text = settings.read_bytes().decode()
-        root = json.loads(text)
-        groups = [(event, group) for event, groups in root.get("hooks", {}).items() for group in groups]
-        commands = [(event, hook["command"]) for event, group in groups for hook in group.get("hooks", ())
-                    if isinstance(hook.get("command"), str)]  # fmt: skip
+        root = json.loads(settings.read_bytes().decode())
+        hooks = list(hooks_in(root))
     except FileNotFoundError:
         yield Finding("note", f"{settings} is not there, so there is no hook", "just install --hook yes")
         return
@@ -414,55 +582,86 @@ def check_hook(prefix: Path | None) -> Iterator[Finding]:
     except (TypeError, AttributeError, KeyError):
         yield Finding("problem", f"{settings}: its hooks are not of the shape Claude Code reads", "mend it, or take back a backup")
         return
-    ours = [(event, command) for event, command in commands
-            if "enqueue.py" in command or "tasks.db" in command or (prefix and str(prefix / "runtime/hook") in command)
-            or "lychee/runtime/hook" in command]  # fmt: skip
+    ours = [(event, words) for event, words in hooks if is_ours(words, place)]
     if not ours:
         yield Finding("note", f"no hook of the queue is in {settings}", "just install --hook yes")
         return
     if root.get("disableAllHooks") is True:
         yield Finding("problem", f"{settings} has disableAllHooks: no hook runs", "set it to false")
-    bad = False
-    for event, command in ours:
-        for program in dict.fromkeys(re.findall(r"(?<![\w/.-])(uv|python3|sqlite3|bash)(?=\s)", command)):
-            if not shutil.which(program, path=GUI_PATH):
-                bad = True
-                yield Finding("problem", f"the {event} hook calls {program}, which is not on the PATH of programs that no shell started",
-                              f"write its absolute path: {shutil.which(program) or program}")  # fmt: skip
-        for path in dict.fromkeys(word for word in words_of(command) if word.startswith("/") and not word.startswith("/dev/")):
-            if not os.path.exists(path):
-                bad = True
-                yield Finding("problem", f"the {event} hook needs {path}, which is not there", "just install, or take the hook out")
-            elif path.endswith("/runtime/hook"):
-                for finding in check_interpreters(Path(path)):
-                    bad = True
-                    yield finding
-    if not bad:
+    faults = [fault for event, words in ours for fault in check_hook_command(event, words, settings, place)]
+    yield from faults
+    if not faults:
         yield Finding("ok", f"in {settings}: {', '.join(dict.fromkeys(event for event, _ in ours))}")
 
 
-def words_of(command: str) -> list[str]:
+def hooks_in(root: dict) -> Iterator[tuple[str, list[str]]]:
+    """(event, the words of its command) of every hook; TypeError and the like for what Claude Code cannot read."""
+    for event, groups in root.get("hooks", {}).items():
+        for group in groups:
+            for hook in group.get("hooks", ()):
+                if isinstance(hook.get("command"), str):
+                    yield event, words_of(hook)
+
+
+def words_of(hook: dict) -> list[str]:
+    """The words of a hook's command. In exec form `command` is a program, and `args` are its arguments."""
+    if isinstance(hook.get("args"), list):
+        return [hook["command"], *(word for word in hook["args"] if isinstance(word, str))]
     try:
-        return shlex.split(command)
+        return shlex.split(hook["command"])
     except ValueError:
-        return command.split()
+        return hook["command"].split()
 
 
-def check_interpreters(hook: Path) -> Iterator[Finding]:
+def path_of(word: str) -> str:
+    """A word of a hook as a path: a shell would expand these two."""
+    return os.path.expanduser(re.sub(r"^\$(HOME\b|\{HOME\})", "~", word))
+
+
+def is_ours(words: list[str], place: Place) -> bool:
+    """Whether a hook puts tasks into the queue: it calls enqueue.py or the installed hook, by whatever path."""
+    installed = os.path.realpath(place.prefix / "runtime/hook") if place.prefix else None
+    for word in words:
+        real = os.path.realpath(path_of(word))
+        if real == installed or real.endswith("/lychee/runtime/hook"):
+            return True
+        if "enqueue.py" in word or "tasks.db" in word:
+            return True
+    return False
+
+
+def check_hook_command(event: str, words: list[str], settings: Path, place: Place) -> Iterator[Finding]:
+    if event == NOT_FOR_THE_QUEUE:
+        yield Finding("problem", f"the {event} hook is the queue's: Claude Code expects that hook to make the worktree and print its path, "
+                      "so every worktree fails", f"take it out of {settings}, or put the queue's command into the end of your own")  # fmt: skip
+    command = " ".join(words)
+    for program in dict.fromkeys(re.findall(r"(?<![\w/.-])(uv|python3|sqlite3|bash)(?=\s)", command)):
+        if not shutil.which(program, path=GUI_PATH):
+            yield Finding("problem", f"the {event} hook calls {program}, which is not on the PATH of programs that no shell started",
+                          f"write its absolute path: {shutil.which(program) or program}")  # fmt: skip
+    for path in dict.fromkeys(path_of(word) for word in words):
+        if path.startswith("/") and not path.startswith("/dev/") and not os.path.exists(path):
+            yield Finding("problem", f"the {event} hook needs {path}, which is not there", "just install, or take the hook out")
+        elif place.prefix and os.path.realpath(path) == os.path.realpath(place.prefix / "runtime/hook"):
+            yield from check_interpreters(place)
+
+
+def check_interpreters(place: Place) -> Iterator[Finding]:
     """Whether what the installed hook calls still exists; each stands in for the other."""
-    lines = [line.rpartition("|| ")[2] for line in hook.read_text("utf-8", "replace").splitlines()]
-    values = dict(line.split("=", 1) for line in lines if re.match(r"(python|uv|lib|TASK_QUEUE_STATE)=", line))
-    paths = {name: next(iter(words_of(value)), "") for name, value in values.items()}
+    if not place.record:
+        return
+    hook = place.prefix / "runtime/hook"
     try_out = {"python": ["-E", "-s", "-c", "import sys, sqlite3; sys.exit(sys.version_info < (3, 11))"], "uv": ["--version"]}
-    gone = [name for name, arguments in try_out.items() if not runs([paths.get(name, ""), *arguments])]
+    paths = {name: place.record.get(name) or "" for name in try_out}
+    gone = [name for name, arguments in try_out.items() if not runs([paths[name], *arguments])]
     if len(gone) == 2:
         yield Finding("problem", f"{hook} finds neither Python 3.11 nor uv: tasks go to the spool", "install uv, then: just install")
     elif gone:
-        yield Finding("note", f"{hook} can do without {gone[0]}, which has gone ({paths.get(gone[0]) or 'it never was'})", "just install")
-    if Path(paths.get("TASK_QUEUE_STATE", q.STATE_DIR)) != q.STATE_DIR:
-        yield Finding("note", f"the hook's tasks go to {paths['TASK_QUEUE_STATE']}; this looks at {q.STATE_DIR}",
-                      f"TASK_QUEUE_STATE={sh(paths['TASK_QUEUE_STATE'])} tasks.py doctor")  # fmt: skip
-    if not os.access(os.path.join(paths.get("lib", ""), "enqueue.py"), os.R_OK):
+        yield Finding("note", f"{hook} can do without {gone[0]}, which has gone ({paths[gone[0]] or 'it never was'})", "just install")
+    state = place.record.get("state")
+    if state and os.path.realpath(state) != os.path.realpath(q.STATE_DIR):
+        yield Finding("note", f"the hook's tasks go to {state}; this looks at {q.STATE_DIR}", f"TASK_QUEUE_STATE={sh(state)} tasks.py doctor")
+    if not os.access(place.prefix / "runtime/lib/enqueue.py", os.R_OK):
         yield Finding("problem", f"{hook} finds no enqueue.py: tasks go to the spool", "just install")
 
 

@@ -282,8 +282,12 @@ def short(text: str | None, longest: int = 200) -> str:
 
 
 def sh(word: object) -> str:
-    """A word as a shell reads it, for remedies that people paste."""
-    return shlex.quote(str(word))
+    """A word as a shell reads it, for remedies that people paste: printable, and the same bytes again."""
+    text = str(word)
+    if printable(text) == text:
+        return shlex.quote(text)
+    plain = (chr(byte) if 0x20 <= byte < 0x7F and byte not in b"'\\" else f"\\x{byte:02x}" for byte in os.fsencode(text))
+    return f"$'{''.join(plain)}'"
 
 
 def plural(count: int, noun: str) -> str:
