@@ -56,7 +56,7 @@ NEWBORN_SECONDS = 60.0
 LEFT_BEHIND_SECONDS = 86_400.0
 # A detached worker's own log of this size is set aside; the one before it goes.
 WORKER_LOG_BYTES = 10 * 2**20
-RUN_FILE = re.compile(r"(?P<run>(?P<id>\d+)-\d+-.+)\.(?:out|err)")
+RUN_FILE = re.compile(r"(?P<run>(?P<id>\d+)-\d+-.+)\.(?:out|err)", re.DOTALL)
 
 # ---------------------------------------------------------------------------------------------------------- statements
 
@@ -238,7 +238,7 @@ def left_undone(report: Report, what: object) -> Iterator[None]:
         pass
     except q.QueueBusy:
         raise
-    except (OSError, q.QueueError) as error:
+    except (OSError, UnicodeError, q.QueueError) as error:
         why = error.strerror if isinstance(error, OSError) else error
         where = getattr(error, "filename", None) or what
         report.left_undone.append(f"{os.fsdecode(where) if isinstance(where, bytes) else where}: {why}; see: tasks.py doctor")

@@ -400,9 +400,10 @@ def show_task(task: dict) -> None:
         cli.draw(cli.table(["status", "started", "completed", ">attempts", ">exit", "error"],
                    [(life["status"], life["started_at"] or "-", life["completed_at"], str(life["attempts"]),
                      "-" if life["exit_code"] is None else str(life["exit_code"]), cli.short(life["error"])) for life in history]))  # fmt: skip
+    files = [f"{run['path']}{ending}" for run in runs for ending in (".out", ".err")]
     if runs:
-        sys.stdout.write("\noutput files\n" + "".join(f"{run['path']}{ending}\n" for run in runs for ending in (".out", ".err")
-                                                      if os.path.exists(f"{run['path']}{ending}")))  # fmt: skip
+        there = "".join(f"{cli.printable(file)}\n" for file in files if os.path.exists(file))
+        sys.stdout.write(f"\noutput files\n{there}")
 
 
 class Run(NamedTuple):
@@ -415,7 +416,7 @@ class Run(NamedTuple):
 
 def runs_of(life: dict) -> list[Run]:
     """What its attempts left in the logs, oldest first."""
-    pattern, runs = re.compile(rf"({life['id']}-(\d+)-.+)\.(?:out|err)"), {}
+    pattern, runs = re.compile(rf"({life['id']}-(\d+)-.+)\.(?:out|err)", re.DOTALL), {}
     try:
         with os.scandir(cli.logs_directory(q.STATE_DIR, life["queue"])) as entries:
             for entry in entries:
