@@ -3,18 +3,20 @@
 # requires-python = ">=3.11"
 # dependencies = ["rich>=13,<16"]
 # ///
-"""Tidy up: prune old history and its logs, take in the spool, take back the tasks of dead owners, give space back.
+"""Tidy up: prune old history and its logs, take in the spool, take back the tasks of dead owners,
+give space back.
 
-    cleanup.py                                     finished tasks older than 24 h go, dead letters after 30 days
-    cleanup.py --dry-run --keep 7d                 say what would go, change nothing
-    cleanup.py --every 1h --keep-failed 90d        stay and repeat, until SIGTERM or Ctrl-C
+    cleanup.py                                  done tasks go after 24 h, dead letters after 30 d
+    cleanup.py --dry-run --keep 7d              say what would go, change nothing
+    cleanup.py --every 1h --keep-failed 90d     stay and repeat, until SIGTERM or Ctrl-C
 
-Waiting and running tasks are never touched, nor the logs of a run that still goes on. The write lock is held for some
-milliseconds at a time: whoever enqueues meanwhile hardly notices. DURATION is a number and s, m, h, d or w, like 90m.
+Waiting and running tasks are never touched, nor the logs of a run that still goes on. The write
+lock is held for some milliseconds at a time: whoever enqueues meanwhile hardly notices. DURATION is
+a number and s, m, h, d or w, like 90m.
 
-exit codes: 0 done (with --every: stopped by a signal); 1 the database cannot be used, or something was left undone: it
-is named, and the rest was done; 64 usage; 75 the database is locked, try again; 128 + n a single run was stopped by
-signal n.
+exit codes: 0 done (with --every: stopped by a signal); 1 the database cannot be used, or something
+was left undone: it is named, and the rest was done; 64 usage; 75 the database is locked, try again;
+128 + n a single run was stopped by signal n.
 """
 
 from __future__ import annotations
@@ -39,11 +41,13 @@ import queue_cli as cli
 import queue_helpers as q
 from queue_cli import EX_FAILED, EX_TEMPFAIL, plural, size
 
-# SQLite's busy handler looks again after 1, 3, 8, 18, 33 … ms. A lock held for less than 7 ms and then left alone for
-# 10 ms is therefore had at the third look; without the pause somebody unlucky could miss it ten times in a row.
+# SQLite's busy handler looks again after 1, 3, 8, 18, 33 … ms. A lock held for less than 7 ms and
+# then left alone for 10 ms is therefore had at the third look; without the pause somebody unlucky
+# could miss it ten times in a row.
 HOLD_SECONDS = 0.004
 PAUSE_SECONDS = 0.010
-# The write-ahead log is written back so often that it stays short, and no enqueue has to do this work.
+# The write-ahead log is written back so often that it stays short, and no enqueue has to do this
+# work.
 STEPS_PER_CHECKPOINT = 4
 MOST_PER_STEP = 5_000
 # More rows or pages than this get a progress bar.
@@ -58,7 +62,7 @@ LEFT_BEHIND_SECONDS = 86_400.0
 WORKER_LOG_BYTES = 10 * 2**20
 RUN_FILE = re.compile(r"(?P<run>(?P<id>\d+)-\d+-.+)\.(?:out|err)", re.DOTALL)
 
-# ---------------------------------------------------------------------------------------------------------- statements
+# --------------------------------------------------------------------------------------- statements
 
 EXPIRED_IF = """
 completed_at < case status when 'failed' then :failed_before else :finished_before end"""
@@ -78,7 +82,7 @@ select id from "{queue}" """
 LAST_ID = """
 select coalesce(max(seq), 0) from sqlite_sequence where name = '{queue}'"""
 
-# -------------------------------------------------------------------------------------------------------- command line
+# ------------------------------------------------------------------------------------- command line
 
 
 def interval(text: str) -> float:
@@ -90,13 +94,27 @@ def interval(text: str) -> float:
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = cli.make_parser("cleanup.py", __doc__)
-    parser.add_argument("--keep", metavar="DURATION", type=cli.duration, default="24h",
-                        help="of completed and cancelled tasks (default 24h; 0s keeps none)")  # fmt: skip
-    parser.add_argument("--keep-failed", metavar="DURATION", type=cli.duration, default="30d",
-                        help="of dead letters (default 30d)")  # fmt: skip
+    parser.add_argument(
+        "--keep",
+        metavar="DURATION",
+        type=cli.duration,
+        default="24h",
+        help="of completed and cancelled tasks (default 24h; 0s keeps none)",
+    )
+    parser.add_argument(
+        "--keep-failed",
+        metavar="DURATION",
+        type=cli.duration,
+        default="30d",
+        help="of dead letters (default 30d)",
+    )
     parser.add_argument("--dry-run", action="store_true", help="say what would go, change nothing")
-    parser.add_argument("--every", metavar="DURATION", type=interval, help="stay, and do it again this often")
-    parser.add_argument("--json", action="store_true", help="the summary as one line of JSON, one per run")
+    parser.add_argument(
+        "--every", metavar="DURATION", type=interval, help="stay, and do it again this often"
+    )
+    parser.add_argument(
+        "--json", action="store_true", help="the summary as one line of JSON, one per run"
+    )
     return parser.parse_args(argv)
 
 
@@ -142,8 +160,15 @@ def clean_and_tell(args: argparse.Namespace, stop: Stop) -> tuple[int, tuple[str
     except q.QueueError as error:
         return EX_TEMPFAIL if isinstance(error, q.QueueBusy) else EX_FAILED, (str(error),)
     try:
-        text = json.dumps(asdict(report)) if args.json else "\n".join(map(cli.printable, sentences(report)))
-        print(text.encode(sys.stdout.encoding, "backslashreplace").decode(sys.stdout.encoding), flush=True)
+        text = (
+            json.dumps(asdict(report))
+            if args.json
+            else "\n".join(map(cli.printable, sentences(report)))
+        )
+        print(
+            text.encode(sys.stdout.encoding, "backslashreplace").decode(sys.stdout.encoding),
+            flush=True,
+        )
     except BrokenPipeError:
         # The reader has gone; the work is done.
         cli.mute(1)
@@ -153,7 +178,7 @@ def clean_and_tell(args: argparse.Namespace, stop: Stop) -> tuple[int, tuple[str
     return EX_FAILED if report.left_undone else 0, tuple(report.left_undone)
 
 
-# --------------------------------------------------------------------------------------------------------- one clean-up
+# ------------------------------------------------------------------------------------- one clean-up
 
 
 @dataclass
@@ -163,7 +188,9 @@ class Report:
     state: str
     dry_run: bool
     stopped: bool = False
-    pruned: dict[str, int] = field(default_factory=lambda: {"completed": 0, "failed": 0, "cancelled": 0})
+    pruned: dict[str, int] = field(
+        default_factory=lambda: {"completed": 0, "failed": 0, "cancelled": 0}
+    )
     log_files: int = 0
     log_bytes: int = 0
     # Workers' own logs.
@@ -189,8 +216,12 @@ class Report:
     seconds: float = 0.0
 
 
-def clean(state: Path, keep: float, keep_failed: float, stop: Stop, *, dry_run: bool = False) -> Report:
-    """Do everything once. Raises QueueBusy and QueueUnavailable; what was done until then stays done."""
+def clean(
+    state: Path, keep: float, keep_failed: float, stop: Stop, *, dry_run: bool = False
+) -> Report:
+    """Do everything once. Raises QueueBusy and QueueUnavailable; what was done until then stays
+    done.
+    """
     began, now = time.monotonic(), time.time()
     conn = q.connect(state, create=False)
     report = Report(str(state), dry_run, bytes_before=size_of(state, "", "-wal"))
@@ -241,7 +272,10 @@ def left_undone(report: Report, what: object) -> Iterator[None]:
     except (OSError, UnicodeError, q.QueueError) as error:
         why = error.strerror if isinstance(error, OSError) else error
         where = getattr(error, "filename", None) or what
-        report.left_undone.append(f"{os.fsdecode(where) if isinstance(where, bytes) else where}: {why}; see: tasks.py doctor")
+        report.left_undone.append(
+            f"{os.fsdecode(where) if isinstance(where, bytes) else where}: {why}; see: tasks.py "
+            "doctor"
+        )
 
 
 def tidy_state(state: Path, report: Report) -> None:
@@ -251,7 +285,11 @@ def tidy_state(state: Path, report: Report) -> None:
             path = Path(top, name)
             with left_undone(report, path):
                 found = path.lstat()
-                if found.st_uid == os.getuid() and found.st_mode & 0o077 and not stat.S_ISLNK(found.st_mode):
+                if (
+                    found.st_uid == os.getuid()
+                    and found.st_mode & 0o077
+                    and not stat.S_ISLNK(found.st_mode)
+                ):
                     report.modes += 1
                     if not report.dry_run:
                         path.chmod(stat.S_IMODE(found.st_mode) & 0o700)
@@ -271,11 +309,15 @@ def errors_explained(state: Path) -> Iterator[None]:
     except BrokenPipeError:
         raise
     except OSError as error:
-        raise q.QueueUnavailable(f"{error.filename}: {error.strerror}; check the permissions: ls -laR '{state}'") from error
+        raise q.QueueUnavailable(
+            f"{error.filename}: {error.strerror}; check the permissions: ls -laR '{state}'"
+        ) from error
 
 
 class Pacer:
-    """Work in many short transactions, each as large as HOLD_SECONDS allow, with the write lock free in between."""
+    """Work in many short transactions, each as large as HOLD_SECONDS allow, with the write lock
+    free in between.
+    """
 
     def __init__(self, conn: q.Connection, stop: Stop) -> None:
         self.conn, self.stop, self.deadline, self.steps = conn, stop, 0.0, 0
@@ -304,13 +346,17 @@ def prune(conn: q.Connection, limits: dict[str, str], pacer: Pacer, report: Repo
     since = ""
     with progress(expired, "history") as advance:
         while not pacer.stop.is_set():
-            rows = conn.execute(EXPIRED, {**limits, "since": since, "limit": pacer.amount}).fetchall()
+            rows = conn.execute(
+                EXPIRED, {**limits, "since": since, "limit": pacer.amount}
+            ).fetchall()
             if not rows:
                 break
             with pacer.step():
                 gone = 0
                 for row_id, completed_at, status in rows:
-                    found = conn.execute(PRUNE, {"id": row_id, "completed_at": completed_at}).rowcount
+                    found = conn.execute(
+                        PRUNE, {"id": row_id, "completed_at": completed_at}
+                    ).rowcount
                     report.pruned[status] = report.pruned.get(status, 0) + found
                     gone, since = gone + 1, completed_at
                     # Rows may be large.
@@ -335,7 +381,9 @@ def remove_logs(conn: q.Connection, limits: dict[str, str], stop: Stop, report: 
     # One snapshot: a task on its way from queue to history is in exactly one of them.
     with cli.snapshot(conn):
         last = {queue: q.execute(conn, LAST_ID, queue).fetchone()[0] for queue in queues}
-        kept = {queue: {row_id for (row_id,) in q.execute(conn, UNFINISHED, queue)} for queue in queues}
+        kept = {
+            queue: {row_id for (row_id,) in q.execute(conn, UNFINISHED, queue)} for queue in queues
+        }
         for queue, row_id in conn.execute(KEPT_HISTORY, limits):
             if queue in kept:
                 kept[queue].add(row_id)
@@ -345,7 +393,11 @@ def remove_logs(conn: q.Connection, limits: dict[str, str], stop: Stop, report: 
                 if stop.is_set():
                     return
                 match = RUN_FILE.fullmatch(entry.name)
-                if match and int(match["id"]) <= last[queue] and int(match["id"]) not in kept[queue]:
+                if (
+                    match
+                    and int(match["id"]) <= last[queue]
+                    and int(match["id"]) not in kept[queue]
+                ):
                     with left_undone(report, entry.path):
                         remove_log(entry, logs / queue / f"{match['run']}.out", report)
 
@@ -369,7 +421,9 @@ def remove_log(entry: os.DirEntry, output: Path, report: Report) -> None:
 
 
 def remove_locks(conn: q.Connection, report: Report) -> None:
-    """Remove the lock files that nobody holds, but those of owners whose tasks could not be taken back yet."""
+    """Remove the lock files that nobody holds, but those of owners whose tasks could not be taken
+    back yet.
+    """
     workers = cli.owner_lock(conn.state, None).parent
     if not workers.is_dir():
         return
@@ -398,7 +452,9 @@ def remove_lock(entry: os.DirEntry, owners: set[str | None], report: Report) -> 
 
 
 def give_back(conn: q.Connection, pacer: Pacer, report: Report) -> None:
-    """Shrink the file by its free pages, but SPARE_SHARE of it. Needs auto_vacuum = incremental, else does nothing."""
+    """Shrink the file by its free pages, but SPARE_SHARE of it. Needs auto_vacuum = incremental,
+    else does nothing.
+    """
     pages = conn.execute("pragma page_count").fetchone()[0]
     free = conn.execute("pragma freelist_count").fetchone()[0]
     spare = int((pages - free) * SPARE_SHARE)
@@ -453,19 +509,32 @@ def size_of(state: Path, *suffixes: str) -> int:
     return sizes
 
 
-# ------------------------------------------------------------------------------------------------------------- telling
+# ------------------------------------------------------------------------------------------ telling
 
 
 @contextmanager
 def progress(total: int, what: str) -> Iterator:
-    """A function that moves a bar on a terminal's stderr; without a terminal, or for little work, it does nothing."""
+    """A function that moves a bar on a terminal's stderr; without a terminal, or for little work,
+    it does nothing.
+    """
     bar = nullcontext()
     if total >= LONG_WORK and sys.stderr.isatty():
         try:
             from rich.console import Console
-            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+            from rich.progress import (
+                BarColumn,
+                MofNCompleteColumn,
+                Progress,
+                TextColumn,
+                TimeRemainingColumn,
+            )
 
-            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeRemainingColumn(),
+            )
             bar = Progress(*columns, console=Console(stderr=True), transient=True)
         except ImportError:
             # It was run by a plain python3.
@@ -484,9 +553,13 @@ def sentences(report: Report) -> Iterator[str]:
     if report.recovered:
         yield f"owners: {plural(report.recovered, 'task')} of dead owners {would}taken back"
     if report.orphans:
-        yield f"owners: {plural(report.orphans, 'task')} left alone: the handler outlives its worker"
+        yield (
+            f"owners: {plural(report.orphans, 'task')} left alone: the handler outlives its worker"
+        )
     kinds = ", ".join(f"{count:,} {status}" for status, count in report.pruned.items() if count)
-    yield f"history: {plural(sum(report.pruned.values()), 'task')} {would}pruned" + (f" ({kinds})" if kinds else "")
+    yield f"history: {plural(sum(report.pruned.values()), 'task')} {would}pruned" + (
+        f" ({kinds})" if kinds else ""
+    )
     yield f"logs: {plural(report.log_files, 'file')} {would}removed, {size(report.log_bytes)}"
     if report.set_aside:
         yield f"logs: {plural(report.set_aside, 'log')} of workers {would}set aside as .old"
@@ -495,10 +568,17 @@ def sentences(report: Report) -> Iterator[str]:
     if report.lock_files:
         yield f"workers: {plural(report.lock_files, 'stale lock file')} {would}removed"
     shrunk = f"{size(report.bytes_before)} -> " if not report.dry_run else ""
-    yield f"database: {shrunk}{size(report.bytes_after)}, of it {size(report.free_bytes)} free for new tasks"
+    yield (
+        f"database: {shrunk}{size(report.bytes_after)}, of it {size(report.free_bytes)} free "
+        "for "
+        "new tasks"
+    )
     if not report.can_shrink and report.free_bytes > SPARE_SHARE * report.bytes_after:
-        yield "database: made without auto_vacuum, so it does not shrink. To change that, once, with no worker running: "\
-              f"sqlite3 '{report.state}/tasks.db' 'pragma auto_vacuum = incremental; vacuum'"  # fmt: skip
+        yield (
+            "database: made without auto_vacuum, so it does not shrink. To change that, once, with "
+            "no worker running: "
+            f"sqlite3 '{report.state}/tasks.db' 'pragma auto_vacuum = incremental; vacuum'"
+        )
     yield f"{'stopped early after' if report.stopped else 'took'} {report.seconds:.1f} s"
 
 

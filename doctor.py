@@ -9,7 +9,8 @@
     doctor.py --max-wait 1h                 a task may wait so long before that is a problem
     doctor.py --json                        for scripts
 
-tasks.py doctor is the same command. Exit codes: 0 nothing is wrong; 1 something is (notes do not count); 64 usage.
+tasks.py doctor is the same command. Exit codes: 0 nothing is wrong; 1 something is (notes do not
+count); 64 usage.
 """
 
 from __future__ import annotations
@@ -43,7 +44,8 @@ MOST_FILES = 50_000
 # What programs get as PATH that no shell started.
 GUI_PATH = "/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin"
 NETWORK_FILE_SYSTEMS = set(
-    "9p afs beegfs ceph cifs drvfs fuse.rclone fuse.s3fs fuse.sshfs glusterfs gpfs lustre ncpfs nfs nfs4 osxfuse "
+    "9p afs beegfs ceph cifs drvfs fuse.rclone fuse.s3fs fuse.sshfs glusterfs gpfs lustre ncpfs "
+    "nfs nfs4 osxfuse "
     "prl_fs smb3 smbfs vboxsf virtiofs webdav".split()
 )
 # Claude Code reads this hook's stdout as the path of the worktree, and takes no other answer.
@@ -63,15 +65,34 @@ select count(*) from task_history where queue = :queue and status = 'failed' and
 class Finding(NamedTuple):
     """What a check yields."""
 
-    level: str  # ok, note or problem
+    # ok, note or problem
+    level: str
     what: str
     remedy: str = ""
 
 
+def problem(what: str, remedy: str) -> Finding:
+    return Finding("problem", what, remedy)
+
+
+def note(what: str, remedy: str = "") -> Finding:
+    return Finding("note", what, remedy)
+
+
+def ok(what: str) -> Finding:
+    return Finding("ok", what)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = cli.make_parser("doctor.py", __doc__)
-    parser.add_argument("--max-wait", metavar="AGE", type=cli.duration, default=MAX_WAIT_SECONDS,
-                        help=f"how long a task may wait before that is a problem (default {span(MAX_WAIT_SECONDS)})")  # fmt: skip
+    parser.add_argument(
+        "--max-wait",
+        metavar="AGE",
+        type=cli.duration,
+        default=MAX_WAIT_SECONDS,
+        help="how long a task may wait before that is a problem (default "
+        f"{span(MAX_WAIT_SECONDS)})",
+    )
     parser.add_argument("--json", dest="as_json", action="store_true", help="for scripts")
     args = parser.parse_args(argv)
     return cli.run("doctor.py", lambda: doctor(args.max_wait, args.as_json))
@@ -100,8 +121,14 @@ def doctor(max_wait: float, as_json: bool) -> int:
         try:
             for finding in check():
                 findings.append((name, finding))
-        except (OSError, ValueError, sqlite3.Error, subprocess.SubprocessError, q.QueueError) as error:
-            findings.append((name, Finding("problem", f"could not be checked: {error}", "mend that first")))
+        except (
+            OSError,
+            ValueError,
+            sqlite3.Error,
+            subprocess.SubprocessError,
+            q.QueueError,
+        ) as error:
+            findings.append((name, problem(f"could not be checked: {error}", "mend that first")))
     say(findings, state, as_json)
     return 1 if any(finding.level == "problem" for _, finding in findings) else 0
 
@@ -109,15 +136,23 @@ def doctor(max_wait: float, as_json: bool) -> int:
 def say(findings: list[tuple[str, Finding]], state: Path, as_json: bool) -> None:
     problems = sum(finding.level == "problem" for _, finding in findings)
     notes = sum(finding.level == "note" for _, finding in findings)
-    listed = [{"check": name, "level": f.level, "message": f.what, "remedy": f.remedy or None} for name, f in findings]
+    listed = [
+        {"check": name, "level": f.level, "message": f.what, "remedy": f.remedy or None}
+        for name, f in findings
+    ]
     lines = []
     for name, finding in findings:
         lines.append(f"{finding.level:<8} {name}: {cli.printable(finding.what)}")
         if finding.remedy:
             lines.append(f"         -> {cli.printable(finding.remedy)}")
-    total = ", ".join(cli.plural(number, noun) if number else f"no {noun}s" for number, noun in ((problems, "problem"), (notes, "note")))
+    total = ", ".join(
+        cli.plural(number, noun) if number else f"no {noun}s"
+        for number, noun in ((problems, "problem"), (notes, "note"))
+    )
     lines.append(f"{total} ({state})")
-    cli.report(as_json, {"ok": not problems, "state": str(state), "findings": listed}, "\n".join(lines))
+    cli.report(
+        as_json, {"ok": not problems, "state": str(state), "findings": listed}, "\n".join(lines)
+    )
 
 
 class Place(NamedTuple):
@@ -151,74 +186,120 @@ def check_versions() -> Iterator[Finding]:
 
     version = sqlite3.sqlite_version_info
     if version < (3, 35):
-        yield Finding("problem", f"Python's SQLite {sqlite3.sqlite_version} is older than 3.35", "uv python install 3.12")
+        yield problem(
+            f"Python's SQLite {sqlite3.sqlite_version} is older than 3.35",
+            "uv python install 3.12",
+        )
     else:
-        yield Finding("ok", f"Python {platform.python_version()}, SQLite {sqlite3.sqlite_version}")
+        yield ok(f"Python {platform.python_version()}, SQLite {sqlite3.sqlite_version}")
     if has_wal_reset_bug(version):
-        yield Finding("note", f"SQLite {sqlite3.sqlite_version} can, very rarely, damage a database in WAL mode that several processes use",
-                      "fixed in 3.51.3, 3.50.7 and 3.44.6: update Python when you can, keep a backup: tasks.py backup FILE")  # fmt: skip
+        yield note(
+            f"SQLite {sqlite3.sqlite_version} can, very rarely, damage a database in WAL "
+            "mode that several processes use",
+            "fixed in 3.51.3, 3.50.7 and 3.44.6: update Python when you can, keep a backup: "
+            "tasks.py backup FILE",
+        )
     command = shutil.which("sqlite3", path=GUI_PATH) or shutil.which("sqlite3")
     if not command:
-        yield Finding("note", "the sqlite3 command is not there; only hooks that are written in bash need it",
-                      "install it with your package manager, or use enqueue.py")  # fmt: skip
+        yield note(
+            "the sqlite3 command is not there; only hooks that are written in bash need it",
+            "install it with your package manager, or use enqueue.py",
+        )
         return
-    ran = subprocess.run([command, "-version"], check=False, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=10)
+    ran = subprocess.run(
+        [command, "-version"],
+        check=False,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=10,
+    )
     number = re.match(r"(\d+)\.(\d+)(?:\.(\d+))?", ran.stdout)
     if not number or tuple(int(part or 0) for part in number.groups()) < (3, 31):
-        yield Finding("problem", f"{command} is version {ran.stdout.split(' ')[0].strip() or 'unknown'}: it cannot read the tables",
-                      "install sqlite3 3.31 or newer")  # fmt: skip
+        yield problem(
+            f"{command} is version {ran.stdout.split(' ')[0].strip() or 'unknown'}: it "
+            "cannot read the tables",
+            "install sqlite3 3.31 or newer",
+        )
 
 
 def has_wal_reset_bug(version: tuple[int, ...]) -> bool:
-    """Whether a commit can be lost when two processes reset the write-ahead log at the same moment."""
-    fixed = version >= (3, 51, 3) or (3, 50, 7) <= version < (3, 51) or (3, 44, 6) <= version < (3, 45)
+    """Whether a commit can be lost when two processes reset the log at the same moment."""
+    fixed = (
+        version >= (3, 51, 3) or (3, 50, 7) <= version < (3, 51) or (3, 44, 6) <= version < (3, 45)
+    )
     return version >= (3, 7) and not fixed
 
 
 def check_installation(prefix: Path | None) -> Iterator[Finding]:
     if prefix is None:
-        yield Finding("note", "these scripts run from where they lie; hooks need a place that stays", "just install")
+        yield note(
+            "these scripts run from where they lie; hooks need a place that stays",
+            "just install",
+        )
         return
     record = read_record(prefix)
     if record is None:
-        yield Finding("problem", f"{prefix / 'installed.json'} is damaged", "just install")
+        yield problem(f"{prefix / 'installed.json'} is damaged", "just install")
         return
     names = {name: set(digests) for name, digests in record["files"].items()}
     from hashlib import sha256
 
     missing = [name for name in names if not (prefix / name).exists()]
-    changed = [name for name in names if name.startswith("runtime/") and name not in missing
-               and sha256((prefix / name).read_bytes()).hexdigest() not in names[name]]  # fmt: skip
+    changed = [
+        name
+        for name in names
+        if name.startswith("runtime/")
+        and name not in missing
+        and sha256((prefix / name).read_bytes()).hexdigest() not in names[name]
+    ]
     if missing or any(len(digests) != 1 for digests in names.values()):
-        yield Finding("problem", f"the installation is incomplete: {', '.join(missing) or 'it was interrupted'}", "just install")
+        yield problem(
+            f"the installation is incomplete: {', '.join(missing) or 'it was interrupted'}",
+            "just install",
+        )
     elif changed:
-        yield Finding("note", f"changed since they were installed: {', '.join(changed)}", "just install puts them back")
+        yield note(
+            f"changed since they were installed: {', '.join(changed)}",
+            "just install puts them back",
+        )
     else:
-        yield Finding("ok", f"complete in {prefix}")
+        yield ok(f"complete in {prefix}")
 
 
 def check_state(state: Path) -> Iterator[Finding]:
     if not state.is_dir():
-        yield Finding("problem", f"{state} is not there", "just install, or set TASK_QUEUE_STATE to where your queue is")
+        yield problem(
+            f"{state} is not there",
+            "just install, or set TASK_QUEUE_STATE to where your queue is",
+        )
         return
     owner = state.stat().st_uid
     if owner != os.getuid() and os.getuid() == 0:
-        yield Finding("problem", f"{state} belongs to the user {user_name(owner)}, and you are root: what root's workers write "
-                      "there its owner cannot use", f"run the scripts as that user: sudo -u {sh(user_name(owner))} ...")  # fmt: skip
+        yield problem(
+            f"{state} belongs to the user {user_name(owner)}, and you are root: what "
+            "root's workers write "
+            "there its owner cannot use",
+            f"run the scripts as that user: sudo -u {sh(user_name(owner))} ...",
+        )
         return
     if owner != os.getuid():
-        yield Finding("problem", f"{state} belongs to another user ({user_name(owner)})", give_me(state))
+        yield problem(f"{state} belongs to another user ({user_name(owner)})", give_me(state))
     if not os.access(state, os.R_OK | os.W_OK | os.X_OK):
-        yield Finding("problem", f"{state} cannot be written", f"chmod u+rwx {sh(state)}")
+        yield problem(f"{state} cannot be written", f"chmod u+rwx {sh(state)}")
         return
     faults = list(check_files(state))
     yield from faults
     if (state / "tasks.db").is_symlink():
         target = os.path.realpath(state / "tasks.db")
-        yield Finding("note", f"tasks.db is a link to {target}: workers do not hear there what other programs write, and look "
-                      "every few seconds", f"TASK_QUEUE_STATE={sh(os.path.dirname(target))}, if the file is called tasks.db there")  # fmt: skip
+        yield note(
+            f"tasks.db is a link to {target}: workers do not hear there what other programs "
+            "write, and look "
+            "every few seconds",
+            f"TASK_QUEUE_STATE={sh(os.path.dirname(target))}, if the file is called tasks.db there",
+        )
     if not faults:
-        yield Finding("ok", f"{state} is yours alone")
+        yield ok(f"{state} is yours alone")
 
 
 def check_files(state: Path) -> Iterator[Finding]:
@@ -236,21 +317,34 @@ def check_files(state: Path) -> Iterator[Finding]:
             open_to_others.append(path)
     if foreign:
         path, owner = foreign[0]
-        yield Finding("problem", f"{count_of(foreign)} in {state} belong to another user, the first is {path} of {user_name(owner)} "
-                      "(a worker that ran as that user made them): they hinder your workers", give_me(state))  # fmt: skip
+        yield problem(
+            f"{count_of(foreign)} in {state} belong to another user, the first is {path} "
+            f"of {user_name(owner)} "
+            "(a worker that ran as that user made them): they hinder your workers",
+            give_me(state),
+        )
     if closed:
-        yield Finding("problem", f"{count_of(closed)} in {state} cannot be read and written, the first is {closed[0]}",
-                      f"chmod -R u+rwX {sh(state)}")  # fmt: skip
+        yield problem(
+            f"{count_of(closed)} in {state} cannot be read and written, the first is {closed[0]}",
+            f"chmod -R u+rwX {sh(state)}",
+        )
     if open_to_others:
         # Behind a closed state directory only the database counts: it may be a link to elsewhere.
-        reached = [path for path in open_to_others if path == state or path.name.startswith("tasks.db")]
+        reached = [
+            path for path in open_to_others if path == state or path.name.startswith("tasks.db")
+        ]
         names = ", ".join(path.name for path in [*reached, *open_to_others][:3])
-        yield Finding("problem" if reached else "note", f"other users may read or write {names}: tasks hold prompts and paths",
-                      f"chmod -R go= {sh(state)}; cleanup.py does the same")  # fmt: skip
+        yield Finding(
+            "problem" if reached else "note",
+            f"other users may read or write {names}: tasks hold prompts and paths",
+            f"chmod -R go= {sh(state)}; cleanup.py does the same",
+        )
 
 
 def files_of(state: Path) -> Iterator[tuple[Path, os.stat_result]]:
-    """All files and directories of the state, but links; those of the logs last, since there may be many."""
+    """All files and directories of the state, but links; those of the logs last, since there may be
+    many.
+    """
     yield state, state.stat()
     later = []
     for entry in sorted(os.scandir(state), key=lambda entry: (entry.name == "logs", entry.name)):
@@ -270,7 +364,11 @@ def files_of(state: Path) -> Iterator[tuple[Path, os.stat_result]]:
 
 
 def count_of(found: list) -> str:
-    return cli.plural(len(found), "file") if len(found) < MOST_FILES else f"at least {MOST_FILES:,} files"
+    return (
+        cli.plural(len(found), "file")
+        if len(found) < MOST_FILES
+        else f"at least {MOST_FILES:,} files"
+    )
 
 
 def give_me(path: Path) -> str:
@@ -290,14 +388,25 @@ def user_name(number: int) -> str:
 def check_file_system(state: Path) -> Iterator[Finding]:
     kind, mount_point, options = file_system_of(os.path.realpath(state), mount_table())
     move = "put the state on a local disk: TASK_QUEUE_STATE=/a/local/directory"
-    if kind in NETWORK_FILE_SYSTEMS or re.match(r"/mnt/[a-z](/|$)", os.path.realpath(state)) and kind in ("9p", "drvfs", "v9fs"):
-        yield Finding("problem", f"{mount_point} is {kind}, shared with another machine or system: SQLite's locks do not hold there", move)
+    if (
+        kind in NETWORK_FILE_SYSTEMS
+        or re.match(r"/mnt/[a-z](/|$)", os.path.realpath(state))
+        and kind in ("9p", "drvfs", "v9fs")
+    ):
+        yield problem(
+            f"{mount_point} is {kind}, shared with another machine or system: SQLite's "
+            "locks do not hold there",
+            move,
+        )
     elif "ro" in options:
-        yield Finding("problem", f"{mount_point} is mounted read-only", "mount it for writing, or " + move)
+        yield problem(f"{mount_point} is mounted read-only", "mount it for writing, or " + move)
     elif kind in ("tmpfs", "ramfs"):
-        yield Finding("note", f"{mount_point} is {kind}: the tasks are gone after a restart of the machine", move)
+        yield note(
+            f"{mount_point} is {kind}: the tasks are gone after a restart of the machine",
+            move,
+        )
     else:
-        yield Finding("ok", f"{kind or 'file system unknown'} on {mount_point or '/'}")
+        yield ok(f"{kind or 'file system unknown'} on {mount_point or '/'}")
 
 
 def mount_table() -> list[tuple[str, str, list[str]]]:
@@ -305,7 +414,14 @@ def mount_table() -> list[tuple[str, str, list[str]]]:
     try:
         lines = Path("/proc/self/mountinfo").read_text("utf-8", "surrogateescape").splitlines()
     except OSError:
-        ran = subprocess.run(["/sbin/mount"], check=False, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=10)
+        ran = subprocess.run(
+            ["/sbin/mount"],
+            check=False,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=10,
+        )
         found = (re.match(r".* on (.+) \((\w+)(.*)\)$", line) for line in ran.stdout.splitlines())
         return [(m[1], m[2], ["ro"] if "read-only" in m[3] else []) for m in found if m]
     table = []
@@ -313,12 +429,22 @@ def mount_table() -> list[tuple[str, str, list[str]]]:
         mount, _, source = line.partition(" - ")
         fields = mount.split(" ")
         point = re.sub(r"\\([0-7]{3})", lambda m: chr(int(m[1], 8)), fields[4])
-        table.append((point, source.split(" ")[0], [*fields[5].split(","), *source.split(" ")[-1].split(",")]))
+        table.append(
+            (
+                point,
+                source.split(" ")[0],
+                [*fields[5].split(","), *source.split(" ")[-1].split(",")],
+            )
+        )
     return table
 
 
-def file_system_of(path: str, table: list[tuple[str, str, list[str]]]) -> tuple[str, str, list[str]]:
-    """(kind, mount point, options) of the file system a path is on: the innermost mount, the last of equals."""
+def file_system_of(
+    path: str, table: list[tuple[str, str, list[str]]]
+) -> tuple[str, str, list[str]]:
+    """(kind, mount point, options) of the file system a path is on: the innermost mount, the last
+    of equals.
+    """
     best = ("", "", [])
     for point, kind, options in table:
         inside = path == point or path.startswith(point.rstrip("/") + "/")
@@ -334,53 +460,86 @@ def check_disk(state: Path) -> Iterator[Finding]:
     text = f"{free / 2**20:,.0f} MiB free"
     if free < LOW_DISK_BYTES or found.f_files and not found.f_favail:
         text = text if free < LOW_DISK_BYTES else "no inodes are free"
-        yield Finding("problem", f"the disk is full, or nearly: {text}", f"make room: df -h {sh(existing)}; cleanup.py")
+        yield problem(
+            f"the disk is full, or nearly: {text}",
+            f"make room: df -h {sh(existing)}; cleanup.py",
+        )
     elif free < SHORT_DISK_BYTES:
-        yield Finding("note", f"only {text}", "make room soon")
+        yield note(f"only {text}", "make room soon")
     else:
-        yield Finding("ok", text)
+        yield ok(text)
 
 
 def check_database(state: Path) -> Iterator[Finding]:
     db = state / "tasks.db"
     if not db.exists():
-        yield Finding("problem", f"{db} is not there", "just install makes it; so does the first enqueue")
+        yield problem(f"{db} is not there", "just install makes it; so does the first enqueue")
         return
-    with open(db, "rb") as file:  # this process has no connection yet whose locks closing the file would drop
+    # This process has no connection yet whose locks closing the file would drop.
+    with open(db, "rb") as file:
         head = file.read(100)
     if head and head[:15] != b"SQLite format 3":
-        yield Finding("problem", f"{db} is not a database", f"put a backup in its place: tasks.py restore FILE (it keeps {db.name} beside it)")
+        yield problem(
+            f"{db} is not a database",
+            f"put a backup in its place: tasks.py restore FILE (it keeps {db.name} beside it)",
+        )
         return
     was_in_use = cli.is_in_use(cli.database_file(state))
     with closing(cli.open_to_read(state / "tasks.db")) as conn:
         try:
             version = conn.execute("pragma user_version").fetchone()[0]
-            tables = {name for (name,) in conn.execute("select name from sqlite_master where type = 'table'")}
+            tables = {
+                name
+                for (name,) in conn.execute("select name from sqlite_master where type = 'table'")
+            }
         except sqlite3.DatabaseError as error:
-            yield Finding("problem", f"{db} cannot be read: {error}", "put a backup in its place: tasks.py restore FILE")
+            yield problem(
+                f"{db} cannot be read: {error}",
+                "put a backup in its place: tasks.py restore FILE",
+            )
             return
         if version > q.SCHEMA_VERSION:
-            yield Finding("problem", f"{db} has schema version {version}, these scripts know {q.SCHEMA_VERSION}",
-                          "update them: just install")  # fmt: skip
+            yield problem(
+                f"{db} has schema version {version}, these scripts know {q.SCHEMA_VERSION}",
+                "update them: just install",
+            )
             return
-        if version == 0 and tables - set(q.DEFAULT_QUEUES) - {"sqlite_sequence"} or version and "task_history" not in tables:
-            yield Finding("problem", f"{db} belongs to another program, or lost its tables", "set TASK_QUEUE_STATE to where your queue is; if that is here: tasks.py restore FILE")
+        if (
+            version == 0
+            and tables - set(q.DEFAULT_QUEUES) - {"sqlite_sequence"}
+            or version
+            and "task_history" not in tables
+        ):
+            yield problem(
+                f"{db} belongs to another program, or lost its tables",
+                "set TASK_QUEUE_STATE to where your queue is; if that is here: tasks.py restore "
+                "FILE",
+            )
             return
         if version < q.SCHEMA_VERSION:
-            yield Finding("note", f"{db} has schema version {version}", "the next enqueue or worker brings it to "
-                          f"version {q.SCHEMA_VERSION}, tasks kept")  # fmt: skip
+            yield note(
+                f"{db} has schema version {version}",
+                f"the next enqueue or worker brings it to version {q.SCHEMA_VERSION}, tasks kept",
+            )
         elif head[18:20] != b"\x02\x02":
-            yield Finding("problem", f"{db} is not in WAL mode: readers and writers hold each other up",
-                          f"sqlite3 {sh(db)} 'pragma journal_mode = wal'")  # fmt: skip
+            yield problem(
+                f"{db} is not in WAL mode: readers and writers hold each other up",
+                f"sqlite3 {sh(db)} 'pragma journal_mode = wal'",
+            )
         found = quick_check(conn, db)
-    if found.level == "problem" and head and not was_in_use and cli.is_in_use(cli.database_file(state)):  # a worker started under our eyes
+    # A worker may have started under our eyes, and then the first look was at half of it.
+    is_in_use = cli.is_in_use(cli.database_file(state))
+    if found.level == "problem" and head and is_in_use and not was_in_use:
         with closing(cli.open_to_read(state / "tasks.db")) as conn:
             found = quick_check(conn, db)
     yield found
     wal = Path(f"{cli.database_file(state)}-wal")
     if wal.exists() and wal.stat().st_size > LONG_WAL_BYTES:
         size = wal.stat().st_size >> 20
-        yield Finding("note", f"{wal.name} has grown to {size} MiB: a long read holds it", f"fuser -v {sh(db)}")
+        yield note(
+            f"{wal.name} has grown to {size} MiB: a long read holds it",
+            f"fuser -v {sh(db)}",
+        )
 
 
 def quick_check(conn: sqlite3.Connection, db: Path) -> Finding:
@@ -395,15 +554,17 @@ def quick_check(conn: sqlite3.Connection, db: Path) -> Finding:
     except sqlite3.OperationalError as error:
         if "interrupted" not in str(error):
             raise
-        return Finding("note", f"the database is too large to check in {QUICK_CHECK_SECONDS:.0f} s",
-                       f"at a quiet hour: sqlite3 {sh(db)} 'pragma quick_check'")  # fmt: skip
+        return note(
+            f"the database is too large to check in {QUICK_CHECK_SECONDS:.0f} s",
+            f"at a quiet hour: sqlite3 {sh(db)} 'pragma quick_check'",
+        )
     except sqlite3.DatabaseError as error:
         said = [str(error)]
     finally:
         conn.set_progress_handler(None, 0)
     if said == ["ok"]:
-        return Finding("ok", "quick_check finds no damage")
-    return Finding("problem", f"the database is damaged: {' '.join(said[0].split())}", restore)
+        return ok("quick_check finds no damage")
+    return problem(f"the database is damaged: {' '.join(said[0].split())}", restore)
 
 
 def check_tasks(state: Path, handlers: Path, max_wait: float) -> Iterator[Finding]:
@@ -420,29 +581,45 @@ def check_tasks(state: Path, handlers: Path, max_wait: float) -> Iterator[Findin
             since = {"queue": queue, "since": q.utc(time.time() - 86_400)}
             failed = conn.execute(FAILED_LATELY, since).fetchone()[0]
             if failed:
-                yield Finding("note", f'queue "{queue}": {failed} failed for good in the last day',
-                              f"tasks.py list --queue {queue} --status failed; then tasks.py retry --failed --queue {queue}")  # fmt: skip
+                yield note(
+                    f'queue "{queue}": {failed} failed for good in the last day',
+                    f"tasks.py list --queue {queue} --status failed; then tasks.py retry --failed "
+                    f"--queue {queue}",
+                )
         if not served:
             yield from check_claims(conn, state)
-        yield Finding("ok", f"workers serve: {', '.join(served)}" if served else "no worker runs now; hooks and the service start one")
+        yield ok(
+            f"workers serve: {', '.join(served)}"
+            if served
+            else "no worker runs now; hooks and the service start one",
+        )
 
 
-def check_waiting(conn: sqlite3.Connection, queue: str, max_wait: float, has_worker: bool) -> Iterator[Finding]:
+def check_waiting(
+    conn: sqlite3.Connection, queue: str, max_wait: float, has_worker: bool
+) -> Iterator[Finding]:
     now = time.time()
     ready, oldest = conn.execute(q.on_queue(OLDEST_READY, queue)).fetchone()
     overdue, due = conn.execute(q.on_queue(OVERDUE, queue), {"now": now}).fetchone()
     waiting, since = ready + overdue, min((t for t in (oldest, due) if t is not None), default=now)
-    how_long = f'queue "{queue}": {waiting} waiting, the oldest since {moment(since)} ({span(now - since)})'
+    how_long = (
+        f'queue "{queue}": {waiting} waiting, the oldest since {moment(since)} '
+        f"({span(now - since)})"
+    )
     if waiting and q.is_paused(conn, queue):
-        yield Finding("note", f"{how_long}; the queue is paused", f"tasks.py resume {queue}")
+        yield note(f"{how_long}; the queue is paused", f"tasks.py resume {queue}")
     elif waiting and now - since > max_wait and has_worker:
-        yield Finding("problem", f"{how_long}, although a worker serves it",
-                      f"see what it does: tasks.py list --queue {queue}, and its log in state/logs; "
-                      "more at a time: worker.py --concurrency N")  # fmt: skip
+        yield problem(
+            f"{how_long}, although a worker serves it",
+            f"see what it does: tasks.py list --queue {queue}, and its log in state/logs; "
+            "more at a time: worker.py --concurrency N",
+        )
     elif waiting and now - since > max_wait:
-        yield Finding("problem", f"{how_long}, and no worker serves it",
-                      f"start one: worker.py {queue}; or have it started: just service --enable; "
-                      "or see to whoever else should take them")  # fmt: skip
+        yield problem(
+            f"{how_long}, and no worker serves it",
+            f"start one: worker.py {queue}; or have it started: just service --enable; "
+            "or see to whoever else should take them",
+        )
 
 
 def check_put_back(conn: sqlite3.Connection, queue: str, handlers: Path) -> Iterator[Finding]:
@@ -450,10 +627,13 @@ def check_put_back(conn: sqlite3.Connection, queue: str, handlers: Path) -> Iter
     for task_type, tasks, error in conn.execute(q.on_queue(PUT_BACK, queue)).fetchall():
         if not has_handler(handlers, task_type or queue):
             name = task_type or queue
-            yield Finding("problem", f'queue "{queue}": {tasks} of type {name!r} cannot run: {error}',
-                          f"put an executable of that name into {handlers}, or have a worker that serves {queue} run one "
-                          f"command for all: worker.py {queue} -- COMMAND; if nobody wants them: "
-                          f"tasks.py purge {queue} --type {sh(name)}")  # fmt: skip
+            yield problem(
+                f'queue "{queue}": {tasks} of type {name!r} cannot run: {error}',
+                f"put an executable of that name into {handlers}, or have a worker that serves "
+                f"{queue} run one "
+                f"command for all: worker.py {queue} -- COMMAND; if nobody wants them: "
+                f"tasks.py purge {queue} --type {sh(name)}",
+            )
 
 
 def has_handler(handlers: Path, task_type: str) -> bool:
@@ -463,16 +643,27 @@ def has_handler(handlers: Path, task_type: str) -> bool:
 
 
 def check_claims(conn: sqlite3.Connection, state: Path) -> Iterator[Finding]:
-    """Claims of the dead that no worker is there to take back; a handler that still runs keeps its task."""
+    """Claims of the dead that no worker is there to take back; a handler that still runs keeps its
+    task.
+    """
     dead: dict[tuple[str, str], list[q.Task]] = {}
     for queue, task in cli.claims(conn):
         if not cli.owner_is_alive(state, task.owner) and not cli.run_is_alive(state, task):
             dead.setdefault((queue, task.owner or q.NOBODY), []).append(task)
     for (queue, owner), tasks in sorted(dead.items()):
-        since = min((task.claimed_at for task in tasks if task.claimed_at is not None), default=None)
-        by = f"by {owner}, which has died" if owner != q.NOBODY else "by nobody (by hand, or by another program)"
-        yield Finding("problem", f'queue "{queue}": {len(tasks)} claimed {f"at {moment(since)} " if since is not None else ""}{by}',
-                      f"any worker takes them back: worker.py {queue}; so does cleanup.py")  # fmt: skip
+        since = min(
+            (task.claimed_at for task in tasks if task.claimed_at is not None), default=None
+        )
+        by = (
+            f"by {owner}, which has died"
+            if owner != q.NOBODY
+            else "by nobody (by hand, or by another program)"
+        )
+        yield problem(
+            f'queue "{queue}": {len(tasks)} claimed '
+            f"{f'at {moment(since)} ' if since is not None else ''}{by}",
+            f"any worker takes them back: worker.py {queue}; so does cleanup.py",
+        )
 
 
 def moment(seconds: float) -> str:
@@ -485,46 +676,70 @@ def moment(seconds: float) -> str:
 
 def check_spool(state: Path) -> Iterator[Finding]:
     if not cli.spool_directory(state).is_dir():
-        yield Finding("ok", "empty")
+        yield ok("empty")
         return
     faults, spooled = [], 0
     with os.scandir(cli.spool_directory(state)) as entries:
-        directories = sorted(Path(entry.path) for entry in entries if entry.is_dir(follow_symlinks=False))
+        directories = sorted(
+            Path(entry.path) for entry in entries if entry.is_dir(follow_symlinks=False)
+        )
     for directory in directories:
         try:
             waiting, found = check_spool_of(directory)
         except OSError as error:
             mine = directory.lstat().st_uid == os.getuid()
             remedy = f"chmod -R u+rwX {sh(directory)}" if mine else give_me(directory)
-            waiting, found = 0, [Finding("problem", f"{directory} cannot be read: {error.strerror}", remedy)]
+            waiting, found = (
+                0,
+                [problem(f"{directory} cannot be read: {error.strerror}", remedy)],
+            )
         spooled, faults = spooled + waiting, faults + found
     yield from faults
     if not faults and not spooled:
-        yield Finding("ok", "empty")
+        yield ok("empty")
 
 
 def check_spool_of(directory: Path) -> tuple[int, list[Finding]]:
     """(how many tasks wait in a queue's spool, what is wrong with it)."""
     with os.scandir(directory) as entries:
-        files = [entry for entry in entries if entry.is_file(follow_symlinks=False) and not entry.name.startswith(".")]
+        files = [
+            entry
+            for entry in entries
+            if entry.is_file(follow_symlinks=False) and not entry.name.startswith(".")
+        ]
     try:
         q.check_queue_name(directory.name)
     except q.InvalidTask as error:
         remedy = f"mv its files into the right directory beside it, then rmdir {sh(directory)}"
-        return len(files), [Finding("problem", f"{directory}: {error}", remedy)]
+        return len(files), [problem(f"{directory}: {error}", remedy)]
     found = []
     for entry in files:
         if not is_utf8(entry.name):
             new = directory / f"{re.sub('[^a-zA-Z0-9._-]', '_', entry.name)}"
-            found.append(Finding("problem", f"{entry.path}: its name is not UTF-8", f"mv {sh(entry.path)} {sh(new)}"))
+            found.append(
+                problem(
+                    f"{entry.path}: its name is not UTF-8",
+                    f"mv {sh(entry.path)} {sh(new)}",
+                )
+            )
     oldest = time.time() - min((entry.stat().st_mtime for entry in files), default=time.time())
     if oldest > SPOOL_TOO_OLD_SECONDS:
-        found.append(Finding("problem", f"{directory} is not draining: {len(files)} tasks, the oldest for {span(oldest)}",
-                             f"worker.py {directory.name} takes them in; so does cleanup.py, which says what hinders it"))  # fmt: skip
+        found.append(
+            problem(
+                f"{directory} is not draining: {len(files)} tasks, the oldest for {span(oldest)}",
+                f"worker.py {directory.name} takes them in; so does cleanup.py, which says what "
+                "hinders it",
+            )
+        )
     malformed = sorted((directory / "malformed").glob("*"))
     if malformed:
-        found.append(Finding("problem", f"{len(malformed)} in {directory / 'malformed'} could not be taken in: they are not JSON objects",
-                             "mend them and mv them one directory up, or remove them"))  # fmt: skip
+        found.append(
+            problem(
+                f"{len(malformed)} in {directory / 'malformed'} could not be taken in: they "
+                "are not JSON objects",
+                "mend them and mv them one directory up, or remove them",
+            )
+        )
     return len(files), found
 
 
@@ -538,29 +753,52 @@ def is_utf8(name: str) -> bool:
 
 def check_handlers(directory: Path) -> Iterator[Finding]:
     if not directory.is_dir():
-        yield Finding("note", f"{directory} is not there: workers need --handlers or a command", "just install")
+        yield note(
+            f"{directory} is not there: workers need --handlers or a command",
+            "just install",
+        )
         return
-    handlers = [path for path in sorted(directory.iterdir()) if path.is_file() and not path.name.startswith((".", "_"))]
-    reach = os.pathsep.join([os.environ.get("PATH", ""), GUI_PATH, os.path.expanduser("~/.local/bin"), os.path.expanduser("~/.cargo/bin"),
-                             "/opt/homebrew/bin", os.path.dirname(os.environ.get("UV", ""))])  # fmt: skip
+    handlers = [
+        path
+        for path in sorted(directory.iterdir())
+        if path.is_file() and not path.name.startswith((".", "_"))
+    ]
+    reach = os.pathsep.join(
+        [
+            os.environ.get("PATH", ""),
+            GUI_PATH,
+            os.path.expanduser("~/.local/bin"),
+            os.path.expanduser("~/.cargo/bin"),
+            "/opt/homebrew/bin",
+            os.path.dirname(os.environ.get("UV", "")),
+        ]
+    )
     fine = []
     for path in handlers:
         with open(path, "rb") as file:
             first = file.readline(512)
         words = first[2:].decode("utf-8", "replace").split()
         if not os.access(path, os.X_OK):
-            if first.startswith(b"#!"):  # others are data that lies there
-                yield Finding("problem", f"{path} is not executable", f"chmod +x {sh(path)}")
+            # Others are data that lies there.
+            if first.startswith(b"#!"):
+                yield problem(f"{path} is not executable", f"chmod +x {sh(path)}")
         elif first.startswith(b"#!") and first.endswith(b"\r\n"):
-            yield Finding("problem", f"{path} has Windows line ends: its interpreter is not found",
-                          f"sed -i 's/\\r$//' {sh(path)}")  # fmt: skip
+            yield problem(
+                f"{path} has Windows line ends: its interpreter is not found",
+                f"sed -i 's/\\r$//' {sh(path)}",
+            )
         elif first.startswith(b"#!") and words:
             program = words[0]
             if os.path.basename(program) == "env":
-                program = next((word for word in words[1:] if not word.startswith("-") and "=" not in word), program)
+                program = next(
+                    (word for word in words[1:] if not word.startswith("-") and "=" not in word),
+                    program,
+                )
             if not shutil.which(program, path=reach):
-                yield Finding("problem", f"{path} needs {program}, which is not there",
-                              f"install {os.path.basename(program)}, or mend the first line")  # fmt: skip
+                yield problem(
+                    f"{path} needs {program}, which is not there",
+                    f"install {os.path.basename(program)}, or mend the first line",
+                )
             else:
                 fine.append(path.name)
         else:
@@ -569,33 +807,47 @@ def check_handlers(directory: Path) -> Iterator[Finding]:
 
 
 def check_hook(place: Place) -> Iterator[Finding]:
-    settings = Path(os.environ.get("CLAUDE_CONFIG_DIR") or Path.home() / ".claude") / "settings.json"
+    settings = (
+        Path(os.environ.get("CLAUDE_CONFIG_DIR") or Path.home() / ".claude") / "settings.json"
+    )
     try:
         root = json.loads(settings.read_bytes().decode())
         hooks = list(hooks_in(root))
     except FileNotFoundError:
-        yield Finding("note", f"{settings} is not there, so there is no hook", "just install --hook yes")
+        yield note(f"{settings} is not there, so there is no hook", "just install --hook yes")
         return
     except (ValueError, RecursionError) as error:
-        yield Finding("problem", f"{settings} is not valid JSON ({error}): Claude Code ignores all of it", "mend it, or take back a backup")
+        yield problem(
+            f"{settings} is not valid JSON ({error}): Claude Code ignores all of it",
+            "mend it, or take back a backup",
+        )
         return
     except (TypeError, AttributeError, KeyError):
-        yield Finding("problem", f"{settings}: its hooks are not of the shape Claude Code reads", "mend it, or take back a backup")
+        yield problem(
+            f"{settings}: its hooks are not of the shape Claude Code reads",
+            "mend it, or take back a backup",
+        )
         return
     ours = [(event, words) for event, words in hooks if is_ours(words, place)]
     if not ours:
-        yield Finding("note", f"no hook of the queue is in {settings}", "just install --hook yes")
+        yield note(f"no hook of the queue is in {settings}", "just install --hook yes")
         return
     if root.get("disableAllHooks") is True:
-        yield Finding("problem", f"{settings} has disableAllHooks: no hook runs", "set it to false")
-    faults = [fault for event, words in ours for fault in check_hook_command(event, words, settings, place)]
+        yield problem(f"{settings} has disableAllHooks: no hook runs", "set it to false")
+    faults = [
+        fault
+        for event, words in ours
+        for fault in check_hook_command(event, words, settings, place)
+    ]
     yield from faults
     if not faults:
-        yield Finding("ok", f"in {settings}: {', '.join(dict.fromkeys(event for event, _ in ours))}")
+        yield ok(f"in {settings}: {', '.join(dict.fromkeys(event for event, _ in ours))}")
 
 
 def hooks_in(root: dict) -> Iterator[tuple[str, list[str]]]:
-    """(event, the words of its command) of every hook; TypeError and the like for what Claude Code cannot read."""
+    """(event, the words of its command) of every hook; TypeError and the like for what Claude Code
+    cannot read.
+    """
     for event, groups in root.get("hooks", {}).items():
         for group in groups:
             for hook in group.get("hooks", ()):
@@ -604,7 +856,9 @@ def hooks_in(root: dict) -> Iterator[tuple[str, list[str]]]:
 
 
 def words_of(hook: dict) -> list[str]:
-    """The words of a hook's command. In exec form `command` is a program, and `args` are its arguments."""
+    """The words of a hook's command. In exec form `command` is a program, and `args` are its
+    arguments.
+    """
     if isinstance(hook.get("args"), list):
         return [hook["command"], *(word for word in hook["args"] if isinstance(word, str))]
     try:
@@ -619,7 +873,9 @@ def path_of(word: str) -> str:
 
 
 def is_ours(words: list[str], place: Place) -> bool:
-    """Whether a hook puts tasks into the queue: it calls enqueue.py or the installed hook, by whatever path."""
+    """Whether a hook puts tasks into the queue: it calls enqueue.py or the installed hook, by
+    whatever path.
+    """
     installed = os.path.realpath(place.prefix / "runtime/hook") if place.prefix else None
     for word in words:
         real = os.path.realpath(path_of(word))
@@ -630,19 +886,35 @@ def is_ours(words: list[str], place: Place) -> bool:
     return False
 
 
-def check_hook_command(event: str, words: list[str], settings: Path, place: Place) -> Iterator[Finding]:
+def check_hook_command(
+    event: str, words: list[str], settings: Path, place: Place
+) -> Iterator[Finding]:
     if event == NOT_FOR_THE_QUEUE:
-        yield Finding("problem", f"the {event} hook is the queue's: Claude Code expects that hook to make the worktree and print its path, "
-                      "so every worktree fails", f"take it out of {settings}, or put the queue's command into the end of your own")  # fmt: skip
+        yield problem(
+            f"the {event} hook is the queue's: Claude Code expects that hook to make the "
+            "worktree and print its path, "
+            "so every worktree fails",
+            f"take it out of {settings}, or put the queue's command into the end of your own",
+        )
     command = " ".join(words)
-    for program in dict.fromkeys(re.findall(r"(?<![\w/.-])(uv|python3|sqlite3|bash)(?=\s)", command)):
+    for program in dict.fromkeys(
+        re.findall(r"(?<![\w/.-])(uv|python3|sqlite3|bash)(?=\s)", command)
+    ):
         if not shutil.which(program, path=GUI_PATH):
-            yield Finding("problem", f"the {event} hook calls {program}, which is not on the PATH of programs that no shell started",
-                          f"write its absolute path: {shutil.which(program) or program}")  # fmt: skip
+            yield problem(
+                f"the {event} hook calls {program}, which is not on the PATH of programs "
+                "that no shell started",
+                f"write its absolute path: {shutil.which(program) or program}",
+            )
     for path in dict.fromkeys(path_of(word) for word in words):
         if path.startswith("/") and not path.startswith("/dev/") and not os.path.exists(path):
-            yield Finding("problem", f"the {event} hook needs {path}, which is not there", "just install, or take the hook out")
-        elif place.prefix and os.path.realpath(path) == os.path.realpath(place.prefix / "runtime/hook"):
+            yield problem(
+                f"the {event} hook needs {path}, which is not there",
+                "just install, or take the hook out",
+            )
+        elif place.prefix and os.path.realpath(path) == os.path.realpath(
+            place.prefix / "runtime/hook"
+        ):
             yield from check_interpreters(place)
 
 
@@ -651,48 +923,71 @@ def check_interpreters(place: Place) -> Iterator[Finding]:
     if not place.record:
         return
     hook = place.prefix / "runtime/hook"
-    try_out = {"python": ["-E", "-s", "-c", "import sys, sqlite3; sys.exit(sys.version_info < (3, 11))"], "uv": ["--version"]}
+    try_out = {
+        "python": ["-E", "-s", "-c", "import sys, sqlite3; sys.exit(sys.version_info < (3, 11))"],
+        "uv": ["--version"],
+    }
     paths = {name: place.record.get(name) or "" for name in try_out}
     gone = [name for name, arguments in try_out.items() if not runs([paths[name], *arguments])]
     if len(gone) == 2:
-        yield Finding("problem", f"{hook} finds neither Python 3.11 nor uv: tasks go to the spool", "install uv, then: just install")
+        yield problem(
+            f"{hook} finds neither Python 3.11 nor uv: tasks go to the spool",
+            "install uv, then: just install",
+        )
     elif gone:
-        yield Finding("note", f"{hook} can do without {gone[0]}, which has gone ({paths[gone[0]] or 'it never was'})", "just install")
+        yield note(
+            f"{hook} can do without {gone[0]}, which has gone ({paths[gone[0]] or 'it never was'})",
+            "just install",
+        )
     state = place.record.get("state")
     if state and os.path.realpath(state) != os.path.realpath(q.STATE_DIR):
-        yield Finding("note", f"the hook's tasks go to {state}; this looks at {q.STATE_DIR}", f"TASK_QUEUE_STATE={sh(state)} tasks.py doctor")
+        yield note(
+            f"the hook's tasks go to {state}; this looks at {q.STATE_DIR}",
+            f"TASK_QUEUE_STATE={sh(state)} tasks.py doctor",
+        )
     if not os.access(place.prefix / "runtime/lib/enqueue.py", os.R_OK):
-        yield Finding("problem", f"{hook} finds no enqueue.py: tasks go to the spool", "just install")
+        yield problem(f"{hook} finds no enqueue.py: tasks go to the spool", "just install")
 
 
 def runs(command: list[str]) -> bool:
     try:
-        return subprocess.run(command, check=False, stdin=subprocess.DEVNULL, capture_output=True, timeout=10).returncode == 0
+        return (
+            subprocess.run(
+                command, check=False, stdin=subprocess.DEVNULL, capture_output=True, timeout=10
+            ).returncode
+            == 0
+        )
     except (OSError, subprocess.TimeoutExpired):
         return False
 
 
 def check_inotify() -> Iterator[Finding]:
-    """Whether one more process could watch files, as every worker wants to; it polls when it cannot."""
+    """Whether one more process could watch files, as every worker wants to; it polls when it
+    cannot.
+    """
     limit = Path("/proc/sys/fs/inotify/max_user_instances")
     if not limit.exists():
-        yield Finding("ok", "not limited here")
+        yield ok("not limited here")
         return
     import ctypes
 
     fd = ctypes.CDLL(None, use_errno=True).inotify_init1(os.O_CLOEXEC)
     if fd < 0:
-        yield Finding("problem", f"{os.strerror(ctypes.get_errno())}: workers cannot be woken by file events, and poll",
-                      "sudo sysctl fs.inotify.max_user_instances=1024")  # fmt: skip
+        yield problem(
+            f"{os.strerror(ctypes.get_errno())}: workers cannot be woken by file events, and poll",
+            "sudo sysctl fs.inotify.max_user_instances=1024",
+        )
         return
     os.close(fd)
     most, watches = int(limit.read_text()), int(limit.with_name("max_user_watches").read_text())
     used = inotify_instances()
     if used > 0.8 * most or watches < 1024:
-        yield Finding("note", f"{used} of {most} inotify instances are in use, {watches} watches are allowed",
-                      "sudo sysctl fs.inotify.max_user_instances=1024 fs.inotify.max_user_watches=65536")  # fmt: skip
+        yield note(
+            f"{used} of {most} inotify instances are in use, {watches} watches are allowed",
+            "sudo sysctl fs.inotify.max_user_instances=1024 fs.inotify.max_user_watches=65536",
+        )
     else:
-        yield Finding("ok", f"{used} of {most} inotify instances are in use")
+        yield ok(f"{used} of {most} inotify instances are in use")
 
 
 def inotify_instances() -> int:

@@ -1,4 +1,5 @@
-"""What the scripts that people run say and do the same way: options, exit codes, complaints, sizes, reading the queue.
+"""What the scripts that people run say and do the same way: options, exit codes, complaints, sizes,
+reading the queue.
 
 enqueue.py does without it: a hook loads one module.
 """
@@ -6,6 +7,7 @@ enqueue.py does without it: a hook loads one module.
 from __future__ import annotations
 
 import argparse
+import codecs
 import json
 import os
 import re
@@ -19,6 +21,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO, TextIO
 
 import queue_helpers as q
 
@@ -30,11 +33,12 @@ EX_FAILED, EX_USAGE, EX_DATAERR, EX_TEMPFAIL, EX_INTERRUPTED = 1, 64, 65, 75, 13
 SECONDS_OF_UNIT = {"s": 1, "m": 60, "h": 3_600, "d": 86_400, "w": 604_800}
 LONGEST_SECONDS = 36_500 * 86_400
 
-# Many changes hold the write lock for HOLD_SECONDS at a time, and leave it alone for PAUSE_SECONDS in between.
+# Many changes hold the write lock for HOLD_SECONDS at a time, and leave it alone for PAUSE_SECONDS
+# in between.
 HOLD_SECONDS, PAUSE_SECONDS = 0.01, 0.01
 
-# The words for a waiting or running task's status number, as SQL and as conditions. The conditions are literal, so
-# that SQLite sees that each status's partial index serves them.
+# The words for a waiting or running task's status number, as SQL and as conditions. The conditions
+# are literal, so that SQLite sees that each status's partial index serves them.
 STATUS_WORD = """
 case status when 2 then 'in_progress' when 3 then 'scheduled' when 4 then 'blocked' else 'pending' end"""
 LIVE = {
@@ -55,7 +59,7 @@ class Refused(q.QueueError):
     """What was asked for cannot be done; the message says why and what to do."""
 
 
-# ------------------------------------------------------------------------------- where things lie in the state directory
+# ---------------------------------------------------------- where things lie in the state directory
 
 
 def database_file(state: Path) -> Path:
@@ -92,7 +96,7 @@ def spool_directory(state: Path) -> Path:
     return state / "spool"
 
 
-# --------------------------------------------------------------------------------------------------------- command line
+# ------------------------------------------------------------------------------------- command line
 
 
 class Parser(argparse.ArgumentParser):
@@ -104,13 +108,17 @@ class Parser(argparse.ArgumentParser):
 
 def make_parser(script: str, description: str) -> Parser:
     """The parser of a script: its docstring is its help."""
-    parser = Parser(prog=script, description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(
+        prog=script, description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--version", action="version", version=f"{script} {VERSION}")
     return parser
 
 
 def utf8(argument: str) -> str:
-    """An argument as the UTF-8 that it is, whatever the locale took it for. Not for the names of files."""
+    """An argument as the UTF-8 that it is, whatever the locale took it for. Not for the names of
+    files.
+    """
     return os.fsencode(argument).decode("utf-8", "surrogateescape")
 
 
@@ -118,15 +126,31 @@ def duration(text: str) -> float:
     """Seconds."""
     match = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?)([smhdw])", text.strip())
     if not match:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a duration: write a number and s, m, h, d or w, like 90m")
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a duration: write a number and s, m, h, d or w, like 90m"
+        )
     seconds = float(match[1]) * SECONDS_OF_UNIT[match[2]]
     if seconds > LONGEST_SECONDS:
         raise argparse.ArgumentTypeError(f"{text!r} is more than 100 years")
     return seconds
 
 
+def whole_number(text: str) -> int:
+    if not re.fullmatch(r"[1-9]\d{0,8}", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 1")
+    return int(text)
+
+
+def seconds(text: str) -> float:
+    if not re.fullmatch(r"\d{1,6}(\.\d{1,6})?", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds")
+    return float(text)
+
+
 def run(who: str, work: Callable[[], int]) -> int:
-    """work()'s exit code; an error that a person, a disk or another process may cause becomes one line and a code."""
+    """work()'s exit code; an error that a person, a disk or another process may cause becomes one
+    line and a code.
+    """
     try:
         return _told(work)
     except q.QueueBusy as error:
@@ -137,10 +161,14 @@ def run(who: str, work: Callable[[], int]) -> int:
         return complain(EX_FAILED, who, error)
     except sqlite3.Error as error:
         explained = q.explain(error, q.STATE_DIR)
-        return complain(EX_TEMPFAIL if isinstance(explained, q.QueueBusy) else EX_FAILED, who, explained)
+        return complain(
+            EX_TEMPFAIL if isinstance(explained, q.QueueBusy) else EX_FAILED, who, explained
+        )
     except UnicodeEncodeError:
         # A lone surrogate stands for a byte that is not UTF-8.
-        return complain(EX_USAGE, who, "an argument is not valid UTF-8, and so no id or text of a task's")
+        return complain(
+            EX_USAGE, who, "an argument is not valid UTF-8, and so no id or text of a task's"
+        )
     except ImportError as error:
         return complain(EX_FAILED, who, f"{error}; run it with: uv run --script, or with --json")
     except BrokenPipeError:
@@ -170,7 +198,8 @@ closed_streams: set[int] = set()
 def open_standard_streams() -> None:
     """Open /dev/null in the place of standard streams that were closed.
 
-    The next file that a program opens would otherwise get such a number, and what is printed would be written into it.
+    The next file that a program opens would otherwise get such a number, and what is printed would
+    be written into it.
     """
     for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
         if getattr(sys, name) is None:
@@ -191,7 +220,9 @@ def complain(code: int, who: str, error: object) -> int:
 
 
 def mute(fd: int) -> None:
-    """Nobody reads it any more: what is still buffered must not fail again at the end of the process."""
+    """Nobody reads it any more: what is still buffered must not fail again at the end of the
+    process.
+    """
     os.dup2(os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC), fd)
 
 
@@ -202,7 +233,9 @@ def ending_by_signal() -> Iterator[None]:
     def interrupt(number: int, frame: object) -> None:
         raise KeyboardInterrupt
 
-    before = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGHUP)}
+    before = {
+        number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGHUP)
+    }
     try:
         yield
     finally:
@@ -213,19 +246,46 @@ def ending_by_signal() -> Iterator[None]:
 def find_uv() -> str | None:
     """The absolute path of a uv that runs in an empty environment, None when there is none.
 
-    A version manager puts a stand-in on PATH that needs its environment; it is asked for the uv behind it.
+    A version manager puts a stand-in on PATH that needs its environment; it is asked for the uv
+    behind it.
     """
     home = Path.home()
-    places = (os.environ.get("UV"), shutil.which("uv"), home / ".local/bin/uv", home / ".cargo/bin/uv",
-              "/opt/homebrew/bin/uv", "/usr/local/bin/uv")  # fmt: skip
-    found = [str(place) for place in places if place and os.path.isabs(place) and os.access(place, os.X_OK)]
+    places = (
+        os.environ.get("UV"),
+        shutil.which("uv"),
+        home / ".local/bin/uv",
+        home / ".cargo/bin/uv",
+        "/opt/homebrew/bin/uv",
+        "/usr/local/bin/uv",
+    )
+    found = [
+        str(place)
+        for place in places
+        if place and os.path.isabs(place) and os.access(place, os.X_OK)
+    ]
     for uv in found:
         if works_alone([uv, "--version"]):
             return uv
     for stand_in in found:
-        ask = [stand_in, "run", "--no-project", "--no-config", "--offline", "python", "-c", "import os; print(os.environ['UV'])"]
+        ask = [
+            stand_in,
+            "run",
+            "--no-project",
+            "--no-config",
+            "--offline",
+            "python",
+            "-c",
+            "import os; print(os.environ['UV'])",
+        ]
         try:
-            ran = subprocess.run(ask, check=False, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=30)
+            ran = subprocess.run(
+                ask,
+                check=False,
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                text=True,
+                timeout=30,
+            )
         except (OSError, subprocess.TimeoutExpired):
             continue
         uv = ran.stdout.strip()
@@ -238,22 +298,34 @@ def works_alone(command: Sequence[str]) -> bool:
     """Whether a command succeeds with next to no environment, as under a hook or a service."""
     environment = {"HOME": os.environ.get("HOME", "/"), "PATH": "/usr/bin:/bin"}
     try:
-        return subprocess.run(command, check=False, stdin=subprocess.DEVNULL, capture_output=True, timeout=10,
-                              env=environment).returncode == 0  # fmt: skip
+        return (
+            subprocess.run(
+                command,
+                check=False,
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                timeout=10,
+                env=environment,
+            ).returncode
+            == 0
+        )
     except (OSError, subprocess.TimeoutExpired):
         return False
 
 
-# ------------------------------------------------------------------------------------------------------ text for people
+# ---------------------------------------------------------------------------------- text for people
 
-_UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff]")
+_UNPRINTABLE = re.compile(
+    "[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff]"
+)
 
 
 def printable(text: str) -> str:
     """Text that a terminal or a log only shows, on one line.
 
-    A task's type or payload, a handler's output or a file's name may hold control sequences, which set the title or
-    the clipboard of a terminal, or marks that reverse what follows. Each such character is written as an escape.
+    A task's type or payload, a handler's output or a file's name may hold control sequences, which
+    set the title or the clipboard of a terminal, or marks that reverse what follows. Each such
+    character is written as an escape.
     """
     return _UNPRINTABLE.sub(lambda found: repr(found[0])[1:-1], text)
 
@@ -263,8 +335,42 @@ def printable_lines(text: str) -> str:
     return "\n".join(printable(line.replace("\t", "    ")) for line in text.split("\n"))
 
 
+# What may be larger than the memory is copied in such pieces.
+PIECE_BYTES = 65_536
+
+
+class Printer:
+    """Passes a handler's output on: each byte into a file or pipe, and what a terminal only shows
+    to a terminal.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self.stream, self.on_terminal = stream, stream.isatty()
+        self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def write(self, piece: bytes) -> None:
+        if self.on_terminal:
+            self.stream.write(printable_lines(self.decoder.decode(piece)))
+        else:
+            self.stream.flush()
+            self.stream.buffer.write(piece)
+        self.stream.flush()
+
+
+def make_printers() -> dict[str, Printer]:
+    return {"err": Printer(sys.stderr), "out": Printer(sys.stdout)}
+
+
+def copy(source: BinaryIO, printer: Printer) -> None:
+    """Print what has come since, a piece at a time: it may be larger than the memory."""
+    while piece := source.read(PIECE_BYTES):
+        printer.write(piece)
+
+
 def put_json(value: object, indent: int | None = 2) -> None:
-    """Print JSON in ASCII: control characters, C1 among them, are escaped, and any terminal's encoding will do."""
+    """Print JSON in ASCII: control characters, C1 among them, are escaped, and any terminal's
+    encoding will do.
+    """
     print(json.dumps(value, indent=indent))
 
 
@@ -282,11 +388,16 @@ def short(text: str | None, longest: int = 200) -> str:
 
 
 def sh(word: object) -> str:
-    """A word as a shell reads it, for remedies that people paste: printable, and the same bytes again."""
+    """A word as a shell reads it, for remedies that people paste: printable, and the same bytes
+    again.
+    """
     text = str(word)
     if printable(text) == text:
         return shlex.quote(text)
-    plain = (chr(byte) if 0x20 <= byte < 0x7F and byte not in b"'\\" else f"\\x{byte:02x}" for byte in os.fsencode(text))
+    plain = (
+        chr(byte) if 0x20 <= byte < 0x7F and byte not in b"'\\" else f"\\x{byte:02x}"
+        for byte in os.fsencode(text)
+    )
     return f"$'{''.join(plain)}'"
 
 
@@ -310,12 +421,24 @@ def span(value: float | None) -> str:
     for unit in ("d", "h", "m"):
         if value >= 2 * SECONDS_OF_UNIT[unit]:
             return f"{value / SECONDS_OF_UNIT[unit]:.0f}{unit}"
-    return f"{value:.0f}s" if value >= 10 else f"{value:.1f}s" if value >= 1 else f"{max(value, 0) * 1000:.0f}ms"
+    return (
+        f"{value:.0f}s"
+        if value >= 10
+        else f"{value:.1f}s"
+        if value >= 1
+        else f"{max(value, 0) * 1000:.0f}ms"
+    )
 
 
-# ---------------------------------------------------------------------------------------------------- tables for people
+# -------------------------------------------------------------------------------- tables for people
 
-COLOURS = {"failed": "red", "in_progress": "cyan", "completed": "green", "cancelled": "yellow", "scheduled": "blue"}
+COLOURS = {
+    "failed": "red",
+    "in_progress": "cyan",
+    "completed": "green",
+    "cancelled": "yellow",
+    "scheduled": "blue",
+}
 SPARKS = "▁▂▃▄▅▆▇█"
 
 
@@ -335,12 +458,16 @@ def seconds_since(moment: str | None) -> float | None:
         return None
     from calendar import timegm
 
-    return time.time() - timegm(time.strptime(moment[:19], "%Y-%m-%d %H:%M:%S")) - float(f"0{moment[19:]}")
+    return (
+        time.time()
+        - timegm(time.strptime(moment[:19], "%Y-%m-%d %H:%M:%S"))
+        - float(f"0{moment[19:]}")
+    )
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[str]], bold: Iterable[int] = ()):
-    """A rich table. Columns that begin with > are right-aligned; in a terminal the last is cut to what space there is,
-    and one that begins with * is folded where even that is not enough.
+    """A rich table. Columns that begin with > are right-aligned; in a terminal the last is cut to
+    what space there is, and one that begins with * is folded where even that is not enough.
     """
     from rich import box
     from rich.cells import cell_len
@@ -348,19 +475,31 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[str]], bold: Iterable[
     from rich.text import Text
 
     on_terminal, rows = sys.stdout.isatty(), [[printable(cell) for cell in row] for row in rows]
-    drawn = Table(box=box.SIMPLE_HEAD if on_terminal else None, show_edge=False, pad_edge=False,
-                  padding=0 if on_terminal else (0, 2, 0, 0))  # fmt: skip
+    drawn = Table(
+        box=box.SIMPLE_HEAD if on_terminal else None,
+        show_edge=False,
+        pad_edge=False,
+        padding=0 if on_terminal else (0, 2, 0, 0),
+    )
     left = console().width
     for number, name in enumerate(columns):
         head = name.lstrip(">*")
         widest = max(cell_len(cell) for cell in (*head.split("\n"), *(row[number] for row in rows)))
         room = max(8, left) if on_terminal and number == len(columns) - 1 else None
-        drawn.add_column(head, justify="right" if name.startswith(">") else "left", no_wrap=not name.startswith("*"),
-                         overflow="fold" if name.startswith("*") else "ellipsis", max_width=room,
-                         min_width=min(widest, 12) if name.startswith("*") else None)  # fmt: skip
+        drawn.add_column(
+            head,
+            justify="right" if name.startswith(">") else "left",
+            no_wrap=not name.startswith("*"),
+            overflow="fold" if name.startswith("*") else "ellipsis",
+            max_width=room,
+            min_width=min(widest, 12) if name.startswith("*") else None,
+        )
         left -= widest + 1
     for number, row in enumerate(rows):
-        drawn.add_row(*(Text(cell, style=COLOURS.get(cell, "")) for cell in row), style="bold" if number in bold else "")
+        drawn.add_row(
+            *(Text(cell, style=COLOURS.get(cell, "")) for cell in row),
+            style="bold" if number in bold else "",
+        )
     return drawn
 
 
@@ -368,11 +507,15 @@ def console():
     from rich.console import Console
 
     # Into a pipe nothing is cut off or wrapped.
-    return Console(markup=False, highlight=False, emoji=False, width=None if sys.stdout.isatty() else 100_000)
+    return Console(
+        markup=False, highlight=False, emoji=False, width=None if sys.stdout.isatty() else 100_000
+    )
 
 
 def draw(*drawings: object) -> None:
-    """Print; the text is made first and written by us, since rich has its own ideas of a closed pipe."""
+    """Print; the text is made first and written by us, since rich has its own ideas of a closed
+    pipe.
+    """
     screen = console()
     with screen.capture() as captured:
         for drawing in drawings:
@@ -384,7 +527,13 @@ def draw(*drawings: object) -> None:
 
 
 def amount(number: int) -> str:
-    return f"{number:,}" if number < 10_000 else f"{number / 1000:,.0f}k" if number < 9_999_500 else f"{number / 1e6:,.0f}M"
+    return (
+        f"{number:,}"
+        if number < 10_000
+        else f"{number / 1000:,.0f}k"
+        if number < 9_999_500
+        else f"{number / 1e6:,.0f}M"
+    )
 
 
 def sparkline(values: Sequence[int]) -> str:
@@ -393,7 +542,7 @@ def sparkline(values: Sequence[int]) -> str:
     return "".join(SPARKS[-(-value * (len(SPARKS) - 1) // top)] for value in values)
 
 
-# ---------------------------------------------------------------------------------------------------- reading the queue
+# -------------------------------------------------------------------------------- reading the queue
 
 
 def open_queue() -> q.Connection:
@@ -402,12 +551,16 @@ def open_queue() -> q.Connection:
 
 
 def open_to_read(db: Path) -> sqlite3.Connection:
-    """A connection that changes nothing: not even the sidecar files are made, as they are by an ordinary reader."""
+    """A connection that changes nothing: not even the sidecar files are made, as they are by an
+    ordinary reader.
+    """
     from urllib.parse import quote
 
     real = os.path.realpath(db)
     # The name is quoted as the bytes that it is on disk, whatever the locale.
-    uri = f"file:{quote(os.fsencode(real))}?mode=ro{'' if is_in_use(Path(real)) else '&immutable=1'}"
+    uri = (
+        f"file:{quote(os.fsencode(real))}?mode=ro{'' if is_in_use(Path(real)) else '&immutable=1'}"
+    )
     conn = sqlite3.connect(uri, uri=True, timeout=2.0, isolation_level=None)
     conn.text_factory = lambda raw: raw.decode("utf-8", "replace")
     return conn
@@ -446,11 +599,17 @@ def check_known(conn: sqlite3.Connection, queues: Iterable[str]) -> None:
 def as_dict(cursor: sqlite3.Cursor) -> dict | None:
     """The next row with its columns' names, None when there is none."""
     row = cursor.fetchone()
-    return None if row is None else dict(zip((column[0] for column in cursor.description), row, strict=True))
+    return (
+        None
+        if row is None
+        else dict(zip((column[0] for column in cursor.description), row, strict=True))
+    )
 
 
 def in_steps(conn: q.Connection, items: Iterable, change: Callable) -> Iterator:
-    """change(item) for each, in transactions so short that nobody waits for long; yields what they return."""
+    """change(item) for each, in transactions so short that nobody waits for long; yields what they
+    return.
+    """
     items, more = iter(items), True
     while more:
         results, began = [], time.monotonic()
@@ -472,7 +631,7 @@ def envelope_of(task_id: str, task_type: str, timestamp: float, text: str) -> st
     return f'{q.to_json(head)[:-1]}, "data": {text}}}'
 
 
-# ------------------------------------------------------------------------------------------------------- who holds what
+# ----------------------------------------------------------------------------------- who holds what
 
 CLAIMS = """
 select id, task_id, task_type, data, timestamp, priority, attempts, max_attempts, backoff, then_queue, owner, claimed_at
@@ -480,7 +639,9 @@ from "{queue}" where status = 2"""
 
 
 def claims(conn: sqlite3.Connection) -> Iterator[tuple[str, q.Task]]:
-    """(queue, task) of every claimed row. The owner of one that was marked as claimed by hand is nobody."""
+    """(queue, task) of every claimed row. The owner of one that was marked as claimed by hand is
+    nobody.
+    """
     for queue in queues_of(conn):
         for row in conn.execute(q.on_queue(CLAIMS, queue)).fetchall():
             task_id, task_type = row[1] or f"{queue}-{row[0]}", row[2] or queue
@@ -498,7 +659,9 @@ def run_is_alive(state: Path, task: q.Task) -> bool:
 
 
 def is_locked(path: Path) -> bool:
-    """Whether some process holds a file's lock; False when there is no such file, or it cannot be read."""
+    """Whether some process holds a file's lock; False when there is no such file, or it cannot be
+    read.
+    """
     try:
         fd = q.lock_file(path, probe=True)
     except OSError:

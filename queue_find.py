@@ -17,9 +17,14 @@ from queue_cli import FINISHED, LIVE, Refused
 # An ambiguous ID lists so many of the tasks that it fits.
 MATCHES = 10
 
-CLAIM_ORDER = {"in_progress": "claimed_at", "pending": "-priority", "scheduled": "due_at", "blocked": "id"}
+CLAIM_ORDER = {
+    "in_progress": "claimed_at",
+    "pending": "-priority",
+    "scheduled": "due_at",
+    "blocked": "id",
+}
 
-# ---------------------------------------------------------------------------------------------------------- statements
+# --------------------------------------------------------------------------------------- statements
 
 LIST_LIVE = """
 select id, {{match}}, {{key}} from "{queue}"
@@ -74,7 +79,9 @@ class Found(NamedTuple):
     row_id: int | None
 
 
-def find(conn: q.Connection, ident: str, queue: str | None = None, option: str = "--queue") -> Found:
+def find(
+    conn: q.Connection, ident: str, queue: str | None = None, option: str = "--queue"
+) -> Found:
     """The task of this id, or else the only one whose id begins so.
 
     `option` is the command's option that names the queue. Raises Refused.
@@ -83,21 +90,31 @@ def find(conn: q.Connection, ident: str, queue: str | None = None, option: str =
         cli.check_known(conn, [queue])
     queues = [queue] if queue else cli.queues_of(conn)
     matches = {(name, ident) for name in queues if live_id(conn, name, ident) is not None}
-    matches |= {(name, ident) for (name,) in conn.execute(FINISHED_ID, {"task_id": ident}) if name in queues}
+    matches |= {
+        (name, ident) for (name,) in conn.execute(FINISHED_ID, {"task_id": ident}) if name in queues
+    }
     if not matches:
         limit = {"limit": MATCHES + 1}
         for name in queues:
-            matches |= {(name, found) for (found,) in q.execute(conn, LIVE_PREFIX, name, prefix=ident, **limit)}
+            matches |= {
+                (name, found)
+                for (found,) in q.execute(conn, LIVE_PREFIX, name, prefix=ident, **limit)
+            }
             if f"{name}-".startswith(ident) or ident.startswith(f"{name}-"):
                 digits = ident[len(name) + 1 :]
-                matches |= {(name, found) for (found,) in q.execute(conn, BARE_PREFIX, name, digits=digits, **limit)}
+                matches |= {
+                    (name, found)
+                    for (found,) in q.execute(conn, BARE_PREFIX, name, digits=digits, **limit)
+                }
         matches |= set(conn.execute(FINISHED_PREFIX, {"prefix": ident, "queue": queue, **limit}))
     if not matches:
         raise Refused(f"no task has the id {ident!r}, nor one that begins so; see: tasks.py list")
     if len(matches) > 1:
         named = [f"{found} ({name})" for name, found in sorted(matches)]
         named = named[:MATCHES] + (["…"] if len(named) > MATCHES else [])
-        raise Refused(f"{ident!r} fits several tasks: {', '.join(named)}; give more of the id, or {option}")
+        raise Refused(
+            f"{ident!r} fits several tasks: {', '.join(named)}; give more of the id, or {option}"
+        )
     ((name, found),) = matches
     return Found(name, found, live_id(conn, name, found))
 
@@ -105,7 +122,9 @@ def find(conn: q.Connection, ident: str, queue: str | None = None, option: str =
 def live_id(conn: q.Connection, queue: str, task_id: str) -> int | None:
     """The row of a waiting or running task."""
     bare = re.fullmatch(rf"{queue}-(\d{{1,18}})", task_id)
-    row = q.execute(conn, LIVE_ID, queue, task_id=task_id, row_id=int(bare[1]) if bare else None).fetchone()
+    row = q.execute(
+        conn, LIVE_ID, queue, task_id=task_id, row_id=int(bare[1]) if bare else None
+    ).fetchone()
     return row[0] if row else None
 
 
@@ -123,7 +142,10 @@ def newest_life(conn: q.Connection, found: Found) -> dict:
 
 def history_ids(conn: q.Connection, found: Found) -> list[int]:
     """The finished lives of a task, newest first."""
-    return [row_id for (row_id,) in conn.execute(HISTORY_OF, {"task_id": found.task_id, "queue": found.queue})]
+    return [
+        row_id
+        for (row_id,) in conn.execute(HISTORY_OF, {"task_id": found.task_id, "queue": found.queue})
+    ]
 
 
 class Scan:
@@ -145,8 +167,16 @@ class Scan:
                 return
 
 
-def find_tasks(conn: q.Connection, queues: list[str] | None, statuses: Sequence[str], task_type: str | None, oldest: float,
-               newest: float, like: str | None, scan: Scan) -> Iterator[dict]:  # fmt: skip
+def find_tasks(
+    conn: q.Connection,
+    queues: list[str] | None,
+    statuses: Sequence[str],
+    task_type: str | None,
+    oldest: float,
+    newest: float,
+    like: str | None,
+    scan: Scan,
+) -> Iterator[dict]:
     """Matching tasks in list's order, as they are found."""
     which = {"task_type": task_type, "since": oldest, "before": newest, "text": like}
     for name, condition in LIVE.items():
@@ -156,17 +186,30 @@ def find_tasks(conn: q.Connection, queues: list[str] | None, statuses: Sequence[
         for queue in queues or cli.queues_of(conn):
             match = "1" if like is None else LIVE_MATCHES.format(queue=queue)
             key = CLAIM_ORDER[name]
-            order = "priority desc" if name == "pending" else key  # as the index has it
-            of_type = "1" if task_type is None else "task_type = :task_type"  # an OR would use no index
-            parts = {"condition": condition, "key": key, "order": order, "match": match, "of_type": of_type}
+            # As the index has it.
+            order = "priority desc" if name == "pending" else key
+            # One condition with an OR would use no index.
+            of_type = "1" if task_type is None else "task_type = :task_type"
+            parts = {
+                "condition": condition,
+                "key": key,
+                "order": order,
+                "match": match,
+                "of_type": of_type,
+            }
             statement = q.on_queue(LIST_LIVE, queue).format(**parts)
             found.append(in_order(queue, scan.matches(conn.execute(statement, which))))
-        for _, row_id, queue in heapq.merge(*found):  # each read only as far as needed
+        # Each is read only as far as needed.
+        for _, row_id, queue in heapq.merge(*found):
             yield cli.as_dict(q.execute(conn, LIVE_ROW, queue, id=row_id))
     finished = [name for name in FINISHED if name in statuses]
     if finished and not scan.stopped:
-        which |= {"statuses": json.dumps(finished), "queues": json.dumps(queues) if queues else None,
-                  "since": q.utc(max(oldest, 0)), "before": q.utc(newest)}  # fmt: skip
+        which |= {
+            "statuses": json.dumps(finished),
+            "queues": json.dumps(queues) if queues else None,
+            "since": q.utc(max(oldest, 0)),
+            "before": q.utc(newest),
+        }
         statement = LIST_FINISHED.format(match="1" if like is None else FINISHED_MATCHES)
         for row in scan.matches(conn.execute(statement, which)):
             yield cli.as_dict(conn.execute(FINISHED_ROW, {"id": row[0]}))

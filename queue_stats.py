@@ -1,4 +1,6 @@
-"""How many tasks wait, run and ended, per queue and type, and how long they took; and the same for Prometheus."""
+"""How many tasks wait, run and ended, per queue and type, and how long they took; and the same for
+Prometheus.
+"""
 
 from __future__ import annotations
 
@@ -9,13 +11,18 @@ import queue_helpers as q
 from queue_cli import FINISHED, LIVE
 
 HOUR, DAY = 3_600, 86_400
-# Medians and percentiles are made of so many finished tasks of a queue, type and status, the newest.
+# Medians and percentiles are made of so many finished tasks of a queue, type and status, the
+# newest.
 SAMPLE = 2_000
 
-COUNT_BY_TYPE = {status: f"""
+COUNT_BY_TYPE = {
+    status: f"""
 select coalesce(task_type, '{{queue}}'), count(*), min(timestamp) from "{{queue}}" where {condition}
-group by task_type""" for status, condition in LIVE.items()}  # fmt: skip
-# The + keeps SQLite from picking an index by that column: the one wanted is the one that has the order.
+group by task_type"""
+    for status, condition in LIVE.items()
+}
+# The + keeps SQLite from picking an index by that column: the one wanted is the one that has the
+# order.
 COUNT_FINISHED = """
 select queue, task_type, status, count(*), sum(completed_at >= :hour_ago) from task_history
 where +completed_at >= :day_ago group by queue, task_type, status"""
@@ -51,7 +58,13 @@ def gather(conn: q.Connection) -> dict:
             numbers = types.setdefault(queue, {}).setdefault(task_type, zeros())
             numbers[f"{name}_day"], numbers[f"{name}_hour"] = day, hour
             if name != "cancelled":
-                which = {"queue": queue, "task_type": task_type, "status": name, "sample": SAMPLE, **ago}
+                which = {
+                    "queue": queue,
+                    "task_type": task_type,
+                    "status": name,
+                    "sample": SAMPLE,
+                    **ago,
+                }
                 samples.setdefault((queue, task_type), []).extend(conn.execute(NEWEST_TIMES, which))
     queues = {}
     for queue in sorted(types):
@@ -63,15 +76,25 @@ def gather(conn: q.Connection) -> dict:
             for name, value in numbers.items():
                 if isinstance(value, int):
                     total[name] += value
-        oldest = [n["oldest_pending_seconds"] for n in types[queue].values() if n["oldest_pending_seconds"] is not None]
+        oldest = [
+            n["oldest_pending_seconds"]
+            for n in types[queue].values()
+            if n["oldest_pending_seconds"] is not None
+        ]
         total["oldest_pending_seconds"] = max(oldest, default=None)
         total |= times(sorted(of_queue, reverse=True)[:SAMPLE])
-        queues[queue] = {**total, "paused": queue in paused, "types": dict(sorted(types[queue].items()))}
+        queues[queue] = {
+            **total,
+            "paused": queue in paused,
+            "types": dict(sorted(types[queue].items())),
+        }
     return {"at": q.utc(now), "queues": queues}
 
 
 def zeros() -> dict:
-    counts = {name: 0 for name in LIVE} | {f"{name}_{when}": 0 for name in FINISHED for when in ("hour", "day")}
+    counts = {name: 0 for name in LIVE} | {
+        f"{name}_{when}": 0 for name in FINISHED for when in ("hour", "day")
+    }
     return counts | {"oldest_pending_seconds": None, "wait_seconds": None, "run_seconds": None}
 
 
@@ -80,8 +103,10 @@ def times(sample: list) -> dict:
     if not sample:
         return {}
     waited, ran = (sorted(max(0.0, row[column]) for row in sample) for column in (1, 2))
-    return {name: {"median": percentile(values, 0.5), "p95": percentile(values, 0.95)}
-            for name, values in (("wait_seconds", waited), ("run_seconds", ran))}  # fmt: skip
+    return {
+        name: {"median": percentile(values, 0.5), "p95": percentile(values, 0.95)}
+        for name, values in (("wait_seconds", waited), ("run_seconds", ran))
+    }
 
 
 def percentile(ordered: list[float], share: float) -> float:
@@ -97,13 +122,17 @@ def label(text: str) -> str:
 
 
 def prometheus_text(numbers: dict) -> str:
-    """The text format, version 0.0.4. All are gauges: finished tasks are pruned, so nothing here only grows."""
+    """The text format, version 0.0.4. All are gauges: finished tasks are pruned, so nothing here
+    only grows.
+    """
     families = {
         "task_queue_tasks": "Waiting and running tasks.",
         "task_queue_finished": "Tasks that ended within the window.",
         "task_queue_oldest_pending_seconds": "Age of the oldest pending task.",
-        "task_queue_wait_seconds": "From enqueuing to the start of the last attempt, newest finished tasks of a day.",
-        "task_queue_run_seconds": "From the start to the end of the last attempt, newest finished tasks of a day.",
+        "task_queue_wait_seconds": "From enqueuing to the start of the last attempt, newest "
+        "finished tasks of a day.",
+        "task_queue_run_seconds": "From the start to the end of the last attempt, newest finished "
+        "tasks of a day.",
         "task_queue_paused": "1 while claims of the queue are held back.",
     }
     samples: dict[str, list[str]] = {name: [] for name in families}
@@ -120,12 +149,21 @@ def prometheus_text(numbers: dict) -> str:
                 sample("task_queue_tasks", n[name], **which, status=name)
             for name in FINISHED:
                 for window, when in (("1h", "hour"), ("24h", "day")):
-                    sample("task_queue_finished", n[f"{name}_{when}"], **which, status=name, window=window)
+                    sample(
+                        "task_queue_finished",
+                        n[f"{name}_{when}"],
+                        **which,
+                        status=name,
+                        window=window,
+                    )
             if n["oldest_pending_seconds"] is not None:
                 sample("task_queue_oldest_pending_seconds", n["oldest_pending_seconds"], **which)
             for name in ("wait_seconds", "run_seconds"):
                 for quantile, key in (("0.5", "median"), ("0.95", "p95")):
                     if n[name]:
                         sample(f"task_queue_{name}", n[name][key], **which, quantile=quantile)
-    return "".join(f"# HELP {name} {says}\n# TYPE {name} gauge\n" + "".join(f"{line}\n" for line in samples[name])
-                   for name, says in families.items())  # fmt: skip
+    return "".join(
+        f"# HELP {name} {says}\n# TYPE {name} gauge\n"
+        + "".join(f"{line}\n" for line in samples[name])
+        for name, says in families.items()
+    )

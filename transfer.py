@@ -10,10 +10,12 @@
     transfer.py backup tasks.backup                 the whole database, while workers go on
     transfer.py restore tasks.backup                put it back, while workers go on
 
-tasks.py export, import, backup and restore are the same commands. Every command has --help, and --json for scripts.
+tasks.py export, import, backup and restore are the same commands. Every command has --help, and
+--json for scripts.
 
-exit codes: 0 fine; 1 not possible, or the database cannot be used; 64 usage; 65 lines of an import were refused (they
-are named, the others are in); 75 the database is locked, try again; 130 interrupted.
+exit codes: 0 fine; 1 not possible, or the database cannot be used; 64 usage; 65 lines of an import
+were refused (they are named, the others are in); 75 the database is locked, try again; 130
+interrupted.
 """
 
 from __future__ import annotations
@@ -41,7 +43,8 @@ from queue_cli import EX_DATAERR, EX_FAILED, EX_USAGE, Refused, sh
 # An import reads and checks so many lines before it stores them.
 LINES_AT_A_TIME = 500
 MOST_FAULTS_SHOWN = 20
-# A file-based queue's files: their kind is the name's beginning, and decides on the queue and the type.
+# A file-based queue's files: their kind is the name's beginning, and decides on the queue and the
+# type.
 LEGACY = {
     "notify": ("notifications", "notification"),
     "approval": ("approvals", "approval"),
@@ -52,7 +55,7 @@ LAST_MOMENT = 253_402_300_799
 MOST_ATTEMPTS = 1_000_000
 RESTORE_BUSY_SECONDS = 30.0
 
-# ---------------------------------------------------------------------------------------------------------- statements
+# --------------------------------------------------------------------------------------- statements
 
 EXPORT_FINISHED = """
 select json_object('queue', queue, 'id', row_id, 'task_id', task_id, 'task_type', task_type, 'status', status,
@@ -69,8 +72,9 @@ from "{{queue}}" order by id"""
 
 LAST_ID = """
 select coalesce((select max(seq) from sqlite_sequence where name = :queue), 0)"""
-# A task comes in once: not while it waits or runs, nor when the history has this life of it, or a later one. A bare
-# payload is called after its row, so that alone does not say that it is the same task.
+# A task comes in once: not while it waits or runs, nor when the history has this life of it, or a
+# later one. A bare payload is called after its row, so that alone does not say that it is the same
+# task.
 SAME_DATA = """
 case when json_valid(data) then json(data) else data end = :data"""
 KNOWN_TASK = """
@@ -118,13 +122,17 @@ where not exists (select 1 from backed_up.task_history h where h.task_id = l.tas
 DISOWN = """
 update "{queue}" set owner = :owner where id = :id and status = 2"""
 
-# --------------------------------------------------------------------------------------------------------- command line
+# ------------------------------------------------------------------------------------- command line
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The command line. A command is a function of this file, and an entry here that names its arguments."""
+    """The command line. A command is a function of this file, and an entry here that names its
+    arguments.
+    """
     parser = cli.make_parser("transfer.py", __doc__)
-    commands = parser.add_subparsers(metavar="COMMAND", required=True, dest="command", parser_class=cli.Parser)
+    commands = parser.add_subparsers(
+        metavar="COMMAND", required=True, dest="command", parser_class=cli.Parser
+    )
 
     def command(run: Callable[..., int]) -> cli.Parser:
         says = " ".join(run.__doc__.split())
@@ -136,21 +144,41 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
     entry = command(export)
     entry.add_argument("file", metavar="FILE", nargs="?", default="-", help="(default: stdout)")
-    entry.add_argument("--queue", dest="queues", metavar="QUEUE", action="append", type=cli.utf8, help="may be given several times")
+    entry.add_argument(
+        "--queue",
+        dest="queues",
+        metavar="QUEUE",
+        action="append",
+        type=cli.utf8,
+        help="may be given several times",
+    )
     entry.add_argument("--history", action="store_true", help="finished tasks, too")
 
     entry = command(import_)
     entry.add_argument("file", metavar="FILE", nargs="?", help="of export; - for stdin")
-    entry.add_argument("--legacy", metavar="DIR", type=Path,
-                       help="take in notify_*, approval_* and completion_*.json of DIR")  # fmt: skip
-    entry.add_argument("--type", dest="task_type", metavar="TYPE", type=cli.utf8, help="of legacy tasks that name none")
+    entry.add_argument(
+        "--legacy",
+        metavar="DIR",
+        type=Path,
+        help="take in notify_*, approval_* and completion_*.json of DIR",
+    )
+    entry.add_argument(
+        "--type",
+        dest="task_type",
+        metavar="TYPE",
+        type=cli.utf8,
+        help="of legacy tasks that name none",
+    )
 
     command(backup).add_argument("file", metavar="FILE", type=Path)
     command(restore).add_argument("file", metavar="FILE", type=Path, help="of backup")
 
     args = parser.parse_args(argv)
     if args.run is import_ and (args.file is None) == (args.legacy is None):
-        parser.exit(EX_USAGE, "transfer.py import: give FILE, or --legacy DIR; see transfer.py import --help\n")
+        parser.exit(
+            EX_USAGE,
+            "transfer.py import: give FILE, or --legacy DIR; see transfer.py import --help\n",
+        )
     return args
 
 
@@ -160,16 +188,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     return cli.run(f"transfer.py {name}", lambda: run(**args))
 
 
-# ----------------------------------------------------------------------------------------------- writing a whole file
+# ----------------------------------------------------------------------------- writing a whole file
 
 
 def check_target(path: Path, state: Path) -> None:
-    """Raise Refused unless path can be written to and is no part of the queue's state, through any link."""
+    """Raise Refused unless path can be written to and is no part of the queue's state, through any
+    link.
+    """
     real = Path(os.path.realpath(path))
     if path.is_dir() or not path.name:
         raise Refused(f"{path} is a directory: give a file's name")
     if not real.parent.is_dir():
-        raise Refused(f"{path} was not written: there is no directory {real.parent}; make it: mkdir -p {sh(real.parent)}")
+        raise Refused(
+            f"{path} was not written: there is no directory {real.parent}; make it: mkdir -p "
+            f"{sh(real.parent)}"
+        )
     if is_within(real, state) or is_part_of(real, state):
         raise Refused(f"{path} belongs to the queue's state in {state}: give a file elsewhere")
 
@@ -186,7 +219,9 @@ def is_within(real: Path, directory: Path) -> bool:
 
 
 def is_part_of(real: Path, state: Path) -> bool:
-    """Whether it is the database or a sidecar of it elsewhere, or another name (a hard link) of a file of the state."""
+    """Whether it is the database or a sidecar of it elsewhere, or another name (a hard link) of a
+    file of the state.
+    """
     db = cli.database_file(state)
     if real in (db, *(Path(f"{db}{ending}") for ending in cli.SIDECARS)):
         return True
@@ -196,7 +231,10 @@ def is_part_of(real: Path, state: Path) -> bool:
         return False
     if found.st_nlink < 2 or not stat.S_ISREG(found.st_mode):
         return False
-    ours = [*cli.database_files(state), *(Path(top) / name for top, _, names in os.walk(state) for name in names)]
+    ours = [
+        *cli.database_files(state),
+        *(Path(top) / name for top, _, names in os.walk(state) for name in names),
+    ]
     return any(is_file(path, found) for path in ours)
 
 
@@ -209,7 +247,9 @@ def is_file(path: Path, found: os.stat_result) -> bool:
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """A temporary name beside path. It becomes path, on disk, when the block ends well; else it is removed."""
+    """A temporary name beside path. It becomes path, on disk, when the block ends well; else it is
+    removed.
+    """
     # The name is known before the file is made: a signal may come in between.
     temporary = path.with_name(f".{path.name[:200]}.{os.urandom(4).hex()}")
     try:
@@ -240,17 +280,24 @@ def sync(path: Path) -> None:
 def not_written(path: Path, error: OSError | sqlite3.Error) -> str:
     parent = sh(path.absolute().parent)
     check = f"ls -ld {parent}" if isinstance(error, PermissionError) else f"df -h {parent}"
-    return f"{path} was not written: {error.strerror if isinstance(error, OSError) else error}; see: {check}"
+    return (
+        f"{path} was not written: {error.strerror if isinstance(error, OSError) else error}; "
+        f"see: {check}"
+    )
 
 
-# ------------------------------------------------------------------------------------------------------ export, backup
+# ----------------------------------------------------------------------------------- export, backup
 
 
 def export(file: str, queues: list[str] | None, history: bool, as_json: bool) -> int:
-    """Write waiting and running tasks as JSON lines, for import; with --history the finished ones, too."""
+    """Write waiting and running tasks as JSON lines, for import; with --history the finished ones,
+    too.
+    """
     conn = cli.open_queue()
     cli.check_known(conn, queues or ())
-    if file == "-" or (os.path.exists(file) and not os.path.isfile(file) and not os.path.isdir(file)):
+    if file == "-" or (
+        os.path.exists(file) and not os.path.isfile(file) and not os.path.isdir(file)
+    ):
         exported = export_to_stream(conn, file, queues, history)
     else:
         check_target(Path(file), conn.state)
@@ -282,7 +329,9 @@ def export_to_stream(conn: q.Connection, file: str, queues: list[str] | None, hi
 
 
 def write_lines(conn: q.Connection, out: BinaryIO, queues: list[str] | None, history: bool) -> int:
-    """Finished tasks first, in the order of their end, so that import meets a task's lives in their order."""
+    """Finished tasks first, in the order of their end, so that import meets a task's lives in their
+    order.
+    """
     exported, on_terminal = 0, out.isatty()
     named = {"queues": json.dumps(queues) if queues else None}
     with cli.snapshot(conn):
@@ -290,8 +339,8 @@ def write_lines(conn: q.Connection, out: BinaryIO, queues: list[str] | None, his
         sources += [q.execute(conn, EXPORT_LIVE, queue) for queue in queues or cli.queues_of(conn)]
         for source in sources:
             for head, is_json, data in source:
-                # The data goes in as it is stored: no number is rounded, nothing reordered. Between JSON's tokens a
-                # newline is a space, and inside its strings there is none.
+                # The data goes in as it is stored: no number is rounded, nothing reordered. Between
+                # JSON's tokens a newline is a space, and inside its strings there is none.
                 data = re.sub("[\r\n]", " ", data.split("\0")[0]) if is_json else json.dumps(data)
                 line = f'{head[:-1]},"data":{data}}}\n'
                 out.write((escaped(line) if on_terminal else line).encode("utf-8", "replace"))
@@ -302,22 +351,32 @@ def write_lines(conn: q.Connection, out: BinaryIO, queues: list[str] | None, his
 
 def escaped(line: str) -> str:
     """A line of JSON in printable ASCII, for a terminal: what is not can only stand in strings."""
-    return re.sub("[^\\x20-\\x7e\\n]", lambda found: json.dumps(found[0])[1:-1].replace("\x7f", "\\u007f"), line)
+    return re.sub(
+        "[^\\x20-\\x7e\\n]",
+        lambda found: json.dumps(found[0])[1:-1].replace("\x7f", "\\u007f"),
+        line,
+    )
 
 
 def backup(file: Path, as_json: bool) -> int:
-    """Copy the database to FILE as it is at this moment, while workers go on. FILE is replaced once the copy is whole."""
+    """Copy the database to FILE as it is at this moment, while workers go on. FILE is replaced once
+    the copy is whole.
+    """
     conn = cli.open_queue()
     check_target(file, conn.state)
     with whole_file(file) as temporary:
         copy_database(conn, temporary)
     length = file.stat().st_size
-    cli.report(as_json, {"file": str(file), "bytes": length}, f"backed up {length:,} bytes to {file}")
+    cli.report(
+        as_json, {"file": str(file), "bytes": length}, f"backed up {length:,} bytes to {file}"
+    )
     return 0
 
 
 def copy_database(conn: q.Connection, target: Path, check: bool = True) -> None:
-    """Write one state of the database into one file without sidecars. Raises Refused when that is damaged."""
+    """Write one state of the database into one file without sidecars. Raises Refused when that is
+    damaged.
+    """
     with closing(sqlite3.connect(target, isolation_level=None)) as copy:
         with cli.snapshot(conn):
             # The first read makes the snapshot, so that the copy never has to start over.
@@ -329,18 +388,22 @@ def copy_database(conn: q.Connection, target: Path, check: bool = True) -> None:
         raise Refused(f"{conn.state / 'tasks.db'} is damaged, and so would be the copy: {fault}")
 
 
-# ------------------------------------------------------------------------------------------------------------- restore
+# ------------------------------------------------------------------------------------------ restore
 
 
 class Loss(NamedTuple):
-    """How many tasks of the state before are in no form in the backup; None where that could not be read."""
+    """How many tasks of the state before are in no form in the backup; None where that could not be
+    read.
+    """
 
     waiting: int | None
     finished: int | None
 
 
 def restore(file: Path, as_json: bool) -> int:
-    """Put a backup into the place of the database, while workers go on. The present state is kept beside it."""
+    """Put a backup into the place of the database, while workers go on. The present state is kept
+    beside it.
+    """
     state = q.STATE_DIR
     if any(is_file(path, os.stat(file)) for path in cli.database_files(state)):
         raise Refused(f"{file} is the database itself: give a backup of it")
@@ -375,13 +438,17 @@ def sentences(file: Path, kept: Path | None, loss: Loss) -> Iterator[str]:
     if loss.waiting is None:
         yield "that was damaged: which of its tasks are not in the backup could not be read"
     else:
-        yield (f"not in the backup: {cli.plural(loss.waiting, 'task')} that waited or ran, "
-               f"and {loss.finished:,} that had finished")  # fmt: skip
+        yield (
+            f"not in the backup: {cli.plural(loss.waiting, 'task')} that waited or ran, "
+            f"and {loss.finished:,} that had finished"
+        )
 
 
 @contextmanager
 def prepared(file: Path, state: Path) -> Iterator[q.Connection]:
-    """The backup as a database of its own within the state, checked and of the present schema; removed at the end."""
+    """The backup as a database of its own within the state, checked and of the present schema;
+    removed at the end.
+    """
     directory = state / f".restore-{os.urandom(4).hex()}"
     conn = None
     try:
@@ -404,12 +471,19 @@ def copy_of_backup(file: Path, target: Path) -> None:
         raise Refused(f"{file} is not a file")
     os.close(os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
     try:
-        with closing(cli.open_to_read(file)) as source, closing(sqlite3.connect(target, isolation_level=None)) as copy:
+        with (
+            closing(cli.open_to_read(file)) as source,
+            closing(sqlite3.connect(target, isolation_level=None)) as copy,
+        ):
             source.backup(copy)
             fault = copy.execute("pragma integrity_check(1)").fetchone()[0]
-            tables = copy.execute("select count(*) from sqlite_master where type = 'table'").fetchone()[0]
+            tables = copy.execute(
+                "select count(*) from sqlite_master where type = 'table'"
+            ).fetchone()[0]
     except sqlite3.OperationalError as error:
-        raise Refused(f"{file} was not restored: {error}; see: df -h {sh(target.parent)}; ls -l {sh(file)}") from None
+        raise Refused(
+            f"{file} was not restored: {error}; see: df -h {sh(target.parent)}; ls -l {sh(file)}"
+        ) from None
     except sqlite3.DatabaseError as error:
         fault, tables = str(error), 0
     if fault != "ok":
@@ -419,10 +493,12 @@ def copy_of_backup(file: Path, target: Path) -> None:
 
 
 def put_in_place(backed_up: q.Connection, present: q.Connection, kept: Path | None) -> Loss:
-    """Copy the prepared backup into the live database, in one transaction that all processes see at once.
+    """Copy the prepared backup into the live database, in one transaction that all processes see at
+    once.
 
-    SQLite's backup takes the write lock with its first page. Only then the present state is copied and compared: no
-    commit can come in between, so what is kept is complete, and what is counted is true.
+    SQLite's backup takes the write lock with its first page. Only then the present state is copied
+    and compared: no commit can come in between, so what is kept is complete, and what is counted is
+    true.
     """
     loss, began = Loss(0, 0), time.monotonic()
     is_locked = False
@@ -431,7 +507,9 @@ def put_in_place(backed_up: q.Connection, present: q.Connection, kept: Path | No
         nonlocal loss, is_locked
         if status in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
             if time.monotonic() > began + RESTORE_BUSY_SECONDS:
-                raise q.QueueBusy(f"{present.state / 'tasks.db'} is locked by other processes; try again")
+                raise q.QueueBusy(
+                    f"{present.state / 'tasks.db'} is locked by other processes; try again"
+                )
         elif not is_locked:
             is_locked = True
             if kept is not None:
@@ -443,9 +521,15 @@ def put_in_place(backed_up: q.Connection, present: q.Connection, kept: Path | No
 
     sizes = [conn.execute("pragma page_size").fetchone()[0] for conn in (backed_up, present)]
     if sizes[0] != sizes[1]:
-        raise Refused(f"the backup has pages of {sizes[0]} bytes, the database of {sizes[1]}: bring a copy of the backup "
-                      f"to the same size: sqlite3 COPY 'pragma journal_mode = delete; pragma page_size = {sizes[1]}; vacuum'")  # fmt: skip
-    with closing(sqlite3.connect(cli.database_file(present.state), isolation_level=None, timeout=1.0)) as live:
+        raise Refused(
+            f"the backup has pages of {sizes[0]} bytes, the database of {sizes[1]}: bring a copy "
+            "of the backup "
+            "to the same size: sqlite3 COPY 'pragma journal_mode = delete; pragma page_size = "
+            f"{sizes[1]}; vacuum'"
+        )
+    with closing(
+        sqlite3.connect(cli.database_file(present.state), isolation_level=None, timeout=1.0)
+    ) as live:
         backed_up.backup(live, pages=1, progress=on_page)
     return loss
 
@@ -468,8 +552,9 @@ def compare(kept: Path, backed_up: q.Connection) -> Loss:
 def fit_in(backed_up: q.Connection, present: q.Connection) -> None:
     """Prepare the backup for the processes that live now.
 
-    No queue that they know is missing, no row id that they have seen is used again, and a task that the backup calls
-    claimed is claimed by nobody who lives, so that it is taken back: but for a claim that is still held as it was.
+    No queue that they know is missing, no row id that they have seen is used again, and a task that
+    the backup calls claimed is claimed by nobody who lives, so that it is taken back: but for a
+    claim that is still held as it was.
     """
     held = {(queue, *claim_of(task)) for queue, task in cli.claims(present)}
     with q.transaction(backed_up):
@@ -491,13 +576,17 @@ def claim_of(task: q.Task) -> tuple:
 def is_damage(error: BaseException) -> bool:
     """Whether the live database is one that SQLite cannot read."""
     cause = error if isinstance(error, sqlite3.Error) else error.__cause__
-    return (getattr(cause, "sqlite_errorname", None) or "").startswith(("SQLITE_NOTADB", "SQLITE_CORRUPT"))
+    return (getattr(cause, "sqlite_errorname", None) or "").startswith(
+        ("SQLITE_NOTADB", "SQLITE_CORRUPT")
+    )
 
 
 def replace_damaged(backed_up: q.Connection, state: Path, kept: Path) -> Loss:
-    """Move a database that SQLite cannot read aside, with its sidecars, and put the backup into its place.
+    """Move a database that SQLite cannot read aside, with its sidecars, and put the backup into its
+    place.
 
-    The write-ahead log goes before the backup comes: SQLite would apply the old log to the new file.
+    The write-ahead log goes before the backup comes: SQLite would apply the old log to the new
+    file.
     """
     db = cli.database_file(state)
     with q.transaction(backed_up):
@@ -517,16 +606,20 @@ def replace_damaged(backed_up: q.Connection, state: Path, kept: Path) -> Loss:
     try:
         os.link(source, db)
     except FileExistsError:
-        raise Refused(f"another process made a new {db} at this moment: run the same command again") from None
+        raise Refused(
+            f"another process made a new {db} at this moment: run the same command again"
+        ) from None
     sync(db.parent)
     return Loss(None, None)
 
 
-# -------------------------------------------------------------------------------------------------------------- import
+# ------------------------------------------------------------------------------------------- import
 
 
 def import_(file: str | None, legacy: Path | None, task_type: str | None, as_json: bool) -> int:
-    """Take in an export, or with --legacy the JSON files of a file-based queue. What came in before is not taken again."""
+    """Take in an export, or with --legacy the JSON files of a file-based queue. What came in before
+    is not taken again.
+    """
     if file == "-" and 0 in cli.closed_streams:
         raise Refused("standard input is closed: give a file's name")
     if (q.STATE_DIR / "tasks.db").exists():
@@ -539,9 +632,13 @@ def import_(file: str | None, legacy: Path | None, task_type: str | None, as_jso
     for fault in faults[:MOST_FAULTS_SHOWN]:
         cli.complain(EX_DATAERR, "transfer.py import", fault)
     if len(faults) > MOST_FAULTS_SHOWN:
-        cli.complain(EX_DATAERR, "transfer.py import", f"… and {len(faults) - MOST_FAULTS_SHOWN:,} more")
+        cli.complain(
+            EX_DATAERR, "transfer.py import", f"… and {len(faults) - MOST_FAULTS_SHOWN:,} more"
+        )
     told = {"imported": imported, "already_there": known, "refused": faults}
-    says = f"imported {cli.plural(imported, 'task')}; {known:,} already there; {len(faults):,} refused"
+    says = (
+        f"imported {cli.plural(imported, 'task')}; {known:,} already there; {len(faults):,} refused"
+    )
     cli.report(as_json, told, says)
     if not faults:
         return 0
@@ -549,8 +646,25 @@ def import_(file: str | None, legacy: Path | None, task_type: str | None, as_jso
 
 
 # The columns of a task that an import takes over as they are.
-FIELDS = ("queue", "id", "task_id", "task_type", "status", "priority", "group_id", "attempts", "max_attempts",
-          "enqueued_at", "due_at", "started_at", "completed_at", "exit_code", "error", "result", "log")  # fmt: skip
+FIELDS = (
+    "queue",
+    "id",
+    "task_id",
+    "task_type",
+    "status",
+    "priority",
+    "group_id",
+    "attempts",
+    "max_attempts",
+    "enqueued_at",
+    "due_at",
+    "started_at",
+    "completed_at",
+    "exit_code",
+    "error",
+    "result",
+    "log",
+)
 
 
 class Ids(NamedTuple):
@@ -605,15 +719,21 @@ def import_lines(conn: q.Connection, file: str) -> tuple[int, int, list[str]]:
 
 def is_about_the_task(error: Exception, state: Path) -> bool:
     """Whether a line or a file is at fault, and not the database or the disk."""
-    if isinstance(error, sqlite3.Error) and not isinstance(error, (sqlite3.IntegrityError, sqlite3.ProgrammingError)):
+    if isinstance(error, sqlite3.Error) and not isinstance(
+        error, (sqlite3.IntegrityError, sqlite3.ProgrammingError)
+    ):
         error = q.explain(error, state)
     if isinstance(error, q.QueueError):
         return isinstance(error, q.InvalidTask)
-    return isinstance(error, (ValueError, TypeError, KeyError, RecursionError, OverflowError, sqlite3.Error))
+    return isinstance(
+        error, (ValueError, TypeError, KeyError, RecursionError, OverflowError, sqlite3.Error)
+    )
 
 
 def read_json(text: str) -> dict:
-    """A JSON object; ValueError for what is none, NaN and Infinity among it, which only Python takes for JSON."""
+    """A JSON object; ValueError for what is none, NaN and Infinity among it, which only Python
+    takes for JSON.
+    """
 
     def refuse(constant: str) -> None:
         raise ValueError(f"{constant} is not JSON")
@@ -625,7 +745,9 @@ def read_json(text: str) -> dict:
 
 
 def parse_line(conn: q.Connection, line: bytes, ids: dict[str, Ids]) -> tuple[str, dict]:
-    """The text and the task of a line, all of its fields checked; its queue exists when this returns."""
+    """The text and the task of a line, all of its fields checked; its queue exists when this
+    returns.
+    """
     text = line.decode("utf-8-sig").strip()
     task = read_json(text)
     if task["status"] not in cli.STATUSES:
@@ -638,7 +760,9 @@ def parse_line(conn: q.Connection, line: bytes, ids: dict[str, Ids]) -> tuple[st
     check_number(task, "exit_code", -(2**31), 2**31, default=None)
     for name in ("task_id", "task_type"):
         # A live task's type is null where its row has none to tell.
-        if not (isinstance(task[name], str) and task[name]) and not (name == "task_type" and task[name] is None):
+        if not (isinstance(task[name], str) and task[name]) and not (
+            name == "task_type" and task[name] is None
+        ):
             raise q.InvalidTask(f"its {name} is not a text")
     for name in ("group_id", "error", "result", "log"):
         if not isinstance(task.setdefault(name, None), (str, type(None))):
@@ -654,31 +778,44 @@ REQUIRED = object()
 
 
 def check_number(task: dict, name: str, least: int, most: int, default: object = REQUIRED) -> None:
-    """Raise InvalidTask unless a field is a whole number within its bounds, or may be missing and is."""
+    """Raise InvalidTask unless a field is a whole number within its bounds, or may be missing and
+    is.
+    """
     value = task[name] if default is REQUIRED else task.setdefault(name, default)
     if value is None and default is not REQUIRED:
         task[name] = default
     elif type(value) is not int or not least <= value <= most:
-        raise q.InvalidTask(f"its {name} is {cli.short(repr(value), 40)}: not a whole number from {least} to {most}")
+        raise q.InvalidTask(
+            f"its {name} is {cli.short(repr(value), 40)}: not a whole number from {least} to {most}"
+        )
 
 
 def check_times(task: dict) -> None:
-    """Raise InvalidTask unless the task's moments are such: seconds for a live task, text for a finished one."""
+    """Raise InvalidTask unless the task's moments are such: seconds for a live task, text for a
+    finished one.
+    """
     if task["status"] in cli.FINISHED:
         for name in ("enqueued_at", "started_at", "completed_at"):
             value = task.get(name)
             if not (name == "started_at" and value is None) and not is_moment(value):
-                raise q.InvalidTask(f"its {name} is {cli.short(repr(value), 40)}: not a time like 2030-01-31 12:00:00.000")
+                raise q.InvalidTask(
+                    f"its {name} is {cli.short(repr(value), 40)}: not a time like 2030-01-31 "
+                    "12:00:00.000"
+                )
         return
     for name in ("enqueued_at", "due_at") if task["status"] == "scheduled" else ("enqueued_at",):
         value = task[name]
         if type(value) not in (int, float) or not 0 <= value <= LAST_MOMENT:
-            raise q.InvalidTask(f"its {name} is {cli.short(repr(value), 40)}: not seconds since 1970")
+            raise q.InvalidTask(
+                f"its {name} is {cli.short(repr(value), 40)}: not seconds since 1970"
+            )
 
 
 def is_moment(value: object) -> bool:
     """Whether it is a UTC time as the history has them."""
-    if not isinstance(value, str) or not re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d(\.\d{1,6})?", value):
+    if not isinstance(value, str) or not re.fullmatch(
+        r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d(\.\d{1,6})?", value
+    ):
         return False
     try:
         datetime.fromisoformat(value[:19])
@@ -689,7 +826,9 @@ def is_moment(value: object) -> bool:
 
 def import_task(conn: q.Connection, text: str, task: dict, ids: dict[str, Ids]) -> bool:
     """Store one exported task, within a transaction; False when it is known already."""
-    row = {name: task.get(name) for name in FIELDS} | {"data": conn.execute(DATA_OF, {"line": text}).fetchone()[0]}
+    row = {name: task.get(name) for name in FIELDS} | {
+        "data": conn.execute(DATA_OF, {"line": text}).fetchone()[0]
+    }
     row["task_type"] = row["task_type"] or row["queue"]
     if row["status"] in cli.FINISHED:
         return import_finished(conn, row, ids)
@@ -711,10 +850,17 @@ def import_finished(conn: q.Connection, row: dict, ids: dict[str, Ids]) -> bool:
 def import_live(conn: q.Connection, row: dict, data: dict, ids: dict[str, Ids]) -> bool:
     queue, was_id = row["queue"], row["id"]
     is_scheduled = row["status"] == "scheduled"
-    row |= {"timestamp": float(row["enqueued_at"]), "status": q.SCHEDULED if is_scheduled else q.READY,
-            "due_at": float(row["due_at"]) if is_scheduled else None}  # fmt: skip
-    is_bare = not (isinstance(data.get("task_id"), str) and data["task_id"] and isinstance(data.get("task_type"), str)
-                   and isinstance(data.get("data"), dict))  # fmt: skip
+    row |= {
+        "timestamp": float(row["enqueued_at"]),
+        "status": q.SCHEDULED if is_scheduled else q.READY,
+        "due_at": float(row["due_at"]) if is_scheduled else None,
+    }
+    is_bare = not (
+        isinstance(data.get("task_id"), str)
+        and data["task_id"]
+        and isinstance(data.get("task_type"), str)
+        and isinstance(data.get("data"), dict)
+    )
     if not is_bare:
         # The database reads the id out of the data, and so do we.
         row["task_id"] = data["task_id"]
@@ -726,16 +872,24 @@ def import_live(conn: q.Connection, row: dict, data: dict, ids: dict[str, Ids]) 
         import hashlib
 
         row["task_id"] += "-" + hashlib.sha256(row["data"].encode()).hexdigest()[:12]
-        row["data"] = cli.envelope_of(row["task_id"], row["task_type"], row["timestamp"], row["data"])
+        row["data"] = cli.envelope_of(
+            row["task_id"], row["task_type"], row["timestamp"], row["data"]
+        )
         if conn.execute(q.on_queue(KNOWN_TASK, queue), row).fetchone()[0]:
             return False
     return conn.execute(q.on_queue(IMPORT_LIVE, queue), row).rowcount == 1
 
 
 def own_id(conn: q.Connection, row: dict, ids: dict[str, Ids]) -> int:
-    """A row id for a task that comes in: the one it had, unless this database has used that already."""
+    """A row id for a task that comes in: the one it had, unless this database has used that
+    already.
+    """
     queue, wanted, known = row["queue"], row["id"], ids[row["queue"]]
-    if wanted < known.first_free or wanted in known.used or q.execute(conn, ID_IN_USE, queue, id=wanted).fetchone()[0]:
+    if (
+        wanted < known.first_free
+        or wanted in known.used
+        or q.execute(conn, ID_IN_USE, queue, id=wanted).fetchone()[0]
+    ):
         wanted = conn.execute(LAST_ID, {"queue": queue}).fetchone()[0] + 1
     known.used.add(wanted)
     used = {"queue": queue, "id": wanted}
@@ -744,8 +898,12 @@ def own_id(conn: q.Connection, row: dict, ids: dict[str, Ids]) -> int:
     return wanted
 
 
-def import_legacy(conn: q.Connection, directory: Path, task_type: str | None) -> tuple[int, int, list[str]]:
-    """Each file is one task, whose id comes from its name and content; it moves to DIR/migrated once that is on disk."""
+def import_legacy(
+    conn: q.Connection, directory: Path, task_type: str | None
+) -> tuple[int, int, list[str]]:
+    """Each file is one task, whose id comes from its name and content; it moves to DIR/migrated
+    once that is on disk.
+    """
     if not directory.is_dir():
         raise Refused(f"{directory} is not a directory")
     files, faults, imported, known = [], [], 0, 0
@@ -762,20 +920,28 @@ def import_legacy(conn: q.Connection, directory: Path, task_type: str | None) ->
         except Exception as error:
             if not isinstance(error, OSError) and not is_about_the_task(error, conn.state):
                 raise
-            faults.append(f"{path} stays: {error.strerror if isinstance(error, OSError) else cli.short(str(error))}")
+            faults.append(
+                f"{path} stays: "
+                f"{error.strerror if isinstance(error, OSError) else cli.short(str(error))}"
+            )
             continue
         imported, known = imported + is_new, known + (not is_new)
         try:
             migrated = q.make_private(directory / "migrated")
             target = migrated / path.name
-            os.rename(path, target if not target.exists() else target.with_suffix(f".{task_id[7:19]}.json"))
+            os.rename(
+                path,
+                target if not target.exists() else target.with_suffix(f".{task_id[7:19]}.json"),
+            )
         except OSError as error:
             faults.append(f"{path} is in, but could not be moved to migrated: {error.strerror}")
     q.wake(conn.state)
     return imported, known, sorted(faults)
 
 
-def import_file(conn: q.Connection, path: Path, kind: str, task_type: str | None) -> tuple[bool, str]:
+def import_file(
+    conn: q.Connection, path: Path, kind: str, task_type: str | None
+) -> tuple[bool, str]:
     """(whether the file has become a task just now, its id)."""
     import hashlib
 
