@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import codecs
+import io
 import json
 import os
 import re
@@ -31,6 +32,8 @@ VERSION = "0.2.0"
 EX_FAILED, EX_USAGE, EX_DATAERR, EX_TEMPFAIL, EX_INTERRUPTED = 1, 64, 65, 75, 130
 
 SECONDS_OF_UNIT = {"s": 1, "m": 60, "h": 3_600, "d": 86_400, "w": 604_800}
+# The last second of the year 9999: SQLite and Python write no later time as text.
+LAST_MOMENT = 253_402_300_799
 LONGEST_SECONDS = 36_500 * 86_400
 
 # Many changes hold the write lock for HOLD_SECONDS at a time, and leave it alone for PAUSE_SECONDS
@@ -106,7 +109,7 @@ class Parser(argparse.ArgumentParser):
         self.exit(EX_USAGE, f"{self.prog}: {printable(message)}; see {self.prog} --help\n")
 
 
-def make_parser(script: str, description: str) -> Parser:
+def make_parser(script: str, description: str | None) -> Parser:
     """The parser of a script: its docstring is its help."""
     parser = Parser(
         prog=script, description=description, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -185,7 +188,9 @@ def run(who: str, work: Callable[[], int]) -> int:
 
 def _told(work: Callable[[], int]) -> int:
     open_standard_streams()
-    sys.stdout.reconfigure(errors="backslashreplace")
+    # A test may have put something else in its place.
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
     code = work()
     sys.stdout.flush()
     return code
@@ -444,6 +449,8 @@ SPARKS = "▁▂▃▄▅▆▇█"
 
 def payload(text: str | None) -> object:
     """A task's data for --json: the object, or the text where that says more than JSON can."""
+    if text is None:
+        return None
     try:
         value = json.loads(text)
         json.dumps(value, allow_nan=False)
@@ -596,14 +603,11 @@ def check_known(conn: sqlite3.Connection, queues: Iterable[str]) -> None:
             raise Refused(f"there is no queue {queue!r}; there are: {', '.join(known)}")
 
 
-def as_dict(cursor: sqlite3.Cursor) -> dict | None:
-    """The next row with its columns' names, None when there is none."""
+def as_dict(cursor: sqlite3.Cursor) -> dict:
+    """The next row with its columns' names, {} when there is none."""
     row = cursor.fetchone()
-    return (
-        None
-        if row is None
-        else dict(zip((column[0] for column in cursor.description), row, strict=True))
-    )
+    names = (column[0] for column in cursor.description)
+    return {} if row is None else dict(zip(names, row, strict=True))
 
 
 def in_steps(conn: q.Connection, items: Iterable, change: Callable) -> Iterator:

@@ -208,7 +208,7 @@ def find_tasks(
             "statuses": json.dumps(finished),
             "queues": json.dumps(queues) if queues else None,
             "since": q.utc(max(oldest, 0)),
-            "before": q.utc(newest),
+            "before": q.utc(min(newest, cli.LAST_MOMENT)),
         }
         statement = LIST_FINISHED.format(match="1" if like is None else FINISHED_MATCHES)
         for row in scan.matches(conn.execute(statement, which)):

@@ -52,7 +52,9 @@ def gather(conn: q.Connection) -> dict:
                     numbers = types[queue].setdefault(task_type, zeros())
                     numbers[name] += tasks
                     if name == "pending":
-                        numbers["oldest_pending_seconds"] = round(max(now - oldest, 0), 3)
+                        numbers["oldest_pending_seconds"] = round(
+                            min(max(now - oldest, 0), cli.LAST_MOMENT), 3
+                        )
         samples: dict[tuple[str, str], list] = {}
         for queue, task_type, name, day, hour in conn.execute(COUNT_FINISHED, ago).fetchall():
             numbers = types.setdefault(queue, {}).setdefault(task_type, zeros())

@@ -26,6 +26,7 @@ import argparse
 import codecs
 import io
 import json
+import math
 import os
 import re
 import sys
@@ -133,7 +134,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
 
     def command(run: Callable[..., int]) -> cli.Parser:
-        says = " ".join(run.__doc__.split())
+        says = " ".join((run.__doc__ or "").split())
         entry = commands.add_parser(
             run.__name__.rstrip("_"), help=says.split(". ")[0].rstrip("."), description=says
         )
@@ -441,7 +442,10 @@ def list_(
     cli.check_known(conn, queues or ())
     scan = Scan(None if text is None or look_at_all else SCAN_SECONDS)
     like = None if text is None else "%" + re.sub(r"([\\%_])", r"\\\1", text) + "%"
-    newest, oldest = 1e11 if before is None else now - before, 0.0 if since is None else now - since
+    newest, oldest = (
+        math.inf if before is None else now - before,
+        0.0 if since is None else now - since,
+    )
     rows: list[dict] = []
     with cli.snapshot(conn):
         for read in find_tasks(
@@ -476,6 +480,8 @@ def list_(
             )
         )
         sys.stdout.flush()
+    if not rows and not scan.stopped:
+        print("no task is like that", file=sys.stderr)
     if more:
         print(f"only the first {limit}; --limit N shows more", file=sys.stderr)
     elif scan.stopped:
@@ -890,7 +896,7 @@ def move(ids: list[str], to: str, source: str | None, task_type: str | None, as_
                 raise Refused(f"task {found.task_id} has ended: retry it first, then move it")
             wanted.append(found)
     else:
-        which = {"task_type": task_type, "before": 1e11}
+        which = {"task_type": task_type, "before": math.inf}
         statement = q.on_queue(WAITING_IDS, source).format(condition="status <> 2")
         wanted = [Found(source, "", row_id) for (row_id,) in conn.execute(statement, which)]
     if any(found.queue == to for found in wanted):
@@ -918,9 +924,9 @@ def move(ids: list[str], to: str, source: str | None, task_type: str | None, as_
 
 def move_task(conn: q.Connection, found: Found, to: str) -> dict:
     row = cli.as_dict(q.execute(conn, WAITING_ROW, found.queue, id=found.row_id))
-    task_id = found.task_id or (row and row["task_id"]) or f"{found.queue}-{found.row_id}"
+    task_id = found.task_id or row.get("task_id") or f"{found.queue}-{found.row_id}"
     outcome = {"queue": found.queue, "task_id": task_id, "moved": False}
-    if row is None:
+    if not row:
         return outcome | {"why": "it is running, or gone"}
     if row.pop("task_id") is None:
         # A bare payload is called after its queue: an envelope keeps its name.
@@ -947,7 +953,7 @@ def purge(
     """
     conn = cli.open_queue()
     cli.check_known(conn, [queue])
-    newest = time.time() - before if before is not None else 1e11
+    newest = time.time() - before if before is not None else math.inf
     wanted: list[tuple[str, int]] = []
     for name in statuses or ("pending", "scheduled", "blocked"):
         if name in LIVE:
@@ -956,7 +962,12 @@ def purge(
         else:
             found = conn.execute(
                 FINISHED_IDS,
-                {"task_type": task_type, "before": q.utc(newest), "status": name, "queue": queue},
+                {
+                    "task_type": task_type,
+                    "before": q.utc(min(newest, cli.LAST_MOMENT)),
+                    "status": name,
+                    "queue": queue,
+                },
             )
         wanted += [(name, row_id) for (row_id,) in found]
     if wanted and not yes:

@@ -50,8 +50,6 @@ LEGACY = {
     "approval": ("approvals", "approval"),
     "completion": ("completions", "completion"),
 }
-# The last second of the year 9999: SQLite and Python write no later time as text.
-LAST_MOMENT = 253_402_300_799
 MOST_ATTEMPTS = 1_000_000
 RESTORE_BUSY_SECONDS = 30.0
 
@@ -135,7 +133,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
 
     def command(run: Callable[..., int]) -> cli.Parser:
-        says = " ".join(run.__doc__.split())
+        says = " ".join((run.__doc__ or "").split())
         name = run.__name__.rstrip("_")
         entry = commands.add_parser(name, help=says.split(". ")[0].rstrip("."), description=says)
         entry.add_argument("--json", dest="as_json", action="store_true", help="for scripts")
@@ -628,7 +626,7 @@ def import_(file: str | None, legacy: Path | None, task_type: str | None, as_jso
     if legacy is not None:
         imported, known, faults = import_legacy(conn, legacy, task_type)
     else:
-        imported, known, faults = import_lines(conn, file)
+        imported, known, faults = import_lines(conn, file or "-")
     for fault in faults[:MOST_FAULTS_SHOWN]:
         cli.complain(EX_DATAERR, "transfer.py import", fault)
     if len(faults) > MOST_FAULTS_SHOWN:
@@ -758,15 +756,8 @@ def parse_line(conn: q.Connection, line: bytes, ids: dict[str, Ids]) -> tuple[st
     check_number(task, "attempts", 0, MOST_ATTEMPTS, default=0)
     check_number(task, "max_attempts", 1, MOST_ATTEMPTS, default=None)
     check_number(task, "exit_code", -(2**31), 2**31, default=None)
-    for name in ("task_id", "task_type"):
-        # A live task's type is null where its row has none to tell.
-        if not (isinstance(task[name], str) and task[name]) and not (
-            name == "task_type" and task[name] is None
-        ):
-            raise q.InvalidTask(f"its {name} is not a text")
-    for name in ("group_id", "error", "result", "log"):
-        if not isinstance(task.setdefault(name, None), (str, type(None))):
-            raise q.InvalidTask(f"its {name} is not a text")
+    for name in ("task_id", "task_type", "group_id", "error", "result", "log"):
+        check_text(task, name, may_be_missing=name not in ("task_id", "task_type"))
     check_times(task)
     if queue not in ids:
         q.ensure_queue(conn, queue)
@@ -790,6 +781,20 @@ def check_number(task: dict, name: str, least: int, most: int, default: object =
         )
 
 
+def check_text(task: dict, name: str, may_be_missing: bool) -> None:
+    """Raise InvalidTask unless a field is a text that UTF-8 can say, or may be missing and is."""
+    value = task.setdefault(name, None) if may_be_missing else task[name]
+    # A live task's type is null where its row has none to tell.
+    if value is None and (may_be_missing or name == "task_type"):
+        return
+    if not isinstance(value, str) or not (value or may_be_missing):
+        raise q.InvalidTask(f"its {name} is not a text")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise q.InvalidTask(f"its {name} has a lone surrogate") from None
+
+
 def check_times(task: dict) -> None:
     """Raise InvalidTask unless the task's moments are such: seconds for a live task, text for a
     finished one.
@@ -805,7 +810,7 @@ def check_times(task: dict) -> None:
         return
     for name in ("enqueued_at", "due_at") if task["status"] == "scheduled" else ("enqueued_at",):
         value = task[name]
-        if type(value) not in (int, float) or not 0 <= value <= LAST_MOMENT:
+        if type(value) not in (int, float) or not 0 <= value <= cli.LAST_MOMENT:
             raise q.InvalidTask(
                 f"its {name} is {cli.short(repr(value), 40)}: not seconds since 1970"
             )

@@ -20,7 +20,7 @@ def full(installation):
 
 def content(installation) -> dict:
     return {path: path.read_bytes() for path in installation.state.rglob("*")
-            if path.is_file() and not path.name.startswith("tasks.db-")}  # fmt: skip
+            if path.is_file() and not path.name.startswith("tasks.db-") and path.suffix != ".exits"}  # fmt: skip
 
 
 def refused(installation, command: str, target, **options) -> None:
