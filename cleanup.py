@@ -12,7 +12,7 @@ give space back.
 
 Waiting and running tasks are never touched, nor the logs of a run that still goes on. The write
 lock is held for some milliseconds at a time: whoever enqueues meanwhile hardly notices. DURATION is
-a number and s, m, h, d or w, like 90m.
+like 30, 90m, 5min, 1.5h or 2d.
 
 exit codes: 0 done (with --every: stopped by a signal); 1 the database cannot be used, or something
 was left undone: it is named, and the rest was done; 64 usage; 75 the database is locked, try again;

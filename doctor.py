@@ -606,7 +606,10 @@ def check_waiting(
         f'queue "{queue}": {waiting} waiting, the oldest since {moment(since)} '
         f"({span(now - since)})"
     )
-    if waiting and conn.execute(q.IS_PAUSED, {"queue": queue}).fetchone()[0]:
+    if (
+        waiting
+        and conn.execute(q.on_queue(f"select {q.IS_PAUSED}", queue), {"now": now}).fetchone()[0]
+    ):
         yield note(f"{how_long}; the queue is paused", f"tasks.py resume {queue}")
     elif waiting and now - since > max_wait and has_worker:
         yield problem(

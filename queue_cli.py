@@ -26,31 +26,27 @@ from typing import BinaryIO, TextIO
 
 import queue_helpers as q
 
-VERSION = "0.2.0"
+VERSION = q.VERSION
 
 # The exit codes of every script, beside 0. Those above 63 are named in sysexits.h.
 EX_FAILED, EX_USAGE, EX_DATAERR, EX_TEMPFAIL, EX_INTERRUPTED = 1, 64, 65, 75, 130
 
 SECONDS_OF_UNIT = {"s": 1, "m": 60, "h": 3_600, "d": 86_400, "w": 604_800}
-# The last second of the year 9999: SQLite and Python write no later time as text.
-LAST_MOMENT = 253_402_300_799
-LONGEST_SECONDS = 36_500 * 86_400
 
 # Many changes hold the write lock for HOLD_SECONDS at a time, and leave it alone for PAUSE_SECONDS
 # in between.
 HOLD_SECONDS, PAUSE_SECONDS = 0.01, 0.01
 
-# The words for a waiting or running task's status number, as SQL and as conditions. The conditions
-# are literal, so that SQLite sees that each status's partial index serves them.
-STATUS_WORD = """
-case status when 2 then 'in_progress' when 3 then 'scheduled' when 4 then 'blocked' else 'pending' end"""
+# A waiting or running task's status, as conditions. They are literal, so that SQLite sees which
+# partial index serves each.
 LIVE = {
     "in_progress": "status = 2",
     "pending": "status < 2",
-    "scheduled": "status = 3",
-    "blocked": "status = 4",
+    "scheduled": "status = 3 and due_at is not null",
+    "held": "status = 3 and due_at is null",
+    "blocked": "status = 4 and group_id is not null",
 }
-FINISHED = ("completed", "failed", "cancelled")
+FINISHED = ("completed", "failed", "cancelled", "expired")
 STATUSES = (*LIVE, *FINISHED)
 
 
@@ -126,16 +122,11 @@ def utf8(argument: str) -> str:
 
 
 def duration(text: str) -> float:
-    """Seconds."""
-    match = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?)([smhdw])", text.strip())
-    if not match:
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is not a duration: write a number and s, m, h, d or w, like 90m"
-        )
-    seconds = float(match[1]) * SECONDS_OF_UNIT[match[2]]
-    if seconds > LONGEST_SECONDS:
-        raise argparse.ArgumentTypeError(f"{text!r} is more than 100 years")
-    return seconds
+    """Seconds, of 30, 90m, 5min, 1.5h or 2d."""
+    try:
+        return q.parse_duration(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def whole_number(text: str) -> int:
@@ -638,8 +629,7 @@ def envelope_of(task_id: str, task_type: str, timestamp: float, text: str) -> st
 # ----------------------------------------------------------------------------------- who holds what
 
 CLAIMS = """
-select id, task_id, task_type, data, timestamp, priority, attempts, max_attempts, backoff, then_queue, owner, claimed_at
-from "{queue}" where status = 2"""
+select {task} from "{queue}" where status = 2"""
 
 
 def claims(conn: sqlite3.Connection) -> Iterator[tuple[str, q.Task]]:
@@ -648,8 +638,7 @@ def claims(conn: sqlite3.Connection) -> Iterator[tuple[str, q.Task]]:
     """
     for queue in queues_of(conn):
         for row in conn.execute(q.on_queue(CLAIMS, queue)).fetchall():
-            task_id, task_type = row[1] or f"{queue}-{row[0]}", row[2] or queue
-            yield queue, q.Task(queue, row[0], task_id, task_type, *row[3:])
+            yield queue, q.Task.from_row(queue, row)
 
 
 def owner_is_alive(state: Path, owner: str | None) -> bool:

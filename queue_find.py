@@ -21,6 +21,7 @@ CLAIM_ORDER = {
     "in_progress": "claimed_at",
     "pending": "-priority",
     "scheduled": "due_at",
+    "held": "id",
     "blocked": "id",
 }
 
@@ -44,11 +45,11 @@ FINISHED_MATCHES = """
 
 LIVE_ROW = f"""
 select '{{queue}}' as queue, id, coalesce(task_id, '{{queue}}-' || id) as task_id, coalesce(task_type, '{{queue}}') as task_type,
-       {cli.STATUS_WORD} as status,
+       {q.STATUS_WORD} as status,
        priority, group_id, attempts, max_attempts, strftime('%Y-%m-%d %H:%M:%f', timestamp, 'unixepoch') as enqueued_at,
        strftime('%Y-%m-%d %H:%M:%f', due_at, 'unixepoch') as due_at,
        strftime('%Y-%m-%d %H:%M:%f', claimed_at, 'unixepoch') as started_at, null as completed_at, owner,
-       cancel_requested, then_queue, error, data
+       expires_at, cancel_requested, then_queue, error, data
 from "{{queue}}" where id = :id"""
 FINISHED_ROW = """
 select queue, row_id as id, task_id, task_type, status, priority, group_id, attempts, max_attempts, enqueued_at,
@@ -208,7 +209,7 @@ def find_tasks(
             "statuses": json.dumps(finished),
             "queues": json.dumps(queues) if queues else None,
             "since": q.utc(max(oldest, 0)),
-            "before": q.utc(min(newest, cli.LAST_MOMENT)),
+            "before": q.utc(min(newest, q.LAST_SECOND)),
         }
         statement = LIST_FINISHED.format(match="1" if like is None else FINISHED_MATCHES)
         for row in scan.matches(conn.execute(statement, which)):

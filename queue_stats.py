@@ -35,7 +35,8 @@ order by completed_at desc limit :sample"""
 COUNT_BETWEEN = """
 select count(*) from task_history where completed_at >= :since and completed_at < :until"""
 PAUSED = """
-select queue from task_paused"""
+select queue from task_controls
+where paused_at is not null and (paused_until is null or paused_until > :now)"""
 
 
 def gather(conn: q.Connection) -> dict:
@@ -44,7 +45,7 @@ def gather(conn: q.Connection) -> dict:
     ago = {"hour_ago": q.utc(now - HOUR), "day_ago": q.utc(now - DAY)}
     types: dict[str, dict[str, dict]] = {}
     with cli.snapshot(conn):
-        paused = {queue for (queue,) in conn.execute(PAUSED)}
+        paused = {queue for (queue,) in conn.execute(PAUSED, {"now": now})}
         for queue in cli.queues_of(conn):
             types[queue] = {}
             for name, statement in COUNT_BY_TYPE.items():
@@ -53,13 +54,13 @@ def gather(conn: q.Connection) -> dict:
                     numbers[name] += tasks
                     if name == "pending":
                         numbers["oldest_pending_seconds"] = round(
-                            min(max(now - oldest, 0), cli.LAST_MOMENT), 3
+                            min(max(now - oldest, 0), q.LAST_SECOND), 3
                         )
         samples: dict[tuple[str, str], list] = {}
         for queue, task_type, name, day, hour in conn.execute(COUNT_FINISHED, ago).fetchall():
             numbers = types.setdefault(queue, {}).setdefault(task_type, zeros())
             numbers[f"{name}_day"], numbers[f"{name}_hour"] = day, hour
-            if name != "cancelled":
+            if name in ("completed", "failed"):
                 which = {
                     "queue": queue,
                     "task_type": task_type,

@@ -10,10 +10,10 @@
     tasks.py retry --failed --queue approvals   put them all back
     tasks.py doctor                             what is wrong, and what to do about it
 
-ID is a task's id, or its beginning where only one task's id begins so. AGE is a number and s, m, h,
-d or w, like 90m. Every command has --help, and --json for scripts. A status is pending, scheduled,
-blocked, in_progress, completed, failed or cancelled. None but import makes a database where there
-is none.
+ID is a task's id, or its beginning where only one task's id begins so. AGE is like 30, 90m, 5min,
+1.5h or 2d. Every command has --help, and --json for scripts. A status is pending, scheduled, held,
+blocked, in_progress, completed, failed, cancelled or expired. None but import makes a database
+where there is none.
 
 exit codes: 0 fine; 1 not found, not possible, or the database cannot be used; 64 usage; 65 lines or
 files of an import were refused (they are named, the others are in); 75 the database is locked, try
@@ -75,27 +75,34 @@ SAME = {"waiting": "pending", "running": "in_progress", "done": "completed"}
 # --------------------------------------------------------------------------------------- statements
 
 CLAIMED_TASK = """
-select status, task_id, task_type, data, timestamp, priority, attempts, max_attempts, backoff, then_queue, owner, claimed_at
-from "{queue}" where id = :id"""
+select status, {task} from "{queue}" where id = :id"""
 REQUEST_CANCEL = """
-update "{queue}" set cancel_requested = 1 where id = :id and status = 2 and owner = :owner and attempts = :attempts"""
+update "{queue}" set cancel_requested = 1
+where id = :id and status = 2 and owner is :owner and attempts = :attempts"""
 START_NOW = """
-update "{queue}" set status = 1, due_at = null where id = :id and status = 3"""
+update "{queue}" set status = 1, due_at = null, released_at = null where id = :id and status = 3"""
 FAILED = """
 select id, queue, task_id from task_history
 where status = 'failed' and completed_at >= :since and (:queue is null or queue = :queue)
   and (:task_type is null or task_type = :task_type) order by completed_at, id"""
 
 PAUSE = """
-insert or ignore into task_paused (queue) values (:queue)"""
+insert into task_controls (queue, paused_at, paused_by) values (:queue, :now, 'person')
+on conflict (queue) do update
+set paused_at = :now, paused_until = null, pause_reason = null, paused_by = 'person'
+where paused_at is null or paused_until is not null"""
 RESUME = """
-delete from task_paused where queue = :queue"""
+update task_controls
+set paused_at = null, paused_until = null, pause_reason = null, paused_by = null
+where queue = :queue and paused_at is not null"""
 
+# A blocked task is put as a ready one: the other queue's groups decide.
 MOVED = """
-insert into "{queue}" (data, timestamp, status, priority, due_at, group_id, attempts, error)
-values (:data, :timestamp, :status, :priority, :due_at, :group_id, :attempts, :error)"""
+insert into "{queue}" (data, timestamp, status, priority, due_at, group_id, expires_at, attempts, error)
+values (:data, :timestamp, :status, :priority, :due_at, :group_id, :expires_at, :attempts, :error)"""
 WAITING_ROW = """
-select data, timestamp, status, priority, due_at, group_id, attempts, error, task_id, task_type
+select data, timestamp, iif(status = 4, 1, status) as status, priority, due_at, group_id, expires_at,
+       attempts, error, task_id, task_type
 from "{queue}" where id = :id and status <> 2"""
 WAITING_IDS = """
 select id from "{queue}" where {{condition}} and (:task_type is null or task_type = :task_type) and timestamp <= :before
@@ -255,7 +262,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         metavar="STATUS",
         action="append",
         type=status,
-        help="(default: pending, scheduled and blocked); may be given several times",
+        help="(default: all that wait); may be given several times",
     )
     entry.add_argument("--type", dest="task_type", metavar="TYPE", type=cli.utf8)
     entry.add_argument(
@@ -801,7 +808,7 @@ def cancel_task(conn: q.Connection, found: Found, deadline: float) -> str | None
         if row is None:
             ended = newest_life(conn, found)["status"]
             return None if ended == "cancelled" else f"it ended before that ({ended})"
-        task = q.Task(found.queue, found.row_id, found.task_id, row[2] or found.queue, *row[3:])
+        task = q.Task.from_row(found.queue, row[1:])
         if row[0] != q.CLAIMED:
             with q.transaction(conn):
                 done = q.finish(conn, task, "cancelled", error="cancelled while it waited")
@@ -864,9 +871,8 @@ def set_paused(queues: list[str], statement: str, word: str, as_json: bool) -> i
     conn = cli.open_queue()
     cli.check_known(conn, queues)
     with q.transaction(conn):
-        changed = {
-            queue: conn.execute(statement, {"queue": queue}).rowcount == 1 for queue in queues
-        }
+        told = [{"queue": queue, "now": time.time()} for queue in queues]
+        changed = {one["queue"]: conn.execute(statement, one).rowcount == 1 for one in told}
     q.wake(conn.state)
     already = {"paused": "was paused already", "resumed": "was not paused"}[word]
     cli.report(
@@ -955,7 +961,7 @@ def purge(
     cli.check_known(conn, [queue])
     newest = time.time() - before if before is not None else math.inf
     wanted: list[tuple[str, int]] = []
-    for name in statuses or ("pending", "scheduled", "blocked"):
+    for name in statuses or [name for name in LIVE if name != "in_progress"]:
         if name in LIVE:
             statement = q.on_queue(WAITING_IDS, queue).format(condition=LIVE[name])
             found = conn.execute(statement, {"task_type": task_type, "before": newest})
@@ -964,7 +970,7 @@ def purge(
                 FINISHED_IDS,
                 {
                     "task_type": task_type,
-                    "before": q.utc(min(newest, cli.LAST_MOMENT)),
+                    "before": q.utc(min(newest, q.LAST_SECOND)),
                     "status": name,
                     "queue": queue,
                 },

@@ -63,9 +63,12 @@ select json_object('queue', queue, 'id', row_id, 'task_id', task_id, 'task_type'
 from task_history where :queues is null or queue in (select value from json_each(:queues)) order by id"""
 EXPORT_LIVE = f"""
 select json_object('queue', '{{queue}}', 'id', id, 'task_id', coalesce(task_id, '{{queue}}-' || id), 'task_type', task_type,
-                   'status', {cli.STATUS_WORD},
-                   'priority', priority, 'group_id', group_id, 'attempts', attempts, 'due_at', json(printf('%!.17g', due_at)),
-                   'enqueued_at', json(printf('%!.17g', timestamp)), 'error', error), 1, data
+                   'status', {q.STATUS_WORD},
+                   'priority', priority, 'group_id', group_id, 'attempts', attempts, 
+                   'due_at', iif(due_at is null, null, json(printf('%!.17g', due_at))),
+                   'expires_at', iif(expires_at is null, null, json(printf('%!.17g', expires_at))),
+                   'enqueued_at', json(printf('%!.17g', timestamp)), 'error', error), 1,
+                   coalesce(rerun_data, data)
 from "{{queue}}" order by id"""
 
 LAST_ID = """
@@ -93,8 +96,8 @@ select exists (select 1 from "{queue}" where id = :id)"""
 DATA_OF = """
 select json_extract(:line, '$.data')"""
 IMPORT_LIVE = """
-insert into "{queue}" (id, data, timestamp, status, due_at, priority, group_id, attempts, error)
-values (:id, :data, :timestamp, :status, :due_at, :priority, :group_id, :attempts, :error)"""
+insert into "{queue}" (id, data, timestamp, status, due_at, priority, group_id, expires_at, attempts, error)
+values (:id, :data, :timestamp, :status, :due_at, :priority, :group_id, :expires_at, :attempts, :error)"""
 IMPORT_FINISHED = """
 insert into task_history (queue, row_id, task_id, task_type, status, data, priority, group_id, attempts, max_attempts,
                           enqueued_at, started_at, completed_at, exit_code, result, log, error)
@@ -656,6 +659,7 @@ FIELDS = (
     "max_attempts",
     "enqueued_at",
     "due_at",
+    "expires_at",
     "started_at",
     "completed_at",
     "exit_code",
@@ -733,10 +737,11 @@ def read_json(text: str) -> dict:
     takes for JSON.
     """
 
-    def refuse(constant: str) -> None:
-        raise ValueError(f"{constant} is not JSON")
-
-    value = json.loads(text, parse_constant=refuse)
+    # A number like 1e400 is JSON, and stays as it is; no field of ours may be one.
+    value, odd = q.parse_json(text, lenient=True)
+    for number in odd:
+        if number.strip("-") in ("NaN", "Infinity"):
+            raise ValueError(f"{number} is not JSON")
     if not isinstance(value, dict):
         raise q.InvalidTask("it is not a JSON object")
     return value
@@ -752,7 +757,7 @@ def parse_line(conn: q.Connection, line: bytes, ids: dict[str, Ids]) -> tuple[st
         raise q.InvalidTask(f"{task['status']!r} is not a status")
     queue = q.check_queue_name(task["queue"])
     check_number(task, "id", 1, 2**53)
-    check_number(task, "priority", -(2**53), 2**53, default=0)
+    check_number(task, "priority", -1_000_000, 1_000_000, default=0)
     check_number(task, "attempts", 0, MOST_ATTEMPTS, default=0)
     check_number(task, "max_attempts", 1, MOST_ATTEMPTS, default=None)
     check_number(task, "exit_code", -(2**31), 2**31, default=None)
@@ -808,9 +813,12 @@ def check_times(task: dict) -> None:
                     "12:00:00.000"
                 )
         return
-    for name in ("enqueued_at", "due_at") if task["status"] == "scheduled" else ("enqueued_at",):
+    names = ["enqueued_at"]
+    names += ["due_at"] if task["status"] == "scheduled" else []
+    names += ["expires_at"] if task.get("expires_at") is not None else []
+    for name in names:
         value = task[name]
-        if type(value) not in (int, float) or not 0 <= value <= cli.LAST_MOMENT:
+        if type(value) not in (int, float) or not 0 <= value <= q.LAST_SECOND:
             raise q.InvalidTask(
                 f"its {name} is {cli.short(repr(value), 40)}: not seconds since 1970"
             )
@@ -854,11 +862,12 @@ def import_finished(conn: q.Connection, row: dict, ids: dict[str, Ids]) -> bool:
 
 def import_live(conn: q.Connection, row: dict, data: dict, ids: dict[str, Ids]) -> bool:
     queue, was_id = row["queue"], row["id"]
-    is_scheduled = row["status"] == "scheduled"
+    is_later = row["status"] in ("scheduled", "held")
     row |= {
         "timestamp": float(row["enqueued_at"]),
-        "status": q.SCHEDULED if is_scheduled else q.READY,
-        "due_at": float(row["due_at"]) if is_scheduled else None,
+        "due_at": float(row["due_at"]) if row["status"] == "scheduled" else None,
+        "status": q.SCHEDULED if is_later else q.READY,
+        "expires_at": None if row["expires_at"] is None else float(row["expires_at"]),
     }
     is_bare = not (
         isinstance(data.get("task_id"), str)

@@ -214,7 +214,7 @@ def test_scripts_get_their_json_without_the_table_library(installation):
 
 def test_a_task_of_the_far_future_or_past_is_listed_counted_and_purged(installation):
     installation.enqueue("approvals", "review")
-    for moment in ("253402300799", "1e300", "-1e300", "0"):
+    for moment in ("32503680000", "1e300", "-1e300", "0"):
         installation.sqlite3(f"insert into notifications (data, timestamp) values ('{{}}', {moment})")
     assert len(tasks(installation, "list", "--queue", "notifications")) == 4
     assert tasks(installation, "stats")["queues"]["notifications"]["pending"] == 4
