@@ -38,17 +38,8 @@ import queue_cli as cli
 import queue_helpers as q
 import queue_stats as numbers_of
 from queue_cli import EX_FAILED, EX_USAGE, LIVE, STATUSES, Refused
-from queue_find import (
-    FINISHED_ROW,
-    LIVE_ROW,
-    Found,
-    Scan,
-    find,
-    find_tasks,
-    history_ids,
-    live_id,
-    newest_life,
-)
+from queue_find import FINISHED_ROW, LIVE_ROW, Found, Scan
+from queue_find import find, find_tasks, history_ids, live_id, newest_life
 
 # `list --text` looks for so long, unless --all is given.
 SCAN_SECONDS = 0.4
@@ -449,10 +440,8 @@ def list_(
     cli.check_known(conn, queues or ())
     scan = Scan(None if text is None or look_at_all else SCAN_SECONDS)
     like = None if text is None else "%" + re.sub(r"([\\%_])", r"\\\1", text) + "%"
-    newest, oldest = (
-        math.inf if before is None else now - before,
-        0.0 if since is None else now - since,
-    )
+    newest = math.inf if before is None else now - before
+    oldest = -math.inf if since is None else now - since
     rows: list[dict] = []
     with cli.snapshot(conn):
         for read in find_tasks(
@@ -875,16 +864,10 @@ def set_paused(queues: list[str], statement: str, word: str, as_json: bool) -> i
         changed = {one["queue"]: conn.execute(statement, one).rowcount == 1 for one in told}
     q.wake(conn.state)
     already = {"paused": "was paused already", "resumed": "was not paused"}[word]
-    cli.report(
-        as_json,
-        [
-            {"queue": queue, "paused": word == "paused", "changed": changed[queue]}
-            for queue in queues
-        ],
-        "\n".join(
-            f"{word} {queue}" if changed[queue] else f"{queue} {already}" for queue in queues
-        ),
-    )
+    is_paused = word == "paused"
+    told = [{"queue": name, "paused": is_paused, "changed": changed[name]} for name in queues]
+    lines = [f"{word} {name}" if changed[name] else f"{name} {already}" for name in queues]
+    cli.report(as_json, told, "\n".join(lines))
     return 0
 
 
