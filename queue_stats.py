@@ -54,7 +54,7 @@ def gather(conn: q.Connection) -> dict:
                     numbers[name] += tasks
                     if name == "pending":
                         numbers["oldest_pending_seconds"] = round(
-                            min(max(now - oldest, 0), q.LAST_SECOND), 3
+                            min(max(now - oldest, 0.0), float(q.LAST_SECOND)), 3
                         )
         samples: dict[tuple[str, str], list] = {}
         for queue, task_type, name, day, hour in conn.execute(COUNT_FINISHED, ago).fetchall():
