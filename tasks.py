@@ -38,8 +38,17 @@ import queue_cli as cli
 import queue_helpers as q
 import queue_stats as numbers_of
 from queue_cli import EX_FAILED, EX_USAGE, LIVE, STATUSES, Refused
-from queue_find import FINISHED_ROW, LIVE_ROW, Found, Scan
-from queue_find import find, find_tasks, history_ids, live_id, newest_life
+from queue_find import (
+    FINISHED_ROW,
+    LIVE_ROW,
+    Found,
+    Scan,
+    find,
+    find_tasks,
+    history_ids,
+    live_id,
+    newest_life,
+)
 
 # `list --text` looks for so long, unless --all is given.
 SCAN_SECONDS = 0.4
