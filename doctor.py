@@ -18,7 +18,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shlex
 import shutil
 import sqlite3
 import stat
@@ -31,7 +30,9 @@ from typing import NamedTuple
 
 import queue_cli as cli
 import queue_helpers as q
+import queue_installation
 from queue_cli import sh, span
+from queue_settings import words_of
 
 MAX_WAIT_SECONDS = 600.0
 # A worker takes spooled tasks in at once.
@@ -165,7 +166,8 @@ class Place(NamedTuple):
     @classmethod
     def find(cls) -> Place:
         lib = Path(__file__).resolve().parent
-        prefix = lib.parent.parent if (lib.parent.parent / "installed.json").is_file() else None
+        installation = queue_installation.installed(__file__)
+        prefix = installation.prefix if installation else None
         places = (lib / "handlers", lib.parent.parent / "handlers")
         handlers = next((path for path in places if path.is_dir()), places[0])
         record = read_record(prefix) if prefix else None
@@ -856,18 +858,6 @@ def hooks_in(root: dict) -> Iterator[tuple[str, list[str]]]:
             for hook in group.get("hooks", ()):
                 if isinstance(hook.get("command"), str):
                     yield event, words_of(hook)
-
-
-def words_of(hook: dict) -> list[str]:
-    """The words of a hook's command. In exec form `command` is a program, and `args` are its
-    arguments.
-    """
-    if isinstance(hook.get("args"), list):
-        return [hook["command"], *(word for word in hook["args"] if isinstance(word, str))]
-    try:
-        return shlex.split(hook["command"])
-    except ValueError:
-        return hook["command"].split()
 
 
 def path_of(word: str) -> str:
