@@ -3,17 +3,20 @@
 # requires-python = ">=3.11"
 # dependencies = ["rich>=13,<16"]
 # ///
-"""Tidy up: prune old history and its logs, take in the spool, take back the tasks of dead owners, give space back.
+"""Tidy up: prune old history and its logs, take in the spool, take back the tasks of dead owners,
+give space back.
 
-    cleanup.py                                     finished tasks older than 24 h go, dead letters after 30 days
-    cleanup.py --dry-run --keep 7d                 say what would go, change nothing
-    cleanup.py --every 1h --keep-failed 90d        stay and repeat, until SIGTERM or Ctrl-C
+    cleanup.py                                  done tasks go after 24 h, dead letters after 30 d
+    cleanup.py --dry-run --keep 7d              say what would go, change nothing
+    cleanup.py --every 1h --keep-failed 90d     stay and repeat, until SIGTERM or Ctrl-C
 
-Waiting and running tasks are never touched, nor the logs of a run that still goes on. The write lock is held for some
-milliseconds at a time: whoever enqueues meanwhile hardly notices. DURATION is a number and s, m, h, d or w, like 90m.
+Waiting and running tasks are never touched, nor the logs of a run that still goes on. The write
+lock is held for some milliseconds at a time: whoever enqueues meanwhile hardly notices. DURATION is
+like 30, 90m, 5min, 1.5h or 2d.
 
-exit codes: 0 done (with --every: stopped by a signal); 1 the database cannot be used; 64 usage; 75 the database is
-locked, try again; 128 + n a single run was stopped by signal n.
+exit codes: 0 done (with --every: stopped by a signal); 1 the database cannot be used, or something
+was left undone: it is named, and the rest was done; 64 usage; 75 the database is locked, try again;
+128 + n a single run was stopped by signal n.
 """
 
 from __future__ import annotations
@@ -22,8 +25,10 @@ import argparse
 import json
 import os
 import re
+import shutil
 import signal
 import sqlite3
+import stat
 import sys
 import threading
 import time
@@ -32,25 +37,32 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+import queue_cli as cli
 import queue_helpers as q
+from queue_cli import EX_FAILED, EX_TEMPFAIL, plural, size
 
-EX_FAILED, EX_USAGE, EX_TEMPFAIL = 1, 64, 75
-UNITS = {"s": 1, "m": 60, "h": 3_600, "d": 86_400, "w": 604_800}
-LONGEST_SECONDS = 36_500 * 86_400
-
-# SQLite's busy handler looks again after 1, 3, 8, 18, 33 … ms. A lock held for less than 7 ms and then left alone for
-# 10 ms is therefore had at the third look; without the pause somebody unlucky could miss it ten times in a row.
+# SQLite's busy handler looks again after 1, 3, 8, 18, 33 … ms. A lock held for less than 7 ms and
+# then left alone for 10 ms is therefore had at the third look; without the pause somebody unlucky
+# could miss it ten times in a row.
 HOLD_SECONDS = 0.004
 PAUSE_SECONDS = 0.010
-STEPS_PER_CHECKPOINT = 4  # so that the log stays short, and no enqueue has to do this work
+# The write-ahead log is written back so often that it stays short, and no enqueue has to do this
+# work.
+STEPS_PER_CHECKPOINT = 4
 MOST_PER_STEP = 5_000
-LONG_WORK = 20_000  # rows or pages; what is more gets a progress bar
-SPARE_SHARE = 0.1  # of the database's pages stay free: tomorrow's tasks need them
-NEWBORN_SECONDS = 60.0  # a lock file this young may not be locked yet
-WORKER_LOG_BYTES = 10 * 2**20  # a detached worker's own log is set aside then; the one before it goes
-RUN_FILE = re.compile(r"(?P<run>(?P<id>\d+)-\d+-.+)\.(?:out|err)")
+# More rows or pages than this get a progress bar.
+LONG_WORK = 20_000
+# This share of the database's pages stays free: tomorrow's tasks need them.
+SPARE_SHARE = 0.1
+# A lock file this young may not be locked yet.
+NEWBORN_SECONDS = 60.0
+# What a restore that was killed left behind is removed after this time.
+LEFT_BEHIND_SECONDS = 86_400.0
+# A detached worker's own log of this size is set aside; the one before it goes.
+WORKER_LOG_BYTES = 10 * 2**20
+RUN_FILE = re.compile(r"(?P<run>(?P<id>\d+)-\d+-.+)\.(?:out|err)", re.DOTALL)
 
-# ---------------------------------------------------------------------------------------------------------- statements
+# --------------------------------------------------------------------------------------- statements
 
 EXPIRED_IF = """
 completed_at < case status when 'failed' then :failed_before else :finished_before end"""
@@ -70,41 +82,39 @@ select id from "{queue}" """
 LAST_ID = """
 select coalesce(max(seq), 0) from sqlite_sequence where name = '{queue}'"""
 
-# -------------------------------------------------------------------------------------------------------- command line
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        self.exit(EX_USAGE, f"{self.prog}: {message}; see {self.prog} --help\n")
-
-
-def duration(text: str) -> float:
-    """Seconds."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)([smhdw])", text.strip())
-    if not match:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a duration: write a number and s, m, h, d or w, like 24h")
-    seconds = float(match[1]) * UNITS[match[2]]
-    if seconds > LONGEST_SECONDS:
-        raise argparse.ArgumentTypeError(f"{text!r} is more than 100 years")
-    return seconds
+# ------------------------------------------------------------------------------------- command line
 
 
 def interval(text: str) -> float:
-    seconds = duration(text)
+    seconds = cli.duration(text)
     if seconds < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is less than a second")
     return seconds
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = Parser(prog="cleanup.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--keep", metavar="DURATION", type=duration, default="24h",
-                        help="of completed and cancelled tasks (default 24h; 0s keeps none)")  # fmt: skip
-    parser.add_argument("--keep-failed", metavar="DURATION", type=duration, default="30d",
-                        help="of dead letters (default 30d)")  # fmt: skip
+    parser = cli.make_parser("cleanup.py", __doc__)
+    parser.add_argument(
+        "--keep",
+        metavar="DURATION",
+        type=cli.duration,
+        default="24h",
+        help="of completed and cancelled tasks (default 24h; 0s keeps none)",
+    )
+    parser.add_argument(
+        "--keep-failed",
+        metavar="DURATION",
+        type=cli.duration,
+        default="30d",
+        help="of dead letters (default 30d)",
+    )
     parser.add_argument("--dry-run", action="store_true", help="say what would go, change nothing")
-    parser.add_argument("--every", metavar="DURATION", type=interval, help="stay, and do it again this often")
-    parser.add_argument("--json", action="store_true", help="the summary as one line of JSON, one per run")
+    parser.add_argument(
+        "--every", metavar="DURATION", type=interval, help="stay, and do it again this often"
+    )
+    parser.add_argument(
+        "--json", action="store_true", help="the summary as one line of JSON, one per run"
+    )
     return parser.parse_args(argv)
 
 
@@ -121,23 +131,19 @@ class Stop(threading.Event):
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
-    stop, before, trouble = Stop(), {}, ""
+    cli.open_standard_streams()
+    stop, before, told = Stop(), {}, ()
     for number in (signal.SIGTERM, signal.SIGINT):
         before[number] = signal.signal(number, stop.catch)
     try:
         while True:
-            began, code = time.monotonic(), 0
-            try:
-                report = clean(q.STATE_DIR, args.keep, args.keep_failed, stop, dry_run=args.dry_run)
-                trouble = ""
-                print(json.dumps(asdict(report)) if args.json else "\n".join(sentences(report)), flush=True)
-            except q.QueueError as error:
-                code = EX_TEMPFAIL if isinstance(error, q.QueueBusy) else EX_FAILED
-                if str(error) != trouble:  # with --every: once, not every time
-                    trouble = str(error)
-                    complain(error)
-            except BrokenPipeError:
-                os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the reader has gone; the work is done
+            began = time.monotonic()
+            code, complaints = clean_and_tell(args, stop)
+            # With --every each is said when it begins, not every time.
+            for complaint in complaints:
+                if complaint not in told:
+                    cli.complain(code, "cleanup.py", complaint)
+            told = complaints
             if args.every is None:
                 return 128 + stop.signal if stop.is_set() else code
             if stop.wait(max(0.0, began + args.every - time.monotonic())):
@@ -147,11 +153,32 @@ def main(argv: Sequence[str] | None = None) -> int:
             signal.signal(number, handler)
 
 
-def complain(message: object) -> None:
-    print("cleanup.py: " + " ".join(str(message).split()), file=sys.stderr)
+def clean_and_tell(args: argparse.Namespace, stop: Stop) -> tuple[int, tuple[str, ...]]:
+    """One clean-up and its summary: (the exit code, what is to be complained about)."""
+    try:
+        report = clean(q.STATE_DIR, args.keep, args.keep_failed, stop, dry_run=args.dry_run)
+    except q.QueueError as error:
+        return EX_TEMPFAIL if isinstance(error, q.QueueBusy) else EX_FAILED, (str(error),)
+    try:
+        text = (
+            json.dumps(asdict(report))
+            if args.json
+            else "\n".join(map(cli.printable, sentences(report)))
+        )
+        print(
+            text.encode(sys.stdout.encoding, "backslashreplace").decode(sys.stdout.encoding),
+            flush=True,
+        )
+    except BrokenPipeError:
+        # The reader has gone; the work is done.
+        cli.mute(1)
+    except OSError as error:
+        cli.mute(1)
+        return EX_FAILED, (*report.left_undone, f"standard output: {error.strerror}")
+    return EX_FAILED if report.left_undone else 0, tuple(report.left_undone)
 
 
-# --------------------------------------------------------------------------------------------------------- one clean-up
+# ------------------------------------------------------------------------------------- one clean-up
 
 
 @dataclass
@@ -161,25 +188,40 @@ class Report:
     state: str
     dry_run: bool
     stopped: bool = False
-    pruned: dict[str, int] = field(default_factory=lambda: {"completed": 0, "failed": 0, "cancelled": 0})
+    pruned: dict[str, int] = field(
+        default_factory=lambda: {"completed": 0, "failed": 0, "cancelled": 0}
+    )
     log_files: int = 0
     log_bytes: int = 0
-    set_aside: int = 0  # workers' own logs
+    # Workers' own logs.
+    set_aside: int = 0
     spooled: int = 0
-    complaints: list[str] = field(default_factory=list)  # about files in the spool
+    # About files in the spool.
+    complaints: list[str] = field(default_factory=list)
+    # What could not be done, and why.
+    left_undone: list[str] = field(default_factory=list)
+    # Files and directories that other users could read.
+    modes: int = 0
     recovered: int = 0
-    orphans: int = 0  # handlers that outlive their worker; their tasks are left alone
+    # Handlers that outlive their worker; their tasks are left alone.
+    orphans: int = 0
     lock_files: int = 0
-    bytes_before: int = 0  # of the database with its write-ahead log
+    # Of the database with its write-ahead log.
+    bytes_before: int = 0
     bytes_after: int = 0
-    free_bytes: int = 0  # inside the database
+    # Inside the database.
+    free_bytes: int = 0
     wal_bytes: int = 0
     can_shrink: bool = True
     seconds: float = 0.0
 
 
-def clean(state: Path, keep: float, keep_failed: float, stop: Stop, *, dry_run: bool = False) -> Report:
-    """Do everything once. Raises QueueBusy and QueueUnavailable; what was done until then stays done."""
+def clean(
+    state: Path, keep: float, keep_failed: float, stop: Stop, *, dry_run: bool = False
+) -> Report:
+    """Do everything once. Raises QueueBusy and QueueUnavailable; what was done until then stays
+    done.
+    """
     began, now = time.monotonic(), time.time()
     conn = q.connect(state, create=False)
     report = Report(str(state), dry_run, bytes_before=size_of(state, "", "-wal"))
@@ -191,11 +233,18 @@ def clean(state: Path, keep: float, keep_failed: float, stop: Stop, *, dry_run: 
             report.pruned |= dict(conn.execute(COUNT_EXPIRED, limits).fetchall())
             remove_logs(conn, limits, stop, report)
             remove_locks(conn, report)
+            tidy_state(state, report)
         else:
-            report.spooled, report.complaints = q.take_in_spool(state)
-            recovered, report.orphans = q.recover(state)
-            report.recovered = len(recovered)
-            conn.execute("pragma wal_autocheckpoint = 0")  # Pacer's business, outside of the write lock
+            tidy_state(state, report)
+            with left_undone(report, "the spool"):
+                report.spooled, report.complaints = q.take_in_spool(state)
+                if report.complaints and any(spool_files(state)):
+                    report.left_undone += report.complaints
+            with left_undone(report, "tasks of dead owners"):
+                recovered, report.orphans = q.recover(state)
+                report.recovered = len(recovered)
+            # Checkpoints are Pacer's business, outside of the write lock.
+            conn.execute("pragma wal_autocheckpoint = 0")
             pacer = Pacer(conn, stop)
             prune(conn, limits, pacer, report)
             remove_logs(conn, {"finished_before": "", "failed_before": ""}, stop, report)
@@ -211,6 +260,47 @@ def clean(state: Path, keep: float, keep_failed: float, stop: Stop, *, dry_run: 
 
 
 @contextmanager
+def left_undone(report: Report, what: object) -> Iterator[None]:
+    """One entry's trouble is written down, and the rest is done."""
+    try:
+        yield
+    except FileNotFoundError:
+        # Somebody else removed it at this moment.
+        pass
+    except q.QueueBusy:
+        raise
+    except (OSError, UnicodeError, q.QueueError) as error:
+        why = error.strerror if isinstance(error, OSError) else error
+        where = getattr(error, "filename", None) or what
+        report.left_undone.append(
+            f"{os.fsdecode(where) if isinstance(where, bytes) else where}: {why}; see: tasks.py "
+            "doctor"
+        )
+
+
+def tidy_state(state: Path, report: Report) -> None:
+    """Close what other users could read, and remove what a restore that was killed left behind."""
+    for top, directories, files in os.walk(state):
+        for name in (".", *files):
+            path = Path(top, name)
+            with left_undone(report, path):
+                found = path.lstat()
+                if (
+                    found.st_uid == os.getuid()
+                    and found.st_mode & 0o077
+                    and not stat.S_ISLNK(found.st_mode)
+                ):
+                    report.modes += 1
+                    if not report.dry_run:
+                        path.chmod(stat.S_IMODE(found.st_mode) & 0o700)
+        if Path(top) == state:
+            for name in [name for name in directories if name.startswith(".restore-")]:
+                is_old = time.time() - Path(top, name).stat().st_mtime > LEFT_BEHIND_SECONDS
+                if is_old and not report.dry_run:
+                    shutil.rmtree(Path(top, name), ignore_errors=True)
+
+
+@contextmanager
 def errors_explained(state: Path) -> Iterator[None]:
     try:
         yield
@@ -219,19 +309,25 @@ def errors_explained(state: Path) -> Iterator[None]:
     except BrokenPipeError:
         raise
     except OSError as error:
-        raise q.QueueUnavailable(f"{error.filename}: {error.strerror}; check the permissions: ls -laR '{state}'") from error
+        raise q.QueueUnavailable(
+            f"{error.filename}: {error.strerror}; check the permissions: ls -laR '{state}'"
+        ) from error
 
 
 class Pacer:
-    """Work in many short transactions, each as large as HOLD_SECONDS allow, with the write lock free in between."""
+    """Work in many short transactions, each as large as HOLD_SECONDS allow, with the write lock
+    free in between.
+    """
 
     def __init__(self, conn: q.Connection, stop: Stop) -> None:
         self.conn, self.stop, self.deadline, self.steps = conn, stop, 0.0, 0
-        self.amount = 16  # rows or pages of the next step
+        # Rows or pages of the next step.
+        self.amount = 16
 
     @contextmanager
     def step(self) -> Iterator[None]:
-        with q.transaction(self.conn, durable=False):  # a power cut may undo it: the next run does it again
+        # A power cut may undo it: the next run does it again.
+        with q.transaction(self.conn, durable=False):
             began = time.monotonic()
             self.deadline = began + HOLD_SECONDS
             yield
@@ -250,48 +346,60 @@ def prune(conn: q.Connection, limits: dict[str, str], pacer: Pacer, report: Repo
     since = ""
     with progress(expired, "history") as advance:
         while not pacer.stop.is_set():
-            rows = conn.execute(EXPIRED, {**limits, "since": since, "limit": pacer.amount}).fetchall()
+            rows = conn.execute(
+                EXPIRED, {**limits, "since": since, "limit": pacer.amount}
+            ).fetchall()
             if not rows:
                 break
             with pacer.step():
                 gone = 0
                 for row_id, completed_at, status in rows:
-                    found = conn.execute(PRUNE, {"id": row_id, "completed_at": completed_at}).rowcount
-                    report.pruned[status] += found
+                    found = conn.execute(
+                        PRUNE, {"id": row_id, "completed_at": completed_at}
+                    ).rowcount
+                    report.pruned[status] = report.pruned.get(status, 0) + found
                     gone, since = gone + 1, completed_at
-                    if time.monotonic() > pacer.deadline:  # large rows
+                    # Rows may be large.
+                    if time.monotonic() > pacer.deadline:
                         break
             advance(gone)
 
 
 def remove_logs(conn: q.Connection, limits: dict[str, str], stop: Stop, report: Report) -> None:
     """Remove the output files of tasks that are neither in their queue nor in the history."""
-    logs = conn.state / "logs"
+    logs = cli.logs_directory(conn.state)
     wanted = {directory.name for directory in logs.glob("*/")}
     for log in logs.glob("worker.*.log"):
-        if log.stat().st_size > WORKER_LOG_BYTES:
-            report.set_aside += 1
-            if not report.dry_run:
-                log.replace(f"{log}.old")
+        with left_undone(report, log):
+            if log.stat().st_size > WORKER_LOG_BYTES:
+                report.set_aside += 1
+                if not report.dry_run:
+                    log.replace(f"{log}.old")
     if not wanted:
         return
-    conn.execute("begin")  # one snapshot: a task on its way from queue to history is in exactly one of them
-    try:
-        queues = [queue for (queue,) in conn.execute(q.QUEUES).fetchall() if queue in wanted]
+    queues = [queue for queue in cli.queues_of(conn) if queue in wanted]
+    # One snapshot: a task on its way from queue to history is in exactly one of them.
+    with cli.snapshot(conn):
         last = {queue: q.execute(conn, LAST_ID, queue).fetchone()[0] for queue in queues}
-        kept = {queue: {row_id for (row_id,) in q.execute(conn, UNFINISHED, queue)} for queue in queues}
+        kept = {
+            queue: {row_id for (row_id,) in q.execute(conn, UNFINISHED, queue)} for queue in queues
+        }
         for queue, row_id in conn.execute(KEPT_HISTORY, limits):
             if queue in kept:
                 kept[queue].add(row_id)
-    finally:
-        conn.execute("rollback")
     for queue in queues:
-        for entry in os.scandir(logs / queue):
-            if stop.is_set():
-                return
-            match = RUN_FILE.fullmatch(entry.name)
-            if match and int(match["id"]) <= last[queue] and int(match["id"]) not in kept[queue]:
-                remove_log(entry, logs / queue / f"{match['run']}.out", report)
+        with left_undone(report, logs / queue):
+            for entry in os.scandir(logs / queue):
+                if stop.is_set():
+                    return
+                match = RUN_FILE.fullmatch(entry.name)
+                if (
+                    match
+                    and int(match["id"]) <= last[queue]
+                    and int(match["id"]) not in kept[queue]
+                ):
+                    with left_undone(report, entry.path):
+                        remove_log(entry, logs / queue / f"{match['run']}.out", report)
 
 
 def remove_log(entry: os.DirEntry, output: Path, report: Report) -> None:
@@ -303,43 +411,50 @@ def remove_log(entry: os.DirEntry, output: Path, report: Report) -> None:
     except FileNotFoundError:
         fd = None
     try:
-        size = entry.stat(follow_symlinks=False).st_size
+        length = entry.stat(follow_symlinks=False).st_size
         if not report.dry_run:
             os.unlink(entry.path)
-        report.log_files, report.log_bytes = report.log_files + 1, report.log_bytes + size
-    except FileNotFoundError:
-        pass  # another clean-up
+        report.log_files, report.log_bytes = report.log_files + 1, report.log_bytes + length
     finally:
         if fd is not None:
             os.close(fd)
 
 
 def remove_locks(conn: q.Connection, report: Report) -> None:
-    """Remove the lock files that nobody holds, but those of owners whose tasks could not be taken back yet."""
-    workers = conn.state / "workers"
+    """Remove the lock files that nobody holds, but those of owners whose tasks could not be taken
+    back yet.
+    """
+    workers = cli.owner_lock(conn.state, None).parent
     if not workers.is_dir():
         return
-    owners = {owner for (queue,) in conn.execute(q.QUEUES).fetchall() for (owner,) in q.execute(conn, q.OWNERS, queue)}
-    for entry in os.scandir(workers):
-        try:
-            young = time.time() - entry.stat(follow_symlinks=False).st_mtime < NEWBORN_SECONDS
-            if young or entry.name in owners or not entry.is_file(follow_symlinks=False):
-                continue
-            fd = q.lock_file(entry.path, probe=True)
-        except FileNotFoundError:
-            continue  # its owner has left
-        if fd is not None:
-            if not report.dry_run:
-                Path(entry.path).unlink(missing_ok=True)
-            os.close(fd)
-            report.lock_files += 1
-    for exits in (conn.state / "logs").glob("*.exits"):  # what the handlers of dead owners left
+    owners = {task.owner for _, task in cli.claims(conn)}
+    with left_undone(report, workers):
+        for entry in os.scandir(workers):
+            with left_undone(report, entry.path):
+                remove_lock(entry, owners, report)
+    # What the handlers of dead owners left.
+    for exits in cli.logs_directory(conn.state).glob("*.exits"):
         if not report.dry_run and exits.stem not in owners and not (workers / exits.stem).exists():
-            exits.unlink(missing_ok=True)
+            with left_undone(report, exits):
+                exits.unlink(missing_ok=True)
+
+
+def remove_lock(entry: os.DirEntry, owners: set[str | None], report: Report) -> None:
+    young = time.time() - entry.stat(follow_symlinks=False).st_mtime < NEWBORN_SECONDS
+    if young or entry.name in owners or not entry.is_file(follow_symlinks=False):
+        return
+    fd = q.lock_file(entry.path, probe=True)
+    if fd is not None:
+        if not report.dry_run:
+            Path(entry.path).unlink(missing_ok=True)
+        os.close(fd)
+        report.lock_files += 1
 
 
 def give_back(conn: q.Connection, pacer: Pacer, report: Report) -> None:
-    """Shrink the file by its free pages, but SPARE_SHARE of it. Needs auto_vacuum = incremental, else does nothing."""
+    """Shrink the file by its free pages, but SPARE_SHARE of it. Needs auto_vacuum = incremental,
+    else does nothing.
+    """
     pages = conn.execute("pragma page_count").fetchone()[0]
     free = conn.execute("pragma freelist_count").fetchone()[0]
     spare = int((pages - free) * SPARE_SHARE)
@@ -350,7 +465,8 @@ def give_back(conn: q.Connection, pacer: Pacer, report: Report) -> None:
         while free > spare and not pacer.stop.is_set():
             with pacer.step():
                 for _ in range(min(pacer.amount, free - spare)):
-                    conn.execute("pragma incremental_vacuum(1)")  # Python never takes a second step, whatever the number
+                    # Python never takes a second step, whatever the number.
+                    conn.execute("pragma incremental_vacuum(1)")
                     if time.monotonic() > pacer.deadline:
                         break
             was, free = free, conn.execute("pragma freelist_count").fetchone()[0]
@@ -360,7 +476,8 @@ def give_back(conn: q.Connection, pacer: Pacer, report: Report) -> None:
 def checkpoint(conn: q.Connection) -> None:
     """Write the log into the database, and empty it unless somebody reads or writes right now."""
     conn.execute("pragma wal_checkpoint(passive)").fetchall()
-    conn.execute("pragma busy_timeout = 0")  # waiting for readers, it would hold the write lock all the time
+    # Waiting for readers, it would hold the write lock all the time.
+    conn.execute("pragma busy_timeout = 0")
     try:
         conn.execute("pragma wal_checkpoint(truncate)").fetchall()
     finally:
@@ -368,32 +485,16 @@ def checkpoint(conn: q.Connection) -> None:
 
 
 def spool_files(state: Path) -> Iterator[Path]:
-    for path in (state / "spool").glob("*/*"):
+    for path in cli.spool_directory(state).glob("*/*"):
         if not path.name.startswith(".") and path.is_file():
             yield path
 
 
 def count_dead_claims(conn: q.Connection) -> tuple[int, int]:
     """(tasks of dead owners that can be taken back, those whose handlers still run)."""
-    free = orphans = 0
-    for (queue,) in conn.execute(q.QUEUES).fetchall():
-        for (owner,) in q.execute(conn, q.OWNERS, queue).fetchall():
-            if is_locked(conn.state / "workers" / os.path.basename(owner)):
-                continue
-            for row in q.execute(conn, q.CLAIMED_BY, queue, owner=owner).fetchall():
-                locked = is_locked(conn.state / "logs" / f"{q.Task(queue, *row).run_name}.out")
-                free, orphans = free + (not locked), orphans + locked
-    return free, orphans
-
-
-def is_locked(path: Path) -> bool:
-    try:
-        fd = q.lock_file(path, probe=True)
-    except FileNotFoundError:
-        return False
-    if fd is not None:
-        os.close(fd)
-    return fd is None
+    dead = [task for _, task in cli.claims(conn) if not cli.owner_is_alive(conn.state, task.owner)]
+    orphans = sum(cli.run_is_alive(conn.state, task) for task in dead)
+    return len(dead) - orphans, orphans
 
 
 def size_of(state: Path, *suffixes: str) -> int:
@@ -401,28 +502,43 @@ def size_of(state: Path, *suffixes: str) -> int:
     sizes = 0
     for suffix in suffixes:
         try:
-            sizes += os.stat(state / f"tasks.db{suffix}").st_size
+            sizes += os.stat(f"{cli.database_file(state)}{suffix}").st_size
         except OSError:
-            pass  # the log comes and goes
+            # The log comes and goes.
+            pass
     return sizes
 
 
-# ------------------------------------------------------------------------------------------------------------- telling
+# ------------------------------------------------------------------------------------------ telling
 
 
 @contextmanager
 def progress(total: int, what: str) -> Iterator:
-    """A function that moves a bar on a terminal's stderr; without a terminal, or for little work, it does nothing."""
+    """A function that moves a bar on a terminal's stderr; without a terminal, or for little work,
+    it does nothing.
+    """
     bar = nullcontext()
     if total >= LONG_WORK and sys.stderr.isatty():
         try:
             from rich.console import Console
-            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+            from rich.progress import (
+                BarColumn,
+                MofNCompleteColumn,
+                Progress,
+                TextColumn,
+                TimeRemainingColumn,
+            )
 
-            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeRemainingColumn(),
+            )
             bar = Progress(*columns, console=Console(stderr=True), transient=True)
         except ImportError:
-            pass  # run by a plain python3
+            # It was run by a plain python3.
+            pass
     with bar as shown:
         job = shown.add_task(what, total=total) if shown else None
         yield (lambda count: shown.advance(job, count)) if shown else (lambda count: None)
@@ -437,33 +553,33 @@ def sentences(report: Report) -> Iterator[str]:
     if report.recovered:
         yield f"owners: {plural(report.recovered, 'task')} of dead owners {would}taken back"
     if report.orphans:
-        yield f"owners: {plural(report.orphans, 'task')} left alone: the handler outlives its worker"
+        yield (
+            f"owners: {plural(report.orphans, 'task')} left alone: the handler outlives its worker"
+        )
     kinds = ", ".join(f"{count:,} {status}" for status, count in report.pruned.items() if count)
-    yield f"history: {plural(sum(report.pruned.values()), 'task')} {would}pruned" + (f" ({kinds})" if kinds else "")
+    yield f"history: {plural(sum(report.pruned.values()), 'task')} {would}pruned" + (
+        f" ({kinds})" if kinds else ""
+    )
     yield f"logs: {plural(report.log_files, 'file')} {would}removed, {size(report.log_bytes)}"
     if report.set_aside:
         yield f"logs: {plural(report.set_aside, 'log')} of workers {would}set aside as .old"
+    if report.modes:
+        yield f"state: {plural(report.modes, 'file')} {would}closed to other users"
     if report.lock_files:
         yield f"workers: {plural(report.lock_files, 'stale lock file')} {would}removed"
     shrunk = f"{size(report.bytes_before)} -> " if not report.dry_run else ""
-    yield f"database: {shrunk}{size(report.bytes_after)}, of it {size(report.free_bytes)} free for new tasks"
+    yield (
+        f"database: {shrunk}{size(report.bytes_after)}, of it {size(report.free_bytes)} free "
+        "for "
+        "new tasks"
+    )
     if not report.can_shrink and report.free_bytes > SPARE_SHARE * report.bytes_after:
-        yield "database: made without auto_vacuum, so it does not shrink. To change that, once, with no worker running: "\
-              f"sqlite3 '{report.state}/tasks.db' 'pragma auto_vacuum = incremental; vacuum'"  # fmt: skip
+        yield (
+            "database: made without auto_vacuum, so it does not shrink. To change that, once, with "
+            "no worker running: "
+            f"sqlite3 '{report.state}/tasks.db' 'pragma auto_vacuum = incremental; vacuum'"
+        )
     yield f"{'stopped early after' if report.stopped else 'took'} {report.seconds:.1f} s"
-
-
-def plural(count: int, noun: str) -> str:
-    return f"{count:,} {noun}{'' if count == 1 else 's'}"
-
-
-def size(count: float) -> str:
-    """Bytes for people."""
-    for unit in ("B", "kB", "MB"):
-        if count < 1000:
-            return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.1f} GB"
 
 
 if __name__ == "__main__":

@@ -457,7 +457,7 @@ def _whole_seconds(seconds: int) -> str:
 
 def parse_duration(text: str) -> float:
     """Seconds: "30", "90m", "5min", "1.5h", "2d", "1h30m". ValueError for anything else."""
-    part = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*(|s|sec|m|min|h|d|w)")
+    part = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*(sec|s|min|m|h|d|w|)")
     units = {"": 1, "s": 1, "sec": 1, "m": 60, "min": 60, "h": 3600, "d": 86_400, "w": 604_800}
     if not re.fullmatch(rf"\s*(?:{part.pattern}\s*)+", text):
         raise ValueError(f"{text!r} is not a duration like 30, 90m, 5min, 1.5h or 2d")

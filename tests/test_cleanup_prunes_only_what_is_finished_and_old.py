@@ -244,7 +244,7 @@ def refused(installation, *args) -> tuple[int, str]:
 
 
 @pytest.mark.parametrize("args", [
-    ["--keep", "24"], ["--keep", "-1h"], ["--keep", ""], ["--keep", "1y"], ["--keep-failed", "nan"], ["--keep", "9999999w"],
+    ["--keep", "24 o'clock"], ["--keep", "-1h"], ["--keep", ""], ["--keep", "1y"], ["--keep-failed", "nan"], ["--keep", "9999999w"],
     ["--every", "0s"], ["--every"], ["--everything"], ["approvals"],
 ])  # fmt: skip
 def test_a_usage_error_is_64_and_changes_nothing(old, args):

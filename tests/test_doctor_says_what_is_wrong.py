@@ -36,6 +36,7 @@ def home(master, tmp_path):
     settings(home, lambda value: value["hooks"]["Stop"][0]["hooks"][0].update(
         command=value["hooks"]["Stop"][0]["hooks"][0]["command"].replace(quoted(master), quoted(home))))  # fmt: skip
     record = json.loads((home / PREFIX / "installed.json").read_text())
+    record["state"] = record["state"].replace(str(master), str(home))
     from hashlib import sha256
 
     record["files"]["runtime/hook"] = [sha256(hook.read_bytes()).hexdigest()]
@@ -326,14 +327,18 @@ def test_hooks_that_are_switched_off(home):
     assert "disableAllHooks" in the_problem(home)
 
 
+def spoil_record(home, **values):
+    """What install.py wrote down is what it wrote into the hook."""
+    path = home / PREFIX / "installed.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
 def test_a_hook_whose_file_or_interpreters_have_gone(home):
     hook = home / PREFIX / "runtime/hook"
-    lines = hook.read_text().splitlines(True)
-    gone = [line if not line.startswith("python=") else "python=/nowhere/python3\n" for line in lines]
-    hook.write_text("".join(gone))
+    spoil_record(home, python="/nowhere/python3")
     findings = doctor(home)
     assert of_level(findings, "problem") == [] and "can do without python" in " ".join(of_level(findings, "note", "hook"))
-    hook.write_text("".join(line if not line.startswith("uv=") else "uv=/nowhere/uv\n" for line in gone))
+    spoil_record(home, uv="/nowhere/uv")
     assert "neither Python 3.11 nor uv" in the_problem(home)
     hook.unlink()
     problems = of_level(doctor(home), "problem")
@@ -346,6 +351,8 @@ def test_a_hook_that_counts_on_a_path_it_will_not_have(home):
         value["hooks"]["Stop"][0]["hooks"].append({"type": "command", "command": "uv run --script ~/x/enqueue.py --hook notifications"})
 
     settings(home, mine)
+    (home / "x").mkdir()
+    (home / "x/enqueue.py").touch()
     if shutil.which("uv", path="/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin"):
         pytest.skip("uv is where every program finds it")
     assert "calls uv, which is not on the PATH" in the_problem(home)
@@ -364,9 +371,9 @@ def test_an_installation_that_was_interrupted_or_lost_a_file(home):
 @pytest.fixture
 def tasks(monkeypatch):
     monkeypatch.syspath_prepend(MAIN)
-    import tasks
+    import doctor
 
-    return tasks
+    return doctor
 
 
 @pytest.mark.parametrize(("version", "has_it"), [((3, 6, 23), False), ((3, 40, 1), True), ((3, 44, 5), True), ((3, 44, 6), False), ((3, 45, 0), True),
@@ -417,8 +424,8 @@ def test_no_inotify_instances_left(home, tmp_path):
         pytest.skip("needs to be root, and a Python that everybody may run")
     public = Path(subprocess.run(["mktemp", "-d"], capture_output=True, text=True, check=True).stdout.strip())
     try:
-        for name in ("tasks.py", *(path.name for path in MAIN.glob("queue_*.py"))):
-            shutil.copy(MAIN / name, public)
+        for name in MAIN.glob("*.py"):
+            shutil.copy(name, public)
         script = ("import ctypes, subprocess, sys\nlibc = ctypes.CDLL(None)\nwhile libc.inotify_init1(0) >= 0: pass\n"
                   "sys.exit(subprocess.run([sys.executable, '-B', sys.argv[1], 'doctor'], close_fds=True).returncode)")  # fmt: skip
         shutil.chown(public, 65534, 65534)
@@ -441,3 +448,145 @@ def test_a_state_that_is_not_the_hooks_is_told(home, tmp_path):
     findings = doctor(home, env={"TASK_QUEUE_STATE": str(other)})
     assert of_level(findings, "problem") == []
     assert any(f"tasks go to {home / PREFIX / 'state'}; this looks at {other}" in note for note in of_level(findings, "note", "hook"))
+
+
+# -------------------------------------------------------------------------------------- by whatever way the queue is found
+
+
+def hooks(home, *commands, event="Stop"):
+    def change(value):
+        value["hooks"] = {event: [{"hooks": [{"type": "command", **command} for command in commands]}]}
+
+    settings(home, change)
+
+
+@pytest.mark.parametrize("words", [
+    {"command": "python3", "args": ["{lib}/enqueue.py", "--hook", "notifications"]},
+    {"command": "/bin/sh", "args": ["{hook}", "notifications"]},
+    {"command": "{hook}", "args": []},
+    {"command": "sh ~/.claude/automation/lychee/runtime/hook notifications"},
+    {"command": 'sh "$HOME/.claude/automation/lychee/runtime/hook" notifications'},
+], ids=lambda words: words["command"])  # fmt: skip
+def test_a_hook_is_seen_however_it_is_written(home, words):
+    prefix = home / PREFIX
+    hooks(home, json.loads(json.dumps(words).replace("{lib}", str(prefix / "runtime/lib")).replace("{hook}", str(prefix / "runtime/hook"))))
+    findings = [f for f in doctor(home) if f["check"] == "hook"]
+    assert [f["level"] for f in findings] == ["ok"] and findings[0]["message"].endswith(": Stop"), findings
+
+
+def test_a_hook_is_seen_behind_a_prefix_that_is_a_link(home, tmp_path):
+    (home / PREFIX).rename(tmp_path / "really here")
+    (home / PREFIX).symlink_to(tmp_path / "really here")
+    assert of_level(doctor(home), "problem") == []
+    assert [f["level"] for f in doctor(home) if f["check"] == "hook"] == ["ok"]
+
+
+def test_a_worktree_hook_of_the_queue_is_a_fault(home):
+    hook = json.loads((home / ".claude/settings.json").read_text())["hooks"]["Stop"][0]["hooks"][0]
+    hooks(home, hook, event="WorktreeCreate")
+    assert "WorktreeCreate" in the_problem(home)
+
+
+def test_a_database_that_is_a_link_is_read_whole(home, tmp_path):
+    state = home / PREFIX / "state"
+    (state / "tasks.db").rename(tmp_path / "real.db")
+    (state / "tasks.db").symlink_to(tmp_path / "real.db")
+    conn = database(home)
+    conn.execute("pragma wal_autocheckpoint = 0")
+    put(home, seconds_ago=3600)
+    for _ in range(3):
+        conn.execute("insert into notifications (data, timestamp) values ('{}', 1e9)")
+    assert (tmp_path / "real.db-wal").stat().st_size > 0
+    assert 'queue "notifications": 4 waiting' in the_problem(home)
+    conn.close()
+
+
+def test_rows_of_persist_queues_own_making_are_told(home):
+    put(home, status=2)
+    assert "claimed by nobody" in the_problem(home)
+
+
+def test_a_time_that_is_no_time_is_told_and_not_a_traceback(home):
+    put(home, timestamp=-1e300)
+    assert "1 waiting" in the_problem(home)
+
+
+# ------------------------------------------------------------------------------ who may read what, and remedies that work
+
+
+def remedy_of(home, check):
+    (remedy,) = [f["remedy"] for f in doctor(home) if f["level"] != "ok" and f["check"] == check]
+    return remedy
+
+
+def test_a_spool_file_whose_name_is_not_utf8_is_named_with_a_remedy_that_works(home):
+    spool = home / PREFIX / "state/spool/notifications"
+    for name in (b"\xff'\\ \x1b].json", b"\xfe.json"):
+        (Path(os.fsdecode(os.fsencode(spool) + b"/" + name))).write_text("{}")
+    remedies = [f["remedy"] for f in doctor(home) if f["level"] == "problem"]
+    assert len(remedies) == 2 and all(remedy.isascii() or "J\u00fcrgen" in remedy for remedy in remedies)
+    for remedy in remedies:
+        subprocess.run(["bash", "-c", remedy], check=True)
+    assert of_level(doctor(home), "problem") == []
+    assert len(list(spool.glob("*.json"))) == 2
+
+
+def test_modes_of_the_state_are_told_and_the_remedy_mends_them(home):
+    state = home / PREFIX / "state"
+    (state / "spool").chmod(0o755)
+    assert "other users may read or write spool" in of_level(doctor(home), "note", "state")[0]
+    state.chmod(0o755)
+    (remedy,) = [f["remedy"] for f in doctor(home) if f["level"] == "problem"]
+    subprocess.run(["bash", "-c", remedy.split(";")[0]], check=True)
+    assert of_level(doctor(home), "problem") == [] and of_level(doctor(home), "note", "state") == []
+
+
+def test_files_that_their_owner_cannot_read_are_told(home):
+    directory = home / PREFIX / "state/spool/notifications"
+    directory.chmod(0)
+    findings = doctor(home)
+    assert "cannot be read and written" in of_level(findings, "problem", "state")[0]
+    subprocess.run(["bash", "-c", next(f["remedy"] for f in findings if f["level"] == "problem")], check=True)
+    assert of_level(doctor(home), "problem") == []
+
+
+def test_files_of_another_user_are_told_with_the_command_that_mends_it(tasks, home, monkeypatch):
+    """As the user finds it after one `sudo worker.py`: here everything but one directory is this user's."""
+    state = home / PREFIX / "state"
+    mine = os.getuid() or 4242
+    monkeypatch.setattr(os, "getuid", lambda: mine)
+    if os.geteuid() == 0:
+        for path in (state, *state.rglob("*")):
+            os.chown(path, mine, -1)
+        os.chown(state / "workers", 0, 0)
+    else:
+        pytest.skip("needs root, to make files of another user")
+    (finding,) = [f for f in tasks.check_state(state) if f.level == "problem"]
+    assert "1 file in" in finding.what and "workers of root" in finding.what
+    assert finding.remedy.startswith(f"sudo chown -R {mine}:") and str(state).split("'")[0] in finding.remedy
+
+
+def test_root_is_told_to_be_the_states_owner(tasks, home, monkeypatch):
+    state = home / PREFIX / "state"
+    if os.geteuid():
+        pytest.skip("needs root")
+    os.chown(state, 65534, -1)
+    (finding,) = tasks.check_state(state)
+    assert finding.level == "problem" and "you are root" in finding.what and "sudo -u" in finding.remedy
+
+
+def test_doctor_names_a_cause_before_it_offers_a_purge(home):
+    put(home, status=3, due_at=time.time() + 60, error="no handler 'probe' in /x")
+    (remedy,) = [f["remedy"] for f in doctor(home) if f["level"] == "problem"]
+    assert remedy.index("put an executable of that name into") < remedy.index("purge")
+    handler = home / PREFIX / "handlers/probe"
+    handler.write_text("#!/bin/sh\n")
+    handler.chmod(0o755)
+    assert of_level(doctor(home), "problem") == []
+
+
+def test_one_check_that_fails_does_not_stop_the_others(home):
+    (home / PREFIX / "state/tasks.db").unlink()
+    (home / PREFIX / "state/tasks.db").mkdir()
+    findings = doctor(home)
+    assert {f["check"] for f in findings} >= {"versions", "state", "database", "tasks", "spool", "handlers", "hook", "file events"}

@@ -210,3 +210,20 @@ def test_scripts_get_their_json_without_the_table_library(installation):
     for command in (["stats"], ["list"], ["show", "note-1"], ["pause", "approvals"], ["resume", "approvals"], ["cancel", "deploy-1"]):
         tasks(installation, *command, env=without)
     assert "rich was imported" in installation.run("tasks.py", "list", env=without).stderr
+
+
+def test_a_task_of_the_far_future_or_past_is_listed_counted_and_purged(installation):
+    installation.enqueue("approvals", "review")
+    for moment in ("32503680000", "1e300", "-1e300", "0"):
+        installation.sqlite3(f"insert into notifications (data, timestamp) values ('{{}}', {moment})")
+    assert len(tasks(installation, "list", "--queue", "notifications")) == 4
+    assert tasks(installation, "stats")["queues"]["notifications"]["pending"] == 4
+    assert installation.run("tasks.py", "list").returncode == 0
+    assert installation.run("tasks.py", "stats").returncode == 0
+    assert tasks(installation, "purge", "notifications", "--yes")["deleted"] == 4
+
+
+def test_an_empty_list_says_so_and_stays_an_empty_list(installation):
+    installation.enqueue("approvals", "review")
+    done = installation.run("tasks.py", "list", "--status", "failed", "--json")
+    assert (done.returncode, json.loads(done.stdout), done.stderr) == (0, [], "no task is like that\n")

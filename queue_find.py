@@ -1,0 +1,220 @@
+"""Finding tasks: the one that an id names, and those that fit a list's conditions."""
+
+from __future__ import annotations
+
+import heapq
+import json
+import re
+import sqlite3
+import time
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import queue_cli as cli
+import queue_helpers as q
+from queue_cli import FINISHED, LIVE, Refused
+
+# An ambiguous ID lists so many of the tasks that it fits.
+MATCHES = 10
+
+CLAIM_ORDER = {
+    "in_progress": "claimed_at",
+    "pending": "-priority",
+    "scheduled": "due_at",
+    "held": "id",
+    "blocked": "id",
+}
+
+# --------------------------------------------------------------------------------------- statements
+
+LIST_LIVE = """
+select id, {{match}}, {{key}} from "{queue}"
+where {{condition}} and timestamp >= :since and timestamp <= :before and {{of_type}}
+order by {{order}}, id"""
+LIVE_MATCHES = """
+(data like :text escape '\\' or '{queue}-' || id like :text escape '\\' or coalesce(error, '') like :text escape '\\')"""
+LIST_FINISHED = """
+select id, {match} from task_history
+where completed_at >= :since and completed_at <= :before and +status in (select value from json_each(:statuses))
+  and (:queues is null or +queue in (select value from json_each(:queues)))
+  and (:task_type is null or +task_type = :task_type)
+order by completed_at desc"""
+FINISHED_MATCHES = """
+(data like :text escape '\\' or task_id like :text escape '\\' or coalesce(error, '') like :text escape '\\'
+  or coalesce(result, '') like :text escape '\\' or coalesce(log, '') like :text escape '\\')"""
+
+LIVE_ROW = f"""
+select '{{queue}}' as queue, id, coalesce(task_id, '{{queue}}-' || id) as task_id, coalesce(task_type, '{{queue}}') as task_type,
+       {q.STATUS_WORD} as status,
+       priority, group_id, attempts, max_attempts, strftime('%Y-%m-%d %H:%M:%f', timestamp, 'unixepoch') as enqueued_at,
+       strftime('%Y-%m-%d %H:%M:%f', due_at, 'unixepoch') as due_at,
+       strftime('%Y-%m-%d %H:%M:%f', claimed_at, 'unixepoch') as started_at, null as completed_at, owner,
+       expires_at, cancel_requested, then_queue, error, data
+from "{{queue}}" where id = :id"""
+FINISHED_ROW = """
+select queue, row_id as id, task_id, task_type, status, priority, group_id, attempts, max_attempts, enqueued_at,
+       null as due_at, started_at, completed_at, exit_code, error, result, log, data
+from task_history where id = :id"""
+
+LIVE_ID = """
+select id from "{queue}" where task_id = :task_id
+union all select id from "{queue}" where id = :row_id and task_id is null"""
+LIVE_PREFIX = """
+select task_id from "{queue}" where task_id >= :prefix and task_id < :prefix || char(1114111) limit :limit"""
+BARE_PREFIX = """
+select '{queue}-' || id from "{queue}" where task_id is null and substr(id, 1, length(:digits)) = :digits limit :limit"""
+FINISHED_ID = """
+select distinct queue from task_history where task_id = :task_id"""
+FINISHED_PREFIX = """
+select distinct queue, task_id from task_history
+where task_id >= :prefix and task_id < :prefix || char(1114111) and (:queue is null or +queue = :queue) limit :limit"""
+HISTORY_OF = """
+select id from task_history where task_id = :task_id and +queue = :queue order by id desc"""
+
+
+class Found(NamedTuple):
+    """A task that an ID named. row_id is its row, None when it is in the history alone."""
+
+    queue: str
+    task_id: str
+    row_id: int | None
+
+
+def find(
+    conn: q.Connection, ident: str, queue: str | None = None, option: str = "--queue"
+) -> Found:
+    """The task of this id, or else the only one whose id begins so.
+
+    `option` is the command's option that names the queue. Raises Refused.
+    """
+    if queue is not None:
+        cli.check_known(conn, [queue])
+    queues = [queue] if queue else cli.queues_of(conn)
+    matches = {(name, ident) for name in queues if live_id(conn, name, ident) is not None}
+    matches |= {
+        (name, ident) for (name,) in conn.execute(FINISHED_ID, {"task_id": ident}) if name in queues
+    }
+    if not matches:
+        limit = {"limit": MATCHES + 1}
+        for name in queues:
+            matches |= {
+                (name, found)
+                for (found,) in q.execute(conn, LIVE_PREFIX, name, prefix=ident, **limit)
+            }
+            if f"{name}-".startswith(ident) or ident.startswith(f"{name}-"):
+                digits = ident[len(name) + 1 :]
+                matches |= {
+                    (name, found)
+                    for (found,) in q.execute(conn, BARE_PREFIX, name, digits=digits, **limit)
+                }
+        matches |= set(conn.execute(FINISHED_PREFIX, {"prefix": ident, "queue": queue, **limit}))
+    if not matches:
+        raise Refused(f"no task has the id {ident!r}, nor one that begins so; see: tasks.py list")
+    if len(matches) > 1:
+        named = [f"{found} ({name})" for name, found in sorted(matches)]
+        named = named[:MATCHES] + (["…"] if len(named) > MATCHES else [])
+        raise Refused(
+            f"{ident!r} fits several tasks: {', '.join(named)}; give more of the id, or {option}"
+        )
+    ((name, found),) = matches
+    return Found(name, found, live_id(conn, name, found))
+
+
+def live_id(conn: q.Connection, queue: str, task_id: str) -> int | None:
+    """The row of a waiting or running task."""
+    bare = re.fullmatch(rf"{queue}-(\d{{1,18}})", task_id)
+    row = q.execute(
+        conn, LIVE_ID, queue, task_id=task_id, row_id=int(bare[1]) if bare else None
+    ).fetchone()
+    return row[0] if row else None
+
+
+def newest_life(conn: q.Connection, found: Found) -> dict:
+    """The task as it is now: waiting or running, else as it last ended."""
+    with cli.snapshot(conn):
+        row_id = live_id(conn, found.queue, found.task_id)
+        if row_id is not None:
+            return cli.as_dict(q.execute(conn, LIVE_ROW, found.queue, id=row_id))
+        finished = history_ids(conn, found)
+        if not finished:
+            raise Refused(f"task {found.task_id} is gone: purged or pruned meanwhile")
+        return cli.as_dict(conn.execute(FINISHED_ROW, {"id": finished[0]}))
+
+
+def history_ids(conn: q.Connection, found: Found) -> list[int]:
+    """The finished lives of a task, newest first."""
+    return [
+        row_id
+        for (row_id,) in conn.execute(HISTORY_OF, {"task_id": found.task_id, "queue": found.queue})
+    ]
+
+
+class Scan:
+    """How far a search for text went."""
+
+    def __init__(self, seconds: float | None) -> None:
+        self.deadline = None if seconds is None else time.monotonic() + seconds
+        self.looked, self.stopped = 0, False
+
+    def matches(self, cursor: sqlite3.Cursor) -> Iterator[tuple]:
+        """The rows whose second column says that they match, until the time is over."""
+        for row in cursor:
+            self.looked += 1
+            if row[1]:
+                yield row
+            if self.deadline and self.looked % 256 == 0 and time.monotonic() > self.deadline:
+                self.stopped = True
+            if self.stopped:
+                return
+
+
+def find_tasks(
+    conn: q.Connection,
+    queues: list[str] | None,
+    statuses: Sequence[str],
+    task_type: str | None,
+    oldest: float,
+    newest: float,
+    like: str | None,
+    scan: Scan,
+) -> Iterator[dict]:
+    """Matching tasks in list's order, as they are found."""
+    which = {"task_type": task_type, "since": oldest, "before": newest, "text": like}
+    for name, condition in LIVE.items():
+        if name not in statuses:
+            continue
+        found = []
+        for queue in queues or cli.queues_of(conn):
+            match = "1" if like is None else LIVE_MATCHES.format(queue=queue)
+            key = CLAIM_ORDER[name]
+            # As the index has it.
+            order = "priority desc" if name == "pending" else key
+            # One condition with an OR would use no index.
+            of_type = "1" if task_type is None else "task_type = :task_type"
+            parts = {
+                "condition": condition,
+                "key": key,
+                "order": order,
+                "match": match,
+                "of_type": of_type,
+            }
+            statement = q.on_queue(LIST_LIVE, queue).format(**parts)
+            found.append(in_order(queue, scan.matches(conn.execute(statement, which))))
+        # Each is read only as far as needed.
+        for _, row_id, queue in heapq.merge(*found):
+            yield cli.as_dict(q.execute(conn, LIVE_ROW, queue, id=row_id))
+    finished = [name for name in FINISHED if name in statuses]
+    if finished and not scan.stopped:
+        which |= {
+            "statuses": json.dumps(finished),
+            "queues": json.dumps(queues) if queues else None,
+            "since": q.utc(max(oldest, 0)),
+            "before": q.utc(min(newest, q.LAST_SECOND)),
+        }
+        statement = LIST_FINISHED.format(match="1" if like is None else FINISHED_MATCHES)
+        for row in scan.matches(conn.execute(statement, which)):
+            yield cli.as_dict(conn.execute(FINISHED_ROW, {"id": row[0]}))
+
+
+def in_order(queue: str, rows: Iterator[tuple]) -> Iterator[tuple]:
+    return ((key or 0, row_id, queue) for row_id, _, key in rows)

@@ -1,0 +1,172 @@
+"""How many tasks wait, run and ended, per queue and type, and how long they took; and the same for
+Prometheus.
+"""
+
+from __future__ import annotations
+
+import time
+
+import queue_cli as cli
+import queue_helpers as q
+from queue_cli import FINISHED, LIVE
+
+HOUR, DAY = 3_600, 86_400
+# Medians and percentiles are made of so many finished tasks of a queue, type and status, the
+# newest.
+SAMPLE = 2_000
+
+COUNT_BY_TYPE = {
+    status: f"""
+select coalesce(task_type, '{{queue}}'), count(*), min(timestamp) from "{{queue}}" where {condition}
+group by task_type"""
+    for status, condition in LIVE.items()
+}
+# The + keeps SQLite from picking an index by that column: the one wanted is the one that has the
+# order.
+COUNT_FINISHED = """
+select queue, task_type, status, count(*), sum(completed_at >= :hour_ago) from task_history
+where +completed_at >= :day_ago group by queue, task_type, status"""
+NEWEST_TIMES = """
+select completed_at, (julianday(started_at) - julianday(enqueued_at)) * 86400.0,
+       (julianday(completed_at) - julianday(started_at)) * 86400.0
+from task_history
+where queue = :queue and task_type = :task_type and status = :status and completed_at >= :day_ago and started_at is not null
+order by completed_at desc limit :sample"""
+COUNT_BETWEEN = """
+select count(*) from task_history where completed_at >= :since and completed_at < :until"""
+PAUSED = """
+select queue from task_controls
+where paused_at is not null and (paused_until is null or paused_until > :now)"""
+
+
+def gather(conn: q.Connection) -> dict:
+    """{"at", "queues": {queue: {…numbers, "paused", "types": {type: {…numbers}}}}}."""
+    now = time.time()
+    ago = {"hour_ago": q.utc(now - HOUR), "day_ago": q.utc(now - DAY)}
+    types: dict[str, dict[str, dict]] = {}
+    with cli.snapshot(conn):
+        paused = {queue for (queue,) in conn.execute(PAUSED, {"now": now})}
+        for queue in cli.queues_of(conn):
+            types[queue] = {}
+            for name, statement in COUNT_BY_TYPE.items():
+                for task_type, tasks, oldest in q.execute(conn, statement, queue):
+                    numbers = types[queue].setdefault(task_type, zeros())
+                    numbers[name] += tasks
+                    if name == "pending":
+                        numbers["oldest_pending_seconds"] = round(
+                            min(max(now - oldest, 0.0), float(q.LAST_SECOND)), 3
+                        )
+        samples: dict[tuple[str, str], list] = {}
+        for queue, task_type, name, day, hour in conn.execute(COUNT_FINISHED, ago).fetchall():
+            numbers = types.setdefault(queue, {}).setdefault(task_type, zeros())
+            numbers[f"{name}_day"], numbers[f"{name}_hour"] = day, hour
+            if name in ("completed", "failed"):
+                which = {
+                    "queue": queue,
+                    "task_type": task_type,
+                    "status": name,
+                    "sample": SAMPLE,
+                    **ago,
+                }
+                samples.setdefault((queue, task_type), []).extend(conn.execute(NEWEST_TIMES, which))
+    queues = {}
+    for queue in sorted(types):
+        total, of_queue = zeros(), []
+        for task_type, numbers in sorted(types[queue].items()):
+            newest = sorted(samples.get((queue, task_type), ()), reverse=True)[:SAMPLE]
+            numbers |= times(newest)
+            of_queue += newest
+            for name, value in numbers.items():
+                if isinstance(value, int):
+                    total[name] += value
+        oldest = [
+            n["oldest_pending_seconds"]
+            for n in types[queue].values()
+            if n["oldest_pending_seconds"] is not None
+        ]
+        total["oldest_pending_seconds"] = max(oldest, default=None)
+        total |= times(sorted(of_queue, reverse=True)[:SAMPLE])
+        queues[queue] = {
+            **total,
+            "paused": queue in paused,
+            "types": dict(sorted(types[queue].items())),
+        }
+    return {"at": q.utc(now), "queues": queues}
+
+
+def zeros() -> dict:
+    counts = {name: 0 for name in LIVE} | {
+        f"{name}_{when}": 0 for name in FINISHED for when in ("hour", "day")
+    }
+    return counts | {"oldest_pending_seconds": None, "wait_seconds": None, "run_seconds": None}
+
+
+def times(sample: list) -> dict:
+    """Median and 95th percentile of the newest finished tasks' (completed_at, waited, ran)."""
+    if not sample:
+        return {}
+    waited, ran = (sorted(max(0.0, row[column]) for row in sample) for column in (1, 2))
+    return {
+        name: {"median": percentile(values, 0.5), "p95": percentile(values, 0.95)}
+        for name, values in (("wait_seconds", waited), ("run_seconds", ran))
+    }
+
+
+def percentile(ordered: list[float], share: float) -> float:
+    place = (len(ordered) - 1) * share
+    low, high = ordered[int(place)], ordered[min(int(place) + 1, len(ordered) - 1)]
+    return round(low + (high - low) * (place - int(place)), 3)
+
+
+def label(text: str) -> str:
+    """A label's value, escaped. The format has newlines, and no control characters."""
+    text = "\n".join(cli.printable(line) for line in text.split("\n"))
+    return text.replace("\\", "\\\\").replace("\n", "\\n").replace('"', '\\"')
+
+
+def prometheus_text(numbers: dict) -> str:
+    """The text format, version 0.0.4. All are gauges: finished tasks are pruned, so nothing here
+    only grows.
+    """
+    families = {
+        "task_queue_tasks": "Waiting and running tasks.",
+        "task_queue_finished": "Tasks that ended within the window.",
+        "task_queue_oldest_pending_seconds": "Age of the oldest pending task.",
+        "task_queue_wait_seconds": "From enqueuing to the start of the last attempt, newest "
+        "finished tasks of a day.",
+        "task_queue_run_seconds": "From the start to the end of the last attempt, newest finished "
+        "tasks of a day.",
+        "task_queue_paused": "1 while claims of the queue are held back.",
+    }
+    samples: dict[str, list[str]] = {name: [] for name in families}
+
+    def sample(family: str, value: float, **labels: str) -> None:
+        inside = ",".join(f'{key}="{label(text)}"' for key, text in labels.items())
+        samples[family].append(f"{family}{{{inside}}} {value}")
+
+    for queue, total in numbers["queues"].items():
+        sample("task_queue_paused", int(total["paused"]), queue=queue)
+        for task_type, n in (total["types"] or {queue: zeros()}).items():
+            which = {"queue": queue, "task_type": task_type}
+            for name in LIVE:
+                sample("task_queue_tasks", n[name], **which, status=name)
+            for name in FINISHED:
+                for window, when in (("1h", "hour"), ("24h", "day")):
+                    sample(
+                        "task_queue_finished",
+                        n[f"{name}_{when}"],
+                        **which,
+                        status=name,
+                        window=window,
+                    )
+            if n["oldest_pending_seconds"] is not None:
+                sample("task_queue_oldest_pending_seconds", n["oldest_pending_seconds"], **which)
+            for name in ("wait_seconds", "run_seconds"):
+                for quantile, key in (("0.5", "median"), ("0.95", "p95")):
+                    if n[name]:
+                        sample(f"task_queue_{name}", n[name][key], **which, quantile=quantile)
+    return "".join(
+        f"# HELP {name} {says}\n# TYPE {name} gauge\n"
+        + "".join(f"{line}\n" for line in samples[name])
+        for name, says in families.items()
+    )

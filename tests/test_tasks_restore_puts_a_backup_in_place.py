@@ -1,0 +1,289 @@
+"""tasks.py restore: checked first, in one transaction under living workers, and what was there before is kept."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import sqlite3
+import subprocess
+import sys
+import threading
+
+import pytest
+from conftest import ROOT, wait_for
+
+
+def restore(installation, file, code: int = 0) -> dict:
+    done = installation.run("tasks.py", "restore", file, "--json")
+    assert done.returncode == code, done.stderr
+    return json.loads(done.stdout) if done.stdout else {"said": done.stderr}
+
+
+def ids(installation, where: str = "task_queue") -> set[str]:
+    return {task_id for (task_id,) in installation.rows(f"select task_id from {where}")}
+
+
+@pytest.fixture
+def backed_up(installation):
+    """An installation with a backup of one waiting and one finished task; two more came afterwards."""
+    installation.handler("good", "#!/bin/sh\n")
+    installation.enqueue("approvals", "good", "{}", "--task-id", "done-before")
+    assert installation.run("worker.py", "approvals", "--handlers", installation.handlers, "--drain").returncode == 0
+    installation.enqueue("approvals", "good", "{}", "--task-id", "waited-before")
+    installation.backup = installation.directory / "the backup's file"
+    assert installation.run("tasks.py", "backup", installation.backup).returncode == 0
+    installation.enqueue("completions", "good", "{}", "--task-id", "done-after")
+    assert installation.run("worker.py", "completions", "--handlers", installation.handlers, "--drain").returncode == 0
+    installation.enqueue("completions", "good", "{}", "--task-id", "waits-after")
+    return installation
+
+
+def test_the_tasks_of_the_backup_are_there_and_what_they_replace_is_counted_and_kept(backed_up):
+    told = restore(backed_up, backed_up.backup)
+    assert ids(backed_up) == {"done-before", "waited-before"}
+    assert told["missing"] == {"waiting": 1, "finished": 1}
+    assert backed_up.sqlite3("pragma integrity_check") == "ok"
+    kept = told["kept"]
+    assert os.path.dirname(kept) == str(backed_up.state) and "tasks.db.before-restore-" in kept
+    assert os.stat(kept).st_mode & 0o777 == 0o600 and not os.path.exists(f"{kept}-wal")
+    with sqlite3.connect(kept) as conn:
+        assert conn.execute("pragma integrity_check").fetchall() == [("ok",)]
+        found = {row[0] for row in conn.execute("select task_id from task_queue")}
+    assert found == {"done-before", "waited-before", "done-after", "waits-after"}
+    assert not list(backed_up.state.glob(".restore-*"))
+    assert restore(backed_up, kept)["missing"] == {"waiting": 0, "finished": 0}
+    assert ids(backed_up) == found
+
+
+def test_people_are_told_where_the_state_before_is_and_what_is_missing(backed_up):
+    said = backed_up.run("tasks.py", "restore", backed_up.backup).stdout
+    assert "tasks.db.before-restore-" in said and "to go back: tasks.py restore '" in said
+    assert "not in the backup: 1 task that waited or ran, and 1 that had finished" in said
+
+
+def test_workers_go_on_with_the_restored_database_and_no_task_is_lost_or_run_twice(backed_up):
+    backed_up.handler("count", '#!/bin/sh\necho "$TASK_ID" >> "$HOME/ran"\n')
+    backed_up.enqueue("approvals", "count", "--jsonl", input="{}\n" * 200)
+    assert backed_up.run("tasks.py", "backup", backed_up.backup).returncode == 0
+    worker = backed_up.worker("approvals", "completions", "--concurrency", "2")
+    wait_for(lambda: (backed_up.directory / "ran").exists())
+    restore(backed_up, backed_up.backup)
+    wait_for(lambda: not backed_up.rows("select 1 from approvals"), what="the end of all restored tasks")
+    backed_up.enqueue("approvals", "good", "{}", "--task-id", "later")
+    assert backed_up.finished("later")["status"] == "completed"
+    assert worker.poll() is None
+    assert backed_up.rows("select count(*) from task_history where task_type = 'count' and status = 'completed'") == [(200,)]
+
+
+def test_a_restore_amid_enqueues_keeps_every_acknowledged_task_in_one_of_both(backed_up):
+    """What is enqueued while the restore runs is in the restored database, or in what was kept: never in neither."""
+    acknowledged, stop = [], threading.Event()
+
+    def enqueue() -> None:
+        while not stop.is_set():
+            done = backed_up.run("enqueue.py", "notifications", "note", "{}")
+            if done.returncode == 0:
+                acknowledged.append(done.stdout.split()[-1])
+
+    threads = [threading.Thread(target=enqueue) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    try:
+        wait_for(lambda: len(acknowledged) > 2)
+        told = [restore(backed_up, backed_up.backup) for _ in range(3)]
+        seen = len(acknowledged)
+        wait_for(lambda: len(acknowledged) > seen)
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()
+    found = ids(backed_up, "notifications")
+    for each in told:
+        with sqlite3.connect(each["kept"]) as conn:
+            kept = {row[0] for row in conn.execute("select task_id from notifications")}
+        assert each["missing"]["waiting"] >= len(kept)
+        found |= kept
+    assert set(acknowledged) <= found
+
+
+def test_claims_in_the_backup_are_a_dead_owners_even_when_that_owner_lives(backed_up):
+    backed_up.handler("sleeper", "#!/bin/sh\necho begun\nsleep 600\n")
+    worker = backed_up.worker("approvals")
+    backed_up.enqueue("approvals", "sleeper", "{}", "--task-id", "ran-then")
+    wait_for(lambda: backed_up.rows("select 1 from approvals where task_id = 'ran-then' and status = 2"))
+    assert backed_up.run("tasks.py", "backup", backed_up.backup).returncode == 0
+    assert backed_up.run("tasks.py", "cancel", "ran-then").returncode == 0
+    assert backed_up.run("tasks.py", "pause", "approvals").returncode == 0
+    restore(backed_up, backed_up.backup)
+    assert worker.poll() is None
+    backed_up.handler("sleeper", "#!/bin/sh\n")
+    assert backed_up.finished("ran-then")["attempts"] == 2
+
+
+def test_a_task_that_still_runs_as_the_backup_says_stays_with_its_worker(backed_up):
+    gate = backed_up.directory / "gate"
+    os.mkfifo(gate)
+    backed_up.handler("gated", f'#!/bin/sh\necho run >> "$HOME/runs"\nread line < "{gate}"\n')
+    backed_up.worker("approvals")
+    backed_up.enqueue("approvals", "gated", "{}", "--task-id", "runs-on")
+    wait_for(lambda: (backed_up.directory / "runs").exists())
+    assert backed_up.run("tasks.py", "backup", backed_up.backup).returncode == 0
+    restore(backed_up, backed_up.backup)
+    assert backed_up.run("cleanup.py").returncode == 0
+    gate.write_text("go\n")
+    assert backed_up.finished("runs-on")["attempts"] == 1
+    assert (backed_up.directory / "runs").read_text() == "run\n"
+
+
+def test_no_row_id_is_used_again_and_no_queue_that_others_know_is_missing(backed_up):
+    backed_up.enqueue("a_new_queue", "good")
+    (last,) = backed_up.rows("select max(id) from completions")[0]
+    restore(backed_up, backed_up.backup)
+    backed_up.enqueue("completions", "good", "{}", "--task-id", "fresh")
+    assert backed_up.rows("select id > ? from completions where task_id = 'fresh'", last) == [(1,)]
+    assert backed_up.rows("select count(*) from a_new_queue") == [(0,)]
+
+
+def test_an_old_log_beside_the_database_is_not_applied_to_the_backup(backed_up):
+    """The database is three files: under a reader the log stays, and must not undo what was restored."""
+    reader = sqlite3.connect(backed_up.db, isolation_level=None)
+    reader.execute("begin")
+    reader.execute("select count(*) from approvals").fetchone()
+    restore(backed_up, backed_up.backup)
+    reader.close()
+    assert ids(backed_up) == {"done-before", "waited-before"}
+    assert backed_up.sqlite3("pragma integrity_check") == "ok"
+
+
+@pytest.mark.parametrize("damage", ["no database", "a damaged page", "a damaged schema"])
+def test_a_damaged_database_is_moved_aside_whole_and_replaced(backed_up, damage):
+    backed_up.sqlite3("pragma wal_checkpoint(truncate)")
+    with open(backed_up.db, "r+b") as file:
+        if damage == "no database":
+            file.write(b"certainly not")
+        else:
+            file.seek(100 if damage == "a damaged schema" else 4096 * 2)
+            file.write(b"\xa5" * 4000)
+    before = backed_up.db.read_bytes()
+    told = restore(backed_up, backed_up.backup)
+    assert ids(backed_up) == {"done-before", "waited-before"}
+    assert backed_up.sqlite3("pragma integrity_check") == "ok"
+    assert len(open(told["kept"], "rb").read()) == len(before)
+    backed_up.enqueue("approvals", "good", "{}", "--task-id", "goes-on")
+    assert "goes-on" in ids(backed_up)
+
+
+def test_a_missing_database_is_made_of_the_backup(backed_up):
+    shutil.rmtree(backed_up.state)
+    assert restore(backed_up, backed_up.backup)["kept"] is None
+    assert ids(backed_up) == {"done-before", "waited-before"}
+    assert backed_up.state.stat().st_mode & 0o777 == 0o700 and backed_up.db.stat().st_mode & 0o777 == 0o600
+
+
+def damaged(path) -> None:
+    size = path.stat().st_size
+    with open(path, "r+b") as file:
+        file.seek(size // 2)
+        file.write(b"\xa5" * (size // 2))
+
+
+def newer(path) -> None:
+    with sqlite3.connect(path) as conn:
+        conn.execute("pragma user_version = 999")
+
+
+def foreign(path) -> None:
+    path.unlink()
+    with sqlite3.connect(path) as conn:
+        conn.execute("create table places (url text)")
+
+
+def directory(path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+SPOILT = {
+    "damaged": (damaged, "damaged"),
+    "newer": (newer, "999"),
+    "foreign": (foreign, "not a task queue's database"),
+    "empty": (lambda path: path.write_bytes(b""), "empty"),
+    "text": (lambda path: path.write_bytes(b"words" * 1000), "not a database"),
+    "missing": (lambda path: path.unlink(), "No such file"),
+    "directory": (directory, "is not a file"),
+}
+
+
+@pytest.mark.parametrize("how", SPOILT)
+def test_what_is_no_whole_backup_is_refused_and_nothing_changes(backed_up, how):
+    spoil, word = SPOILT[how]
+    before, names = ids(backed_up), {path.name for path in backed_up.state.iterdir()}
+    spoil(backed_up.backup)
+    said = restore(backed_up, backed_up.backup, code=1)["said"]
+    assert len(said.splitlines()) == 1 and word in said and str(backed_up.backup) in said, said
+    assert ids(backed_up) == before
+    assert {path.name for path in backed_up.state.iterdir()} - {"tasks.db-wal", "tasks.db-shm"} <= names
+
+
+def test_the_database_itself_is_no_backup_of_itself(backed_up):
+    link = backed_up.directory / "link"
+    link.symlink_to(backed_up.db)
+    for file in (backed_up.db, link):
+        assert "is the database itself" in restore(backed_up, file, code=1)["said"]
+
+
+def test_a_backup_with_its_log_beside_it_is_taken_whole(backed_up, tmp_path):
+    """As cp makes it of a database that is in use."""
+    holder = sqlite3.connect(backed_up.db, isolation_level=None)
+    holder.execute("select count(*) from approvals").fetchone()
+    backed_up.enqueue("approvals", "good", "{}", "--task-id", "in-the-log")
+    for ending in ("", "-wal", "-shm"):
+        shutil.copy(f"{backed_up.db}{ending}", tmp_path / f"copy{ending}")
+    holder.close()
+    restore(backed_up, tmp_path / "copy")
+    assert "in-the-log" in ids(backed_up)
+
+
+def test_a_restore_that_is_killed_leaves_all_as_it_was_or_all_restored(backed_up):
+    backed_up.sqlite3("with recursive n(i) as (select 1 union all select i + 1 from n where i < 60000) insert into notifications (data) "
+                      "select json_object('n', i, 'more', 'xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx') from n")  # fmt: skip
+    big = backed_up.directory / "big"
+    assert backed_up.run("tasks.py", "backup", big).returncode == 0
+    backed_up.sqlite3("delete from notifications where id > 10")
+    for phase in (".restore-*", "*tasks.db.before-restore-*"):
+        process = backed_up.start("tasks.py", "restore", big)
+        wait_for(lambda phase=phase, process=process: list(backed_up.state.glob(phase)) or process.poll() is not None)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        assert backed_up.rows("select count(*) from notifications")[0][0] in (10, 60000)
+        assert backed_up.sqlite3("pragma integrity_check") == "ok"
+    process = backed_up.start("tasks.py", "restore", big)
+    wait_for(lambda: list(backed_up.state.glob("tasks.db.before*")) or process.poll() is not None)
+    process.send_signal(signal.SIGTERM)
+    process.wait()
+    assert process.returncode in (0, 130)
+    assert backed_up.sqlite3("pragma integrity_check") == "ok"
+
+
+def test_a_locked_database_is_said(backed_up, monkeypatch):
+    import queue_helpers
+    import transfer
+
+    monkeypatch.setattr(transfer, "RESTORE_BUSY_SECONDS", 0.2)
+    monkeypatch.setattr(queue_helpers, "STATE_DIR", backed_up.state)
+    before = ids(backed_up)
+    conn = sqlite3.connect(backed_up.db, isolation_level=None)
+    conn.execute("begin immediate")
+    try:
+        assert transfer.main(["restore", str(backed_up.backup)]) == 75
+    finally:
+        conn.close()
+    assert ids(backed_up) == before and not list(backed_up.state.glob("tasks.db.before*"))
+
+
+def test_restoring_needs_no_tasks_py(backed_up):
+    done = subprocess.run([sys.executable, ROOT / "transfer.py", "restore", backed_up.backup], env=backed_up.env, check=False,
+                          capture_output=True, text=True)  # fmt: skip
+    assert done.returncode == 0, done.stderr
