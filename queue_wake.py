@@ -17,32 +17,80 @@ except ImportError:  # without watchdog, Watch polls
 
 import queue_helpers as q
 
-ORPHAN_TICK_SECONDS = 0.25  # the same while a handler outlives its worker
-POLL_SECONDS = 0.05  # the same where the platform has no events to give
-SLOW_COMMIT_SECONDS = 5.0  # how long a commit may take from its write to its being visible
-OWNER_CLOSED_SECONDS = 0.3  # how long a closed lock file is news; longer than all the looks after an event
-LOOK_AGAIN_SECONDS = (0.0, 0.001, 0.002, 0.004, 0.008, 0.016, 0.032, 0.064)  # after an event; 127 ms in all
-AFTER_A_CHANGE = 3  # which of these follows a change
+# How often dead owners are looked for while a handler outlives its worker.
+ORPHAN_TICK_SECONDS = 0.25
+
+# How often the database is looked at where the platform has no events to give.
+POLL_SECONDS = 0.05
+
+# How often it is looked at while so many commits come that events would cost more, and how long it must be quiet
+# before events are asked for again.
+BUSY_LOOK_SECONDS = 0.002
+QUIET_SECONDS = 0.1
+
+# So many events within QUIET_SECONDS are that many: a task that is put, claimed and acknowledged makes about five.
+BUSY_EVENTS = 100
+
+# How long a commit may take from its write to its being visible.
+SLOW_COMMIT_SECONDS = 5.0
+
+# How long the end of an owner is news: its lock file's event comes a little before the lock is free.
+OWNER_CLOSED_SECONDS = 0.3
+
+# The pauses between the looks that follow an event, 85 ms in all; only the first is not cut short by another event.
+LOOK_AGAIN_SECONDS = (0.001, 0.004, 0.016, 0.064)
+
+# Which of these pauses is the longest as long as a change is owed, and the first once one was found.
+OWED_STEP = 2
 
 
-def look_again(heard: threading.Event, look, pauses=LOOK_AGAIN_SECONDS) -> None:
-    """Call look() at growing intervals until they have all passed without an event and without a change.
+class Writes:
+    """Tells one thread that there have been writes. It ends the thread's long pauses, and lets short ones pass.
 
-    Where one change follows the other, AFTER_A_CHANGE is where the intervals start: each look costs a reader's locks.
-
-    watchdog reports the write to the write-ahead log, but that comes before the commit can be seen (write, fsync,
-    then the shared index): whoever looks once per event misses one task in ten until the next event. An event that no
-    change has followed is waited for longer: the disk may be slow.
+    One commit makes several events. The short pause lets them come together: to end it for each would cost more than
+    the look itself.
     """
-    step, owed_until = 0, 0.0
-    while step < len(pauses) or time.monotonic() < owed_until:
-        if heard.wait(pauses[min(step, len(pauses) - 1)]):
-            heard.clear()
-            step, owed_until = 0, time.monotonic() + SLOW_COMMIT_SECONDS
+
+    def __init__(self) -> None:
+        self._told, self._may_end, self._ended = False, False, threading.Event()
+
+    def set(self) -> None:
+        self._told = True
+        if self._may_end:
+            self._ended.set()
+
+    def wait(self, pause: float) -> bool:
+        """Pause for so many seconds; whether there was a write, before or meanwhile."""
+        if pause <= LOOK_AGAIN_SECONDS[0]:
+            time.sleep(pause)
         else:
+            # Said before _told is read, as set() does the contrary: one of both sees the other's.
+            self._may_end = True
+            if not self._told:
+                self._ended.wait(pause)
+            self._may_end = False
+            self._ended.clear()
+        if not self._told:
+            return False
+        self._told = False
+        return True
+
+
+def look_again(heard: Writes, look) -> None:
+    """Call look() at growing intervals until all of them have passed without an event and without a change.
+
+    The write to the write-ahead log that watchdog reports comes before the commit can be seen (write, fsync, then the
+    shared index): whoever looks once per event misses one task in ten until the next event. An event that no change
+    has followed is waited for longer, since the disk may be slow.
+    """
+    step, owed_until = 0, time.monotonic() + SLOW_COMMIT_SECONDS
+    while step < len(LOOK_AGAIN_SECONDS):
+        if heard.wait(LOOK_AGAIN_SECONDS[step]):
+            step, owed_until = 0, time.monotonic() + SLOW_COMMIT_SECONDS
+        elif step != OWED_STEP or time.monotonic() >= owed_until:
             step += 1
         if look():
-            step, owed_until = AFTER_A_CHANGE, 0.0
+            step, owed_until = OWED_STEP, 0.0
 
 
 def data_version(conn: q.Connection) -> tuple:
@@ -52,7 +100,29 @@ def data_version(conn: q.Connection) -> tuple:
 
 def is_wake(path: str) -> bool:
     """Whether a write at this path may mean a commit."""
-    return os.path.basename(path) in ("tasks.db-wal", "wake")
+    return path.endswith(("/tasks.db-wal", "/wake"))
+
+
+def new_observer(handler):
+    """A watchdog observer that calls handler.dispatch() in the thread that has read the event.
+
+    watchdog would hand the event over to one more thread first. dispatch() must raise nothing, and may unschedule.
+    """
+    from watchdog.observers import Observer
+    from watchdog.observers.api import EventQueue
+
+    class Straight(EventQueue):
+        def put(self, item, block=True, timeout=None):
+            if isinstance(item, tuple):
+                handler.dispatch(item[0])
+            else:
+                super().put(item, block, timeout)
+
+    class StraightObserver(Observer):
+        straight = Straight()
+        event_queue = property(lambda self: self.straight)
+
+    return StraightObserver()
 
 
 class Watch(threading.Thread):
@@ -82,13 +152,14 @@ class Watch(threading.Thread):
         self.crash_backoff = 0.0  # seconds, for q.recover()
         self.on_recovered = lambda task, outcome, error: None
         self.on_deaf = lambda message: None  # file events cannot be had; called once
-        self._heard = threading.Event()
+        self._heard = Writes()
         self._owner_closed_at = time.monotonic()  # so that the first looks recover
         self._recovered_at = 0.0
         self._orphans = 0
         self._seen, self._written = None, None
         self._looking, self._conn = threading.RLock(), None  # so that a fork does not take our connection along
-        self._observer, self._watching, self._ear, self._deaf = None, None, None, False
+        self._observer, self._directories, self._commits, self._deaf = None, None, None, False
+        self._counted_since, self._events = 0.0, 0
 
     def notify(self) -> None:
         """Have every listener look."""
@@ -96,30 +167,68 @@ class Watch(threading.Thread):
             listener.set()
 
     def dispatch(self, event) -> None:
-        """Hear of a write; this makes us a handler of watchdog's."""
-        path = os.fsdecode(event.dest_path or event.src_path)
-        directory = os.path.dirname(path)
-        if os.path.basename(directory) == "workers":
-            self._owner_closed_at = time.monotonic()
-            self._heard.set()
-        elif is_wake(path) or os.path.basename(os.path.dirname(directory)) == "spool":
-            self._heard.set()
+        """Take one of watchdog's events, in a thread of its own."""
+        try:
+            path = os.fsdecode(event.dest_path or event.src_path)
+            if path.endswith("/tasks.db-wal"):
+                self._count()
+                self._heard.set()
+                return
+            if path.endswith("/wake"):
+                # This comes after the commit: there is something to be seen.
+                self._count()
+                self.notify()
+                return
+            directory, name = os.path.split(path)
+            if os.path.basename(directory) == "workers":
+                self._owner_closed_at = time.monotonic()
+                self._heard.set()
+            elif not name.startswith(".") and os.path.basename(os.path.dirname(directory)) == "spool":
+                self.notify()
+        except Exception as error:
+            self._report(error)
+
+    def _count(self) -> None:
+        now = time.monotonic()
+        if now > self._counted_since + QUIET_SECONDS:
+            self._counted_since, self._events = now, 0
+        self._events += 1
+        if self._events > BUSY_EVENTS and self._commits is not None:
+            commits, self._commits = self._commits, None
+            self._observer.unschedule(commits)
+
+    def _see(self) -> bool:
+        """Notify when a commit has become visible since the last time; whether one has."""
+        with self._looking:
+            if self._conn is None or self._conn.file is None:
+                return False
+            version = data_version(self._conn)
+            changed, self._seen = version != self._seen, version
+        if changed:
+            self.notify()
+        return changed
 
     def run(self) -> None:
         while True:
-            tick = q.SAFETY_TICK_SECONDS
             try:
-                # While there is work, looking is cheaper than having watchdog report each write; the ears open again
-                # once all has been quiet, and then we look as long again for what was written before they did.
-                self._listen(False)
-                look_again(self._heard, self._look, LOOK_AGAIN_SECONDS[:6])
-                self._listen(True)
-                quiet = self._seen
-                look_again(self._heard, self._look)
+                self._refresh()
                 if self._observer is None:
-                    continue
-                while self._seen == quiet and not self._heard.wait(ORPHAN_TICK_SECONDS if self._orphans else tick):
-                    self._refresh()
+                    self._look()
+                    time.sleep(POLL_SECONDS)
+                elif self._commits is None:
+                    until = time.monotonic() + QUIET_SECONDS
+                    while time.monotonic() < until:
+                        time.sleep(BUSY_LOOK_SECONDS)
+                        if self._look():
+                            until = time.monotonic() + QUIET_SECONDS
+                    self._events = 0
+                    from watchdog.events import FileModifiedEvent
+                    self._commits = self._observer.schedule(self, str(self.state), event_filter=[FileModifiedEvent])
+                    look_again(self._heard, self._look)
+                elif self._heard.wait(ORPHAN_TICK_SECONDS if self._orphans else q.SAFETY_TICK_SECONDS):
+                    self._look()
+                    look_again(self._heard, self._look)
+                else:
                     self.notify()
                     self._look()
             except Exception as error:
@@ -140,18 +249,7 @@ class Watch(threading.Thread):
         """Pass on what can be seen now; whether there was anything."""
         with self._looking:
             self._conn = q.connect(self.state, create=False)
-            version = data_version(self._conn)
-        changed = version != self._seen
-        if changed:
-            self._seen = version
-            self.notify()
-        try:
-            written = os.stat(f"{self.state}/tasks.db-wal").st_mtime_ns
-        except OSError:
-            written = None
-        if written != self._written and not changed:
-            self._heard.set()  # as if watchdog had said so: it is not listened to all the time
-        self._written = written
+            changed = self._see()
         # The event of a dead owner's file comes a little before its lock is free; hence again for a while.
         now, tick = time.monotonic(), ORPHAN_TICK_SECONDS if self._orphans else q.SAFETY_TICK_SECONDS
         if now < self._owner_closed_at + OWNER_CLOSED_SECONDS or now > self._recovered_at + tick:
@@ -163,38 +261,22 @@ class Watch(threading.Thread):
                 self.notify()
         return changed
 
-    def _listen(self, wanted: bool) -> None:
-        """Have the state directory watched, or not; workers and the spool always are. Without file events: wait."""
-        self._refresh()
-        if self._observer is None:
-            time.sleep(POLL_SECONDS)
-        elif wanted and self._ear is None:
-            from watchdog.events import FileClosedEvent, FileModifiedEvent
-
-            self._ear = self._observer.schedule(
-                self, str(self.state), event_filter=[FileClosedEvent, FileModifiedEvent]
-            )
-        elif not wanted and self._ear is not None:
-            self._observer.unschedule(self._ear)
-            self._ear = None
-
     def _refresh(self) -> None:
         """Start to observe; anew when one of the directories was made, removed or replaced."""
         found = {}
         for directory in (self.state, q.make_private(self.state / "workers"), *q.spool_directories(self.state)):
             there = os.stat(directory)
             found[str(directory)] = (there.st_dev, there.st_ino)
-        if found == self._watching:
+        if found == self._directories:
             return
         self._stop_observing()
-        self._watching = found
+        self._directories = found
         try:
-            from watchdog.events import FileClosedEvent, FileMovedEvent
-            from watchdog.observers import Observer
+            from watchdog.events import FileClosedEvent, FileCreatedEvent, FileMovedEvent
 
-            observer = Observer()
+            observer = new_observer(self)
             for directory in found.keys() - {str(self.state)}:
-                observer.schedule(self, directory, event_filter=[FileClosedEvent, FileMovedEvent])
+                observer.schedule(self, directory, event_filter=[FileClosedEvent, FileCreatedEvent, FileMovedEvent])
             observer.daemon = True
             observer.start()
             self._observer = observer
@@ -204,7 +286,7 @@ class Watch(threading.Thread):
             self._deaf = True
 
     def _stop_observing(self) -> None:
-        observer, self._observer, self._watching, self._ear = self._observer, None, None, None
+        observer, self._observer, self._directories, self._commits = self._observer, None, None, None
         if observer is not None:
             observer.stop()
 
@@ -257,7 +339,7 @@ class QueueWatcher(FileSystemEventHandler):
     def __init__(self, queue_path, callback) -> None:
         self.queue_path, self.callback = Path(queue_path).absolute(), callback
         q.connect(self.queue_path)  # so that there is something to watch
-        self._heard, self._thread, self._seen, self._loop = threading.Event(), None, None, None
+        self._heard, self._thread, self._seen, self._loop = Writes(), None, None, None
         if sys.modules.get("asyncio"):
             try:
                 self._loop = sys.modules["asyncio"].get_running_loop()
@@ -276,8 +358,10 @@ class QueueWatcher(FileSystemEventHandler):
     on_closed = on_modified
 
     def _run(self) -> None:
-        while self._heard.wait():
-            look_again(self._heard, self._look)
+        while True:
+            if self._heard.wait(3600):
+                self._look()
+                look_again(self._heard, self._look)
 
     def _look(self) -> bool:
         try:
