@@ -17,7 +17,8 @@ import queue_helpers as q
 # How long to wait before the next attempt where the database was busy or could not be used.
 RETRY_SECONDS = 0.5
 
-# How long a consumer that leaves may hold up its event loop for the write lock; after that a thread goes on.
+# How long a consumer that leaves may hold up its event loop for the write lock; after that a thread
+# goes on.
 LEAVE_TIMEOUT_MS = 200
 
 LEFT = "its consumer left the loop"
@@ -26,8 +27,9 @@ LEFT = "its consumer left the loop"
 class Delivery:
     """A task that consume() hands out, with the fields of Task.
 
-    Asking for the next one acks it. `async with` decides earlier: the block's end acks; an exception in it nacks and
-    is logged, and the loop goes on. A cancellation in the block puts the task back, and this attempt does not count.
+    Asking for the next one acks it. `async with` decides earlier: the block's end acks; an
+    exception in it nacks and is logged, and the loop goes on. A cancellation in the block puts the
+    task back, and this attempt does not count.
     """
 
     def __init__(self, task: q.Task, state: Path, threads: ThreadPoolExecutor) -> None:
@@ -41,7 +43,12 @@ class Delivery:
         # An event loop that was closed ends no generator: nobody would ever settle the task.
         if not self._settled and self._pid == os.getpid():
             try:
-                _start(self._threads, Delivery(self.task, self._state, self._threads).settle, q.nack, error=LEFT)
+                _start(
+                    self._threads,
+                    Delivery(self.task, self._state, self._threads).settle,
+                    q.nack,
+                    error=LEFT,
+                )
             except RuntimeError:
                 # The interpreter ends, and the task is taken back as a dead owner's.
                 self._settled = True
@@ -50,19 +57,23 @@ class Delivery:
         return self
 
     async def __aexit__(self, kind, error, traceback) -> bool:
-        if kind is not None and not issubclass(kind, Exception):
+        if error is not None and not isinstance(error, Exception):
             self.settle_now(q.release)
             return False
         if error is None:
             settling = _start(self._threads, self.settle, q.ack)
         else:
-            logging.getLogger(__name__).error("queue %r: task %s failed", self.queue, self.task_id, exc_info=error)
-            settling = _start(self._threads, self.settle, q.nack, error=f"{kind.__name__}: {error}")
+            logging.getLogger(__name__).error(
+                "queue %r: task %s failed", self.queue, self.task_id, exc_info=error
+            )
+            settling = _start(
+                self._threads, self.settle, q.nack, error=f"{type(error).__name__}: {error}"
+            )
         await _result(settling)
         return error is not None
 
     def settle_now(self, verb: Callable, **told) -> None:
-        """settle() in this thread if the lock is had within LEAVE_TIMEOUT_MS, or else in another one."""
+        """settle() in this thread if the lock is had in LEAVE_TIMEOUT_MS, or else in another."""
         if self._settled:
             return
         try:
@@ -71,9 +82,10 @@ class Delivery:
             _start(self._threads, self.settle, verb, **told)
 
     def settle(self, verb: Callable, **told) -> None:
-        """Ack, nack or release the task, unless that was done: tried again for as long as this process lives.
+        """Ack, nack or release the task, unless that was done.
 
-        Nobody else may do it meanwhile. What is in the way is logged once.
+        It is tried again for as long as this process lives: nobody else may do it meanwhile. What
+        is in the way is logged once.
         """
         said = False
         while not self._settled:
@@ -122,7 +134,7 @@ def _start(threads: ThreadPoolExecutor, function: Callable, *args, **options) ->
 
 
 async def _result(future: Future):
-    """What a thread's call returns or raises. A cancellation ends the wait at once, but never the call."""
+    """What a thread's call returns or raises. A cancellation ends the wait, never the call."""
     return await asyncio.shield(asyncio.wrap_future(future))
 
 
@@ -131,16 +143,18 @@ async def consume(
 ) -> AsyncIterator[Delivery]:
     """Yield the queue's tasks for ever, as they come: `async for task in consume("approvals")`.
 
-    Asking for the next task acks the one before; leaving the loop (an exception, break, cancellation) nacks it, with
-    a back-off of `backoff` seconds that doubles, until `max_attempts` are spent. Usable from many coroutines at once:
-    each task goes to one. A database that is locked, full or out of reach is logged once and tried again.
+    Asking for the next task acks the one before; leaving the loop (an exception, break,
+    cancellation) nacks it, with a back-off of `backoff` seconds that doubles, until `max_attempts`
+    are spent. Usable from many coroutines at once: each task goes to one. A database that is
+    locked, full or out of reach is logged once and tried again.
 
     Raises InvalidTask for what is no queue name.
     """
     q.check_queue_name(queue_name)
     state, heard = q.STATE_DIR, _LoopEvent(asyncio.get_running_loop())
     q.Watch.of(state).listeners.add(heard)
-    # A thread of its own: it has one connection, and calls of others in the loop's threads do not hold it up.
+    # A thread of its own: it has one connection, and calls of others in the loop's threads do not
+    # hold it up.
     threads = ThreadPoolExecutor(1, thread_name_prefix=f"consume {queue_name}")
 
     def claim() -> tuple[q.Task | None, float]:

@@ -556,7 +556,7 @@ def test_a_sleeping_get_survives_a_replaced_state_directory(installation, queue,
     sleeper = threading.Thread(target=lambda: taken.append(mine.get(timeout=20)), daemon=True)
     with caplog.at_level(logging.ERROR):
         sleeper.start()
-        wait_for(lambda: queue.Watch.instances.get(installation.state) and queue.Watch.instances[installation.state]._ear, 5)
+        wait_for(lambda: queue.Watch.instances.get(installation.state) and queue.Watch.instances[installation.state].listening, 5)
         installation.state.rename(installation.directory / "moved away")
         installation.enqueue("notifications", "t")
         began = time.monotonic()
