@@ -358,7 +358,9 @@ def until(condition):
 
 def run_forking(installation, code: str):
     """What the code prints, which is JSON. Its children end with it, even those that hang."""
-    process = subprocess.Popen([sys.executable, "-c", FORK + code, ROOT], env=installation.env, start_new_session=True,
+    # Python 3.12 and later warn of each fork of a process with threads. That such a child can go on is what is tested.
+    silent = ["-W", "ignore:This process:DeprecationWarning"]
+    process = subprocess.Popen([sys.executable, *silent, "-c", FORK + code, ROOT], env=installation.env, start_new_session=True,
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)  # fmt: skip
     try:
         said, errors = process.communicate(timeout=30)
