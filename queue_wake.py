@@ -45,7 +45,7 @@ OWNER_CLOSED_SECONDS = 0.3
 
 # The pauses between the looks that follow an event, 85 ms in all; only the first is not cut short
 # by another event.
-LOOK_AGAIN_SECONDS = (0.001, 0.004, 0.016, 0.064)
+LOOK_AGAIN_SECONDS = (0.001, 0.004, 0.016, 0.032, 0.032)
 
 # Which of these pauses is the longest as long as a change is owed, and the first once one was
 # found.
@@ -80,9 +80,10 @@ class Writes:
                 self._ended.wait(seconds)
             self._may_end = False
             self._ended.clear()
-        told = self._told
+        if not self._told:
+            return False
         self._told = False
-        return told
+        return True
 
 
 def look_again(heard: Writes, look, owed: bool = True) -> None:
