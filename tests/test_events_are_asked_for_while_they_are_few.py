@@ -146,3 +146,19 @@ def test_a_state_directory_that_was_deleted_is_watched_again(installation, queue
     listener = Listener(watch)
     insert_by_sqlite3(installation)
     wait_for(lambda: listener.told, 1, "the commit to be heard")
+
+
+def test_watchdog_reports_no_error_when_an_event_comes_after_the_stop(installation, queue, caplog):
+    """An emitter that is stopped between two events asks once more."""
+    import queue_wake
+
+    queue.connect()
+    observer = queue_wake.new_observer(queue.Watch(installation.state))
+    observer.schedule(queue.Watch(installation.state), str(installation.state))
+    observer.start()
+    emitter = next(iter(observer.emitters))
+    observer.stop()
+    observer.join()
+    with caplog.at_level(logging.ERROR):
+        emitter.queue_events(1)
+    assert caplog.records == []
