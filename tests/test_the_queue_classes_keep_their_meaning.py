@@ -358,7 +358,9 @@ def until(condition):
 
 def run_forking(installation, code: str):
     """What the code prints, which is JSON. Its children end with it, even those that hang."""
-    process = subprocess.Popen([sys.executable, "-c", FORK + code, ROOT], env=installation.env, start_new_session=True,
+    # Python 3.12 and later warn of each fork of a process with threads. That such a child can go on is what is tested.
+    silent = ["-W", "ignore:This process:DeprecationWarning"]
+    process = subprocess.Popen([sys.executable, *silent, "-c", FORK + code, ROOT], env=installation.env, start_new_session=True,
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)  # fmt: skip
     try:
         said, errors = process.communicate(timeout=30)
@@ -556,7 +558,7 @@ def test_a_sleeping_get_survives_a_replaced_state_directory(installation, queue,
     sleeper = threading.Thread(target=lambda: taken.append(mine.get(timeout=20)), daemon=True)
     with caplog.at_level(logging.ERROR):
         sleeper.start()
-        wait_for(lambda: queue.Watch.instances.get(installation.state) and queue.Watch.instances[installation.state]._ear, 5)
+        wait_for(lambda: queue.Watch.instances.get(installation.state) and queue.Watch.instances[installation.state].listening, 5)
         installation.state.rename(installation.directory / "moved away")
         installation.enqueue("notifications", "t")
         began = time.monotonic()
