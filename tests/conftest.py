@@ -13,6 +13,28 @@ from pathlib import Path
 
 import pytest
 
+# What must hold on every Python, and not only on the one that runs all tests: `just test-core 3.13`.
+CORE = """
+test_a_bare_table_is_adopted test_a_claim_costs_the_same_at_a_million test_a_consumer_ends_when_it_is_told_to
+test_a_duplicate_is_ignored_for_every_writer test_a_killed_worker_loses_nothing test_a_late_ack_is_refused
+test_a_sleeping_consumer_hears_every_commit test_an_orphaned_handler_is_not_run_twice test_asyncio_consumers
+test_counts_are_true_across_processes test_enqueuing_is_light test_first_opens_at_once_all_succeed
+test_no_task_is_claimed_twice test_no_writer_starves test_the_queue_classes_keep_their_meaning
+test_the_spool_loses_nothing test_any_sequence_agrees_with_the_model test_groups_run_one_at_a_time
+test_an_older_database_is_migrated test_the_write_lock_is_let_go test_an_orphan_can_be_ended
+""".split()
+
+
+def pytest_configure(config) -> None:
+    config.addinivalue_line("markers", "core: the queue itself; it must hold on every Python")
+
+
+def pytest_collection_modifyitems(items) -> None:
+    for item in items:
+        if item.path.stem in CORE:
+            item.add_marker(pytest.mark.core)
+
+
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
