@@ -1,3 +1,8 @@
+#!/usr/bin/env -S uv run --script
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["jinja2>=3.1,<4", "selenium>=4.20,<5"]
+# ///
 """Draw docs/dashboard-*.png: the page on day one and on day thirty.
 
     python bench/dashboard_pictures.py [DIRECTORY]
