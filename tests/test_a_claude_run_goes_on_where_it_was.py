@@ -5,17 +5,15 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 import uuid
 
 import pytest
 from claude_stub.client import ClaudeCode, session_of, words_of
-from conftest import ROOT, end, wait_for
+from claude_stub.task import PROMPT, Task
+from conftest import end, wait_for
 from processes import children, lives
 
 GO_ON = "Go on; what you had done stands."
-PROMPT = "Paint the harbour's lighthouse red."
 
 
 @pytest.fixture
@@ -25,51 +23,10 @@ def claude(tmp_path):
     made.close()
 
 
-class Task:
-    """A claude task, run by the handler alone as a worker would run it."""
-
-    def __init__(self, claude: ClaudeCode, **data) -> None:
-        self.claude, self.state = claude, claude.home.parent / "state"
-        self.state.mkdir(mode=0o700, exist_ok=True)
-        data = {"prompt": PROMPT, "workspace_path": str(claude.workspace), **data}
-        self.envelope = {
-            "task_id": "t-1",
-            "task_type": "claude",
-            "enqueued_at": "2026-11-26 09:00:00.000",
-            "data": data,
-        }
-        self.env = {
-            "TASK_QUEUE": "approvals",
-            "TASK_ID": "t-1",
-            "TASK_QUEUE_STATE": str(self.state),
-            "TASK_DEPTH": "1",
-        }
-
-    def start(self, env: dict | None = None) -> subprocess.Popen:
-        command = self.claude.within(sys.executable, ROOT / "handlers/claude")
-        process = subprocess.Popen(command, env=(env or self.claude.env) | self.env, cwd="/", stdin=subprocess.PIPE,
-                                   stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)  # fmt: skip
-        process.stdin.write(json.dumps(self.envelope).encode())
-        process.stdin.close()
-        process.stdin = None
-        return process
-
-    def run(self, env: dict | None = None) -> subprocess.CompletedProcess:
-        process = self.start(env)
-        try:
-            stdout, stderr = process.communicate(timeout=60)
-        finally:
-            end(process)
-        return subprocess.CompletedProcess((), process.returncode, stdout.decode(), stderr.decode())
-
-    def sessions(self) -> list:
-        return list(self.claude.home.glob(".claude/projects/*/*.jsonl"))
-
-
 @pytest.fixture
 def interrupted(claude):
     """A task of two steps, the first of them done, the second waiting for the API; and its run."""
-    task = Task(claude, permission_mode="bypassPermissions")
+    task = claude.task(permission_mode="bypassPermissions")
     claude.answer("tool", commands=["echo red >>painted"], then_hang=True)
     process = task.start()
     wait_for(lambda: len(claude.requests()) == 2, 30, "the second request")
@@ -100,8 +57,7 @@ def test_a_run_that_is_not_disturbed_prints_its_result_and_its_steps(claude):
     claude.answer(
         "tool", commands=["echo red >painted"], text="\nThe lighthouse is red.\nAll of it."
     )
-    task = Task(
-        claude,
+    task = claude.task(
         permission_mode="bypassPermissions",
         model="claude-sonnet-5",
         append_system_prompt="Be brief.",
@@ -126,12 +82,12 @@ def test_a_run_that_is_not_disturbed_prints_its_result_and_its_steps(claude):
 
 
 def test_the_session_follows_from_the_queue_the_task_and_its_time(claude):
-    one = Task(claude)
+    one = claude.task()
     first = json.loads(one.run().stdout)["session_id"]
-    other = Task(claude)
+    other = claude.task()
     other.envelope["enqueued_at"] = "2026-11-26 10:00:00.000"
     second = json.loads(other.run().stdout)["session_id"]
-    third = Task(claude)
+    third = claude.task()
     third.env["TASK_QUEUE"] = "others"
     assert len({first, second, json.loads(third.run().stdout)["session_id"]}) == 3
     assert GO_ON not in "".join(map(words_of, claude.requests()))
@@ -162,7 +118,7 @@ def test_a_run_that_is_stopped_has_its_session_saved(claude, interrupted, whom):
     assert process.wait(30) == 143
     assert not lives(program) and process.stdout.read() == b""
     assert b"stopped; the session goes on" in process.stderr.read()
-    (session,) = task.sessions()
+    (session,) = claude.sessions()
     assert '"cost-state"' in session.read_text(), "what Claude Code writes at an orderly end"
     went_on(claude, task)
 
@@ -173,7 +129,7 @@ def test_a_kill_in_the_first_milliseconds_does_not_spoil_the_session(claude, int
     task, process = interrupted
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    (session,) = task.sessions()
+    (session,) = claude.sessions()
     lines = session.read_text().splitlines(keepends=True)
     assert '"user"' not in "".join(lines[:2]) and '"type":"user"' in lines[2]
     session.write_text("".join(lines[:left]))
@@ -192,7 +148,7 @@ def test_a_session_that_is_there_although_its_file_was_not_found_is_resumed(clau
     process.kill()
     process.wait()
     claude.answer("fine")
-    (session,) = task.sessions()
+    (session,) = claude.sessions()
     # A claude with a configuration of its own, which the handler knows nothing about.
     wrapper = claude.home / "bin/claude"
     real = wrapper.resolve()
@@ -213,12 +169,12 @@ class TestAnotherSession:
 
     @pytest.fixture
     def earlier(self, claude) -> str:
-        done = Task(claude, prompt="Remember the number 4711.").run()
+        done = claude.task(prompt="Remember the number 4711.").run()
         assert done.returncode == 0, done.stderr
         return json.loads(done.stdout)["session_id"]
 
     def test_it_gets_the_prompt(self, claude, earlier):
-        task = Task(claude, resume=earlier)
+        task = claude.task(resume=earlier)
         task.envelope["task_id"] = "t-2"
         done = task.run()
         assert done.returncode == 0 and json.loads(done.stdout)["session_id"] == earlier
@@ -227,7 +183,7 @@ class TestAnotherSession:
         assert not list(task.state.rglob("*.json"))
 
     def test_it_gets_the_prompt_once_however_often_the_run_is_killed(self, claude, earlier):
-        task = Task(claude, resume=earlier, permission_mode="bypassPermissions")
+        task = claude.task(resume=earlier, permission_mode="bypassPermissions")
         task.envelope["task_id"] = "t-2"
         before = len(claude.requests())
         claude.answer("tool", commands=["echo red >>painted"], then_hang=True)
@@ -238,7 +194,7 @@ class TestAnotherSession:
         went_on(claude, task)
 
     def test_one_that_is_unknown_is_started(self, claude):
-        task = Task(claude, resume=str(uuid.uuid4()))
+        task = claude.task(resume=str(uuid.uuid4()))
         done = task.run()
         assert done.returncode == 0, done.stderr
         assert json.loads(done.stdout)["session_id"] == task.envelope["data"]["resume"]

@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from claude_stub.task import PROMPT, Task
 from conftest import ROOT, end, wait_for
 
 HERE = Path(__file__).resolve().parent
@@ -87,9 +88,19 @@ class ClaudeCode:
         file = self.asked / "requests.jsonl"
         return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
-    def within(self, *command) -> list[str]:
-        """The command, run where the API can be reached."""
-        return ["nsenter", "-t", str(self.api.pid), "-n", *map(str, command)]
+    @property
+    def within(self) -> tuple[str, ...]:
+        """What a command begins with that can reach the API."""
+        return "nsenter", "-t", str(self.api.pid), "-n"
+
+    def task(self, **data) -> Task:
+        """A claude task in the workspace."""
+        data = {"prompt": PROMPT, "workspace_path": str(self.workspace), **data}
+        return Task(self.home.parent, self.env, self.within, **data)
+
+    def sessions(self) -> list[Path]:
+        """The files of Claude Code's sessions."""
+        return list(self.home.glob(".claude/projects/*/*.jsonl"))
 
     def close(self) -> None:
         end(self.api)
