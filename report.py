@@ -88,7 +88,7 @@ def main(argv: list[str] | None = None) -> int:
         )
     try:
         # Where there is no database yet, there is nothing to tell.
-        if not os.path.exists(f"{q.STATE_DIR}/tasks.db"):
+        if q.state_complaint is None and not os.path.exists(f"{q.STATE_DIR}/tasks.db"):
             return 0
         return tell_claude(q, peek) if hook else tell_a_person(q, peek)
     except q.QueueBusy as error:
@@ -108,13 +108,11 @@ def fail(code: int, message: object) -> int:
 
 def tell_claude(q, peek: bool) -> int:
     """As a hook: what Claude Code puts into the context, on stdout; nothing when there is nothing to tell."""
-    from enqueue import read_stdin
-
     deadline = time.monotonic() + HOOK_SECONDS
     try:
-        payload = json.loads(read_stdin(deadline).decode("utf-8-sig", "replace"))
+        payload = read_payload(deadline)
         event, cwd = payload["hook_event_name"], payload["cwd"]
-    except (ValueError, KeyError, TypeError, RecursionError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return fail(EX_FAILED, "stdin is not the payload of a hook")
     if event not in EVENTS or not isinstance(cwd, str):
         return fail(EX_FAILED, f"a hook of {' or '.join(EVENTS)} is wanted")
@@ -125,6 +123,25 @@ def tell_claude(q, peek: bool) -> int:
 
     tell(q, os.environ.get("CLAUDE_PROJECT_DIR") or None, cwd, show, peek, deadline)
     return 0
+
+
+def read_payload(deadline: float) -> object:
+    """The JSON on stdin, as soon as it is whole: stdin may never be closed."""
+    import select
+
+    raw = b""
+    while select.select([0], [], [], max(0.0, deadline - time.monotonic()))[0]:
+        chunk = os.read(0, 2**20)
+        raw += chunk
+        if not chunk:
+            break
+        if raw.rstrip().endswith(b"}"):
+            try:
+                return json.loads(raw.decode("utf-8-sig"))
+            except ValueError:
+                # The end of an inner object.
+                continue
+    return json.loads(raw.decode("utf-8-sig", "replace"))
 
 
 def tell_a_person(q, peek: bool) -> int:
@@ -152,9 +169,8 @@ def tell(q, project_dir: str | None, cwd: str, show, peek: bool, deadline: float
     One of several at once tells it: the mark is read, the report shown and the mark moved under the write lock. Killed
     in between, it is told twice rather than never.
     """
-    conn = q.connect(
-        create=False, busy_timeout_ms=max(100, int((deadline - time.monotonic()) * 1000))
-    )
+    patience = max(100, int((deadline - time.monotonic()) * 1000))
+    conn = q.connect(create=False, busy_timeout_ms=patience, migrate=False)
     workspace = {"project_dir": project_dir, "cwd": cwd}
     # Most prompts have nothing to be told, and a look takes no lock.
     after, last, rows = look(q, conn, workspace)

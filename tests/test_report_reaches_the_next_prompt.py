@@ -11,7 +11,6 @@ import pytest
 from claude_stub.client import ClaudeCode
 from conftest import ROOT
 
-MARKS = "create table if not exists task_marks (workspace text primary key, history_id integer not null)"
 SUMMARY = "1 broken link: README.md:4 → pier.md"
 
 
@@ -41,8 +40,6 @@ def flow(installation, claude):
     installation.handler(
         "link_validation", f"#!/bin/sh\necho '{json.dumps({'summary': SUMMARY})}'\n"
     )
-    installation.enqueue("approvals", "any")
-    installation.sqlite3(MARKS)
     return installation
 
 
