@@ -44,11 +44,12 @@ LOOK_BACK = 50_000
 MOVE_AFTER = 1_000
 FIRST_SECONDS = 86_400.0
 
+# The + keeps SQLite to the rows after the mark, whatever else it has an index for.
 # A consumer that acks a task in its own process leaves no exit code: it knows the result, and has told whom it wanted.
 NEW = """
 with gained as materialized (
   select id, status, exit_code, case when json_valid(data) then data else '{}' end as data
-  from task_history where id > :after and completed_at > :since),
+  from task_history where id > :after and +completed_at > :since),
 placed as (
   select id,
     coalesce(json_extract(data, '$.data.project_dir'), json_extract(data, '$.project_dir')) as project_dir,
@@ -121,7 +122,7 @@ def tell_claude(q, peek: bool) -> int:
         told = {"hookSpecificOutput": {"hookEventName": event, "additionalContext": text}}
         write(json.dumps(told))
 
-    tell(q, os.environ.get("CLAUDE_PROJECT_DIR") or None, cwd, show, peek, deadline)
+    tell(q, os.environ.get("CLAUDE_PROJECT_DIR") or None, cwd, show, peek, deadline, migrate=False)
     return 0
 
 
@@ -149,7 +150,9 @@ def tell_a_person(q, peek: bool) -> int:
         cwd = os.getcwd()
     except OSError as error:
         return fail(EX_FAILED, f"this directory is gone: {error.strerror}")
-    if not tell(q, None, cwd, write, peek, time.monotonic() + q.BUSY_TIMEOUT_MS / 1000):
+    if not tell(
+        q, None, cwd, write, peek, time.monotonic() + q.BUSY_TIMEOUT_MS / 1000, migrate=True
+    ):
         write(f"Nothing new for {shown(cwd, TEXT_CHARACTERS)}.")
     return 0
 
@@ -163,14 +166,16 @@ def write(text: str) -> None:
     sys.stdout.flush()
 
 
-def tell(q, project_dir: str | None, cwd: str, show, peek: bool, deadline: float) -> bool:
+def tell(
+    q, project_dir: str | None, cwd: str, show, peek: bool, deadline: float, migrate: bool
+) -> bool:
     """Show what the workspace has not been told, then mark it as told; whether there was anything.
 
     One of several at once tells it: the mark is read, the report shown and the mark moved under the write lock. Killed
     in between, it is told twice rather than never.
     """
     patience = max(100, int((deadline - time.monotonic()) * 1000))
-    conn = q.connect(create=False, busy_timeout_ms=patience, migrate=False)
+    conn = q.connect(create=False, busy_timeout_ms=patience, migrate=migrate)
     workspace = {"project_dir": project_dir, "cwd": cwd}
     # Most prompts have nothing to be told, and a look takes no lock.
     after, last, rows = look(q, conn, workspace)

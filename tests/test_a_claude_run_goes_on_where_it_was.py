@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
+import sys
 import uuid
 
 import pytest
 from claude_stub.client import ClaudeCode, session_of, words_of
 from claude_stub.task import PROMPT, Task
-from conftest import end, wait_for
+from conftest import ROOT, end, wait_for
 from processes import children, lives
 
 GO_ON = "Go on; what you had done stands."
@@ -121,6 +123,39 @@ def test_a_run_that_is_stopped_has_its_session_saved(claude, interrupted, whom):
     (session,) = claude.sessions()
     assert '"cost-state"' in session.read_text(), "what Claude Code writes at an orderly end"
     went_on(claude, task)
+
+
+@pytest.mark.parametrize(
+    "handler_dies", [False, True], ids=["worker and supervisor", "and handler"]
+)
+def test_a_killed_worker_and_its_supervisor_do_not_begin_the_work_again(
+    installation, claude, handler_dies
+):
+    handler = shlex.join([*claude.within, sys.executable, str(ROOT / "handlers/claude")])
+    installation.handler("claude", f"#!/bin/sh\nexec {handler}\n")
+    data = {
+        "prompt": PROMPT,
+        "workspace_path": str(claude.workspace),
+        "permission_mode": "bypassPermissions",
+    }
+    task = installation.enqueue("approvals", "claude", json.dumps(data))
+    claude.answer("tool", commands=["echo red >>painted"], then_hang=True)
+    worker = installation.worker("approvals", env=claude.env)
+    wait_for(lambda: len(claude.requests()) == 2, 30, "the second request")
+    supervisors = children(worker.pid)
+    (run,) = [child for supervisor in supervisors for child in children(supervisor)]
+    for pid in [worker.pid, *supervisors, *([run] if handler_dies else [])]:
+        os.kill(pid, signal.SIGKILL)
+    # Where the handler lives on, it has the session until it has ended.
+    claude.answer("fine", text="The lighthouse is red.")
+    installation.worker("approvals", env=claude.env)
+    done = installation.finished(task, 60)
+    assert done["status"] == "completed", done
+    result = json.loads(done["result"])
+    assert {session_of(request) for request in claude.requests()} == {result["session_id"]}
+    words = words_of(claude.requests()[-1])
+    assert words.count(PROMPT) == 1 and words.count(GO_ON) == 1
+    assert (claude.workspace / "painted").read_text() == "red\n"
 
 
 @pytest.mark.parametrize("left", [0, 1, 2])

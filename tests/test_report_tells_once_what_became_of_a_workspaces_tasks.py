@@ -367,6 +367,15 @@ def test_a_damaged_database_is_one_line(installation):
     )
 
 
+def test_a_hook_does_not_wait_for_a_migration(history):
+    history.gain()
+    history.conn.execute("pragma user_version = 1")
+    payload = json.dumps({"hook_event_name": "SessionStart", "cwd": HERE})
+    done = history.installation.run("report.py", "--hook", input=payload)
+    assert (done.returncode, done.stdout) == (1, "") and done.stderr.count("\n") == 1
+    assert history.conn.execute("pragma user_version").fetchone() == (1,)
+
+
 class TestAPerson:
     def test_is_told_the_same_and_nothing_new_after(self, installation, history):
         history.gain(cwd=str(installation.directory), text="2 broken links")
