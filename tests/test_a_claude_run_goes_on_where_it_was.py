@@ -1,0 +1,236 @@
+"""With the real Claude Code: a claude task has one session, and no end of a run has its work begun again."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import signal
+import sys
+import uuid
+
+import pytest
+from claude_stub.client import ClaudeCode, session_of, words_of
+from claude_stub.task import PROMPT, Task
+from conftest import ROOT, end, wait_for
+from processes import children, lives
+
+GO_ON = "Go on; what you had done stands."
+
+
+@pytest.fixture
+def claude(tmp_path):
+    made = ClaudeCode(tmp_path)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def interrupted(claude):
+    """A task of two steps, the first of them done, the second waiting for the API; and its run."""
+    task = claude.task(permission_mode="bypassPermissions")
+    claude.answer("tool", commands=["echo red >>painted"], then_hang=True)
+    process = task.start()
+    wait_for(lambda: len(claude.requests()) == 2, 30, "the second request")
+    yield task, process
+    end(process)
+
+
+def went_on(claude: ClaudeCode, task: Task) -> dict:
+    """Run the task again; its result, when that went on with the same session and did nothing twice."""
+    before = len(claude.requests())
+    claude.answer("fine", text="The lighthouse is red.\nAll of it.")
+    done = task.run()
+    assert done.returncode == 0, done.stderr
+    asked = claude.requests()
+    result = json.loads(done.stdout)
+    assert {session_of(request) for request in asked} == {result["session_id"]}
+    words = words_of(asked[before])
+    assert (
+        words.count(PROMPT) == 1
+        and words.count(GO_ON) == 1
+        and words.index(PROMPT) < words.index(GO_ON)
+    )
+    assert (claude.workspace / "painted").read_text() == "red\n"
+    return result
+
+
+def test_a_run_that_is_not_disturbed_prints_its_result_and_its_steps(claude):
+    claude.answer(
+        "tool", commands=["echo red >painted"], text="\nThe lighthouse is red.\nAll of it."
+    )
+    task = claude.task(
+        permission_mode="bypassPermissions",
+        model="claude-sonnet-5",
+        append_system_prompt="Be brief.",
+    )
+    done = task.run()
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert list(result) == ["summary", "result", "session_id", "num_turns", "cost_usd", "seconds"]
+    assert result["summary"] == "The lighthouse is red." and result["result"].strip().endswith(
+        "All of it."
+    )
+    assert result["num_turns"] == 2 and result["seconds"] > 0 and result["cost_usd"] > 0
+    assert uuid.UUID(result["session_id"]).version == 5
+    steps = done.stderr.splitlines()
+    assert any("Bash: echo red >painted" in step for step in steps) and any(
+        "> The lighthouse is red." in step for step in steps
+    )
+    first = claude.requests()[0]["body"]
+    assert first["model"] == "claude-sonnet-5" and "Be brief." in json.dumps(first["system"])
+    assert PROMPT in words_of(claude.requests()[0])
+    assert not list(task.state.rglob("*.json"))
+
+
+def test_the_session_follows_from_the_queue_the_task_and_its_time(claude):
+    one = claude.task()
+    first = json.loads(one.run().stdout)["session_id"]
+    other = claude.task()
+    other.envelope["enqueued_at"] = "2026-11-26 10:00:00.000"
+    second = json.loads(other.run().stdout)["session_id"]
+    third = claude.task()
+    third.env["TASK_QUEUE"] = "others"
+    assert len({first, second, json.loads(third.run().stdout)["session_id"]}) == 3
+    assert GO_ON not in "".join(map(words_of, claude.requests()))
+
+
+@pytest.mark.parametrize("victim", ["handler", "handler and claude", "claude"])
+def test_a_run_that_was_killed_goes_on_in_its_session(claude, interrupted, victim):
+    task, process = interrupted
+    (program,) = children(process.pid)
+    if victim == "handler and claude":
+        os.killpg(process.pid, signal.SIGKILL)
+    else:
+        os.kill(process.pid if victim == "handler" else program, signal.SIGKILL)
+    process.wait(30)
+    # No second run may meet the first one's Claude in the session.
+    wait_for(lambda: not lives(program), 10, "the end of claude")
+    if victim == "claude":
+        assert process.returncode == 1 and b"signal 9" in process.stderr.read()
+    went_on(claude, task)
+
+
+@pytest.mark.parametrize("whom", ["handler", "group"])
+def test_a_run_that_is_stopped_has_its_session_saved(claude, interrupted, whom):
+    """A worker sends TERM to the whole group; somebody at a terminal may send it to the handler alone."""
+    task, process = interrupted
+    (program,) = children(process.pid)
+    (os.kill if whom == "handler" else os.killpg)(process.pid, signal.SIGTERM)
+    assert process.wait(30) == 143
+    assert not lives(program) and process.stdout.read() == b""
+    assert b"stopped; the session goes on" in process.stderr.read()
+    (session,) = claude.sessions()
+    assert '"cost-state"' in session.read_text(), "what Claude Code writes at an orderly end"
+    went_on(claude, task)
+
+
+@pytest.mark.parametrize(
+    "handler_dies", [False, True], ids=["worker and supervisor", "and handler"]
+)
+def test_a_killed_worker_and_its_supervisor_do_not_begin_the_work_again(
+    installation, claude, handler_dies
+):
+    handler = shlex.join([*claude.within, sys.executable, str(ROOT / "handlers/claude")])
+    installation.handler("claude", f"#!/bin/sh\nexec {handler}\n")
+    data = {
+        "prompt": PROMPT,
+        "workspace_path": str(claude.workspace),
+        "permission_mode": "bypassPermissions",
+    }
+    task = installation.enqueue("approvals", "claude", json.dumps(data))
+    claude.answer("tool", commands=["echo red >>painted"], then_hang=True)
+    worker = installation.worker("approvals", env=claude.env)
+    wait_for(lambda: len(claude.requests()) == 2, 30, "the second request")
+    supervisors = children(worker.pid)
+    (run,) = [child for supervisor in supervisors for child in children(supervisor)]
+    for pid in [worker.pid, *supervisors, *([run] if handler_dies else [])]:
+        os.kill(pid, signal.SIGKILL)
+    # Where the handler lives on, it has the session until it has ended.
+    claude.answer("fine", text="The lighthouse is red.")
+    installation.worker("approvals", env=claude.env)
+    done = installation.finished(task, 60)
+    assert done["status"] == "completed", done
+    result = json.loads(done["result"])
+    assert {session_of(request) for request in claude.requests()} == {result["session_id"]}
+    words = words_of(claude.requests()[-1])
+    assert words.count(PROMPT) == 1 and words.count(GO_ON) == 1
+    assert (claude.workspace / "painted").read_text() == "red\n"
+
+
+@pytest.mark.parametrize("left", [0, 0.5, 1, 2])
+def test_a_kill_in_the_first_milliseconds_does_not_spoil_the_session(claude, interrupted, left):
+    """Claude Code neither resumes nor starts a session whose file has only lines from before its first prompt."""
+    task, process = interrupted
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    (session,) = claude.sessions()
+    lines = session.read_text().splitlines(keepends=True)
+    assert '"user"' not in "".join(lines[:2]) and '"type":"user"' in lines[2]
+    session.write_text("".join(lines[: int(left)]) if left != 0.5 else lines[0][:40])
+    claude.answer("fine")
+    done = task.run()
+    assert done.returncode == 0, done.stderr
+    assert PROMPT in words_of(claude.requests()[-1]) and GO_ON not in words_of(
+        claude.requests()[-1]
+    )
+    assert json.loads(done.stdout)["session_id"] == session.stem
+
+
+def test_a_session_that_is_there_although_its_file_was_not_found_is_resumed(claude, interrupted):
+    """Claude Code says that the session is in use; the other way is tried once."""
+    task, process = interrupted
+    process.kill()
+    process.wait()
+    claude.answer("fine")
+    (session,) = claude.sessions()
+    # A claude with a configuration of its own, which the handler knows nothing about.
+    wrapper = claude.home / "bin/claude"
+    real = wrapper.resolve()
+    wrapper.unlink()
+    wrapper.write_text(f'#!/bin/sh\nCLAUDE_CONFIG_DIR="{claude.home}/.claude" exec "{real}" "$@"\n')
+    wrapper.chmod(0o755)
+    done = task.run(claude.env | {"CLAUDE_CONFIG_DIR": str(claude.home / "elsewhere")})
+    assert done.returncode == 0, done.stderr
+    assert "already in use" in done.stderr and "cannot be started: resuming it" in done.stderr
+    assert (
+        GO_ON in words_of(claude.requests()[-1])
+        and json.loads(done.stdout)["session_id"] == session.stem
+    )
+
+
+class TestAnotherSession:
+    """data.resume names a session that had a life of its own."""
+
+    @pytest.fixture
+    def earlier(self, claude) -> str:
+        done = claude.task(prompt="Remember the number 4711.").run()
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout)["session_id"]
+
+    def test_it_gets_the_prompt(self, claude, earlier):
+        task = claude.task(resume=earlier)
+        task.envelope["task_id"] = "t-2"
+        done = task.run()
+        assert done.returncode == 0 and json.loads(done.stdout)["session_id"] == earlier
+        words = words_of(claude.requests()[-1])
+        assert "4711" in words and PROMPT in words and GO_ON not in words
+        assert not list(task.state.rglob("*.json"))
+
+    def test_it_gets_the_prompt_once_however_often_the_run_is_killed(self, claude, earlier):
+        task = claude.task(resume=earlier, permission_mode="bypassPermissions")
+        task.envelope["task_id"] = "t-2"
+        before = len(claude.requests())
+        claude.answer("tool", commands=["echo red >>painted"], then_hang=True)
+        process = task.start()
+        wait_for(lambda: len(claude.requests()) == before + 2, 30, "the second request")
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        went_on(claude, task)
+
+    def test_one_that_is_unknown_is_started(self, claude):
+        task = claude.task(resume=str(uuid.uuid4()))
+        done = task.run()
+        assert done.returncode == 0, done.stderr
+        assert json.loads(done.stdout)["session_id"] == task.envelope["data"]["resume"]
+        assert PROMPT in words_of(claude.requests()[-1])

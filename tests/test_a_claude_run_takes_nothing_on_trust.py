@@ -1,0 +1,328 @@
+"""What a task says is checked, what Claude prints is data, and no program comes from a workspace. With a fake claude."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import pytest
+from claude_stub.task import Task
+from conftest import ROOT
+
+# It notes how it was called, and then says what the test put beside it.
+FAKE = f"""#!{sys.executable}
+import json, os, sys
+home = os.environ["HOME"]
+with open(home + "/calls", "a") as file:
+    print(json.dumps([sys.argv[1:], sys.stdin.read(), os.getcwd()]), file=file)
+sys.stdout.buffer.write(open(home + "/says", "rb").read())
+sys.stdout.flush()
+os.write(2, open(home + "/errors", "rb").read())
+"""
+INIT = {"type": "system", "subtype": "init", "session_id": "s"}
+DONE = {
+    "type": "result",
+    "is_error": False,
+    "result": "Done.",
+    "session_id": "s",
+    "num_turns": 1,
+    "total_cost_usd": 0.5,
+}
+
+
+class Fake:
+    def __init__(self, directory: Path) -> None:
+        self.home, self.workspace = directory, directory / "workspace"
+        (directory / "bin").mkdir()
+        self.workspace.mkdir()
+        self.program = directory / "bin/claude"
+        self.program.write_text(FAKE)
+        self.program.chmod(0o755)
+        self.env = {"HOME": str(directory), "PATH": f"{directory}/bin:/usr/bin:/bin"}
+        self.says(INIT, DONE)
+
+    def says(self, *lines: dict | bytes, errors: bytes = b"") -> None:
+        raw = [line if isinstance(line, bytes) else json.dumps(line).encode() for line in lines]
+        (self.home / "says").write_bytes(b"".join(line + b"\n" for line in raw))
+        (self.home / "errors").write_bytes(errors)
+
+    def task(self, **data) -> Task:
+        return Task(self.home, self.env, **{"prompt": "Do it.", **data})
+
+    def calls(self) -> list:
+        file = self.home / "calls"
+        return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+@pytest.fixture
+def fake(tmp_path):
+    return Fake(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "data, why",
+    [
+        ({}, "prompt is missing"),
+        ({"prompt": ""}, "prompt is empty"),
+        ({"prompt": " \n\t"}, "prompt is empty"),
+        ({"prompt": ["x"]}, "prompt is not text"),
+        ({"prompt": "nul \0"}, "prompt is not text"),
+        ({"prompt": "half a character \ud800"}, "prompt is not text"),
+        ({"prompt": "x", "model": 5}, "model is not text"),
+        ({"prompt": "x", "workspace_path": "here"}, "workspace_path is relative"),
+        ({"prompt": "x", "resume": "../../etc/passwd"}, "resume is not the id of a session"),
+        ({"prompt": "x", "max_budget_usd": -1}, "max_budget_usd"),
+        ({"prompt": "x", "max_budget_usd": True}, "max_budget_usd"),
+        ({"prompt": "x", "max_budget_usd": float("inf")}, "max_budget_usd"),
+        ({"prompt": "x", "args": "--model x"}, "args is not a list"),
+        ({"prompt": "x", "args": [1]}, "args is not text"),
+        ({"prompt": "x", "allowed_tools": {}}, "allowed_tools is not text"),
+    ],
+)
+def test_a_task_that_can_never_be_done_is_a_dead_letter_at_once(fake, data, why):
+    task = fake.task()
+    task.envelope["data"] = data
+    done = task.run()
+    assert (
+        (done.returncode, done.stdout) == (65, "")
+        and why in done.stderr
+        and done.stderr.count("\n") == 1
+    )
+    assert fake.calls() == []
+
+
+@pytest.mark.parametrize("envelope", [[], {}, {"data": 1}, "x", None])
+def test_so_is_what_is_no_task(fake, envelope):
+    task = fake.task()
+    task.envelope = envelope
+    done = task.run()
+    assert done.returncode == 65 and done.stderr.count("\n") == 1 and fake.calls() == []
+
+
+def test_the_prompt_goes_to_stdin_and_no_value_can_pose_as_an_option(fake):
+    prompt = "--dangerously-skip-permissions\n" + "x" * 300_000
+    done = fake.task(
+        prompt=prompt,
+        workspace_path=str(fake.workspace),
+        model="--help",
+        permission_mode="plan",
+        allowed_tools=["Bash(git *)", "Edit"],
+        max_budget_usd=0.5,
+        append_system_prompt="-x",
+        args=["--max-turns", "3"],
+    ).run()
+    assert done.returncode == 0, done.stderr
+    ((args, stdin, cwd),) = fake.calls()
+    assert (stdin, cwd) == (prompt, str(fake.workspace))
+    assert args[:4] == ["-p", "--output-format", "stream-json", "--verbose"]
+    assert args[4:-1] == [
+        "--model=--help",
+        "--permission-mode=plan",
+        "--append-system-prompt=-x",
+        "--allowed-tools=Bash(git *),Edit",
+        "--max-budget-usd=0.5",
+        "--max-turns",
+        "3",
+    ]
+    assert args[-1].startswith("--session-id=")
+
+
+def test_what_claude_prints_cannot_steer_a_terminal_or_pose_as_our_result(fake):
+    evil = "\x1b]0;owned\x07\x1b[2J\u202egnp.exe\x9b31m\r" + "long " * 500
+    text = {
+        "content": [
+            {"type": "text", "text": evil},
+            {"type": "tool_use", "name": evil, "input": {"command": evil}},
+        ]
+    }
+    fake.says(
+        INIT,
+        {"type": "assistant", "message": text},
+        {
+            "type": "user",
+            "message": {"content": [{"type": "tool_result", "is_error": True, "content": evil}]},
+        },
+        {"type": "assistant", "message": text, "parent_tool_use_id": "t"},
+        b'{"pause": null, "reason": "mine"}',
+        b'{"enqueue": [{"queue": "approvals"}]}',
+        evil.encode(),
+        DONE | {"result": evil + '\n{"enqueue": [{"queue": "approvals"}]}'},
+        errors=evil.encode() + b"\xff\n",
+    )
+    done = fake.task().run()
+    assert done.returncode == 0
+    assert all(character.isprintable() or character == "\n" for character in done.stderr)
+    assert (
+        all(len(line) < 250 for line in done.stderr.splitlines())
+        and done.stderr.count("owned") == 7
+    )
+    (line,) = done.stdout.splitlines()
+    assert list(json.loads(line)) == [
+        "summary",
+        "result",
+        "session_id",
+        "num_turns",
+        "cost_usd",
+        "seconds",
+    ]
+    assert json.loads(line)["summary"].isprintable()
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"[]",
+        b"null",
+        b"{",
+        b'{"type": 1}',
+        b'{"type": "assistant", "message": {"content": 5}}',
+        b'{"type": "assistant", "message": null}',
+        b'{"type": "assistant", "message": {"content": [null, {"type": "tool_use", "input": 1}]}}',
+        b'{"type": "assistant", "error": {"x": 1}}',
+        b'{"type": "assistant", "error": []}',
+        b'{"type": "rate_limit_event", "rate_limit_info": {"status": "rejected", "resetsAt": "soon"}}',
+        b'{"type": "rate_limit_event", "rate_limit_info": {"status": "rejected", "resetsAt": 1e300}}',
+        b'{"type": "rate_limit_event"}',
+        b'{"type": "system", "subtype": "api_retry", "retry_delay_ms": null, "error": []}',
+        b"[" * 100_000,
+        b"x" * 3_000_000,
+    ],
+    ids=lambda line: line[:60].decode(),
+)
+def test_a_line_that_is_not_as_expected_does_no_harm(fake, line):
+    fake.says(INIT, line, DONE)
+    done = fake.task().run()
+    assert done.returncode == 0 and json.loads(done.stdout)["result"] == "Done.", done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    "result",
+    [None, 5, ["x"], "", "x" * 400_000, "\u6e2f" * 100_000, "\ud800"],
+    ids=lambda value: repr(value)[:20],
+)
+def test_the_result_is_one_whole_object_that_the_history_can_keep(fake, result):
+    fake.says(INIT, DONE | {"result": result})
+    done = fake.task().run()
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.encode()) < 65_536
+    told = json.loads(done.stdout)
+    assert isinstance(told["result"], str) and ("cut" in told) == (len(str(result)) > 1000)
+
+
+@pytest.mark.parametrize("seconds, pause", [(-10_000, 5), (1e11, 30 * 86_400), (1000, 1000)])
+def test_a_pause_is_bounded(fake, seconds, pause):
+    import time
+
+    info = {"status": "rejected", "resetsAt": time.time() + seconds}
+    fake.says(INIT, {"type": "rate_limit_event", "rate_limit_info": info}, {"type": "assistant", "error": "rate_limit"},
+              {"type": "result", "is_error": True})  # fmt: skip
+    done = fake.task().run()
+    assert done.returncode == 75 and pause - 30 <= json.loads(done.stdout)["pause"] <= pause
+
+
+def test_an_error_that_claude_got_over_is_none(fake):
+    fake.says(INIT, {"type": "assistant", "error": "rate_limit"}, {"type": "assistant", "message": {}},
+              {"type": "result", "is_error": True, "result": "it went wrong"})  # fmt: skip
+    done = fake.task().run()
+    assert (done.returncode, done.stdout) == (1, "") and done.stderr.splitlines()[
+        -1
+    ] == "failed: it went wrong"
+
+
+def test_a_claude_that_says_nothing_is_a_failed_attempt(fake):
+    fake.says(errors=b"Illegal instruction\n")
+    done = fake.task().run()
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "without a result. Illegal instruction" in done.stderr.splitlines()[-1]
+    # It was started, and where that did not get as far as a session, resumed: once.
+    assert [call[0][-1].split("=")[0] for call in fake.calls()] == ["--session-id", "--resume"]
+
+
+@pytest.mark.parametrize("entry", [".", "", "bin", "./bin"])
+def test_no_claude_comes_from_the_workspace(fake, entry):
+    for place in (fake.workspace, fake.workspace / "bin"):
+        place.mkdir(exist_ok=True)
+        (place / "claude").write_text('#!/bin/sh\ntouch "$HOME/owned"\n')
+        (place / "claude").chmod(0o755)
+    env = fake.env | {"PATH": f"{entry}{os.pathsep}{fake.env['PATH']}"}
+    done = fake.task(workspace_path=str(fake.workspace)).run(env)
+    assert done.returncode == 0 and len(fake.calls()) == 1 and not (fake.home / "owned").exists()
+
+
+def test_a_missing_claude_pauses_the_queue_for_a_while_and_says_why(fake):
+    fake.program.unlink()
+    done = fake.task().run(fake.env | {"PATH": "relative"})
+    if done.returncode == 0:
+        pytest.skip("there is a claude in /usr/local/bin")
+    assert done.returncode == 75 and json.loads(done.stdout)["pause"] == 600
+    assert "not installed" in json.loads(done.stdout)["reason"] and "PATH" in done.stderr
+
+
+def test_one_is_found_where_its_installer_puts_it(fake):
+    (fake.home / ".local/bin").mkdir(parents=True)
+    fake.program.rename(fake.home / ".local/bin/claude")
+    assert (
+        fake.task().run(fake.env | {"PATH": "/usr/bin"}).returncode == 0 and len(fake.calls()) == 1
+    )
+
+
+def test_a_workspace_that_is_gone_is_a_failed_attempt_and_no_other_directory(fake):
+    done = fake.task(workspace_path=str(fake.home / "gone")).run()
+    assert done.returncode == 1 and "gone" in done.stderr and fake.calls() == []
+
+
+def test_no_secret_is_written_anywhere(fake):
+    env = fake.env | {"ANTHROPIC_API_KEY": "sk-very-secret"}
+    fake.says(
+        INIT, {"type": "assistant", "error": "overloaded"}, {"type": "result", "is_error": True}
+    )
+    done = fake.task().run(env)
+    assert done.returncode == 75 and "secret" not in done.stdout + done.stderr
+    (note,) = (fake.home / "state").rglob("*.json")
+    assert "secret" not in note.read_text() and note.stat().st_mode & 0o077 == 0
+
+
+@pytest.mark.parametrize(
+    "note",
+    [
+        b"",
+        b"[]",
+        b'{"handed": 1}',
+        b'{"handed": true, "waits": 1e400}',
+        b'{"handed": true, "waits": -5}',
+        b"\xff",
+    ],
+)
+def test_a_torn_note_does_no_harm(fake, note):
+    fake.says(
+        INIT, {"type": "assistant", "error": "overloaded"}, {"type": "result", "is_error": True}
+    )
+    task = fake.task()
+    task.run()
+    (path,) = (fake.home / "state").rglob("*.json")
+    path.write_bytes(note)
+    done = task.run()
+    assert done.returncode == 75 and json.loads(done.stdout) == {"retry_after": 30}
+
+
+def test_a_state_that_cannot_be_written_does_no_harm(fake):
+    fake.says(
+        INIT, {"type": "assistant", "error": "overloaded"}, {"type": "result", "is_error": True}
+    )
+    task = fake.task()
+    (fake.home / "state/claude").write_text("in the way")
+    done = task.run()
+    assert done.returncode == 75 and json.loads(done.stdout) == {"retry_after": 30}
+
+
+def test_it_says_how_it_is_used(tmp_path):
+    import subprocess
+
+    handler = ROOT / "handlers/claude"
+    shown = subprocess.run([sys.executable, handler, "--help"], capture_output=True, text=True)
+    assert shown.returncode == 0 and "exit codes:" in shown.stdout
+    wrong = subprocess.run([sys.executable, handler, "--nonsense"], capture_output=True, text=True)
+    assert wrong.returncode == 64 and wrong.stderr.count("\n") == 1
