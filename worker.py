@@ -47,6 +47,7 @@ from typing import NoReturn
 import queue_helpers as q
 import queue_owners as owners
 import queue_runs as runs
+from queue_cli import printable
 from queue_supervisor import SupervisorProcess, handler_environment, wakeup_pipe
 
 EX_USAGE = 64
@@ -236,17 +237,15 @@ def new_file(path: str, locked: bool) -> int:
     return fd
 
 
-def printable(text: str) -> str:
-    """Text of a task, a handler or a file, so that it cannot steer a terminal: one line, control characters escaped."""
-    return "".join(
-        char if char.isprintable() else ascii(char)[1:-1] for char in " ".join(text.split())
-    )
-
-
 def say(line: str) -> None:
     """One line on stderr, in one piece; a closed terminal or a full disk is no reason to stop working."""
     try:
-        os.write(2, (time.strftime("%Y-%m-%d %H:%M:%S ") + printable(line) + "\n").encode())
+        os.write(
+            2,
+            (
+                time.strftime("%Y-%m-%d %H:%M:%S ") + printable(" ".join(line.split())) + "\n"
+            ).encode(),
+        )
     except OSError:
         pass
 
