@@ -432,11 +432,11 @@ def remove_locks(conn: q.Connection, report: Report) -> None:
         for entry in os.scandir(workers):
             with left_undone(report, entry.path):
                 remove_lock(entry, owners, report)
-    # What the handlers of dead owners left.
-    for exits in cli.logs_directory(conn.state).glob("*.exits"):
-        if not report.dry_run and exits.stem not in owners and not (workers / exits.stem).exists():
-            with left_undone(report, exits):
-                exits.unlink(missing_ok=True)
+    # What is on record about the handlers of owners that are gone.
+    for directory in (conn.state / "runs").glob("*"):
+        gone = directory.name not in owners and not (workers / directory.name).exists()
+        if gone and not report.dry_run:
+            shutil.rmtree(directory, ignore_errors=True)
 
 
 def remove_lock(entry: os.DirEntry, owners: set[str | None], report: Report) -> None:

@@ -224,10 +224,10 @@ def _not_now(conn: q.Connection, task: q.Task, told: dict) -> Settled:
 
 
 def seconds_in(value: object) -> float | None:
-    """A number that a handler gave, within bounds; None for anything that is no finite number."""
-    if type(value) not in (int, float) or not math.isfinite(value):
+    """A number that a handler gave, within bounds; None for what is no number of seconds."""
+    if type(value) not in (int, float) or not 0 <= value < math.inf:
         return None
-    return float(min(max(value, 0), LONGEST_SECONDS))
+    return float(min(value, LONGEST_SECONDS))
 
 
 def last_words(told: dict) -> str:

@@ -1,16 +1,18 @@
-"""What a worker does on behalf of tasks: how a run's end becomes an outcome, spooled tasks taken in, dead owners' tasks taken back."""
+"""What a worker does on behalf of tasks: spooled tasks are taken in, and the tasks of dead owners are recovered."""
 
 from __future__ import annotations
 
 import logging
 import os
-import re
+import signal
 import sqlite3
+import time
 from contextlib import contextmanager
-from functools import lru_cache
 from pathlib import Path
 
 import queue_helpers as q
+import queue_outcome as outcomes
+import queue_runs as runs
 
 OWNERS = """
 select distinct owner from "{queue}" where status = 2"""
@@ -120,75 +122,286 @@ def take_in_spool(state: Path | None = None) -> tuple[int, list[str]]:
     return taken, complaints
 
 
-def recover(state: Path | None = None, *, crash_backoff: float = 0.0) -> tuple[list, int]:
+def verdict_alone(conn: q.Connection, task: q.Task, verdict) -> tuple:
+    """Record a verdict within a transaction, so that it can fail without the others: (outcome, error).
+
+    Whatever goes wrong with one task's verdict buries that task, with the reason. The database's own trouble is
+    everybody's, and is raised.
+    """
+    try:
+        with _savepoint(conn):
+            return verdict(conn)
+    except Exception as trouble:
+        if is_everybodys(conn, trouble):
+            raise
+        error = f"its end could not be recorded: {trouble}"
+        error = error.encode(errors="backslashreplace").decode()
+    for last_resort in (_bury, _leave_for_a_person):
+        try:
+            with _savepoint(conn):
+                return last_resort(conn, task, error)
+        except Exception as trouble:
+            if is_everybodys(conn, trouble):
+                raise
+    return None, error
+
+
+@contextmanager
+def _savepoint(conn: q.Connection):
+    """Part of a transaction, undone when its block raises."""
+    conn.execute("savepoint part")
+    try:
+        yield
+    except BaseException:
+        # SQLite may have rolled back all of it already.
+        if conn.in_transaction:
+            conn.execute("rollback to part")
+            conn.execute("release part")
+        raise
+    conn.execute("release part")
+
+
+def is_everybodys(conn: q.Connection, trouble: Exception) -> bool:
+    """Whether it is the database that cannot be used, and not this one task that it refuses."""
+    cause = trouble if isinstance(trouble, sqlite3.Error) else trouble.__cause__
+    if isinstance(cause, sqlite3.Error):
+        trouble = q.explain(cause, conn.state)
+    return isinstance(trouble, (q.QueueBusy, q.QueueUnavailable)) and not isinstance(
+        cause, sqlite3.IntegrityError
+    )
+
+
+def _bury(conn: q.Connection, task: q.Task, error: str) -> tuple:
+    return ("failed" if q.bury(conn, task, error=error) else None), error
+
+
+def _leave_for_a_person(conn: q.Connection, task: q.Task, error: str) -> tuple:
+    """Even its burial was refused: put it back, so far into the future that it is in nobody's way."""
+    return ("put back" if q.release(conn, task, delay=86_400.0, error=error) else None), error
+
+
+# ------------------------------------------------------------------------------------------- the tasks of dead owners
+
+# What one transaction takes back at most: everybody else waits for it.
+RECOVER_AT_ONCE = 50
+# The supervisor ends an overdue handler itself, if it lives; recovery waits so much longer for that.
+SUPERVISOR_SECONDS = 1.0
+CLAIMED_NEXT = q.CLAIMED_BY + " and id > :after order by id limit :limit"
+
+
+def recover(state=None, *, crash_backoff: float = 0.0) -> tuple[list, int]:
     """Take back the tasks of dead owners. Returns ([(task, outcome, error), …], how many handlers outlive them).
 
-    An owner is dead when its lock is free. While a handler of its still runs (it holds its output file's lock), its
-    task is left alone; one that ended left its exit status, which counts. Otherwise the task is ready again after
-    crash_backoff seconds, or buried when its attempts are spent.
+    An owner is dead when its lock is free. How its handlers ended is on record, and counts. One that still runs keeps
+    its task, and is ended here when it is overdue or to be cancelled. A task without either is ready again after
+    crash_backoff seconds, or buried when its attempts are spent. Raises QueueError when that works for no queue.
     """
-    conn, recovered, orphans = q.connect(state, create=False), [], 0
-    with errors_explained(conn):
-        claims = [(owner, queue) for (queue,) in conn.execute(q.QUEUES).fetchall()
-                  for (owner,) in q.execute(conn, OWNERS, queue)]  # fmt: skip
-    mine = q._process.owners.get(conn.state, (None, None))[0]
-    for owner in {owner for owner, _ in claims if owner != mine}:
-        path, fd = conn.state / "workers" / os.path.basename(owner or q.NOBODY), None
-        try:
-            fd = q.lock_file(path, probe=True)
-            if fd is None:
-                continue  # alive
-        except FileNotFoundError:
-            pass  # nobody can hold what is not there
-        except OSError:
-            continue
-        try:
-            left = 0
-            with q.transaction(conn):
-                for queue in [queue for name, queue in claims if name == owner]:
-                    for row in q.execute(conn, q.CLAIMED_BY, queue, owner=owner).fetchall():
-                        done = _recover_task(conn, q.Task.from_row(queue, row), crash_backoff)
-                        left += done is None
-                        recovered += [done] if done else []
+    conn = q.connect(state, create=False)
+    claims, trouble = _claims(conn)
+    recovered, orphans, worked = [], 0, False
+    for owner, queues in claims.items():
+        with _dead(conn.state, owner) as is_dead:
+            if not is_dead:
+                continue
+            left, all_taken = 0, True
+            for queue in queues:
+                try:
+                    left += _recover_queue(conn, queue, owner, crash_backoff, recovered)
+                    worked = True
+                # One queue's trouble is not the others'; whoever serves it says so.
+                except q.QueueError as error:
+                    trouble, all_taken = error, False
             orphans += left
-            if not left:
-                exits_file(conn.state, owner).unlink(missing_ok=True)
-                path.unlink(missing_ok=True)
-        finally:
-            if fd is not None:
-                os.close(fd)
+            if all_taken and not left:
+                _forget_owner(conn.state, owner)
     if recovered:
         q.wake(conn.state)
+    if trouble and not worked:
+        raise trouble
     return recovered, orphans
 
 
-@lru_cache(64)
-def exits_file(state: Path, owner: str | None) -> Path:
-    """Where an owner's supervisor appends a line `run_name exit_code` as handlers end, and why if they were ended."""
-    return state / "logs" / f"{os.path.basename(owner or q.NOBODY)}.exits"
+def _claims(conn: q.Connection) -> tuple[dict[str | None, list[str]], q.QueueError | None]:
+    """({owner: queues in which it has tasks}, the last trouble that a queue made); without this process."""
+    claims: dict[str | None, list[str]] = {}
+    trouble = None
+    with errors_explained(conn):
+        queues = [queue for (queue,) in conn.execute(q.QUEUES).fetchall()]
+    for queue in queues:
+        try:
+            for (owner,) in q.execute(conn, OWNERS, queue).fetchall():
+                claims.setdefault(owner, []).append(queue)
+        except q.QueueError as error:
+            trouble = error
+    mine = q._process.owners.get(conn.state, (None, None))[0]
+    if mine is not None:
+        claims.pop(mine, None)
+    return claims, trouble
 
 
-def _recover_task(conn: q.Connection, task: q.Task, crash_backoff: float) -> tuple[q.Task, str, str | None] | None:
-    """(task, outcome, error) of a dead owner's task, None while its handler runs."""
-    run = f"{conn.state / 'logs' / task.run_name}"
+@contextmanager
+def _dead(state: Path, owner: str | None):
+    """Whether the owner is dead; its lock is held meanwhile, so that nobody else recovers its tasks."""
     try:
-        fd = q.lock_file(f"{run}.out", probe=True)
-        if fd is None:
-            return None
-        os.close(fd)
+        fd = q.lock_file(state / "workers" / runs.file_name(owner), probe=True)
+    # Nobody can hold what is not there.
+    except FileNotFoundError:
+        yield True
+        return
+    # Another user's, perhaps: nothing is known about it.
     except OSError:
-        pass  # it never started one
-    exits = q.tail(str(exits_file(conn.state, task.owner)), q.RESULT_BYTES)  # complete: the lock is free
-    end = re.search(rf"^{re.escape(task.run_name)} ([0-9]+)(?: (.+))?$", exits, re.MULTILINE)
-    if end and (int(end[1]) <= 128 or end[2]):
-        outcome, error = q.settle(conn, task, int(end[1]), why=end[2])
-    elif end:  # it was killed: fell with its worker
-        error = f"its worker died ({task.owner}), and its handler was killed by {q.signal_name(int(end[1]) - 128)}"
-        outcome, error = q.settle(conn, task, int(end[1]), why=error, delay=crash_backoff)
-    else:
-        error = f"its worker died ({task.owner})"
-        outcome = q.nack(conn, task, error=error, delay=crash_backoff)
+        yield False
+        return
+    try:
+        yield fd is not None
+    finally:
+        if fd is not None:
+            os.close(fd)
+
+
+def cancel_requested(conn: q.Connection, queue: str, owner: str | None) -> set[int]:
+    """The rows of an owner's tasks that are to be ended (tasks.py cancel)."""
+    rows = q.execute(conn, CANCEL_REQUESTED, queue, owner=owner).fetchall()
+    return {row for (row,) in rows}
+
+
+def _recover_queue(
+    conn: q.Connection, queue: str, owner: str | None, crash_backoff: float, recovered: list
+) -> int:
+    """Take back a dead owner's tasks of one queue: how many are left because their handlers run."""
+    left, after = 0, 0
+    while True:
+        done = []
+        with q.transaction(conn):
+            cancelled = cancel_requested(conn, queue, owner)
+            rows = q.execute(
+                conn, CLAIMED_NEXT, queue, owner=owner, after=after, limit=RECOVER_AT_ONCE
+            ).fetchall()
+            for task in (q.Task.from_row(queue, row) for row in rows):
+                found = _recover_task(conn, task, crash_backoff, task.id in cancelled)
+                left += found is None
+                done += [found] if found else []
+        recovered += done
+        for task, *_ in done:
+            runs.tidy_run(conn.state, task)
+        if len(rows) < RECOVER_AT_ONCE:
+            return left
+        after = rows[-1][0]
+
+
+def _recover_task(
+    conn: q.Connection, task: q.Task, crash_backoff: float, cancelled: bool
+) -> tuple | None:
+    """(task, outcome, error) of a dead owner's task, None while its handler runs."""
+    run, runs_on, held = look_at_run(conn.state, task)
+    # What holds the output of a handler that has ended cannot be ended by us, but a person may give it up.
+    if runs_on or held and not cancelled:
+        _end_orphan(runs.run_file(conn.state, task), run, cancelled)
+        return None
+    if cancelled and "code" not in run:
+        run.setdefault("why", outcomes.CANCELLED)
+    outcome, error = verdict_alone(conn, task, lambda conn: _settle(conn, task, run, crash_backoff))
     return task, outcome or "lost", error
+
+
+def look_at_run(state: Path, task: q.Task) -> tuple[dict, bool, bool]:
+    """(what is on record, whether the handler runs, whether somebody holds the output of one whose end nobody saw).
+
+    Of a task whose owner is dead. Neither holds for a run that has ended, or was never begun.
+    """
+    # In this order: whoever lets go of the output's lock has written down the end before.
+    held = runs.is_held(f"{state}/logs/{task.run_name}.out")
+    run = runs.read_run(runs.run_file(state, task))
+    if "code" in run:
+        return run, False, False
+    leader = _leader(run)
+    # The supervisor is yet to write down the end of a zombie. An order without a record is on its way to it.
+    runs_on = leader not in (None, "Z") or (leader == "Z" or held) and _supervisor(run) is not None
+    return run, runs_on or held and not run, held
+
+
+def owner_lives(state: Path, owner: str | None) -> bool:
+    """Whether a task's owner is alive: it holds its lock file. Unknown counts as alive."""
+    with _dead(state, owner) as is_dead:
+        return not is_dead
+
+
+def _settle(conn: q.Connection, task: q.Task, run: dict, crash_backoff: float) -> tuple:
+    """Record how a run ended of which this is on record."""
+    code, why = run.get("code"), run.get("why")
+    if code is None and why is None:
+        error = f"its worker died ({task.owner})"
+        return q.nack(conn, task, error=error, delay=crash_backoff), error
+    # Nobody saw the end of one that has no code, but it was sent a signal.
+    code = 128 + signal.SIGKILL if code is None else code
+    if why is None and code > 128:
+        killer = outcomes.signal_name(code - 128)
+        error = f"its worker died ({task.owner}), and its handler was killed by {killer}"
+        return outcomes.settle(conn, task, code, why=error, delay=crash_backoff)
+    return outcomes.settle(conn, task, code, why=why)
+
+
+def _end_orphan(path: str, run: dict, cancelled: bool) -> None:
+    """End a dead worker's handler when it is time: TERM, then KILL. See to its supervisor, too."""
+    now, leader, supervisor = time.monotonic(), _leader(run), _supervisor(run)
+    if supervisor == "T":
+        _send(os.kill, run["supervisor"][0], signal.SIGCONT)
+    if "kill_at" in run:
+        if leader is not None and now >= run["kill_at"]:
+            _send(os.killpg, run["group"], signal.SIGKILL)
+        # A supervisor that has not seen this end by now never will: let nobody wait for it.
+        if (
+            leader in (None, "Z")
+            and supervisor is not None
+            and now >= run["kill_at"] + 5 * SUPERVISOR_SECONDS
+        ):
+            _send(os.kill, run["supervisor"][0], signal.SIGKILL)
+        return
+    why = outcomes.CANCELLED if cancelled else None
+    if (
+        why is None
+        and run.get("deadline") is not None
+        and now > run["deadline"] + SUPERVISOR_SECONDS
+    ):
+        why = run["overdue"]
+    if why is not None and leader is not None:
+        runs.add_to_run(path, why=why, kill_at=now + run["kill_after"])
+        _send(os.killpg, run["group"], signal.SIGTERM)
+
+
+def _leader(run: dict) -> str | None:
+    """The state of the process that leads a run's group, None when it is gone and the group may be another's."""
+    return _state_of(run.get("group"), run.get("started"))
+
+
+def _supervisor(run: dict) -> str | None:
+    """The state of a run's supervisor, None when it has ended."""
+    pid, started = run.get("supervisor") or (None, None)
+    state = _state_of(pid, started)
+    return None if state == "Z" else state
+
+
+def _state_of(pid: int | None, started: str | None) -> str | None:
+    found = runs.process(pid) if pid else None
+    return found[0] if found and found[1] == started else None
+
+
+def _send(kill, pid: int, number: int) -> None:
+    try:
+        kill(pid, number)
+    except (ProcessLookupError, PermissionError):
+        pass
+
+
+def _forget_owner(state: os.PathLike | str, owner: str | None) -> None:
+    """Remove what a dead owner leaves, once all its tasks are taken back."""
+    import shutil
+
+    shutil.rmtree(runs.run_directory(state, owner), ignore_errors=True)
+    try:
+        os.unlink(f"{state}/workers/{runs.file_name(owner)}")
+    except OSError:
+        pass
 
 
 def redrive(conn: q.Connection, queue: str, history_id: int) -> bool:

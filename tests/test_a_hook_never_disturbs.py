@@ -77,11 +77,16 @@ def test_the_same_firing_twice_is_one_task_and_two_firings_are_two(installation)
     assert installation.rows("select count(*) from notifications") == [(2,)]
 
 
+def stop_here(installation) -> bytes:
+    """A firing in a workspace that exists, so that its handler can run."""
+    return json.dumps(json.loads(STOP) | {"cwd": str(installation.directory)}).encode()
+
+
 def test_the_same_firing_is_one_task_even_when_a_fast_worker_has_finished_it(installation):
     installation.handler("Stop", "#!/bin/sh\n")
-    hook(installation, STOP)
+    hook(installation, stop_here(installation))
     installation.worker("notifications", "--drain", ready=False).wait(20)
-    hook(installation, STOP)
+    hook(installation, stop_here(installation))
     assert installation.rows("select count(*) from notifications") == [(0,)]
     assert installation.rows("select count(*) from task_history") == [(1,)]
 
@@ -104,7 +109,7 @@ def test_once_per_makes_coarser_keys(installation, key, same, other):
 def test_a_window_keeps_finished_firings_in_mind(installation):
     installation.handler("lint", "#!/bin/sh\n")
     for seconds, tasks in ((1800, 1), (1800, 1), (0, 2)):
-        hook(installation, STOP, "lint", "--once-per", "content", "--window", seconds)
+        hook(installation, stop_here(installation), "lint", "--once-per", "content", "--window", seconds)
         installation.worker("notifications", "--drain", ready=False).wait(20)
         assert installation.rows("select count(*) from task_history") == [(tasks,)]
 

@@ -3,6 +3,7 @@ import os
 import signal
 import time
 
+import pytest
 from conftest import wait_for
 from processes import group_lives, lines, lives
 
@@ -160,9 +161,24 @@ def test_a_task_whose_id_no_process_can_be_given_ends_as_a_dead_letter(installat
     wait_for(lambda: installation.rows("select 1 from task_history where status = 'failed'"), what="a dead letter")
 
 
-def test_a_workspace_that_is_none_is_not_entered(installation):
-    run(installation, "pwd")
-    for path in ["", "/nowhere", "nul\u0000", "\ud800", "x" * 5000, 3, None, ["/"], "/etc/passwd"]:
-        task = installation.enqueue("notifications", "it", "-", input=json.dumps({"workspace_path": path}))
-        done = installation.finished(task)
-        assert (done["status"], done["result"]) == ("completed", f"{os.getcwd()}\n"), path
+@pytest.mark.parametrize("path", ["", "/nowhere", "nul\0", "\ud800", "x" * 5000, 3, False, ["/"], {}, "/etc/passwd"])
+def test_a_workspace_that_is_none_is_a_failed_attempt_that_says_so(installation, path):
+    done = run(installation, 'pwd >"$HOME/ran"', data=json.dumps({"workspace_path": path}))
+    assert done["status"] == "failed" and done["attempts"] == 1 and "cannot run in " in done["error"], done
+    assert not (installation.directory / "ran").exists()
+
+
+def test_a_workspace_that_is_gone_is_tried_again(installation):
+    workspace = installation.directory / "workspace"
+    installation.handler("it", "#!/bin/sh\npwd\n")
+    task = installation.enqueue("notifications", "it", "-", input=json.dumps({"workspace_path": str(workspace)}))
+    installation.worker("notifications", "--backoff", 0.05, "--max-attempts", 100)
+    wait_for(lambda: installation.rows("select 1 from notifications where attempts > 1"))
+    assert str(workspace) in installation.rows("select error from notifications")[0][0]
+    workspace.mkdir()
+    assert installation.finished(task)["result"] == f"{workspace}\n"
+
+
+@pytest.mark.parametrize("data", [{}, {"workspace_path": None}])
+def test_without_a_workspace_the_workers_directory_is_taken(installation, data):
+    assert run(installation, "pwd", data=json.dumps(data))["result"] == f"{os.getcwd()}\n"

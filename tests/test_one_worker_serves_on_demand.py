@@ -27,7 +27,7 @@ def installed(installation):
     """The scripts where install.py puts them, beside this installation's handlers; detached workers end with the test."""
     lib = installation.directory / "runtime" / "lib"
     lib.mkdir(parents=True)
-    for script in ("enqueue.py", "worker.py", "queue_helpers.py"):
+    for script in ("enqueue.py", "worker.py", *(path.name for path in ROOT.glob("queue_*.py"))):
         shutil.copy2(ROOT / script, lib)
     uv = installation.directory / ".local" / "bin" / "uv"
     uv.parent.mkdir(parents=True)

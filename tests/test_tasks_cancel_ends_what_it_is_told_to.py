@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from conftest import wait_for
+from processes import children
 
 SLEEPER = """#!/bin/sh
 sleep 300 &
@@ -104,20 +105,22 @@ def test_the_task_of_a_killed_worker_is_cancelled_without_running_again(installa
     assert installation.history("r-1")["status"] == "cancelled"
 
 
-def test_a_handler_that_outlives_its_worker_is_left_alone_and_named(installation):
+@pytest.mark.parametrize("dead", ["the worker", "the worker and its supervisor"])
+def test_a_handler_that_outlives_its_worker_is_ended_too(installation, dead):
     installation.handler("sleeper", SLEEPER)
     worker = installation.worker("approvals")
     installation.enqueue("approvals", "sleeper", "{}", "--task-id", "r-1")
     processes = pids(installation, "r-1")
+    supervisors = children(worker.pid)
     worker.kill()
     worker.wait()
-    try:
-        done = installation.run("tasks.py", "cancel", "r-1", "--wait", "0.5")
-        assert done.returncode == 1 and "its worker is dead and its handler goes on" in done.stderr and ".out" in done.stderr
-        assert all(alive(pid) for pid in processes)
-    finally:
-        for pid in processes:
-            os.kill(int(pid), 9)
+    if dead != "the worker":
+        for supervisor in supervisors:
+            os.kill(supervisor, 9)
+    done = installation.run("tasks.py", "cancel", "r-1")
+    assert (done.returncode, done.stdout) == (0, "cancelled r-1\n"), done.stderr
+    wait_for(lambda: not any(map(alive, processes)), 2, "the end of the group")
+    assert installation.history("r-1")["status"] == "cancelled"
 
 
 def test_a_task_that_a_python_process_claimed_itself_is_only_its_own_to_end(installation):

@@ -1,0 +1,131 @@
+"""However one run ended, the tasks beside it are recorded, and the worker goes on."""
+
+import json
+
+import pytest
+from conftest import wait_for
+from processes import lines, stays_true
+
+
+@pytest.fixture
+def beside(installation):
+    """beside(handler): run a handler of that text together with others; the odd one's history or None, and the worker."""
+
+    def run(handler: str, *options, setup=lambda: None):
+        installation.handler("odd", handler)
+        installation.handler("fine", "#!/bin/sh\n")
+        kinds = ["fine", "odd", "fine", "fine"]
+        tasks = "".join(json.dumps({"task_type": kind, "data": {}, "task_id": f"{kind}-{n}"}) + "\n" for n, kind in enumerate(kinds))
+        installation.enqueue("notifications", "--jsonl", input=tasks)
+        setup()
+        worker = installation.worker("notifications", "--concurrency", 4, *options)
+        for name in ("fine-0", "fine-2", "fine-3"):
+            assert installation.finished(name)["status"] == "completed"
+        assert worker.poll() is None and "Traceback" not in worker.log.read_text(), worker.log.read_text()
+        return worker
+
+    return run
+
+
+STRANGE = ["9" * 400, "-" + "9" * 400, "9" * 5000, "NaN", "Infinity", "-Infinity", "1e400", "-1", "true", "false", '"5"', "null", "[1]",
+           "{}"]  # fmt: skip
+
+
+@pytest.mark.parametrize("number", STRANGE, ids=lambda text: text[:12])
+def test_a_time_that_is_none_spins_nothing(installation, beside, number):
+    text = json.dumps({"retry_after": 0}).replace("0", number)
+    beside(f"#!/bin/sh\necho x >>\"$HOME/runs\"\necho '{text}'\nexit 75\n")
+    wait_for(lambda: installation.history("odd-1") or installation.rows("select 1 from notifications where status = 3"),
+             what="the odd one's verdict")  # fmt: skip
+    assert stays_true(lambda: len(lines(installation.directory / "runs")) == 1, 1), "it ran again at once, uncounted"
+    rows = installation.rows("select attempts, due_at - unixepoch() from notifications")
+    if rows:
+        ((attempts, seconds),) = rows
+        assert attempts == 0 and 50 < seconds <= 31 * 86_400
+
+
+def test_not_now_without_a_time_waits_a_minute(installation, beside):
+    beside("#!/bin/sh\nexit 75\n")
+    wait_for(lambda: installation.rows("select 1 from notifications where status = 3"), what="the odd one's verdict")
+    assert 50 < installation.rows("select due_at - unixepoch() from notifications")[0][0] <= 61
+
+
+@pytest.mark.parametrize("enqueued", ["1e300", "-1e300", "1e18"])
+def test_a_time_that_no_calendar_has(installation, beside, enqueued):
+    """As an import may bring it along."""
+    update = f"update notifications set timestamp = {enqueued} where task_type = 'odd'"
+    beside("#!/bin/sh\n", setup=lambda: installation.sqlite3(update))
+    assert wait_for(lambda: installation.history("odd-1"), what="the end of the odd one")
+
+
+def test_a_row_that_no_history_takes_holds_up_no_other(installation, beside):
+    """A constraint that one row breaks is that row's matter; it is kept, out of everybody's way."""
+    trigger = "create trigger no before insert on task_history when new.task_id = 'odd-1' begin select raise(abort, 'not this one'); end"
+    worker = beside("#!/bin/sh\n", setup=lambda: installation.sqlite3(trigger))
+    wait_for(lambda: installation.rows("select 1 from notifications where status = 3"), what="the odd one's verdict")
+    ((error, seconds),) = installation.rows("select error, due_at - unixepoch() from notifications")
+    assert "not this one" in error and seconds > 3600
+    wait_for(lambda: "not this one" in worker.log.read_text(), what="a word on it")
+
+
+def test_what_a_verdict_raises_buries_its_task_alone(installation, queue):
+    import queue_owners
+
+    for number in range(3):
+        installation.enqueue("notifications", "any", "--task-id", f"t-{number}")
+    owner, conn = queue.owner_name(), queue.connect()
+    with queue.transaction(conn, durable=False):
+        tasks = queue.claim(conn, "notifications", owner, limit=3)
+
+    def verdict(task):
+        def record(conn):
+            done = queue.ack(conn, task)
+            if task.task_id == "t-1":
+                raise OverflowError("int too large to convert to float \ud800")
+            return ("completed" if done else None), None
+
+        return record
+
+    with queue.transaction(conn):
+        outcomes = [queue_owners.verdict_alone(conn, task, verdict(task))[0] for task in tasks]
+    assert outcomes == ["completed", "failed", "completed"]
+    assert installation.history("t-0")["status"] == installation.history("t-2")["status"] == "completed"
+    buried = installation.history("t-1")
+    assert buried["status"] == "failed" and "int too large" in buried["error"]
+
+
+@pytest.mark.parametrize("trouble", ["QueueBusy", "QueueUnavailable"])
+def test_the_databases_own_trouble_is_tried_again(installation, queue, trouble):
+    import queue_owners
+
+    installation.enqueue("notifications", "any", "--task-id", "it")
+    owner, conn = queue.owner_name(), queue.connect()
+    with queue.transaction(conn, durable=False):
+        (task,) = queue.claim(conn, "notifications", owner)
+
+    def verdict(conn):
+        raise getattr(queue, trouble)("for now")
+
+    with pytest.raises(queue.QueueError), queue.transaction(conn):
+        queue_owners.verdict_alone(conn, task, verdict)
+    assert installation.rows("select status from notifications") == [(2,)] and installation.history("it") is None
+
+
+def test_a_dead_workers_tasks_stand_alone_too(installation, queue, monkeypatch):
+    import queue_owners
+
+    for number in range(3):
+        installation.enqueue("notifications", "any", "--task-id", f"t-{number}")
+    conn = queue.connect()
+    with queue.transaction(conn, durable=False):
+        queue.claim(conn, "notifications", "1-dead", limit=3)
+    nack = queue.nack
+
+    def fails(conn, task, **options):
+        if task.task_id == "t-1":
+            raise KeyError("odd")
+        return nack(conn, task, **options)
+
+    monkeypatch.setattr(queue, "nack", fails)
+    outcomes = {task.task_id: outcome for task, outcome, _ in queue_owners.recover()[0]}
+    assert outcomes == {"t-0": "scheduled", "t-1": "failed", "t-2": "scheduled"}
