@@ -77,7 +77,7 @@ while True:
         task = q.enqueue_task("soak", "work", {"n": n}, f"{me}-{n}")
     except q.QueueBusy:
         continue
-    os.write(1, f"{task}\n".encode())
+    os.write(1, f"{task}\\n".encode())
     time.sleep(0.08)
 """
 

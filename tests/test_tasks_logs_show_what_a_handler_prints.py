@@ -81,7 +81,11 @@ def test_following_starts_before_the_task_does_and_ends_with_it(installation):
 def test_following_goes_on_with_the_next_attempt_even_one_that_did_not_count(installation):
     gate = installation.directory / "gate"
     os.mkfifo(gate)
-    installation.handler("gated", f"#!/bin/sh\necho begun; read code < '{gate}'; echo code $code of $TASK_ATTEMPT; exit $code\n")
+    later = "[ $code != 75 ] || echo '{\"retry_after\": 0.01}'"
+    installation.handler(
+        "gated",
+        f"#!/bin/sh\necho begun; read code < '{gate}'; echo code $code of $TASK_ATTEMPT\n{later}; exit $code\n",
+    )
     installation.enqueue("approvals", "gated", "{}", "--task-id", "f-1")
     installation.worker("approvals", "--backoff", "0.01")
     process = follow(installation, "f-1")
@@ -90,7 +94,7 @@ def test_following_goes_on_with_the_next_attempt_even_one_that_did_not_count(ins
         shown += "begun\n"
         wait_for(lambda shown=shown: process.out.read_text() == shown, what=repr(shown))
         gate.write_text(f"{code}\n")
-        shown += f"code {code} of {attempt}\n"
+        shown += f"code {code} of {attempt}\n" + ('{"retry_after": 0.01}\n' if code == 75 else "")
     assert process.wait(10) == 0
     assert process.out.read_text() == shown
 
