@@ -269,6 +269,8 @@ class Worker:
         # What has ended and is not yet recorded, with the seconds it took; and when it must be recorded.
         self.done: list[tuple[q.Task, Verdict, float]] = []
         self.record_at = 0.0
+        # Whether a run among these may have paused its queue.
+        self.may_pause = False
         # Whether others may have changed the database or the spool since we looked.
         self.changed = True
         # The signals received, and when what still runs is to be ended.
@@ -426,6 +428,7 @@ class Worker:
             if "code" in told:
                 verdict = partial(q.settle, task=task, exit_code=told["code"], why=told["why"])
                 self.end(task, verdict, told["seconds"])
+                self.may_pause |= told["code"] == q.EX_TEMPFAIL
             elif told["do"] == "put back":
                 self.not_started(task, told["error"])
             elif told["do"] == "fail":
@@ -496,6 +499,10 @@ class Worker:
             if changed:
                 self.take_in_spool()
                 self.end_cancelled(conn)
+            # A pause holds before the next claim of the worker whose handler asked for it.
+            if self.may_pause:
+                for report in self.record(conn):
+                    self.report(*report)
             for task in self.claim(conn):
                 self.start(task)
             reports = self.record(conn)
@@ -599,14 +606,15 @@ class Worker:
 
     def record(self, conn: q.Connection) -> list[tuple]:
         """Record how runs ended, in one transaction: what report() wants."""
-        if not self.done or self.runs and time.monotonic() < self.record_at:
+        is_soon = self.runs and not self.may_pause and time.monotonic() < self.record_at
+        if not self.done or is_soon:
             return []
         with q.transaction(conn):
             reports = [
                 (task, *owners.verdict_alone(conn, task, verdict), took)
                 for task, verdict, took in self.done
             ]
-        self.done = []
+        self.done, self.may_pause = [], False
         for task, *_ in reports:
             runs.tidy_run(self.state, task)
         if self.args.then and any(outcome == "completed" for _, outcome, *_ in reports):
