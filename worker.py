@@ -109,6 +109,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         args.queues = list(dict.fromkeys(map(q.check_queue_name, args.queues)))
         if args.then:
             q.check_queue_name(args.then)
+        elif args.then_hold:
+            raise ValueError("--then-hold goes with --then")
     except ValueError as error:
         parser.error(printable(str(error)))
     return args
@@ -124,6 +126,10 @@ def add_options(add: Callable) -> None:
         help="tasks at a time, all queues together (default 1)")
     add("--then", metavar="QUEUE",
         help="enqueue what a handler prints there, in the transaction that records it as done")
+    add("--then-hold", action="store_true",
+        help="with --then: results wait until a person approves them")
+    add("--chain", action="store_true",
+        help="a result's last line may enqueue tasks: {\"enqueue\": [{\"queue\", \"task_type\", \"data\"}, …]}")
     add("--max-attempts", metavar="N", type=count, default=q.MAX_ATTEMPTS,
         help="then it is a dead letter (default %(default)s)")
     add("--backoff", metavar="SECONDS", type=seconds, default=q.BACKOFF_SECONDS,
@@ -571,6 +577,7 @@ class Worker:
         tasks, owner = [], q.owner_name(self.state)
         args = self.args
         how = dict(max_attempts=args.max_attempts, backoff=args.backoff, then_queue=args.then)
+        how |= dict(then_hold=args.then_hold, chain=args.chain)
         with q.transaction(conn, durable=False):
             while ready and free > 0:
                 queue = ready.pop(0)
@@ -617,7 +624,7 @@ class Worker:
         self.done, self.may_pause = [], False
         for task, *_ in reports:
             runs.tidy_run(self.state, task)
-        if self.args.then and any(outcome == "completed" for _, outcome, *_ in reports):
+        if (self.args.then or self.args.chain) and any(outcome == "completed" for _, outcome, *_ in reports):
             q.wake(self.state)
         return reports
 
