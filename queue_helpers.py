@@ -247,7 +247,8 @@ set data = iif(status = 2, data, :data), rerun_data = iif(status = 2, :data, nul
     status = iif(:due_at is null or status = 2 or status = 3 and due_at is null, status, 3),
     due_at = iif(:due_at is null or status = 2 or status = 3 and due_at is null, due_at, :due_at)
 where task_id = :task_id
-  and coalesce(json_extract(coalesce(rerun_data, data), '$.firing'), '') is not :firing"""
+  and (:firing is null or coalesce(json_extract(data, '$.firing'), '') <> :firing
+                      and coalesce(json_extract(rerun_data, '$.firing'), '') <> :firing)"""
 FINISHED_SINCE = """
 select exists (select 1 from task_history where task_id = :task_id and queue = :queue
   and enqueued_at > :since and enqueued_at <= :now and (:firing is null or json_extract(data, '$.firing') = :firing))"""
@@ -267,7 +268,7 @@ select exists (select 1 from "{{queue}}" where status < 2), {IS_OVERDUE}, {OPEN_
 NEXT_TIMES = f"""
 select (select min(due_at) from "{{queue}}" where status = 3),
   (select min(expires_at) from "{{queue}}" where expires_at is not null),
-  exists (select 1 from "{{queue}}" where status < 2),
+  exists (select 1 from "{{queue}}" where status < 2), {OPEN_SLOTS.replace(":limit", "1")} > 0,
   {IS_PAUSED}, (select paused_until from task_controls where queue = '{{queue}}')"""
 COUNT_CLAIMED = """
 select count(*) from "{queue}" where status = 2"""
@@ -1024,7 +1025,8 @@ Row = namedtuple(
 
 def insert(conn: Connection, queue: str, row: Row) -> bool:
     """Insert a row within a transaction; whether it is new. False, too, when a task has taken its data."""
-    if row.window:
+    # A rerun ignores the window, but not the same firing told again.
+    if row.window and (row.firing or row.on_duplicate != "rerun"):
         now = time.time()
         firing = row.firing if row.on_duplicate == "rerun" else None
         told = {"since": utc(now - row.window), "now": utc(now), "firing": firing}
@@ -1187,11 +1189,15 @@ def next_due(conn: Connection, queue: str) -> float | None:
     That is the time of a scheduled task, of an expiry, or of the end of a pause.
     """
     now = time.time()
-    due, expires, ready, paused, until = execute(conn, NEXT_TIMES, queue, now=now).fetchone()
+    row = execute(conn, NEXT_TIMES, queue, now=now).fetchone()
+    due, expires, ready, is_open, paused, until = row
     times = [when for when in (due, expires) if when is not None]
     if paused:
         times = [until] if until is not None and (ready or due is not None) else []
         times = [max(until, due)] if times and not ready else times
+    elif not is_open:
+        # All slots are taken: the end of a run is a commit, which wakes everybody.
+        return None
     return min(times, default=None)
 
 

@@ -7,7 +7,8 @@
     65   never: a dead letter
     else a failed attempt
 
-Here, too, is what holds a whole queue back: a pause and a number of slots.
+Here, too, is what holds tasks back: a person who has not yet approved one, and of a whole queue a
+pause and a number of slots.
 """
 
 from __future__ import annotations
@@ -50,6 +51,11 @@ where queue = :queue and paused_at is not null"""
 LIMIT = """
 insert into task_controls (queue, slots) values (:queue, :slots)
 on conflict (queue) do update set slots = excluded.slots"""
+# What a person has approved is ready, or blocked where its group is busy: the triggers see to that.
+APPROVE = """
+update "{queue}" set status = 1 where id = :id and status = 3 and due_at is null"""
+HELD = """
+select {task} from "{queue}" where id = :id and status = 3 and due_at is null"""
 CONTROLS = """
 select queue, paused_at, paused_until, pause_reason, paused_by, slots from task_controls"""
 
@@ -127,13 +133,15 @@ def _completed(conn: q.Connection, task: q.Task, told: dict) -> Settled:
     """Record the task as done, and what follows from it, together."""
     try:
         follow_ups = _follow_ups(conn, task)
+        # Before anything is recorded: a queue that cannot be made is a reason to bury the task.
+        for queue in dict.fromkeys(queue for queue, _ in follow_ups):
+            q.ensure_queue(conn, queue)
     except (q.InvalidTask, RecursionError) as refused:
         error = f"done, but what should follow was refused: {refused}"
         return _if_held(q.bury(conn, task, error=error, **told), "failed", error)
     if not q.ack(conn, task, **told):
         return Settled(None)
     for queue, row in follow_ups:
-        q.ensure_queue(conn, queue)
         q.insert(conn, queue, row)
     return Settled("completed")
 
@@ -214,9 +222,11 @@ def _not_now(conn: q.Connection, task: q.Task, told: dict) -> Settled:
     if "pause" in said and (said["pause"] is None or seconds_in(said["pause"]) is not None):
         seconds = seconds_in(said["pause"])
         until = None if said["pause"] is None else time.time() + (seconds or 0.0)
-        pause(conn, task.queue, until, reason[2:], by="handler")
         error = f"not now (exit 75), and its queue is paused{reason}"
-        return _if_held(q.release(conn, task, error=error), "put back", error)
+        held = q.release(conn, task, error=error)
+        if held:
+            pause(conn, task.queue, until, reason[2:], by="handler")
+        return _if_held(held, "put back", error)
     seconds = seconds_in(said.get("retry_after"))
     delay = NOT_NOW_SECONDS if seconds is None else seconds
     error = f"not now (exit 75){reason or ('' if said else last_words(told))}"
@@ -272,7 +282,21 @@ def signal_name(number: int) -> str:
         return f"signal {number}"
 
 
-# -------------------------------------------------------------------- what holds a queue back
+# ------------------------------------------------------------------------ what holds tasks back
+
+
+def approve(conn: q.Connection, queue: str, row_id: int) -> bool:
+    """Have a held task run in its turn, within a transaction. False when it is not held."""
+    return q.execute(conn, APPROVE, queue, id=row_id).rowcount == 1
+
+
+def reject(conn: q.Connection, queue: str, row_id: int, reason: str | None = None) -> bool:
+    """End a held task as cancelled, within a transaction. False when it is not held."""
+    row = q.execute(conn, HELD, queue, id=row_id).fetchone()
+    error = f"rejected: {reason}" if reason else "rejected"
+    return row is not None and q.finish(
+        conn, q.Task.from_row(queue, row), "cancelled", error=error
+    )
 
 
 def pause(

@@ -109,6 +109,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         args.queues = list(dict.fromkeys(map(q.check_queue_name, args.queues)))
         if args.then:
             q.check_queue_name(args.then)
+        elif args.then_hold:
+            raise ValueError("--then-hold goes with --then")
     except ValueError as error:
         parser.error(printable(str(error)))
     return args
@@ -124,6 +126,10 @@ def add_options(add: Callable) -> None:
         help="tasks at a time, all queues together (default 1)")
     add("--then", metavar="QUEUE",
         help="enqueue what a handler prints there, in the transaction that records it as done")
+    add("--then-hold", action="store_true",
+        help="with --then: results wait until a person approves them")
+    add("--chain", action="store_true",
+        help="a result's last line may enqueue tasks: {\"enqueue\": [{\"queue\", \"task_type\", \"data\"}, …]}")
     add("--max-attempts", metavar="N", type=count, default=q.MAX_ATTEMPTS,
         help="then it is a dead letter (default %(default)s)")
     add("--backoff", metavar="SECONDS", type=seconds, default=q.BACKOFF_SECONDS,
@@ -269,6 +275,8 @@ class Worker:
         # What has ended and is not yet recorded, with the seconds it took; and when it must be recorded.
         self.done: list[tuple[q.Task, Verdict, float]] = []
         self.record_at = 0.0
+        # Whether a run among these may have paused its queue.
+        self.may_pause = False
         # Whether others may have changed the database or the spool since we looked.
         self.changed = True
         # The signals received, and when what still runs is to be ended.
@@ -426,6 +434,7 @@ class Worker:
             if "code" in told:
                 verdict = partial(q.settle, task=task, exit_code=told["code"], why=told["why"])
                 self.end(task, verdict, told["seconds"])
+                self.may_pause |= told["code"] == q.EX_TEMPFAIL
             elif told["do"] == "put back":
                 self.not_started(task, told["error"])
             elif told["do"] == "fail":
@@ -496,6 +505,10 @@ class Worker:
             if changed:
                 self.take_in_spool()
                 self.end_cancelled(conn)
+            # A pause holds before the next claim of the worker whose handler asked for it.
+            if self.may_pause:
+                for report in self.record(conn):
+                    self.report(*report)
             for task in self.claim(conn):
                 self.start(task)
             reports = self.record(conn)
@@ -564,6 +577,7 @@ class Worker:
         tasks, owner = [], q.owner_name(self.state)
         args = self.args
         how = dict(max_attempts=args.max_attempts, backoff=args.backoff, then_queue=args.then)
+        how |= dict(then_hold=args.then_hold, chain=args.chain)
         with q.transaction(conn, durable=False):
             while ready and free > 0:
                 queue = ready.pop(0)
@@ -599,17 +613,18 @@ class Worker:
 
     def record(self, conn: q.Connection) -> list[tuple]:
         """Record how runs ended, in one transaction: what report() wants."""
-        if not self.done or self.runs and time.monotonic() < self.record_at:
+        is_soon = self.runs and not self.may_pause and time.monotonic() < self.record_at
+        if not self.done or is_soon:
             return []
         with q.transaction(conn):
             reports = [
                 (task, *owners.verdict_alone(conn, task, verdict), took)
                 for task, verdict, took in self.done
             ]
-        self.done = []
+        self.done, self.may_pause = [], False
         for task, *_ in reports:
             runs.tidy_run(self.state, task)
-        if self.args.then and any(outcome == "completed" for _, outcome, *_ in reports):
+        if (self.args.then or self.args.chain) and any(outcome == "completed" for _, outcome, *_ in reports):
             q.wake(self.state)
         return reports
 
