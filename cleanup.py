@@ -37,6 +37,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+import enqueue
 import queue_cli as cli
 import queue_helpers as q
 from queue_cli import EX_FAILED, EX_TEMPFAIL, plural, size
@@ -237,7 +238,7 @@ def clean(
         else:
             tidy_state(state, report)
             with left_undone(report, "the spool"):
-                report.spooled, report.complaints = q.take_in_spool(state)
+                report.spooled, report.complaints = q.take_in_spool(state, enqueue.hook_row)
                 if report.complaints and any(spool_files(state)):
                     report.left_undone += report.complaints
             with left_undone(report, "tasks of dead owners"):

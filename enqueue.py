@@ -13,108 +13,225 @@ usage: enqueue.py QUEUE TASK_TYPE [DATA] [options]
        enqueue.py QUEUE [TASK_TYPE] --jsonl [options]
        enqueue.py --hook QUEUE [TASK_TYPE] [options]
 
-DATA is a JSON object, `-` reads it from stdin, nothing means {}. TASK_TYPE names the handler. Prints `queued ID`, or
-`duplicate ID` when a task with that id is waiting or running already; with --hook nothing.
+DATA is a JSON object. `-` reads it from stdin, and without it the data is {}. TASK_TYPE names the
+handler. This prints `queued ID`. Where a task with that id waits or runs already, it prints
+`duplicate ID`, or with --on-duplicate `updated ID`. With --hook it prints nothing.
 
-  --task-id ID          unique among the queue's waiting and running tasks (default: random)
-  --delay SECONDS       not before this long from now
-  --priority N          higher is claimed first (default 0)
-  --window SECONDS      a task enqueued this recently and finished is a duplicate, too (default 0; with --hook 10)
-  --jsonl               a task per line of stdin: its payload, or without TASK_TYPE {"task_type", "data", "task_id"}
-  --start-worker        start a detached worker if none serves the queue
-  --hook                stdin is a hook's payload: it becomes the task's data, with workspace_path from its cwd;
-                        TASK_TYPE is the event's name unless given
-  --once-per KEY        session, workspace or content: what makes two firings of a hook one task (default: everything)
-  --wait SECONDS        for the database, before a hook's task goes to the spool (default 1)
-  --nested              let a hook enqueue even inside a handler's own run
-  -h, --help            this text
+A DURATION is a number of seconds, or a number with a unit like 90m, 5min, 1.5h or 2d. A TIME is
+like 2026-12-01T09:00: it is local time unless it names a zone.
 
-exit codes: 0 stored (or a duplicate); 1 the database cannot be used; 64 usage; 65 the task was refused;
-75 the database is locked, try again. Never 2, which would block Claude Code.
+  --task-id ID          The id is unique among the queue's waiting and running tasks. (default: random)
+  --delay DURATION      The task is not started before this long from now.
+  --at TIME             The task is not started before this time.
+  --hold                The task waits until a person approves it.
+  --ttl DURATION        A task that is not started by then ends as expired.
+  --priority N          Tasks with a higher number are started first. (default 0)
+  --group KEY           Tasks of one group of the queue run one at a time, in order.
+  --on-duplicate WHAT   This says what becomes of a task whose id waits or runs already. With skip,
+                        the default, nothing. With replace and rerun the waiting task takes the new
+                        data, and with --delay the new time; a running one runs once more with it.
+                        rerun looks at --window only where the same firing of a hook is told twice.
+  --window DURATION     A task with this id that was enqueued this recently and is finished makes
+                        this one a duplicate, too. (default 0, and 10 with --hook)
+  --wait DURATION       This long is waited for the database. (default 5; a hook waits for 1 second,
+                        in which it also reads stdin, and then its task goes to the spool)
+  --jsonl               Each line of stdin is a task: its payload, or without TASK_TYPE an object
+                        with task_type and any of data, task_id, delay, at, hold, ttl, priority,
+                        group, on_duplicate and window.
+  --new                 A queue that is made for this task is not remarked on.
+  --start-worker        A detached worker is started if none serves the queue.
+  --version             The version is printed.
+  -h, --help            This text is printed.
+
+  --hook                Stdin is a hook's payload and becomes the task's data, with workspace_path
+                        from its cwd and project_dir from CLAUDE_PROJECT_DIR. TASK_TYPE is the name
+                        of the event unless it is given.
+  --once-per KEY        KEY says what makes two firings of a hook one task: the same session,
+                        workspace or content. (default: everything in the payload)
+  --group-by KEY        The group is the hook's workspace, project or session.
+  --nested              The hook enqueues even inside a handler's own run.
+
+exit codes: 0 stored (or a duplicate); 1 the database cannot be used; 64 usage; 65 the task was
+refused; 75 the database is locked, try again. Never 2, which would block Claude Code.
 """
 
 from __future__ import annotations
 
-import getopt  # argparse would cost a hook 12 ms
 import io
 import json
 import os
 import sys
 import time
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import BinaryIO
+
 STARTED = time.monotonic()
 
+# argparse would cost a hook 12 ms.
+import getopt  # noqa: E402
+
+try:
+    import queue_helpers as q
+except Exception as _error:
+    # A hook has one chance to say why.
+    sys.exit(f"enqueue.py: queue_helpers.py cannot be loaded ({_error}): run just install again")
+
 EX_FAILED, EX_USAGE, EX_DATAERR, EX_TEMPFAIL = 1, 64, 65, 75
-HOOK_WINDOW_SECONDS = 10.0  # the same firing, reported twice, comes within this time
-QUIET_SECONDS = 0.02  # a hook's payload is taken as whole when it parses and nothing follows for this long
+# The same firing, told by two hooks, comes within this time.
+HOOK_WINDOW_SECONDS = 10.0
+HOOK_WAIT_SECONDS = 1.0
+# The part of its time that a hook may spend on reading stdin.
+STDIN_SHARE = 0.75
+# A hook's payload is taken as whole when it parses and nothing follows for this long.
+QUIET_SECONDS = 0.02
+# No more of a payload is read.
+MOST_BYTES = 64 * 2**20
 
-# What differs from one firing to the next although nothing that matters does: left out of --once-per content.
-PER_FIRING = (
-    "session_id",
-    "prompt_id",
-    "transcript_path",
-    "tool_use_id",
-    "duration_ms",
-    "agent_id",
-    "agent_transcript_path",
-)
+FLAGS = ("hook", "jsonl", "hold", "new", "start-worker", "nested", "version", "help")
+OPTIONS = {
+    "task-id": str,
+    "delay": q.parse_duration,
+    "at": q.parse_time,
+    "ttl": q.parse_duration,
+    "priority": int,
+    "group": str,
+    "on-duplicate": str,
+    "window": q.parse_duration,
+    "wait": q.parse_duration,
+    "once-per": str,
+    "group-by": str,
+}
+CHOICES = {
+    "on-duplicate": ("skip", "replace", "rerun"),
+    "once-per": ("session", "workspace", "content"),
+    "group-by": ("workspace", "project", "session"),
+}
+# What a line of --jsonl may say of its task; these three are read like the options.
+LINE_KEYS = {
+    *("task_type", "data", "task_id", "delay", "at", "hold", "ttl", "priority", "group"),
+    *("on_duplicate", "window"),
+}
+LINE_TIMES = {"delay": q.parse_duration, "ttl": q.parse_duration, "window": q.parse_duration}
+LINE_TIMES["at"] = q.parse_time
 
-FLAGS = ("hook", "jsonl", "start-worker", "nested", "help")
-OPTIONS = {"task-id": str, "delay": float, "priority": int, "window": float, "once-per": str, "wait": float}
+# Of --once-per content: what an event says that is the same when the same happens again. Claude Code
+# adds fields to its events, so for these only what is named here counts.
+CONTENT = {
+    "SessionStart": "source",
+    "SessionEnd": "reason",
+    "UserPromptSubmit": "prompt",
+    "PreToolUse": "tool_name tool_input",
+    "PermissionRequest": "tool_name tool_input",
+    "PostToolUse": "tool_name tool_input tool_response",
+    "PostToolUseFailure": "tool_name tool_input error",
+    "PostToolBatch": "tool_calls",
+    "Notification": "notification_type title message",
+    "Stop": "last_assistant_message",
+    "SubagentStop": "agent_type last_assistant_message",
+    "StopFailure": "error error_details last_assistant_message",
+    "PreCompact": "trigger custom_instructions",
+    "FileChanged": "file_path event",
+    "TaskCompleted": "task_subject task_description",
+}
+# Of any other event all counts but these: better one task too many than one too few.
+PER_FIRING = {
+    *("session_id", "prompt_id", "transcript_path", "tool_use_id", "duration_ms", "agent_id"),
+    *("agent_transcript_path", "background_tasks", "session_crons", "effort", "permission_mode"),
+    *("stop_hook_active", "model", "session_title", "timestamp", "numbers_kept_as_text"),
+}
 
 
 class Arguments:
-    """The command line. Raises ValueError for a usage error."""
+    """The command line. Raises ValueError for wrong use."""
 
-    task_id = once_per = window = task_type = data = None
-    delay, priority, wait = 0.0, 0, 1.0
-    hook = jsonl = start_worker = nested = help = False
+    task_type: str | None = None
+    data: str | None = None
+    task_id: str | None = None
+    delay = 0.0
+    at: float | None = None
+    ttl: float | None = None
+    priority = 0
+    group: str | None = None
+    on_duplicate = "skip"
+    window: float | None = None
+    wait: float | None = None
+    once_per: str | None = None
+    group_by: str | None = None
+    hook = jsonl = hold = new = start_worker = nested = version = help = False
 
     def __init__(self, argv: list[str]) -> None:
-        found, words = getopt.gnu_getopt(argv, "h", [*FLAGS, *(f"{name}=" for name in OPTIONS)])
+        try:
+            found, words = getopt.gnu_getopt(argv, "h", [*FLAGS, *(f"{name}=" for name in OPTIONS)])
+        except getopt.GetoptError as error:
+            raise ValueError(error) from None
         for option, text in found:
             name = {"-h": "help"}.get(option, option[2:])
-            try:
-                setattr(self, name.replace("-", "_"), OPTIONS[name](text) if name in OPTIONS else True)
-            except ValueError:
-                raise ValueError(f"--{name} takes a number, not {text!r}") from None
-        if self.help:
-            return
-        if not words or len(words) > 3 or len(words) < 2 and not (self.hook or self.jsonl):
+            setattr(self, name.replace("-", "_"), read_option(name, text))
+        if not (self.help or self.version):
+            self.take_words(words)
+            self.check()
+
+    def take_words(self, words: list[str]) -> None:
+        if len(words) < (1 if self.hook or self.jsonl else 2):
+            raise ValueError("QUEUE and TASK_TYPE are required")
+        if len(words) > 3:
+            raise ValueError(f"{words[3]!r} is one word too many")
+        self.queue = words[0]
+        self.task_type = words[1] if len(words) > 1 else None
+        self.data = words[2] if len(words) > 2 else None
+
+    def check(self) -> None:
+        """Refuse what cannot be meant together."""
+        if (self.hook or self.jsonl) and (self.data is not None or self.task_id is not None):
             raise ValueError(
-                "QUEUE and TASK_TYPE are wanted" if len(words) < 2 else f"{words[3]!r} is one word too many"
+                "with --hook or --jsonl the tasks come on stdin: no DATA, no --task-id"
             )
-        self.queue, self.task_type, self.data = (*words, None, None)[:3]
-        if (self.hook or self.jsonl) and (self.data is not None or self.task_id):
-            raise ValueError("with --hook or --jsonl the tasks come on stdin: no DATA and no --task-id")
-        if self.hook and self.jsonl or self.once_per and not self.hook:
-            raise ValueError("--hook goes without --jsonl, and --once-per with --hook")
-        if self.once_per not in (None, "session", "workspace", "content"):
-            raise ValueError("--once-per takes session, workspace or content")
+        if self.hook and self.jsonl:
+            raise ValueError("--hook goes without --jsonl")
+        if (self.once_per or self.group_by) and not self.hook:
+            raise ValueError("--once-per and --group-by go with --hook")
+        if self.group is not None and self.group_by:
+            raise ValueError("--group and --group-by both name the group: give one of them")
+        if bool(self.delay) + (self.at is not None) + self.hold > 1:
+            raise ValueError("--delay, --at and --hold each say when: give one of them")
+
+    def terms(self) -> dict:
+        """What new_row() is told of each task."""
+        names = ("delay", "at", "ttl", "priority", "group", "hold", "on_duplicate")
+        default = HOOK_WINDOW_SECONDS if self.hook else 0.0
+        window = default if self.window is None else self.window
+        return {**{name: getattr(self, name) for name in names}, "window": window}
+
+
+def read_option(name: str, text: str) -> object:
+    """The value of an option. Raises ValueError."""
+    if name not in OPTIONS:
+        return True
+    if name in CHOICES and text not in CHOICES[name]:
+        raise ValueError(f"--{name} takes {' or '.join(CHOICES[name])}, not {text!r}")
+    try:
+        return OPTIONS[name](text)
+    except ValueError as error:
+        why = f"{text!r} is not a whole number" if OPTIONS[name] is int else error
+        raise ValueError(f"--{name}: {why}") from None
 
 
 def main(argv: list[str] | None = None) -> int:
     try:
-        args = Arguments(sys.argv[1:] if argv is None else argv)
-    except (ValueError, getopt.GetoptError) as error:
+        args = Arguments(command_line() if argv is None else argv)
+    except ValueError as error:
         return fail(EX_USAGE, f"{error}; see enqueue.py --help")
-    if args.help:
-        print(__doc__)
+    if args.help or args.version:
+        say(str(__doc__) if args.help else f"enqueue.py {q.VERSION}\n")
         return 0
+    if q.state_complaint and not args.hook:
+        return fail(EX_USAGE, q.state_complaint)
     try:
-        import queue_helpers as q
-    except Exception as error:  # a hook's one chance to say why
-        return fail(EX_FAILED, f"queue_helpers.py cannot be loaded ({error}): run just install again")
-    try:
-        if args.hook:
-            code = hook(q, args)
-        else:
-            code = report(q.enqueue_tasks(args.queue, tasks_from(q, args)))
+        code = hook(args) if args.hook else enqueue(args)
         if args.start_worker and code == 0:
-            try:
-                start_worker(q, args.queue)
-            except (OSError, q.QueueError) as error:
-                fail(0, f"the task is stored, but no worker could be started: {error}")
+            start_worker(args.queue)
         return code
     except q.InvalidTask as error:
         return fail(EX_DATAERR, error)
@@ -124,235 +241,365 @@ def main(argv: list[str] | None = None) -> int:
         return fail(EX_FAILED, error)
 
 
+def command_line() -> list[str]:
+    """The arguments as UTF-8, whatever encoding the locale has."""
+    return [from_bytes(os.fsencode(word)) for word in sys.argv[1:]]
+
+
+def from_bytes(raw: bytes) -> str:
+    """A path or an argument, as os.fsdecode() has it in a UTF-8 locale."""
+    return raw.decode("utf-8", "surrogateescape")
+
+
 def fail(code: int, message: object) -> int:
-    if sys.stderr is not None:  # print() would take stdout instead
+    """Say what is wrong in one line; the code."""
+    # print() would take stdout where there is no stderr.
+    if sys.stderr is not None:
+        line = " ".join(str(message).split())
         try:
-            print("enqueue.py: " + " ".join(str(message).split()), file=sys.stderr)
+            # A word or a file's name may hold control sequences.
+            safe = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
+            print(f"enqueue.py: {safe}", file=sys.stderr)
         except OSError:
             pass
     return code
 
 
-def report(results: list[tuple[str, bool]]) -> int:
+def say(text: str) -> None:
+    """Write to stdout, if it is there; what its encoding lacks is escaped."""
     if sys.stdout is None:
-        return 0
+        return
     try:
-        sys.stdout.reconfigure(errors="backslashreplace")  # an id that the terminal's encoding lacks
-        sys.stdout.write("".join(f"{'queued' if is_new else 'duplicate'} {task_id}\n" for task_id, is_new in results))
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(errors="backslashreplace")
+        sys.stdout.write(text)
         sys.stdout.flush()
-    except OSError:  # the reader has gone; the tasks are stored
+    except OSError:
+        # The reader has gone; the tasks are stored.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+
+
+def start_worker(queue: str) -> None:
+    """Start a worker for the stored task; that none can be started is no failure."""
+    try:
+        import queue_launch
+
+        queue_launch.start_worker(queue)
+    except (ImportError, OSError, ValueError, q.QueueError) as error:
+        fail(0, f"the task is stored, but no worker could be started: {error}")
+
+
+# ---------------------------------------------------------------------------------- the command line
+
+
+def enqueue(args: Arguments) -> int:
+    """Store the tasks of the command line or of stdin, all or none, and say what became of each."""
+    q.check_queue_name(args.queue)
+    rows = tasks_of_lines(args) if args.jsonl else [task_of_command_line(args)]
+    wait = None if args.wait is None else milliseconds(args.wait)
+    made = q.ensure_queue(q.connect(busy_timeout_ms=wait), args.queue)
+    stored = q.enqueue_tasks(args.queue, rows, busy_timeout_ms=wait)
+    lines = [
+        f"{'queued' if is_new else 'duplicate' if row.on_duplicate == 'skip' else 'updated'} {task_id}"
+        for row, (task_id, is_new) in zip(rows, stored, strict=True)
+    ]
+    if made and lines and not args.new:
+        lines[0] += f" (a new queue: {args.queue})"
+    say("".join(f"{line}\n" for line in lines))
     return 0
 
 
-def tasks_from(q, args: Arguments) -> list:
-    """The tasks that the command line and stdin describe."""
-    options = {"delay": args.delay, "priority": args.priority, "window": args.window or 0.0, "depth": q.task_depth()}
-    if not args.jsonl:
-        text = stdin().read() if args.data == "-" else ("{}" if args.data is None else args.data)
-        data, text = parse_object(q, text)
-        return [q.new_row(args.task_type, data, args.task_id, text=text, **options)]
-    rows = []
+def milliseconds(seconds: float) -> int:
+    """A time to wait, within what SQLite takes."""
+    return max(20, min(int(seconds * 1000), 3_600_000))
+
+
+def task_of_command_line(args: Arguments) -> q.Row:
+    if args.data == "-":
+        raw = stdin().read()
+    else:
+        raw = b"{}" if args.data is None else args.data.encode("utf-8", "surrogateescape")
+    data, text = parse_object(raw)
+    return q.new_row(args.task_type or "", data, args.task_id, text=text, **args.terms())
+
+
+def tasks_of_lines(args: Arguments) -> list[q.Row]:
+    rows, terms = [], {**args.terms(), "depth": q.task_depth()}
     for number, line in enumerate(stdin(), 1):
+        if line.isspace():
+            continue
         try:
-            if line.isspace():
-                continue
-            task, text = parse_object(q, line)
-            if args.task_type is not None:
-                rows.append(q.new_row(args.task_type, task, text=text, **options))
-            elif "task_type" in task and task.keys() <= {"task_type", "data", "task_id", "delay", "priority"}:
-                rows.append(q.new_row(**{**options, "data": {}, **task}))
+            task, text = parse_object(line)
+            if args.task_type is None:
+                rows.append(q.new_row(**{**terms, "data": {}, **terms_of_line(task)}))
             else:
-                raise q.InvalidTask('without TASK_TYPE a line is {"task_type": …, "data": {…}, "task_id": …}')
+                rows.append(q.new_row(args.task_type, task, text=text, **terms))
         except q.InvalidTask as error:
             raise q.InvalidTask(f"line {number}: {error}; nothing was stored") from None
     return rows
 
 
-def stdin() -> io.BufferedIOBase:
+def terms_of_line(task: dict) -> dict:
+    """What a whole task in a line says, its times read like the options."""
+    if "task_type" not in task or not task.keys() <= LINE_KEYS:
+        odd = sorted(task.keys() - LINE_KEYS)
+        why = f"{odd[0]!r} is not known" if odd else "task_type is missing"
+        raise q.InvalidTask(f"{why}: without TASK_TYPE a line is an object; see enqueue.py --help")
+    if type(task.get("hold", False)) is not bool:
+        raise q.InvalidTask(f"hold {task['hold']!r} was refused: it is true or false")
+    if task.get("hold") and (task.get("delay") or task.get("at") is not None):
+        raise q.InvalidTask("delay, at and hold each say when: give one of them")
+    try:
+        times = {
+            name: read(task[name])
+            for name, read in LINE_TIMES.items()
+            if isinstance(task.get(name), str)
+        }
+    except ValueError as error:
+        raise q.InvalidTask(error) from None
+    return {**task, **times}
+
+
+def stdin() -> BinaryIO:
     """Stdin, in bytes; an empty one where it is closed."""
     return io.BytesIO() if sys.stdin is None else sys.stdin.buffer
 
 
-def parse_object(q, raw: bytes | str) -> tuple[dict, str]:
-    """A JSON object and its text. SQLite has the last word on the text, so what it would refuse is refused here."""
+def parse_object(raw: bytes) -> tuple[dict, str]:
+    """A JSON object and its text."""
     try:
-        raw = raw.encode() if isinstance(raw, str) else raw
         text = raw.decode().removeprefix("\ufeff").strip(" \t\r\n")
-        value, end = DECODER.raw_decode(text)  # what decode() does, in half the time
-        if end != len(text):
-            raise ValueError(f"extra data after character {end}")
+        # The quick way, where no number can be one that other readers cannot read.
+        value = q.parse_json(text)[0] if has_odd_number(text) else json.loads(text)
+    except UnicodeDecodeError as error:
+        raise q.InvalidTask(f"not UTF-8: {error}") from None
     except (ValueError, RecursionError) as error:
-        raise q.InvalidTask(f"not JSON in UTF-8: {error}") from None
+        raise q.InvalidTask(f"not JSON: {error}") from None
     if not isinstance(value, dict):
         raise q.InvalidTask(f"a JSON {type(value).__name__}, not an object like {{}}")
     return value, text
 
 
-def not_a_number(name: str):
-    raise ValueError(f"{name} is not JSON")
+def has_odd_number(text: str) -> bool:
+    """Whether a JSON text may hold NaN, Infinity, 1e400 or a number of hundreds of digits."""
+    global _odd
+    if _odd is None:
+        import re
+
+        _odd = re.compile("NaN|Infinity|[0-9][eE][+]?[0-9]{3}|[0-9]{200}").search
+    return _odd(text) is not None
 
 
-DECODER = json.JSONDecoder(parse_constant=not_a_number)
+_odd = None
 
 
-# ---------------------------------------------------------------------------------------------------------------- hook
+# ---------------------------------------------------------------------------------------------- hook
 
 
-def hook(q, args: Arguments) -> int:
+def hook(args: Arguments) -> int:
     """Store one task for one firing: in the database, else in the spool; raises when it is in neither."""
     if q.task_depth() and not args.nested:
-        return 0  # fired by a handler's own run: work must not start itself again
+        # It was fired by a handler's own run: work must not start itself again.
+        return 0
     q.check_queue_name(args.queue)
-    deadline = STARTED + max(args.wait, 0.1)
-    row = hook_row(q, args, read_stdin(deadline))
-    q.BUSY_TIMEOUT_MS = max(100, int((deadline - time.monotonic()) * 1000))
+    if q.state_complaint:
+        fail(0, f"{q.state_complaint}; until then the task goes to {q.STATE_DIR}")
+        q.state_complaint = None
+    seconds = max(HOOK_WAIT_SECONDS if args.wait is None else args.wait, 0.1)
+    deadline = STARTED + seconds
+    project = from_bytes(os.environb.get(b"CLAUDE_PROJECT_DIR", b""))
+    row = row_of_firing(args, read_stdin(STARTED + seconds * STDIN_SHARE), project=project)
+    if isinstance(row, str):
+        return fail(0, row)
     try:
-        q.enqueue_tasks(args.queue, [row])
+        store(args.queue, row, deadline)
     except q.InvalidTask:
         raise
     except q.QueueError as error:
         try:
-            q.spool(args.queue, row.data)
+            q.spool(args.queue, for_the_spool(row))
         except OSError as spool_error:
-            raise q.QueueUnavailable(f"{error}; and the spool: {spool_error.strerror}; the task is lost") from None
+            raise q.QueueUnavailable(
+                f"{error}; and the spool: {spool_error.strerror}; the task is lost"
+            ) from None
     return 0
 
 
-def hook_row(q, args: Arguments, raw: bytes, directory: str | None = None, depth: int | None = None):
-    """The row of a firing, from its payload. A spooled one says in which directory and how deep it was fired."""
-    data = payload(raw, directory)
-    task_type = args.task_type or data.get("hook_event_name") or args.queue
-    try:
-        task_type = q.new_row(task_type, {}) and task_type
-    except q.InvalidTask:
-        if args.task_type:
-            raise
-        # It is an event's name that cannot name a handler.
-        task_type = args.queue
-    window = HOOK_WINDOW_SECONDS if args.window is None else args.window
-    task_id = firing_id(data, task_type, args.once_per)
-    return q.new_row(task_type, data, task_id, delay=args.delay, priority=args.priority, window=window, depth=depth)
+def store(queue: str, row: q.Row, deadline: float) -> None:
+    """Store a hook's task in what is left of its time. An older database is left to a worker."""
+
+    def connect() -> q.Connection:
+        left = milliseconds(deadline - time.monotonic())
+        return q.connect(busy_timeout_ms=left, migrate=False)
+
+    q.ensure_queue(connect(), queue)
+    left = milliseconds(deadline - time.monotonic())
+    q.enqueue_tasks(queue, [row], busy_timeout_ms=left, migrate=False)
+
+
+def for_the_spool(row: q.Row) -> str:
+    """A row as the text of a spooled task: its envelope, and the columns that are not in there."""
+    columns = {name: value for name, value in row._asdict().items() if name != "data"}
+    return f'{row.data[:-1]}, "spooled_row": {q.to_json(columns)}}}'
+
+
+def hook_row(words: list[str], raw: bytes, directory: str, project: str, depth: int) -> q.Row | str:
+    """The row of a firing that hook.sh put into the spool, or a text that says why there is none.
+
+    It is told the hook's arguments, its payload, where it was fired, CLAUDE_PROJECT_DIR, and how
+    deep in handlers that was. Raises ValueError, InvalidTask.
+    """
+    return row_of_firing(Arguments(["--hook", *words]), raw, directory, project, depth)
+
+
+def row_of_firing(
+    args: Arguments, raw: bytes, directory: str = "", project: str = "", depth: int | None = None
+) -> q.Row | str:
+    """The row of a firing, from its payload; or a text that says why there is none."""
+    data = payload(raw, directory, project)
+    if data.get("hook_event_name") == "WorktreeCreate":
+        return (
+            "a WorktreeCreate hook makes the creation of worktrees fail, since Claude Code waits for "
+            "the new path on its stdout: take it out of the settings; no task was stored"
+        )
+    task_type = args.task_type or type_of_event(data, args.queue)
+    terms = args.terms()
+    if args.group_by:
+        terms["group"] = group_of(data, args.group_by)
+    if args.on_duplicate != "skip":
+        terms["firing"] = digest(data)
+    task_id = id_of(data, task_type, args.once_per)
+    return q.new_row(task_type, data, task_id, depth=depth, **terms)
 
 
 def read_stdin(deadline: float) -> bytes:
-    """What comes on stdin until its end, or until the payload is whole, or until the deadline: it may never close."""
+    """What comes on stdin until its end, until the payload is whole, or until the deadline."""
     import select
 
-    chunks = []
+    raw, tried = bytearray(), 0
     try:
-        if os.isatty(0):
-            return b""
-        while True:
+        while not os.isatty(0) and len(raw) < MOST_BYTES:
             left = deadline - time.monotonic()
-            whole = bool(chunks) and chunks[-1].rstrip()[-1:] == b"}"
-            wait = min(QUIET_SECONDS, max(0.0, left)) if whole else max(0.0, left)
-            if not select.select([0], [], [], wait)[0]:
-                if left <= 0 or whole and is_whole(b"".join(chunks)):
+            # It may never be closed.
+            quiet = len(raw) > tried and raw[-8:].rstrip().endswith(b"}")
+            if select.select([0], [], [], max(0.0, min(left, QUIET_SECONDS) if quiet else left))[0]:
+                chunk = os.read(0, 2**20)
+                raw += chunk
+                if not chunk or left <= 0:
                     break
-                if whole and not select.select([0], [], [], max(0.0, left - wait))[0]:
-                    break
-                continue
-            chunk = os.read(0, 2**20)
-            if not chunk:
+            elif left <= 0 or quiet and "unreadable_payload" not in q.as_payload(bytes(raw)):
                 break
-            chunks.append(chunk)
+            else:
+                tried = len(raw)
     except (OSError, ValueError):
-        pass  # closed, or not readable
-    return b"".join(chunks)
+        # It is closed, or not readable.
+        pass
+    return bytes(raw)
 
 
-def is_whole(raw: bytes) -> bool:
-    try:
-        json.loads(raw.decode("utf-8-sig", "replace"))
-        return True
-    except (ValueError, RecursionError):
-        return False
+def payload(raw: bytes, directory: str = "", project: str = "") -> dict:
+    """A task's data: the hook's payload, with workspace_path and project_dir.
 
-
-def payload(raw: bytes, directory: str | None = None) -> dict:
-    """The task's data: the hook's payload and its cwd, else the directory it was fired in, as workspace_path. What cannot be read is kept as it came."""
-    text = raw.decode("utf-8-sig", "replace")
-    try:
-        data, why = json.loads(text, parse_constant=lambda name: name), "not a JSON object"
-    except (ValueError, RecursionError) as error:
-        data, why = None, f"not JSON: {error}" if raw.strip() else "empty"
-    if not isinstance(data, dict) or depth_of(data) > 200:
-        data = {"unreadable_payload": text, "unreadable_because": why}
+    workspace_path is its cwd, else the directory it was fired in. project_dir is the main checkout,
+    while cwd follows worktrees.
+    """
+    data = q.as_payload(raw)
     cwd = data.get("cwd")
     if not isinstance(data.get("workspace_path"), str):
         try:
-            data["workspace_path"] = cwd if isinstance(cwd, str) and cwd else directory or os.getcwd()
+            fired_in = directory or from_bytes(os.getcwdb())
         except OSError:
-            pass  # the directory is gone
+            # The directory is gone.
+            fired_in = ""
+        workspace = cwd if isinstance(cwd, str) and cwd else fired_in
+        data |= {"workspace_path": workspace} if workspace else {}
+    if project and "project_dir" not in data:
+        data["project_dir"] = project
     return data
 
 
-def depth_of(value: object) -> int:
-    """How deep a parsed JSON value is nested."""
-    depth, level = 0, [value]
-    while level:
-        depth += 1
-        level = [v for x in level if isinstance(x, (dict, list)) for v in (x.values() if isinstance(x, dict) else x)]
-    return depth
+def type_of_event(data: dict, otherwise: str) -> str:
+    """The event's name, unless it cannot name a handler."""
+    event = data.get("hook_event_name")
+    try:
+        q.new_row(event, {}, depth=0)  # type: ignore[arg-type]
+        return str(event)
+    except q.InvalidTask:
+        return otherwise
 
 
-def firing_id(data: dict, task_type: str, once_per: str | None) -> str:
-    """The same firing gives the same id, wherever and however often it is reported; another firing another."""
-    workspace = digest(data.get("workspace_path"))
+# Where a payload does not say the first, its workspace is the group.
+GROUPS = {
+    "workspace": ("workspace_path",),
+    "project": ("project_dir", "workspace_path"),
+    "session": ("session_id", "workspace_path"),
+}
+
+
+def group_of(data: dict, what: str) -> str | None:
+    """The group of a firing, None when it has neither a session, a project nor a workspace."""
+    for name in GROUPS[what]:
+        value = data.get(name)
+        if isinstance(value, str) and value:
+            try:
+                return q.check_text("group", value, 500)
+            except q.InvalidTask:
+                return f"{what}-{digest(value)}"
+    return None
+
+
+def id_of(data: dict, task_type: str, once_per: str | None) -> str:
+    """The same firing gives the same id, wherever and however often it is told; another gives another.
+
+    An id ends with 64 bits of a digest: beside a million waiting tasks, a new one has somebody
+    else's id once in 18 trillion firings.
+    """
+    return f"{task_type[:8]}-{digest([task_type, what_counts(data, once_per)])}"
+
+
+def what_counts(data: dict, once_per: str | None) -> object:
+    """What makes two firings one task."""
+    workspace = data.get("workspace_path")
     if once_per == "session":
-        session = data.get("session_id")
-        return f"{task_type}_{workspace}_{session if isinstance(session, str) and session.isprintable() else '-'}"[:200]
+        return [workspace, data.get("session_id")]
     if once_per == "workspace":
-        return f"{task_type}_{workspace}"
+        return [workspace]
     if once_per == "content":
-        data = {key: value for key, value in data.items() if key not in PER_FIRING}
-    return f"{task_type}_{workspace}_{digest(data)}"
+        return [workspace, content_of(data)]
+    return data
+
+
+def content_of(data: dict) -> dict:
+    """What of a firing is the same when the same happens again."""
+    event = data.get("hook_event_name")
+    named = CONTENT.get(event) if isinstance(event, str) else None
+    if named is None:
+        return without_per_firing(data)
+    content = {key: data.get(key) for key in named.split()}
+    calls = content.get("tool_calls")
+    if isinstance(calls, list):
+        content["tool_calls"] = [
+            without_per_firing(call) if isinstance(call, dict) else call for call in calls
+        ]
+    return {"hook_event_name": event, **content}
+
+
+def without_per_firing(data: dict) -> dict:
+    return {key: value for key, value in data.items() if key not in PER_FIRING}
 
 
 def digest(value: object) -> str:
+    """16 hexadecimal digits that name a JSON value."""
     try:
-        from _sha2 import sha256  # hashlib loads OpenSSL, 3 ms
+        # hashlib loads OpenSSL, which takes 3 ms.
+        from _sha2 import sha256  # type: ignore[import-not-found]
     except ImportError:
         try:
-            from _sha256 import sha256  # until 3.11
+            # Its name until Python 3.11.
+            from _sha256 import sha256  # type: ignore[import-not-found]
         except ImportError:
             from hashlib import sha256
     return sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
-
-
-# ------------------------------------------------------------------------------------------------------ worker on demand
-
-
-def start_worker(q, queue: str) -> None:
-    """Start a detached worker unless one serves the queue. Ten at once start one: the loser of the lock leaves."""
-    import shutil
-    import subprocess
-
-    try:
-        fd = q.lock_file(q.STATE_DIR / "workers" / f"serving.{queue}", probe=True)
-        if fd is None:
-            return
-        os.close(fd)
-    except OSError:
-        pass  # nobody ever served it
-    here = os.path.dirname(os.path.abspath(__file__))
-    home = os.path.expanduser("~")
-    places = [*os.environ.get("PATH", "").split(os.pathsep), f"{home}/.local/bin", f"{home}/.cargo/bin", "/opt/homebrew/bin",
-              "/usr/local/bin"]  # fmt: skip
-    places = [place for place in places if os.path.isabs(place)]  # others would mean the workspace
-    uv = os.environ.get("UV") or shutil.which("uv", path=os.pathsep.join(places))
-    run = [uv, "run", "--no-config", "--script"] if uv else [sys.executable]
-    worker = [*run, os.path.join(here, "worker.py"), queue, "--single", "--idle-exit", "60"]
-    q.make_private(q.STATE_DIR / "logs")
-    log = os.open(
-        q.STATE_DIR / "logs" / f"worker.{queue}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600
-    )
-    try:
-        subprocess.Popen(worker, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
-                         env={k: v for k, v in os.environ.items() if k != "TASK_DEPTH"}, cwd=home)  # fmt: skip
-    finally:
-        os.close(log)
 
 
 if __name__ == "__main__":
@@ -364,4 +611,5 @@ if __name__ == "__main__":
     except OSError:
         pass
     finally:
-        os._exit(code)  # all is on disk: neither Python's own end nor SQLite's clean-up is worth a hook's time
+        # All is on disk: neither Python's own end nor SQLite's clean-up is worth a hook's time.
+        os._exit(code)

@@ -1,4 +1,4 @@
-"""What a worker does on behalf of tasks: spooled tasks are taken in, and the tasks of dead owners are recovered."""
+"""What a worker does on behalf of tasks: the tasks of dead owners are recovered."""
 
 from __future__ import annotations
 
@@ -20,106 +20,11 @@ CANCEL_REQUESTED = """
 select id from "{queue}" where status = 2 and owner = :owner and cancel_requested"""
 WHO_HOLDS = """
 select owner, claimed_at, attempts from "{queue}" where id = :id"""
-SPOOLED = """
-insert or ignore into task_spooled (file) values (:file)"""
-UNSPOOLED = """
-delete from task_spooled where file = :file"""
 REDRIVE = """
 insert or ignore into "{queue}" (id, data, priority, group_id)
 select row_id, data, priority, group_id from task_history where id = :history_id"""
 FORGET = """
 delete from task_history where id = :history_id"""
-
-
-def spool_directories(state: Path) -> list[Path]:
-    """The state's spool/QUEUE directories."""
-    try:
-        return sorted(Path(entry.path) for entry in os.scandir(state / "spool") if entry.is_dir())
-    except OSError:
-        return []
-
-
-def spooled_files(directory: Path) -> list[tuple[int, str, int]]:
-    """The tasks in a spool/QUEUE directory, oldest first: (mtime in ns, name, inode)."""
-    files = []
-    try:
-        for entry in os.scandir(directory):
-            if not entry.name.startswith(".") and entry.is_file(follow_symlinks=False):
-                found = entry.stat(follow_symlinks=False)
-                files.append((found.st_mtime_ns, entry.name, found.st_ino))
-    except FileNotFoundError:
-        pass
-    return sorted(files)
-
-
-def spooled_row(path: Path) -> q.Row:
-    """The row of a spooled task: what would be a row's data, or in a .hook file a hook's payload, as it came.
-
-    hook.sh writes the latter where it finds no Python: fields that end with a NUL (how many arguments the hook was
-    given, the arguments, its directory, CLAUDE_PROJECT_DIR, TASK_DEPTH), then the payload. Raises InvalidTask.
-    """
-    raw = path.read_bytes()
-    if path.suffix != ".hook":
-        text = raw.decode("utf-8-sig")
-        return q.Row(text, q.READY, None, 0, None, None, None, 0.0, "skip", None)
-    import enqueue
-
-    try:
-        count, rest = raw.split(b"\0", 1)
-        *fields, payload = rest.split(b"\0", int(count) + 3)
-        *words, directory, _project_dir, depth = [os.fsdecode(field) for field in fields]
-        arguments = enqueue.Arguments(["--hook", *words])
-    except ValueError as error:
-        raise q.InvalidTask(f"not as a hook writes it: {error}") from None
-    except enqueue.getopt.GetoptError as error:
-        raise q.InvalidTask(f"its hook has an option that is not known: {error}") from None
-    return enqueue.hook_row(q, arguments, payload, directory, int(depth) if depth.isdecimal() else 0)
-
-
-def take_in_spool(state: Path | None = None) -> tuple[int, list[str]]:
-    """Move spooled tasks into the database, oldest first, each exactly once: (how many, complaints).
-
-    A file's identity is stored in the transaction that stores its task, and forgotten after the file is removed: a
-    crash in between, or another worker at the same time, takes nothing in twice. What is not a JSON object is moved
-    to spool/QUEUE/malformed and named in the complaints.
-    """
-    state, taken, complaints = state or q.STATE_DIR, 0, []
-    for directory in spool_directories(state):
-        files = spooled_files(directory)
-        if not files:
-            continue
-        try:
-            queue = q.check_queue_name(directory.name)
-        except q.InvalidTask as error:
-            complaints.append(f"{directory}: {error}")
-            continue
-        conn = q.connect(state)
-        q.ensure_queue(conn, queue)
-        for mtime, name, inode in files:
-            path, identity = directory / name, f"{queue}/{name}:{inode}:{mtime}"
-            try:
-                row = spooled_row(path)
-                with q.transaction(conn):
-                    if path.stat().st_ino != inode:
-                        raise FileNotFoundError(path)
-                    if conn.execute(SPOOLED, {"file": identity}).rowcount == 1:
-                        taken += q.insert(conn, queue, row)
-                path.unlink(missing_ok=True)
-                with errors_explained(conn):
-                    conn.execute(UNSPOOLED, {"file": identity})
-            except FileNotFoundError:
-                continue  # another worker took it
-            except OSError as error:
-                complaints.append(
-                    f"{path}: {error.strerror}; it cannot be taken in, or not removed: check the permissions"
-                )
-            except (q.InvalidTask, UnicodeDecodeError) as error:
-                aside = q.make_private(directory / "malformed") / f"{inode}-{name}"
-                path.rename(aside)
-                complaints.append(f"{aside}: {error}")
-    if taken:
-        q.wake(state)
-    return taken, complaints
 
 
 def verdict_alone(conn: q.Connection, task: q.Task, verdict) -> tuple:

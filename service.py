@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import re
 import shlex
 import subprocess
 import sys
@@ -40,6 +39,7 @@ from queue_installation import (  # noqa: E402
     is_plain,
     only_one,
 )
+from queue_launch import become_worker  # noqa: E402
 
 EX_USAGE = 64
 
@@ -49,23 +49,6 @@ LOOK_TWICE_SECONDS = 1.0
 
 # The units look this often for tasks that have become due.
 TICK_SECONDS = 60
-IDLE_EXIT_SECONDS = 60
-
-# What a worker is told of the environment that it is started from: a person's account, desktop and
-# network, and the families of names that set up `claude` and its providers. All else may come from
-# a session's workspace, and decide what Python or uv run. Of the CLAUDE_ names, the worker itself
-# keeps from handlers those that name a session.
-TOLD = re.compile(
-    "HOME|USER|LOGNAME|SHELL|LANG|LANGUAGE|LC_[A-Z]+|TZ|TMPDIR|XDG_[A-Z_]+|DISPLAY|WAYLAND_DISPLAY"
-    "|SSH_AUTH_SOCK|DBUS_SESSION_BUS_ADDRESS|(HTTPS?|ALL|NO)_PROXY|(https?|all|no)_proxy"
-    "|SSL_CERT_(FILE|DIR)|NODE_EXTRA_CA_CERTS|UV_(CACHE_DIR|OFFLINE)|LYCHEE_[A-Z]+"
-    "|(ANTHROPIC|CLAUDE|AWS|GOOGLE|GCLOUD|VERTEX|CLOUD_ML|DISABLE|MAX|MCP|OTEL)_[A-Z0-9_]+"
-)
-# A relative one of these would mean the workspace.
-PATHS = re.compile(
-    "HOME|SHELL|TMPDIR|XDG_[A-Z_]+_(HOME|DIR)|SSL_CERT_(FILE|DIR)|NODE_EXTRA_CA_CERTS|UV_CACHE_DIR"
-    "|CLAUDE_CONFIG_DIR|CLAUDE_CODE_(TMPDIR|SHELL)"
-)
 
 
 class Parser(argparse.ArgumentParser):
@@ -403,8 +386,7 @@ def work(place: Installation, queues: list[str]) -> int:
         except q.QueueError as error:
             complain(error)
             continue
-        command = worker_command(place, queues)
-        os.execve(command[0], command, worker_environment(os.environ, place.state))
+        become_worker(place.lib, queues, place.state)
     return 0
 
 
@@ -428,33 +410,6 @@ def is_work(state: Path, queues: list[str]) -> bool:
         if q.has_ready(conn, queue):
             return True
     return False
-
-
-def worker_command(place: Installation, queues: list[str]) -> list[str]:
-    """How a worker is started that leaves when it is idle, by the service and by hooks."""
-    uv = place.record.get("uv")
-    start = (
-        [uv, "run", "--no-config", "--script"]
-        if uv and os.access(uv, os.X_OK)
-        else [sys.executable, "-E", "-s"]
-    )
-    how = ["--single", "--idle-exit", str(IDLE_EXIT_SECONDS)]
-    return [*start, str(place.lib / "worker.py"), *queues, "--handlers", str(place.handlers), *how]
-
-
-def worker_environment(environ: Mapping[str, str], state: Path) -> dict[str, str]:
-    """The clean, named set of variables that a worker is started with; no relative paths."""
-    told = {
-        name: value
-        for name, value in environ.items()
-        if TOLD.fullmatch(name) and (os.path.isabs(value) or not PATHS.fullmatch(name))
-    }
-    path = [entry for entry in environ.get("PATH", "").split(os.pathsep) if os.path.isabs(entry)]
-    return {
-        **told,
-        "PATH": os.pathsep.join(path or ["/usr/bin", "/bin"]),
-        "TASK_QUEUE_STATE": str(state),
-    }
 
 
 if __name__ == "__main__":

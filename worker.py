@@ -44,6 +44,7 @@ from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
+import enqueue
 import queue_helpers as q
 import queue_owners as owners
 import queue_runs as runs
@@ -536,7 +537,7 @@ class Worker:
     def take_in_spool(self) -> None:
         """Take in what waits in the spool. Whatever happens there is no reason not to claim."""
         try:
-            for complaint in q.take_in_spool(self.state)[1]:
+            for complaint in q.take_in_spool(self.state, enqueue.hook_row)[1]:
                 self.complain(f"spool: {complaint}")
         except q.QueueBusy:
             self.changed = True

@@ -112,7 +112,7 @@ class Installation:
         """enqueue.py, which must succeed; the last task's id."""
         done = self.run("enqueue.py", *args, **options)
         assert done.returncode == 0, done.stderr
-        return done.stdout.split()[-1] if done.stdout else ""
+        return done.stdout.splitlines()[-1].split()[1] if done.stdout else ""
 
     def sqlite3(self, statement: str, **options) -> str:
         """What the sqlite3 command prints for a statement; it must succeed."""

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import enqueue
 import pytest
 from conftest import ROOT, wait_for
 
@@ -75,7 +76,7 @@ def hook(installation, request):
 
 def tasks(installation, queue):
     """Take the spool in; (task_type, envelope) of each task."""
-    assert queue.take_in_spool(installation.state)[1] == []
+    assert queue.take_in_spool(installation.state, enqueue.hook_row)[1] == []
     return [
         (kind, json.loads(data))
         for kind, data in installation.rows("select task_type, data from notifications order by id")
@@ -261,7 +262,7 @@ def test_a_file_that_no_hook_wrote_is_set_aside_and_named(installation, queue):
     }
     for name, content in bad.items():
         (directory / f"{name}.hook").write_bytes(content)
-    taken, complaints = queue.take_in_spool(installation.state)
+    taken, complaints = queue.take_in_spool(installation.state, enqueue.hook_row)
     assert taken == 0 and len(complaints) == len(bad)
     assert len(list((directory / "malformed").iterdir())) == len(bad)
 

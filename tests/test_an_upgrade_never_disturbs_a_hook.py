@@ -14,8 +14,8 @@ from conftest import ROOT, wait_for
 # A name that the newer version's script uses, and that only the newer version's module has.
 NEWER_MODULE = "\n\ndef only_in_the_newer_version():\n    return 0\n"
 NEWER_SCRIPT = (
-    "def hook(q, args: Arguments) -> int:\n",
-    "def hook(q, args: Arguments) -> int:\n    q.only_in_the_newer_version()\n",
+    "def hook(args: Arguments) -> int:\n",
+    "def hook(args: Arguments) -> int:\n    q.only_in_the_newer_version()\n",
 )
 
 

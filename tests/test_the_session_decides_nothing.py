@@ -237,7 +237,7 @@ def test_a_state_that_cannot_stand_in_a_unit_or_is_relative_is_refused(tmp_path,
 def test_a_unit_starts_a_worker_with_a_clean_environment(tmp_path):
     """The user manager of systemd hands its own environment to a unit: what Python and uv obey stays out."""
     sys.path.insert(0, str(ROOT))
-    import service
+    import queue_launch
 
     kept = {
         "HOME": "/home/user",
@@ -262,7 +262,7 @@ def test_a_unit_starts_a_worker_with_a_clean_environment(tmp_path):
         "NODE_OPTIONS": "--require x",
         "TASK_DEPTH": "3",
     }
-    told = service.worker_environment(hostile(tmp_path) | kept | dropped, Path("/state"))
+    told = queue_launch.worker_environment(hostile(tmp_path) | kept | dropped, Path("/state"))
     assert told == kept | {"PATH": "/usr/bin:/bin", "TASK_QUEUE_STATE": "/state"}
 
 
