@@ -39,6 +39,7 @@ import signal
 import sqlite3
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -56,12 +57,17 @@ EX_USAGE = 64
 NO_HANDLER_SECONDS = 60.0
 # How long to wait between two tries while the database cannot be used.
 RETRY_SECONDS = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
+# --on-dead runs its command this often at most.
+ON_DEAD_SECONDS = 60.0
 # Runs that end within this time of each other are recorded together: one wait for the disk.
 GROUP_SECONDS = 0.01
 # Shorter than elsewhere, so that signals and handlers' ends are seen to between two tries.
 BUSY_TIMEOUT_MS = 1_000
 WAL_WARN_BYTES = 4 * q.WAL_BYTES
 NOT_STARTED = "its handler could not be started"
+
+SCHEDULED = """
+select count(*) from "{queue}" where status in (0, 1, 3, 4)"""
 
 # What each handler is told in its environment.
 TOLD = ("TASK_ID", "TASK_TYPE", "TASK_QUEUE", "TASK_ATTEMPT", "TASK_DEPTH", "TASK_QUEUE_STATE")
@@ -108,6 +114,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
             raise ValueError(f"TASK_QUEUE_STATE {state!r} is relative, so it is another directory"
                              " for each process: make it absolute")  # fmt: skip
         args.queues = list(dict.fromkeys(map(q.check_queue_name, args.queues)))
+        if args.on_dead is not None:
+            args.on_dead = resolve(shlex.split(args.on_dead), args.env["PATH"])
         if args.then:
             q.check_queue_name(args.then)
         elif args.then_hold:
@@ -131,6 +139,8 @@ def add_options(add: Callable) -> None:
         help="with --then: results wait until a person approves them")
     add("--chain", action="store_true",
         help="a result's last line may enqueue tasks: {\"enqueue\": [{\"queue\", \"task_type\", \"data\"}, …]}")
+    add("--on-dead", metavar="COMMAND",
+        help="run this when tasks have become dead letters, once a minute at most, with all of them as JSON on stdin")
     add("--max-attempts", metavar="N", type=count, default=q.MAX_ATTEMPTS,
         help="then it is a dead letter (default %(default)s)")
     add("--backoff", metavar="SECONDS", type=seconds, default=q.BACKOFF_SECONDS,
@@ -162,11 +172,11 @@ def beside(name: str) -> Path:
 def resolve(command: list[str], path: str) -> list[str]:
     """The command with the absolute path of its program: from here on nobody's working directory has a say in it."""
     if not command:
-        raise ValueError("-- needs a command after it")
+        raise ValueError("the command is empty: give a program and its arguments")
     name = os.path.abspath(command[0]) if "/" in command[0] else command[0]
     found = shutil.which(name, path=path)
     if found is None:
-        raise ValueError(f"-- {command[0]}: there is no such program, or it is not executable")
+        raise ValueError(f"{command[0]}: there is no such program, or it is not executable")
     return [found, *command[1:]]
 
 
@@ -278,6 +288,10 @@ class Worker:
         self.record_at = 0.0
         # Whether a run among these may have paused its queue.
         self.may_pause = False
+        # How many runs ended how, and the dead letters that --on-dead is yet to be told.
+        self.counts: Counter[str] = Counter()
+        self.dead: list[dict] = []
+        self.tell_dead_at = 0.0
         # Whether others may have changed the database or the spool since we looked.
         self.changed = True
         # The signals received, and when what still runs is to be ended.
@@ -335,7 +349,12 @@ class Worker:
                 self.reap()
                 self.end_overdue()
                 self.exchange()
+                if self.dead and time.monotonic() >= self.tell_dead_at:
+                    self.tell_dead()
+            self.say_goodbye()
         finally:
+            if self.dead:
+                self.tell_dead()
             for run in self.runs:
                 self.supervisor.end(run, q.STOPPED, now=True)
             self.supervisor.leave(wait=not self.runs)
@@ -480,6 +499,7 @@ class Worker:
         self.end(task, verdict)
 
     def report(self, task: q.Task, outcome: str | None, error: str | None, took: float) -> None:
+        self.count(task, outcome, error)
         line = f"{task.queue} {task.task_type} {task.task_id} {outcome or 'lost'} attempt {task.attempts} {took:.2f} s"
         if outcome is None:
             error = "it was no longer this worker's: its lock file or the state was removed"
@@ -488,7 +508,62 @@ class Worker:
         if outcome == "put back":
             self.said.add(f"{task.task_type} {error}")
 
+    def count(self, task: q.Task, outcome: str | None, error: str | None) -> None:
+        """Count how a task's run ended, and remember a dead letter for --on-dead."""
+        self.counts[outcome or "lost"] += 1
+        if outcome == "failed" and self.args.on_dead:
+            told = {"queue": task.queue, "task_id": task.task_id, "task_type": task.task_type}
+            self.dead.append({**told, "attempts": task.attempts, "error": error})
+
+    def tell_dead(self) -> None:
+        """Run the command of --on-dead. Nobody waits for it; its trouble is one line."""
+        letters, self.dead = self.dead, []
+        self.tell_dead_at = time.monotonic() + ON_DEAD_SECONDS
+        try:
+            fd = stdin_file(json.dumps(letters).encode())
+            try:
+                files = [(os.POSIX_SPAWN_DUP2, fd, 0), (os.POSIX_SPAWN_DUP2, 2, 1)]
+                command, env = self.args.on_dead, self.args.env
+                os.posix_spawn(command[0], command, env, file_actions=files, setsid=True)
+            finally:
+                os.close(fd)
+        except OSError as error:
+            say(f"--on-dead could not be run: {error}")
+
+    def say_goodbye(self) -> None:
+        """Say how many tasks ended how, and what --drain leaves."""
+        words = {"completed": "done", "failed": "failed", "cancelled": "cancelled",
+                 "scheduled": "to be tried again", "put back": "put back", "lost": "lost"}  # fmt: skip
+        ended = [
+            f"{self.counts[outcome]} {word}"
+            for outcome, word in words.items()
+            if self.counts[outcome]
+        ]
+        left = self.left_behind() if self.args.drain else []
+        say("; ".join([", ".join(ended) or "no task was run", *left]))
+
+    def left_behind(self) -> list[str]:
+        """What waits for its time, in each queue, in words."""
+        left = []
+        try:
+            conn = self.connect()
+            for queue in self.usable():
+                due, waiting = (
+                    q.next_due(conn, queue),
+                    q.execute(conn, SCHEDULED, queue).fetchone()[0],
+                )
+                if waiting and due is not None:
+                    left.append(
+                        f"{waiting} left in {queue}, the next in {max(0.0, due - time.time()):.0f} s"
+                    )
+                elif waiting:
+                    left.append(f"{waiting} left in {queue}, held or paused")
+        except q.QueueError:
+            pass
+        return left
+
     def recovered(self, task: q.Task, outcome: str, error: str | None) -> None:
+        self.count(task, outcome, error)
         line = f"{task.queue} {task.task_type} {task.task_id} {outcome} attempt {task.attempts}"
         say(f"{line}: {error or 'its handler ended without its worker'}")
 
@@ -625,7 +700,9 @@ class Worker:
         self.done, self.may_pause = [], False
         for task, *_ in reports:
             runs.tidy_run(self.state, task)
-        if (self.args.then or self.args.chain) and any(outcome == "completed" for _, outcome, *_ in reports):
+        if (self.args.then or self.args.chain) and any(
+            outcome == "completed" for _, outcome, *_ in reports
+        ):
             q.wake(self.state)
         return reports
 
@@ -678,6 +755,8 @@ class Worker:
                 pass
         if self.args.idle_exit is not None:
             until.append(self.idle_since + self.args.idle_exit)
+        if self.dead:
+            until.append(self.tell_dead_at)
         if self.wakeup in dict(self.poll.poll(max(0.0, min(until) - now) * 1000)):
             os.read(self.wakeup, 65536)
             self.changed = True
