@@ -56,6 +56,8 @@ def look_through(directory: Path) -> tuple[list[tuple[int, str, int]], list[str]
             continue
         if not entry.is_file(follow_symlinks=False):
             complaints.append(f"{entry.path} is no file, as a task is; remove it")
+        elif not is_utf8(entry.name):
+            complaints.append(f"{entry.path}: its name is not UTF-8; mv it to another name")
         elif not os.access(entry.path, os.R_OK) and os.path.exists(entry.path):
             complaints.append(f"{entry.path} cannot be read; {take_back(entry.path)}")
         else:
@@ -66,6 +68,14 @@ def look_through(directory: Path) -> tuple[list[tuple[int, str, int]], list[str]
                 # Another worker took it.
                 pass
     return sorted(files), complaints
+
+
+def is_utf8(name: str) -> bool:
+    try:
+        name.encode()
+        return True
+    except UnicodeEncodeError:
+        return False
 
 
 def take_back(path: Path | str) -> str:
@@ -113,6 +123,9 @@ def _entries(state: Path, complaints: list[str]) -> list[Path]:
 def _tasks_in(directory: Path, complaints: list[str]) -> list[tuple[int, str, int]]:
     """The tasks in what should be a queue's directory of the spool."""
     try:
+        if not directory.is_dir():
+            complaints.append(f"{directory} is no directory of a queue; mv it into one")
+            return []
         q.check_queue_name(directory.name)
         q.make_private(directory)
         files, found = look_through(directory)
@@ -143,7 +156,7 @@ def _take_in_directory(
         except FileNotFoundError:
             # Another worker took it.
             continue
-        except (NotATask, q.InvalidTask) as error:
+        except q.InvalidTask as error:
             yield _set_aside(path, inode, error)
         except q.QueueBusy:
             raise
@@ -153,7 +166,7 @@ def _take_in_directory(
         except OSError as error:
             yield f"{path}: {error.strerror}; it cannot be read or removed; {take_back(path.parent)}"
         except Exception as error:
-            yield f"{path}: {type(error).__name__}: {error}; move it away"
+            yield _set_aside(path, inode, error)
 
 
 def _take_in(
@@ -199,10 +212,6 @@ def spooled_row(path: Path, hook_row: HookRow | None = None) -> q.Row | str | No
 
     Raises NotATask, InvalidTask, OSError.
     """
-    try:
-        path.name.encode()
-    except UnicodeEncodeError:
-        raise NotATask("its name is not UTF-8; mv it back under another name") from None
     if path.suffix == ".hook" and hook_row is None:
         return None
     fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)

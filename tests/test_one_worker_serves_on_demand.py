@@ -34,7 +34,6 @@ def installed(installation):
     uv.write_text(UV)
     uv.chmod(0o755)
     installation.lib, installation.uv = lib, uv
-    installation.env["UV"] = str(uv)
     states = [installation.state]
     installation.states = states
     yield installation
@@ -244,10 +243,47 @@ def test_without_uv_the_same_python_runs_the_worker(installed):
 
 
 def test_a_worker_that_cannot_be_started_costs_no_task(installed):
-    done = start_worker(installed, "quick", env={"UV": str(installed.directory / "no such uv")})
+    # An executable of a format that the kernel does not know.
+    installed.uv.write_bytes(b"\x7fELF")
+    done = start_worker(installed, "quick")
     assert done.returncode == 0 and done.stdout.startswith("queued")
     assert done.stderr.count("\n") == 1 and "no worker could be started" in done.stderr
     assert installed.rows("select task_type from notifications") == [("quick",)]
+
+
+def test_the_session_does_not_choose_uv(installed, tmp_path):
+    """Not by UV, not by a relative entry of PATH, not by what lies in its directory."""
+    installed.handler("quick", "#!/bin/sh\n")
+    workspace = tmp_path / "workspace"
+    (workspace / ".venv/bin").mkdir(parents=True)
+    for place in ("uv", "python3", ".venv/bin/python", ".venv/bin/python3"):
+        (workspace / place).write_text(f"#!/bin/sh\ntouch '{tmp_path}/hijacked'\n")
+        (workspace / place).chmod(0o755)
+    (workspace / ".venv/pyvenv.cfg").write_text("home = /usr/bin\n")
+    env = {"UV": str(workspace / "uv"), "PATH": f".:{installed.env['PATH']}", "VIRTUAL_ENV": str(workspace / ".venv")}
+    done = start_worker(installed, "quick", env=env, cwd=workspace)
+    installed.finished(done.stdout.split()[1])
+    assert not (tmp_path / "hijacked").exists()
+    (pid,) = workers(installed.state)
+    told = dict(line.split("=", 1) for line in Path(f"/proc/{pid}/environ").read_text().split("\0") if "=" in line)
+    assert os.readlink(f"/proc/{pid}/cwd") == "/" and not {"UV", "VIRTUAL_ENV", "PYTHONPATH"} & told.keys()
+    assert all(map(os.path.isabs, told["PATH"].split(":"))) and told["TASK_QUEUE_STATE"] == str(installed.state)
+
+
+def test_the_recorded_uv_is_taken_and_no_other(installed):
+    installed.handler("quick", "#!/bin/sh\n")
+    mine = installed.directory / "my uv"
+    mine.write_text(UV.replace("uv.log", "my.log"))
+    mine.chmod(0o755)
+    record = installed.directory / "installed.json"
+    for uv, log in ((str(mine), "my.log"), (None, None)):
+        record.write_text(json.dumps({"uv": uv}))
+        done = start_worker(installed, "quick", env={"TASK_QUEUE_STATE": str(installed.directory / f"state {log}")})
+        installed.states.append(installed.directory / f"state {log}")
+        assert done.stderr == ""
+        wait_for(lambda: workers(installed.states[-1]), what="a worker")
+        assert log is None or (installed.directory / log).exists()
+    assert not (installed.directory / "uv.log").exists()
 
 
 def test_one_started_by_a_handler_outlives_it(installed):

@@ -65,6 +65,12 @@ def workspace(tmp_path):
         (workspace / name).write_text(f"#!/bin/sh\necho {name} >>'{tmp_path / 'hijacked'}'\n")
         (workspace / name).chmod(0o755)
     (workspace / "env").write_text("#!/bin/sh\nexit 1\n")
+    # uv runs the Python of a .venv in its working directory.
+    (workspace / ".venv/bin").mkdir(parents=True)
+    (workspace / ".venv/pyvenv.cfg").write_text("home = /usr/bin\n")
+    for name in ("python", "python3"):
+        (workspace / ".venv/bin" / name).write_text((workspace / "python3").read_text())
+        (workspace / ".venv/bin" / name).chmod(0o755)
     (workspace / "uv.toml").write_text("nonsense = [")
     (workspace / ".python-version").write_text("2.7\n")
     (workspace / ".env").write_text("PYTHONPATH=.\n")
@@ -153,14 +159,14 @@ def test_the_hook_stores_its_task_and_runs_nothing_of_the_workspace(home, worksp
     assert said.count("\n") == 1 and "TASK_QUEUE_STATE is not absolute" in said
     assert (len(rows(home)), len(spooled(home))) == ((0, 1) if way == "neither" else (1, 0))
     assert not (workspace.parent / "hijacked").exists() and not (workspace / "state").exists()
-    assert sorted(path.name for path in workspace.iterdir() if path.is_dir()) == []
+    assert [path.name for path in workspace.iterdir() if path.is_dir()] == [".venv"]
 
 
 def test_a_relative_cache_of_uv_is_not_used(home, workspace, way):
     """What lies in uv's cache is run, so a workspace must not bring it."""
     fire(home, workspace, UV_CACHE_DIR="cache")
     assert (len(rows(home)), len(spooled(home))) == ((0, 1) if way == "neither" else (1, 0))
-    assert [path.name for path in workspace.iterdir() if path.is_dir()] == []
+    assert [path.name for path in workspace.iterdir() if path.is_dir()] == [".venv"]
 
 
 def test_what_the_workspace_brings_would_be_used_without_that(workspace):
