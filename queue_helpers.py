@@ -135,7 +135,7 @@ create table if not exists task_controls (       -- what holds a queue back; no 
   paused_until  real,                            -- null: until a person resumes it
   pause_reason  text,
   paused_by     text,                            -- 'person' or 'handler'
-  slots         integer check (slots > 0)        -- tasks that may run at a time; null: any number
+  slots         integer check (slots is null or typeof(slots) = 'integer' and slots > 0)  -- that run at a time
 );
 create table if not exists task_marks (          -- the last row of the history that was reported
   workspace     text primary key,

@@ -316,7 +316,12 @@ def resume(conn: q.Connection, queue: str) -> bool:
 
 
 def limit(conn: q.Connection, queue: str, slots: int | None) -> None:
-    """Have at most `slots` of the queue's tasks run at a time, within a transaction; None: any number."""
+    """Have at most `slots` of the queue's tasks run at a time, within a transaction; None: any number.
+
+    Raises InvalidTask.
+    """
+    if slots is not None and (type(slots) is not int or not 1 <= slots < 2**31):
+        raise q.InvalidTask(f"slots {slots!r} was refused: it is a whole number from 1 on")
     conn.execute(LIMIT, {"queue": q.check_queue_name(queue), "slots": slots})
 
 
