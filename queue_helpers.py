@@ -43,22 +43,23 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
 VERSION = "0.2.0"
-_UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 
 
 def _find_state() -> tuple[Path, str | None]:
     """The state directory, and why TASK_QUEUE_STATE is ignored, if it is."""
     # Installed scripts lie in PREFIX/runtime/lib, and their state in PREFIX/state.
     prefix = Path(__file__).resolve().parents[2]
-    installed = (prefix / "installed.json").exists()
-    default = (
-        prefix / "state" if installed else Path("~/.claude/automation/lychee/state").expanduser()
-    )
-    named = os.environ.get("TASK_QUEUE_STATE") or str(default)
-    if os.path.isabs(os.path.expanduser(named)) and not _UNPRINTABLE.search(named):
-        return Path(os.path.expanduser(named)), None
+    if not (prefix / "installed.json").exists():
+        prefix = Path("~/.claude/automation/lychee").expanduser()
+    named = os.path.expanduser(os.environ.get("TASK_QUEUE_STATE") or prefix / "state")
+    # Under LC_ALL=C the bytes of a name that is not ASCII are surrogates: the name is its bytes.
+    if os.path.isabs(named) and not re.search(
+        rb"[\0-\x1f\x7f]|\xc2[\x80-\x9f]", os.fsencode(named)
+    ):
+        return Path(named), None
     # A relative path would mean another directory for each process.
-    return default, f"TASK_QUEUE_STATE {named!r} is not an absolute path: give one, or unset it"
+    complaint = f"TASK_QUEUE_STATE {named!r} is not an absolute path: give one, or unset it"
+    return prefix / "state", complaint
 
 
 STATE_DIR, state_complaint = _find_state()
@@ -190,11 +191,10 @@ create index "{queue}.scheduled" on "{queue}" (due_at) where status = 3;
 create index "{queue}.retrying" on "{queue}" (released_at) where status = 3 and released_at is not null;
 create index "{queue}.expiring" on "{queue}" (expires_at) where expires_at is not null;
 create index "{queue}.group" on "{queue}" (group_id, status, released_at, priority desc, id) where group_id is not null;
-create trigger "{queue}.scheduled at insert" after insert on "{queue}" when new.due_at is not null and new.status < 2
-  begin update "{queue}" set status = 3 where id = new.id; end;
-create trigger "{queue}.blocked at insert" after insert on "{queue}"
-  when new.group_id is not null and new.due_at is null and new.status < 2 and {group_is_busy}
-  begin update "{queue}" set status = 4 where id = new.id; end;
+create trigger "{queue}.waits at insert" after insert on "{queue}"
+  when new.status < 2 and (new.due_at is not null or new.group_id is not null)
+  begin update "{queue}" set status = iif(due_at is null, 4, 3)
+    where id = new.id and (due_at is not null or {group_is_busy}); end;
 create trigger "{queue}.blocked at update" after update of status on "{queue}"
   when new.group_id is not null and new.status < 2 and old.status > 2 and {group_is_busy}
   begin update "{queue}" set status = 4 where id = new.id; end;
@@ -314,13 +314,12 @@ TASK_COLUMNS = """id, task_id, task_type, data, timestamp, priority, attempts, m
 
 def check_queue_name(name: str) -> str:
     """Return name, which may now be put into SQL: every {queue} in a statement went through here."""
+    if isinstance(name, str) and re.fullmatch(r"(?!task_|sqlite_)[a-z][a-z0-9_]{0,62}", name):
+        return name
     reserved = isinstance(name, str) and name.startswith(("task_", "sqlite_"))
-    if reserved or not isinstance(name, str) or not re.fullmatch(r"[a-z][a-z0-9_]{0,62}", name):
-        why = "is reserved" if reserved else "is not a queue name"
-        raise InvalidTask(
-            f"queue {name!r} {why}: use a lower-case letter, then up to 62 of a-z, 0-9 and _"
-        )
-    return name
+    why = "is reserved" if reserved else "is not a queue name"
+    wanted = "use a lower-case letter, then up to 62 of a-z, 0-9 and _"
+    raise InvalidTask(f"queue {name!r} {why}: {wanted}")
 
 
 @lru_cache(4096)
@@ -335,6 +334,8 @@ def execute(conn: sqlite3.Connection, statement: str, queue: str, **values) -> s
         return conn.execute(on_queue(statement, queue), values)
     except sqlite3.Error as error:
         raise explain(error, getattr(conn, "state", STATE_DIR)) from error
+    except OverflowError as error:
+        raise InvalidTask(f"a number was refused: {error}") from None
 
 
 # ----------------------------------------------------------------------------- tasks and errors
@@ -356,42 +357,48 @@ class QueueUnavailable(QueueError):
     """The database cannot be used: missing, unreadable, full, damaged, or of a newer version."""
 
 
+# What SQLite's errors mean, by the beginnings of their names.
+_MEANINGS = (
+    ("SQLITE_BUSY SQLITE_LOCKED", QueueBusy,
+     "{db} is locked by another process: {text}; find who holds it with: fuser -v '{db}'"),
+    ("SQLITE_CONSTRAINT_CHECK JSON", InvalidTask,
+     "the task was refused: {text}; data is a JSON object, nested 1000 deep at most"),
+    ("SQLITE_TOOBIG", InvalidTask,
+     "the task was refused: it is larger than SQLite can store (1 GB)"),
+    ("SQLITE_FULL", QueueUnavailable,
+     "{db}: the disk is full; free some space: df -h '{state}'"),
+    ("SQLITE_NOTADB SQLITE_CORRUPT", QueueUnavailable,
+     "{db} is damaged or not a database ({text}); put a backup in its place with: tasks.py restore BACKUP"),
+    ("SQLITE_READONLY SQLITE_CANTOPEN SQLITE_PERM SQLITE_IOERR", QueueUnavailable,
+     "{db} cannot be used ({text}); check that it exists and is yours: ls -la '{state}'"),
+    ("", QueueUnavailable, "{db}: {text}"),
+)  # fmt: skip
+
+
 def explain(error: sqlite3.Error, state: Path) -> QueueError:
     """The QueueError for what SQLite said."""
-    db, text, name = state / "tasks.db", str(error), getattr(error, "sqlite_errorname", "") or ""
-    if name.startswith(("SQLITE_BUSY", "SQLITE_LOCKED")):
-        return QueueBusy(
-            f"{db} is locked by another process: {text}; find who holds it with: fuser -v '{db}'"
-        )
-    # "malformed JSON" comes from the generated columns.
-    if name == "SQLITE_CONSTRAINT_CHECK" or "JSON" in text:
-        return InvalidTask(
-            f"the task was refused: {text}; data is a JSON object, nested 1000 deep at most"
-        )
-    if name.startswith("SQLITE_TOOBIG") or isinstance(error, sqlite3.DataError):
-        return InvalidTask("the task was refused: it is larger than SQLite can store (1 GB)")
-    if name.startswith("SQLITE_FULL"):
-        return QueueUnavailable(f"{db}: the disk is full; free some space: df -h '{state}'")
-    if name.startswith(("SQLITE_NOTADB", "SQLITE_CORRUPT")):
-        mend = "put a backup in its place with: tasks.py restore BACKUP"
-        return QueueUnavailable(f"{db} is damaged or not a database ({text}); {mend}")
-    if name.startswith(("SQLITE_READONLY", "SQLITE_CANTOPEN", "SQLITE_PERM", "SQLITE_IOERR")):
-        mend = f"check that it exists and is yours: ls -la '{state}'"
-        return QueueUnavailable(f"{db} cannot be used ({text}); {mend}")
-    return QueueUnavailable(f"{db}: {text}")
+    name, text = getattr(error, "sqlite_errorname", "") or "", str(error)
+    if "JSON" in text and not name.startswith(("SQLITE_BUSY", "SQLITE_LOCKED")):
+        # "malformed JSON" comes from the generated columns.
+        name = "JSON"
+    elif isinstance(error, sqlite3.DataError):
+        name = "SQLITE_TOOBIG"
+    for names, kind, message in _MEANINGS:
+        if name.startswith(tuple(names.split()) or ""):
+            return kind(message.format(db=state / "tasks.db", state=state, text=text))
+    raise AssertionError("the last meaning is any error's")
 
 
-class Task(
-    namedtuple(
-        "Task",
-        "queue id task_id task_type text enqueued_at priority attempts max_attempts backoff then_queue "
-        "then_hold chain owner claimed_at",
-    )
-):
-    """A claimed task. `id` is its row, `text` what was stored (JSON), times are Unix seconds.
+# A named tuple, since importing dataclasses would cost a hook 8 ms.
+_Task = namedtuple(
+    "_Task",
+    "queue id task_id task_type text enqueued_at priority attempts max_attempts backoff then_queue "
+    "then_hold chain owner claimed_at",
+)
 
-    A named tuple, since importing dataclasses would cost a hook 8 ms.
-    """
+
+class Task(_Task):
+    """A claimed task. `id` is its row, `text` what was stored (JSON), times are Unix seconds."""
 
     __slots__ = ()
 
@@ -404,16 +411,10 @@ class Task(
     def envelope(self) -> dict:
         """{"task_id", "task_type", "enqueued_at", "data", …}, whatever was stored. ValueError if it is not JSON."""
         stored = parse_json(self.text, lenient=True)[0]
-        is_envelope = (
-            isinstance(stored.get("data"), dict) and {"task_id", "task_type"} <= stored.keys()
-        )
+        names = {"task_id": self.task_id, "task_type": self.task_type}
+        is_envelope = isinstance(stored.get("data"), dict) and names.keys() <= stored.keys()
         shell = stored if is_envelope and stored["task_id"] == self.task_id else {"data": stored}
-        head = {
-            "task_id": self.task_id,
-            "task_type": self.task_type,
-            "enqueued_at": utc(self.enqueued_at),
-        }
-        return {**head, **shell, "task_id": self.task_id, "task_type": self.task_type}
+        return {**names, "enqueued_at": utc(self.enqueued_at), **shell, **names}
 
     @property
     def data(self) -> dict:
@@ -429,12 +430,13 @@ class Task(
     @property
     def run_name(self) -> str:
         """What the files of this run in STATE_DIR/logs are called, before their endings."""
-        return f"{self.queue}/{self.id}-{self.attempts}-{self.owner}-{int((self.claimed_at or 0) * 1e6)}"
+        claimed_at = int((self.claimed_at or 0) * 1e6)
+        return f"{self.queue}/{self.id}-{self.attempts}-{self.owner}-{claimed_at}"
 
     def unreadable(self) -> str | None:
         """Why the JSON cannot be read: SQLite takes some that Python does not."""
         try:
-            self.envelope  # noqa: B018
+            dict(self.envelope)
             return None
         except (ValueError, RecursionError, TypeError, AttributeError) as error:
             return f"data cannot be read: {error}"
@@ -445,10 +447,10 @@ def utc(seconds: float) -> str:
 
     What is no number becomes 0, and what lies outside of 1970 to 3000 the nearest of the two.
     """
-    is_number = isinstance(seconds, (int, float)) and not math.isnan(seconds)
-    seconds = min(max(seconds, 0), LAST_SECOND) if is_number else 0
-    seconds, milliseconds = divmod(round(seconds * 1000), 1000)
-    return f"{_whole_seconds(seconds)}.{milliseconds:03d}"
+    is_number = isinstance(seconds, (int, float)) and seconds == seconds
+    bounded = min(max(seconds, 0), LAST_SECOND) if is_number else 0
+    whole, milliseconds = divmod(round(bounded * 1000), 1000)
+    return f"{_whole_seconds(whole)}.{milliseconds:03d}"
 
 
 @lru_cache(8)
@@ -458,11 +460,11 @@ def _whole_seconds(seconds: int) -> str:
 
 def parse_duration(text: str) -> float:
     """Seconds: "30", "90m", "5min", "1.5h", "2d", "1h30m". ValueError for anything else."""
-    part = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*(sec|s|min|m|h|d|w|)")
+    part = r"([0-9]+(?:\.[0-9]+)?)\s*(sec|s|min|m|h|d|w|)"
     units = {"": 1, "s": 1, "sec": 1, "m": 60, "min": 60, "h": 3600, "d": 86_400, "w": 604_800}
-    if not re.fullmatch(rf"\s*(?:{part.pattern}\s*)+", text):
+    if not re.fullmatch(rf"\s*(?:{part}\s*)+", text):
         raise ValueError(f"{text!r} is not a duration like 30, 90m, 5min, 1.5h or 2d")
-    seconds = sum(float(number) * units[unit] for number, unit in part.findall(text))
+    seconds = sum(float(number) * units[unit] for number, unit in re.findall(part, text))
     if seconds >= 1e9:
         raise ValueError(f"{text!r} is longer than 30 years")
     return seconds
@@ -484,6 +486,7 @@ def parse_time(text: str) -> float:
 # One rule for JSON: what is stored is JSON that any reader reads.
 _encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False).encode
 _quote = json.encoder.encode_basestring
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def to_json(value: object) -> str:
@@ -494,9 +497,6 @@ def to_json(value: object) -> str:
         raise InvalidTask(f"the task was refused: {error}; data must be a JSON object") from None
     # A lone surrogate is legal in JSON as an escape, but not in UTF-8.
     return json.dumps(value) if _SURROGATE.search(text) else text
-
-
-_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def parse_json(text: str, lenient: bool = False) -> tuple[object, list[str]]:
@@ -515,7 +515,7 @@ def parse_json(text: str, lenient: bool = False) -> tuple[object, list[str]]:
 
     decoder = json.JSONDecoder(
         parse_float=lambda number: (
-            float(number) if math.isfinite(float(number)) else refuse(number)
+            float(number) if abs(float(number)) < math.inf else refuse(number)
         ),
         parse_int=lambda number: int(number) if len(number) < 4300 else refuse(number),
         parse_constant=refuse,
@@ -537,60 +537,57 @@ def as_payload(raw: bytes) -> dict:
 
 
 def _nesting(value: object) -> int:
+    """How deep lists and objects lie in each other."""
     depth, level = 0, [value]
     while level:
         depth += 1
-        parents = [value for value in level if isinstance(value, (dict, list))]
-        level = [
-            child
-            for parent in parents
-            for child in (parent.values() if isinstance(parent, dict) else parent)
-        ]
+        inner = (each.values() if isinstance(each, dict) else each for each in level)
+        level = [child for each in inner for child in each if isinstance(child, (dict, list))]
     return depth
 
 
-# ------------------------------------------------------------------------------------ the turn
+# --------------------------------------------------------------------------------- the turn
 
 
 class _Turn:
-    """A fair place in the queue of writers, for all threads of this process.
+    """A connection's place in the line of writers: two files in STATE_DIR/turn, and locks on them.
 
     SQLite's busy handler starves writers: it sleeps up to 100 ms between two looks, while the holder
-    comes back at once. So two files in STATE_DIR/turn are locked before: lock `next`, lock `turn`,
-    unlock `next`; unlock `turn` after the commit. Who has just written must wait at `next`, behind
-    whoever waits at `turn`. The turn is courtesy: SQLite's lock remains the truth.
+    comes back at once. So a writer locks `next`, locks `turn`, unlocks `next`, and unlocks `turn`
+    after its commit. Who has just written must wait at `next`, behind whoever waits at `turn`. The
+    turn is courtesy: SQLite's lock remains the truth.
     """
 
     def __init__(self, state: Path) -> None:
         self.directory, self.fds = f"{state}/turn", []
-        self.threads, self.none_until, self.check_at = threading.Lock(), 0.0, 0.0
+        self.none_until, self.check_at = 0.0, 0.0
 
-    def take(self, seconds: float) -> bool:
-        """Wait for the turn for at most `seconds`. False when it was not had; go on without it then."""
-        began, had = time.monotonic(), False
-        if began < self.none_until or not self.threads.acquire(timeout=seconds):
-            return False
+    def take(self, seconds: float) -> float:
+        """Wait for the turn for `seconds` at most, then go on without it; how long that took."""
+        began = time.monotonic()
+        if began < self.none_until:
+            return 0.0
         try:
             if began > self.check_at:
-                self.open()
+                self._open()
                 self.check_at = began + 1.0
             flock(self.fds[0], LOCK_EX | LOCK_NB)
             flock(self.fds[1], LOCK_EX | LOCK_NB)
             flock(self.fds[0], LOCK_UN)
-            had = True
+            return 0.0
         except BlockingIOError:
             had = self._wait(began + seconds)
         except OSError:
             # The directory cannot be made or written: everybody writes without a turn.
-            pass
-        finally:
-            if not had:
-                self.none_until = time.monotonic() + NO_TURN_SECONDS
-                self.release()
-        return had
+            had = False
+        now = time.monotonic()
+        if not had:
+            self.none_until = now + NO_TURN_SECONDS
+            self.release()
+        return now - began
 
     def _wait(self, deadline: float) -> bool:
-        """Wait in line, for `next` and then for `turn`."""
+        """Wait in line, for `next` and then for `turn`; whether it was had by the deadline."""
         for fd, pause in zip(self.fds, (NEXT_POLL_SECONDS, TURN_POLL_SECONDS), strict=True):
             while True:
                 try:
@@ -609,23 +606,28 @@ class _Turn:
         return True
 
     def release(self) -> None:
-        """Let the next writer in. With LOCK_UN, since a forked child's copy would keep the lock."""
+        """Let the next writer in; also where nothing is held.
+
+        With LOCK_UN, since a forked child's copy would keep the lock.
+        """
         for fd in self.fds:
             flock(fd, LOCK_UN)
-        self.threads.release()
 
-    def open(self) -> None:
+    def _open(self) -> None:
         """Open the files, anew where somebody has removed them: others would take another turn."""
-        if self.fds and all(os.fstat(fd).st_nlink for fd in self.fds):
+        if len(self.fds) == 2 and all(os.fstat(fd).st_nlink for fd in self.fds):
             return
         self.close()
         if not os.path.isdir(self.directory):
             os.mkdir(self.directory, 0o700)
         flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
-        self.fds = [os.open(f"{self.directory}/{name}", flags, 0o600) for name in ("next", "turn")]
+        for name in ("next", "turn"):
+            self.fds.append(os.open(f"{self.directory}/{name}", flags, 0o600))
 
     def close(self) -> None:
+        """Close the files, without letting anybody in: a forked child does that, too."""
         fds, self.fds = self.fds, []
+        self.check_at = 0.0
         for fd in fds:
             os.close(fd)
 
@@ -638,6 +640,7 @@ class Connection(sqlite3.Connection):
 
     state: Path
     db: str
+    # The device and inode of the database, and the inode of its write-ahead log, as they were opened.
     file: tuple
     log: int
     check_at: float
@@ -645,6 +648,15 @@ class Connection(sqlite3.Connection):
     durable: bool | None
     turn: _Turn
     busy_timeout_ms: int
+
+    def set_busy_timeout(self, milliseconds: int) -> None:
+        """How long SQLite waits for a lock."""
+        self.execute(f"pragma busy_timeout = {milliseconds}")
+        self.busy_timeout_ms = milliseconds
+
+    def close(self) -> None:
+        self.turn.close()
+        super().close()
 
 
 class _Connections(dict):
@@ -660,23 +672,75 @@ class _Connections(dict):
             conn.close()
 
 
+class _Thread(threading.local):
+    """What each thread has of its own."""
+
+    def __init__(self) -> None:
+        self.connections = _Connections()
+
+
 class _Process:
     """What a process truly has once; a forked child begins with a new one.
 
-    Its connections (closed before a fork); by state directory its turn, its name and locked
-    descriptor as an owner, and the wake file, which is kept open.
+    Its connections (closed before a fork), and by state directory the wake file, which is kept
+    open, and the process's name as an owner, with the descriptor and inode of its lock file.
     """
 
     def __init__(self) -> None:
-        self.thread = threading.local()
+        self.thread = _Thread()
         self.connections: WeakSet[Connection] = WeakSet()
-        self.turns: dict[Path, _Turn] = {}
-        self.owners: dict[Path, tuple[str, int]] = {}
-        self.owners_lock = threading.Lock()
         self.wake_files: dict[Path, int] = {}
+        self.owners: dict[Path, tuple[str, int, int]] = {}
+        self.owners_lock = threading.Lock()
 
 
 _process = _Process()
+
+
+def connect(
+    state: Path | None = None,
+    create: bool = True,
+    busy_timeout_ms: int | None = None,
+    migrate: bool = True,
+) -> Connection:
+    """This thread's connection to STATE_DIR/tasks.db, opened or reopened as needed.
+
+    Its schema is made, or brought to the present version unless `migrate` is false. A deleted or
+    replaced database is noticed here. With create=False a missing one raises QueueUnavailable.
+    """
+    if state is None:
+        if state_complaint:
+            raise QueueUnavailable(state_complaint)
+        state = STATE_DIR
+    if busy_timeout_ms is None:
+        busy_timeout_ms = BUSY_TIMEOUT_MS
+    conn = _process.thread.connections.get(state)
+    db = conn.db if conn else f"{state}/tasks.db"
+    try:
+        found = os.stat(db)
+        if conn and conn.file == (found.st_dev, found.st_ino) and not _log_is_lost(conn):
+            if conn.busy_timeout_ms != busy_timeout_ms:
+                conn.set_busy_timeout(busy_timeout_ms)
+            return conn
+    except OSError as error:
+        if not create:
+            mend = "the next enqueue makes a new one"
+            raise QueueUnavailable(f"{db}: {error.strerror}; {mend}") from None
+    if conn:
+        close(conn)
+    fd = _process.wake_files.pop(state, None)
+    if fd is not None:
+        os.close(fd)
+    try:
+        conn = _open(state, db, busy_timeout_ms, migrate)
+    except sqlite3.Error as error:
+        raise explain(error, state) from error
+    except OSError as error:
+        why = f"cannot be made or read: {error.strerror}; check TASK_QUEUE_STATE"
+        raise QueueUnavailable(f"{state} {why}") from error
+    _process.thread.connections[state] = conn
+    _process.connections.add(conn)
+    return conn
 
 
 def _log_is_lost(conn: Connection) -> bool:
@@ -694,57 +758,6 @@ def _log_is_lost(conn: Connection) -> bool:
     return True
 
 
-def connect(
-    state: Path | None = None,
-    create: bool = True,
-    busy_timeout_ms: int | None = None,
-    migrate: bool = True,
-) -> Connection:
-    """This thread's connection to STATE_DIR/tasks.db, opened or reopened as needed.
-
-    Its schema is made, or brought to the present version unless `migrate` is false. A deleted or
-    replaced database is noticed here. With create=False a missing one raises QueueUnavailable.
-    """
-    if state is None and state_complaint:
-        raise QueueUnavailable(state_complaint)
-    state = state or STATE_DIR
-    busy_timeout_ms = BUSY_TIMEOUT_MS if busy_timeout_ms is None else busy_timeout_ms
-    cache = getattr(_process.thread, "connections", None)
-    if cache is None:
-        cache = _process.thread.connections = _Connections()
-    conn = cache.get(state)
-    db = f"{state}/tasks.db" if conn is None else conn.db
-    try:
-        found = os.stat(db)
-        if (
-            conn is not None
-            and conn.file == (found.st_dev, found.st_ino)
-            and not _log_is_lost(conn)
-        ):
-            if conn.busy_timeout_ms != busy_timeout_ms:
-                _set_busy_timeout(conn, busy_timeout_ms)
-            return conn
-    except OSError as error:
-        if not create:
-            raise QueueUnavailable(
-                f"{db}: {error.strerror}; the next enqueue makes a new one"
-            ) from None
-    if conn is not None:
-        close(conn)
-    fd = _process.wake_files.pop(state, None)
-    if fd is not None:
-        os.close(fd)
-    try:
-        cache[state] = _open(state, db, busy_timeout_ms, migrate)
-    except sqlite3.Error as error:
-        raise explain(error, state) from error
-    except OSError as error:
-        raise QueueUnavailable(
-            f"{state} cannot be made or read: {error.strerror}; check TASK_QUEUE_STATE"
-        ) from error
-    return cache[state]
-
-
 def close(conn: Connection) -> None:
     """Close a connection that connect() returned. The next connect() opens another."""
     _process.thread.connections.pop(conn.state, None)
@@ -755,21 +768,19 @@ def close(conn: Connection) -> None:
 def make_private(directory: Path, parents: bool = False) -> Path:
     """Make a directory for its owner only, also where somebody has made it for all.
 
-    Without parents none is made for a state that was moved away.
+    Without parents none is made for a state that was moved away; those that are made are private.
     """
-    directory.mkdir(mode=0o700, parents=parents, exist_ok=True)
+    for parent in reversed(directory.parents) if parents else ():
+        parent.mkdir(mode=0o700, exist_ok=True)
+    directory.mkdir(mode=0o700, exist_ok=True)
     found = os.stat(directory)
     if stat.S_IMODE(found.st_mode) & 0o077 and found.st_uid == os.geteuid():
         os.chmod(directory, 0o700)
     return directory
 
 
-def _set_busy_timeout(conn: Connection, milliseconds: int) -> None:
-    conn.execute(f"pragma busy_timeout = {milliseconds}")
-    conn.busy_timeout_ms = milliseconds
-
-
 def _open(state: Path, db: str, busy_timeout_ms: int, migrate: bool) -> Connection:
+    """Open the database, and make or check its schema."""
     make_private(state, parents=True)
     conn = sqlite3.connect(
         db,
@@ -779,9 +790,8 @@ def _open(state: Path, db: str, busy_timeout_ms: int, migrate: bool) -> Connecti
         factory=Connection,
     )
     try:
-        conn.state, conn.db, conn.queues = state, db, set()
+        conn.state, conn.db, conn.queues, conn.turn = state, db, set(), _Turn(state)
         conn.durable, conn.busy_timeout_ms = None, busy_timeout_ms
-        conn.turn = _process.turns.setdefault(state, _Turn(state))
         # bash may have cast any bytes to text.
         conn.text_factory = partial(str, encoding="utf-8", errors="replace")
         conn.execute(f"pragma journal_size_limit = {WAL_BYTES}")
@@ -813,11 +823,26 @@ def _open(state: Path, db: str, busy_timeout_ms: int, migrate: bool) -> Connecti
         found = os.stat(db)
         conn.file, conn.log = (found.st_dev, found.st_ino), os.stat(f"{db}-wal").st_ino
         conn.check_at = time.monotonic() + 1.0
+        return conn
     except BaseException:
         conn.close()
         raise
-    _process.connections.add(conn)
-    return conn
+
+
+def _switch_to_wal(conn: Connection) -> None:
+    """Turn WAL on, once in a database's life. This switch ignores SQLite's busy handler."""
+    deadline = time.monotonic() + conn.busy_timeout_ms / 1000
+    while True:
+        try:
+            if conn.execute("pragma journal_mode = wal").fetchone()[0] == "wal":
+                return
+            raise QueueUnavailable(
+                f"{conn.state} is on a file system where SQLite cannot use WAL: use a local disk"
+            )
+        except sqlite3.OperationalError as error:
+            if explain(error, conn.state).__class__ is not QueueBusy or time.monotonic() > deadline:
+                raise
+            time.sleep(0.005)
 
 
 def table_names(conn: Connection) -> list[str]:
@@ -840,47 +865,7 @@ def _make_schema(conn: Connection) -> None:
         conn.execute(f"pragma user_version = {SCHEMA_VERSION}")
 
 
-def _switch_to_wal(conn: Connection) -> None:
-    """Turn WAL on, once in a database's life. This switch ignores SQLite's busy handler."""
-    deadline = time.monotonic() + conn.busy_timeout_ms / 1000
-    while True:
-        try:
-            if conn.execute("pragma journal_mode = wal").fetchone()[0] == "wal":
-                return
-            raise QueueUnavailable(
-                f"{conn.state} is on a file system where SQLite cannot use WAL: use a local disk"
-            )
-        except sqlite3.OperationalError as error:
-            locked = (error.sqlite_errorname or "").startswith(("SQLITE_BUSY", "SQLITE_LOCKED"))
-            if not locked or time.monotonic() > deadline:
-                raise
-            time.sleep(0.005)
-
-
-def ensure_queue(conn: Connection, queue: str) -> bool:
-    """Create the queue's table, or adopt the bare one that a hook made. Whether it did. Raises a QueueError."""
-    if queue in conn.queues:
-        return False
-    conn.queues = {name for (name,) in execute(conn, QUEUES, check_queue_name(queue))}
-    if queue in conn.queues:
-        return False
-    with nullcontext() if conn.in_transaction else transaction(conn):
-        if queue in {name for (name,) in conn.execute(QUEUES)}:
-            return False
-        if len(conn.queues) >= MAX_QUEUES:
-            raise InvalidTask(
-                f"queue {queue!r} would be number {MAX_QUEUES + 1}: use an existing one"
-            )
-        if queue in table_names(conn):
-            _module("queue_migrate").adopt(conn, queue)
-        else:
-            create_queue(conn, queue)
-        create_view(conn)
-    conn.queues.add(queue)
-    return True
-
-
-def create_all(conn: Connection, queues) -> None:
+def create_all(conn: Connection, queues: Iterable[str]) -> None:
     """Make the history, the queues' tables and the view, within a transaction."""
     run_statements(conn, HISTORY_SCHEMA)
     for queue in queues:
@@ -896,6 +881,14 @@ def create_queue(conn: Connection, queue: str) -> None:
     run_statements(conn, QUEUE_SCHEMA.format(queue=queue, **parts))
 
 
+def create_view(conn: Connection) -> None:
+    """Make the view task_queue anew, over all queues, within a transaction."""
+    told = {"max_attempts": MAX_ATTEMPTS, "status_word": STATUS_WORD}
+    arms = [VIEW_ARM.format(queue=queue, **told) for (queue,) in conn.execute(QUEUES).fetchall()]
+    conn.execute("drop view if exists task_queue")
+    conn.execute(VIEW_SCHEMA.format(arms="".join(arms), **told))
+
+
 def run_statements(conn: Connection, text: str) -> None:
     """Run statements that are separated by semicolons; executescript() would commit first."""
     statement = ""
@@ -906,13 +899,26 @@ def run_statements(conn: Connection, text: str) -> None:
             statement = ""
 
 
-def create_view(conn: Connection) -> None:
-    """Make the view task_queue anew, over all queues, within a transaction."""
-    told = {"max_attempts": MAX_ATTEMPTS, "status_word": STATUS_WORD}
-    queues = [name for (name,) in conn.execute(QUEUES)]
-    conn.execute("drop view if exists task_queue")
-    arms = "".join(VIEW_ARM.format(queue=queue, **told) for queue in queues)
-    conn.execute(VIEW_SCHEMA.format(arms=arms, **told))
+def ensure_queue(conn: Connection, queue: str) -> bool:
+    """Create the queue's table, or adopt the bare one that a hook made. Whether it did. Raises a QueueError."""
+    if queue in conn.queues:
+        return False
+    conn.queues = {name for (name,) in execute(conn, QUEUES, check_queue_name(queue))}
+    if queue in conn.queues:
+        return False
+    with nullcontext() if conn.in_transaction else transaction(conn):
+        if queue in {name for (name,) in conn.execute(QUEUES)}:
+            return False
+        if len(conn.queues) >= MAX_QUEUES:
+            wanted = "use an existing one"
+            raise InvalidTask(f"queue {queue!r} would be number {MAX_QUEUES + 1}: {wanted}")
+        if queue in table_names(conn):
+            _module("queue_migrate").adopt(conn, queue)
+        else:
+            create_queue(conn, queue)
+        create_view(conn)
+    conn.queues.add(queue)
+    return True
 
 
 class transaction:
@@ -923,64 +929,97 @@ class transaction:
     A class, since contextmanager costs more than most statements.
     """
 
-    __slots__ = ("conn", "durable", "turn", "is_open")
+    __slots__ = ("conn", "durable", "is_open")
 
     def __init__(self, conn: Connection, durable: bool = True) -> None:
-        self.conn, self.durable, self.turn, self.is_open = conn, durable, None, False
+        self.conn, self.durable, self.is_open = conn, durable, False
 
     def __enter__(self) -> Connection:
-        conn, self.is_open = self.conn, True
+        conn = self.conn
+        if conn.in_transaction:
+            raise RuntimeError("a transaction is under way on this connection")
+        self.is_open = True
         try:
             if conn.durable is not self.durable:
                 conn.execute(f"pragma synchronous = {'full' if self.durable else 'normal'}")
                 conn.durable = self.durable
             # Half of the busy time at most for the turn; SQLite is asked with the rest.
-            began = time.monotonic()
-            if conn.turn.take(conn.busy_timeout_ms / 2000):
-                self.turn = conn.turn
-            waited_ms = int((time.monotonic() - began) * 1000)
+            waited_ms = conn.turn.take(conn.busy_timeout_ms / 2000) * 1000
             if waited_ms > 50:
-                _set_busy_timeout(conn, max(conn.busy_timeout_ms - waited_ms, 1))
+                conn.set_busy_timeout(max(conn.busy_timeout_ms - int(waited_ms), 1))
             conn.execute("begin immediate")
             return conn
         except BaseException as error:
-            self._end("rollback")
+            self._undo()
             if isinstance(error, sqlite3.Error):
                 raise explain(error, conn.state) from error
             raise
 
     def __exit__(self, kind, error, traceback) -> None:
         try:
-            self._end("commit" if error is None else "rollback")
+            if error is None:
+                self.conn.execute("commit")
+                if self.conn.turn.fds:
+                    flock(self.conn.turn.fds[1], LOCK_UN)
+                self.is_open = False
+            else:
+                self._undo()
         except BaseException as failed:
-            self._end("rollback")
-            if isinstance(failed, sqlite3.Error):
-                raise explain(failed, self.conn.state) from failed
-            raise
+            self._undo()
+            error = failed
+            if not isinstance(failed, sqlite3.Error):
+                raise
         if isinstance(error, sqlite3.Error):
             raise explain(error, self.conn.state) from error
 
-    def _end(self, how: str) -> None:
-        """Commit or roll back, and let the next writer in. Doing it again changes nothing."""
+    def _undo(self) -> None:
+        """Roll back what is not committed, and let the next writer in. Twice is as good as once."""
         if self.is_open:
             if self.conn.in_transaction:
-                self.conn.execute(how)
-            if how == "rollback":
-                # Some of these queues may have been made here.
-                self.conn.queues = set()
-            self.is_open, turn = False, self.turn
-            if turn is not None:
-                turn.release()
+                self.conn.execute("rollback")
+            # Some of these queues may have been made here.
+            self.conn.queues = set()
+            self.conn.turn.release()
+            self.is_open = False
 
     def __del__(self) -> None:
         # An exception out of a signal's handler can keep __exit__ from its first line.
-        if self.is_open:
-            self._end("rollback")
+        self._undo()
 
 
 # ----------------------------------------------------------------- the verbs, in a task's order
 
+# What enqueue_task may be told of a task, beside its type, data and id.
+OPTIONS = {
+    # Seconds until it becomes ready; or that time, in Unix seconds.
+    "delay": 0.0,
+    "at": None,
+    # Higher is claimed first.
+    "priority": 0,
+    # Tasks of one group run one at a time, in order.
+    "group": None,
+    # Whether it waits until a person approves it.
+    "hold": False,
+    # Seconds; not claimed by then, it ends as expired.
+    "ttl": None,
+    # Where a task with this id waits or runs, "skip" adds nothing. With "replace" and "rerun" that one
+    # takes the new data, or runs once more with it when it runs already.
+    "on_duplicate": "skip",
+    # What tells two firings of a hook apart, where they mean the same task.
+    "firing": None,
+    # Seconds; one with this id that was enqueued this recently, and is finished, is a duplicate, too.
+    "window": 0.0,
+    # How many handlers stand before it (default: TASK_DEPTH), and which task it comes from.
+    "depth": None,
+    "source": None,
+    # The JSON text that data was read from, if any.
+    "text": None,
+}
 
+# A task that has passed new_row(); the first six of its columns are INSERT's.
+Row = namedtuple(
+    "Row", "data status due_at priority group_id expires_at task_id window on_duplicate firing"
+)
 Stored = namedtuple("Stored", "task_id is_new")
 
 
@@ -990,12 +1029,13 @@ def enqueue_task(
     """Store a task and return its id, new or already there: it is on disk when this returns.
 
     Where a waiting or running task of the queue has this task_id, nothing is added, unless
-    on_duplicate says otherwise. `options` are new_row()'s. Raises InvalidTask, QueueBusy,
+    on_duplicate says otherwise. `options` are some of OPTIONS. Raises InvalidTask, QueueBusy,
     QueueUnavailable.
     """
     row = new_row(task_type, data, task_id, **options)
     conn = connect()
-    ensure_queue(conn, queue_name)
+    if queue_name not in conn.queues:
+        ensure_queue(conn, queue_name)
     with transaction(conn):
         insert(conn, queue_name, row)
     wake(conn.state)
@@ -1017,126 +1057,76 @@ def enqueue_tasks(queue_name: str, tasks: Iterable[dict | Row], **how) -> list[S
     return stored
 
 
-# A task that has passed new_row(); the first six of its columns are INSERT's.
-Row = namedtuple(
-    "Row", "data status due_at priority group_id expires_at task_id window on_duplicate firing"
-)
-
-
-def insert(conn: Connection, queue: str, row: Row) -> bool:
-    """Insert a row within a transaction; whether it is new. False, too, when a task has taken its data."""
-    # A rerun ignores the window, but not the same firing told again.
-    if row.window and (row.firing or row.on_duplicate != "rerun"):
-        now = time.time()
-        firing = row.firing if row.on_duplicate == "rerun" else None
-        told = {"since": utc(now - row.window), "now": utc(now), "firing": firing}
-        if conn.execute(
-            FINISHED_SINCE, {"queue": queue, "task_id": row.task_id, **told}
-        ).fetchone()[0]:
-            return False
-    if conn.execute(on_queue(INSERT, queue), row[:6]).rowcount == 1:
-        return True
-    if row.on_duplicate != "skip":
-        told = {
-            "data": row.data,
-            "due_at": row.due_at,
-            "task_id": row.task_id,
-            "firing": row.firing,
-        }
-        conn.execute(on_queue(REPLACE, queue), told)
-    return False
-
-
-def new_row(
-    task_type: str,
-    data: dict,
-    task_id: str | None = None,
-    *,
-    delay: float = 0.0,
-    at: float | None = None,
-    priority: int = 0,
-    window: float = 0.0,
-    group: str | None = None,
-    hold: bool = False,
-    ttl: float | None = None,
-    on_duplicate: str = "skip",
-    firing: str | None = None,
-    depth: int | None = None,
-    source: dict | None = None,
-    text: str | None = None,
-) -> Row:
-    """Check a task and write its envelope. Raises InvalidTask.
-
-    delay         seconds until it becomes ready; `at` is the same as Unix seconds
-    priority      higher is claimed first
-    window        seconds; a task with this id that was enqueued this recently, and is finished,
-                  makes this one a duplicate, too
-    group         tasks of one group run one at a time, in order
-    hold          it waits until a person approves it
-    ttl           seconds; not claimed by then, it ends as expired
-    on_duplicate  of a task that waits or runs: "skip" adds nothing. "replace" and "rerun" have it
-                  take the new data, or run once more with it when it runs already
-    firing        what tells two firings of a hook apart, where they mean the same task
-    depth, source   how many handlers stand before it, and which task it comes from
-    text          the JSON that data was read from, if any
-    """
+def new_row(task_type: str, data: dict, task_id: str | None = None, **options) -> Row:
+    """Check a task and write its envelope; `options` are some of OPTIONS. Raises InvalidTask."""
+    told = _check_options(options) if options else OPTIONS
     if not isinstance(data, dict):
-        raise InvalidTask(
-            f"the task was refused: data is a {type(data).__name__}; it must be a JSON object"
-        )
+        what = f"data is a {type(data).__name__}"
+        raise InvalidTask(f"the task was refused: {what}; it must be a JSON object")
     task_id = os.urandom(8).hex() if task_id is None else check_text("task_id", task_id, 500)
-    _check_task_type(task_type if isinstance(task_type, str) else str(type(task_type)))
-    depth = task_depth() if depth is None else depth
+    if isinstance(task_type, str):
+        _check_task_type(task_type)
+    else:
+        check_text("task_type", task_type, 200)
+    depth = task_depth() if told["depth"] is None else told["depth"]
     if depth > MAX_DEPTH:
-        raise InvalidTask(
-            f"the task was refused: its chain of handlers is more than {MAX_DEPTH} deep (TASK_DEPTH)"
-        )
+        what = f"its chain of handlers is more than {MAX_DEPTH} deep (TASK_DEPTH)"
+        raise InvalidTask(f"the task was refused: {what}")
     now = time.time()
-    status, due_at, expires_at = READY, None, None
-    if (priority, delay, window, ttl, at) != (0, 0.0, 0.0, None, None):
-        _check_numbers(priority=priority, delay=delay, window=window, ttl=ttl, at=at)
-        due_at = at if at is not None else now + delay if delay else None
-        expires_at = now + ttl if ttl is not None else None
-    if group is not None:
-        check_text("group", group, 500)
-    if hold:
-        status, due_at = SCHEDULED, None
-    elif due_at is not None:
-        status = SCHEDULED
-    if on_duplicate not in ("skip", "replace", "rerun"):
-        raise InvalidTask(f"on_duplicate {on_duplicate!r} was refused: skip, replace or rerun")
+    due_at = now + told["delay"] if told["at"] is None and told["delay"] else told["at"]
+    status = SCHEDULED if told["hold"] or due_at is not None else READY
     head = f'"task_id": {_quote(task_id)}, "task_type": {_quote(task_type)}, "enqueued_at": "{utc(now)}"'
-    if depth:
-        head += f', "depth": {depth}'
-    if source:
-        head += f', "source": {_encode(source)}'
-    if firing:
-        head += f', "firing": {_quote(firing)}'
-    envelope = f'{{{head}, "data": {to_json(data) if text is None else text}}}'
+    for name, value in ("depth", depth), ("source", told["source"]), ("firing", told["firing"]):
+        if value:
+            head += f', "{name}": {to_json(value)}'
+    body = to_json(data) if told["text"] is None else told["text"]
     return Row(
-        envelope, status, due_at, priority, group, expires_at, task_id, window, on_duplicate, firing
+        f'{{{head}, "data": {body}}}',
+        status,
+        None if told["hold"] else due_at,
+        told["priority"],
+        told["group"],
+        None if told["ttl"] is None else now + told["ttl"],
+        task_id,
+        told["window"],
+        told["on_duplicate"],
+        told["firing"],
     )
 
 
-def _check_numbers(priority: int, **seconds: float | None) -> None:
+def _check_options(options: dict) -> dict:
+    """All of OPTIONS, as told. Raises InvalidTask, TypeError."""
+    told = _told(OPTIONS, options)
+    priority, on_duplicate = told["priority"], told["on_duplicate"]
     if type(priority) is not int or abs(priority) > 1_000_000:
-        raise InvalidTask(
-            f"priority {priority!r} was refused: it is a whole number from -1000000 to 1000000"
-        )
-    for what, value in seconds.items():
-        longest = LAST_SECOND if what == "at" else 1e9
-        if value is not None and not (type(value) in (int, float) and 0 <= value < longest):
+        wanted = "it is a whole number from -1000000 to 1000000"
+        raise InvalidTask(f"priority {priority!r} was refused: {wanted}")
+    for what, most in ("delay", 1e9), ("window", 1e9), ("ttl", 1e9), ("at", LAST_SECOND):
+        value = told[what]
+        if value is not None and not (type(value) in (int, float) and 0 <= value < most):
             raise InvalidTask(f"{what} {value!r} was refused: it is a number of seconds")
+    if told["group"] is not None:
+        check_text("group", told["group"], 500)
+    if on_duplicate not in ("skip", "replace", "rerun"):
+        raise InvalidTask(f"on_duplicate {on_duplicate!r} was refused: skip, replace or rerun")
+    return told
+
+
+def _told(defaults: dict, told: dict) -> dict:
+    """The defaults, but for what was told. Raises TypeError."""
+    values = {**defaults, **told}
+    if len(values) != len(defaults):
+        raise TypeError(f"unexpected: {', '.join(told.keys() - defaults)}")
+    return values
 
 
 def check_text(what: str, value: object, longest: int) -> str:
     """A task_id, task_type or group: text that fits into an environment variable and a log line."""
     is_text = isinstance(value, str)
     if not is_text or not 0 < len(value.encode("utf-8", "surrogatepass")) <= longest:
-        raise InvalidTask(
-            f"{what} {str(value)[:40]!r} was refused: it is a text of 1 to {longest} bytes"
-        )
-    if _UNPRINTABLE.search(value):
+        wanted = f"it is a text of 1 to {longest} bytes"
+        raise InvalidTask(f"{what} {str(value)[:40]!r} was refused: {wanted}")
+    if re.search("[\x00-\x1f\x7f-\x9f\ud800-\udfff]", value):
         raise InvalidTask(f"{what} {value!r} was refused: it has control characters or surrogates")
     return value
 
@@ -1144,9 +1134,8 @@ def check_text(what: str, value: object, longest: int) -> str:
 @lru_cache(256)
 def _check_task_type(task_type: str) -> None:
     if "/" in check_text("task_type", task_type, 200) or task_type[0] in ".-<":
-        raise InvalidTask(
-            f"task_type {task_type!r} was refused: it names a handler, so no / and no leading . - <"
-        )
+        wanted = "it names a handler, so no / and no leading . - <"
+        raise InvalidTask(f"task_type {task_type!r} was refused: {wanted}")
 
 
 def task_depth() -> int:
@@ -1155,19 +1144,38 @@ def task_depth() -> int:
     return int(text) if text and text.isdecimal() else 0
 
 
+def insert(conn: Connection, queue: str, row: Row) -> bool:
+    """Insert a row within a transaction; whether it is new. False, too, when a task has taken its data."""
+    # A rerun ignores the window, but not the same firing told again.
+    if row.window and (row.firing or row.on_duplicate != "rerun"):
+        now = time.time()
+        told = {
+            "queue": queue,
+            "task_id": row.task_id,
+            "since": utc(now - row.window),
+            "now": utc(now),
+        }
+        told["firing"] = row.firing if row.on_duplicate == "rerun" else None
+        if conn.execute(FINISHED_SINCE, told).fetchone()[0]:
+            return False
+    if conn.execute(on_queue(INSERT, queue), row[:6]).rowcount == 1:
+        return True
+    if row.on_duplicate != "skip":
+        conn.execute(on_queue(REPLACE, queue), row._asdict())
+    return False
+
+
 def wake(state: Path) -> None:
     """Tell sleeping consumers to look, after a commit.
 
     Best effort: they also notice a write to the write-ahead log.
     """
     try:
-        os.pwrite(_process.wake_files[state], b"\n", 0)
-    except KeyError:
-        try:
+        fd = _process.wake_files.get(state)
+        if fd is None:
             fd = os.open(f"{state}/wake", os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
-            os.pwrite(_process.wake_files.setdefault(state, fd), b"\n", 0)
-        except OSError:
-            pass
+            fd = _process.wake_files.setdefault(state, fd)
+        os.pwrite(fd, b"\n", 0)
     except OSError:
         pass
 
@@ -1232,12 +1240,11 @@ def claim(
     if overdue:
         expire(conn, queue, now)
         _promote(conn, queue, now)
-    values = {"owner": owner, "now": now, "limit": limit, **TERMS, **terms}
-    if row_id is None:
-        rows = execute(conn, CLAIM, queue, **values).fetchall()
-    else:
-        rows = execute(conn, CLAIM_ROW, queue, id=row_id, **values).fetchall()
+    values = {**_told(TERMS, terms), "owner": owner, "now": now, "limit": limit, "id": row_id}
+    statement = CLAIM if row_id is None else CLAIM_ROW
+    rows = execute(conn, statement, queue, **values).fetchall()
     tasks = [Task.from_row(queue, row) for row in rows]
+    # RETURNING gives them in any order.
     return sorted(tasks, key=lambda task: (-task.priority, task.id)) if len(tasks) > 1 else tasks
 
 
@@ -1269,48 +1276,15 @@ def claim_ready(conn: Connection, queue: str, **how) -> list[Task]:
 ENDING = {"exit_code": None, "result": None, "log": None, "error": None}
 
 
-def ack(conn: Connection, task: Task, **told) -> bool:
-    """Record the claimed task as completed, within a transaction.
-
-    False when its owner no longer holds it; nothing changes then. `told` is some of ENDING.
-    """
-    return finish(conn, task, "completed", **told)
-
-
-def nack(
-    conn: Connection, task: Task, *, error: str, delay: float | None = None, **told
-) -> str | None:
-    """Record a failed attempt, within a transaction.
-
-    "scheduled" again after `delay` seconds (default: its back-off), or, with its attempts spent,
-    "failed" for good. None when its owner no longer holds it; nothing changes then.
-    """
-    if task.attempts >= (task.max_attempts or MAX_ATTEMPTS):
-        error = f"{error} (attempt {task.attempts} of {task.max_attempts or MAX_ATTEMPTS})"
-        return "failed" if bury(conn, task, error=error, **told) else None
-    delay = backoff_delay(task) if delay is None else delay
-    return "scheduled" if _put_back(conn, task, delay=delay, error=error) else None
-
-
-def bury(conn: Connection, task: Task, *, error: str, **told) -> bool:
-    """Record the claimed task as failed for good, a dead letter. False when not held."""
-    return finish(conn, task, "failed", error=error, **told)
-
-
-def release(conn: Connection, task: Task, *, delay: float = 0.0, error: str | None = None) -> bool:
-    """Put the claimed task back for `delay` seconds: this attempt does not count. False when not held."""
-    return _put_back(conn, task, delay=delay, error=error, uncounted=1)
-
-
 def finish(conn: Connection, task: Task, outcome: str, **told) -> bool:
     """Move the task to the history with that outcome, within a transaction; `told` is some of ENDING.
 
     Where a later firing waits for the end of this run, it is enqueued. False when its owner no
     longer holds the task; nothing changes then.
     """
-    times = {"enqueued_at": utc(task.enqueued_at), "completed_at": utc(time.time())}
-    times["started_at"] = None if task.claimed_at is None else utc(task.claimed_at)
-    values = {**ENDING, **told, **times, **_fence(task), "outcome": outcome}
+    values = {**_told(ENDING, told), **_fence(task), "outcome": outcome}
+    values["enqueued_at"], values["completed_at"] = utc(task.enqueued_at), utc(time.time())
+    values["started_at"] = None if task.claimed_at is None else utc(task.claimed_at)
     if execute(conn, ARCHIVE, task.queue, **values).rowcount != 1:
         return False
     [(rerun_data, priority, group)] = execute(conn, REMOVE, task.queue, id=task.id).fetchall()
@@ -1321,13 +1295,45 @@ def finish(conn: Connection, task: Task, outcome: str, **told) -> bool:
 
 def _fence(task: Task) -> dict:
     """The values of FENCE."""
-    values = {"id": task.id, "owner": task.owner}
-    return {**values, "attempts": task.attempts, "claimed_at": task.claimed_at}
+    names = ("id", "owner", "attempts", "claimed_at")
+    return {name: getattr(task, name) for name in names}
 
 
-def _put_back(
-    conn: Connection, task: Task, *, delay: float, error: str | None, uncounted: int = 0
+def ack(conn: Connection, task: Task, **told) -> bool:
+    """Record the claimed task as completed. False when its owner no longer holds it."""
+    return finish(conn, task, "completed", **told)
+
+
+def bury(conn: Connection, task: Task, *, error: str, **told) -> bool:
+    """Record the claimed task as failed for good, a dead letter. False when not held."""
+    return finish(conn, task, "failed", error=error, **told)
+
+
+def nack(
+    conn: Connection, task: Task, *, error: str, delay: float | None = None, **told
+) -> str | None:
+    """Record a failed attempt, within a transaction.
+
+    "scheduled" again after `delay` seconds (default: its back-off), or, with its attempts spent,
+    "failed" for good. None when its owner no longer holds it; nothing changes then.
+    """
+    most = task.max_attempts or MAX_ATTEMPTS
+    if task.attempts >= most:
+        error = f"{error} (attempt {task.attempts} of {most})"
+        return "failed" if bury(conn, task, error=error, **told) else None
+    delay = backoff_delay(task) if delay is None else delay
+    return "scheduled" if release(conn, task, delay=delay, error=error, uncounted=0) else None
+
+
+def release(
+    conn: Connection,
+    task: Task,
+    *,
+    delay: float = 0.0,
+    error: str | None = None,
+    uncounted: int = 1,
 ) -> bool:
+    """Put the claimed task back for `delay` seconds: this attempt does not count. False when not held."""
     told = {"delay": delay, "error": error, "uncounted": uncounted, "now": time.time()}
     return execute(conn, RELEASE, task.queue, **_fence(task), **told).rowcount == 1
 
@@ -1365,11 +1371,11 @@ def spool(queue: str, text: str, state: Path | None = None) -> Path:
     except BaseException:
         os.unlink(directory / f".{name}")
         raise
-    directory_fd = os.open(directory, os.O_RDONLY | os.O_CLOEXEC)
+    fd = os.open(directory, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        os.fsync(directory_fd)
+        os.fsync(fd)
     finally:
-        os.close(directory_fd)
+        os.close(fd)
     wake(state)
     return directory / name
 
@@ -1414,10 +1420,10 @@ def owner_name(state: Path | None = None) -> str:
     """
     state = state or STATE_DIR
     with _process.owners_lock:
-        name, fd = _process.owners.get(state, (None, None))
+        name, fd, inode = _process.owners.get(state, (None, None, None))
         if fd is not None:
             try:
-                if os.stat(f"{state}/workers/{name}").st_ino == os.fstat(fd).st_ino:
+                if os.stat(f"{state}/workers/{name}").st_ino == inode:
                     return name
             except OSError:
                 pass
@@ -1428,14 +1434,12 @@ def owner_name(state: Path | None = None) -> str:
             make_private(path.parent)
             fd = lock_file(path, patience=PROBE_SECONDS)
         except OSError as error:
-            raise QueueUnavailable(
-                f"{path} cannot be made: {error.strerror}; check the permissions"
-            ) from error
+            why = f"cannot be made: {error.strerror}; check the permissions"
+            raise QueueUnavailable(f"{path} {why}") from error
         if fd is None:
-            raise QueueUnavailable(
-                f"{path} is locked by another process; it is this process's own: remove it"
-            )
-        _process.owners[state] = (path.name, fd)
+            why = "is locked by another process; it is this process's own: remove it"
+            raise QueueUnavailable(f"{path} {why}")
+        _process.owners[state] = (path.name, fd, os.fstat(fd).st_ino)
         return path.name
 
 
@@ -1443,10 +1447,10 @@ def resign(state: Path | None = None) -> None:
     """Give up this process's ownership: nothing of its is claimed any more."""
     state = state or STATE_DIR
     with _process.owners_lock:
-        name, fd = _process.owners.pop(state, (None, None))
+        name, fd, _ = _process.owners.pop(state, (None, None, None))
         if fd is not None:
             try:
-                os.unlink(state / "workers" / name)
+                os.unlink(f"{state}/workers/{name}")
             except OSError:
                 pass
             os.close(fd)
@@ -1474,20 +1478,18 @@ def _before_fork() -> None:
     Connections of other threads are left as they are: a program that uses the queue in threads
     should fork before that, or use subprocess.
     """
-    for conn in list(_process.thread.__dict__.get("connections", {}).values()):
+    for conn in list(_process.thread.connections.values()):
         close_before_fork(conn)
     _inherited.extend([_process, *_process.connections])
 
 
 def _after_fork_in_child() -> None:
-    """A child opens its own connections, owns nothing of its parent's, and takes turns of its own."""
+    """A child opens its own connections, owns nothing of its parent's, and holds no turn of its."""
     global _process
-    for _, fd in _process.owners.values():
+    for conn in _process.connections:
+        conn.turn.close()
+    for fd in [fd for _, fd, _ in _process.owners.values()] + [*_process.wake_files.values()]:
         os.close(fd)
-    for fd in _process.wake_files.values():
-        os.close(fd)
-    for turn in _process.turns.values():
-        turn.close()
     _process = _Process()
 
 
@@ -1504,8 +1506,7 @@ _LATER = {
     "queue_outcome": "settle tail signal_name pause resume limit controls STOPPED CANCELLED TIMED_OUT"
     " EX_DATAERR EX_TEMPFAIL OUTPUT_BYTES RESULT_BYTES",
     "queue_spool": "spool_directories spooled_files take_in_spool",
-    "queue_owners": "recover redrive not_held"
-    " log_is_lost OWNERS CANCEL_REQUESTED FORGET",
+    "queue_owners": "recover redrive not_held log_is_lost OWNERS CANCEL_REQUESTED FORGET",
     "queue_wake": "Watch WakeEvent QueueWatcher look_again data_version is_wake sleep_seconds",
     "queue_persist": "get_queue get_ack_queue dequeue_task SQLiteQueue SQLiteAckQueue Empty COUNT_READY",
     "queue_asyncio": "consume Delivery",
