@@ -21,10 +21,14 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
-from typing import BinaryIO, TextIO
+from typing import TYPE_CHECKING, BinaryIO, TextIO
 
 import queue_helpers as q
+
+if TYPE_CHECKING:
+    from queue_outcome import Control
 
 VERSION = q.VERSION
 
@@ -102,7 +106,8 @@ class Parser(argparse.ArgumentParser):
     """An argument parser whose usage errors are one line, and exit status 64."""
 
     def error(self, message: str):
-        self.exit(EX_USAGE, f"{self.prog}: {printable(message)}; see {self.prog} --help\n")
+        see = as_typed(self.prog)
+        self.exit(EX_USAGE, f"{self.prog}: {printable(message)}; see {see} --help\n")
 
 
 def make_parser(script: str, description: str | None) -> Parser:
@@ -112,6 +117,18 @@ def make_parser(script: str, description: str | None) -> Parser:
     )
     parser.add_argument("--version", action="version", version=f"{script} {VERSION}")
     return parser
+
+
+def add_command(commands, run: Callable[..., int]) -> Parser:
+    """A command of a script: it is called like the function that runs it, whose docstring is its
+    help.
+    """
+    says = " ".join((run.__doc__ or "").split())
+    name = run.__name__.rstrip("_")
+    entry = commands.add_parser(name, help=says.split(". ")[0].rstrip("."), description=says)
+    entry.add_argument("--json", dest="as_json", action="store_true", help="for scripts")
+    entry.set_defaults(run=run)
+    return entry
 
 
 def utf8(argument: str) -> str:
@@ -135,10 +152,59 @@ def whole_number(text: str) -> int:
     return int(text)
 
 
-def seconds(text: str) -> float:
-    if not re.fullmatch(r"\d{1,6}(\.\d{1,6})?", text):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds")
-    return float(text)
+# What a command is called whose script is not called like it; all others are tasks.py's.
+SCRIPTS = {"add": "enqueue.py", "work": "worker.py", "cleanup": "cleanup.py"}
+SCRIPTS |= {"dashboard": "dashboard.py", "service": "service.py"}
+
+
+def command(words: str) -> str:
+    """How a person types a command here: "tq list" where install.py has put tq on PATH, else
+    "tasks.py list". Every remedy in a message comes from here.
+    """
+    name, space, rest = words.partition(" ")
+    tq = installed_command()
+    if tq:
+        return f"{tq} {words}"
+    return f"{SCRIPTS[name]}{space}{rest}" if name in SCRIPTS else f"tasks.py {words}"
+
+
+def as_typed(script: str) -> str:
+    """The same for a message that names a script: "tq list" for "tasks.py list"."""
+    name, _, rest = script.partition(".py")
+    if not installed_command():
+        return script
+    if name in ("tasks", "transfer"):
+        return command(rest.strip()) if rest else str(installed_command())
+    name = next((short for short, whole in SCRIPTS.items() if whole == f"{name}.py"), name)
+    return command(f"{name}{rest}")
+
+
+def remedies_as_typed(text: str) -> str:
+    """A message of queue_helpers, which does without this module, with its remedies as people type
+    them.
+    """
+    if not installed_command():
+        return text
+    return re.sub(r"(?<![\w/.-])(tasks|worker|cleanup|enqueue)\.py(?: [a-z]+)?", _typed, text)
+
+
+def _typed(found: re.Match) -> str:
+    return as_typed(found[0])
+
+
+@lru_cache(1)
+def installed_command() -> str | None:
+    """The name under which install.py has put tq on PATH; None in a checkout, or where it is not."""
+    import queue_installation
+
+    try:
+        place = queue_installation.installed(__file__)
+    except (OSError, queue_installation.WrongUse):
+        return None
+    path = place.record.get("command") if place else None
+    name = os.path.basename(path) if isinstance(path, str) else ""
+    found = shutil.which(name) if name else None
+    return name if found and os.path.realpath(found) == os.path.realpath(str(path)) else None
 
 
 def run(who: str, work: Callable[[], int]) -> int:
@@ -147,17 +213,11 @@ def run(who: str, work: Callable[[], int]) -> int:
     """
     try:
         return _told(work)
-    except q.QueueBusy as error:
-        return complain(EX_TEMPFAIL, who, error)
-    except q.InvalidTask as error:
-        return complain(EX_DATAERR, who, error)
-    except q.QueueError as error:
+    except Refused as error:
         return complain(EX_FAILED, who, error)
-    except sqlite3.Error as error:
-        explained = q.explain(error, q.STATE_DIR)
-        return complain(
-            EX_TEMPFAIL if isinstance(explained, q.QueueBusy) else EX_FAILED, who, explained
-        )
+    except (q.QueueError, sqlite3.Error) as error:
+        told = q.explain(error, q.STATE_DIR) if isinstance(error, sqlite3.Error) else error
+        return complain(code_of(told), who, remedies_as_typed(str(told)))
     except UnicodeEncodeError:
         # A lone surrogate stands for a byte that is not UTF-8.
         return complain(
@@ -175,6 +235,13 @@ def run(who: str, work: Callable[[], int]) -> int:
     except OSError as error:
         mute(1)
         return complain(EX_FAILED, who, f"{error.filename or 'standard output'}: {error.strerror}")
+
+
+def code_of(error: Exception) -> int:
+    """The exit code for an error of the queue's."""
+    if isinstance(error, q.QueueBusy):
+        return EX_TEMPFAIL
+    return EX_DATAERR if isinstance(error, q.InvalidTask) else EX_FAILED
 
 
 def _told(work: Callable[[], int]) -> int:
@@ -426,18 +493,6 @@ def span(value: float | None) -> str:
     )
 
 
-# -------------------------------------------------------------------------------- tables for people
-
-COLOURS = {
-    "failed": "red",
-    "in_progress": "cyan",
-    "completed": "green",
-    "cancelled": "yellow",
-    "scheduled": "blue",
-}
-SPARKS = "▁▂▃▄▅▆▇█"
-
-
 def payload(text: str | None) -> object:
     """A task's data for --json: the object, or the text where that says more than JSON can."""
     if text is None:
@@ -450,94 +505,63 @@ def payload(text: str | None) -> object:
         return text
 
 
-def seconds_since(moment: str | None) -> float | None:
-    """… a time of the database's."""
-    if not moment:
-        return None
+def seconds_of(moment: float | str | None) -> float | None:
+    """Unix seconds of a time of the database's: a number, or UTC text. None for none."""
+    if not isinstance(moment, str):
+        return moment
     from calendar import timegm
 
-    return (
-        time.time()
-        - timegm(time.strptime(moment[:19], "%Y-%m-%d %H:%M:%S"))
-        - float(f"0{moment[19:]}")
-    )
+    whole = timegm(time.strptime(moment[:19], "%Y-%m-%d %H:%M:%S"))
+    return whole + float(f"0{moment[19:]}")
 
 
-def table(columns: Sequence[str], rows: Iterable[Sequence[str]], bold: Iterable[int] = ()):
-    """A rich table. Columns that begin with > are right-aligned; in a terminal the last is cut to
-    what space there is, and one that begins with * is folded where even that is not enough.
+def seconds_since(moment: float | str | None) -> float | None:
+    at = seconds_of(moment)
+    return None if at is None else time.time() - at
+
+
+def clock(moment: float | str, whole: bool = False) -> str:
+    """A time of the database's as a person's clock shows it, with its zone: 19:00 CET.
+
+    A day that is not today is named; whole names it always, and the seconds.
     """
-    from rich import box
-    from rich.cells import cell_len
-    from rich.table import Table
-    from rich.text import Text
-
-    on_terminal, rows = sys.stdout.isatty(), [[printable(cell) for cell in row] for row in rows]
-    drawn = Table(
-        box=box.SIMPLE_HEAD if on_terminal else None,
-        show_edge=False,
-        pad_edge=False,
-        padding=0 if on_terminal else (0, 2, 0, 0),
-    )
-    left = console().width
-    for number, name in enumerate(columns):
-        head = name.lstrip(">*")
-        widest = max(cell_len(cell) for cell in (*head.split("\n"), *(row[number] for row in rows)))
-        room = max(8, left) if on_terminal and number == len(columns) - 1 else None
-        drawn.add_column(
-            head,
-            justify="right" if name.startswith(">") else "left",
-            no_wrap=not name.startswith("*"),
-            overflow="fold" if name.startswith("*") else "ellipsis",
-            max_width=room,
-            min_width=min(widest, 12) if name.startswith("*") else None,
-        )
-        left -= widest + 1
-    for number, row in enumerate(rows):
-        drawn.add_row(
-            *(Text(cell, style=COLOURS.get(cell, "")) for cell in row),
-            style="bold" if number in bold else "",
-        )
-    return drawn
+    seconds = min(max(seconds_of(moment) or 0.0, 0.0), float(q.LAST_SECOND))
+    local, now = time.localtime(seconds), time.localtime()
+    is_today = local[:3] == now[:3]
+    form = "%Y-%m-%d %H:%M:%S %Z" if whole else "%H:%M %Z" if is_today else "%Y-%m-%d %H:%M %Z"
+    return time.strftime(form, local)
 
 
-def console():
-    from rich.console import Console
-
-    # Into a pipe nothing is cut off or wrapped.
-    return Console(
-        markup=False, highlight=False, emoji=False, width=None if sys.stdout.isatty() else 100_000
-    )
+def ago(moment: float | str) -> str:
+    """How long ago a time was, or how soon it comes: "12 s ago", "in 42 s"."""
+    seconds = seconds_since(moment) or 0.0
+    away = re.sub(r"(?<=\d)(?=[a-z])", " ", span(abs(seconds)))
+    return f"in {away}" if seconds < 0 else f"{away} ago"
 
 
-def draw(*drawings: object) -> None:
-    """Print; the text is made first and written by us, since rich has its own ideas of a closed
-    pipe.
-    """
-    screen = console()
-    with screen.capture() as captured:
-        for drawing in drawings:
-            screen.print(drawing)
-    text = captured.get()
-    if not sys.stdout.isatty():
-        text = re.sub(r" +$", "", text, flags=re.MULTILINE)
-    sys.stdout.write(text if text.endswith("\n") else f"{text}\n")
+def summary(printed: str | None) -> str:
+    """What a handler printed in one line: the `summary` of its JSON, else its first line."""
+    text = (printed or "").strip()
+    value = payload(text) if text.startswith("{") else None
+    said = value.get("summary") if isinstance(value, dict) else None
+    return said.strip() if isinstance(said, str) and said.strip() else text.partition("\n")[0]
 
 
-def amount(number: int) -> str:
-    return (
-        f"{number:,}"
-        if number < 10_000
-        else f"{number / 1000:,.0f}k"
-        if number < 9_999_500
-        else f"{number / 1e6:,.0f}M"
-    )
+def payload_text(text: str) -> str:
+    """What the sender sent, without our envelope."""
+    stored = payload(text)
+    if not isinstance(stored, dict):
+        return text
+    inner = stored.get("data") if {"task_id", "task_type"} <= stored.keys() else None
+    return json.dumps(inner if isinstance(inner, dict) else stored, ensure_ascii=False)
 
 
-def sparkline(values: Sequence[int]) -> str:
-    top = max(max(values, default=0), 1)
-    # Rounded up, so that one is not shown as none.
-    return "".join(SPARKS[-(-value * (len(SPARKS) - 1) // top)] for value in values)
+def pause_in_words(control: Control) -> str:
+    """Until when a queue is paused, and why: "paused until 19:00 CET (in 2 h): usage limit"."""
+    until = "until a person resumes it"
+    if control.until is not None:
+        until = f"until {clock(control.until)} ({ago(control.until)})"
+    return f"paused {until}{f': {control.reason}' if control.reason else ''}"
 
 
 # -------------------------------------------------------------------------------- reading the queue
@@ -649,6 +673,11 @@ def owner_is_alive(state: Path, owner: str | None) -> bool:
 def run_is_alive(state: Path, task: q.Task) -> bool:
     """Whether a claimed task's handler runs: it holds its output file's lock."""
     return is_locked(run_file(state, task.run_name, "out"))
+
+
+def served(state: Path, queues: Iterable[str]) -> list[str]:
+    """Those queues that a worker serves now."""
+    return [queue for queue in queues if is_locked(serving_lock(state, queue))]
 
 
 def is_locked(path: Path) -> bool:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import heapq
 import json
+import os
 import re
 import sqlite3
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from pathlib import Path
 from typing import NamedTuple
 
 import queue_cli as cli
@@ -16,6 +19,14 @@ from queue_cli import FINISHED, LIVE, Refused
 
 # An ambiguous ID lists so many of the tasks that it fits.
 MATCHES = 10
+# What a list printed may be named by its row for so long.
+LISTED_SECONDS = 86_400.0
+# What came of a task is looked for for so long.
+FOLLOW_SECONDS = 0.4
+# … and so many rows that are older than its end: an import brings some in among the newest.
+OLDER_ROWS = 1_000
+# Of a text that was looked for, so many characters before and after are shown.
+BEFORE_HIT, AFTER_HIT = 20, 120
 
 CLAIM_ORDER = {
     "in_progress": "claimed_at",
@@ -71,6 +82,16 @@ where task_id >= :prefix and task_id < :prefix || char(1114111) and (:queue is n
 HISTORY_OF = """
 select id from task_history where task_id = :task_id and +queue = :queue order by id desc"""
 
+# Newest first, with the time of each: what came of a task is no older than the task's end.
+SOURCE_OF_LIVE = f"""
+select '{{queue}}', coalesce(task_id, '{{queue}}-' || id), {q.STATUS_WORD}, timestamp,
+       case when json_valid(data) then json_extract(data, '$.source') end
+from "{{queue}}" order by id desc"""
+SOURCE_OF_FINISHED = """
+select queue, task_id, status, (julianday(completed_at) - 2440587.5) * 86400.0,
+       case when json_valid(data) then json_extract(data, '$.source') end
+from task_history order by id desc"""
+
 
 class Found(NamedTuple):
     """A task that an ID named. row_id is its row, None when it is in the history alone."""
@@ -83,7 +104,8 @@ class Found(NamedTuple):
 def find(
     conn: q.Connection, ident: str, queue: str | None = None, option: str = "--queue"
 ) -> Found:
-    """The task of this id, or else the only one whose id begins so.
+    """The task of this id, or of this row of the list that was printed last, or else the only one
+    whose id begins so.
 
     `option` is the command's option that names the queue. Raises Refused.
     """
@@ -94,6 +116,10 @@ def find(
     matches |= {
         (name, ident) for (name,) in conn.execute(FINISHED_ID, {"task_id": ident}) if name in queues
     }
+    numbered = None if matches else listed(conn.state, ident)
+    if numbered and queue in (None, numbered[0]):
+        queues, ident = [numbered[0]], numbered[1]
+        matches = {numbered}
     if not matches:
         limit = {"limit": MATCHES + 1}
         for name in queues:
@@ -109,7 +135,8 @@ def find(
                 }
         matches |= set(conn.execute(FINISHED_PREFIX, {"prefix": ident, "queue": queue, **limit}))
     if not matches:
-        raise Refused(f"no task has the id {ident!r}, nor one that begins so; see: tasks.py list")
+        see = cli.command("list")
+        raise Refused(f"no task has the id {ident!r}, nor one that begins so; see: {see}")
     if len(matches) > 1:
         named = [f"{found} ({name})" for name, found in sorted(matches)]
         named = named[:MATCHES] + (["…"] if len(named) > MATCHES else [])
@@ -117,7 +144,80 @@ def find(
             f"{ident!r} fits several tasks: {', '.join(named)}; give more of the id, or {option}"
         )
     ((name, found),) = matches
-    return Found(name, found, live_id(conn, name, found))
+    row_id = live_id(conn, name, found)
+    if numbered and row_id is None and not history_ids(conn, Found(name, found, None)):
+        raise Refused(f"task {found} of {name} is gone: it was purged, pruned or moved meanwhile")
+    return Found(name, found, row_id)
+
+
+def remember(state: Path, rows: Sequence[dict]) -> None:
+    """Keep which task each row of a list named, for this terminal; where that fails, it is not
+    kept.
+    """
+    with suppress(OSError):
+        directory = q.make_private(state / "listed")
+        for entry in os.scandir(directory):
+            if time.time() - entry.stat().st_mtime > LISTED_SECONDS:
+                os.unlink(entry.path)
+        fd = os.open(
+            directory / str(os.getsid(0)),
+            os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC,
+            0o600,
+        )
+        with open(fd, "w", encoding="utf-8") as file:
+            json.dump([(row["queue"], row["task_id"]) for row in rows], file)
+
+
+def listed(state: Path, ident: str) -> tuple[str, str] | None:
+    """(queue, task id) of a row of the list that this terminal has shown last."""
+    if not re.fullmatch(r"[1-9]\d{0,3}", ident):
+        return None
+    file = state / "listed" / str(os.getsid(0))
+    try:
+        if time.time() - file.stat().st_mtime > LISTED_SECONDS:
+            return None
+        queue, task_id = json.loads(file.read_text("utf-8"))[int(ident) - 1]
+        return q.check_queue_name(queue), task_id
+    except (OSError, ValueError, TypeError, LookupError):
+        return None
+
+
+def source_of(conn: q.Connection, data: object) -> list[dict]:
+    """The task from which one came, as its envelope names it: none or one."""
+    source = data.get("source") if isinstance(data, dict) else None
+    if not isinstance(source, dict) or not {"queue", "task_id"} <= source.keys():
+        return []
+    queue, task_id = str(source["queue"]), str(source["task_id"])
+    found, status = None, "gone"
+    if queue in cli.queues_of(conn):
+        found = Found(queue, task_id, live_id(conn, queue, task_id))
+    if found:
+        with suppress(Refused):
+            status = newest_of(conn, found)["status"]
+    return [{"queue": queue, "task_id": task_id, "status": status}]
+
+
+def follow_ups(conn: q.Connection, life: dict) -> list[dict]:
+    """What came of a finished task: results that became tasks, and what its handler enqueued.
+
+    They were stored when it ended; older ones are not looked at.
+    """
+    ended = cli.seconds_of(life["completed_at"])
+    if ended is None:
+        return []
+    found, give_up = [], time.monotonic() + FOLLOW_SECONDS
+    statements = [q.on_queue(SOURCE_OF_LIVE, queue) for queue in cli.queues_of(conn)]
+    for statement in [*statements, SOURCE_OF_FINISHED]:
+        older = 0
+        for number, (queue, task_id, status, at, source) in enumerate(conn.execute(statement)):
+            # A second for the clock: the rows are stored just before the end is.
+            older += at < ended - 1
+            if older > OLDER_ROWS or number % 256 == 255 and time.monotonic() > give_up:
+                break
+            named = json.loads(source) if isinstance(source, str) and source[:1] == "{" else None
+            if named == {"queue": life["queue"], "task_id": life["task_id"]}:
+                found.append({"queue": queue, "task_id": task_id, "status": status})
+    return found[::-1]
 
 
 def live_id(conn: q.Connection, queue: str, task_id: str) -> int | None:
@@ -130,15 +230,20 @@ def live_id(conn: q.Connection, queue: str, task_id: str) -> int | None:
 
 
 def newest_life(conn: q.Connection, found: Found) -> dict:
-    """The task as it is now: waiting or running, else as it last ended."""
+    """The task as it is now: waiting or running, else as it last ended. Raises Refused."""
     with cli.snapshot(conn):
-        row_id = live_id(conn, found.queue, found.task_id)
-        if row_id is not None:
-            return cli.as_dict(q.execute(conn, LIVE_ROW, found.queue, id=row_id))
-        finished = history_ids(conn, found)
-        if not finished:
-            raise Refused(f"task {found.task_id} is gone: purged or pruned meanwhile")
-        return cli.as_dict(conn.execute(FINISHED_ROW, {"id": finished[0]}))
+        return newest_of(conn, found)
+
+
+def newest_of(conn: q.Connection, found: Found) -> dict:
+    """The same, within a snapshot."""
+    row_id = live_id(conn, found.queue, found.task_id)
+    if row_id is not None:
+        return cli.as_dict(q.execute(conn, LIVE_ROW, found.queue, id=row_id))
+    finished = history_ids(conn, found)
+    if not finished:
+        raise Refused(f"task {found.task_id} is gone: it was purged, pruned or moved meanwhile")
+    return cli.as_dict(conn.execute(FINISHED_ROW, {"id": finished[0]}))
 
 
 def history_ids(conn: q.Connection, found: Found) -> list[int]:
@@ -175,10 +280,40 @@ def find_tasks(
     task_type: str | None,
     oldest: float,
     newest: float,
-    like: str | None,
+    text: str | None,
     scan: Scan,
 ) -> Iterator[dict]:
-    """Matching tasks in list's order, as they are found."""
+    """Matching tasks in list's order, as they are found; where a text was looked for, `hit` says
+    where it is.
+    """
+    rows = matching_rows(conn, queues, statuses, task_type, oldest, newest, text, scan)
+    for row in rows:
+        yield row if text is None else row | {"hit": hit(row, text)}
+
+
+def hit(row: dict, text: str) -> str:
+    """Where in a task a text is, with what is around it."""
+    names = {"data": "data", "task_id": "id", "error": "error", "result": "stdout", "log": "stderr"}
+    for name, label in names.items():
+        value = row.get(name) or ""
+        found = re.search(re.escape(text), value, re.IGNORECASE)
+        if found:
+            begin = max(found.start() - BEFORE_HIT, 0)
+            return f"{label}: {'…' if begin else ''}{value[begin : found.end() + AFTER_HIT]}"
+    return ""
+
+
+def matching_rows(
+    conn: q.Connection,
+    queues: list[str] | None,
+    statuses: Sequence[str],
+    task_type: str | None,
+    oldest: float,
+    newest: float,
+    text: str | None,
+    scan: Scan,
+) -> Iterator[dict]:
+    like = None if text is None else "%" + re.sub(r"([\\%_])", r"\\\1", text) + "%"
     which = {"task_type": task_type, "since": oldest, "before": newest, "text": like}
     for name, condition in LIVE.items():
         if name not in statuses:

@@ -5,10 +5,12 @@ Prometheus.
 from __future__ import annotations
 
 import time
+from contextlib import nullcontext
 
 import queue_cli as cli
 import queue_helpers as q
 from queue_cli import FINISHED, LIVE
+from queue_outcome import Control
 
 HOUR, DAY = 3_600, 86_400
 # Medians and percentiles are made of so many finished tasks of a queue, type and status, the
@@ -34,46 +36,51 @@ where queue = :queue and task_type = :task_type and status = :status and complet
 order by completed_at desc limit :sample"""
 COUNT_BETWEEN = """
 select count(*) from task_history where completed_at >= :since and completed_at < :until"""
-PAUSED = """
-select queue from task_controls
-where paused_at is not null and (paused_until is null or paused_until > :now)"""
 
 
 def gather(conn: q.Connection) -> dict:
-    """{"at", "queues": {queue: {…numbers, "paused", "types": {type: {…numbers}}}}}."""
-    now = time.time()
+    """{"at", "serving": [queue, …], "queues": {queue: {…numbers, what holds it back,
+    "types": {type: {…numbers}}}}}, of one state of the database.
+
+    "serving" are the queues that a worker serves. Raises sqlite3.Error.
+    """
+    with nullcontext() if conn.in_transaction else cli.snapshot(conn):
+        return _gather(conn, time.time())
+
+
+def _gather(conn: q.Connection, now: float) -> dict:
     ago = {"hour_ago": q.utc(now - HOUR), "day_ago": q.utc(now - DAY)}
     types: dict[str, dict[str, dict]] = {}
-    with cli.snapshot(conn):
-        paused = {queue for (queue,) in conn.execute(PAUSED, {"now": now})}
-        for queue in cli.queues_of(conn):
-            types[queue] = {}
-            for name, statement in COUNT_BY_TYPE.items():
-                for task_type, tasks, oldest in q.execute(conn, statement, queue):
-                    numbers = types[queue].setdefault(task_type, zeros())
-                    numbers[name] += tasks
-                    if name == "pending":
-                        numbers["oldest_pending_seconds"] = round(
-                            min(max(now - oldest, 0.0), float(q.LAST_SECOND)), 3
-                        )
-        samples: dict[tuple[str, str], list] = {}
-        for queue, task_type, name, day, hour in conn.execute(COUNT_FINISHED, ago).fetchall():
-            numbers = types.setdefault(queue, {}).setdefault(task_type, zeros())
-            numbers[f"{name}_day"], numbers[f"{name}_hour"] = day, hour
-            if name in ("completed", "failed"):
-                which = {
-                    "queue": queue,
-                    "task_type": task_type,
-                    "status": name,
-                    "sample": SAMPLE,
-                    **ago,
-                }
-                samples.setdefault((queue, task_type), []).extend(conn.execute(NEWEST_TIMES, which))
+    controls = q.controls(conn)
+    serving = cli.served(conn.state, cli.queues_of(conn))
+    for queue in cli.queues_of(conn):
+        types[queue] = {}
+        for name, statement in COUNT_BY_TYPE.items():
+            for task_type, tasks, oldest in conn.execute(q.on_queue(statement, queue)):
+                numbers = types[queue].setdefault(task_type, zeros())
+                numbers[name] += tasks
+                if name == "pending":
+                    numbers["oldest_pending_seconds"] = round(
+                        min(max(now - oldest, 0.0), float(q.LAST_SECOND)), 3
+                    )
+    samples: dict[tuple[str, str], list] = {}
+    for queue, task_type, name, day, hour in conn.execute(COUNT_FINISHED, ago).fetchall():
+        numbers = types.setdefault(queue, {}).setdefault(task_type, zeros())
+        numbers[f"{name}_day"], numbers[f"{name}_hour"] = day, hour
+        if name in ("completed", "failed"):
+            which = {
+                "queue": queue,
+                "task_type": task_type,
+                "status": name,
+                "sample": SAMPLE,
+                **ago,
+            }
+            samples.setdefault((queue, task_type), []).extend(conn.execute(NEWEST_TIMES, which))
     queues = {}
     for queue in sorted(types):
         total, of_queue = zeros(), []
         for task_type, numbers in sorted(types[queue].items()):
-            newest = sorted(samples.get((queue, task_type), ()), reverse=True)[:SAMPLE]
+            newest = newest_of(samples.get((queue, task_type), []))
             numbers |= times(newest)
             of_queue += newest
             for name, value in numbers.items():
@@ -85,13 +92,20 @@ def gather(conn: q.Connection) -> dict:
             if n["oldest_pending_seconds"] is not None
         ]
         total["oldest_pending_seconds"] = max(oldest, default=None)
-        total |= times(sorted(of_queue, reverse=True)[:SAMPLE])
+        total |= times(newest_of(of_queue))
         queues[queue] = {
             **total,
-            "paused": queue in paused,
+            **held_back(controls.get(queue)),
             "types": dict(sorted(types[queue].items())),
         }
-    return {"at": q.utc(now), "queues": queues}
+    return {"at": q.utc(now), "serving": serving, "queues": queues}
+
+
+def held_back(control: Control | None) -> dict:
+    """What holds a queue back; paused_until is UTC text, null where only a person resumes it."""
+    paused, until, reason, by, slots = control or (False, None, None, None, None)
+    told = {"paused": paused, "paused_until": None if until is None else q.utc(until)}
+    return {**told, "pause_reason": reason, "paused_by": by, "slots": slots}
 
 
 def zeros() -> dict:
@@ -101,8 +115,16 @@ def zeros() -> dict:
     return counts | {"oldest_pending_seconds": None, "wait_seconds": None, "run_seconds": None}
 
 
+def newest_of(sample: list) -> list:
+    """The newest (completed_at, waited, ran), but those whose times are none: bash may have written
+    them.
+    """
+    known = [row for row in sample if None not in row]
+    return sorted(known, key=lambda row: str(row[0]), reverse=True)[:SAMPLE]
+
+
 def times(sample: list) -> dict:
-    """Median and 95th percentile of the newest finished tasks' (completed_at, waited, ran)."""
+    """Median and 95th percentile of finished tasks' (completed_at, waited, ran)."""
     if not sample:
         return {}
     waited, ran = (sorted(max(0.0, row[column]) for row in sample) for column in (1, 2))
@@ -137,15 +159,27 @@ def prometheus_text(numbers: dict) -> str:
         "task_queue_run_seconds": "From the start to the end of the last attempt, newest finished "
         "tasks of a day.",
         "task_queue_paused": "1 while claims of the queue are held back.",
+        "task_queue_paused_until_seconds": "When a paused queue goes on by itself, Unix seconds; "
+        "+Inf: when a person resumes it.",
+        "task_queue_slots": "Tasks of the queue that may run at a time, where that is limited.",
+        "task_queue_served": "1 while a worker serves the queue.",
     }
     samples: dict[str, list[str]] = {name: [] for name in families}
 
-    def sample(family: str, value: float, **labels: str) -> None:
+    def sample(family: str, value: object, **labels: str) -> None:
         inside = ",".join(f'{key}="{label(text)}"' for key, text in labels.items())
         samples[family].append(f"{family}{{{inside}}} {value}")
 
     for queue, total in numbers["queues"].items():
         sample("task_queue_paused", int(total["paused"]), queue=queue)
+        sample("task_queue_served", int(queue in numbers["serving"]), queue=queue)
+        if total["paused"]:
+            until = total["paused_until"]
+            at = "+Inf" if until is None else cli.seconds_of(until)
+            why = {"reason": total["pause_reason"] or "", "by": total["paused_by"] or ""}
+            sample("task_queue_paused_until_seconds", at, queue=queue, **why)
+        if total["slots"] is not None:
+            sample("task_queue_slots", total["slots"], queue=queue)
         for task_type, n in (total["types"] or {queue: zeros()}).items():
             which = {"queue": queue, "task_type": task_type}
             for name in LIVE:

@@ -1,43 +1,45 @@
 #!/usr/bin/env -S uv run --script
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["rich>=13,<16"]
+# dependencies = ["rich>=13,<16", "watchdog>=4,<8"]
 # ///
 """See what waits, runs, failed and why, and act on it.
 
     tasks.py stats --watch                      counts, waiting and run times, as they change
     tasks.py list --status failed --since 1h    the dead letters of the last hour, newest first
     tasks.py retry --failed --queue approvals   put them all back
+    tasks.py approve ID                         let a held task run; reject ID ends it
+    tasks.py pause approvals --for 2h           hold a queue back for so long
+    tasks.py wait ID --timeout 10m              until it has ended; prints its result
     tasks.py doctor                             what is wrong, and what to do about it
 
-ID is a task's id, or its beginning where only one task's id begins so. AGE is like 30, 90m, 5min,
-1.5h or 2d. Every command has --help, and --json for scripts. A status is pending, scheduled, held,
-blocked, in_progress, completed, failed, cancelled or expired. None but import makes a database
-where there is none.
+ID is a task's id, its beginning where only one task's id begins so, or a row's number in the list
+that this terminal has shown last. DURATION is like 30, 90m, 5min, 1.5h or 2d. Every command has
+--help, and --json for scripts. A status is pending, scheduled, held, blocked, in_progress,
+completed, failed, cancelled or expired. None but import makes a database where there is none.
 
 exit codes: 0 fine; 1 not found, not possible, or the database cannot be used; 64 usage; 65 lines or
 files of an import were refused (they are named, the others are in); 75 the database is locked, try
-again; 130 interrupted.
+again; 130 interrupted. Of wait: 0 all completed; 1 one ended otherwise; 64 an id that is not known,
+or of several tasks; 75 the time-out.
 """
 
 from __future__ import annotations
 
 import argparse
-import codecs
-import io
-import json
+import heapq
 import math
-import os
-import re
 import sys
+import threading
 import time
-from collections.abc import Callable, Sequence
-from typing import BinaryIO, NamedTuple
+from collections.abc import Callable, Iterable, Sequence
 
 import queue_cli as cli
 import queue_helpers as q
+import queue_logs
+import queue_render as render
 import queue_stats as numbers_of
-from queue_cli import EX_FAILED, EX_USAGE, LIVE, STATUSES, Refused
+from queue_cli import EX_FAILED, EX_TEMPFAIL, EX_USAGE, LIVE, STATUSES, Refused
 from queue_find import (
     FINISHED_ROW,
     LIVE_ROW,
@@ -45,21 +47,25 @@ from queue_find import (
     Scan,
     find,
     find_tasks,
+    follow_ups,
     history_ids,
     live_id,
     newest_life,
+    newest_of,
+    remember,
+    source_of,
 )
 
 # `list --text` looks for so long, unless --all is given.
 SCAN_SECONDS = 0.4
+# How many rows list shows where there is no screen to fill.
+ROWS = 50
 POLL_SECONDS = 0.02
 RECOVER_SECONDS = 0.25
 # A worker has made its run's output file by then.
 CONSUMER_SECONDS = 1.0
 CANCEL_SECONDS = 30.0
 SPARK_MINUTES = 60
-# The history keeps the output under these names.
-KEPT = {"err": "log", "out": "result"}
 
 # Commands that other scripts have.
 HANDED_OVER = {
@@ -71,6 +77,13 @@ HANDED_OVER = {
 }
 # Words that people use for a status.
 SAME = {"waiting": "pending", "running": "in_progress", "done": "completed"}
+SORTS: dict[str, Callable[[dict], object]] = {
+    "newest": lambda row: -(cli.seconds_of(row["completed_at"] or row["enqueued_at"]) or 0.0),
+    "oldest": lambda row: cli.seconds_of(row["completed_at"] or row["enqueued_at"]) or 0.0,
+    "queue": lambda row: row["queue"],
+    "type": lambda row: row["task_type"],
+    "tries": lambda row: -row["attempts"],
+}
 
 # --------------------------------------------------------------------------------------- statements
 
@@ -79,22 +92,24 @@ select status, {task} from "{queue}" where id = :id"""
 REQUEST_CANCEL = """
 update "{queue}" set cancel_requested = 1
 where id = :id and status = 2 and owner is :owner and attempts = :attempts"""
+# It may wait as long as it likes then.
 START_NOW = """
-update "{queue}" set status = 1, due_at = null, released_at = null where id = :id and status = 3"""
+update "{queue}" set status = 1, due_at = null, released_at = null, expires_at = null
+where id = :id and status = 3 and due_at is not null"""
 FAILED = """
 select id, queue, task_id from task_history
 where status = 'failed' and completed_at >= :since and (:queue is null or queue = :queue)
   and (:task_type is null or task_type = :task_type) order by completed_at, id"""
-
-PAUSE = """
-insert into task_controls (queue, paused_at, paused_by) values (:queue, :now, 'person')
-on conflict (queue) do update
-set paused_at = :now, paused_until = null, pause_reason = null, paused_by = 'person'
-where paused_at is null or paused_until is not null"""
-RESUME = """
-update task_controls
-set paused_at = null, paused_until = null, pause_reason = null, paused_by = null
-where queue = :queue and paused_at is not null"""
+RETRYING = """
+select id, coalesce(task_id, '{queue}-' || id) from "{queue}"
+where status = 3 and released_at is not null and (:task_type is null or task_type = :task_type)
+order by released_at, id"""
+APPROVE = """
+update "{queue}" set status = 1 where id = :id and status = 3 and due_at is null"""
+HELD_TASK = """
+select {task} from "{queue}" where id = :id and status = 3 and due_at is null"""
+STATUS = f"""
+select {q.STATUS_WORD} from "{{queue}}" where id = :id"""
 
 # A blocked task is put as a ready one: the other queue's groups decide.
 MOVED = """
@@ -124,10 +139,14 @@ def status(text: str) -> str:
     return text
 
 
-def search_text(text: str) -> str:
+def slots(text: str) -> int | None:
+    return None if text == "none" else cli.whole_number(text)
+
+
+def some_text(text: str) -> str:
     text = cli.utf8(text)
     if not 0 < len(text) <= 1000:
-        raise argparse.ArgumentTypeError("a text to look for has 1 to 1000 characters")
+        raise argparse.ArgumentTypeError("it is a text of 1 to 1000 characters")
     return text
 
 
@@ -140,161 +159,119 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         parser_class=cli.Parser, metavar="COMMAND", required=True, dest="command"
     )
 
-    def command(run: Callable[..., int]) -> cli.Parser:
-        says = " ".join((run.__doc__ or "").split())
-        entry = commands.add_parser(
-            run.__name__.rstrip("_"), help=says.split(". ")[0].rstrip("."), description=says
-        )
-        entry.add_argument("--json", dest="as_json", action="store_true", help="for scripts")
-        entry.set_defaults(run=run)
-        return entry
+    def command(run: Callable[..., int], **many: str) -> Callable[..., argparse.Action]:
+        """The function that adds arguments; `many` names one argument that is given often."""
+        entry = cli.add_command(commands, run)
+        add = entry.add_argument
+        for name, how_many in many.items():
+            metavar = {"ids": "ID", "queues": "QUEUE"}[name]
+            add(name, metavar=metavar, nargs=how_many, type=cli.utf8)
+            if name == "ids" and how_many == "+":
+                add("--queue", metavar="QUEUE", type=cli.utf8, help=several)
+        return add
 
-    def one_or_more_ids(entry: cli.Parser) -> None:
-        entry.add_argument("ids", metavar="ID", nargs="+", type=cli.utf8)
-        entry.add_argument("--queue", help="where several queues have that id", type=cli.utf8)
+    def of_type(add: Callable, help: str | None = None) -> None:
+        add("--type", dest="task_type", metavar="TYPE", type=cli.utf8, help=help)
 
-    entry = command(stats)
-    entry.add_argument(
-        "--watch",
-        action="store_true",
-        help="redraw until Ctrl-C, with the last hour as a sparkline",
-    )
-    entry.add_argument(
-        "--interval",
-        metavar="SECONDS",
-        type=cli.seconds,
-        default=1.0,
-        help="of --watch (default 1)",
-    )
-    entry.add_argument("--prometheus", action="store_true", help="in Prometheus's text format")
+    def age(add: Callable, name: str, help: str) -> None:
+        add(name, metavar="DURATION", type=cli.duration, help=help)
 
-    entry = command(list_)
-    entry.add_argument(
-        "--queue",
-        dest="queues",
-        metavar="QUEUE",
-        action="append",
-        help="may be given several times",
-        type=cli.utf8,
-    )
-    entry.add_argument(
-        "--status", dest="statuses", metavar="STATUS", action="append", type=status, help="the same"
-    )
-    entry.add_argument("--type", dest="task_type", metavar="TYPE", type=cli.utf8)
-    entry.add_argument(
-        "--since",
-        metavar="AGE",
-        type=cli.duration,
-        help="enqueued (finished tasks: finished) at most this long ago",
-    )
-    entry.add_argument(
-        "--before", metavar="AGE", type=cli.duration, help="… at least this long ago"
-    )
-    entry.add_argument("--text", type=search_text, help="in the task, its error or its output")
-    entry.add_argument(
-        "--all",
-        dest="look_at_all",
-        action="store_true",
-        help=f"look for --text in every task, not only for {SCAN_SECONDS:g} s",
-    )
-    entry.add_argument(
-        "--limit", metavar="N", type=cli.whole_number, default=50, help="(default 50)"
-    )
+    several = "where several queues have that id"
+    often = {"action": "append", "help": "may be given several times"}
 
-    one_or_more_ids(command(show))
+    add = command(stats)
+    add("--watch", action="store_true", help="redraw until Ctrl-C, with the last hour's sparkline")
+    add("--interval", metavar="DURATION", type=cli.duration, default=1.0, help="of --watch (1 s)")
+    add("--prometheus", action="store_true", help="in Prometheus's text format")
 
-    entry = command(logs)
-    entry.add_argument("id", metavar="ID", type=cli.utf8)
-    entry.add_argument("--queue", help="where several queues have that id", type=cli.utf8)
-    entry.add_argument(
-        "-f", "--follow", action="store_true", help="go on until the task is finished"
-    )
+    add = command(list_)
+    add("--queue", dest="queues", metavar="QUEUE", type=cli.utf8, **often)
+    add("--status", dest="statuses", metavar="STATUS", type=status, **often)
+    of_type(add)
+    age(add, "--since", "enqueued (finished tasks: finished) at most this long ago")
+    age(add, "--before", "… at least this long ago")
+    add("--text", type=some_text, help="in the task, its error or its output; shown where it is")
+    add("--all", dest="look_at_all", action="store_true",
+        help=f"look for --text in every task, not only for {SCAN_SECONDS:g} s")  # fmt: skip
+    add("--sort", choices=SORTS, help="(default: in the order of claims, then by the end)")
+    add("--limit", metavar="N", type=cli.whole_number, help=f"(default: a screen, or {ROWS})")
 
-    entry = command(retry)
-    entry.add_argument("ids", metavar="ID", nargs="*", type=cli.utf8)
-    entry.add_argument(
-        "--failed",
-        action="store_true",
-        help="all dead letters, of --queue, --type and --since if given",
-    )
-    entry.add_argument("--queue", type=cli.utf8)
-    entry.add_argument("--type", dest="task_type", metavar="TYPE", type=cli.utf8)
-    entry.add_argument(
-        "--since", metavar="AGE", type=cli.duration, help="failed at most this long ago"
+    command(show, ids="+")
+
+    add = command(logs)
+    add("id", metavar="ID", type=cli.utf8)
+    add("--queue", help=several, type=cli.utf8)
+    add("-f", "--follow", action="store_true", help="go on until the task is finished")
+
+    age(command(wait, ids="+"), "--timeout", "give up after this time (default: never)")
+
+    command(approve, ids="+")
+    command(reject, ids="+")("--reason", type=some_text, help="why; the history keeps it")
+
+    add = command(retry, ids="*")
+    add("--failed", action="store_true", help="all dead letters, of --queue, --type and --since")
+    add("--scheduled", action="store_true",
+        help="run now what failed and waits for its next attempt, of --queue and --type")  # fmt: skip
+    add("--queue", type=cli.utf8)
+    of_type(add)
+    age(add, "--since", "failed at most this long ago")
+
+    add = command(cancel, ids="+")
+    add("--wait", metavar="DURATION", type=cli.duration, default=CANCEL_SECONDS,
+        help=f"for a running task to end (default {CANCEL_SECONDS:g} s)")  # fmt: skip
+
+    add = command(pause, queues="+")
+    add("--for", dest="seconds", metavar="DURATION", type=cli.duration,
+        help="it goes on by itself then (default: until resume)")  # fmt: skip
+    add("--reason", type=some_text, help="shown wherever the pause is")
+    command(resume, queues="+")
+    command(limit, queues="+")(
+        "--slots", metavar="N", type=slots, required=True, help="a number, or none for any number"
     )
 
-    entry = command(cancel)
-    one_or_more_ids(entry)
-    entry.add_argument(
-        "--wait",
-        metavar="SECONDS",
-        type=cli.seconds,
-        default=CANCEL_SECONDS,
-        help=f"for a running task to end (default {CANCEL_SECONDS:g})",
-    )
+    add = command(move, ids="*")
+    add("to", metavar="QUEUE", help="where to", type=cli.utf8)
+    add("--from", dest="source", metavar="QUEUE", type=cli.utf8,
+        help="all that wait there, or where the IDs are")  # fmt: skip
+    of_type(add, "of these, only the tasks of this type")
 
-    for run in (pause, resume):
-        command(run).add_argument("queues", metavar="QUEUE", nargs="+", type=cli.utf8)
-
-    entry = command(move)
-    entry.add_argument("ids", metavar="ID", nargs="*", type=cli.utf8)
-    entry.add_argument("to", metavar="QUEUE", help="where to", type=cli.utf8)
-    entry.add_argument(
-        "--from",
-        dest="source",
-        metavar="QUEUE",
-        help="all that wait there, or where the IDs are",
-        type=cli.utf8,
-    )
-    entry.add_argument(
-        "--type",
-        dest="task_type",
-        metavar="TYPE",
-        help="of these, only the tasks of this type",
-        type=cli.utf8,
-    )
-
-    entry = command(purge)
-    entry.add_argument("queue", metavar="QUEUE", type=cli.utf8)
-    entry.add_argument(
-        "--status",
-        dest="statuses",
-        metavar="STATUS",
-        action="append",
-        type=status,
-        help="(default: all that wait); may be given several times",
-    )
-    entry.add_argument("--type", dest="task_type", metavar="TYPE", type=cli.utf8)
-    entry.add_argument(
-        "--before",
-        metavar="AGE",
-        type=cli.duration,
-        help="enqueued, or finished, at least this long ago",
-    )
-    entry.add_argument("--yes", action="store_true", help="do not ask")
+    add = command(purge)
+    add("queue", metavar="QUEUE", type=cli.utf8)
+    add("--status", dest="statuses", metavar="STATUS", action="append", type=status,
+        help="(default: all that wait); may be given several times")  # fmt: skip
+    of_type(add)
+    age(add, "--before", "enqueued, or finished, at least this long ago")
+    add("--yes", action="store_true", help="do not ask")
 
     for name, says in HANDED_OVER.items():
         commands.add_parser(name, help=says, add_help=False)
 
     args = parser.parse_args(argv)
-    fault = ""
-    if args.run is retry and args.failed == bool(args.ids):
-        fault = "give the IDs to retry, or --failed"
-    elif args.run is retry and args.ids and (args.task_type or args.since is not None):
-        fault = "--type and --since go with --failed"
-    elif args.run is move and not args.ids and not args.source:
-        fault = "give the IDs to move, or --from"
-    elif args.run is move and args.ids and args.task_type:
-        fault = "--type goes with --from and no ID"
-    elif args.run is purge and "in_progress" in (args.statuses or ()):
-        fault = "a running task is not purged: cancel it"
-    elif args.run is stats and args.prometheus and (args.watch or args.as_json):
-        fault = "--prometheus goes with neither --watch nor --json"
+    fault = fault_in(args)
     if fault:
-        parser.exit(
-            EX_USAGE, f"tasks.py {args.command}: {fault}; see tasks.py {args.command} --help\n"
-        )
+        cli.Parser(prog=f"tasks.py {args.command}").error(fault)
     return args
+
+
+def fault_in(args: argparse.Namespace) -> str:
+    """What is wrong with a command line whose words are each right; "" for nothing."""
+    if args.run is retry and bool(args.ids) + args.failed + args.scheduled != 1:
+        return "give the IDs to retry, or --failed, or --scheduled"
+    if args.run is retry and args.since is not None and not args.failed:
+        return "--since goes with --failed"
+    if args.run is retry and args.ids and args.task_type:
+        return "--type goes with --failed or --scheduled"
+    if args.run is list_ and args.look_at_all and args.text is None:
+        return "--all goes with --text"
+    if args.run is move and not args.ids and not args.source:
+        return "give the IDs to move, or --from"
+    if args.run is move and args.ids and args.task_type:
+        return "--type goes with --from and no ID"
+    if args.run is purge and "in_progress" in (args.statuses or ()):
+        return f"a running task is not purged: {cli.command('cancel ID')}"
+    if args.run is stats and args.prometheus and (args.watch or args.as_json):
+        return "--prometheus goes with neither --watch nor --json"
+    return ""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -334,48 +311,8 @@ def stats(watch: bool, interval: float, prometheus: bool, as_json: bool) -> int:
     elif as_json:
         cli.put_json(numbers)
     else:
-        cli.draw(stats_table(numbers))
+        render.draw(render.stats_drawing(numbers))
     return 0
-
-
-def stats_table(numbers: dict):
-    """A line per queue, and below it one per type. It fits into 80 columns."""
-    shown = [
-        name
-        for name in LIVE
-        if name in ("pending", "in_progress") or any(n[name] for n in numbers["queues"].values())
-    ]
-    columns = [
-        "*queue\n  type",
-        *(f">{name.replace('_', chr(10))}" for name in shown),
-        ">oldest\npending",
-        ">completed\n1h/24h",
-        ">failed\n1h/24h",
-        ">waited\np50/p95",
-        ">ran\np50/p95",
-    ]
-    rows, bold = [], set()
-
-    def row(name: str, n: dict) -> list[str]:
-        return [
-            name,
-            *(cli.amount(n[word]) for word in shown),
-            cli.span(n["oldest_pending_seconds"]),
-            *(
-                f"{cli.amount(n[f'{word}_hour'])}/{cli.amount(n[f'{word}_day'])}"
-                for word in ("completed", "failed")
-            ),
-            *(
-                f"{cli.span(n[word]['median'])}/{cli.span(n[word]['p95'])}" if n[word] else "-"
-                for word in ("wait_seconds", "run_seconds")
-            ),
-        ]
-
-    for queue, total in numbers["queues"].items():
-        bold.add(len(rows))
-        rows.append(row(f"{queue} (paused)" if total["paused"] else queue, total))
-        rows += [row(f"  {task_type}", of_type) for task_type, of_type in total["types"].items()]
-    return cli.table(columns, rows, bold)
 
 
 def watch_stats(interval: float, as_json: bool) -> int:
@@ -403,23 +340,23 @@ def watch_stats(interval: float, as_json: bool) -> int:
 
         finished = [minutes[minute] for minute in sorted(minutes)[-SPARK_MINUTES:]]
         lines = [
-            f"finished a minute, last hour  {cli.sparkline(finished)}  {sum(finished):,} in all, "
-            f"{max(finished):,} at most",
-            f"pending, since this began     {cli.sparkline(waiting)}  {waiting[-1]:,} now",
+            f"finished a minute, last hour  {render.sparkline(finished)}  {sum(finished):,} in "
+            f"all, {max(finished):,} at most",
+            f"pending, since this began     {render.sparkline(waiting)}  {waiting[-1]:,} now",
             f"{numbers['at'][:19]} UTC",
         ]
-        return Group(stats_table(numbers), Text("\n".join(lines)))
+        return Group(render.stats_drawing(numbers), Text("\n".join(lines)))
 
     try:
         if as_json or not sys.stdout.isatty():
             while True:
                 numbers, pause = look()
-                cli.put_json(numbers, indent=None) if as_json else cli.draw(drawing(numbers))
+                cli.put_json(numbers, indent=None) if as_json else render.draw(drawing(numbers))
                 sys.stdout.flush()
                 time.sleep(pause)
         from rich.live import Live
 
-        with Live(console=cli.console(), auto_refresh=False) as live:
+        with Live(console=render.console(), auto_refresh=False) as live:
             while True:
                 numbers, pause = look()
                 live.update(drawing(numbers), refresh=True)
@@ -428,7 +365,7 @@ def watch_stats(interval: float, as_json: bool) -> int:
         return 0
 
 
-# --------------------------------------------------------------------------------- list, show, logs
+# --------------------------------------------------------------------------- list, show, logs, wait
 
 
 def list_(
@@ -439,7 +376,8 @@ def list_(
     before: float | None,
     text: str | None,
     look_at_all: bool,
-    limit: int,
+    sort: str | None,
+    limit: int | None,
     as_json: bool,
 ) -> int:
     """List tasks: running ones, then waiting ones in the order of their claims, then finished ones,
@@ -447,44 +385,32 @@ def list_(
     """
     conn, now = cli.open_queue(), time.time()
     cli.check_known(conn, queues or ())
+    on_screen = sys.stdout.isatty() and not as_json
+    limit = limit or (render.rows_on_screen() if on_screen else ROWS)
     scan = Scan(None if text is None or look_at_all else SCAN_SECONDS)
-    like = None if text is None else "%" + re.sub(r"([\\%_])", r"\\\1", text) + "%"
     newest = math.inf if before is None else now - before
     oldest = -math.inf if since is None else now - since
-    rows: list[dict] = []
     with cli.snapshot(conn):
-        for read in find_tasks(
-            conn, queues, statuses or STATUSES, task_type, oldest, newest, like, scan
-        ):
-            if len(rows) == limit:
-                rows.append({})
-                break
-            rows.append(read)
-    more = rows and not rows[-1]
-    rows = rows[:limit]
+        found = find_tasks(
+            conn, queues, statuses or STATUSES, task_type, oldest, newest, text, scan
+        )
+        key = SORTS.get(sort or "")
+        # One more than are shown says whether there are more.
+        rows = heapq.nsmallest(limit + 1, found, key=key) if key else first(limit + 1, found)
+        controls = q.controls(conn)
+    more, rows = len(rows) > limit, rows[:limit]
     if as_json:
         for row in rows:
             row["data"] = cli.payload(row["data"])
         cli.put_json(rows)
-    else:
-        cli.draw(
-            cli.table(
-                ["status", "queue", "*id", "type", ">age", ">tries", "error, or the payload"],
-                [
-                    (
-                        row["status"],
-                        row["queue"],
-                        row["task_id"],
-                        row["task_type"],
-                        cli.span(age_of(row)),
-                        str(row["attempts"]),
-                        cli.short(row["error"] or payload_text(row["data"])),
-                    )
-                    for row in rows
-                ],
-            )
-        )
-        sys.stdout.flush()
+    elif rows:
+        if on_screen and len(rows) > render.rows_on_screen():
+            # What runs would scroll away.
+            rows.sort(key=lambda row: row["status"] == "in_progress")
+        render.draw(render.list_table(rows, controls))
+        if on_screen:
+            remember(conn.state, rows)
+    sys.stdout.flush()
     if not rows and not scan.stopped:
         print("no task is like that", file=sys.stderr)
     if more:
@@ -498,23 +424,8 @@ def list_(
     return 0
 
 
-def age_of(row: dict) -> float | None:
-    return cli.seconds_since(row["completed_at"] or row["enqueued_at"])
-
-
-def payload_text(text: str) -> str:
-    """What the sender sent, without our envelope."""
-    stored = cli.payload(text)
-    inner = (
-        stored.get("data")
-        if isinstance(stored, dict) and {"task_id", "task_type"} <= stored.keys()
-        else None
-    )
-    return (
-        json.dumps(inner if isinstance(inner, dict) else stored, ensure_ascii=False)
-        if isinstance(stored, dict)
-        else text
-    )
+def first(number: int, rows: Iterable[dict]) -> list[dict]:
+    return [row for row, _ in zip(rows, range(number), strict=False)]
 
 
 def show(ids: list[str], queue: str | None, as_json: bool) -> int:
@@ -522,96 +433,36 @@ def show(ids: list[str], queue: str | None, as_json: bool) -> int:
     conn, shown = cli.open_queue(), []
     for ident in ids:
         with cli.snapshot(conn):
-            found = find(conn, ident, queue)
-            lives = (
-                []
-                if found.row_id is None
-                else [cli.as_dict(q.execute(conn, LIVE_ROW, found.queue, id=found.row_id))]
-            )
-            lives += [
-                cli.as_dict(conn.execute(FINISHED_ROW, {"id": row_id}))
-                for row_id in history_ids(conn, found)
-            ]
-        for life in lives:
-            life["data"] = cli.payload(life["data"])
-        shown.append(
-            lives[0] | {"history": lives[1:], "runs": [run._asdict() for run in runs_of(lives[0])]}
-        )
+            shown.append(all_about(conn, find(conn, ident, queue)))
     if as_json:
         cli.put_json(shown[0] if len(shown) == 1 else shown)
         return 0
-    for task in shown:
-        show_task(task)
+    for number, task in enumerate(shown):
+        sys.stdout.write(f"{chr(10) if number else ''}{render.task_text(task)}\n")
+        if task["history"]:
+            sys.stdout.write("\nbefore\n")
+            render.draw(render.history_table(task["history"]))
+        if task["runs"]:
+            sys.stdout.write(f"\noutput files\n{render.output_files(task['runs'])}")
     return 0
 
 
-def show_task(task: dict) -> None:
-    history, runs = task.pop("history"), task.pop("runs")
-    data, output = (
-        task.pop("data"),
-        {"stdout": task.pop("result", None), "stderr": task.pop("log", None)},
-    )
-    fields = [(name, str(value)) for name, value in task.items() if value is not None]
-    lines = [f"{name:<17} {cli.printable(value)}" for name, value in fields]
-    lines += [
-        "",
-        "data",
-        cli.printable_lines(
-            data if isinstance(data, str) else json.dumps(data, ensure_ascii=False, indent=2)
-        ),
-    ]
-    for name, text in output.items():
-        if text:
-            lines += ["", name, cli.printable_lines(text.rstrip("\n"))]
-    sys.stdout.write("\n".join(lines) + "\n")
-    if history:
-        sys.stdout.write("\nbefore\n")
-        cli.draw(
-            cli.table(
-                ["status", "started", "completed", ">attempts", ">exit", "error"],
-                [
-                    (
-                        life["status"],
-                        life["started_at"] or "-",
-                        life["completed_at"],
-                        str(life["attempts"]),
-                        "-" if life["exit_code"] is None else str(life["exit_code"]),
-                        cli.short(life["error"]),
-                    )
-                    for life in history
-                ],
-            )
-        )
-    files = [f"{run['path']}{ending}" for run in runs for ending in (".out", ".err")]
-    if runs:
-        there = "".join(f"{cli.printable(file)}\n" for file in files if os.path.exists(file))
-        sys.stdout.write(f"\noutput files\n{there}")
-
-
-class Run(NamedTuple):
-    """One attempt's output: path with .out and .err added."""
-
-    attempt: int
-    path: str
-    changed: float
-
-
-def runs_of(life: dict) -> list[Run]:
-    """What its attempts left in the logs, oldest first."""
-    pattern, runs = re.compile(rf"({life['id']}-(\d+)-.+)\.(?:out|err)", re.DOTALL), {}
-    try:
-        with os.scandir(cli.logs_directory(q.STATE_DIR, life["queue"])) as entries:
-            for entry in entries:
-                match = pattern.fullmatch(entry.name)
-                if match:
-                    path = entry.path[: -len(".out")]
-                    # Not the time of the last write: a file that served another run before keeps
-                    # that one's while nothing is written.
-                    changed = max(entry.stat().st_ctime, runs[path].changed if path in runs else 0)
-                    runs[path] = Run(int(match[2]), path, changed)
-    except OSError:
-        pass
-    return sorted(runs.values(), key=lambda run: (run.changed, run.attempt))
+def all_about(conn: q.Connection, found: Found) -> dict:
+    """A task as it is now, its lives before, where it came from, what it led to, and its runs."""
+    lives = []
+    if found.row_id is not None:
+        lives.append(cli.as_dict(q.execute(conn, LIVE_ROW, found.queue, id=found.row_id)))
+    for row_id in history_ids(conn, found):
+        lives.append(cli.as_dict(conn.execute(FINISHED_ROW, {"id": row_id})))
+    for life in lives:
+        life["data"] = cli.payload(life["data"])
+    task = lives[0]
+    return task | {
+        "came_from": source_of(conn, task["data"]),
+        "led_to": follow_ups(conn, task),
+        "history": lives[1:],
+        "runs": [run._asdict() for run in queue_logs.runs_of(task)],
+    }
 
 
 def logs(id: str, queue: str | None, follow: bool, as_json: bool) -> int:
@@ -621,153 +472,189 @@ def logs(id: str, queue: str | None, follow: bool, as_json: bool) -> int:
     conn = cli.open_queue()
     found = find(conn, id, queue)
     if follow and not as_json:
-        return follow_logs(conn, found)
+        return queue_logs.follow_logs(conn, found)
     life = newest_life(conn, found)
-    runs = runs_of(life)
+    runs = queue_logs.runs_of(life)
     is_there = bool(runs) and runs[-1].attempt >= life["attempts"]
     if not is_there and not life["attempts"]:
         raise Refused(f"task {found.task_id} has not run yet ({life['status']}); -f waits for it")
     sources = {
-        ending: open_output(runs[-1].path if is_there else None, ending, life) for ending in KEPT
+        ending: queue_logs.open_output(runs[-1].path if is_there else None, ending, life)
+        for ending in queue_logs.KEPT
     }
     if as_json:
-        told = {
-            "queue": found.queue,
-            "task_id": found.task_id,
-            "status": life["status"],
-            "attempt": life["attempts"],
-        }
-        sys.stdout.write(json.dumps(told, indent=2)[:-2])
-        for ending, name in (("out", "stdout"), ("err", "stderr")):
-            sys.stdout.write(f',\n  "{name}": "')
-            decode = codecs.getincrementaldecoder("utf-8")("replace").decode
-            while piece := sources[ending].read(cli.PIECE_BYTES):
-                sys.stdout.write(json.dumps(decode(piece))[1:-1])
-            sys.stdout.write(json.dumps(decode(b"", True))[1:-1] + '"')
-        sys.stdout.write("\n}\n")
+        told = {"queue": found.queue, "task_id": found.task_id}
+        told |= {"status": life["status"], "attempt": life["attempts"]}
+        queue_logs.print_as_json(told, sources)
     else:
-        printers = cli.make_printers()
-        for ending, source in sources.items():
-            cli.copy(source, printers[ending])
+        queue_logs.print_outputs(sources)
     return 0
 
 
-def open_output(path: str | None, ending: str, life: dict) -> BinaryIO:
-    """A run's stderr or stdout, or what the history kept of it."""
+def wait(ids: list[str], queue: str | None, timeout: float | None, as_json: bool) -> int:
+    """Wait until tasks have ended, and print their results. A task that is tried again has not
+    ended.
+    """
+    conn, began = cli.open_queue(), time.monotonic()
     try:
-        if path is not None and os.path.getsize(f"{path}.{ending}"):
-            return open(f"{path}.{ending}", "rb")
-    except OSError:
-        pass
-    return io.BytesIO((life.get(KEPT[ending]) or "").encode())
-
-
-def follow_logs(conn: q.Connection, found: Found) -> int:
-    """Print what is there, then what comes, attempt after attempt, until the task is finished."""
-    files: dict[str, BinaryIO] = {}
-    printers, waited = cli.make_printers(), False
+        tasks = [find(conn, ident, queue) for ident in ids]
+    except Refused as error:
+        return cli.complain(EX_USAGE, "tasks.py wait", error)
+    # Set by the watch on the database whenever there is reason to look.
+    changed = threading.Event()
+    q.Watch.of(conn.state).listeners.add(changed)
     while True:
-        # Looked at before the files are: what is written until then is read.
-        life = newest_life(conn, found)
-        runs = runs_of(life)
-        for ending in KEPT if runs else ():
-            follow_file(files, ending, f"{runs[-1].path}.{ending}", printers[ending])
-        if life["completed_at"] is not None:
-            for ending in () if files else KEPT:
-                cli.copy(open_output(None, ending, life), printers[ending])
-            return 0
-        if not runs and not waited:
-            waited = True
-            task_id = cli.printable(found.task_id)
-            print(
-                f"task {task_id} has not run yet ({life['status']}); waiting for it",
-                file=sys.stderr,
-            )
-        time.sleep(5 * POLL_SECONDS)
+        changed.clear()
+        conn = cli.open_queue()
+        with cli.snapshot(conn):
+            lives = [newest_of(conn, found) for found in tasks]
+        waiting = [life["task_id"] for life in lives if life["completed_at"] is None]
+        left = math.inf if timeout is None else timeout - (time.monotonic() - began)
+        if not waiting or left <= 0:
+            break
+        changed.wait(min(left, threading.TIMEOUT_MAX))
+    results = [result_of(life) for life in lives]
+    if as_json:
+        cli.put_json(results[0] if len(results) == 1 else results)
+    else:
+        for life in lives:
+            if life["completed_at"] is not None:
+                why = f": {life['error']}" if life["error"] else ""
+                print(cli.printable(f"{life['task_id']} {life['status']}{why}"))
+                print(cli.printable_lines(life["result"] or ""), end="")
+    sys.stdout.flush()
+    if waiting:
+        total = cli.plural(len(lives), "task")
+        names = f"{', '.join(waiting[:10])}{', …' if len(waiting) > 10 else ''}"
+        error = f"{len(waiting)} of {total} had not ended after {cli.span(timeout)}: {names}"
+        return cli.complain(EX_TEMPFAIL, "tasks.py wait", error)
+    return 0 if all(life["status"] == "completed" for life in lives) else EX_FAILED
 
 
-def follow_file(files: dict[str, BinaryIO], ending: str, path: str, printer: cli.Printer) -> None:
-    """Print what is new in the file that is open, then go on to the next attempt's file."""
-    if ending in files:
-        cli.copy(files[ending], printer)
+def result_of(life: dict) -> dict:
+    names = ("queue", "task_id", "task_type", "status", "attempts", "exit_code", "error", "result")
+    return {name: life.get(name) for name in names} | {"summary": cli.summary(life.get("result"))}
+
+
+# --------------------------------------------------- approve, reject, retry, cancel, pause and slots
+
+
+def tell(
+    command: str, done: str, outcomes: list[dict], as_json: bool, total: str | None = None
+) -> int:
+    """Print what was done, and name the tasks that were left as they are; the exit code.
+
+    Each outcome has queue and task_id, under `done` whether it was, and if not, why. A total is said
+    in place of a line for each task.
+    """
+    number = sum(outcome[done] for outcome in outcomes)
+    lines = [f"{done} {outcome['task_id']}" for outcome in outcomes if outcome[done]]
+    lines = lines if total is None else [f"{done} {cli.plural(number, 'task')}{total}"]
+    if as_json or lines:
+        value = outcomes if done == "cancelled" else {done: number, "tasks": outcomes}
+        cli.report(as_json, value, "\n".join(lines))
+    for outcome in outcomes:
+        if not outcome[done]:
+            error = f"task {outcome['task_id']} of {outcome['queue']} was not {done}"
+            cli.complain(EX_FAILED, f"tasks.py {command}", f"{error}: {outcome['why']}")
+    return 0 if number == len(outcomes) else EX_FAILED
+
+
+def change_each(conn: q.Connection, done: str, items: Iterable, change: Callable) -> list[dict]:
+    """The outcome of change(found), None or why not, for each task; who sleeps is woken."""
+    outcomes = []
+
+    def outcome(found: Found) -> dict:
+        why = change(found)
+        said = {} if why is None else {"why": why}
+        return {"queue": found.queue, "task_id": found.task_id, done: why is None, **said}
+
     try:
-        there = os.stat(path)
-        if ending not in files or os.fstat(files[ending].fileno()).st_ino != there.st_ino:
-            files[ending] = open(path, "rb")  # noqa: SIM115
-            cli.copy(files[ending], printer)
-    except FileNotFoundError:
-        # It was empty when the run ended, and was removed.
-        pass
+        outcomes.extend(cli.in_steps(conn, items, outcome))
+    finally:
+        q.wake(conn.state)
+    return outcomes
 
 
-# ------------------------------------------------------------------ retry, cancel, pause and resume
+def why_not_held(conn: q.Connection, found: Found) -> str:
+    row = found.row_id and q.execute(conn, STATUS, found.queue, id=found.row_id).fetchone()
+    return f"it is {row[0]}, not held" if row else "it has ended already"
+
+
+def approve(ids: list[str], queue: str | None, as_json: bool) -> int:
+    """Let held tasks run."""
+    conn = cli.open_queue()
+
+    def let_run(found: Found) -> str | None:
+        if found.row_id and q.execute(conn, APPROVE, found.queue, id=found.row_id).rowcount == 1:
+            return None
+        return why_not_held(conn, found)
+
+    wanted = [find(conn, ident, queue) for ident in ids]
+    return tell("approve", "approved", change_each(conn, "approved", wanted, let_run), as_json)
+
+
+def reject(ids: list[str], queue: str | None, reason: str | None, as_json: bool) -> int:
+    """End held tasks as cancelled. The history keeps the reason."""
+    conn, error = cli.open_queue(), f"rejected{f': {cli.short(reason, 500)}' if reason else ''}"
+
+    def end(found: Found) -> str | None:
+        row = found.row_id and q.execute(conn, HELD_TASK, found.queue, id=found.row_id).fetchone()
+        if row and q.finish(conn, q.Task.from_row(found.queue, row), "cancelled", error=error):
+            return None
+        return why_not_held(conn, found)
+
+    wanted = [find(conn, ident, queue) for ident in ids]
+    return tell("reject", "rejected", change_each(conn, "rejected", wanted, end), as_json)
 
 
 def retry(
     ids: list[str],
     failed: bool,
+    scheduled: bool,
     queue: str | None,
     task_type: str | None,
     since: float | None,
     as_json: bool,
 ) -> int:
     """Put finished tasks back into their queue, attempts at zero; a scheduled one becomes ready
-    now.
+    now. Neither expires any more.
     """
     conn = cli.open_queue()
     if queue is not None:
         cli.check_known(conn, [queue])
+    ended: dict[Found, int] = {}
+    which = {"queue": queue, "task_type": task_type}
     if failed:
-        which = {
-            "queue": queue,
-            "task_type": task_type,
-            "since": q.utc(time.time() - since) if since is not None else "",
-        }
+        oldest = "" if since is None else q.utc(time.time() - since)
+        for history_id, name, task_id in conn.execute(FAILED, {**which, "since": oldest}):
+            ended[Found(name, task_id, None)] = history_id
+        wanted = list(ended)
+    elif scheduled:
         wanted = [
-            (history_id, Found(name, task_id, None))
-            for history_id, name, task_id in conn.execute(FAILED, which)
+            Found(name, task_id, row_id)
+            for name in ([queue] if queue else cli.queues_of(conn))
+            for row_id, task_id in q.execute(conn, RETRYING, name, task_type=task_type).fetchall()
         ]
     else:
-        wanted = [(None, find(conn, ident, queue)) for ident in ids]
+        wanted = [find(conn, ident, queue) for ident in ids]
 
-    def put_back(item: tuple[int | None, Found]) -> dict:
-        history_id, found = item
-        outcome = {"queue": found.queue, "task_id": found.task_id, "retried": True}
-        row_id = live_id(conn, found.queue, found.task_id) if history_id is None else None
-        if row_id is not None:
-            if q.execute(conn, START_NOW, found.queue, id=row_id).rowcount == 1:
-                return outcome
-            return outcome | {"retried": False, "why": "it is waiting or running already"}
-        if history_id is None:
-            history_id = next(iter(history_ids(conn, found)), None)
-        if history_id is not None and q.redrive(conn, found.queue, history_id):
-            return outcome
-        return outcome | {
-            "retried": False,
-            "why": "a task of this id is waiting or running, or it was retried already",
-        }
+    def put_back(found: Found) -> str | None:
+        row_id = live_id(conn, found.queue, found.task_id)
+        history_id = ended.get(found) or next(iter(history_ids(conn, found)), None)
+        if row_id is None and history_id and q.redrive(conn, found.queue, history_id):
+            return None
+        if row_id is None:
+            return "it was retried already, purged or pruned"
+        if found not in ended and q.execute(conn, START_NOW, found.queue, id=row_id).rowcount == 1:
+            return None
+        (word,) = q.execute(conn, STATUS, found.queue, id=row_id).fetchone()
+        if word == "held":
+            return f"it is held for a person: {cli.command('approve')} {found.task_id}"
+        return f"a task of this id is waiting or running already ({word})"
 
-    outcomes = []
-    try:
-        outcomes.extend(cli.in_steps(conn, wanted, put_back))
-    finally:
-        q.wake(conn.state)
-    done = sum(outcome["retried"] for outcome in outcomes)
-    lines = (
-        [f"retried {cli.plural(done, 'task')}"]
-        if failed
-        else [f"retried {o['task_id']}" for o in outcomes if o["retried"]]
-    )
-    cli.report(as_json, {"retried": done, "tasks": outcomes}, "\n".join(lines))
-    for outcome in outcomes:
-        if not outcome["retried"]:
-            cli.complain(
-                EX_FAILED,
-                "tasks.py retry",
-                f"task {outcome['task_id']} of {outcome['queue']} was not retried: "
-                f"{outcome['why']}",
-            )
-    return 0 if done == len(outcomes) else EX_FAILED
+    outcomes = change_each(conn, "retried", wanted, put_back)
+    return tell("retry", "retried", outcomes, as_json, None if ids else "")
 
 
 def cancel(ids: list[str], queue: str | None, wait: float, as_json: bool) -> int:
@@ -775,25 +662,12 @@ def cancel(ids: list[str], queue: str | None, wait: float, as_json: bool) -> int
     keeps them as cancelled.
     """
     conn = cli.open_queue()
-    found = [find(conn, ident, queue) for ident in ids]
     outcomes = []
-    for task in found:
+    for task in [find(conn, ident, queue) for ident in ids]:
         why = cancel_task(conn, task, time.monotonic() + wait)
-        outcomes.append(
-            {"queue": task.queue, "task_id": task.task_id, "cancelled": why is None, "why": why}
-        )
-        if why is not None:
-            cli.complain(
-                EX_FAILED,
-                "tasks.py cancel",
-                f"task {task.task_id} of {task.queue} was not cancelled: {why}",
-            )
-    text = "\n".join(
-        f"cancelled {outcome['task_id']}" for outcome in outcomes if outcome["cancelled"]
-    )
-    if as_json or text:
-        cli.report(as_json, outcomes, text)
-    return 0 if all(outcome["cancelled"] for outcome in outcomes) else EX_FAILED
+        told = {"queue": task.queue, "task_id": task.task_id}
+        outcomes.append({**told, "cancelled": why is None, "why": why})
+    return tell("cancel", "cancelled", outcomes, as_json)
 
 
 def cancel_task(conn: q.Connection, found: Found, deadline: float) -> str | None:
@@ -853,31 +727,61 @@ def cancel_task(conn: q.Connection, found: Found, deadline: float) -> str | None
         time.sleep(POLL_SECONDS)
 
 
-def pause(queues: list[str], as_json: bool) -> int:
-    """Hold back claims of a queue, until resume. Running tasks go on, enqueuing works; a restart
-    changes nothing.
+def pause(queues: list[str], seconds: float | None, reason: str | None, as_json: bool) -> int:
+    """Hold back claims of a queue, until resume or for a time. Running tasks go on, enqueuing works;
+    a restart changes nothing.
     """
-    return set_paused(queues, PAUSE, "paused", as_json)
+    until = None if seconds is None else time.time() + seconds
+    why = None if reason is None else cli.short(reason, 500)
+    conn, changed = change_queues(
+        queues, lambda conn, queue: q.pause(conn, queue, until, why, by="person")
+    )
+    controls, told, lines = q.controls(conn), [], []
+    for queue in queues:
+        holds = controls.get(queue)
+        said = {
+            "until": holds and holds.until and q.utc(holds.until),
+            "reason": holds and holds.reason,
+        }
+        said = {name: value for name, value in said.items() if value}
+        told.append({"queue": queue, "paused": True, "changed": changed[queue], **said})
+        words = cli.pause_in_words(holds) if holds else "paused"
+        line = (
+            f"{queue} is {words}" if changed[queue] else f"{queue} was paused already, {words[7:]}"
+        )
+        if seconds is not None and not changed[queue]:
+            line += f"; to shorten that: {cli.command('resume')} {queue}, then pause it again"
+        lines.append(line)
+    cli.report(as_json, told, "\n".join(lines))
+    return 0
 
 
 def resume(queues: list[str], as_json: bool) -> int:
     """Let a paused queue's tasks be claimed again."""
-    return set_paused(queues, RESUME, "resumed", as_json)
+    _, changed = change_queues(queues, q.resume)
+    told = [{"queue": name, "paused": False, "changed": changed[name]} for name in queues]
+    lines = [f"resumed {name}" if changed[name] else f"{name} was not paused" for name in queues]
+    cli.report(as_json, told, "\n".join(lines))
+    return 0
 
 
-def set_paused(queues: list[str], statement: str, word: str, as_json: bool) -> int:
+def limit(queues: list[str], slots: int | None, as_json: bool) -> int:
+    """Let at most N tasks of a queue run at a time, whichever workers and consumers serve it."""
+    change_queues(queues, lambda conn, queue: q.limit(conn, queue, slots))
+    number = "any number" if slots is None else f"at most {slots}"
+    lines = [f"{queue}: {number} of its tasks at a time" for queue in queues]
+    cli.report(as_json, [{"queue": queue, "slots": slots} for queue in queues], "\n".join(lines))
+    return 0
+
+
+def change_queues(queues: list[str], change: Callable) -> tuple[q.Connection, dict]:
+    """What change(conn, queue) returned for each queue, in one transaction; who sleeps is woken."""
     conn = cli.open_queue()
     cli.check_known(conn, queues)
     with q.transaction(conn):
-        told = [{"queue": queue, "now": time.time()} for queue in queues]
-        changed = {one["queue"]: conn.execute(statement, one).rowcount == 1 for one in told}
+        changed = {queue: change(conn, queue) for queue in queues}
     q.wake(conn.state)
-    already = {"paused": "was paused already", "resumed": "was not paused"}[word]
-    is_paused = word == "paused"
-    told = [{"queue": name, "paused": is_paused, "changed": changed[name]} for name in queues]
-    lines = [f"{word} {name}" if changed[name] else f"{name} {already}" for name in queues]
-    cli.report(as_json, told, "\n".join(lines))
-    return 0
+    return conn, changed
 
 
 # ----------------------------------------------------------------------------------- move and purge
@@ -904,20 +808,7 @@ def move(ids: list[str], to: str, source: str | None, task_type: str | None, as_
         outcomes.extend(cli.in_steps(conn, wanted, lambda found: move_task(conn, found, to)))
     finally:
         q.wake(conn.state)
-    moved = [outcome for outcome in outcomes if outcome["moved"]]
-    cli.report(
-        as_json,
-        {"moved": len(moved), "tasks": outcomes},
-        f"moved {cli.plural(len(moved), 'task')} to {to}",
-    )
-    for outcome in outcomes:
-        if not outcome["moved"]:
-            cli.complain(
-                EX_FAILED,
-                "tasks.py move",
-                f"task {outcome['task_id']} of {outcome['queue']} was not moved: {outcome['why']}",
-            )
-    return 0 if len(moved) == len(outcomes) else EX_FAILED
+    return tell("move", "moved", outcomes, as_json, f" to {to}")
 
 
 def move_task(conn: q.Connection, found: Found, to: str) -> dict:

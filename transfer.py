@@ -29,7 +29,7 @@ import sqlite3
 import stat
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from datetime import datetime
 from itertools import islice
@@ -38,7 +38,7 @@ from typing import BinaryIO, NamedTuple
 
 import queue_cli as cli
 import queue_helpers as q
-from queue_cli import EX_DATAERR, EX_FAILED, EX_USAGE, Refused, sh
+from queue_cli import EX_DATAERR, EX_FAILED, Refused, sh
 
 # An import reads and checks so many lines before it stores them.
 LINES_AT_A_TIME = 500
@@ -135,15 +135,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         metavar="COMMAND", required=True, dest="command", parser_class=cli.Parser
     )
 
-    def command(run: Callable[..., int]) -> cli.Parser:
-        says = " ".join((run.__doc__ or "").split())
-        name = run.__name__.rstrip("_")
-        entry = commands.add_parser(name, help=says.split(". ")[0].rstrip("."), description=says)
-        entry.add_argument("--json", dest="as_json", action="store_true", help="for scripts")
-        entry.set_defaults(run=run)
-        return entry
-
-    entry = command(export)
+    entry = cli.add_command(commands, export)
     entry.add_argument("file", metavar="FILE", nargs="?", default="-", help="(default: stdout)")
     entry.add_argument(
         "--queue",
@@ -155,7 +147,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     entry.add_argument("--history", action="store_true", help="finished tasks, too")
 
-    entry = command(import_)
+    entry = cli.add_command(commands, import_)
     entry.add_argument("file", metavar="FILE", nargs="?", help="of export; - for stdin")
     entry.add_argument(
         "--legacy",
@@ -171,15 +163,14 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         help="of legacy tasks that name none",
     )
 
-    command(backup).add_argument("file", metavar="FILE", type=Path)
-    command(restore).add_argument("file", metavar="FILE", type=Path, help="of backup")
+    cli.add_command(commands, backup).add_argument("file", metavar="FILE", type=Path)
+    cli.add_command(commands, restore).add_argument(
+        "file", metavar="FILE", type=Path, help="of backup"
+    )
 
     args = parser.parse_args(argv)
     if args.run is import_ and (args.file is None) == (args.legacy is None):
-        parser.exit(
-            EX_USAGE,
-            "transfer.py import: give FILE, or --legacy DIR; see transfer.py import --help\n",
-        )
+        cli.Parser(prog="transfer.py import").error("give FILE, or --legacy DIR")
     return args
 
 
@@ -410,7 +401,7 @@ def restore(file: Path, as_json: bool) -> int:
         raise Refused(f"{file} is the database itself: give a backup of it")
     q.make_private(state, parents=True)
     kept = unused_name(state)
-    with cli.ending_by_signal(), prepared(file, state) as backed_up:
+    with cli.ending_by_signal(), prepared(file, state, page_size_of(state)) as backed_up:
         try:
             was_there = cli.database_file(state).exists()
             loss = put_in_place(backed_up, q.connect(state), kept if was_there else None)
@@ -435,7 +426,7 @@ def sentences(file: Path, kept: Path | None, loss: Loss) -> Iterator[str]:
     yield f"restored {file}"
     if kept is None:
         return
-    yield f"the state before is kept in {kept}; to go back: tasks.py restore {sh(kept)}"
+    yield f"the state before is kept in {kept}; to go back: {cli.command('restore')} {sh(kept)}"
     if loss.waiting is None:
         yield "that was damaged: which of its tasks are not in the backup could not be read"
     else:
@@ -445,16 +436,29 @@ def sentences(file: Path, kept: Path | None, loss: Loss) -> Iterator[str]:
         )
 
 
+def page_size_of(state: Path) -> int | None:
+    """Of the live database; None where there is none that can be read."""
+    try:
+        with closing(cli.open_to_read(state / "tasks.db")) as conn:
+            # It is read with the first page, and not before.
+            conn.execute("select 1 from sqlite_master").fetchone()
+            return conn.execute("pragma page_size").fetchone()[0]
+    except sqlite3.Error:
+        return None
+
+
 @contextmanager
-def prepared(file: Path, state: Path) -> Iterator[q.Connection]:
-    """The backup as a database of its own within the state, checked and of the present schema;
-    removed at the end.
+def prepared(file: Path, state: Path, page_size: int | None) -> Iterator[q.Connection]:
+    """The backup as a database of its own within the state, checked, of the present schema, with
+    pages of that size; removed at the end.
     """
     directory = state / f".restore-{os.urandom(4).hex()}"
     conn = None
     try:
         q.make_private(directory)
         copy_of_backup(file, directory / "tasks.db")
+        if page_size is not None:
+            bring_to_page_size(directory / "tasks.db", page_size, file)
         try:
             conn = q.connect(directory)
         except q.QueueUnavailable as error:
@@ -493,6 +497,23 @@ def copy_of_backup(file: Path, target: Path) -> None:
         raise Refused(f"{file} is not a task queue's database: it is empty")
 
 
+def bring_to_page_size(copy: Path, page_size: int, file: Path) -> None:
+    """Have a copy of a backup written anew with pages of another size, which SQLite's backup needs.
+
+    auto_vacuum stays as it is. Raises Refused.
+    """
+    try:
+        with closing(sqlite3.connect(copy, isolation_level=None)) as conn:
+            if conn.execute("pragma page_size").fetchone()[0] != page_size:
+                conn.execute("pragma journal_mode = delete")
+                conn.execute(f"pragma page_size = {page_size}")
+                conn.execute("vacuum")
+    except sqlite3.Error as error:
+        raise Refused(
+            f"{file} was not restored: {error}; see: df -h {sh(copy.parent.parent)}"
+        ) from None
+
+
 def put_in_place(backed_up: q.Connection, present: q.Connection, kept: Path | None) -> Loss:
     """Copy the prepared backup into the live database, in one transaction that all processes see at
     once.
@@ -520,14 +541,6 @@ def put_in_place(backed_up: q.Connection, present: q.Connection, kept: Path | No
             # SQLite sees that its source has changed, and copies it from its first page on.
             fit_in(backed_up, present)
 
-    sizes = [conn.execute("pragma page_size").fetchone()[0] for conn in (backed_up, present)]
-    if sizes[0] != sizes[1]:
-        raise Refused(
-            f"the backup has pages of {sizes[0]} bytes, the database of {sizes[1]}: bring a copy "
-            "of the backup "
-            "to the same size: sqlite3 COPY 'pragma journal_mode = delete; pragma page_size = "
-            f"{sizes[1]}; vacuum'"
-        )
     with closing(
         sqlite3.connect(cli.database_file(present.state), isolation_level=None, timeout=1.0)
     ) as live:

@@ -1,0 +1,362 @@
+"""What tasks.py draws for people: tables of counts and of tasks, and all about one task.
+
+rich is loaded when something is drawn: with --json nobody needs it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import sys
+from collections.abc import Callable, Iterable, Sequence
+
+import queue_cli as cli
+from queue_cli import LIVE
+from queue_outcome import Control
+
+COLOURS = {
+    "failed": "red",
+    "in_progress": "cyan",
+    "completed": "green",
+    "cancelled": "yellow",
+    "expired": "yellow",
+    "scheduled": "blue",
+    "held": "magenta",
+}
+SPARKS = "▁▂▃▄▅▆▇█"
+# A screen's lines that are no rows of a list: its head, what is said below it, and the prompt.
+OTHER_LINES = 5
+# What a list leaves of each at least, before its ids, types and queues are shortened further.
+LEAST_NOTE, LEAST_NAME = 24, 6
+TIMES = ("enqueued_at", "due_at", "expires_at", "started_at", "completed_at")
+
+# A cell is a text, or a text and its style.
+Cell = str | tuple[str, str]
+
+
+def table(columns: Sequence[str], rows: Iterable[Sequence[Cell]], bold: Iterable[int] = ()):
+    """A rich table. Columns that begin with > are right-aligned; in a terminal the last is cut to
+    what space there is, and one that begins with * is folded where even that is not enough.
+    """
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    on_terminal = sys.stdout.isatty()
+    cells = [[_styled(cell) for cell in row] for row in rows]
+    widths = widths_of(columns, [[text for text, _ in row] for row in cells])
+    drawn = Table(
+        box=box.SIMPLE_HEAD if on_terminal else None,
+        show_edge=False,
+        pad_edge=False,
+        padding=0 if on_terminal else (0, 2, 0, 0),
+    )
+    left = console().width
+    for number, name in enumerate(columns):
+        drawn.add_column(
+            name.lstrip(">*"),
+            justify="right" if name.startswith(">") else "left",
+            no_wrap=not name.startswith("*"),
+            overflow="fold" if name.startswith("*") else "ellipsis",
+            max_width=max(8, left) if on_terminal and number == len(columns) - 1 else None,
+            min_width=min(widths[number], 12) if name.startswith("*") else None,
+        )
+        left -= widths[number] + 1
+    for number, row in enumerate(cells):
+        drawn.add_row(
+            *(Text(text, style=style) for text, style in row),
+            style="bold" if number in bold else "",
+        )
+    return drawn
+
+
+def _styled(cell: Cell) -> tuple[str, str]:
+    text, style = (cell, COLOURS.get(cell, "")) if isinstance(cell, str) else cell
+    return cli.printable(text), style
+
+
+def widths_of(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[int]:
+    """How many cells of a screen each column takes."""
+    from rich.cells import cell_len
+
+    heads = [max(map(cell_len, name.lstrip(">*").split("\n"))) for name in columns]
+    return [
+        max([head, *(cell_len(row[number]) for row in rows)]) for number, head in enumerate(heads)
+    ]
+
+
+def middle(text: str, longest: int) -> str:
+    """A text without its middle, which is where ids that begin alike differ least."""
+    from rich.cells import cell_len
+
+    text = cli.printable(text)
+    if cell_len(text) <= longest:
+        return text
+    head, tail = (longest - 1) // 3, longest - 1 - (longest - 1) // 3
+    while True:
+        short = f"{text[:head]}…{text[len(text) - tail :]}"
+        if cell_len(short) <= longest or not tail:
+            return short
+        head, tail = (head - 1, tail) if head else (head, tail - 1)
+
+
+def console():
+    from rich.console import Console
+
+    # Into a pipe nothing is cut off or wrapped.
+    return Console(
+        markup=False, highlight=False, emoji=False, width=None if sys.stdout.isatty() else 100_000
+    )
+
+
+def draw(*drawings: object) -> None:
+    """Print; the text is made first and written by us, since rich has its own ideas of a closed
+    pipe.
+    """
+    screen = console()
+    with screen.capture() as captured:
+        for drawing in drawings:
+            screen.print(drawing)
+    text = captured.get()
+    if not sys.stdout.isatty():
+        text = re.sub(r" +$", "", text, flags=re.MULTILINE)
+    sys.stdout.write(text if text.endswith("\n") else f"{text}\n")
+
+
+def amount(number: int) -> str:
+    return (
+        f"{number:,}"
+        if number < 10_000
+        else f"{number / 1000:,.0f}k"
+        if number < 9_999_500
+        else f"{number / 1e6:,.0f}M"
+    )
+
+
+def sparkline(values: Sequence[int]) -> str:
+    top = max(max(values, default=0), 1)
+    # Rounded up, so that one is not shown as none.
+    return "".join(SPARKS[-(-value * (len(SPARKS) - 1) // top)] for value in values)
+
+
+# -------------------------------------------------------------------------------------------- stats
+
+
+def stats_drawing(numbers: dict):
+    """A line per queue, below it one per type, and what holds queues back or serves them.
+
+    It has as many columns as fit: no number is cut.
+    """
+    from rich.console import Group
+    from rich.text import Text
+
+    rows = [(name, total, True) for name, total in _named(numbers["queues"])]
+    for at in range(len(rows) - 1, -1, -1):
+        types = rows[at][1]["types"]
+        rows[at + 1 : at + 1] = [(f"  {name}", of_type, False) for name, of_type in types.items()]
+    bold = {at for at, row in enumerate(rows) if row[2]}
+    room = console().width
+    for columns in _stats_columns(numbers):
+        heads = ["queue\n  type", *(head for head, _ in columns)]
+        cells = [[name, *(cell(n) for _, cell in columns)] for name, n, _ in rows]
+        widths = widths_of(heads, [[_styled(cell)[0] for cell in row] for row in cells])
+        spare = room - sum(widths[1:]) - len(columns)
+        if spare >= min(widths[0], 14):
+            break
+    cells = [[middle(str(row[0]), max(spare, LEAST_NAME)), *row[1:]] for row in cells]
+    return Group(table(heads, cells, bold), Text("\n".join(_stats_lines(numbers))))
+
+
+def _named(queues: dict) -> list[tuple[str, dict]]:
+    return [(f"{name} (paused)" if n["paused"] else name, n) for name, n in queues.items()]
+
+
+def _stats_columns(numbers: dict) -> Iterable[list[tuple[str, Callable[[dict], Cell]]]]:
+    """The columns of the table, each time fewer: (head, what makes a cell)."""
+    queues = numbers["queues"].values()
+
+    def live(name: str) -> tuple[str, Callable[[dict], Cell]]:
+        return f">{name.replace('_', chr(10))}", lambda n: amount(n[name])
+
+    def ended(name: str) -> tuple[str, Callable[[dict], Cell]]:
+        def cell(n: dict) -> Cell:
+            text = f"{amount(n[f'{name}_hour'])}/{amount(n[f'{name}_day'])}"
+            return text, COLOURS["failed"] if name == "failed" and n["failed_day"] else ""
+
+        return f">{name}\n1h/24h", cell
+
+    def took(name: str, label: str, whole: bool) -> tuple[str, Callable[[dict], Cell]]:
+        def cell(n: dict) -> Cell:
+            if not n[name]:
+                return "-"
+            median = cli.span(n[name]["median"])
+            return f"{median}/{cli.span(n[name]['p95'])}" if whole else median
+
+        return f">{label}\n{'p50/p95' if whole else 'median'}", cell
+
+    first = [live(name) for name in ("pending", "in_progress")]
+    more = [
+        live(name)
+        for name in LIVE
+        if name not in ("pending", "in_progress") and any(n[name] for n in queues)
+    ]
+    oldest = (">oldest\npending", lambda n: cli.span(n["oldest_pending_seconds"]))
+    finished = [ended("completed"), ended("failed")]
+    finished += [ended("expired")] if any(n["expired_day"] for n in queues) else []
+    for whole in (True, False):
+        times = [took("wait_seconds", "waited", whole), took("run_seconds", "ran", whole)]
+        yield [*first, *more, oldest, *finished, *times]
+    yield [*first, *more, oldest, *finished]
+    yield [*first, *more, *finished]
+    yield [*first, *finished[:2]]
+
+
+def _stats_lines(numbers: dict) -> Iterable[str]:
+    for name, n in numbers["queues"].items():
+        if n["paused"]:
+            told = Control(True, n["paused_until"], n["pause_reason"], n["paused_by"], n["slots"])
+            yield f"{name} is {cli.pause_in_words(told)}; see: {cli.command('resume')} {name}"
+        if n["slots"]:
+            yield f"{name} has {cli.plural(n['slots'], 'slot')}: so many of its tasks run at a time"
+    serving = numbers["serving"]
+    yield f"workers serve: {', '.join(serving)}" if serving else "no worker runs now"
+    if not any(n[name] for n in numbers["queues"].values() for name in LIVE):
+        yield "no task waits or runs"
+
+
+# --------------------------------------------------------------------------------------------- list
+
+
+def rows_on_screen() -> int:
+    """How many rows of a list a person sees at once."""
+    return max(shutil.get_terminal_size().lines - OTHER_LINES, 5)
+
+
+def list_table(rows: list[dict], controls: dict[str, Control]):
+    """A line per task. A terminal gets row numbers, and ids without their middle."""
+    notes = [cli.short(note_of(row, controls)) for row in rows]
+    ages = [cli.span(cli.seconds_since(row["completed_at"] or row["enqueued_at"])) for row in rows]
+    if not sys.stdout.isatty():
+        return table(
+            ["status", "queue", "*id", "type", ">age", ">tries", "what came of it, or the payload"],
+            [
+                (row["status"], row["queue"], row["task_id"], row["task_type"], age,
+                 str(row["attempts"]), note)
+                for row, age, note in zip(rows, ages, notes, strict=True)
+            ],
+        )  # fmt: skip
+    notes = [
+        f"try {row['attempts']}: {note}" if row["attempts"] > 1 else note
+        for row, note in zip(rows, notes, strict=True)
+    ]
+    names = [[row["queue"], row["task_id"], row["task_type"]] for row in rows]
+    numbers = [str(number) for number in range(1, len(rows) + 1)]
+    fixed = [
+        [number, row["status"], age] for number, row, age in zip(numbers, rows, ages, strict=True)
+    ]
+    taken = sum(widths_of(["#", "status", "age"], fixed)) + 6
+    left = console().width - taken
+    natural = widths_of(["queue", "id", "type"], names)
+    room = fitting(natural, left - min(LEAST_NOTE, *widths_of(["note"], [[n] for n in notes])))
+    return table(
+        [">#", "status", "queue", "id", "type", ">age", "what came of it, or the payload"],
+        [
+            (number, status, *(middle(*of) for of in zip(name, room, strict=True)), age, note)
+            for (number, status, age), name, note in zip(fixed, names, notes, strict=True)
+        ],
+    )
+
+
+def fitting(widths: list[int], room: int) -> list[int]:
+    """The widths of columns, the widest made narrower until all of them fit into the room."""
+    widths = list(widths)
+    while sum(widths) > room and max(widths) > LEAST_NAME:
+        widths[widths.index(max(widths))] -= 1
+    return widths
+
+
+def note_of(row: dict, controls: dict[str, Control]) -> str:
+    """What a person wants to know of a task, in a line."""
+    status, payload = row["status"], cli.payload_text(row["data"])
+    if row.get("hit"):
+        return row["hit"]
+    if status == "completed":
+        return cli.summary(row["result"]) or payload
+    if status == "scheduled":
+        why = f", after: {row['error']}" if row["error"] else f": {payload}"
+        return f"{cli.ago(row['due_at'])}{why}"
+    control = controls.get(row["queue"])
+    if status == "pending" and control and control.paused:
+        return cli.pause_in_words(control)
+    return row["error"] or payload
+
+
+# --------------------------------------------------------------------------------------------- show
+
+
+def task_text(task: dict) -> str:
+    """Everything about a task, as tasks.py show has put it together."""
+    lines = [f"{name:<17} {cli.printable(value)}" for name, value in fields_of(task)]
+    data = task["data"]
+    lines += ["", "data", cli.printable_lines(data if isinstance(data, str) else indented(data))]
+    for name, column in (("stdout", "result"), ("stderr", "log")):
+        text = (task.get(column) or "").rstrip("\n")
+        if text:
+            value = cli.payload(text) if text.lstrip().startswith(("{", "[")) else text
+            shown = text if isinstance(value, str) else indented(value)
+            lines += ["", name, cli.printable_lines(shown)]
+    return "\n".join(lines)
+
+
+def indented(value: object) -> str:
+    return json.dumps(value, ensure_ascii=False, indent=2)
+
+
+# Of a task's fields, those that a person reads elsewhere or not at all.
+NOT_FIELDS = {"data", "result", "log", "history", "runs", "came_from", "led_to", "cancel_requested"}
+
+
+def fields_of(task: dict) -> Iterable[tuple[str, str]]:
+    """(name, value) of a task, its times as a clock has them, and how long it took."""
+    for name, value in task.items():
+        if name in NOT_FIELDS or value is None:
+            continue
+        if name in TIMES:
+            value = f"{cli.clock(value, whole=True)}, {cli.ago(value)}"
+        yield name, str(value)
+        if name == "status" and value == "held":
+            yield "", f"until {cli.command('approve')} or {cli.command('reject')}"
+    enqueued, started, ended = (
+        cli.seconds_of(task[name]) for name in ("enqueued_at", "started_at", "completed_at")
+    )
+    if started is not None:
+        yield "waited", cli.span(started - (enqueued or 0.0))
+        ran = cli.seconds_since(task["started_at"]) if ended is None else ended - started
+        yield "ran" if ended is not None else "has run", cli.span(ran)
+    for name, label in (("came_from", "came from"), ("led_to", "led to")):
+        for other in task[name]:
+            yield label, f"{other['queue']} {other['task_id']} ({other['status']})"
+
+
+def history_table(history: list[dict]):
+    return table(
+        ["status", "started", "completed", ">attempts", ">exit", "error"],
+        [
+            (
+                life["status"],
+                cli.clock(life["started_at"], whole=True) if life["started_at"] else "-",
+                cli.clock(life["completed_at"], whole=True),
+                str(life["attempts"]),
+                "-" if life["exit_code"] is None else str(life["exit_code"]),
+                cli.short(life["error"]),
+            )
+            for life in history
+        ],
+    )
+
+
+def output_files(runs: list[dict]) -> str:
+    files = (f"{run['path']}{ending}" for run in runs for ending in (".out", ".err"))
+    return "".join(f"{cli.printable(file)}\n" for file in files if os.path.exists(file))
