@@ -9,6 +9,7 @@ import threading
 import time
 from pathlib import Path
 
+import enqueue
 import pytest
 from conftest import ROOT, wait_for
 
@@ -34,6 +35,7 @@ WORSE = {
     "two objects": STOP + STOP,
     "UTF-16": STOP.decode().encode("utf-16"),
     "a huge number": b'{"cwd": "/tmp", "n": 1' + b"0" * 5000 + b"}",
+    "a number without end": b'{"cwd": "/tmp", "n": 1e400}',
 }
 
 
@@ -97,6 +99,8 @@ def test_the_same_firing_is_one_task_even_when_a_fast_worker_has_finished_it(ins
         ("session", {"prompt_id": "another", "last_assistant_message": "x"}, {"session_id": "another"}),
         ("workspace", {"session_id": "another", "prompt_id": "another"}, {"cwd": "/elsewhere"}),
         ("content", {"session_id": "another", "prompt_id": "x", "transcript_path": "y"}, {"last_assistant_message": "x"}),
+        ("content", {"background_tasks": [1], "session_crons": [2], "effort": {"level": "low"}}, {"last_assistant_message": "x"}),
+        ("content", {"permission_mode": "plan", "stop_hook_active": True, "comes_next_year": 1}, {"cwd": "/elsewhere"}),
     ],
 )
 def test_once_per_makes_coarser_keys(installation, key, same, other):
@@ -178,6 +182,8 @@ def test_sixteen_hooks_at_once_are_sixteen_tasks_in_a_bare_environment(installat
         assert process.stdout.read() == b"" and process.wait(20) == 0
         process.stdout.close()
     db = Path(env["HOME"], ".claude/automation/lychee/state/tasks.db")
+    # Who did not get its turn within its second is in the spool.
+    enqueue.q.take_in_spool(db.parent)
     assert sqlite3.connect(db).execute("select count(*), count(distinct task_id) from notifications").fetchone() == (16, 16)
     assert db.stat().st_mode & 0o777 == 0o600 and db.parent.stat().st_mode & 0o777 == 0o700
 
@@ -225,3 +231,162 @@ def test_a_hook_killed_half_way_leaves_whole_tasks_or_none(installation):
     assert installation.rows("pragma quick_check") == [("ok",)]
     for path in (installation.state / "spool").rglob("*.json"):
         json.loads(path.read_text())
+
+
+def test_odd_numbers_are_kept_as_text(installation):
+    hook(installation, b'{"cwd": "/", "a": 1e400, "b": [NaN, -Infinity], "c": 1' + b"0" * 5000 + b', "d": 0.5}')
+    [(data,)] = installation.rows("select data from notifications")
+    task = json.loads(data, parse_constant=lambda name: pytest.fail(name))["data"]
+    assert (task["a"], task["b"], task["d"]) == ("1e400", ["NaN", "-Infinity"], 0.5) and len(task["c"]) == 5001
+    assert len(task["numbers_kept_as_text"]) == 4
+
+
+def test_a_batch_of_tools_is_the_same_whatever_the_ids_of_its_calls(installation):
+    payload = json.loads(next(path for path in PAYLOADS if "PostToolBatch" in path.name).read_text())
+    hook(installation, json.dumps(payload).encode(), "lint", "--once-per", "content")
+    payload["tool_calls"][0]["tool_use_id"] = "another"
+    hook(installation, json.dumps(payload).encode(), "lint", "--once-per", "content")
+    assert installation.rows("select count(*) from notifications") == [(1,)]
+    payload["tool_calls"][0]["tool_input"]["file_path"] = "/another"
+    hook(installation, json.dumps(payload).encode(), "lint", "--once-per", "content")
+    assert installation.rows("select count(*) from notifications") == [(2,)]
+
+
+def test_of_an_event_that_is_not_known_everything_counts_that_is_not_known_to_change(installation):
+    payload = {"hook_event_name": "ComesNextYear", "cwd": "/", "what": 1, "session_id": "s", "effort": 1}
+    for change in ({}, {"session_id": "t", "effort": 2}, {"what": 2}):
+        hook(installation, json.dumps(payload | change).encode(), "--once-per", "content")
+    assert installation.rows("select count(*) from notifications") == [(2,)]
+
+
+def test_the_projects_directory_is_kept_while_cwd_follows_worktrees(installation):
+    hook(installation, STOP, env={"CLAUDE_PROJECT_DIR": "/home/user/größe"})
+    hook(installation, STOP, "other", env={"CLAUDE_PROJECT_DIR": ""})
+    first, second = [json.loads(data)["data"] for (data,) in installation.rows("select data from notifications order by id")]
+    assert first["project_dir"] == "/home/user/größe" and first["workspace_path"] == first["cwd"]
+    assert "project_dir" not in second
+
+
+def test_ids_are_short_and_differ_early(installation):
+    for number in range(3):
+        hook(installation, STOP.replace(b"two", b"%d" % number), "link_validation")
+    ids = [task_id for (task_id,) in installation.rows("select task_id from notifications")]
+    assert len({task_id[:12] for task_id in ids}) == 3 and max(map(len, ids)) <= 25
+
+
+def test_a_relative_state_is_ignored_with_one_line(installation, tmp_path):
+    (tmp_path / "workspace").mkdir()
+    env = {"TASK_QUEUE_STATE": "state", "HOME": str(installation.directory)}
+    done = hook(installation, STOP, env=env, cwd=tmp_path / "workspace")
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (0, "", 1)
+    state = installation.directory / ".claude/automation/lychee/state"
+    assert "TASK_QUEUE_STATE" in done.stderr and str(state) in done.stderr and list((tmp_path / "workspace").iterdir()) == []
+    assert sqlite3.connect(state / "tasks.db").execute("select count(*) from notifications").fetchone() == (1,)
+
+
+def test_a_relative_state_is_refused_elsewhere(installation, tmp_path):
+    env = {"TASK_QUEUE_STATE": "state", "HOME": str(tmp_path)}
+    for args in (["notifications", "t"], ["notifications", "t", "--jsonl"]):
+        done = installation.run("enqueue.py", *args, env=env, cwd=tmp_path, input="")
+        assert (done.returncode, done.stdout, done.stderr.count("\n")) == (64, "", 1) and "TASK_QUEUE_STATE" in done.stderr
+    assert not (tmp_path / "state").exists() and not (tmp_path / ".claude").exists()
+
+
+def test_a_hook_that_makes_worktree_creation_fail_says_so_and_stores_nothing(installation):
+    payload = b'{"hook_event_name": "WorktreeCreate", "cwd": "/", "name": "x"}'
+    for args in ([], ["link_validation"]):
+        done = hook(installation, payload, *args)
+        assert (done.returncode, done.stdout, done.stderr.count("\n")) == (0, "", 1) and "WorktreeCreate" in done.stderr
+    assert not installation.rows("select * from notifications") and not (installation.state / "spool").exists()
+
+
+def took(installation, *args, stdin) -> tuple[float, subprocess.CompletedProcess]:
+    began = time.monotonic()
+    done = subprocess.run([sys.executable, ROOT / "enqueue.py", "--hook", *args], stdin=stdin, env=installation.env,
+                          capture_output=True, timeout=30)  # fmt: skip
+    return time.monotonic() - began, done
+
+
+@pytest.mark.parametrize("trouble", ["silent", "endless", "not whole"])
+@pytest.mark.parametrize("queue_name", ["notifications", "a_new_one"])
+def test_its_time_holds_for_stdin_and_a_locked_database_together(installation, trouble, queue_name):
+    """A hook with four seconds more takes four seconds more, and no more: whatever else the machine does."""
+    installation.enqueue("notifications", "first")
+    lock = sqlite3.connect(installation.db, isolation_level=None)
+    lock.execute("begin immediate")
+    times = []
+    for wait in ("0.2", "4.2"):
+        read, write = os.pipe()
+        feeder = subprocess.Popen({"silent": ["sleep", "60"], "endless": ["yes", '{"a": 1}'],
+                                   "not whole": ["sh", "-c", "echo '{\"a\": {}'; exec sleep 60"]}[trouble], stdout=write)  # fmt: skip
+        os.close(write)
+        try:
+            seconds, done = took(installation, queue_name, "--wait", wait, stdin=read)
+        finally:
+            feeder.kill()
+            feeder.wait()
+            os.close(read)
+        assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
+        times.append(seconds)
+    lock.close()
+    assert len(list((installation.state / "spool" / queue_name).glob("*.json"))) == 2
+    if trouble != "endless":
+        assert times[1] - times[0] < 5.5
+    assert times[1] < 12
+
+
+def test_a_hook_leaves_an_older_database_to_a_worker_and_spools(installation):
+    installation.enqueue("notifications", "first")
+    installation.sqlite3("pragma user_version = 1")
+    done = hook(installation, STOP)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert installation.rows("pragma user_version") == [(1,)]
+    assert len(list((installation.state / "spool/notifications").glob("*.json"))) == 1
+
+
+def test_an_option_of_a_task_is_one_of_a_hook_too(installation):
+    hook(installation, STOP, "--hold", "--group-by", "workspace", "--priority", "3", env={"CLAUDE_PROJECT_DIR": "/p"})
+    hook(installation, STOP, "later", "--delay", "10m", "--group-by", "project", env={"CLAUDE_PROJECT_DIR": "/p"})
+    hook(installation, STOP, "soon", "--ttl", "1h", "--group-by", "session")
+    hook(installation, b"[]", "odd", "--group-by", "session", cwd="/usr")
+    rows = installation.rows("select status, due_at is null, priority, group_id, expires_at is null from notifications order by id")
+    payload = json.loads(STOP)
+    assert rows == [(3, 1, 3, payload["cwd"], 1), (3, 0, 0, "/p", 1), (1, 1, 0, payload["session_id"], 0), (1, 1, 0, "/usr", 1)]
+
+
+def test_a_group_that_is_no_text_for_a_group_is_named_by_its_digest(installation):
+    for path in ("/a\nb", "/" + "x" * 600, "/a\nb"):
+        hook(installation, json.dumps({"cwd": path, "n": time.time_ns()}).encode(), "t", "--group-by", "workspace")
+    groups = [group for (group,) in installation.rows("select group_id from notifications order by id")]
+    assert groups[0] == groups[2] != groups[1] and all(group.startswith("workspace-") for group in groups)
+
+
+def test_ten_edits_while_a_check_runs_are_one_more_run(installation, queue):
+    args = ("check", "--once-per", "workspace", "--on-duplicate", "rerun")
+    mine = queue.get_ack_queue("notifications")
+    hook(installation, STOP.replace(b"two", b"0"), *args)
+    first, _ = mine.get(timeout=5)
+    for number in range(1, 11):
+        assert hook(installation, STOP.replace(b"two", b"%d" % number), *args).stdout == ""
+    assert installation.rows("select count(*) from notifications") == [(1,)]
+    mine.ack(first)
+    second, text = mine.get(timeout=5)
+    assert "I fixed 10 links" in json.loads(text)["data"]["last_assistant_message"]
+    mine.ack(second)
+    assert mine.empty()
+    # An edit just after the end of a check is checked; the same one told by a second hook is not checked again.
+    for _ in range(2):
+        hook(installation, STOP.replace(b"two", b"11"), *args)
+        if not mine.empty():
+            mine.ack(mine.get(timeout=5)[0])
+    assert installation.rows("select count(*) from task_history") == [(3,)]
+
+
+def test_the_same_firing_told_twice_while_it_runs_makes_one_run(installation, queue):
+    args = ("check", "--once-per", "workspace", "--on-duplicate", "rerun")
+    mine = queue.get_ack_queue("notifications")
+    hook(installation, STOP, *args)
+    row_id, _ = mine.get(timeout=5)
+    hook(installation, STOP, *args)
+    mine.ack(row_id)
+    assert mine.empty() and installation.rows("select count(*) from task_history") == [(1,)]

@@ -279,8 +279,9 @@ def job(home):
     record = json.loads((prefix / "installed.json").read_text())
     (prefix / "installed.json").write_text(json.dumps({**record, "uv": None}))
     lib = prefix / "runtime/lib"
-    (lib / "service.py").write_text(
-        (lib / "service.py").read_text().replace("IDLE_EXIT_SECONDS = 60", "IDLE_EXIT_SECONDS = 0")
+    launch = (lib / "queue_launch.py").read_text()
+    (lib / "queue_launch.py").write_text(
+        launch.replace("IDLE_EXIT_SECONDS = 60", "IDLE_EXIT_SECONDS = 0")
     )
     plist = plist_of(home)
 
