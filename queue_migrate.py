@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import json
 import logging
+import time
 
 import queue_helpers as q
 
 LAST_ID = """
 select max(id) from (
   select max(seq) as id from sqlite_sequence where name in (select value from json_each(:names))
-  union all select max(id) from "{queue}.bare")"""
+  union all select max(id) from "{queue}.old")"""
+REFUSED = "was not a JSON object when its table was taken over, or another task had its task_id"
 
 
 def has_bare_queue(conn: q.Connection) -> bool:
@@ -55,51 +57,50 @@ def adopt_all(conn: q.Connection) -> None:
     q.create_view(conn)
 
 
-# What a queue's table of version 1 has, and version 2 stores as it is.
+# What a queue's table of version 1 has, and how version 2 stores it. Version 1 checked none of these:
+# a task whose time is none that can come, and one that somebody had set aside as blocked, are held,
+# so that a person sees them.
 COLUMNS_OF_1 = """id, data, timestamp, status, priority, due_at, group_id, attempts, owner, claimed_at,
   max_attempts, backoff, then_queue, cancel_requested, error"""
-# Version 1 did not check these.
-BOUNDED = COLUMNS_OF_1.replace(
-    "priority,", "max(-1000000, min(1000000, cast(priority as integer))),"
-).replace(
-    "due_at,", f"iif(typeof(due_at) = 'real' and due_at between 0 and {q.LAST_SECOND}, due_at, null),"
-).replace(
-    "group_id,", "iif(typeof(group_id) = 'text' and length(group_id) between 1 and 500, group_id, null),"
-)
+VALUES_OF_1 = f"""id, data, timestamp, iif(status = 4, 3, status),
+  max(-1000000, min(1000000, cast(priority as integer))),
+  iif(status <> 4 and typeof(due_at) = 'real' and due_at <= {q.LAST_SECOND}, max(due_at, 0.0), null),
+  iif(typeof(group_id) = 'text' and length(group_id) between 1 and 500, group_id, null), attempts, owner,
+  claimed_at, max_attempts, backoff, then_queue, cancel_requested, error"""
 HISTORY_OF_1 = """id, queue, row_id, task_id, task_type, status, data, priority, group_id, attempts, max_attempts,
   enqueued_at, started_at, completed_at, exit_code, result, log, error"""
+PAUSED_OF_1 = """
+insert into task_controls (queue, paused_at, paused_by)
+select queue, coalesce((julianday(paused_at) - 2440587.5) * 86400.0, 0.0), 'person' from task_paused"""
+# A migration of this many rows is worth a line.
+TELL_FROM_ROWS = 50_000
 
 
 def from_1_to_2(conn: q.Connection) -> None:
     """Groups, expiry, held tasks, slots; task_id and task_type are stored, and fewer indexes."""
-    queues = [queue for (queue,) in conn.execute(q.QUEUES)]
+    queues, began = [queue for (queue,) in conn.execute(q.QUEUES)], time.monotonic()
     rows = sum(count_rows(conn, name) for name in (*queues, "task_history"))
-    if rows >= TELL_FROM_ROWS:
-        logging.getLogger(__name__).warning(
-            "bringing %s to schema version 2: %s rows are written anew, which takes a minute for some "
-            "millions; it happens once, and what is enqueued meanwhile waits or goes to the spool",
-            conn.state / "tasks.db",
-            f"{rows:,}",
-        )
+    tell = logging.getLogger(__name__).warning if rows >= TELL_FROM_ROWS else lambda *_: None
+    tell(
+        "bringing %s to schema version 2: %s rows are written anew, which takes a minute for some "
+        "millions; it happens once, and what is enqueued meanwhile waits or goes to the spool",
+        conn.state / "tasks.db",
+        f"{rows:,}",
+    )
     conn.execute("drop view if exists task_queue")
-    for queue in queues:
-        rebuild_queue(conn, queue)
     for index in ("completed_at", "type", "task_id", "failed"):
         conn.execute(f'drop index if exists "task_history.{index}"')
     conn.execute("alter table task_history rename to task_history_1")
     q.run_statements(conn, q.HISTORY_SCHEMA)
-    conn.execute(
-        f"insert into task_history ({HISTORY_OF_1}) select {HISTORY_OF_1} from task_history_1 order by id"
-    )
+    conn.execute(f"""insert into task_history ({HISTORY_OF_1})
+                     select {HISTORY_OF_1} from task_history_1 order by id""")
     conn.execute("drop table task_history_1")
-    conn.execute("""insert into task_controls (queue, paused_at, paused_by)
-                    select queue, (julianday(paused_at) - 2440587.5) * 86400.0, 'person' from task_paused""")
+    for queue in queues:
+        rebuild_queue(conn, queue)
+    conn.execute(PAUSED_OF_1)
     conn.execute("drop table task_paused")
     q.create_view(conn)
-
-
-# A migration of this many rows is worth a line.
-TELL_FROM_ROWS = 50_000
+    tell("the rows are written anew after %.1f s", time.monotonic() - began)
 
 
 def count_rows(conn: q.Connection, table: str) -> int:
@@ -107,19 +108,35 @@ def count_rows(conn: q.Connection, table: str) -> int:
 
 
 def rebuild_queue(conn: q.Connection, queue: str) -> None:
-    """Copy a queue's table of version 1 into one of the present version: rows and ids are kept."""
+    """Copy a queue's table of version 1 into one of the present version."""
     for index in ("ready", "type", "claimed", "scheduled", "blocked"):
         conn.execute(f'drop index if exists "{queue}.{index}"')
-    (last_id,) = conn.execute("select max(seq) from sqlite_sequence where name = ?", (queue,)).fetchone()
-    conn.execute(f'alter table "{queue}" rename to "{queue}.1"')
+    conn.execute(f'alter table "{queue}" rename to "{queue}.old"')
     q.create_queue(conn, queue)
-    conn.execute(f"""insert into "{queue}" ({COLUMNS_OF_1}) select {BOUNDED} from "{queue}.1" order by id""")
-    conn.execute(f'drop table "{queue}.1"')
-    set_last_id(conn, queue, last_id)
+    # First what runs: it has its group's turn.
+    copy_rows(conn, queue, COLUMNS_OF_1, VALUES_OF_1, "status = 2")
+    copy_rows(conn, queue, COLUMNS_OF_1, VALUES_OF_1, "status is not 2")
+    drop_old(conn, queue)
 
 
-def set_last_id(conn: q.Connection, queue: str, last_id: int | None) -> None:
-    """Have the next row's id follow this one."""
+def copy_rows(conn: q.Connection, queue: str, columns: str, values: str, which: str) -> None:
+    """Copy rows of QUEUE.old into QUEUE, but what its constraints refuse: see drop_old()."""
+    conn.execute(f"""insert or ignore into "{queue}" ({columns}) select {values} from "{queue}.old"
+                     where {which} and case when {q.IS_OBJECT} then 1 end order by id""")
+
+
+def drop_old(conn: q.Connection, queue: str) -> None:
+    """Drop QUEUE.old, whose rows are copied; what is not in QUEUE goes to the history as failed.
+
+    The next row's id follows the last one that the old table gave.
+    """
+    conn.execute(f"""insert into task_history (queue, row_id, task_id, task_type, status, data, enqueued_at, error)
+                     select '{queue}', id, '{queue}-' || id, '{queue}', 'failed', coalesce(cast(data as text), ''),
+                            strftime('%Y-%m-%d %H:%M:%f', 'now'), '{REFUSED}'
+                     from "{queue}.old" where id not in (select id from "{queue}")""")
+    names = json.dumps([queue, f"{queue}.old"])
+    (last_id,) = conn.execute(LAST_ID.format(queue=queue), {"names": names}).fetchone()
+    conn.execute(f'drop table "{queue}.old"')
     conn.execute("delete from sqlite_sequence where name = ?", (queue,))
     conn.execute("insert into sqlite_sequence (name, seq) values (?, ?)", (queue, last_id or 0))
 
@@ -136,19 +153,14 @@ def is_bare_queue(conn: q.Connection, table: str) -> bool:
 def adopt(conn: q.Connection, queue: str) -> None:
     """Make the bare table that a hook made a queue's: rows and ids are kept.
 
-    Rows that are no JSON object go to the history as failed. Raises QueueUnavailable when the table is none of ours.
+    Rows that are no JSON object go to the history as failed. Raises QueueUnavailable when the table
+    is none of ours.
     """
     if not is_bare_queue(conn, queue):
-        raise q.QueueUnavailable(f"table {queue} in {conn.state / 'tasks.db'} is not a queue: use another queue name")
-    conn.execute(f'alter table "{queue}" rename to "{queue}.bare"')
+        raise q.QueueUnavailable(
+            f"table {queue} in {conn.state / 'tasks.db'} is not a queue: use another queue name"
+        )
+    conn.execute(f'alter table "{queue}" rename to "{queue}.old"')
     q.create_queue(conn, queue)
-    conn.execute(f"""insert into "{queue}" (id, data) select id, data from "{queue}.bare"
-                     where case when {q.IS_OBJECT} then 1 end order by id""")
-    conn.execute(f"""insert into task_history (queue, row_id, task_id, task_type, status, data, enqueued_at, error)
-                     select '{queue}', id, '{queue}-' || id, '{queue}', 'failed', coalesce(cast(data as text), ''),
-                            strftime('%Y-%m-%d %H:%M:%f', 'now'), 'was not a JSON object when the table was adopted'
-                     from "{queue}.bare" where case when {q.IS_OBJECT} then 0 else 1 end""")
-    names = json.dumps([queue, f"{queue}.bare"])
-    (last_id,) = conn.execute(LAST_ID.format(queue=queue), {"names": names}).fetchone()
-    conn.execute(f'drop table "{queue}.bare"')
-    set_last_id(conn, queue, last_id)
+    copy_rows(conn, queue, "id, data", "id, data", "true")
+    drop_old(conn, queue)

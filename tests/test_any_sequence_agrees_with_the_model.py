@@ -30,7 +30,7 @@ from hypothesis.stateful import (
 QUEUE = "notifications"
 START = 1_800_000_000
 MAX_ATTEMPTS = 3
-EXAMPLES = int(os.environ.get("TASK_QUEUE_EXAMPLES", 400))
+EXAMPLES = int(os.environ.get("TASK_QUEUE_EXAMPLES", 200))
 # Where waiting for the disk costs nothing: what is held here does not depend on it.
 MEMORY = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
 
@@ -405,7 +405,7 @@ class Queue(RuleBasedStateMachine):
         assert (control and control.slots) == model.slots
 
 
-@pytest.mark.timeout(0 if EXAMPLES > 400 else 180)
+@pytest.mark.timeout(0 if EXAMPLES > 200 else 180)
 def test_any_sequence_agrees_with_the_model():
     run_state_machine_as_test(
         Queue,
@@ -413,7 +413,7 @@ def test_any_sequence_agrees_with_the_model():
             max_examples=EXAMPLES,
             stateful_step_count=50,
             deadline=None,
-            derandomize=EXAMPLES == 400,
+            derandomize=EXAMPLES == 200,
             database=None,
             suppress_health_check=list(HealthCheck),
         ),
