@@ -974,17 +974,28 @@ class transaction:
 
     def _undo(self) -> None:
         """Roll back what is not committed, and let the next writer in. Twice is as good as once."""
-        if self.is_open:
-            if self.conn.in_transaction:
-                self.conn.execute("rollback")
-            # Some of these queues may have been made here.
-            self.conn.queues = set()
-            self.conn.turn.release()
-            self.is_open = False
+        interrupted = None
+        while self.is_open:
+            try:
+                if self.conn.in_transaction:
+                    self.conn.execute("rollback")
+                # Some of these queues may have been made here.
+                self.conn.queues = set()
+                self.conn.turn.release()
+                self.is_open = False
+            except sqlite3.Error:
+                self.is_open = False
+                raise
+            except BaseException as error:
+                # A signal's handler has raised: not before this is done.
+                interrupted = error
+        if interrupted:
+            raise interrupted
 
     def __del__(self) -> None:
-        # An exception out of a signal's handler can keep __exit__ from its first line.
-        self._undo()
+        # An exception out of a signal's handler can keep __exit__ from its first line, and __init__, too.
+        if getattr(self, "is_open", False):
+            self._undo()
 
 
 # ----------------------------------------------------------------- the verbs, in a task's order
