@@ -240,12 +240,14 @@ QUEUES = """
 select i.tbl_name from sqlite_master i where i.type = 'index' and i.name = i.tbl_name || '.ready' order by i.tbl_name"""
 INSERT = """
 insert into "{queue}" (data, status, due_at, priority, group_id, expires_at) values (?, ?, ?, ?, ?, ?)"""
-# A waiting task takes the latest firing's data; a running one keeps it for when its run ends.
+# A waiting task takes the latest firing's data, which has all its attempts; a running one keeps it
+# for when its run ends.
 REPLACE = """
 update "{queue}"
 set data = iif(status = 2, data, :data), rerun_data = iif(status = 2, :data, null),
     status = iif(:due_at is null or status = 2 or status = 3 and due_at is null, status, 3),
-    due_at = iif(:due_at is null or status = 2 or status = 3 and due_at is null, due_at, :due_at)
+    due_at = iif(:due_at is null or status = 2 or status = 3 and due_at is null, due_at, :due_at),
+    attempts = iif(status = 2, attempts, 0)
 where task_id = :task_id
   and (:firing is null or coalesce(json_extract(data, '$.firing'), '') <> :firing
                       and coalesce(json_extract(rerun_data, '$.firing'), '') <> :firing)"""
@@ -1157,7 +1159,7 @@ def task_depth() -> int:
 
 def insert(conn: Connection, queue: str, row: Row) -> bool:
     """Insert a row within a transaction; whether it is new. False, too, when a task has taken its data."""
-    # A rerun ignores the window, but not the same firing told again.
+    # Within the window a firing is only a duplicate of itself, and a rerun ignores it otherwise.
     if row.window and (row.firing or row.on_duplicate != "rerun"):
         now = time.time()
         told = {
@@ -1165,8 +1167,8 @@ def insert(conn: Connection, queue: str, row: Row) -> bool:
             "task_id": row.task_id,
             "since": utc(now - row.window),
             "now": utc(now),
+            "firing": row.firing,
         }
-        told["firing"] = row.firing if row.on_duplicate == "rerun" else None
         if conn.execute(FINISHED_SINCE, told).fetchone()[0]:
             return False
     if conn.execute(on_queue(INSERT, queue), row[:6]).rowcount == 1:

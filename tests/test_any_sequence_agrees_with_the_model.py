@@ -96,7 +96,7 @@ class Model:
         if task.state == "running":
             task.rerun = (n, firing)
             return
-        task.n, task.firing = n, firing
+        task.n, task.firing, task.attempts = n, firing, 0
         if due is not None and task.state != "held":
             task.state, task.due = "scheduled", due
             if not task.again:
