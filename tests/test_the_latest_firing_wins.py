@@ -1,0 +1,198 @@
+"""What --on-duplicate promises, with fifty processes at once: skip, replace or rerun.
+
+Whoever writes notes so in a file before its transaction ends, so the file's order is the order of the commits.
+"""
+
+import json
+import multiprocessing
+import os
+from itertools import pairwise
+
+import pytest
+
+PROCESSES, ROUNDS = 50, 5
+
+
+def enqueue(state, log, how, rounds, barrier) -> None:
+    import queue_helpers as q
+
+    conn = q.connect(state, busy_timeout_ms=120_000)
+    fd = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+    for number in range(rounds):
+        n = f"{number}-{os.getpid()}"
+        row = q.new_row("t", {"n": n}, "one", on_duplicate=how)
+        if barrier:
+            barrier.wait(100)
+        with q.transaction(conn, durable=False):
+            is_new = q.insert(conn, "notifications", row)
+            os.write(fd, f"{'new' if is_new else 'old'} {n}\n".encode())
+        if barrier:
+            barrier.wait(100)
+
+
+@pytest.fixture
+def crowd(installation, queue):
+    """start(how, rounds, barrier): fifty processes, none of which shares anything with this one."""
+    context, started = multiprocessing.get_context("forkserver"), []
+    context.set_forkserver_preload(["queue_helpers"])
+    log = installation.directory / "log"
+    queue.connect()
+
+    def start(how, rounds, with_barrier):
+        barrier = context.Barrier(PROCESSES + 1) if with_barrier else None
+        for _ in range(PROCESSES):
+            process = context.Process(target=enqueue, args=(installation.state, log, how, rounds, barrier), daemon=True)
+            process.start()
+            started.append(process)
+        return barrier, started, log
+
+    yield start
+    for process in started:
+        process.join(30)
+        process.kill()
+
+
+def rows(conn) -> list[tuple]:
+    return [(json.loads(data)["data"]["n"], json.loads(again)["data"]["n"] if again else None, status, attempts)
+            for data, again, status, attempts in conn.execute("select data, rerun_data, status, attempts from notifications")]  # fmt: skip
+
+
+@pytest.mark.timeout(240)
+@pytest.mark.parametrize("is_running", [False, True])
+@pytest.mark.parametrize("how", ["skip", "replace", "rerun"])
+def test_fifty_at_once_many_times(crowd, queue, how, is_running):
+    conn = queue.connect()
+    barrier, _, log = crowd(how, ROUNDS, True)
+    for number in range(ROUNDS):
+        task = None
+        if is_running:
+            queue.enqueue_task("notifications", "t", {"n": "running"}, "one")
+            (task,) = queue.claim_ready(conn, "notifications")
+        barrier.wait(100)
+        barrier.wait(100)
+        told = [line.split() for line in log.read_text().splitlines()][number * PROCESSES :]
+        first, last = told[0][1], told[-1][1]
+        assert len(told) == PROCESSES and [what for what, _ in told].count("new") == (not is_running)
+        if is_running:
+            assert rows(conn) == [("running", None if how == "skip" else last, 2, 1)]
+            with queue.transaction(conn):
+                assert queue.ack(conn, task)
+            # One more run, with the latest data, and nothing piled up.
+            assert rows(conn) == ([] if how == "skip" else [(last, None, 1, 0)])
+        else:
+            assert rows(conn) == [(first if how == "skip" else last, None, 1, 0)]
+        queue.dequeue_task("notifications")
+        assert rows(conn) == []
+
+
+@pytest.mark.timeout(240)
+@pytest.mark.parametrize("how", ["replace", "rerun"])
+def test_no_change_is_missed_and_none_piles_up_while_runs_come_and_go(crowd, queue, how):
+    conn = queue.connect()
+    _, started, log = crowd(how, 10, False)
+    fd, runs, owner = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT), 0, queue.owner_name()
+    while any(process.is_alive() for process in started) or queue.has_ready(conn, "notifications"):
+        with queue.transaction(conn, durable=False):
+            tasks = queue.claim(conn, "notifications", owner, limit=9)
+            for task in tasks:
+                os.write(fd, f"run {task.data['n']}\n".encode())
+        assert len(tasks) <= 1
+        for task in tasks:
+            runs += 1
+            with queue.transaction(conn, durable=False):
+                assert queue.nack(conn, task, error="no", delay=0) if runs % 3 == 0 else queue.ack(conn, task)
+    os.close(fd)
+    told = [line.split() for line in log.read_text().splitlines()]
+    assert len(told) == PROCESSES * 10 + runs and rows(conn) == []
+    # Each run has the data of the latest firing before it, and the last firing was followed by a run.
+    assert told[-1][0] == "run"
+    assert all(n == latest for (_, latest), (what, n) in pairwise(told) if what == "run")
+
+
+def test_a_task_keeps_its_row_and_place_and_a_delay_moves_its_time(installation, queue):
+    conn = queue.connect()
+    for name in ("one", "two"):
+        queue.enqueue_task("notifications", "t", {"n": 1}, name)
+    assert queue.enqueue_tasks("notifications", [queue.new_row("t", {"n": 2}, "one", on_duplicate="replace")]) == [("one", False)]
+    assert [(task.id, task.data) for task in queue.claim_ready(conn, "notifications", limit=1)] == [(1, {"n": 2})]
+    for n, delay in ((3, 50.0), (4, 5_000.0), (5, 0.0)):
+        queue.enqueue_task("notifications", "t", {"n": n}, "two", delay=delay, on_duplicate="replace")
+    assert queue.claim_ready(conn, "notifications") == []
+    [(due,)] = installation.rows("select due_at from notifications where id = 2")
+    assert due == pytest.approx(queue.time.time() + 5_000, abs=60)
+    assert installation.rows("select data ->> '$.data.n' from notifications where id = 2") == [(5,)]
+
+
+def test_a_failed_run_is_tried_again_with_the_latest_data_and_all_its_attempts(queue):
+    conn = queue.connect()
+    queue.enqueue_task("notifications", "t", {"n": 1}, "one")
+    for n in (1, 2, 3):
+        (task,) = queue.claim_ready(conn, "notifications", max_attempts=2)
+        assert (task.attempts, task.data["n"]) == (1, n)
+        queue.enqueue_task("notifications", "t", {"n": n + 1}, "one", on_duplicate="rerun")
+        with queue.transaction(conn):
+            assert queue.nack(conn, task, error="no", delay=0) == "scheduled"
+    for attempt in (1, 2):
+        (task,) = queue.claim_ready(conn, "notifications", max_attempts=2)
+        assert task.attempts == attempt
+        with queue.transaction(conn):
+            queue.nack(conn, task, error="no", delay=0)
+    assert conn.execute("select status from task_history").fetchall() == [("failed",)]
+
+
+def test_so_has_the_latest_data_of_one_that_waits_for_its_retry(queue):
+    conn = queue.connect()
+    queue.enqueue_task("notifications", "t", {"n": 1}, "one")
+    for n in (2, 3, 4):
+        (task,) = queue.claim_ready(conn, "notifications", max_attempts=2)
+        assert task.attempts == 1
+        with queue.transaction(conn):
+            assert queue.nack(conn, task, error="no", delay=0) == "scheduled"
+        queue.enqueue_task("notifications", "t", {"n": n}, "one", on_duplicate="replace")
+
+
+@pytest.mark.parametrize("moment", ["it waits", "it runs", "it runs and will again", "it has run"])
+@pytest.mark.parametrize("how", ["replace", "rerun"])
+def test_the_same_firing_told_twice_makes_one_run(queue, how, moment):
+    conn = queue.connect()
+
+    def fire(firing: str) -> None:
+        row = queue.new_row("t", {"n": firing}, "one", on_duplicate=how, firing=firing, window=10)
+        queue.enqueue_tasks("notifications", [row])
+
+    def run() -> list[str]:
+        tasks = queue.claim_ready(conn, "notifications", limit=9)
+        for task in tasks:
+            with queue.transaction(conn):
+                assert queue.ack(conn, task)
+        return [task.data["n"] for task in tasks]
+
+    fire("first")
+    if moment.startswith("it runs"):
+        (task,) = queue.claim_ready(conn, "notifications")
+        if "again" in moment:
+            fire("second")
+        fire("first")
+        with queue.transaction(conn):
+            assert queue.ack(conn, task)
+        assert run() == (["second"] if "again" in moment else [])
+    else:
+        if moment == "it has run":
+            assert run() == ["first"]
+        fire("first")
+        assert run() == ([] if moment == "it has run" else ["first"])
+    # Another firing is another run, however soon it comes.
+    fire("third")
+    assert run() == ["third"]
+
+
+def test_rerun_ignores_the_window_and_skip_does_not(queue):
+    conn = queue.connect()
+    for how in ("skip", "rerun"):
+        queue.enqueue_task("notifications", "t", {}, how)
+        assert len(queue.claim_ready(conn, "notifications")) == 1
+        conn.execute("delete from notifications")
+        conn.execute("""insert into task_history (queue, row_id, task_id, task_type, status, data, enqueued_at)
+                        values ('notifications', 1, ?, 't', 'completed', '{}', ?)""", (how, queue.utc(queue.time.time() - 1)))  # fmt: skip
+        [stored] = queue.enqueue_tasks("notifications", [queue.new_row("t", {}, how, window=60, on_duplicate=how)])
+        assert stored.is_new == (how == "rerun")
