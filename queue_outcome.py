@@ -15,10 +15,11 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import signal
 import sqlite3
 import time
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import queue_helpers as q
 
@@ -106,7 +107,7 @@ def settle(
     seconds until the next attempt (default: its back-off). Raises QueueBusy, QueueUnavailable.
     """
     told = {"exit_code": exit_code, **output_of(conn, task)}
-    words = in_words(why) if why else None
+    words = in_words(why or "")
     if why == CANCELLED:
         return _if_held(q.finish(conn, task, "cancelled", error=words, **told), "cancelled")
     if why == STOPPED and exit_code != 0:
@@ -161,11 +162,18 @@ def _follow_ups(conn: q.Connection, task: q.Task) -> list[tuple[str, q.Row]]:
 
 
 def _take_chain(stdout: str) -> tuple[str, list]:
-    """(stdout without its last line, the tasks that this line enqueues); unchanged where it has none."""
+    """(stdout without its last line, the tasks that this line enqueues); unchanged where it has none.
+
+    It has some where that line begins with {"enqueue":. Raises InvalidTask.
+    """
     body, _, last = stdout.rstrip().rpartition("\n")
-    entries = (_as_object(last) or {}).get("enqueue")
-    if entries is None:
+    if not re.match(r'\{\s*"enqueue"\s*:', last.lstrip()):
         return stdout, []
+    # From here on it means to enqueue, and what is wrong with it is said.
+    said = q.as_payload(last.encode("utf-8", "surrogatepass"))
+    if "enqueue" not in said:
+        raise q.InvalidTask(f"its last line is {said['unreadable_because']}")
+    entries = said["enqueue"]
     if not isinstance(entries, list) or len(entries) > CHAIN_TASKS:
         raise q.InvalidTask(f'"enqueue" must be a list of at most {CHAIN_TASKS} tasks')
     return f"{body}\n" if body else "", entries
@@ -175,7 +183,9 @@ def _chained(conn: q.Connection, task: q.Task, entry: object, number: int) -> tu
     """A task that a result enqueues, checked. Raises InvalidTask."""
     try:
         if not isinstance(entry, dict) or not {"queue", "task_type"} <= entry.keys() <= CHAIN_KEYS:
-            raise q.InvalidTask(f"it has queue and task_type, and of {', '.join(sorted(CHAIN_KEYS))}")
+            raise q.InvalidTask(
+                f"it has queue and task_type, and of {', '.join(sorted(CHAIN_KEYS))}"
+            )
         options = {"data": {}, **entry}
         queue = q.check_queue_name(options.pop("queue"))
         if queue not in {name for (name,) in conn.execute(q.QUEUES)}:
@@ -233,7 +243,7 @@ def _not_now(conn: q.Connection, task: q.Task, told: dict) -> Settled:
     return _if_held(q.release(conn, task, delay=delay, error=error), "scheduled", error)
 
 
-def seconds_in(value: object) -> float | None:
+def seconds_in(value: Any) -> float | None:
     """A number that a handler gave, within bounds; None for what is no number of seconds."""
     if type(value) not in (int, float) or not 0 <= value < math.inf:
         return None
@@ -241,7 +251,7 @@ def seconds_in(value: object) -> float | None:
 
 
 def last_words(told: dict) -> str:
-    """": " and the last line of stderr, or of stdout where stderr is empty; "" where both are."""
+    """ ": " and the last line of stderr, or of stdout where stderr is empty; "" where both are."""
     for text in (told["log"], told["result"]):
         line = text.strip().rpartition("\n")[2].strip()
         if line:
@@ -294,9 +304,7 @@ def reject(conn: q.Connection, queue: str, row_id: int, reason: str | None = Non
     """End a held task as cancelled, within a transaction. False when it is not held."""
     row = q.execute(conn, HELD, queue, id=row_id).fetchone()
     error = f"rejected: {reason}" if reason else "rejected"
-    return row is not None and q.finish(
-        conn, q.Task.from_row(queue, row), "cancelled", error=error
-    )
+    return row is not None and q.finish(conn, q.Task.from_row(queue, row), "cancelled", error=error)
 
 
 def pause(

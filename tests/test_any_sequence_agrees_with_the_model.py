@@ -14,9 +14,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import queue_helpers as q
-import queue_outcome
-import queue_owners
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -26,6 +23,10 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
+
+import queue_helpers as q
+import queue_outcome
+import queue_owners
 
 QUEUE = "notifications"
 START = 1_800_000_000
