@@ -367,7 +367,7 @@ def works_alone(command: Sequence[str]) -> bool:
                 check=False,
                 stdin=subprocess.DEVNULL,
                 capture_output=True,
-                timeout=10,
+                timeout=30,
                 env=environment,
             ).returncode
             == 0

@@ -37,6 +37,7 @@ from collections.abc import Callable, Iterable, Sequence
 import queue_cli as cli
 import queue_helpers as q
 import queue_logs
+import queue_outcome
 import queue_render as render
 import queue_stats as numbers_of
 from queue_cli import EX_FAILED, EX_TEMPFAIL, EX_USAGE, LIVE, STATUSES, Refused
@@ -104,10 +105,6 @@ RETRYING = """
 select id, coalesce(task_id, '{queue}-' || id) from "{queue}"
 where status = 3 and released_at is not null and (:task_type is null or task_type = :task_type)
 order by released_at, id"""
-APPROVE = """
-update "{queue}" set status = 1 where id = :id and status = 3 and due_at is null"""
-HELD_TASK = """
-select {task} from "{queue}" where id = :id and status = 3 and due_at is null"""
 STATUS = f"""
 select {q.STATUS_WORD} from "{{queue}}" where id = :id"""
 
@@ -586,7 +583,7 @@ def approve(ids: list[str], queue: str | None, as_json: bool) -> int:
     conn = cli.open_queue()
 
     def let_run(found: Found) -> str | None:
-        if found.row_id and q.execute(conn, APPROVE, found.queue, id=found.row_id).rowcount == 1:
+        if found.row_id and queue_outcome.approve(conn, found.queue, found.row_id):
             return None
         return why_not_held(conn, found)
 
@@ -596,11 +593,10 @@ def approve(ids: list[str], queue: str | None, as_json: bool) -> int:
 
 def reject(ids: list[str], queue: str | None, reason: str | None, as_json: bool) -> int:
     """End held tasks as cancelled. The history keeps the reason."""
-    conn, error = cli.open_queue(), f"rejected{f': {cli.short(reason, 500)}' if reason else ''}"
+    conn, why = cli.open_queue(), cli.short(reason, 500)
 
     def end(found: Found) -> str | None:
-        row = found.row_id and q.execute(conn, HELD_TASK, found.queue, id=found.row_id).fetchone()
-        if row and q.finish(conn, q.Task.from_row(found.queue, row), "cancelled", error=error):
+        if found.row_id and queue_outcome.reject(conn, found.queue, found.row_id, why):
             return None
         return why_not_held(conn, found)
 
