@@ -285,7 +285,7 @@ def open_read_only(state: Path) -> sqlite3.Connection:
             uri=True,
             timeout=1,
             isolation_level=None,
-            factory=q.Connection,
+            factory=cli.Reader,
         )
         conn.state = state
         try:

@@ -299,7 +299,7 @@ def hit(row: dict, text: str) -> str:
         found = re.search(re.escape(text), value, re.IGNORECASE)
         if found:
             begin = max(found.start() - BEFORE_HIT, 0)
-            return f"{label}: {'…' if begin else ''}{value[begin : found.end() + AFTER_HIT]}"
+            return f"{label}: {'…' if begin else ''}{value[begin : found.end() + AFTER_HIT].lstrip()}"
     return ""
 
 

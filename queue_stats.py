@@ -38,7 +38,7 @@ COUNT_BETWEEN = """
 select count(*) from task_history where completed_at >= :since and completed_at < :until"""
 
 
-def gather(conn: q.Connection) -> dict:
+def gather(conn: q.Connection | cli.Reader) -> dict:
     """{"at", "serving": [queue, …], "queues": {queue: {…numbers, what holds it back,
     "types": {type: {…numbers}}}}}, of one state of the database.
 
@@ -48,7 +48,7 @@ def gather(conn: q.Connection) -> dict:
         return _gather(conn, time.time())
 
 
-def _gather(conn: q.Connection, now: float) -> dict:
+def _gather(conn: q.Connection | cli.Reader, now: float) -> dict:
     ago = {"hour_ago": q.utc(now - HOUR), "day_ago": q.utc(now - DAY)}
     types: dict[str, dict[str, dict]] = {}
     controls = q.controls(conn)
