@@ -193,7 +193,9 @@ class Report:
     state: str
     dry_run: bool
     stopped: bool = False
-    pruned: dict[str, int] = field(default_factory=lambda: dict.fromkeys(cli.FINISHED, 0))
+    pruned: dict[str, int] = field(
+        default_factory=lambda: {"completed": 0, "failed": 0, "cancelled": 0}
+    )
     # Waiting tasks whose time was over.
     expired: int = 0
     # Of link checks.

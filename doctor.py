@@ -665,7 +665,8 @@ def check_put_back(conn: sqlite3.Connection, queue: str, handlers: Path) -> Iter
                 f"there are handlers for: {', '.join(executables(handlers)) or 'nothing'}; put an "
                 f"executable of that name into {handlers}, or have a worker that serves {queue} "
                 f"run one command for all: {command('work')} {queue} -- COMMAND; to see them: "
-                f"{command('list')} --queue {queue} --type {sh(name)}",
+                f"{command('list')} --queue {queue} --type {sh(name)}; if nobody wants them: "
+                f"{command('purge')} {queue} --type {sh(name)}",
             )
 
 

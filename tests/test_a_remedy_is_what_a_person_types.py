@@ -39,8 +39,8 @@ def installed(installation):
 
 def test_remedies_are_typed_as_tq(installation, installed):
     installation.enqueue("approvals", "nobodys", "{}", "--task-id", "h-1", "--hold")
-    for args, words in ((["show", "x"], "see: tq list"), (["list", "--nope"], "see tq list --help"), (["retry", "h-1"], "tq approve h-1"),
-                        (["export", "a", "b"], "see tq export --help")):  # fmt: skip
+    for args, words in ((["show", "x"], "see: tq list"), (["list", "--status", "odd"], "see tq list --help"), (["retry", "h-1"], "tq approve h-1"),
+                        (["import"], "see tq import --help"), (["list", "--nope"], "see tq --help")):  # fmt: skip
         done = installed("tasks.py", *args)
         assert words in done.stderr and not re.search(r"(see:?|:) \w+\.py", done.stderr), done.stderr
     installed("tasks.py", "pause", "approvals")
@@ -57,7 +57,7 @@ def test_remedies_are_typed_as_tq(installation, installed):
 def test_elsewhere_remedies_name_the_script(installation, installed):
     installation.enqueue("approvals", "review")
     assert "see: tasks.py list" in installation.run("tasks.py", "show", "x").stderr
-    assert "see tasks.py list --help" in installation.run("tasks.py", "list", "--nope").stderr
+    assert "see tasks.py list --help" in installation.run("tasks.py", "list", "--status", "odd").stderr
     # It is installed, but what a person types finds another program or none.
     assert "see: tasks.py list" in installed("tasks.py", "show", "x", on_path=False).stderr
     assert "worker.py approvals" in installation.run("doctor.py", "--max-wait", "0").stdout
