@@ -34,6 +34,7 @@ import queue_installation
 from queue_cli import command, sh, span
 from queue_outcome import Control
 from queue_settings import hooks_in, our_hooks
+from queue_spool import is_utf8
 
 MAX_WAIT_SECONDS = 600.0
 # A worker takes spooled tasks in at once.
@@ -782,14 +783,6 @@ def check_spool_of(directory: Path) -> tuple[int, list[Finding]]:
             )
         )
     return len(files), found
-
-
-def is_utf8(name: str) -> bool:
-    try:
-        name.encode()
-        return True
-    except UnicodeEncodeError:
-        return False
 
 
 def check_handlers(directory: Path) -> Iterator[Finding]:

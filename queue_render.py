@@ -158,6 +158,7 @@ def stats_drawing(numbers: dict):
         rows[at + 1 : at + 1] = [(f"  {name}", of_type, False) for name, of_type in types.items()]
     bold = {at for at, row in enumerate(rows) if row[2]}
     room = console().width
+    heads, cells, spare = [], [], 0
     for columns in _stats_columns(numbers):
         heads = ["queue\n  type", *(head for head, _ in columns)]
         cells = [[name, *(cell(n) for _, cell in columns)] for name, n, _ in rows]

@@ -33,6 +33,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import queue_cli as cli
 import queue_helpers as q
@@ -46,6 +47,7 @@ from queue_find import (
     LIVE_ROW,
     Found,
     Scan,
+    Wanted,
     find,
     find_tasks,
     follow_ups,
@@ -78,7 +80,7 @@ HANDED_OVER = {
 }
 # Words that people use for a status.
 SAME = {"waiting": "pending", "running": "in_progress", "done": "completed"}
-SORTS: dict[str, Callable[[dict], object]] = {
+SORTS: dict[str, Callable[[dict], Any]] = {
     "newest": lambda row: -(cli.seconds_of(row["completed_at"] or row["enqueued_at"]) or 0.0),
     "oldest": lambda row: cli.seconds_of(row["completed_at"] or row["enqueued_at"]) or 0.0,
     "queue": lambda row: row["queue"],
@@ -388,9 +390,8 @@ def list_(
     newest = math.inf if before is None else now - before
     oldest = -math.inf if since is None else now - since
     with cli.snapshot(conn):
-        found = find_tasks(
-            conn, queues, statuses or STATUSES, task_type, oldest, newest, text, scan
-        )
+        wanted = Wanted(queues, statuses or STATUSES, task_type, oldest, newest, text)
+        found = find_tasks(conn, wanted, scan)
         key = SORTS.get(sort or "")
         # One more than are shown says whether there are more.
         rows = heapq.nsmallest(limit + 1, found, key=key) if key else first(limit + 1, found)
