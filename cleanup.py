@@ -10,7 +10,8 @@ give space back.
     cleanup.py --dry-run --keep 7d              say what would go, change nothing
     cleanup.py --every 1h --keep-failed 90d     stay and repeat, until SIGTERM or Ctrl-C
 
-Waiting and running tasks are never touched, nor the logs of a run that still goes on. The write
+Waiting and running tasks are never touched, but those whose time (--ttl) is over: they end as
+expired; nor are the logs of a run that still goes on. The write
 lock is held for some milliseconds at a time: whoever enqueues meanwhile hardly notices. DURATION is
 like 30, 90m, 5min, 1.5h or 2d.
 
@@ -40,7 +41,7 @@ from pathlib import Path
 import enqueue
 import queue_cli as cli
 import queue_helpers as q
-from queue_cli import EX_FAILED, EX_TEMPFAIL, plural, size
+from queue_cli import EX_FAILED, plural, size
 
 # SQLite's busy handler looks again after 1, 3, 8, 18, 33 … ms. A lock held for less than 7 ms and
 # then left alone for 10 ms is therefore had at the third look; without the pause somebody unlucky
@@ -80,6 +81,8 @@ KEPT_HISTORY = f"""
 select queue, row_id from task_history where not ({EXPIRED_IF})"""
 UNFINISHED = """
 select id from "{queue}" """
+COUNT_EXPIRING = """
+select count(*) from "{queue}" where expires_at <= :now"""
 LAST_ID = """
 select coalesce(max(seq), 0) from sqlite_sequence where name = '{queue}'"""
 
@@ -95,20 +98,21 @@ def interval(text: str) -> float:
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = cli.make_parser("cleanup.py", __doc__)
-    parser.add_argument(
-        "--keep",
-        metavar="DURATION",
-        type=cli.duration,
-        default="24h",
-        help="of completed and cancelled tasks (default 24h; 0s keeps none)",
-    )
-    parser.add_argument(
-        "--keep-failed",
-        metavar="DURATION",
-        type=cli.duration,
-        default="30d",
-        help="of dead letters (default 30d)",
-    )
+    for name, default, of_what in (
+        (
+            "--keep",
+            "24h",
+            "completed, cancelled and expired tasks, and link reports; 0s keeps none",
+        ),
+        ("--keep-failed", "30d", "dead letters"),
+    ):
+        parser.add_argument(
+            name,
+            metavar="DURATION",
+            type=cli.duration,
+            default=default,
+            help=f"of {of_what} (default {default})",
+        )
     parser.add_argument("--dry-run", action="store_true", help="say what would go, change nothing")
     parser.add_argument(
         "--every", metavar="DURATION", type=interval, help="stay, and do it again this often"
@@ -159,7 +163,7 @@ def clean_and_tell(args: argparse.Namespace, stop: Stop) -> tuple[int, tuple[str
     try:
         report = clean(q.STATE_DIR, args.keep, args.keep_failed, stop, dry_run=args.dry_run)
     except q.QueueError as error:
-        return EX_TEMPFAIL if isinstance(error, q.QueueBusy) else EX_FAILED, (str(error),)
+        return cli.code_of(error), (cli.remedies_as_typed(str(error)),)
     try:
         text = (
             json.dumps(asdict(report))
@@ -192,6 +196,10 @@ class Report:
     pruned: dict[str, int] = field(
         default_factory=lambda: {"completed": 0, "failed": 0, "cancelled": 0}
     )
+    # Waiting tasks whose time was over.
+    expired: int = 0
+    # Of link checks.
+    reports: int = 0
     log_files: int = 0
     log_bytes: int = 0
     # Workers' own logs.
@@ -231,6 +239,10 @@ def clean(
         if dry_run:
             report.spooled = sum(1 for _ in spool_files(state))
             report.recovered, report.orphans = count_dead_claims(conn)
+            expiring = (
+                q.execute(conn, COUNT_EXPIRING, queue, now=now) for queue in cli.queues_of(conn)
+            )
+            report.expired = sum(found.fetchone()[0] for found in expiring)
             report.pruned |= dict(conn.execute(COUNT_EXPIRED, limits).fetchall())
             remove_logs(conn, limits, stop, report)
             remove_locks(conn, report)
@@ -247,11 +259,13 @@ def clean(
             # Checkpoints are Pacer's business, outside of the write lock.
             conn.execute("pragma wal_autocheckpoint = 0")
             pacer = Pacer(conn, stop)
+            expire(conn, pacer, report)
             prune(conn, limits, pacer, report)
             remove_logs(conn, {"finished_before": "", "failed_before": ""}, stop, report)
             remove_locks(conn, report)
             give_back(conn, pacer, report)
             checkpoint(conn)
+        remove_reports(state, now - keep, report)
         page_size = conn.execute("pragma page_size").fetchone()[0]
         report.free_bytes = conn.execute("pragma freelist_count").fetchone()[0] * page_size
         report.can_shrink = conn.execute("pragma auto_vacuum").fetchone()[0] == 2
@@ -274,8 +288,8 @@ def left_undone(report: Report, what: object) -> Iterator[None]:
         why = error.strerror if isinstance(error, OSError) else error
         where = getattr(error, "filename", None) or what
         report.left_undone.append(
-            f"{os.fsdecode(where) if isinstance(where, bytes) else where}: {why}; see: tasks.py "
-            "doctor"
+            f"{os.fsdecode(where) if isinstance(where, bytes) else where}: {why}; see: "
+            f"{cli.command('doctor')}"
         )
 
 
@@ -341,6 +355,18 @@ class Pacer:
         self.stop.wait(max(PAUSE_SECONDS, 2 * held))
 
 
+def expire(conn: q.Connection, pacer: Pacer, report: Report) -> None:
+    """End the waiting tasks whose time is over; a claim does the same in the queues that are
+    served.
+    """
+    for queue in cli.queues_of(conn):
+        if pacer.stop.is_set():
+            return
+        if q.execute(conn, COUNT_EXPIRING, queue, now=time.time()).fetchone()[0]:
+            with pacer.step():
+                report.expired += q.expire(conn, queue, time.time())
+
+
 def prune(conn: q.Connection, limits: dict[str, str], pacer: Pacer, report: Report) -> None:
     """Delete expired history, oldest first."""
     expired = sum(count for _, count in conn.execute(COUNT_EXPIRED, limits))
@@ -401,6 +427,16 @@ def remove_logs(conn: q.Connection, limits: dict[str, str], stop: Stop, report: 
                 ):
                     with left_undone(report, entry.path):
                         remove_log(entry, logs / queue / f"{match['run']}.out", report)
+
+
+def remove_reports(state: Path, before: float, report: Report) -> None:
+    """Remove link checks' reports that are as old as the history that is pruned."""
+    for path in (state / "reports" / "link_validation").glob("*.json"):
+        with left_undone(report, path):
+            if path.lstat().st_mtime < before:
+                report.reports += 1
+                if not report.dry_run:
+                    path.unlink()
 
 
 def remove_log(entry: os.DirEntry, output: Path, report: Report) -> None:
@@ -557,11 +593,15 @@ def sentences(report: Report) -> Iterator[str]:
         yield (
             f"owners: {plural(report.orphans, 'task')} left alone: the handler outlives its worker"
         )
+    if report.expired:
+        yield f"tasks: {plural(report.expired, 'task')} {would}ended as expired"
     kinds = ", ".join(f"{count:,} {status}" for status, count in report.pruned.items() if count)
     yield f"history: {plural(sum(report.pruned.values()), 'task')} {would}pruned" + (
         f" ({kinds})" if kinds else ""
     )
     yield f"logs: {plural(report.log_files, 'file')} {would}removed, {size(report.log_bytes)}"
+    if report.reports:
+        yield f"reports: {plural(report.reports, 'link report')} {would}removed"
     if report.set_aside:
         yield f"logs: {plural(report.set_aside, 'log')} of workers {would}set aside as .old"
     if report.modes:

@@ -35,7 +35,6 @@ import secrets
 import shlex
 import signal
 import sqlite3
-import statistics
 import sys
 import threading
 import time
@@ -48,12 +47,14 @@ from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import parse_qsl, urlsplit
 
+import queue_cli as cli
 import queue_helpers as q
+import queue_stats
+from queue_cli import FINISHED, LIVE
 
-EX_FAILED, EX_USAGE, EX_TEMPFAIL = 1, 64, 75
 PORT = 8765
 # How pages call the script that acts on tasks.
-TASKS = "tasks.py"
+TASKS = cli.as_typed("tasks.py")
 REFRESH_SECONDS = 30
 # A reader keeps SQLite from emptying the write-ahead log, so no page may read for long.
 PAGE_SECONDS = 5.0
@@ -66,8 +67,6 @@ BOX_CHARS = 65_536
 LINE_CHARS = 300
 ROWS = 200
 ROWS_ON_FRONT = 6
-# Medians are made of the newest finished tasks of a queue and type, at most so many of each status.
-SAMPLE = 2_000
 DAY = 86_400
 BARS = 24
 # A bar stands for 5 minutes, 15 minutes or an hour: the first with which all of the day's tasks
@@ -76,14 +75,6 @@ BAR_SECONDS = (300, 900, 3_600)
 
 # --------------------------------------------------------------------------------------- statements
 
-# Literal conditions, so that SQLite sees that the partial index of each status serves them.
-LIVE = {
-    "in_progress": "status = 2",
-    "pending": "status < 2",
-    "scheduled": "status = 3 and due_at is not null",
-    "held": "status = 3 and due_at is null",
-    "blocked": "status = 4",
-}
 CLAIM_ORDER = {
     "in_progress": "claimed_at, id",
     "pending": "priority desc, id",
@@ -92,20 +83,6 @@ CLAIM_ORDER = {
     "blocked": "id",
 }
 
-COUNT_LIVE = """
-select coalesce(task_type, '{queue}'), count(*), min(timestamp) from "{queue}" where {condition}
-group by task_type"""
-# The + keeps SQLite from picking an index by that column: the one that has the order is better.
-COUNT_FINISHED = """
-select queue, task_type, status, count(*) from task_history
-where +completed_at >= :day_ago group by queue, task_type, status"""
-NEWEST_TIMES = """
-select completed_at, (julianday(started_at) - julianday(enqueued_at)) * 86400.0,
-       (julianday(completed_at) - julianday(started_at)) * 86400.0
-from task_history
-where queue = :queue and task_type = :task_type and status = :status and completed_at >= :day_ago
-  and started_at is not null
-order by completed_at desc limit :sample"""
 EACH_MINUTE = """
 select substr(completed_at, 1, 16) as minute, status, count(*), count(started_at),
        total(max((julianday(started_at) - julianday(enqueued_at)) * 86400.0, 0))
@@ -114,10 +91,6 @@ from task_history where completed_at >= :day_ago group by 1, 2 order by 1"""
 WORKSPACE = """
 case when json_valid(data) then coalesce(json_extract(data, '$.data.workspace_path'),
   json_extract(data, '$.workspace_path')) end as workspace"""
-PAUSES = f"""
-select queue, paused_at, paused_until, substr(pause_reason, 1, {LINE_CHARS}) as pause_reason
-from task_controls
-where paused_at is not null and (paused_until is null or paused_until > :now) order by queue"""
 LIVE_IDS = """
 select id, {key} from "{queue}" where {condition} order by {order} limit :rows"""
 FINISHED_IDS = """
@@ -151,11 +124,6 @@ select max(id) from task_history where queue = :queue and row_id = :id"""
 # ------------------------------------------------------------------------------------- command line
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        self.exit(EX_USAGE, f"{self.prog}: {message}; see {self.prog} --help\n")
-
-
 def port(text: str) -> int:
     if not text.isdecimal() or int(text) > 65_535:
         raise argparse.ArgumentTypeError(f"{text!r} is not a port: 0 to 65535, 0 for any free one")
@@ -163,32 +131,17 @@ def port(text: str) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = Parser(
-        prog="dashboard.py",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = cli.make_parser("dashboard.py", __doc__)
     parser.add_argument(
         "--port", metavar="N", type=port, default=PORT, help=f"default {PORT}; 0: any free one"
     )
     args = parser.parse_args(argv)
-    try:
-        open_read_only(q.STATE_DIR).close()
-        serve(q.STATE_DIR, args.port)
-        return 0
-    except q.QueueBusy as error:
-        return fail(EX_TEMPFAIL, error)
-    except q.QueueError as error:
-        return fail(EX_FAILED, error)
+    return cli.run("dashboard.py", lambda: serve(q.STATE_DIR, args.port))
 
 
-def fail(code: int, message: object) -> int:
-    print("dashboard.py: " + " ".join(str(message).split()), file=sys.stderr)
-    return code
-
-
-def serve(state: Path, number: int) -> None:
+def serve(state: Path, number: int) -> int:
     """Answer requests until SIGTERM or SIGINT."""
+    open_read_only(state).close()
     try:
         server = Server(state, number)
     except OSError as error:
@@ -200,6 +153,7 @@ def serve(state: Path, number: int) -> None:
     with server:
         print(server.address, flush=True)
         server.serve_forever()
+    return 0
 
 
 # ----------------------------------------------------------------------------- who may ask for what
@@ -326,7 +280,14 @@ def open_read_only(state: Path) -> sqlite3.Connection:
     try:
         os.stat(db)
         # as_uri() quotes what a URI would take for its own: ? and # and %.
-        conn = sqlite3.connect(f"{db.as_uri()}?mode=ro", uri=True, timeout=1, isolation_level=None)
+        conn = sqlite3.connect(
+            f"{db.as_uri()}?mode=ro",
+            uri=True,
+            timeout=1,
+            isolation_level=None,
+            factory=cli.Reader,
+        )
+        conn.state = state
         try:
             check_version(conn, db)
         except BaseException:
@@ -402,15 +363,6 @@ def on_queue(statement: str, queue: str, **parts: str) -> str:
     return statement.format(queue=q.check_queue_name(queue), **parts)
 
 
-def queues_of(conn: sqlite3.Connection) -> list[str]:
-    return [queue for (queue,) in conn.execute(q.QUEUES)]
-
-
-def pauses_of(conn: sqlite3.Connection, now: float) -> list[dict]:
-    """The queues that are paused now, with `paused_at`, `paused_until` and `pause_reason`."""
-    return list(rows_of(conn.execute(PAUSES, {"now": now})))
-
-
 class Counts(NamedTuple):
     """Of one queue and type: tasks by status (finished ones of the last 24 hours), seconds."""
 
@@ -422,62 +374,15 @@ class Counts(NamedTuple):
     ran: float | None
 
 
-def counts_of(conn: sqlite3.Connection, day_ago: str) -> list[Counts]:
+def counts_of(numbers: dict) -> list[Counts]:
     """For each queue a row for all types, then one for each: what tasks.py stats counts."""
-    types: dict[str, dict[str, dict]] = {queue: {} for queue in queues_of(conn)}
-    oldest: dict[tuple[str, str], float] = {}
-    for queue in types:
-        for status, condition in LIVE.items():
-            for task_type, tasks, since in conn.execute(
-                on_queue(COUNT_LIVE, queue, condition=condition)
-            ):
-                of_type = types[queue].setdefault(task_type, {})
-                of_type[status] = of_type.get(status, 0) + tasks
-                if status == "pending" and isinstance(since, float | int):
-                    waiting = max(time.time() - since, oldest.get((queue, task_type), 0))
-                    oldest[queue, task_type] = waiting
-    for queue, task_type, status, tasks in conn.execute(COUNT_FINISHED, {"day_ago": day_ago}):
-        types.setdefault(queue, {}).setdefault(task_type, {})[status] = tasks
     rows = []
-    for queue in sorted(types, key=str):
-        of_types, all_times = [], []
-        for task_type, tasks in sorted(types[queue].items(), key=str):
-            times = newest_times(conn, queue, task_type, day_ago)
-            all_times += times
-            of_types.append(
-                Counts(queue, task_type, tasks, oldest.get((queue, task_type)), *medians(times))
-            )
-        total: dict[str, int] = {}
-        for row in of_types:
-            for status, tasks in row.tasks.items():
-                total[status] = total.get(status, 0) + tasks
-        longest = max(
-            (row.oldest_waiting for row in of_types if row.oldest_waiting is not None), default=None
-        )
-        rows += [Counts(queue, None, total, longest, *medians(all_times)), *of_types]
+    for queue, total in numbers["queues"].items():
+        for task_type, n in ((None, total), *total["types"].items()):
+            tasks = {name: n[name] for name in LIVE} | {name: n[f"{name}_day"] for name in FINISHED}
+            medians = [n[name] and n[name]["median"] for name in ("wait_seconds", "run_seconds")]
+            rows.append(Counts(queue, task_type, tasks, n["oldest_pending_seconds"], *medians))
     return rows
-
-
-def newest_times(conn: sqlite3.Connection, queue: str, task_type: str, day_ago: str) -> list[tuple]:
-    """(completed_at, seconds waited, seconds run) of the newest finished tasks."""
-    found = []
-    for status in ("completed", "failed"):
-        which = {"queue": queue, "task_type": task_type, "status": status}
-        found += conn.execute(NEWEST_TIMES, {**which, "day_ago": day_ago, "sample": SAMPLE})
-    return newest(found)
-
-
-def newest(times: list[tuple]) -> list[tuple]:
-    return sorted(times, key=lambda row: str(row[0]), reverse=True)[:SAMPLE]
-
-
-def medians(times: list[tuple]) -> tuple[float | None, float | None]:
-    """How long the newest of them usually waited and ran."""
-    times = [row for row in newest(times) if None not in row]
-    if not times:
-        return None, None
-    waited, ran = (statistics.median(max(row[column], 0) for row in times) for column in (1, 2))
-    return round(waited, 3), round(ran, 3)
 
 
 class Bar(NamedTuple):
@@ -534,7 +439,7 @@ def lines_of(conn: sqlite3.Connection, status: str, queue: str | None, rows: int
     key = "-priority" if status == "pending" else order.split(",")[0]
     parts = {"condition": LIVE[status], "key": key, "order": order}
     found = []
-    for name in [queue] if queue else queues_of(conn):
+    for name in [queue] if queue else cli.queues_of(conn):
         for id, value in conn.execute(on_queue(LIVE_IDS, name, **parts), which):
             found.append((value if isinstance(value, float | int) else 0, id, name))
     found = sorted(found)[:rows]
@@ -579,7 +484,7 @@ def page(server: Server, path: str, query: str) -> tuple:
             return 200, task(conn, FINISHED_TASK, "finished", int(match[1]))
         if match := re.fullmatch(r"task/([a-z][a-z0-9_]{0,62})/(\d{1,18})", path):
             queue, id = match[1], int(match[2])
-            if queue not in queues_of(conn):
+            if queue not in cli.queues_of(conn):
                 raise NoPage
             if conn.execute(f'select 1 from "{queue}" where id = ?', [id]).fetchone():
                 return 200, task(conn, on_queue(LIVE_TASK, queue), queue, id)
@@ -595,8 +500,9 @@ def front(conn: sqlite3.Connection) -> str:
     now = time.time()
     day_ago = q.utc(now - DAY)
     failed, running = (lines_of(conn, s, None, ROWS_ON_FRONT) for s in ("failed", "in_progress"))
-    pauses = pauses_of(conn, now)
-    counts = in_time(counts_of, conn, day_ago)
+    controls = {name: control for name, control in q.controls(conn).items() if control.paused}
+    numbers = in_time(queue_stats.gather, conn)
+    counts = None if numbers is None else counts_of(numbers)
     bars = in_time(bars_of, conn, now, day_ago)
     totals: dict[str, int] = {}
     for row in counts or ():
@@ -604,16 +510,14 @@ def front(conn: sqlite3.Connection) -> str:
             for status, tasks in row.tasks.items():
                 totals[status] = totals.get(status, 0) + tasks
     tiles = [status for status in TILES if status in ALWAYS or totals.get(status)]
-    tiles += sorted(totals.keys() - set(TILES))
+    tiles += sorted(status for status in totals.keys() - set(TILES) if totals[status])
     columns = [status for status in STATUS_WORDS if status in ALWAYS or totals.get(status)]
-    columns += sorted(totals.keys() - STATUS_WORDS.keys())
     return render(
         "front",
         up="",
         failed=failed,
         running=running,
-        pauses=pauses,
-        paused={pause["queue"] for pause in pauses},
+        paused=controls,
         counts=counts,
         bars=bars,
         totals=totals,
@@ -630,7 +534,7 @@ def task_list(conn: sqlite3.Connection, query: str) -> str:
     except ValueError:
         raise NoPage from None
     status, queue = asked.get("status", "pending"), asked.get("queue")
-    if not re.fullmatch(r"[a-z_]{1,40}", status) or queue not in (None, *queues_of(conn)):
+    if not re.fullmatch(r"[a-z_]{1,40}", status) or queue not in (None, *cli.queues_of(conn)):
         raise NoPage
     rows = lines_of(conn, status, queue, ROWS + 1)
     more, rows = len(rows) > ROWS, rows[:ROWS]
@@ -639,7 +543,7 @@ def task_list(conn: sqlite3.Connection, query: str) -> str:
         up="",
         status=status,
         queue=queue,
-        queues=queues_of(conn),
+        queues=cli.queues_of(conn),
         rows=rows,
         more=more,
         refresh=True,
@@ -659,7 +563,7 @@ def task(conn: sqlite3.Connection, statement: str, place: str, id: int) -> str:
     queue, finished = row.get("queue", place), place == "finished"
     which = {"name": row["name"], "queue": queue, "rows": ROWS_ON_FRONT + 1}
     runs = []
-    if finished and queue in queues_of(conn):
+    if finished and queue in cli.queues_of(conn):
         for (run,) in conn.execute(on_queue(LIVE_RUN, queue), which).fetchall():
             runs.append(line(conn, on_queue(LIVE_LINE, queue), run, queue, "pending"))
     for (run,) in conn.execute(FINISHED_RUNS, which).fetchall():
@@ -1061,11 +965,11 @@ PARTS = """
 
 FRONT = """{% extends "base" %}{% from "parts" import late, lines, time, chart %}
 {% block main %}
-{% for pause in pauses %}
-<div class="note paused" id="paused-{{ pause.queue }}"><p><b>{{ pause.queue }}</b> is paused
-{%- if pause.paused_until is not none %} until {{ (pause.paused_until | moment).short }}{% endif %}
-{%- if pause.pause_reason %}: {{ pause.pause_reason }}{% endif %}.
-<span class="quiet">Paused since {{ (pause.paused_at | moment).short }}. Go on now: <code>{{ script }} resume {{ pause.queue }}</code></span></p></div>
+{% for queue, pause in paused.items() %}
+<div class="note paused" id="paused-{{ queue }}"><p><b>{{ queue }}</b> is paused
+{%- if pause.until is not none %} until {{ (pause.until | moment).short }}{% endif %}
+{%- if pause.reason %}: {{ pause.reason }}{% endif %}.
+<span class="quiet">Go on now: <code>{{ script }} resume {{ queue }}</code></span></p></div>
 {% endfor %}
 
 <div class="tiles">

@@ -18,11 +18,9 @@ exit codes: 0 every step happened; 1 one did not, within 30 s; 64 usage.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import re
-import shutil
 import signal
 import sqlite3
 import subprocess
@@ -33,13 +31,14 @@ import uuid
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import queue_cli as cli
+
 HERE = Path(__file__).resolve().parent
 STEP_SECONDS = 30  # for each step
 WARM_SECONDS = 900  # the first time, uv downloads lychee: 75 MB
 ASLEEP_SECONDS = 1  # a worker is, long before, where nobody can see it
 END_SECONDS = 8  # for children to end by themselves; a worker gives its handlers 5
 POLL_SECONDS = 0.002
-EX_USAGE = 64
 STOPS = (signal.SIGTERM, signal.SIGINT)
 
 README = """# Harbour notes
@@ -49,17 +48,12 @@ The [map of the pier](pier.md) was never drawn.
 """
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        self.exit(EX_USAGE, f"{self.prog}: {message}; see {self.prog} --help\n")
-
-
 class Failed(Exception):
     """A step did not happen; the message says which, and what is known."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args(argv)
+    cli.make_parser("demo.py", __doc__).parse_args(argv)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # an exit that cleans up
     with tempfile.TemporaryDirectory(prefix="task-queue-demo-") as directory:
         demo = Demo(Path(directory).resolve())
@@ -85,7 +79,7 @@ class Demo:
         self.log = directory / "worker.log"
         self.worker: subprocess.Popen | None = None
         self.children: list[subprocess.Popen] = []
-        self.uv = find_uv()
+        self.uv = cli.find_uv()
         names = ("TASK_", "LYCHEE_", "CLAUDE")  # of whatever this was started from
         self.environment = {name: value for name, value in os.environ.items() if not name.startswith(names)}
         self.environment["TASK_QUEUE_STATE"] = str(self.state)
@@ -259,16 +253,6 @@ def has_members(group: int) -> bool:
         return True
     except (ProcessLookupError, PermissionError):  # macOS says the latter of zombies
         return False
-
-
-def find_uv() -> str | None:
-    """uv itself where that can be found: a version manager's stand-in on PATH costs 60 ms each time."""
-    try:
-        from uv import find_uv_bin
-
-        return find_uv_bin()
-    except (ImportError, FileNotFoundError):
-        return os.environ.get("UV") or shutil.which("uv")
 
 
 def milliseconds(start: str, end: str) -> int:

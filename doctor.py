@@ -31,8 +31,10 @@ from typing import NamedTuple
 import queue_cli as cli
 import queue_helpers as q
 import queue_installation
-from queue_cli import sh, span
-from queue_settings import words_of
+from queue_cli import command, sh, span
+from queue_outcome import Control
+from queue_settings import hooks_in, our_hooks
+from queue_spool import is_utf8
 
 MAX_WAIT_SECONDS = 600.0
 # A worker takes spooled tasks in at once.
@@ -56,6 +58,8 @@ OLDEST_READY = """
 select count(*), min(timestamp) from "{queue}" where status < 2"""
 OVERDUE = """
 select count(*), min(due_at) from "{queue}" where status = 3 and due_at <= :now"""
+HELD = """
+select count(*), min(timestamp) from "{queue}" where status = 3 and due_at is null"""
 PUT_BACK = """
 select task_type, count(*), max(error) from "{queue}"
 where status = 3 and error is not null and attempts = 0 group by task_type"""
@@ -199,17 +203,17 @@ def check_versions() -> Iterator[Finding]:
             f"SQLite {sqlite3.sqlite_version} can, very rarely, damage a database in WAL "
             "mode that several processes use",
             "fixed in 3.51.3, 3.50.7 and 3.44.6: update Python when you can, keep a backup: "
-            "tasks.py backup FILE",
+            f"{command('backup')} FILE",
         )
-    command = shutil.which("sqlite3", path=GUI_PATH) or shutil.which("sqlite3")
-    if not command:
+    sqlite = shutil.which("sqlite3", path=GUI_PATH) or shutil.which("sqlite3")
+    if not sqlite:
         yield note(
             "the sqlite3 command is not there; only hooks that are written in bash need it",
             "install it with your package manager, or use enqueue.py",
         )
         return
     ran = subprocess.run(
-        [command, "-version"],
+        [sqlite, "-version"],
         check=False,
         stdin=subprocess.DEVNULL,
         capture_output=True,
@@ -219,7 +223,7 @@ def check_versions() -> Iterator[Finding]:
     number = re.match(r"(\d+)\.(\d+)(?:\.(\d+))?", ran.stdout)
     if not number or tuple(int(part or 0) for part in number.groups()) < (3, 31):
         yield problem(
-            f"{command} is version {ran.stdout.split(' ')[0].strip() or 'unknown'}: it "
+            f"{sqlite} is version {ran.stdout.split(' ')[0].strip() or 'unknown'}: it "
             "cannot read the tables",
             "install sqlite3 3.31 or newer",
         )
@@ -339,7 +343,7 @@ def check_files(state: Path) -> Iterator[Finding]:
         yield Finding(
             "problem" if reached else "note",
             f"other users may read or write {names}: tasks hold prompts and paths",
-            f"chmod -R go= {sh(state)}; cleanup.py does the same",
+            f"chmod -R go= {sh(state)}; {command('cleanup')} does the same",
         )
 
 
@@ -464,7 +468,7 @@ def check_disk(state: Path) -> Iterator[Finding]:
         text = text if free < LOW_DISK_BYTES else "no inodes are free"
         yield problem(
             f"the disk is full, or nearly: {text}",
-            f"make room: df -h {sh(existing)}; cleanup.py",
+            f"make room: df -h {sh(existing)}; {command('cleanup')}",
         )
     elif free < SHORT_DISK_BYTES:
         yield note(f"only {text}", "make room soon")
@@ -483,7 +487,7 @@ def check_database(state: Path) -> Iterator[Finding]:
     if head and head[:15] != b"SQLite format 3":
         yield problem(
             f"{db} is not a database",
-            f"put a backup in its place: tasks.py restore FILE (it keeps {db.name} beside it)",
+            f"put a backup in its place: {command('restore')} FILE (it keeps {db.name} beside it)",
         )
         return
     was_in_use = cli.is_in_use(cli.database_file(state))
@@ -497,7 +501,7 @@ def check_database(state: Path) -> Iterator[Finding]:
         except sqlite3.DatabaseError as error:
             yield problem(
                 f"{db} cannot be read: {error}",
-                "put a backup in its place: tasks.py restore FILE",
+                f"put a backup in its place: {command('restore')} FILE",
             )
             return
         if version > q.SCHEMA_VERSION:
@@ -514,8 +518,8 @@ def check_database(state: Path) -> Iterator[Finding]:
         ):
             yield problem(
                 f"{db} belongs to another program, or lost its tables",
-                "set TASK_QUEUE_STATE to where your queue is; if that is here: tasks.py restore "
-                "FILE",
+                "set TASK_QUEUE_STATE to where your queue is; if that is here: "
+                f"{command('restore')} FILE",
             )
             return
         if version < q.SCHEMA_VERSION:
@@ -548,8 +552,9 @@ def quick_check(conn: sqlite3.Connection, db: Path) -> Finding:
     give_up = time.monotonic() + QUICK_CHECK_SECONDS
     conn.set_progress_handler(lambda: time.monotonic() > give_up, 100_000)
     restore = (
-        "put a backup in its place: tasks.py restore FILE; without one, save what can be read: "
-        f"sqlite3 {sh(db)} .recover | sqlite3 recovered.db, then: tasks.py restore recovered.db"
+        f"put a backup in its place: {command('restore')} FILE; without one, save what can be "
+        f"read: sqlite3 {sh(db)} .recover | sqlite3 recovered.db, then: {command('restore')} "
+        "recovered.db"
     )
     try:
         said = [row[0] for row in conn.execute("pragma quick_check(3)")]
@@ -576,17 +581,18 @@ def check_tasks(state: Path, handlers: Path, max_wait: float) -> Iterator[Findin
         if conn.execute("pragma user_version").fetchone()[0] != q.SCHEMA_VERSION:
             return
         queues = cli.queues_of(conn)
-        served = [queue for queue in queues if cli.is_locked(cli.serving_lock(state, queue))]
+        served, controls = cli.served(state, queues), q.controls(conn)
         for queue in queues:
-            yield from check_waiting(conn, queue, max_wait, queue in served)
+            yield from check_waiting(conn, queue, max_wait, queue in served, controls.get(queue))
+            yield from check_held(conn, queue, max_wait)
             yield from check_put_back(conn, queue, handlers)
             since = {"queue": queue, "since": q.utc(time.time() - 86_400)}
             failed = conn.execute(FAILED_LATELY, since).fetchone()[0]
             if failed:
                 yield note(
                     f'queue "{queue}": {failed} failed for good in the last day',
-                    f"tasks.py list --queue {queue} --status failed; then tasks.py retry --failed "
-                    f"--queue {queue}",
+                    f"{command('list')} --queue {queue} --status failed; then "
+                    f"{command('retry')} --failed --queue {queue}",
                 )
         if not served:
             yield from check_claims(conn, state)
@@ -597,8 +603,24 @@ def check_tasks(state: Path, handlers: Path, max_wait: float) -> Iterator[Findin
         )
 
 
+def check_held(conn: sqlite3.Connection, queue: str, max_wait: float) -> Iterator[Finding]:
+    """Tasks that wait for a person, who may not know it."""
+    held, oldest = conn.execute(q.on_queue(HELD, queue)).fetchone()
+    if held and time.time() - oldest > max_wait:
+        yield note(
+            f'queue "{queue}": {held} held for a person, the oldest since {moment(oldest)} '
+            f"({span(time.time() - oldest)})",
+            f"{command('list')} --queue {queue} --status held; then {command('approve')} ID, or "
+            f"{command('reject')} ID",
+        )
+
+
 def check_waiting(
-    conn: sqlite3.Connection, queue: str, max_wait: float, has_worker: bool
+    conn: sqlite3.Connection,
+    queue: str,
+    max_wait: float,
+    has_worker: bool,
+    control: Control | None,
 ) -> Iterator[Finding]:
     now = time.time()
     ready, oldest = conn.execute(q.on_queue(OLDEST_READY, queue)).fetchone()
@@ -608,21 +630,28 @@ def check_waiting(
         f'queue "{queue}": {waiting} waiting, the oldest since {moment(since)} '
         f"({span(now - since)})"
     )
-    if (
-        waiting
-        and conn.execute(q.on_queue(f"select {q.IS_PAUSED}", queue), {"now": now}).fetchone()[0]
-    ):
-        yield note(f"{how_long}; the queue is paused", f"tasks.py resume {queue}")
+    if waiting and control and control.paused:
+        yield note(
+            f"{how_long}; the queue is {cli.pause_in_words(control)}",
+            f"to let it go on now: {command('resume')} {queue}",
+        )
+    elif waiting and now - since > max_wait and control and control.slots and has_worker:
+        yield problem(
+            f"{how_long}, although a worker serves it: its tasks have "
+            f"{cli.plural(control.slots, 'slot')}",
+            f"see what runs: {command('list')} --queue {queue} --status running; more at a time: "
+            f"{command('limit')} {queue} --slots N",
+        )
     elif waiting and now - since > max_wait and has_worker:
         yield problem(
             f"{how_long}, although a worker serves it",
-            f"see what it does: tasks.py list --queue {queue}, and its log in state/logs; "
-            "more at a time: worker.py --concurrency N",
+            f"see what it does: {command('list')} --queue {queue}, and its log in state/logs; "
+            f"more at a time: {command('work')} --concurrency N",
         )
     elif waiting and now - since > max_wait:
         yield problem(
             f"{how_long}, and no worker serves it",
-            f"start one: worker.py {queue}; or have it started: just service --enable; "
+            f"start one: {command('work')} {queue}; or have it started: just service --enable; "
             "or see to whoever else should take them",
         )
 
@@ -634,11 +663,19 @@ def check_put_back(conn: sqlite3.Connection, queue: str, handlers: Path) -> Iter
             name = task_type or queue
             yield problem(
                 f'queue "{queue}": {tasks} of type {name!r} cannot run: {error}',
-                f"put an executable of that name into {handlers}, or have a worker that serves "
-                f"{queue} run one "
-                f"command for all: worker.py {queue} -- COMMAND; if nobody wants them: "
-                f"tasks.py purge {queue} --type {sh(name)}",
+                f"there are handlers for: {', '.join(executables(handlers)) or 'nothing'}; put an "
+                f"executable of that name into {handlers}, or have a worker that serves {queue} "
+                f"run one command for all: {command('work')} {queue} -- COMMAND; to see them: "
+                f"{command('list')} --queue {queue} --type {sh(name)}; if nobody wants them: "
+                f"{command('purge')} {queue} --type {sh(name)}",
             )
+
+
+def executables(handlers: Path) -> list[str]:
+    """The types of task that have a handler."""
+    if not handlers.is_dir():
+        return []
+    return sorted(path.name for path in handlers.iterdir() if has_handler(handlers, path.name))
 
 
 def has_handler(handlers: Path, task_type: str) -> bool:
@@ -667,7 +704,7 @@ def check_claims(conn: sqlite3.Connection, state: Path) -> Iterator[Finding]:
         yield problem(
             f'queue "{queue}": {len(tasks)} claimed '
             f"{f'at {moment(since)} ' if since is not None else ''}{by}",
-            f"any worker takes them back: worker.py {queue}; so does cleanup.py",
+            f"any worker takes them back: {command('work')} {queue}; so does {command('cleanup')}",
         )
 
 
@@ -732,8 +769,8 @@ def check_spool_of(directory: Path) -> tuple[int, list[Finding]]:
         found.append(
             problem(
                 f"{directory} is not draining: {len(files)} tasks, the oldest for {span(oldest)}",
-                f"worker.py {directory.name} takes them in; so does cleanup.py, which says what "
-                "hinders it",
+                f"{command('work')} {directory.name} takes them in; so does {command('cleanup')}, "
+                "which says what hinders it",
             )
         )
     malformed = sorted((directory / "malformed").glob("*"))
@@ -746,14 +783,6 @@ def check_spool_of(directory: Path) -> tuple[int, list[Finding]]:
             )
         )
     return len(files), found
-
-
-def is_utf8(name: str) -> bool:
-    try:
-        name.encode()
-        return True
-    except UnicodeEncodeError:
-        return False
 
 
 def check_handlers(directory: Path) -> Iterator[Finding]:
@@ -817,7 +846,6 @@ def check_hook(place: Place) -> Iterator[Finding]:
     )
     try:
         root = json.loads(settings.read_bytes().decode())
-        hooks = list(hooks_in(root))
     except FileNotFoundError:
         yield note(f"{settings} is not there, so there is no hook", "just install --hook yes")
         return
@@ -827,13 +855,14 @@ def check_hook(place: Place) -> Iterator[Finding]:
             "mend it, or take back a backup",
         )
         return
-    except (TypeError, AttributeError, KeyError):
+    if not is_of_known_shape(root):
         yield problem(
             f"{settings}: its hooks are not of the shape Claude Code reads",
             "mend it, or take back a backup",
         )
         return
-    ours = [(event, words) for event, words in hooks if is_ours(words, place)]
+    found = [*our_hooks(root), *(our_hooks(root, place.prefix) if place.prefix else ())]
+    ours = [hook for hook in hooks_in(root) if any(hook[2] is one[2] for one in found)]
     if not ours:
         yield note(f"no hook of the queue is in {settings}", "just install --hook yes")
         return
@@ -841,42 +870,32 @@ def check_hook(place: Place) -> Iterator[Finding]:
         yield problem(f"{settings} has disableAllHooks: no hook runs", "set it to false")
     faults = [
         fault
-        for event, words in ours
+        for event, _, _, words in ours
         for fault in check_hook_command(event, words, settings, place)
     ]
     yield from faults
     if not faults:
-        yield ok(f"in {settings}: {', '.join(dict.fromkeys(event for event, _ in ours))}")
+        yield ok(f"in {settings}: {', '.join(dict.fromkeys(event for event, *_ in ours))}")
 
 
-def hooks_in(root: dict) -> Iterator[tuple[str, list[str]]]:
-    """(event, the words of its command) of every hook; TypeError and the like for what Claude Code
-    cannot read.
-    """
-    for event, groups in root.get("hooks", {}).items():
-        for group in groups:
-            for hook in group.get("hooks", ()):
-                if isinstance(hook.get("command"), str):
-                    yield event, words_of(hook)
+def is_of_known_shape(root: object) -> bool:
+    """Whether parsed settings have their hooks as Claude Code reads them."""
+    hooks = root.get("hooks", {}) if isinstance(root, dict) else None
+    return isinstance(hooks, dict) and all(
+        isinstance(groups, list)
+        and all(isinstance(group, dict) and is_list_of_hooks(group) for group in groups)
+        for groups in hooks.values()
+    )
+
+
+def is_list_of_hooks(group: dict) -> bool:
+    listed = group.get("hooks", [])
+    return isinstance(listed, list) and all(isinstance(hook, dict) for hook in listed)
 
 
 def path_of(word: str) -> str:
     """A word of a hook as a path: a shell would expand these two."""
     return os.path.expanduser(re.sub(r"^\$(HOME\b|\{HOME\})", "~", word))
-
-
-def is_ours(words: list[str], place: Place) -> bool:
-    """Whether a hook puts tasks into the queue: it calls enqueue.py or the installed hook, by
-    whatever path.
-    """
-    installed = os.path.realpath(place.prefix / "runtime/hook") if place.prefix else None
-    for word in words:
-        real = os.path.realpath(path_of(word))
-        if real == installed or real.endswith("/lychee/runtime/hook"):
-            return True
-        if "enqueue.py" in word or "tasks.db" in word:
-            return True
-    return False
 
 
 def check_hook_command(
@@ -936,7 +955,7 @@ def check_interpreters(place: Place) -> Iterator[Finding]:
     if state and os.path.realpath(state) != os.path.realpath(q.STATE_DIR):
         yield note(
             f"the hook's tasks go to {state}; this looks at {q.STATE_DIR}",
-            f"TASK_QUEUE_STATE={sh(state)} tasks.py doctor",
+            f"TASK_QUEUE_STATE={sh(state)} {command('doctor')}",
         )
     if not os.access(place.prefix / "runtime/lib/enqueue.py", os.R_OK):
         yield problem(f"{hook} finds no enqueue.py: tasks go to the spool", "just install")

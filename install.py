@@ -37,19 +37,20 @@ from pathlib import Path
 # A dry run writes nothing, compiled modules included.
 sys.dont_write_bytecode |= "--dry-run" in sys.argv
 
+import queue_cli as cli  # noqa: E402
 import queue_settings  # noqa: E402
 from queue_installation import (  # noqa: E402
     Installation,
     Trouble,
     WrongUse,
+    answer_for,
     begun,
     default_prefix,
     digest,
     digest_there,
     only_one,
 )
-
-EX_USAGE = 64
+from queue_installation import complain as complain_of  # noqa: E402
 
 # Long enough for one script's packages to be downloaded.
 WARM_SECONDS = 600.0
@@ -61,16 +62,12 @@ HERE = Path(__file__).resolve().parent
 QUEUES = ("notifications", "approvals", "completions")
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        self.exit(EX_USAGE, f"{self.prog}: {message}; see {self.prog} --help\n")
-
-
-def parser() -> Parser:
-    wide = argparse.RawDescriptionHelpFormatter
-    top = Parser(prog="install.py", description=__doc__, formatter_class=wide)
+def parser() -> cli.Parser:
+    top = cli.make_parser("install.py", __doc__)
     # --command is the program that is installed; what argparse calls a command is a verb here.
-    verbs = top.add_subparsers(dest="verb", metavar="COMMAND", required=True, parser_class=Parser)
+    verbs = top.add_subparsers(
+        dest="verb", metavar="COMMAND", required=True, parser_class=cli.Parser
+    )
 
     def verb(name: str, help: str) -> Callable:
         sub = verbs.add_parser(name, help=help, description=help)
@@ -120,18 +117,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
     # What is made on the way is its owner's alone, whatever umask the session has.
     os.umask(0o077)
-    try:
-        return run(args)
-    except (WrongUse, argparse.ArgumentTypeError) as error:
-        complain(error)
-        return EX_USAGE
-    except Trouble as trouble:
-        return complain(trouble)
-    except OSError as error:
-        where = error.filename or args.prefix or ""
-        return complain(f"{where}: {error.strerror}; mend that, then run the same command again")
-    except KeyboardInterrupt:
-        return complain("interrupted; run the same command again to finish what was begun")
+    return answer_for("install.py", lambda: run(args))
 
 
 def run(args: argparse.Namespace) -> int:
@@ -148,9 +134,7 @@ def run(args: argparse.Namespace) -> int:
         return command(Installation(args.prefix), args)
 
 
-def complain(message: object) -> int:
-    print(f"install.py: {message}", file=sys.stderr)
-    return 1
+complain = partial(complain_of, "install.py")
 
 
 # ------------------------------------------------------------------------------------------ install
@@ -159,7 +143,7 @@ def complain(message: object) -> int:
 def install(place: Installation, args: argparse.Namespace) -> int:
     if not all((HERE / name).is_file() for name in ("queue_helpers.py", "enqueue.py", "hook.sh")):
         raise Trouble(f"{HERE} lacks queue_helpers.py, enqueue.py or hook.sh: use a whole checkout")
-    uv, python = find_uv(), find_python()
+    uv, python = cli.find_uv(), find_python()
     place.record.update(state=str(place.state), uv=uv, python=python)
     files = plan(place)
     for path, _, _, action in files:
@@ -359,48 +343,6 @@ def why_not(command: list[str], **options) -> str:
     return said or f"exit code {ran.returncode}" if ran.returncode else ""
 
 
-def works_alone(command: list[str]) -> bool:
-    """Whether a program runs with nothing on PATH, unlike the shims of version managers.
-
-    A program that was started by a desktop has such a PATH.
-    """
-    return not why_not(command, env={"HOME": str(Path.home())}, timeout=30)
-
-
-def find_uv() -> str | None:
-    """The absolute path of a uv that works alone."""
-    home = Path.home()
-    usual = (
-        home / ".local/bin/uv",
-        home / ".cargo/bin/uv",
-        "/opt/homebrew/bin/uv",
-        "/usr/local/bin/uv",
-    )
-    places = (os.environ.get("UV"), shutil.which("uv"), *usual)
-    found = [os.path.abspath(place) for place in places if place and os.access(place, os.X_OK)]
-    for uv in found:
-        if works_alone([uv, "--version"]):
-            return uv
-    # A version manager's shim: uv tells its children where it is.
-    for shim in found:
-        program = "import os; print(os.environ['UV'])"
-        ask = [shim, "run", "--no-project", "--no-config", "--offline", "python", "-c", program]
-        try:
-            ran = subprocess.run(
-                ask,
-                check=False,
-                stdin=subprocess.DEVNULL,
-                capture_output=True,
-                text=True,
-                timeout=30,
-            )
-        except (OSError, subprocess.TimeoutExpired):
-            continue
-        if ran.stdout.strip() and works_alone([ran.stdout.strip(), "--version"]):
-            return ran.stdout.strip()
-    return None
-
-
 def find_python() -> str | None:
     """The absolute path of a Python that can enqueue and works alone.
 
@@ -424,7 +366,7 @@ def find_python() -> str | None:
         if (
             python
             and os.access(python, os.X_OK)
-            and works_alone([os.path.abspath(python), "-E", "-s", "-c", fit])
+            and cli.works_alone([os.path.abspath(python), "-E", "-s", "-c", fit])
         ):
             return os.path.abspath(python)
     return None
@@ -444,7 +386,10 @@ def offer_command(place: Installation, args: argparse.Namespace) -> int:
         if args.command or not sys.stdin.isatty() or args.dry_run:
             return complain(f"{say}: choose another name for the command, with --command NAME")
         name = answer(f"{say}. Another name for the command (empty for none): ")
-        program(name or COMMAND)
+        try:
+            program(name or COMMAND)
+        except argparse.ArgumentTypeError as error:
+            raise WrongUse(error) from None
     if not name:
         return 0
     path, content = directory / name, filled_in(place, "tq.sh")

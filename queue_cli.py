@@ -367,7 +367,7 @@ def works_alone(command: Sequence[str]) -> bool:
                 check=False,
                 stdin=subprocess.DEVNULL,
                 capture_output=True,
-                timeout=10,
+                timeout=30,
                 env=environment,
             ).returncode
             == 0
@@ -572,7 +572,13 @@ def open_queue() -> q.Connection:
     return q.connect(create=False)
 
 
-def open_to_read(db: Path) -> sqlite3.Connection:
+class Reader(sqlite3.Connection):
+    """A connection that only reads, and knows its state directory."""
+
+    state: Path
+
+
+def open_to_read(db: Path) -> Reader:
     """A connection that changes nothing: not even the sidecar files are made, as they are by an
     ordinary reader.
     """
@@ -583,7 +589,8 @@ def open_to_read(db: Path) -> sqlite3.Connection:
     uri = (
         f"file:{quote(os.fsencode(real))}?mode=ro{'' if is_in_use(Path(real)) else '&immutable=1'}"
     )
-    conn = sqlite3.connect(uri, uri=True, timeout=2.0, isolation_level=None)
+    conn = sqlite3.connect(uri, uri=True, timeout=2.0, isolation_level=None, factory=Reader)
+    conn.state = db.parent
     conn.text_factory = lambda raw: raw.decode("utf-8", "replace")
     return conn
 

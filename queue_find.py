@@ -273,22 +273,26 @@ class Scan:
                 return
 
 
-def find_tasks(
-    conn: q.Connection,
-    queues: list[str] | None,
-    statuses: Sequence[str],
-    task_type: str | None,
-    oldest: float,
-    newest: float,
-    text: str | None,
-    scan: Scan,
-) -> Iterator[dict]:
+class Wanted(NamedTuple):
+    """Which tasks a list is to have; queues, task_type and text are None where they do not matter.
+
+    oldest and newest are Unix seconds: of finished tasks of their end, else of their enqueuing.
+    """
+
+    queues: list[str] | None
+    statuses: Sequence[str]
+    task_type: str | None
+    oldest: float
+    newest: float
+    text: str | None
+
+
+def find_tasks(conn: q.Connection, wanted: Wanted, scan: Scan) -> Iterator[dict]:
     """Matching tasks in list's order, as they are found; where a text was looked for, `hit` says
     where it is.
     """
-    rows = matching_rows(conn, queues, statuses, task_type, oldest, newest, text, scan)
-    for row in rows:
-        yield row if text is None else row | {"hit": hit(row, text)}
+    for row in matching_rows(conn, wanted, scan):
+        yield row if wanted.text is None else row | {"hit": hit(row, wanted.text)}
 
 
 def hit(row: dict, text: str) -> str:
@@ -299,20 +303,14 @@ def hit(row: dict, text: str) -> str:
         found = re.search(re.escape(text), value, re.IGNORECASE)
         if found:
             begin = max(found.start() - BEFORE_HIT, 0)
-            return f"{label}: {'…' if begin else ''}{value[begin : found.end() + AFTER_HIT]}"
+            return (
+                f"{label}: {'…' if begin else ''}{value[begin : found.end() + AFTER_HIT].lstrip()}"
+            )
     return ""
 
 
-def matching_rows(
-    conn: q.Connection,
-    queues: list[str] | None,
-    statuses: Sequence[str],
-    task_type: str | None,
-    oldest: float,
-    newest: float,
-    text: str | None,
-    scan: Scan,
-) -> Iterator[dict]:
+def matching_rows(conn: q.Connection, wanted: Wanted, scan: Scan) -> Iterator[dict]:
+    queues, statuses, task_type, oldest, newest, text = wanted
     like = None if text is None else "%" + re.sub(r"([\\%_])", r"\\\1", text) + "%"
     which = {"task_type": task_type, "since": oldest, "before": newest, "text": like}
     for name, condition in LIVE.items():

@@ -14,12 +14,13 @@ import os
 import re
 import stat
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 # An install that waits for a person's answer holds the lock; another one gives up after this time.
 LOCK_SECONDS = 120.0
+EX_USAGE = 64
 
 
 class Trouble(Exception):
@@ -28,6 +29,30 @@ class Trouble(Exception):
 
 class WrongUse(Exception):
     """What was asked for cannot be meant; the message says why. Exit code 64."""
+
+
+def answer_for(script: str, work: Callable[[], int]) -> int:
+    """work()'s exit code; what may go wrong becomes one line and a code."""
+    try:
+        return work()
+    except WrongUse as error:
+        complain(script, error)
+        return EX_USAGE
+    except Trouble as trouble:
+        return complain(script, trouble)
+    except OSError as error:
+        where = error.filename or "the installation"
+        return complain(
+            script, f"{where}: {error.strerror}; mend that, then run the same command again"
+        )
+    except KeyboardInterrupt:
+        return complain(script, "interrupted; run the same command again to finish what was begun")
+
+
+def complain(script: str, message: object) -> int:
+    import queue_cli as cli
+
+    return cli.complain(1, script, message)
 
 
 def default_prefix() -> Path:

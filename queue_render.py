@@ -158,6 +158,7 @@ def stats_drawing(numbers: dict):
         rows[at + 1 : at + 1] = [(f"  {name}", of_type, False) for name, of_type in types.items()]
     bold = {at for at, row in enumerate(rows) if row[2]}
     room = console().width
+    heads, cells, spare = [], [], 0
     for columns in _stats_columns(numbers):
         heads = ["queue\n  type", *(head for head, _ in columns)]
         cells = [[name, *(cell(n) for _, cell in columns)] for name, n, _ in rows]
@@ -259,9 +260,10 @@ def list_table(rows: list[dict], controls: dict[str, Control]):
     taken = sum(widths_of(["#", "status", "age"], fixed)) + 6
     left = console().width - taken
     natural = widths_of(["queue", "id", "type"], names)
-    room = fitting(natural, left - min(LEAST_NOTE, *widths_of(["note"], [[n] for n in notes])))
+    widest = widths_of(["what came of it"], [[note] for note in notes])[0]
+    room = fitting(natural, left - min(max(LEAST_NOTE, left // 2), widest))
     return table(
-        [">#", "status", "queue", "id", "type", ">age", "what came of it, or the payload"],
+        [">#", "status", "queue", "id", "type", ">age", "what came of it"],
         [
             (number, status, *(middle(*of) for of in zip(name, room, strict=True)), age, note)
             for (number, status, age), name, note in zip(fixed, names, notes, strict=True)

@@ -5,6 +5,7 @@ Prometheus.
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from contextlib import nullcontext
 
 import queue_cli as cli
@@ -38,7 +39,7 @@ COUNT_BETWEEN = """
 select count(*) from task_history where completed_at >= :since and completed_at < :until"""
 
 
-def gather(conn: q.Connection) -> dict:
+def gather(conn: q.Connection | cli.Reader) -> dict:
     """{"at", "serving": [queue, …], "queues": {queue: {…numbers, what holds it back,
     "types": {type: {…numbers}}}}}, of one state of the database.
 
@@ -48,7 +49,7 @@ def gather(conn: q.Connection) -> dict:
         return _gather(conn, time.time())
 
 
-def _gather(conn: q.Connection, now: float) -> dict:
+def _gather(conn: q.Connection | cli.Reader, now: float) -> dict:
     ago = {"hour_ago": q.utc(now - HOUR), "day_ago": q.utc(now - DAY)}
     types: dict[str, dict[str, dict]] = {}
     controls = q.controls(conn)
@@ -146,6 +147,19 @@ def label(text: str) -> str:
     return text.replace("\\", "\\\\").replace("\n", "\\n").replace('"', '\\"')
 
 
+def controls_of(n: dict, is_served: bool) -> Iterator[tuple[str, object, dict]]:
+    """(family, value, labels) of what holds a queue back or serves it."""
+    yield "task_queue_paused", int(n["paused"]), {}
+    yield "task_queue_served", int(is_served), {}
+    if n["paused"]:
+        until = n["paused_until"]
+        why = {"reason": n["pause_reason"] or "", "by": n["paused_by"] or ""}
+        at = "+Inf" if until is None else cli.seconds_of(until)
+        yield "task_queue_paused_until_seconds", at, why
+    if n["slots"] is not None:
+        yield "task_queue_slots", n["slots"], {}
+
+
 def prometheus_text(numbers: dict) -> str:
     """The text format, version 0.0.4. All are gauges: finished tasks are pruned, so nothing here
     only grows.
@@ -171,15 +185,8 @@ def prometheus_text(numbers: dict) -> str:
         samples[family].append(f"{family}{{{inside}}} {value}")
 
     for queue, total in numbers["queues"].items():
-        sample("task_queue_paused", int(total["paused"]), queue=queue)
-        sample("task_queue_served", int(queue in numbers["serving"]), queue=queue)
-        if total["paused"]:
-            until = total["paused_until"]
-            at = "+Inf" if until is None else cli.seconds_of(until)
-            why = {"reason": total["pause_reason"] or "", "by": total["paused_by"] or ""}
-            sample("task_queue_paused_until_seconds", at, queue=queue, **why)
-        if total["slots"] is not None:
-            sample("task_queue_slots", total["slots"], queue=queue)
+        for family, value, labels in controls_of(total, queue in numbers["serving"]):
+            sample(family, value, queue=queue, **labels)
         for task_type, n in (total["types"] or {queue: zeros()}).items():
             which = {"queue": queue, "task_type": task_type}
             for name in LIVE:

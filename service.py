@@ -24,24 +24,26 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 # A dry run writes nothing, compiled modules included.
 sys.dont_write_bytecode |= "--dry-run" in sys.argv
 
+import queue_cli as cli  # noqa: E402
 from queue_installation import (  # noqa: E402
     Installation,
     Trouble,
     WrongUse,
+    answer_for,
     default_prefix,
     digest,
     digest_there,
     is_plain,
     only_one,
 )
+from queue_installation import complain as complain_of  # noqa: E402
 from queue_launch import become_worker  # noqa: E402
-
-EX_USAGE = 64
 
 # Between the two looks of a run that found nothing at first; it also keeps a service that is
 # started for nothing from spinning.
@@ -51,15 +53,8 @@ LOOK_TWICE_SECONDS = 1.0
 TICK_SECONDS = 60
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        self.exit(EX_USAGE, f"{self.prog}: {message}; see {self.prog} --help\n")
-
-
 def parse(argv: Sequence[str]) -> argparse.Namespace:
-    parser = Parser(
-        prog="service.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = cli.make_parser("service.py", __doc__)
     add = parser.add_argument
     add("prefix", metavar="PREFIX", nargs="?", help="default ~/.claude/automation/lychee")
     add(
@@ -81,34 +76,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] == ["work"]:
         # This is what the units run.
-        parser = Parser(prog="service.py work", description=work.__doc__)
+        parser = cli.Parser(prog="service.py work", description=work.__doc__)
         parser.add_argument("prefix", metavar="PREFIX")
         parser.add_argument("queues", metavar="QUEUE", nargs="+")
         told = parser.parse_args(argv[1:])
         return work(Installation(told.prefix), told.queues)
     args = parse(argv)
     os.umask(0o077)
-    try:
-        place = Installation(args.prefix)
-        if args.dry_run:
-            return write_units(place, args)
-        if not place.prefix.is_dir():
-            raise Trouble(f"{place.prefix} is not there: nothing is installed; see just install")
-        with only_one(place.prefix):
-            return write_units(Installation(args.prefix), args)
-    except WrongUse as error:
-        complain(error)
-        return EX_USAGE
-    except Trouble as trouble:
-        return complain(trouble)
-    except OSError as error:
-        where = error.filename or args.prefix or ""
-        return complain(f"{where}: {error.strerror}; mend that, then run the same command again")
+    return answer_for("service.py", lambda: serve(args))
 
 
-def complain(message: object) -> int:
-    print(f"service.py: {message}", file=sys.stderr)
-    return 1
+def serve(args: argparse.Namespace) -> int:
+    place = Installation(args.prefix)
+    if args.dry_run:
+        return write_units(place, args)
+    if not place.prefix.is_dir():
+        raise Trouble(f"{place.prefix} is not there: nothing is installed; see just install")
+    with only_one(place.prefix):
+        return write_units(Installation(args.prefix), args)
+
+
+complain = partial(complain_of, "service.py")
 
 
 # ---------------------------------------------------------------------------------------- the units

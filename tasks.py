@@ -33,10 +33,12 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import queue_cli as cli
 import queue_helpers as q
 import queue_logs
+import queue_outcome
 import queue_render as render
 import queue_stats as numbers_of
 from queue_cli import EX_FAILED, EX_TEMPFAIL, EX_USAGE, LIVE, STATUSES, Refused
@@ -45,6 +47,7 @@ from queue_find import (
     LIVE_ROW,
     Found,
     Scan,
+    Wanted,
     find,
     find_tasks,
     follow_ups,
@@ -77,7 +80,7 @@ HANDED_OVER = {
 }
 # Words that people use for a status.
 SAME = {"waiting": "pending", "running": "in_progress", "done": "completed"}
-SORTS: dict[str, Callable[[dict], object]] = {
+SORTS: dict[str, Callable[[dict], Any]] = {
     "newest": lambda row: -(cli.seconds_of(row["completed_at"] or row["enqueued_at"]) or 0.0),
     "oldest": lambda row: cli.seconds_of(row["completed_at"] or row["enqueued_at"]) or 0.0,
     "queue": lambda row: row["queue"],
@@ -104,10 +107,6 @@ RETRYING = """
 select id, coalesce(task_id, '{queue}-' || id) from "{queue}"
 where status = 3 and released_at is not null and (:task_type is null or task_type = :task_type)
 order by released_at, id"""
-APPROVE = """
-update "{queue}" set status = 1 where id = :id and status = 3 and due_at is null"""
-HELD_TASK = """
-select {task} from "{queue}" where id = :id and status = 3 and due_at is null"""
 STATUS = f"""
 select {q.STATUS_WORD} from "{{queue}}" where id = :id"""
 
@@ -391,9 +390,8 @@ def list_(
     newest = math.inf if before is None else now - before
     oldest = -math.inf if since is None else now - since
     with cli.snapshot(conn):
-        found = find_tasks(
-            conn, queues, statuses or STATUSES, task_type, oldest, newest, text, scan
-        )
+        wanted = Wanted(queues, statuses or STATUSES, task_type, oldest, newest, text)
+        found = find_tasks(conn, wanted, scan)
         key = SORTS.get(sort or "")
         # One more than are shown says whether there are more.
         rows = heapq.nsmallest(limit + 1, found, key=key) if key else first(limit + 1, found)
@@ -586,7 +584,7 @@ def approve(ids: list[str], queue: str | None, as_json: bool) -> int:
     conn = cli.open_queue()
 
     def let_run(found: Found) -> str | None:
-        if found.row_id and q.execute(conn, APPROVE, found.queue, id=found.row_id).rowcount == 1:
+        if found.row_id and queue_outcome.approve(conn, found.queue, found.row_id):
             return None
         return why_not_held(conn, found)
 
@@ -596,11 +594,10 @@ def approve(ids: list[str], queue: str | None, as_json: bool) -> int:
 
 def reject(ids: list[str], queue: str | None, reason: str | None, as_json: bool) -> int:
     """End held tasks as cancelled. The history keeps the reason."""
-    conn, error = cli.open_queue(), f"rejected{f': {cli.short(reason, 500)}' if reason else ''}"
+    conn, why = cli.open_queue(), cli.short(reason, 500)
 
     def end(found: Found) -> str | None:
-        row = found.row_id and q.execute(conn, HELD_TASK, found.queue, id=found.row_id).fetchone()
-        if row and q.finish(conn, q.Task.from_row(found.queue, row), "cancelled", error=error):
+        if found.row_id and queue_outcome.reject(conn, found.queue, found.row_id, why):
             return None
         return why_not_held(conn, found)
 

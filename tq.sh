@@ -13,20 +13,23 @@ usage: ${0##*/} COMMAND [ARGUMENTS]
 
   add QUEUE TASK_TYPE [DATA]    put a task into a queue
   work QUEUE ...                run tasks
-  list, show, logs, stats, wait see what waits, runs and failed
-  retry, cancel, approve, ...   act on tasks
+  list, show, logs, stats, wait see what waits, runs and failed, and what came of it
+  approve, reject               let a held task run, or end it
+  retry, cancel, move, purge    act on tasks
+  pause, resume, limit          hold a queue back
   doctor                        what is wrong, and what to do about it
   cleanup, dashboard, report    prune the history; a page on the live database; a summary
   export, import, backup, restore
   service, install, uninstall
 
-${0##*/} COMMAND --help says more. $lib has the scripts.
+${0##*/} COMMAND --help says more, ${0##*/} --version which version this is. $lib has the scripts.
 END
 }
 
 # What a command is called that is not called like its script. A command that has no script is one of tasks.py.
 case ${1:-} in
 '' | -h | --help | help) usage; exit 0 ;;
+--version) exec sed -n "s/^VERSION = \"\(.*\)\"\$/${0##*/} \1/p" "$lib/queue_helpers.py" ;;
 add) script=enqueue ;;
 work) script=worker ;;
 *[!a-z]*) script= ;;

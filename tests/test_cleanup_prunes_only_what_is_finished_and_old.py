@@ -285,3 +285,31 @@ def test_a_locked_database_is_75(old):
     code, said = refused(old)
     holder.execute("rollback")
     assert code == 75 and "locked" in said and history_ids(old) == set(AGES)
+
+
+def test_a_task_whose_time_is_over_ends_as_expired_and_is_pruned_like_a_completed_one(installation):
+    installation.enqueue("notifications", "t", "{}", "--task-id", "over", "--ttl", "0.001")
+    installation.enqueue("approvals", "t", "{}", "--task-id", "held and over", "--ttl", "0.001", "--hold")
+    installation.enqueue("approvals", "t", "{}", "--task-id", "in time", "--ttl", "1h")
+    wait_for(lambda: installation.rows("select expires_at < (julianday('now') - 2440587.5) * 86400.0 from notifications") == [(1,)])
+    would = cleanup(installation, "--dry-run")
+    assert would["expired"] == 2 and installation.history("over") is None
+    assert cleanup(installation)["expired"] == 2
+    assert installation.history("over")["status"] == installation.history("held and over")["status"] == "expired"
+    assert "its time was over" in installation.history("over")["error"]
+    assert installation.rows("select task_id from approvals") == [("in time",)]
+    assert cleanup(installation, "--keep", "0s")["pruned"]["expired"] == 2
+
+
+def test_reports_of_link_checks_go_with_the_history(installation):
+    installation.enqueue("notifications", "t")
+    reports = installation.state / "reports/link_validation"
+    reports.mkdir(parents=True)
+    for name, hours in (("old.json", 25), ("new.json", 23), ("notes.txt", 99)):
+        (reports / name).write_text("{}")
+        at = (reports / name).stat().st_mtime - hours * 3600
+        os.utime(reports / name, (at, at))
+    assert cleanup(installation, "--dry-run")["reports"] == 1 and (reports / "old.json").exists()
+    assert cleanup(installation)["reports"] == 1
+    assert sorted(path.name for path in reports.iterdir()) == ["new.json", "notes.txt"]
+    assert cleanup(installation, "--keep", "1h")["reports"] == 1

@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+import re
 import shutil
 import sqlite3
 import subprocess
@@ -590,3 +591,20 @@ def test_one_check_that_fails_does_not_stop_the_others(home):
     (home / PREFIX / "state/tasks.db").mkdir()
     findings = doctor(home)
     assert {f["check"] for f in findings} >= {"versions", "state", "database", "tasks", "spool", "handlers", "hook", "file events"}
+
+
+def test_what_holds_a_queue_back_is_said_until_when_and_why(home):
+    put(home, "approvals")
+    tasks = [sys.executable, home / PREFIX / "runtime/lib/tasks.py"]
+    env = {"HOME": str(home), "PATH": os.environ["PATH"]}
+    subprocess.run([*tasks, "pause", "approvals", "--for", "90m", "--reason", "usage limit"], env=env, check=True, capture_output=True)
+    (found,) = [f for f in doctor(home) if "is paused" in f["message"]]
+    assert found["level"] == "note" and re.search(r"paused until .*\(in 90 m\): usage limit", found["message"])
+    assert found["remedy"].endswith("resume approvals")
+
+
+def test_tasks_that_wait_for_a_person_are_named_after_a_while(home):
+    put(home, "approvals", seconds_ago=60, status=3)
+    assert not [f for f in doctor(home) if "held for a person" in f["message"]]
+    (found,) = [f for f in doctor(home, "--max-wait", "0s") if "held for a person" in f["message"]]
+    assert found["level"] == "note" and "approve ID" in found["remedy"] and "reject ID" in found["remedy"]

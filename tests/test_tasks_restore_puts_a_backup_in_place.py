@@ -287,3 +287,48 @@ def test_restoring_needs_no_tasks_py(backed_up):
     done = subprocess.run([sys.executable, ROOT / "transfer.py", "restore", backed_up.backup], env=backed_up.env, check=False,
                           capture_output=True, text=True)  # fmt: skip
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("page_size", (1024, 8192))
+def test_a_backup_with_pages_of_another_size_is_restored(backed_up, page_size):
+    (now,) = backed_up.rows("pragma page_size")[0]
+    other = backed_up.directory / "other"
+    with sqlite3.connect(backed_up.backup, isolation_level=None) as conn:
+        conn.execute(f"pragma page_size = {page_size}")
+        conn.execute("vacuum")
+        assert conn.execute("pragma page_size").fetchone() == (page_size,) != (now,)
+    conn.close()
+    shutil.copy(backed_up.backup, other)
+    restore(backed_up, backed_up.backup)
+    assert ids(backed_up) == {"done-before", "waited-before"}
+    assert backed_up.rows("pragma page_size") == [(now,)] and backed_up.rows("pragma auto_vacuum") == [(2,)]
+    assert backed_up.sqlite3("pragma integrity_check") == "ok"
+    # The file itself is left as it is.
+    assert backed_up.backup.read_bytes() == other.read_bytes()
+
+
+def test_a_backup_of_version_1_is_restored_under_a_database_of_today(backed_up):
+    """Its pages are of another size, and its tables are brought to the present schema on the way."""
+    schema = (ROOT / "tests/schema_1.sql").read_text()
+    old = backed_up.directory / "old"
+    with sqlite3.connect(old, isolation_level=None) as conn:
+        conn.execute("pragma page_size = 8192")
+        conn.execute("pragma auto_vacuum = incremental")
+        conn.executescript(f"begin; {schema}; pragma user_version = 1; commit")
+        tables = [name for (name,) in conn.execute("select tbl_name from sqlite_master where name like '%.ready'")]
+        waiting = {row for name in tables for row in conn.execute(f"select '{name}', id from \"{name}\"")}
+        finished = conn.execute("select queue, row_id, completed_at from task_history order by id").fetchall()
+    conn.close()
+    assert waiting and finished
+    before = old.read_bytes()
+    told = restore(backed_up, old)
+    assert told["missing"]["waiting"] == 2
+    assert backed_up.rows("pragma user_version") == [(2,)] and backed_up.sqlite3("pragma integrity_check") == "ok"
+    assert {row for name in tables for row in backed_up.rows(f"select '{name}', id from \"{name}\"")} <= waiting
+    ended = backed_up.rows("select queue, row_id, completed_at from task_history order by id")
+    assert set(finished) <= set(ended)
+    live = {row for name in tables for row in backed_up.rows(f"select '{name}', id from \"{name}\"")}
+    assert waiting == live | {row[:2] for row in ended if row[:2] in waiting}
+    assert old.read_bytes() == before
+    backed_up.enqueue("approvals", "good", "{}", "--task-id", "goes-on")
+    assert "goes-on" in ids(backed_up)

@@ -1,0 +1,37 @@
+"""A script on a terminal of a size of the test's choice."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import pty
+import re
+import struct
+import subprocess
+import sys
+import termios
+
+from conftest import ROOT
+
+CONTROL = re.compile(r"\x1b\[[0-9;?]*[a-zA-Z]")
+
+
+def on_terminal(installation, *args, columns: int = 80, rows: int = 24, code: int = 0) -> list[str]:
+    """The lines that a script shows on a terminal, without colours; it must end with that code."""
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
+    process = subprocess.Popen([sys.executable, ROOT / args[0], *map(str, args[1:])], stdin=theirs, stdout=theirs,
+                               stderr=theirs, env=installation.env | {"TERM": "xterm"}, start_new_session=False)  # fmt: skip
+    os.close(theirs)
+    shown = b""
+    while True:
+        try:
+            piece = os.read(ours, 65536)
+        except OSError:  # the other end is closed
+            break
+        if not piece:
+            break
+        shown += piece
+    os.close(ours)
+    assert process.wait(20) == code, shown.decode()
+    return CONTROL.sub("", shown.decode()).replace("\r", "").rstrip("\n").split("\n")

@@ -1,0 +1,194 @@
+"""tasks.py list on a terminal: what came of each task, in columns that stand, on one screen."""
+
+from __future__ import annotations
+
+import json
+import os
+
+import pytest
+from conftest import wait_for
+from rich.cells import cell_len
+from terminal import on_terminal
+
+LONG = "link_validation_8b1a9953c4611296a827abf8c478_s{:04d}"
+
+
+def ended(installation, task_id: str, status: str, result: str = "", error: str | None = None) -> None:
+    """Put a finished task into the history."""
+    said = "null" if error is None else f"'{error}'"
+    installation.sqlite3(
+        "insert into task_history (queue, row_id, task_id, task_type, status, data, enqueued_at, started_at, result, error)"
+        f" values ('approvals', abs(random()) % 1000000, '{task_id}', 'link_validation', '{status}', '{{}}',"
+        f" datetime('now', '-9 seconds'), datetime('now', '-5 seconds'), '{result}', {said})"
+    )
+
+
+def filled(installation) -> None:
+    for number in range(3):
+        installation.enqueue("notifications", "link_validation", "{}", "--task-id", LONG.format(number))
+    installation.enqueue("approvals", "claude", '{"prompt": "mend"}', "--task-id", "later", "--delay", "3600")
+    ended(installation, "with-summary", "completed", json.dumps({"summary": "2 broken links: README.md:4", "n": 1}))
+    ended(installation, "with-lines", "completed", "first line\nsecond line\n")
+    ended(installation, "refused", "failed", "", "refused by its handler (exit 65): no prompt")
+
+
+@pytest.mark.parametrize("columns", (80, 120))
+def test_columns_stand_and_nothing_is_wider_than_the_screen(installation, columns):
+    filled(installation)
+    head, rule, *rows = on_terminal(installation, "tasks.py", "list", columns=columns)
+    assert len(rows) == 7, rows
+    assert all(cell_len(line.rstrip()) <= columns for line in (head, rule, *rows))
+    # Every row begins its last column where the head does.
+    start = head.index("what came of it")
+    for row in rows:
+        assert row[start - 1] == " " and row[start] != " ", (head, row)
+    # Ids that begin alike are told apart.
+    ids = [row.split()[3] for row in rows if row.split()[3].startswith("lin")]
+    assert len(set(ids)) == 3, rows
+
+
+def test_each_says_what_came_of_it(installation):
+    filled(installation)
+    shown = {row.split()[3]: row for row in on_terminal(installation, "tasks.py", "list", columns=140)[2:]}
+    assert "2 broken links: README.md:4" in shown["with-summary"]
+    assert "first line" in shown["with-lines"] and "second line" not in shown["with-lines"]
+    assert "refused by its handler (exit 65): no prompt" in shown["refused"]
+    assert 'in 60 m: {"prompt": "mend"}' in shown["later"]
+
+
+def test_a_pipe_gets_the_same_uncut(installation):
+    filled(installation)
+    lines = installation.run("tasks.py", "list").stdout.splitlines()
+    assert len(lines) == 8 and LONG.format(2) in "\n".join(lines)
+    assert "2 broken links: README.md:4" in "\n".join(lines)
+
+
+def test_a_paused_queue_says_until_when_and_why(installation):
+    installation.enqueue("approvals", "claude", "{}")
+    assert installation.run("tasks.py", "pause", "approvals", "--for", "90m", "--reason", "usage limit").returncode == 0
+    (row,) = on_terminal(installation, "tasks.py", "list", columns=140)[2:]
+    assert "paused until " in row and "usage limit" in row and "(in 90 m)" in row
+
+
+def test_as_many_rows_as_the_screen_has(installation):
+    installation.enqueue("approvals", "review", "--jsonl", input="{}\n" * 60)
+    shown = on_terminal(installation, "tasks.py", "list", rows=20)
+    assert 12 <= len(shown) < 20 and "--limit N shows more" in shown[-1]
+    assert len(on_terminal(installation, "tasks.py", "list", rows=50)) > 40
+
+
+def test_what_runs_is_first_and_never_scrolls_away(installation):
+    installation.enqueue("approvals", "review", "--jsonl", input="{}\n" * 60)
+    installation.sqlite3("update approvals set status = 2, owner = 'x', claimed_at = timestamp where id = 30")
+    assert "in_progress" in on_terminal(installation, "tasks.py", "list", rows=20)[2]
+    long = on_terminal(installation, "tasks.py", "list", "--limit", "60", rows=20)
+    assert len(long) == 62 and "in_progress" in long[-1]
+
+
+def test_a_row_is_named_by_the_number_that_this_terminal_was_shown(installation):
+    filled(installation)
+    rows = on_terminal(installation, "tasks.py", "list", columns=140)[2:]
+    for row in rows:
+        number, _, queue, shown_id = row.split()[:4]
+        task = json.loads(installation.run("tasks.py", "show", number, "--json").stdout)
+        assert task["queue"] == queue and task["task_id"][:3] == shown_id[:3]
+    (number,) = (row.split()[0] for row in rows if "later" in row)
+    # A new task above it changes nothing: the number is that of what was shown.
+    installation.enqueue("notifications", "link_validation", "{}", "--priority", "9")
+    assert installation.run("tasks.py", "cancel", number).stdout == "cancelled later\n"
+    done = installation.run("tasks.py", "show", "99")
+    assert done.returncode == 1 and "no task has the id '99'" in done.stderr
+
+
+def test_an_exact_id_wins_over_a_row_number_and_a_task_that_went_is_said(installation):
+    installation.enqueue("approvals", "review", "{}", "--task-id", "2")
+    installation.enqueue("approvals", "review", "{}", "--task-id", "other")
+    on_terminal(installation, "tasks.py", "list")
+    assert json.loads(installation.run("tasks.py", "show", "2", "--json").stdout)["task_id"] == "2"
+    installation.sqlite3("delete from approvals where task_id = '2'")
+    done = installation.run("tasks.py", "show", "1")
+    assert done.returncode == 1 and "task 2 of approvals is gone" in done.stderr
+
+
+def test_another_terminals_list_names_nothing_here(installation):
+    installation.enqueue("approvals", "review", "{}", "--task-id", "only")
+    on_terminal(installation, "tasks.py", "list")
+    done = installation.run("tasks.py", "show", "1", start_new_session=True)
+    assert done.returncode == 1 and "no task has the id" in done.stderr
+
+
+def test_list_is_sorted_as_asked(installation):
+    filled(installation)
+
+    def order(key: str) -> list[dict]:
+        return json.loads(installation.run("tasks.py", "list", "--sort", key, "--json").stdout)
+
+    assert [row["task_type"] for row in order("type")] == ["claude"] + ["link_validation"] * 6
+    assert [row["queue"] for row in order("queue")] == ["approvals"] * 4 + ["notifications"] * 3
+    newest = [row["completed_at"] or row["enqueued_at"] for row in order("newest")]
+    assert newest == sorted(newest, reverse=True)
+    assert [row["completed_at"] or row["enqueued_at"] for row in order("oldest")] == sorted(newest)
+    installation.sqlite3("update approvals set attempts = 3")
+    assert order("tries")[0]["task_id"] == "later"
+
+
+def test_a_text_is_shown_where_it_is(installation):
+    filled(installation)
+    (row,) = json.loads(installation.run("tasks.py", "list", "--text", "SECOND", "--json").stdout)
+    assert row["hit"] == "stdout: first line\nsecond line\n"
+    listed = installation.run("tasks.py", "list", "--text", "no prompt").stdout.splitlines()[1]
+    assert listed.endswith("error: …handler (exit 65): no prompt")
+
+
+def test_an_empty_list_says_so(installation):
+    installation.enqueue("approvals", "review", "{}", "--task-id", "a")
+    installation.run("tasks.py", "purge", "approvals", "--yes")
+    assert on_terminal(installation, "tasks.py", "list") == ["no task is like that"]
+    assert "no task waits or runs" in on_terminal(installation, "tasks.py", "stats")
+
+
+@pytest.mark.parametrize("columns", (60, 80, 100, 120))
+def test_stats_never_cut_a_unit(installation, columns):
+    filled(installation)
+    for number in range(20):
+        ended(installation, f"slow-{number}", "failed" if number % 2 else "completed")
+    installation.sqlite3("update task_history set enqueued_at = datetime('now', '-57 minutes');"
+                         "update notifications set timestamp = timestamp - 57.5 * 60")  # fmt: skip
+    whole = installation.run("tasks.py", "stats").stdout
+    shown = on_terminal(installation, "tasks.py", "stats", columns=columns)
+    assert all(cell_len(line) <= columns for line in shown)
+    words = set(whole.split())
+    for line in shown[3:-1]:
+        assert "…" not in line[18:], line
+        assert {word for word in line[18:].split() if word[0].isdigit()} <= words | {
+            cell.partition("/")[0] for cell in words
+        }, line
+    if columns >= 80:
+        assert any("57m" in line for line in shown), shown
+
+
+def test_colours_are_left_out_where_nobody_wants_them(installation):
+    filled(installation)
+    installation.env["NO_COLOR"] = "1"
+    import re
+    import subprocess
+    import sys
+
+    from conftest import ROOT
+
+    done = subprocess.run(["script", "-qec", f"{sys.executable} '{ROOT}/tasks.py' list", "/dev/null"], env=installation.env | {"TERM": "xterm"},
+                          stdin=subprocess.DEVNULL, capture_output=True, text=True)  # fmt: skip
+    assert "refused" in done.stdout and not re.search(r"\x1b\[3[0-9]m", done.stdout)
+
+
+def test_the_lists_that_terminals_were_shown_are_private_and_go_after_a_day(installation):
+    filled(installation)
+    on_terminal(installation, "tasks.py", "list")
+    directory = installation.state / "listed"
+    (file,) = directory.iterdir()
+    assert directory.stat().st_mode & 0o777 == 0o700 and file.stat().st_mode & 0o777 == 0o600
+    old = directory / "1"
+    old.write_text("[]")
+    os.utime(old, (1, 1))
+    on_terminal(installation, "tasks.py", "list")
+    wait_for(lambda: not old.exists(), what="the end of an old list")
