@@ -40,6 +40,7 @@ like 2026-12-01T09:00: it is local time unless it names a zone.
                         group, on_duplicate and window.
   --new                 A queue that is made for this task is not remarked on.
   --start-worker        A detached worker is started if none serves the queue.
+  --worker-from DIR     The worker is that of the scripts in DIR. (default: beside this one)
   --version             The version is printed.
   -h, --help            This text is printed.
 
@@ -102,6 +103,7 @@ OPTIONS = {
     "wait": q.parse_duration,
     "once-per": str,
     "group-by": str,
+    "worker-from": str,
 }
 CHOICES = {
     "on-duplicate": ("skip", "replace", "rerun"),
@@ -159,6 +161,7 @@ class Arguments:
     wait: float | None = None
     once_per: str | None = None
     group_by: str | None = None
+    worker_from: str | None = None
     hook = jsonl = hold = new = start_worker = nested = version = help = False
 
     def __init__(self, argv: list[str]) -> None:
@@ -231,7 +234,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         code = hook(args) if args.hook else enqueue(args)
         if args.start_worker and code == 0:
-            start_worker(args.queue)
+            start_worker(args.queue, args.worker_from)
         return code
     except q.InvalidTask as error:
         return fail(EX_DATAERR, error)
@@ -279,12 +282,12 @@ def say(text: str) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
-def start_worker(queue: str) -> None:
+def start_worker(queue: str, directory: str | None) -> None:
     """Start a worker for the stored task; that none can be started is no failure."""
     try:
         import queue_launch
 
-        queue_launch.start_worker(queue)
+        queue_launch.start_worker(queue, directory)
     except (ImportError, OSError, ValueError, q.QueueError) as error:
         fail(0, f"the task is stored, but no worker could be started: {error}")
 

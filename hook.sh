@@ -1,14 +1,26 @@
 #!/bin/sh
 # Hands the payload of a Claude Code hook to the queue: hook QUEUE [TASK_TYPE] [OPTION ...]
-# The options are those of enqueue.py. install.py copies this file to PREFIX/runtime/hook and fills in
-# the four paths below.
-# Exit status 2 would block Claude, and stdout can end up in its context: neither leaves this file.
+# The options are those of enqueue.py. Or tells Claude what became of a workspace's tasks: hook --report
+# install.py copies this file to PREFIX/runtime/hook and fills in the four paths below. The plugin runs
+# it as it stands.
+# Exit status 2 would block Claude and never leaves this file. stdout can end up in Claude's context:
+# only a report does.
 asked=${TASK_QUEUE_STATE:-}
 lib=
 python=
 uv=
 TASK_QUEUE_STATE=
-exec >/dev/null
+case ${1:-} in
+--report) report=yes ;;
+*) report= && exec >/dev/null ;;
+esac
+worker=
+if [ -z "$lib" ]; then
+    lib=${0%/*}
+    # A file to read that is missing would end this shell with 2.
+    [ -r "$lib/places.sh" ] || exit 1
+    . "$lib/places.sh"
+fi
 
 # The session's environment decides neither which Python and uv run nor what they import: a workspace
 # may have set it. Only names are looked at: a value of several lines can at most remove one more.
@@ -47,20 +59,28 @@ esac
 export TASK_QUEUE_STATE PATH
 
 # 2, 126 and 127 come from an interpreter that did not get as far as the script: stdin is unread.
-# -E and not -I: without the script's own directory on sys.path, enqueue.py would not find its module.
-code=127
-if [ -x "$python" ] && [ -r "$lib/enqueue.py" ]; then
-    "$python" -E -s "$lib/enqueue.py" --hook "$@"
-    code=$?
-fi
-case $code in 2 | 126 | 127)
-    # --no-config: a workspace may hold a uv.toml or a .python-version.
-    if [ -x "$uv" ] && [ -r "$lib/enqueue.py" ]; then
-        "$uv" run -qq --offline --no-config --script "$lib/enqueue.py" --hook "$@"
+# -E and not -I: without the script's own directory on sys.path, it would not find its module.
+run() {
+    code=127
+    if [ -x "$python" ] && [ -r "$1" ]; then
+        "$python" -E -s "$@"
         code=$?
-    fi ;;
-esac
-case $code in 2 | 126 | 127) ;; *) exit $code ;; esac
+    fi
+    case $code in 2 | 126 | 127)
+        # --no-config: a workspace may hold a uv.toml or a .python-version.
+        if [ -x "$uv" ] && [ -r "$1" ]; then
+            "$uv" run -qq --offline --no-config --script "$@"
+            code=$?
+        fi ;;
+    esac
+    case $code in 2 | 126 | 127) ;; *) exit $code ;; esac
+}
+if [ -n "$report" ]; then
+    run "$lib/report.py" --hook
+    echo "no report: no Python 3.11 was found" >&2
+    exit 1
+fi
+run "$lib/enqueue.py" --hook "$@" ${worker:+--worker-from "$worker"}
 
 # Without Python the payload goes to the spool, as it came: a worker makes a task of it by the same
 # rules as enqueue.py.

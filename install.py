@@ -5,15 +5,16 @@
 # ///
 """Put the queue where Claude Code's hooks find it, and take it away again.
 
-    install.py install               into ~/.claude/automation/lychee; asks about the hook
+    install.py install               into ~/.claude/automation/lychee; asks about the hooks
     install.py install --dry-run     shows what would be done, and the change to settings.json
     install.py service --enable      a worker that runs only when there is work: service.py
 
 install copies the scripts to PREFIX/runtime/lib and the example handlers to PREFIX/handlers.
 Handlers that you changed stay yours. It makes PREFIX/state (or TASK_QUEUE_STATE) with its queues,
-fills uv's cache so that no hook ever downloads, and offers a Stop hook for settings.json. Run it
-again to upgrade: running workers are not disturbed. uninstall takes out what install and service.py
-put in, never the state and nothing that you changed.
+fills uv's cache so that no hook ever downloads, and offers two hooks for settings.json: a link check
+when Claude has answered, and a report of what tasks have found, which goes with your next prompt.
+Run it again to upgrade: running workers are not disturbed. uninstall takes out what install and
+service.py put in, never the state and nothing that you changed.
 
 exit codes: 0 done; 1 something was left undone, and the message says what; 64 usage.
 """
@@ -31,6 +32,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -76,9 +78,11 @@ def parser() -> cli.Parser:
         sub.add_argument("--dry-run", action="store_true", help="show it all, and write nothing")
         return sub.add_argument
 
-    add = verb("install", "copy the scripts, make the queues, offer the hook and the command")
-    add("--hook", choices=("yes", "no"), help="add the hook, or not (default: ask on a terminal)")
+    add = verb("install", "copy the scripts, make the queues, offer the hooks and the command")
+    ask = "or not (default: ask on a terminal)"
+    add("--hook", choices=("yes", "no"), help=f"add the hook that checks links, {ask}")
     add("--event", metavar="NAME", type=event, default="Stop", help="which fires it (default Stop)")
+    add("--report", choices=("yes", "no"), help=f"add the hook that tells what was found, {ask}")
     add("--command", metavar="NAME", type=program, help="put it into ~/.local/bin as NAME (or ask)")
     add("--no-command", action="store_true", help="put no command there")
     add("--yes", action="store_true", help="answer yes to every question")
@@ -160,7 +164,9 @@ def install(place: Installation, args: argparse.Namespace) -> int:
         failed |= complain("uv was not found, and workers need it: python3 -m pip install uv")
     if not python and not uv:
         failed |= complain("no Python 3.11 was found either: until then hooks fill the spool")
-    failed |= offer_hook(place, args)
+    link_check = replace(queue_settings.LINK_CHECK, events=(args.event,))
+    failed |= offer_hook(place, args, link_check, args.hook)
+    failed |= offer_hook(place, args, queue_settings.REPORT, args.report)
     failed |= offer_command(place, args)
     if not args.dry_run:
         usual = place.state == default_prefix() / "state"
@@ -447,33 +453,44 @@ def forget_command(place: Installation, except_for: Path) -> None:
         place.record["files"].pop(had, None)
 
 
-# --------------------------------------------------------------------------------- the offered hook
+# -------------------------------------------------------------------------------- the offered hooks
 
 
-def offer_hook(place: Installation, args: argparse.Namespace) -> int:
-    """Show what settings.json would become, and write it if that is wanted."""
-    by_hand = json.dumps(
-        {"hooks": {args.event: [queue_settings.hook_group(place)]}}, ensure_ascii=False
-    )
-    if args.hook == "no":
-        print("no hook was added (--hook no)")
+def offer_hook(
+    place: Installation, args: argparse.Namespace, offer: queue_settings.Offer, wish: str | None
+) -> int:
+    """Show what settings.json would become with the hook, and write it if that is wanted."""
+    by_hand = json.dumps({"hooks": queue_settings.hook_groups(place, offer)}, ensure_ascii=False)
+    name, option = offer.name, "hook" if offer.name == queue_settings.LINK_CHECK.name else "report"
+    if wish == "no":
+        print(f"no hook was added for the {name} (--{option} no)")
         return 0
     try:
         text = queue_settings.read(place.settings)
-        new, action = queue_settings.with_hook(text, place, args.event)
+        new, action = queue_settings.with_hook(text, place, offer)
         if new == text:
-            print(f"unchanged  {place.settings}: {action}")
+            print(f"unchanged  {place.settings}: the {name}: {action}")
             return 0
         print("".join(queue_settings.difference(text, new, place.settings)), end="")
         if args.dry_run:
             return 0
-        if refusal := not_wanted(place, args, by_hand):
-            print(refusal)
-            return 0
+        if wish != "yes" and not args.yes:
+            if not sys.stdin.isatty():
+                print(
+                    f"no hook was added to {place.settings} for the {name}:"
+                    f" say --{option} yes, or add by hand: {by_hand}"
+                )
+                return 0
+            question = f"{offer.what} Add this hook to {place.settings}? [Y/n] "
+            if answer(question).lower() not in ("", "y", "yes"):
+                print(f"no hook was added for the {name}")
+                return 0
         queue_settings.edit(
-            place, lambda text: queue_settings.with_hook(text, place, args.event)[0]
+            place,
+            lambda text: queue_settings.with_hook(text, place, offer)[0],
+            commands=[queue_settings.hook_command(place, offer)],
         )
-        print(f"{action:<10} {place.settings}: the hook")
+        print(f"{action:<10} {place.settings}: the {name}")
         return 0
     except Trouble as trouble:
         return complain(f"{trouble}; it was left alone. To have the hook, add by hand: {by_hand}")
@@ -485,16 +502,6 @@ def offer_hook(place: Installation, args: argparse.Namespace) -> int:
         )
 
 
-def not_wanted(place: Installation, args: argparse.Namespace, by_hand: str) -> str:
-    """Ask whether the hook is wanted; '' if it is, else what to say."""
-    if args.hook == "yes" or args.yes:
-        return ""
-    if not sys.stdin.isatty():
-        return f"no hook was added to {place.settings}: say --hook yes, or add by hand: {by_hand}"
-    yes = answer(f"Add this hook to {place.settings}? [y/N] ").lower() in ("y", "yes")
-    return "" if yes else "no hook was added"
-
-
 # ---------------------------------------------------------------------------------------- uninstall
 
 
@@ -503,7 +510,7 @@ def uninstall(place: Installation, args: argparse.Namespace) -> int:
         raise Trouble(
             f"{place.prefix} has no installed.json: nothing is installed there, or by hand"
         )
-    failed = withdraw_hook(place, args.dry_run)
+    failed = withdraw_hooks(place, args.dry_run)
     units = place.record.get("units", [])
     if units and not args.dry_run:
         tell_service("unload", units)
@@ -561,8 +568,8 @@ def remove_empty(*directories: Path) -> None:
             pass
 
 
-def withdraw_hook(place: Installation, dry_run: bool) -> int:
-    """Take the hook out of settings.json; one that a person changed stays, and is named."""
+def withdraw_hooks(place: Installation, dry_run: bool) -> int:
+    """Take our hooks out of settings.json; one that a person changed stays, and is named."""
     try:
         text = queue_settings.read(place.settings)
         if text is None:
@@ -581,17 +588,18 @@ def withdraw_hook(place: Installation, dry_run: bool) -> int:
     except Trouble as trouble:
         if "hook" not in place.record:
             return 0
-        command = place.record["hook"]["command"]
-        return complain(f"{trouble}; it was left alone. Remove by hand the hook with: {command}")
+        commands = " and with: ".join(queue_settings.recorded_commands(place))
+        return complain(f"{trouble}; it was left alone. Remove by hand the hook with: {commands}")
 
 
 def name_left(place: Installation, left: Iterable[tuple]) -> int:
     """Name the hooks that stay and call this installation; 1 if one of them now disturbs Claude."""
     failed = 0
     for event, _, hook, words in left:
-        if any(word.endswith("enqueue.py") for word in words):
+        script = next((word for word in words if word.endswith(("enqueue.py", "report.py"))), None)
+        if script:
             failed = complain(
-                f"the {event} hook in {place.settings} calls {place.lib / 'enqueue.py'},"
+                f"the {event} hook in {place.settings} calls {script},"
                 " which is gone: Python then exits 2, and that blocks Claude."
                 " Take this hook out by hand: " + json.dumps(hook, ensure_ascii=False)
             )

@@ -37,8 +37,10 @@ PATHS = re.compile(
 )
 
 
-def start_worker(queue: str) -> None:
+def start_worker(queue: str, directory: str | None = None) -> None:
     """Start a detached worker unless one serves the queue. Raises OSError, ValueError.
+
+    It is that of the scripts in the directory, by default of those beside this one.
 
     Of ten that are started at once, those that do not get the queue's lock leave.
     """
@@ -53,7 +55,8 @@ def start_worker(queue: str) -> None:
     except OSError:
         # Nobody ever served it.
         pass
-    command = worker_command(Path(__file__).resolve().parent, [queue])
+    lib = Path(directory) if directory else Path(__file__).resolve().parent
+    command = worker_command(lib, [queue])
     environment = worker_environment(os.environ, q.STATE_DIR)
     log = q.make_private(q.STATE_DIR / "logs") / f"worker.{queue}.log"
     fd = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)

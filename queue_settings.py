@@ -1,9 +1,9 @@
-"""Claude Code's settings.json: which hooks are in it, which of them are ours, and how ours is added
+"""Claude Code's settings.json: which hooks are in it, which of them are ours, and how ours are added
 and taken out.
 
 install.py and doctor.py use this. A person's settings keep every byte outside of "hooks", a backup
-is made before each change, and when nobody has written to the file since, taking the hook out gives
-the very file back.
+is made before each change, and when nobody has written to the file since, taking our hooks out
+gives the very file back.
 """
 
 from __future__ import annotations
@@ -14,15 +14,44 @@ import re
 import shlex
 import stat
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 
 from queue_installation import Installation, Trouble, digest, digest_there, only_one, write_file
 
-HOOK_ARGUMENTS = "notifications link_validation --start-worker"
 HOOK_TIMEOUT_SECONDS = 10
+
+
+@dataclass(frozen=True)
+class Offer:
+    """A hook that install.py offers: what it is called, what it does, when it fires, what it runs."""
+
+    name: str
+    what: str
+    events: tuple[str, ...]
+    arguments: str
+
+    def is_like(self, words: list[str]) -> bool:
+        """Whether a hook of ours does what this one does."""
+        reports = any(word == "--report" or word.endswith("/report.py") for word in words)
+        return reports == (self.arguments == "--report")
+
+
+LINK_CHECK = Offer(
+    "link check",
+    "When Claude has answered, a worker checks the links in the workspace's Markdown files.",
+    ("Stop",),
+    "notifications link_validation --on-duplicate rerun --once-per workspace --start-worker",
+)
+REPORT = Offer(
+    "report",
+    "With your next prompt, Claude is told what the workspace's tasks have found.",
+    ("UserPromptSubmit", "SessionStart"),
+    "--report",
+)
 
 # ------------------------------------------------------------------------------------ hooks of ours
 
@@ -56,13 +85,13 @@ def words_of(hook: dict) -> list[str]:
 
 
 def calls(words: list[str], prefix: Path) -> bool:
-    """Whether a hook runs runtime/hook or enqueue.py of the installation in prefix.
+    """Whether a hook runs runtime/hook, enqueue.py or report.py of the installation in prefix.
 
     Symbolic links count as what they point to.
     """
     ours = {
-        os.path.realpath(prefix / "runtime/hook"),
-        os.path.realpath(prefix / "runtime/lib/enqueue.py"),
+        os.path.realpath(prefix / name)
+        for name in ("runtime/hook", "runtime/lib/enqueue.py", "runtime/lib/report.py")
     }
     paths = (
         os.path.expanduser(re.sub(r"^(\$HOME|\$\{HOME\})(?=/)", "~", word))
@@ -91,53 +120,72 @@ def our_hooks(
             yield found
 
 
-# ----------------------------------------------------------------------------------------- the hook
+# ---------------------------------------------------------------------------------------- the hooks
 
 
-def hook_command(place: Installation) -> str:
-    """The command of the hook.
+def hook_command(place: Installation, offer: Offer) -> str:
+    """The command of a hook.
 
     It ends well even when everything has been removed, and never with 2, as sh alone would.
     """
     hook = shlex.quote(str(place.hook))
-    return f"test ! -r {hook} || /bin/sh {hook} {HOOK_ARGUMENTS} || exit 1"
+    return f"test ! -r {hook} || /bin/sh {hook} {offer.arguments} || exit 1"
 
 
-def hook_group(place: Installation) -> dict:
-    return {
-        "hooks": [
-            {"type": "command", "command": hook_command(place), "timeout": HOOK_TIMEOUT_SECONDS}
-        ]
-    }
+def hook_group(place: Installation, offer: Offer) -> dict:
+    command = hook_command(place, offer)
+    return {"hooks": [{"type": "command", "command": command, "timeout": HOOK_TIMEOUT_SECONDS}]}
 
 
-def with_hook(text: str | None, place: Installation, event: str) -> tuple[str, str]:
+def hook_groups(place: Installation, offer: Offer) -> dict:
+    """What has to be in "hooks" for the offered hook."""
+    return {event: [hook_group(place, offer)] for event in offer.events}
+
+
+def recorded_commands(place: Installation) -> list[str]:
+    """The commands of the hooks that were added. An older version had one, and recorded it alone."""
+    recorded = place.record.get("hook", {})
+    return recorded.get("commands") or [recorded[key] for key in ("command",) if key in recorded]
+
+
+def with_hook(text: str | None, place: Installation, offer: Offer) -> tuple[str, str]:
     """The settings with the hook, and what was done: added, updated, or why nothing needs to be."""
     text = "{}\n" if text is None else text
+    done = []
+    for event in offer.events:
+        text, action = with_hook_of(text, place, offer, event)
+        done.append(action)
+    return text, next((action for action in ("added", "updated") if action in done), done[0])
+
+
+def with_hook_of(text: str, place: Installation, offer: Offer, event: str) -> tuple[str, str]:
+    """with_hook() for one event."""
     settings = json.loads(text)
-    command, recorded = hook_command(place), place.record.get("hook", {}).get("command")
+    command, recorded = hook_command(place, offer), recorded_commands(place)
     for found, _, hook, words in hooks_in(settings):
         if found != event:
             continue
         if hook["command"] == command:
             return text, "the hook is there"
-        if hook["command"] == recorded:
+        if not offer.is_like(words):
+            continue
+        if hook["command"] in recorded:
             hook["command"] = command
             return with_value(text, "hooks", settings["hooks"]), "updated"
         if calls(words, place.prefix):
             return text, "the hook is there, and yours"
     hooks = settings.setdefault("hooks", {})
-    hooks.setdefault(event, []).append(hook_group(place))
+    hooks.setdefault(event, []).append(hook_group(place, offer))
     return with_value(text, "hooks", hooks), "added"
 
 
-def without_hook(text: str, place: Installation) -> str:
-    """The settings without the hook, and without what was made for it; a changed hook is left."""
-    settings, recorded = json.loads(text), place.record["hook"]["command"]
+def without_hooks(text: str, place: Installation) -> str:
+    """The settings without our hooks, and without what was made for them; a changed one is left."""
+    settings, recorded = json.loads(text), recorded_commands(place)
     found = [
         (event, listed, hook)
         for event, listed, hook, _ in hooks_in(settings)
-        if hook["command"] == recorded
+        if hook["command"] in recorded
     ]
     for event, listed, hook in found:
         listed.remove(hook)
@@ -153,7 +201,7 @@ def without_hook(text: str, place: Installation) -> str:
 
 
 def settings_before(place: Installation, text: str | None) -> str | None:
-    """The settings as they would be had the hook never been added; None if there would be none.
+    """The settings as they would be had no hook of ours been added; None if there would be none.
 
     When nobody has written to them since, they are what they were, byte for byte.
     """
@@ -165,7 +213,7 @@ def settings_before(place: Installation, text: str | None) -> str | None:
         backup is None or os.path.isfile(backup)
     ):
         return None if backup is None else Path(backup).read_bytes().decode()
-    new = without_hook(text, place)
+    new = without_hooks(text, place)
     return None if "backup" in recorded and backup is None and json.loads(new) == {} else new
 
 
@@ -215,12 +263,15 @@ def not_json(name: str):
 
 
 def edit(
-    place: Installation, change: Callable[[str | None], str | None], remember: bool = True
+    place: Installation,
+    change: Callable[[str | None], str | None],
+    commands: Sequence[str] = (),
+    remember: bool = True,
 ) -> None:
     """Write change(text) over settings.json, a copy kept beside it; anew when somebody else writes
     meanwhile.
 
-    With remember, the record says how to undo it.
+    With remember, the record says how to undo it: `commands` are those of the hooks in there.
     """
     path = place.settings
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -234,20 +285,23 @@ def edit(
             mode = stat.S_IMODE(owner.st_mode) if owner else 0o600
             backup = keep_backup(path, text, mode, owner) if text is not None else None
             if remember:
-                remember_hook(place, text, new, backup)
+                remember_hooks(place, text, new, backup, commands)
             if read(path) == text:
                 write_file(path, new.encode(), mode, owner)
                 return
 
 
-def remember_hook(place: Installation, text: str | None, new: str, backup: Path | None) -> None:
+def remember_hooks(
+    place: Installation, text: str | None, new: str, backup: Path | None, commands: Sequence[str]
+) -> None:
     """Record how to undo a change of settings.json, and the changes of ours before it."""
     recorded = place.record.get("hook", {})
+    commands = list(dict.fromkeys([*recorded_commands(place), *commands]))
     if "backup" not in recorded or recorded.get("written") != digest((text or "").encode()):
         recorded = {"backup": backup and str(backup)}
     place.record["hook"] = {
-        **recorded,
-        "command": hook_command(place),
+        "backup": recorded["backup"],
+        "commands": commands,
         "written": digest(new.encode()),
     }
     place.save()

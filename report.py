@@ -72,11 +72,16 @@ select (select history_id from task_marks where workspace = :workspace),
 TOLD = """
 insert into task_marks (workspace, history_id) values (:workspace, :history_id)
 on conflict (workspace) do update set history_id = max(history_id, excluded.history_id)"""
+# A result may have a last line that enqueues what follows; then its first line has the summary.
 TASK = """
+with told as (
+  select *, substr(result, 1, instr(result || char(10), char(10)) - 1) as line
+  from task_history where id = :id)
 select task_type, status, task_id, error,
   coalesce(case when json_valid(result) then json_extract(result, '$.summary') end,
+           case when json_valid(line) then json_extract(line, '$.summary') end,
            substr(result, 1, 1000))
-from task_history where id = :id"""
+from told"""
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,15 +1,22 @@
 #!/bin/sh
 # The task queue's command: tq add, tq work, tq list ... hands over to the scripts.
-# install.py copies this file to ~/.local/bin and fills in the four paths below.
+# install.py copies this file to ~/.local/bin and fills in the four paths below. The plugin's bin/task-queue
+# runs it as it stands, with an installation's scripts where there is one.
 lib=
 python=
 uv=
 state=
+name=${0##*/}
+if [ -z "$lib" ]; then
+    name=task-queue here=${0%/*} asked=${TASK_QUEUE_STATE:-}
+    . "$here/places.sh"
+    lib=${worker:-$here} state=$TASK_QUEUE_STATE TASK_QUEUE_STATE=$asked
+fi
 export TASK_QUEUE_STATE="${TASK_QUEUE_STATE:-$state}"
 
 usage() {
     cat <<END
-usage: ${0##*/} COMMAND [ARGUMENTS]
+usage: $name COMMAND [ARGUMENTS]
 
   add QUEUE TASK_TYPE [DATA]    put a task into a queue
   work QUEUE ...                run tasks
@@ -22,7 +29,7 @@ usage: ${0##*/} COMMAND [ARGUMENTS]
   export, import, backup, restore
   service, install, uninstall
 
-${0##*/} COMMAND --help says more, ${0##*/} --version which version this is. $lib has the scripts.
+$name COMMAND --help says more, $name --version which version this is. $lib has the scripts.
 END
 }
 
@@ -41,7 +48,7 @@ install | uninstall) script=install ;;
 esac
 
 if [ ! -r "$lib/$script.py" ]; then
-    echo "${0##*/}: $lib/$script.py is gone; run just install again, or remove $0" >&2
+    echo "$name: $lib/$script.py is gone; run just install again, or remove $0" >&2
     exit 1
 fi
 # Scripts without dependencies start faster without uv.
@@ -50,5 +57,5 @@ if [ -x "$uv" ] && ! { [ -x "$python" ] && grep -q '^# dependencies = \[\]$' "$l
     exec "$uv" run --quiet --no-config --script "$lib/$script.py" "$@"
 fi
 if [ -x "$python" ]; then exec "$python" -E -s "$lib/$script.py" "$@"; fi
-echo "${0##*/}: neither Python nor uv is where install found it; install uv, then run just install again" >&2
+echo "$name: neither Python nor uv is where install found it; install uv, then run just install again" >&2
 exit 1

@@ -52,6 +52,7 @@ import queue_runs as runs
 from queue_cli import printable
 from queue_supervisor import SupervisorProcess, handler_environment, wakeup_pipe
 
+SCRIPT = os.path.abspath(__file__)
 EX_USAGE = 64
 # A task without a handler is looked at again after so many seconds; it costs it no attempt.
 NO_HANDLER_SECONDS = 60.0
@@ -569,6 +570,15 @@ class Worker:
 
     # ------------------------------------------------------------------------------------------------------- database
 
+    def leave_when_removed(self) -> None:
+        """Claim no more when these scripts are gone: an update of the plugin has a directory of its own.
+
+        What runs is let finish, and the next hook starts a worker that knows its handlers.
+        """
+        if not self.stops and not os.path.exists(SCRIPT):
+            say(f"{SCRIPT} is gone: leaving")
+            self.stops = 1
+
     def exchange(self) -> None:
         """Claim and start what is next, then record what ended: handlers run while the disk is waited for.
 
@@ -576,6 +586,7 @@ class Worker:
         """
         if time.monotonic() < self.retry_at:
             return
+        self.leave_when_removed()
         try:
             conn, changed, self.changed = self.connect(), self.changed, False
             if changed:
