@@ -130,7 +130,9 @@ def test_readme_is_short():
 def test_at_least_once_is_said_once_and_nothing_says_more():
     assert len(re.findall("at least once", README, re.IGNORECASE)) == 1
     for text in (README, REFERENCE, (ROOT / "docs/how-it-works.md").read_text()):
-        assert not re.search(r"exactly once|at most once|only once|later, once", text, re.IGNORECASE)
+        assert not re.search(
+            r"exactly once|at most once|only once|later, once", text, re.IGNORECASE
+        )
 
 
 def test_install_makes_what_readme_says(home):
@@ -165,7 +167,9 @@ def test_the_insert_takes_any_payload_and_prints_nothing(home):
             done = subprocess.run(["sh", "-c", as_hook], stdin=feed.stdout, env=home.env, capture_output=True, timeout=20)  # fmt: skip
             feed.wait()
         assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
-    stored = [json.loads(data) for (data,) in home.rows("select data from notifications order by id")]
+    stored = [
+        json.loads(data) for (data,) in home.rows("select data from notifications order by id")
+    ]
     assert stored == [json.loads(path.read_text()) for path in payloads]
     refused = subprocess.run(["sh", "-c", as_hook], input=b'{"broken', env=home.env, capture_output=True, timeout=20)  # fmt: skip
     assert refused.returncode != 0 and b"JSON" in refused.stderr
@@ -222,7 +226,11 @@ def test_the_python_blocks_run(home):
     try:
         home.paste("""tq add completions done '{"n": 1}' --task-id one""")
         assert process.stdout.readline() == "one done {'n': 1}\n"
-        wait_for(lambda: home.rows("select 1 from task_history where task_id = 'one' and status = 'completed'"))
+        wait_for(
+            lambda: home.rows(
+                "select 1 from task_history where task_id = 'one' and status = 'completed'"
+            )
+        )
     finally:
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
@@ -231,7 +239,7 @@ def test_the_python_blocks_run(home):
 def test_the_hook_is_valid_settings_and_its_worker_checks_the_links(home):
     [text] = blocks_of(README, "json")
     [hook] = json.loads(text)["hooks"]["Stop"][0]["hooks"]
-    assert "runtime/hook\" notifications link_validation" in hook["command"]
+    assert 'runtime/hook" notifications link_validation' in hook["command"]
     payload = json.loads((PAYLOADS / "11_Stop_first.json").read_bytes())
     payload["cwd"] = str(home.directory / "notes")
     done = subprocess.run(["sh", "-c", hook["command"]], input=json.dumps(payload).encode(), env=home.env, cwd="/",
@@ -239,7 +247,9 @@ def test_the_hook_is_valid_settings_and_its_worker_checks_the_links(home):
     try:
         assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
         wait_for(lambda: home.rows("select 1 from task_history"), 60, "the end of the link check")
-        assert home.rows("select task_type, status from task_history") == [("link_validation", "completed")]
+        assert home.rows("select task_type, status from task_history") == [
+            ("link_validation", "completed")
+        ]
     finally:
         home.end_worker()
 
@@ -268,7 +278,14 @@ def test_every_command_of_tq_that_is_named_exists(home):
 
 
 def test_the_schema_is_the_databases(home):
-    tables = ("notifications", "task_history", "task_controls", "task_marks", "task_spooled", "task_queue")
+    tables = (
+        "notifications",
+        "task_history",
+        "task_controls",
+        "task_marks",
+        "task_spooled",
+        "task_queue",
+    )
     for table in tables:
         assert table == "notifications" or f"`{table}`" in REFERENCE
         for (name,) in home.rows("select name from pragma_table_xinfo(?)", table):
@@ -283,7 +300,11 @@ def test_nothing_that_readme_says_of_python_is_wrong():
 
     calls = REFERENCE[REFERENCE.index("## Python") : REFERENCE.index("## The database")]
     names = re.findall(r"`([A-Za-z_]{4,})[(`]", calls)
-    missing = [name for name in names if name in calls and name[0].isupper() and not hasattr(queue_helpers, name)]
+    missing = [
+        name
+        for name in names
+        if name in calls and name[0].isupper() and not hasattr(queue_helpers, name)
+    ]
     assert missing == []
     for name in re.findall(r"^\| `(\w+)\(", calls, re.MULTILINE):
         assert callable(getattr(queue_helpers, name))
