@@ -24,7 +24,7 @@ def script(installation):
     """The snippet, on this installation's state, and with a payload of each process's own in the place of README's."""
     text = snippet()
     default = "~/.claude/automation/lychee/state/spool/notifications"
-    payload = """'{"workspace_path": "/home/user/docs"}'"""
+    payload = re.search(r"(?<=printf '%s\\n' )'.*}'", text)[0]
     assert text.count(default) == 1 and text.count(payload) == 1
     path = installation.directory / "snippet"
     path.write_text(
