@@ -18,6 +18,7 @@ import os
 import signal
 import sqlite3
 import time
+from pathlib import Path
 from typing import NamedTuple
 
 import queue_helpers as q
@@ -145,7 +146,7 @@ def settle(
     `why` it was ended, if it was: STOPPED, CANCELLED, or what to record as the error, with `delay`
     seconds until the next attempt (default: its back-off). Raises QueueBusy, QueueUnavailable.
     """
-    told = {"exit_code": exit_code, **output_of(conn, task)}
+    told = {"exit_code": exit_code, **output_of(conn.state, task)}
     verdict = judge(exit_code, told, why=why, delay=delay)
     error = verdict.error
     if verdict.do == "complete":
@@ -283,9 +284,9 @@ def last_words(told: dict) -> str:
     return ""
 
 
-def output_of(conn: q.Connection, task: q.Task) -> dict[str, str]:
+def output_of(state: Path, task: q.Task) -> dict[str, str]:
     """The ends of a run's stdout and stderr, as the history keeps them."""
-    run = f"{conn.state}/logs/{task.run_name}"
+    run = f"{state}/logs/{task.run_name}"
     return {"result": tail(f"{run}.out", OUTPUT_BYTES), "log": tail(f"{run}.err", OUTPUT_BYTES)}
 
 
