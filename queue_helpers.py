@@ -1253,7 +1253,7 @@ def claim(
     now = time.time()
     if overdue:
         expire(conn, queue, now)
-        _promote(conn, queue, now)
+        promote(conn, queue, now)
     values = {**_told(TERMS, terms), "owner": owner, "now": now, "limit": limit, "id": row_id}
     statement = CLAIM if row_id is None else CLAIM_ROW
     rows = execute(conn, statement, queue, **values).fetchall()
@@ -1262,8 +1262,11 @@ def claim(
     return sorted(tasks, key=lambda task: (-task.priority, task.id)) if len(tasks) > 1 else tasks
 
 
-def _promote(conn: Connection, queue: str, now: float) -> None:
-    """Make the scheduled tasks ready whose time has come; of a group only the first."""
+def promote(conn: Connection, queue: str, now: float) -> None:
+    """Make the scheduled tasks ready whose time has come; of a group only the first.
+
+    Within a transaction.
+    """
     groups = {group for (group,) in execute(conn, PROMOTE, queue, now=now).fetchall()}
     for group in groups - {None}:
         execute(conn, UNBLOCK, queue, group_id=group)
