@@ -38,6 +38,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
+import enqueue
 import queue_cli as cli
 import queue_helpers as q
 import queue_outcome as outcomes
@@ -471,7 +472,7 @@ class Push(Relay):
         self.is_idle = True
 
     def take_in_spool(self) -> None:
-        for complaint in q.take_in_spool(self.state)[1]:
+        for complaint in q.take_in_spool(self.state, enqueue.hook_row)[1]:
             self.complain(f"spool: {complaint}")
 
     def push(self, conn: q.Connection, queue: str) -> int:
