@@ -49,6 +49,7 @@ LIVE = {
     "scheduled": "status = 3 and due_at is not null",
     "held": "status = 3 and due_at is null",
     "blocked": "status = 4 and group_id is not null",
+    "handed_over": "status = 5",
 }
 FINISHED = ("completed", "failed", "cancelled", "expired")
 STATUSES = (*LIVE, *FINISHED)

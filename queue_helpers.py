@@ -100,8 +100,9 @@ LAST_SECOND = 32_503_680_000
 # The owner of a row that was marked as claimed by hand.
 NOBODY = "nobody"
 
-# persist-queue also writes 0 for ready, and selects `status < 2`.
-READY, CLAIMED, SCHEDULED, BLOCKED = 1, 2, 3, 4
+# persist-queue also writes 0 for ready, and selects `status < 2`. What relay.py handed over to
+# another machine is nobody's here until it hears how that ended.
+READY, CLAIMED, SCHEDULED, BLOCKED, HANDED_OVER = 1, 2, 3, 4, 5
 
 # ------------------------------------------------------------------------ schema and statements
 
@@ -155,7 +156,7 @@ create table "{queue}" (
   id            integer primary key autoincrement,
   data          text not null constraint data_must_be_a_json_object check ({is_object}),
   timestamp     real not null default ((julianday('now') - 2440587.5) * 86400.0),  -- enqueued, Unix seconds
-  status        integer not null default 1,      -- 0 and 1 ready, 2 claimed, 3 scheduled or held, 4 blocked
+  status        integer not null default 1,      -- 0, 1 ready, 2 claimed, 3 scheduled or held, 4 blocked, 5 handed over
   priority      integer not null default 0,      -- higher first
   due_at        real,                            -- a scheduled task becomes ready then; null: it is held
   group_id      text,                            -- tasks of one group run one at a time
@@ -188,6 +189,7 @@ create table "{queue}" (
 create index "{queue}.ready" on "{queue}" (priority desc, id, task_type, timestamp) where status < 2;
 create index "{queue}.claimed" on "{queue}" (owner) where status = 2;
 create index "{queue}.scheduled" on "{queue}" (due_at) where status = 3;
+create index "{queue}.handed_over" on "{queue}" (claimed_at) where status = 5;
 create index "{queue}.retrying" on "{queue}" (released_at) where status = 3 and released_at is not null;
 create index "{queue}.expiring" on "{queue}" (expires_at) where expires_at is not null;
 create index "{queue}.group" on "{queue}" (group_id, status, released_at, priority desc, id) where group_id is not null;
@@ -221,7 +223,7 @@ NEXT_OF_GROUP = """update "{queue}" set status = 1 where id = (
     and not exists (select 1 from "{queue}" where group_id = {group} and status = 3 and released_at > 0)"""
 
 # A row's status, in words.
-STATUS_WORD = """case status when 2 then 'in_progress' when 4 then 'blocked'
+STATUS_WORD = """case status when 2 then 'in_progress' when 4 then 'blocked' when 5 then 'handed_over'
   when 3 then iif(due_at is null, 'held', 'scheduled') else 'pending' end"""
 VIEW_SCHEMA = """
 create view task_queue as
@@ -240,14 +242,14 @@ QUEUES = """
 select i.tbl_name from sqlite_master i where i.type = 'index' and i.name = i.tbl_name || '.ready' order by i.tbl_name"""
 INSERT = """
 insert into "{queue}" (data, status, due_at, priority, group_id, expires_at) values (?, ?, ?, ?, ?, ?)"""
-# A waiting task takes the latest firing's data, which has all its attempts; a running one keeps it
-# for when its run ends.
+# A waiting task takes the latest firing's data; one that runs, here or elsewhere, keeps it for when
+# its run ends. A waiting one has all its attempts then.
 REPLACE = """
 update "{queue}"
-set data = iif(status = 2, data, :data), rerun_data = iif(status = 2, :data, null),
-    status = iif(:due_at is null or status = 2 or status = 3 and due_at is null, status, 3),
-    due_at = iif(:due_at is null or status = 2 or status = 3 and due_at is null, due_at, :due_at),
-    attempts = iif(status = 2, attempts, 0)
+set data = iif(status in (2, 5), data, :data), rerun_data = iif(status in (2, 5), :data, null),
+    status = iif(:due_at is null or status in (2, 5) or status = 3 and due_at is null, status, 3),
+    due_at = iif(:due_at is null or status in (2, 5) or status = 3 and due_at is null, due_at, :due_at),
+    attempts = iif(status in (2, 5), attempts, 0)
 where task_id = :task_id
   and (:firing is null or coalesce(json_extract(data, '$.firing'), '') <> :firing
                       and coalesce(json_extract(rerun_data, '$.firing'), '') <> :firing)"""
@@ -264,12 +266,12 @@ OPEN_SLOTS = f"""coalesce((select case when {IS_PAUSED} then 0 when slots is nul
 # A retry is due, too, when the clock was set back to before its release.
 DUE = """select id from "{queue}" where status = 3 and due_at <= :now
   union all select id from "{queue}" where status = 3 and released_at is not null and released_at > :now + 1"""
-IS_OVERDUE = f"""(exists ({DUE}) or exists (select 1 from "{{queue}}" where expires_at <= :now))"""
+IS_OVERDUE = f"""(exists ({DUE}) or exists (select 1 from "{{queue}}" where expires_at <= :now and status <> 5))"""
 LOOK = f"""
 select exists (select 1 from "{{queue}}" where status < 2), {IS_OVERDUE}, {OPEN_SLOTS.replace(":limit", "1")} > 0"""
 NEXT_TIMES = f"""
 select (select min(due_at) from "{{queue}}" where status = 3),
-  (select min(expires_at) from "{{queue}}" where expires_at is not null),
+  (select min(expires_at) from "{{queue}}" where expires_at is not null and status <> 5),
   exists (select 1 from "{{queue}}" where status < 2), {OPEN_SLOTS.replace(":limit", "1")} > 0,
   {IS_PAUSED}, (select paused_until from task_controls where queue = '{{queue}}')"""
 COUNT_CLAIMED = """
@@ -281,7 +283,7 @@ set status = iif(group_id is null or released_at is not null, 1, 4), due_at = nu
 where id in ({DUE}) returning group_id"""
 UNBLOCK = NEXT_OF_GROUP.replace("{group}", ":group_id")
 EXPIRED = """
-select {task} from "{queue}" where expires_at <= :now"""
+select {task} from "{queue}" where expires_at <= :now and status <> 5"""
 CLAIM = f"""
 update "{{queue}}"
 set status = 2, owner = :owner, claimed_at = :now, attempts = attempts + 1, expires_at = null, max_attempts = :max_attempts,
@@ -1252,7 +1254,7 @@ def claim(
     now = time.time()
     if overdue:
         expire(conn, queue, now)
-        _promote(conn, queue, now)
+        promote(conn, queue, now)
     values = {**_told(TERMS, terms), "owner": owner, "now": now, "limit": limit, "id": row_id}
     statement = CLAIM if row_id is None else CLAIM_ROW
     rows = execute(conn, statement, queue, **values).fetchall()
@@ -1261,8 +1263,11 @@ def claim(
     return sorted(tasks, key=lambda task: (-task.priority, task.id)) if len(tasks) > 1 else tasks
 
 
-def _promote(conn: Connection, queue: str, now: float) -> None:
-    """Make the scheduled tasks ready whose time has come; of a group only the first."""
+def promote(conn: Connection, queue: str, now: float) -> None:
+    """Make the scheduled tasks ready whose time has come; of a group only the first.
+
+    Within a transaction.
+    """
     groups = {group for (group,) in execute(conn, PROMOTE, queue, now=now).fetchall()}
     for group in groups - {None}:
         execute(conn, UNBLOCK, queue, group_id=group)

@@ -19,6 +19,7 @@ import re
 import signal
 import sqlite3
 import time
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import queue_helpers as q
@@ -93,6 +94,46 @@ def in_words(why: str) -> str:
     return why
 
 
+class Verdict(NamedTuple):
+    """What the end of a run means, wherever the task is kept.
+
+    do      "complete", "retry" (a failed attempt), "put back" (an uncounted one), "bury" or "cancel"
+    error   what went wrong, in one line
+    delay   seconds until the next attempt; None: the task's back-off
+    pause   (seconds or None, reason) when the whole queue is to be held back
+    """
+
+    do: str
+    error: str | None = None
+    delay: float | None = None
+    pause: tuple[float | None, str] | None = None
+
+
+def judge(
+    exit_code: int, told: dict, *, why: str | None = None, delay: float | None = None
+) -> Verdict:
+    """What a handler's exit code and its last words mean; settle() says what `why` and `delay` are.
+
+    `told` is output_of() the run.
+    """
+    words = in_words(why) if why else None
+    if why == CANCELLED:
+        return Verdict("cancel", words)
+    if why == STOPPED and exit_code != 0:
+        return Verdict("put back", words, 0.0)
+    if why not in (None, STOPPED):
+        return Verdict("retry", words, delay)
+    if exit_code == 0:
+        return Verdict("complete")
+    if exit_code == EX_TEMPFAIL:
+        return _not_now(told)
+    last = last_words(told)
+    if exit_code == EX_DATAERR:
+        return Verdict("bury", f"refused by its handler (exit 65){last}")
+    how = f"killed by {signal_name(exit_code - 128)}" if exit_code > 128 else f"exit {exit_code}"
+    return Verdict("retry", how + last)
+
+
 def settle(
     conn: q.Connection,
     task: q.Task,
@@ -106,24 +147,23 @@ def settle(
     `why` it was ended, if it was: STOPPED, CANCELLED, or what to record as the error, with `delay`
     seconds until the next attempt (default: its back-off). Raises QueueBusy, QueueUnavailable.
     """
-    told = {"exit_code": exit_code, **output_of(conn, task)}
-    words = in_words(why or "")
-    if why == CANCELLED:
-        return _if_held(q.finish(conn, task, "cancelled", error=words, **told), "cancelled")
-    if why == STOPPED and exit_code != 0:
-        return _if_held(q.release(conn, task, error=words), "put back", words)
-    if why not in (None, STOPPED):
-        return Settled(q.nack(conn, task, error=words, delay=delay, **told), words)
-    if exit_code == 0:
+    told = {"exit_code": exit_code, **output_of(conn.state, task)}
+    verdict = judge(exit_code, told, why=why, delay=delay)
+    error = verdict.error
+    if verdict.do == "complete":
         return _completed(conn, task, told)
-    if exit_code == EX_TEMPFAIL:
-        return _not_now(conn, task, told)
-    last = last_words(told)
-    if exit_code == EX_DATAERR:
-        error = f"refused by its handler (exit 65){last}"
+    if verdict.do == "cancel":
+        return _if_held(q.finish(conn, task, "cancelled", error=error, **told), "cancelled")
+    if verdict.do == "bury":
         return _if_held(q.bury(conn, task, error=error, **told), "failed", error)
-    how = f"killed by {signal_name(exit_code - 128)}" if exit_code > 128 else f"exit {exit_code}"
-    return Settled(q.nack(conn, task, error=how + last, **told), how + last)
+    if verdict.do == "retry":
+        return Settled(q.nack(conn, task, error=error, delay=verdict.delay, **told), error)
+    held = q.release(conn, task, delay=verdict.delay or 0.0, error=error)
+    if held and verdict.pause:
+        seconds, reason = verdict.pause
+        until = None if seconds is None else time.time() + seconds
+        pause(conn, task.queue, until, reason, by="handler")
+    return _if_held(held, "scheduled" if verdict.delay else "put back", error)
 
 
 def _if_held(held: bool, outcome: str, error: str | None = None) -> Settled:
@@ -157,7 +197,7 @@ def _follow_ups(conn: q.Connection, task: q.Task) -> list[tuple[str, q.Row]]:
         stdout, entries = _take_chain(stdout)
         rows = [_chained(conn, task, entry, number) for number, entry in enumerate(entries, 1)]
     if task.then_queue:
-        rows.append((task.then_queue, _next_row(task, stdout, size)))
+        rows.append((task.then_queue, next_row(task, stdout, size)))
     return rows
 
 
@@ -197,7 +237,7 @@ def _chained(conn: q.Connection, task: q.Task, entry: object, number: int) -> tu
         raise q.InvalidTask(f'entry {number} of "enqueue": {error}') from None
 
 
-def _next_row(task: q.Task, stdout: str, size: int) -> q.Row:
+def next_row(task: q.Task, stdout: str, size: int) -> q.Row:
     """The task that a result becomes: what the handler printed, if that is a JSON object.
 
     Each result is a task of its own, whatever waits: hence a part of the id that is never the same.
@@ -224,23 +264,18 @@ def _as_object(text: str) -> dict | None:
     return None if "unreadable_because" in data else data
 
 
-def _not_now(conn: q.Connection, task: q.Task, told: dict) -> Settled:
-    """Put the task back, uncounted: for as long as the last line of stdout says, else for a minute."""
+def _not_now(told: dict) -> Verdict:
+    """Uncounted, and again after as long as the last line of stdout says, else after a minute."""
     said = _as_object(told["result"].rstrip().rpartition("\n")[2]) or {}
     reason = said.get("reason")
     reason = f": {' '.join(reason.split())[:200]}" if isinstance(reason, str) and reason else ""
     if "pause" in said and (said["pause"] is None or seconds_in(said["pause"]) is not None):
-        seconds = seconds_in(said["pause"])
-        until = None if said["pause"] is None else time.time() + (seconds or 0.0)
         error = f"not now (exit 75), and its queue is paused{reason}"
-        held = q.release(conn, task, error=error)
-        if held:
-            pause(conn, task.queue, until, reason[2:], by="handler")
-        return _if_held(held, "put back", error)
+        return Verdict("put back", error, 0.0, (seconds_in(said["pause"]), reason[2:]))
     seconds = seconds_in(said.get("retry_after"))
     delay = NOT_NOW_SECONDS if seconds is None else seconds
     error = f"not now (exit 75){reason or ('' if said else last_words(told))}"
-    return _if_held(q.release(conn, task, delay=delay, error=error), "scheduled", error)
+    return Verdict("put back", error, delay)
 
 
 def seconds_in(value: Any) -> float | None:
@@ -259,9 +294,9 @@ def last_words(told: dict) -> str:
     return ""
 
 
-def output_of(conn: q.Connection, task: q.Task) -> dict[str, str]:
+def output_of(state: Path, task: q.Task) -> dict[str, str]:
     """The ends of a run's stdout and stderr, as the history keeps them."""
-    run = f"{conn.state}/logs/{task.run_name}"
+    run = f"{state}/logs/{task.run_name}"
     return {"result": tail(f"{run}.out", OUTPUT_BYTES), "log": tail(f"{run}.err", OUTPUT_BYTES)}
 
 

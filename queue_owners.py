@@ -105,7 +105,7 @@ def recover(state=None, *, crash_backoff: float = 0.0) -> tuple[list, int]:
     claims, trouble = _claims(conn)
     recovered, orphans, worked = [], 0, False
     for owner, queues in claims.items():
-        with _dead(conn.state, owner) as is_dead:
+        with dead(conn.state, owner) as is_dead:
             if not is_dead:
                 continue
             left, all_taken = 0, True
@@ -145,8 +145,8 @@ def _claims(conn: q.Connection) -> tuple[dict[str | None, list[str]], q.QueueErr
 
 
 @contextmanager
-def _dead(state: Path, owner: str | None):
-    """Whether the owner is dead; its lock is held meanwhile, so that nobody else recovers its tasks."""
+def dead(state: Path, owner: str | None):
+    """Whether an owner is dead; its lock is held meanwhile, so that nobody else recovers its tasks."""
     try:
         fd = q.lock_file(state / "workers" / runs.file_name(owner), probe=True)
     # Nobody can hold what is not there.
@@ -201,7 +201,7 @@ def _recover_task(
     run, runs_on, held = look_at_run(conn.state, task)
     # What holds the output of a handler that has ended cannot be ended by us, but a person may give it up.
     if runs_on or held and not cancelled:
-        _end_orphan(runs.run_file(conn.state, task), run, cancelled)
+        end_orphan(runs.run_file(conn.state, task), run, cancelled)
         return None
     if cancelled and "code" not in run:
         run.setdefault("why", outcomes.CANCELLED)
@@ -227,7 +227,7 @@ def look_at_run(state: Path, task: q.Task) -> tuple[dict, bool, bool]:
 
 def owner_lives(state: Path, owner: str | None) -> bool:
     """Whether a task's owner is alive: it holds its lock file. Unknown counts as alive."""
-    with _dead(state, owner) as is_dead:
+    with dead(state, owner) as is_dead:
         return not is_dead
 
 
@@ -246,7 +246,7 @@ def _settle(conn: q.Connection, task: q.Task, run: dict, crash_backoff: float) -
     return outcomes.settle(conn, task, code, why=why)
 
 
-def _end_orphan(path: str, run: dict, cancelled: bool) -> None:
+def end_orphan(path: str, run: dict, cancelled: bool) -> None:
     """End a dead worker's handler when it is time: TERM, then KILL. See to its supervisor, too."""
     now, leader, supervisor = time.monotonic(), _leader(run), _supervisor(run)
     if supervisor == "T":

@@ -27,14 +27,10 @@ exit codes: 0 stopped, drained, idle, or another worker has the queue (--single)
 from __future__ import annotations
 
 import argparse
-import errno
-import fcntl
 import json
 import os
-import pwd
 import select
 import shlex
-import shutil
 import signal
 import sqlite3
 import sys
@@ -42,7 +38,6 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import NoReturn
 
 import enqueue
@@ -50,12 +45,22 @@ import queue_helpers as q
 import queue_owners as owners
 import queue_runs as runs
 from queue_cli import printable
-from queue_supervisor import SupervisorProcess, handler_environment, wakeup_pipe
+from queue_handlers import (
+    Handlers,
+    Unstarted,
+    add_run_options,
+    check_run_options,
+    resolve,
+    say,
+    seconds,
+    start_clean,
+    stdin_file,
+    with_remedy,
+)
+from queue_supervisor import wakeup_pipe
 
 SCRIPT = os.path.abspath(__file__)
 EX_USAGE = 64
-# A task without a handler is looked at again after so many seconds; it costs it no attempt.
-NO_HANDLER_SECONDS = 60.0
 # How long to wait between two tries while the database cannot be used.
 RETRY_SECONDS = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
 # --on-dead runs its command this often at most.
@@ -65,13 +70,9 @@ GROUP_SECONDS = 0.01
 # Shorter than elsewhere, so that signals and handlers' ends are seen to between two tries.
 BUSY_TIMEOUT_MS = 1_000
 WAL_WARN_BYTES = 4 * q.WAL_BYTES
-NOT_STARTED = "its handler could not be started"
 
 SCHEDULED = """
 select count(*) from "{queue}" where status in (0, 1, 3, 4)"""
-
-# What each handler is told in its environment.
-TOLD = ("TASK_ID", "TASK_TYPE", "TASK_QUEUE", "TASK_ATTEMPT", "TASK_DEPTH", "TASK_QUEUE_STATE")
 
 # Records how a run ended, in a transaction, and returns (outcome, error).
 Verdict = Callable[[q.Connection], tuple]
@@ -80,20 +81,6 @@ Verdict = Callable[[q.Connection], tuple]
 class Parser(argparse.ArgumentParser):
     def error(self, message: str):
         self.exit(EX_USAGE, f"{self.prog}: {message}; see {self.prog} --help\n")
-
-
-def seconds(text: str) -> float:
-    value = float(text)
-    if not 0 <= value < 1e9:
-        raise ValueError
-    return value
-
-
-def count(text: str) -> int:
-    value = int(text)
-    if not 1 <= value <= 1000:
-        raise ValueError
-    return value
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -105,11 +92,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     add_options(parser.add_argument)
     args = parser.parse_args(argv)
-    args.env = handler_environment(os.environ, without=TOLD)
     try:
-        args.command = None if command is None else resolve(command, args.env["PATH"])
-        if command is None and not args.handlers.is_dir():
-            raise ValueError(f"--handlers {args.handlers}: there is no such directory")
+        check_run_options(args, command)
         state = os.environ.get("TASK_QUEUE_STATE") or "~"
         if not os.path.isabs(os.path.expanduser(state)):
             raise ValueError(f"TASK_QUEUE_STATE {state!r} is relative, so it is another directory"
@@ -130,10 +114,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def add_options(add: Callable) -> None:
     """The options; those with a number of seconds take fractions."""
     add("queues", metavar="QUEUE", nargs="+")
-    add("--handlers", metavar="DIR", type=Path, default=beside("handlers"),
-        help="executables named after task types (default: %(default)s)")
-    add("--concurrency", metavar="N", type=count, default=1,
-        help="tasks at a time, all queues together (default 1)")
+    add_run_options(add, __file__)
     add("--then", metavar="QUEUE",
         help="enqueue what a handler prints there, in the transaction that records it as done")
     add("--then-hold", action="store_true",
@@ -142,18 +123,8 @@ def add_options(add: Callable) -> None:
         help="a result's last line may enqueue tasks: {\"enqueue\": [{\"queue\", \"task_type\", \"data\"}, …]}")
     add("--on-dead", metavar="COMMAND",
         help="run this when tasks have become dead letters, once a minute at most, with all of them as JSON on stdin")
-    add("--max-attempts", metavar="N", type=count, default=q.MAX_ATTEMPTS,
-        help="then it is a dead letter (default %(default)s)")
-    add("--backoff", metavar="SECONDS", type=seconds, default=q.BACKOFF_SECONDS,
-        help="before the second attempt, doubling with each one after, an hour at most (default %(default)s)")
     add("--crash-backoff", metavar="SECONDS", type=seconds, default=0.0,
         help="before a dead worker's task runs again (default 0: at once)")
-    add("--timeout", metavar="SECONDS", type=seconds, default=0.0,
-        help="for one attempt (default 0: none)")
-    add("--grace", metavar="SECONDS", type=seconds, default=10.0,
-        help="for handlers to finish when stopped (default 10)")
-    add("--kill-after", metavar="SECONDS", type=seconds, default=5.0,
-        help="from TERM to KILL (default 5)")
     add("--drain", action="store_true",
         help="leave when nothing is ready or running")
     add("--idle-exit", metavar="SECONDS", type=seconds,
@@ -161,24 +132,6 @@ def add_options(add: Callable) -> None:
     add("--single", action="store_true",
         help="leave at once if another worker serves one of the queues")
 # fmt: on
-
-
-def beside(name: str) -> Path:
-    """A directory beside this script: in the same one, or where install.py puts it."""
-    here = Path(__file__).resolve().parent
-    installed = here.parent.parent / name
-    return installed if installed.is_dir() and not (here / name).is_dir() else here / name
-
-
-def resolve(command: list[str], path: str) -> list[str]:
-    """The command with the absolute path of its program: from here on nobody's working directory has a say in it."""
-    if not command:
-        raise ValueError("the command is empty: give a program and its arguments")
-    name = os.path.abspath(command[0]) if "/" in command[0] else command[0]
-    found = shutil.which(name, path=path)
-    if found is None:
-        raise ValueError(f"{command[0]}: there is no such program, or it is not executable")
-    return [found, *command[1:]]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -191,99 +144,15 @@ def main(argv: list[str] | None = None) -> int:
         return 1
 
 
-def start_clean() -> None:
-    """Make up for closed streams, whose numbers other files would get, and for blocked signals."""
-    for fd in (0, 1, 2):
-        try:
-            os.fstat(fd)
-        except OSError:
-            os.open(os.devnull, os.O_RDWR)
-    signal.pthread_sigmask(signal.SIG_SETMASK, ())
-
-
-def with_remedy(error: Exception, state: Path) -> str:
-    """What an error says, and if something in the state belongs to another user: what, whose it is, and what mends it."""
-    me = os.geteuid()
-    below = ("*", "workers/*", "logs/*", "runs/*", "spool/*")
-    for path in [state, *(path for pattern in below for path in state.glob(pattern))]:
-        try:
-            owner = os.stat(path, follow_symlinks=False).st_uid
-        except OSError:
-            continue
-        # root may use everybody's files.
-        if me not in (0, owner):
-            them, us = user(owner), user(me)
-            return (f"{error}; {path} belongs to {them}, not to {us}: a worker ran as {them}, perhaps by sudo;"
-                    f" give all of it back with: sudo chown -R {us} {shlex.quote(str(state))}")  # fmt: skip
-    return str(error)
-
-
-def user(uid: int) -> str:
-    try:
-        return pwd.getpwuid(uid).pw_name
-    except KeyError:
-        return str(uid)
-
-
-def stdin_file(raw: bytes) -> int:
-    """A file for a handler's stdin, in memory where that can be had. No pipe: nothing blocks that is not read."""
-    if hasattr(os, "memfd_create"):
-        fd = os.memfd_create("task")
-    else:
-        import tempfile
-
-        fd = os.dup(tempfile.TemporaryFile().fileno())
-    # pwrite leaves the position at 0.
-    if os.pwrite(fd, raw, 0) < len(raw):
-        os.close(fd)
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    return fd
-
-
-def new_file(path: str, locked: bool) -> int:
-    """A new file of a run, in a directory that is made if it is missing."""
-    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_CLOEXEC
-    try:
-        fd = os.open(path, flags, 0o600)
-    except FileNotFoundError:
-        directory = Path(path).parent
-        q.make_private(directory.parent)
-        q.make_private(directory)
-        fd = os.open(path, flags, 0o600)
-    if locked:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    return fd
-
-
-def say(line: str) -> None:
-    """One line on stderr, in one piece; a closed terminal or a full disk is no reason to stop working."""
-    try:
-        os.write(
-            2,
-            (
-                time.strftime("%Y-%m-%d %H:%M:%S ") + printable(" ".join(line.split())) + "\n"
-            ).encode(),
-        )
-    except OSError:
-        pass
-
-
 class Worker:
     """The loop: hear what ended, claim and start what is next, then record what ended."""
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
         self.state = q.STATE_DIR
-        self.logs = f"{self.state}/logs"
-        self.handlers = os.path.abspath(args.handlers)
-        self.overdue = f"{q.TIMED_OUT} {args.timeout:g}"
-        try:
-            self.cwd = os.getcwd()
-        # It was removed under us.
-        except OSError:
-            self.cwd = "/"
-        # What runs, by run name.
-        self.runs: dict[str, q.Task] = {}
+        how = dict(command=args.command, timeout=args.timeout, kill_after=args.kill_after)
+        self.handlers = Handlers(self.state, args.env, args.handlers, **how)
+        self.supervisor, self.runs = self.handlers.supervisor, self.handlers.runs
         # What has ended and is not yet recorded, with the seconds it took; and when it must be recorded.
         self.done: list[tuple[q.Task, Verdict, float]] = []
         self.record_at = 0.0
@@ -305,7 +174,6 @@ class Worker:
         self.said: set[str] = set()
         self.serving: dict[str, int] = {}
         self.served_at = 0.0
-        self.supervisor = SupervisorProcess(args.env)
         # One pipe wakes the loop: signals by their number, the watch by a 0.
         self.wakeup, self.waker = wakeup_pipe()
         self.poll = select.poll()
@@ -325,7 +193,7 @@ class Worker:
 
     def run(self) -> int:
         signal.set_wakeup_fd(self.waker, warn_on_full_buffer=False)
-        signal.signal(signal.SIGCHLD, self.children_changed)
+        signal.signal(signal.SIGCHLD, self.handlers.children_changed)
         conn = self.connect(create=True)
         for queue in (*self.args.queues, *([self.args.then] if self.args.then else [])):
             self.prepare(conn, queue)
@@ -356,14 +224,7 @@ class Worker:
         finally:
             if self.dead:
                 self.tell_dead()
-            for run in self.runs:
-                self.supervisor.end(run, q.STOPPED, now=True)
-            self.supervisor.leave(wait=not self.runs)
-            # Unless something is in it that is not recorded.
-            try:
-                os.rmdir(runs.run_directory(self.state, q.owner_name(self.state)))
-            except (q.QueueError, OSError):
-                pass
+            self.handlers.leave()
             q.resign(self.state)
         return 0
 
@@ -371,115 +232,40 @@ class Worker:
         self.stops += 1
         self.stop_at = time.monotonic() + self.args.grace if self.stops == 1 else 0.0
 
-    def children_changed(self, *_) -> None:
-        """Hear of the supervisor, and reap what else became our child: all orphans, as process 1 of a container."""
-        while True:
-            try:
-                pid, status = os.waitpid(-1, os.WNOHANG | os.WUNTRACED)
-            except ChildProcessError:
-                return
-            if pid == 0:
-                return
-            if pid == self.supervisor.pid:
-                self.supervisor.changed(status)
-
     # ------------------------------------------------------------------------------------------------------- handlers
 
     def start(self, task: q.Task) -> None:
         """Start the handler of a claimed task; what cannot be started gets its verdict at once."""
-        try:
-            envelope, command = task.envelope, self.command_for(task.task_type)
-            workspace, text = envelope["data"].get("workspace_path"), json.dumps(envelope)
-        except LookupError as error:
-            return self.end_unstarted(task, q.release, str(error), delay=NO_HANDLER_SECONDS)
-        # Whatever a writer that checks nothing has stored is that task's matter.
-        except Exception as error:
-            return self.end_unstarted(task, q.bury, f"it cannot be run: {error}")
-        if workspace is None:
-            directories = [self.cwd, "/"]
-        elif isinstance(workspace, str) and workspace:
-            directories = [os.path.join(self.cwd, workspace)]
-        else:
-            error = f"cannot run in {workspace!r}: workspace_path is not a directory"
-            return self.end_unstarted(task, q.nack, error)
-        order = {"run": task.run_name, "command": command, "cwd": directories, "timeout": self.args.timeout,
-                 "env": self.environment(task), "kill_after": self.args.kill_after, "overdue": self.overdue,
-                 "record": runs.run_file(self.state, task)}  # fmt: skip
-        fds: list[int] = []
-        try:
-            fds.append(stdin_file(text.encode()))
-            # These locks are held until the handler and whatever it leaves behind are gone.
-            for path in (f"{self.logs}/{task.run_name}.out", f"{self.logs}/{task.run_name}.err"):
-                fds.append(new_file(path, locked=True))
-            os.close(new_file(order["record"], locked=False))
-            self.supervisor.start(order, fds)
-            self.runs[task.run_name] = task
-        # The disk is full, there are too many files, …: not the task's fault.
-        except OSError as error:
-            denied = isinstance(error, PermissionError)
-            self.not_started(task, with_remedy(error, self.state) if denied else str(error))
-        finally:
-            for fd in fds:
-                os.close(fd)
-
-    def not_started(self, task: q.Task, error: str) -> None:
-        """Put a task back whose handler could not be started, by no fault of its own."""
-        why = f"{NOT_STARTED}: {error}"
-        self.end_unstarted(task, q.release, why, delay=RETRY_SECONDS[-1])
-
-    def command_for(self, task_type: str) -> list[str]:
-        """What to run. LookupError when there is no handler for the task type."""
-        if self.args.command is not None:
-            return self.args.command
-        handler = f"{self.handlers}/{task_type}"
-        if "/" in task_type or task_type.startswith("."):
-            raise ValueError(f"there can be no handler {task_type!r}")
-        if not os.path.isfile(handler):
-            raise LookupError(f"no handler {task_type!r} in {self.handlers}")
-        if not os.access(handler, os.X_OK):
-            raise LookupError(f"{handler} is not executable: chmod +x it")
-        return [handler]
-
-    def environment(self, task: q.Task) -> dict[str, str]:
-        values = (task.task_id, task.task_type, task.queue, task.attempts, task.depth + 1)
-        return dict(zip(TOLD, map(str, (*values, self.state)), strict=True))
+        unstarted = self.handlers.start(task)
+        if unstarted:
+            self.end_unstarted(task, unstarted)
 
     def reap(self) -> None:
         """Give each handler that has ended its verdict."""
         try:
-            ended = self.supervisor.hear()
+            ended = self.handlers.hear()
         except EOFError:
             self.start_afresh()
-        for told in ended:
-            task = self.runs.pop(told["run"])
-            if "code" in told:
-                verdict = partial(q.settle, task=task, exit_code=told["code"], why=told["why"])
-                self.end(task, verdict, told["seconds"])
-                self.may_pause |= told["code"] == q.EX_TEMPFAIL
-            elif told["do"] == "put back":
-                self.not_started(task, told["error"])
-            elif told["do"] == "fail":
-                self.end_unstarted(task, q.nack, told["error"])
-            else:
-                self.end_unstarted(task, q.bury, f"{NOT_STARTED}: {told['error']}")
+        for task, told in ended:
+            if isinstance(told, Unstarted):
+                self.end_unstarted(task, told)
+                continue
+            verdict = partial(q.settle, task=task, exit_code=told["code"], why=told["why"])
+            self.end(task, verdict, told["seconds"])
+            self.may_pause |= told["code"] == q.EX_TEMPFAIL
 
     def start_afresh(self) -> NoReturn:
-        """The supervisor was killed, and nobody will hear how its handlers end: begin anew, and recovery sees to them.
-
-        The process stays the same for whoever started it. What it had claimed is a dead owner's from here on.
-        """
+        """The supervisor was killed; what this process had claimed is a dead owner's from here on."""
         if self.stops:
             say("the supervisor of handlers was killed; the next worker sees to their tasks")
             os._exit(1)
-        say("the supervisor of handlers was killed; starting afresh")
-        os.execv(sys.executable, sys.orig_argv)
+        self.handlers.start_afresh()
 
     def end_overdue(self) -> None:
         """After a signal: end what still runs when the grace is over, or after a second signal."""
         if self.stop_at is not None and time.monotonic() >= self.stop_at:
             self.stop_at = None
-            for run in self.runs:
-                self.supervisor.end(run, q.STOPPED, now=self.stops > 1)
+            self.handlers.end_all(q.STOPPED, now=self.stops > 1)
 
     # ------------------------------------------------------------------------------------------------------- verdicts
 
@@ -488,14 +274,17 @@ class Worker:
             self.record_at = time.monotonic() + GROUP_SECONDS
         self.done.append((task, verdict, took))
 
-    def end_unstarted(self, task: q.Task, verb: Callable, error: str, **how) -> None:
-        """Have the end of a task recorded whose handler did not run, by q.bury, q.nack or q.release."""
+    def end_unstarted(self, task: q.Task, unstarted: Unstarted) -> None:
+        """Have the end of a task recorded whose handler did not run."""
+        do, error, delay = unstarted
 
         def verdict(conn: q.Connection) -> tuple:
-            done = verb(conn, task, error=error, **how)
-            return (
-                {q.bury: "failed", q.release: "put back"}.get(verb, done) if done else None
-            ), error
+            if do == "retry":
+                return q.nack(conn, task, error=error), error
+            if do == "bury":
+                return ("failed" if q.bury(conn, task, error=error) else None), error
+            held = q.release(conn, task, delay=delay or 0.0, error=error)
+            return ("put back" if held else None), error
 
         self.end(task, verdict)
 

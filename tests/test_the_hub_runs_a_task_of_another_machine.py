@@ -1,0 +1,204 @@
+import json
+import os
+import signal
+from functools import partial
+
+from conftest import wait_for
+from hub import needs_hub
+
+import queue_helpers as q
+
+pytest_plugins, pytestmark = ["hub"], needs_hub
+
+# A handler that says what it was told.
+ECHO = "#!/bin/sh\ncat\necho noted >&2\n"
+
+
+def stop(process, seconds: float = 20.0) -> None:
+    process.terminate()
+    assert process.wait(seconds) == 0, process.log.read_text()
+
+
+def test_a_task_goes_there_and_its_result_comes_back(machines):
+    here, there = machines
+    there.handler("greet", ECHO + 'env | grep -c "^TASK_QUEUE_HUB=" >&2\nexit 0\n')
+    task = here.enqueue("notifications", "greet", '{"umlaut": "ä\\u0000"}')
+    here.relay("push", "notifications", "--drain")
+    # No worker of this machine takes it, and none takes it back.
+    here.here.worker("notifications", "--drain", ready=False).wait(20)
+    assert here.word(task) == "handed_over"
+    done = there.relay("work", "notifications", "--reply", "--drain", "--handlers", there.here.handlers)
+    assert f"greet {task} completed attempt 1" in done.stderr
+    assert here.word(task) == "handed_over"
+    here.relay("pull", "--drain")
+    ended = here.history(task)
+    # The hub's URL has a password, which is none of a handler's business.
+    assert (ended["status"], ended["exit_code"], ended["attempts"], ended["log"]) == ("completed", 0, 1, "noted\n0\n")
+    [(text,)] = here.rows("select data from completions")
+    envelope = json.loads(text)
+    assert envelope["source"] == {"queue": "notifications", "task_id": task}
+    assert envelope["data"]["data"] == {"umlaut": "ä\0"} and envelope["data"]["task_id"] == task
+    assert not there.rows("select 1 from task_history")
+
+
+def test_exit_codes_and_timeouts_mean_what_they_mean_to_a_worker(machines):
+    here, there = machines
+    there.handler("later", '#!/bin/sh\nrm "$HOME/busy" && echo \'{"retry_after": 0.05}\' && exit 75\nexit 0\n')
+    (there.here.directory / "busy").touch()
+    there.handler("never", "#!/bin/sh\necho malformed >&2\nexit 65\n")
+    there.handler("flaky", "#!/bin/sh\nexit 3\n")
+    there.handler("slow", "#!/bin/sh\nexec sleep 60\n")
+    tasks = {name: here.enqueue("notifications", name) for name in ("later", "never", "flaky", "slow")}
+    here.relay("push", "notifications", "--drain")
+    there.work("notifications", "--max-attempts", 2, "--backoff", 0.01, "--timeout", 2, "--concurrency", 4)
+    here.start("pull")
+    ended = {name: here.finished(task, 30) for name, task in tasks.items()}
+    assert (ended["later"]["status"], ended["later"]["attempts"]) == ("completed", 1)
+    assert (ended["never"]["status"], ended["never"]["attempts"]) == ("failed", 1)
+    assert ended["never"]["error"] == "refused by its handler (exit 65): malformed"
+    assert (ended["flaky"]["status"], ended["flaky"]["attempts"]) == ("failed", 2)
+    assert ended["flaky"]["error"] == "exit 3 (attempt 2 of 2)"
+    assert ended["slow"]["error"] == "timed out after 2 s (attempt 2 of 2)"
+    # Without --reply nothing is added.
+    assert here.rows("select count(*) from completions") == [(0,)]
+
+
+def test_priority_delay_group_and_expiry_mean_the_same(machines):
+    here, there = machines
+    there.handler("note", '#!/bin/sh\necho "$TASK_ID" >>"$HOME/order"\n')
+    new = partial(q.new_row, "note", {})
+    here.put(new("gone", ttl=100), new("low", priority=-5), new("high", priority=5), new("late", delay=3600))
+    here.put(*(new(task, group="g") for task in ("first", "second")), new("late in g", group="g", delay=3600))
+    here.relay("push", "notifications", "--drain")
+    # On the hub it would hold its group up.
+    assert here.word("late in g") == "scheduled"
+    assert 50 < here.hub.one("select extract(epoch from max(expires_at) - now())::float from relay_tasks") <= 100
+    here.hub.rows("update relay_tasks set expires_at = now() - interval '1 second' where expires_at is not null")
+    [(delay,)] = here.hub.rows("select extract(epoch from scheduled_at - now())::float from procrastinate_jobs"
+                               " where scheduled_at is not null")  # fmt: skip
+    assert 3000 < delay < 3600
+    assert here.hub.one("select count(*) from procrastinate_jobs where lock = 'notifications/g'") == 2
+    there.relay("work", "notifications", "--drain", "--handlers", there.here.handlers)
+    here.relay("pull", "--drain")
+    assert (there.here.directory / "order").read_text().split() == ["high", "first", "second", "low"]
+    assert (here.history("gone")["status"], here.history("gone")["attempts"]) == ("expired", 0)
+    assert here.word("late") == "handed_over"
+
+
+def test_what_is_cancelled_on_the_hub_ends_as_cancelled(machines):
+    here, there = machines
+    there.handler("slow", '#!/bin/sh\ntouch "$HOME/begun"\nexec sleep 60\n')
+    running, waiting = here.enqueue("notifications", "slow"), here.enqueue("notifications", "slow")
+    here.relay("push", "notifications", "--drain")
+    work = there.work("notifications", "--kill-after", 1)
+    wait_for(lambda: (there.here.directory / "begun").exists(), what="a running handler")
+    here.hub.rows("select procrastinate_cancel_job_v1(id, true, false) from procrastinate_jobs order by id")
+    here.start("pull")
+    for task in (running, waiting):
+        assert here.finished(task, 30)["status"] == "cancelled"
+    assert here.history(running)["error"] == "cancelled while it ran"
+    assert here.history(waiting)["error"] == "on the hub, its job is cancelled"
+    stop(work)
+
+
+def test_a_job_that_others_deferred_runs_too(machines):
+    here, there = machines
+    there.handler("greet", '#!/bin/sh\ncat >"$HOME/told"\n')
+    here.hub.rows("""select procrastinate_defer_jobs_v1(array[row('notifications', 'greet', 0, null, null,
+                     '{"name": "Ada"}', null)::procrastinate_job_to_defer_v1])""")
+    there.relay("work", "notifications", "--reply", "--drain", "--handlers", there.here.handlers)
+    told = json.loads((there.here.directory / "told").read_text())
+    assert (told["task_type"], told["data"]) == ("greet", {"name": "Ada"})
+    assert here.hub.one("select status::text from procrastinate_jobs") == "succeeded"
+
+
+def test_a_pause_holds_back_the_machine_that_has_it(machines):
+    here, there = machines
+    there.handler("limited", '#!/bin/sh\nrm "$HOME/limit" && echo \'{"pause": null, "reason": "limit"}\' && exit 75\nexit 0\n')
+    (there.here.directory / "limit").touch()
+    task = here.enqueue("notifications", "limited")
+    here.relay("push", "notifications", "--drain")
+    there.work("notifications")
+    here.start("pull")
+    paused = "select paused_by, pause_reason from task_controls where queue = 'notifications' and paused_at is not null"
+    assert wait_for(lambda: there.rows(paused), what="the pause") == [("handler", "limit")]
+    assert here.hub.one("select attempts from procrastinate_jobs where status = 'todo'") == 0
+    assert there.here.run("tasks.py", "resume", "notifications").returncode == 0
+    assert (here.finished(task, 30)["status"], here.history(task)["attempts"]) == ("completed", 1)
+
+
+def test_a_task_that_is_handed_over_is_neither_doubled_nor_changed(machines):
+    here, there = machines
+    there.handler("greet", ECHO)
+    here.put(q.new_row("greet", {"n": 1}, "x"))
+    here.relay("push", "notifications", "--drain")
+    later = q.new_row("greet", {"n": 3}, "x", on_duplicate="rerun", delay=0.01, firing="later")
+    assert here.put(q.new_row("greet", {"n": 2}, "x"), later) == [False, False]
+    assert here.word("x") == "handed_over"
+    there.relay("work", "notifications", "--drain", "--handlers", there.here.handlers)
+    here.relay("pull", "--drain")
+    assert '"n": 1' in here.history("x")["result"]
+    # What came while it ran elsewhere is a task of its own once that has ended.
+    [(data, word)] = here.rows("select json_extract(data, '$.data'), status from task_queue where completed_at is null")
+    assert (json.loads(data), word) == ({"n": 3}, "pending")
+
+
+def test_status_shows_both_ends(machines):
+    here, there = machines
+    here.put(*(q.new_row("greet", {}) for _ in range(3)))
+    here.relay("push", "notifications", "--drain")
+    here.put(q.new_row("greet", {}, delay=3600, group="g"))
+    told = json.loads(here.relay("status", "--json").stdout)
+    assert told["queues"]["notifications"] == {
+        "here": {"handed_over": 3, "scheduled": 1},
+        "hub": {"waiting": 3, "from_here": 3, "results": 0},
+    }
+    assert told["trouble"] is None and len(told["machine"]) == 16
+    # Of the other machine's point of view, none of them is its own.
+    assert "3 waiting" in there.relay("status").stdout
+    assert json.loads(there.relay("status", "--json").stdout)["machine"] != told["machine"]
+
+
+def test_a_living_worker_whose_job_was_given_away_ends_its_run(machines):
+    here, there = machines
+    there.handler("slow", '#!/bin/sh\necho $$ >>"$HOME/runs"\nif mkdir "$HOME/once"; then exec sleep 60; fi\n')
+    task = here.enqueue("notifications", "slow")
+    here.relay("push", "notifications", "--drain")
+    first = there.work("notifications", "--stalled-after", 1)
+    runs = there.here.directory / "runs"
+    wait_for(lambda: runs.exists() and runs.read_text(), what="the first run")
+    os.kill(first.pid, signal.SIGSTOP)
+    # Another machine, with the same handlers and a state directory of its own.
+    other = here.here.start("relay.py", "work", "notifications", "--stalled-after", 1, "--handlers", there.here.handlers,
+                            env={"HOME": str(there.here.directory)})  # fmt: skip
+    here.start("pull")
+    ended = here.finished(task, 30)
+    assert (ended["status"], ended["attempts"]) == ("completed", 2)
+    assert "showed no sign of life" in other.log.read_text()
+    os.kill(first.pid, signal.SIGCONT)
+    wait_for(lambda: "lost attempt 1" in first.log.read_text(), what="the first worker's insight")
+    pid = int(runs.read_text().split()[0])
+    wait_for(lambda: not os.path.exists(f"/proc/{pid}"), what="the end of the first run")
+    assert here.history(task) == ended
+
+
+def test_a_handler_that_outlives_its_worker_is_not_run_again(machines):
+    here, there = machines
+    there.handler("slow", '#!/bin/sh\necho run >>"$HOME/runs"\nwhile [ ! -e "$HOME/go" ]; do sleep 0.05; done\necho done\n')
+    task = here.enqueue("notifications", "slow")
+    here.relay("push", "notifications", "--drain")
+    first = there.work("notifications")
+    runs = there.here.directory / "runs"
+    wait_for(runs.exists, what="a run")
+    first.kill()
+    first.wait()
+    second = there.work("notifications")
+    beat = "select last_heartbeat from procrastinate_workers order by id limit 1"
+    before = here.hub.one(beat)
+    wait_for(lambda: here.hub.one(beat) > before, what="a sign of life of the orphan")
+    (there.here.directory / "go").touch()
+    here.start("pull")
+    ended = here.finished(task, 30)
+    assert (ended["status"], ended["attempts"], ended["result"]) == ("completed", 1, "done\n")
+    assert runs.read_text() == "run\n"
+    assert "its handler ended without its worker" in second.log.read_text()
