@@ -6,7 +6,7 @@
 """What a hook costs, whole processes in turn: enqueue.py --hook against a script that inserts one row, and the sqlite3
 command on our table against a bare INSERT into a plain table. Goals: at most 1.5 times each.
 
-    bench/hook_start.py [ROUNDS]      default 60
+    bench/hook_start.py [ROUNDS] [CHECKOUT]      default 60; with CHECKOUT also against the enqueue.py there
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ PAYLOAD = '{"session_id": "%d", "cwd": "/home/user/code/harbor-docs", "hook_even
 
 
 def main() -> int:
-    rounds = int((sys.argv + ["60"])[1])
+    rounds, other = int((sys.argv + ["60"])[1]), sys.argv[2] if len(sys.argv) > 2 else None
     uv = os.environ.get("UV") or shutil.which("uv")
     with tempfile.TemporaryDirectory() as directory:
         env = os.environ | {"TASK_QUEUE_STATE": f"{directory}/state"}
@@ -52,6 +52,10 @@ def main() -> int:
             "sqlite3 INSERT INTO plain": ["/bin/sh", "-c", insert.format(table="plain", db=plain_db)],
             "sqlite3 INSERT INTO notifications": ["/bin/sh", "-c", insert.format(table="notifications", db=ours)],
         }
+        if other:
+            hook = [sys.executable, f"{other}/enqueue.py", "--hook", "notifications"]
+            commands |= {"python3 CHECKOUT/enqueue.py --hook": ["/usr/bin/env", f"TASK_QUEUE_STATE={directory}/other", *hook],
+                         "python3 enqueue.py --hook, again": ["/usr/bin/env", *commands["python3 enqueue.py --hook"]]}  # fmt: skip
         times: dict[str, list[float]] = {name: [] for name in commands}
         for number in range(-3, rounds):  # the first ones warm the caches
             for name, command in list(commands.items())[:: 1 if number % 2 else -1] if number > -3 else commands.items():
