@@ -73,6 +73,9 @@ class Handlers:
         # It was removed under us.
         except OSError:
             self.cwd = "/"
+        # Hooks and units start a worker in /, since uv obeys what lies in its working directory.
+        if self.cwd == "/":
+            self.cwd = os.path.expanduser("~")
         # What runs, by run name.
         self.runs: dict[str, q.Task] = {}
         self.supervisor = SupervisorProcess(env)
