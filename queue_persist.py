@@ -7,13 +7,16 @@ compares the list with the code:
     called      _check_id _find_item_id _serializer _unack_cache
 """
 
+# persist-queue declares narrower results than ours: put() is None for a duplicate, get() may be a Task.
+# pyright: reportIncompatibleMethodOverride=false
+
 from __future__ import annotations
 
 import os
 import threading
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import persistqueue
 from persistqueue import Empty
@@ -64,8 +67,8 @@ def _as_row(row_id: object) -> int | None:
     return row_id if isinstance(row_id, int) and 0 < row_id < 2**63 else None
 
 
-# What the mixed-in class may use of persist-queue's, for the reader and for pyright.
-_Base = persistqueue.SQLiteQueue if TYPE_CHECKING else object
+# For pyright, whatever persist-queue's classes have.
+_Base: Any = object
 
 
 class SharedTable(_Base):
@@ -217,15 +220,16 @@ class SQLiteAckQueue(SharedTable, persistqueue.SQLiteAckQueue):
         item, search = self._check_id(item, id)
         if isinstance(item, tuple) and len(item) == 2:
             item = item[0]
-        row_id = item if isinstance(item, int) else self._find_item_id(item, search)
-        conn, task = self._conn, _claims.get((self.state, self.name, row_id))
+        row_id: Any = item if isinstance(item, int) else self._find_item_id(item, search)
+        claim = (self.state, self.name, row_id)
+        conn, task = self._conn, _claims.get(claim)
         if task is None:
             q.not_held(conn, q.Task(self.name, _as_row(row_id), *[None] * 13))
             return False
         with q.transaction(conn):
             done = verb(conn, task, **told)
         # Not before the transaction has ended: when it was busy, the caller tries the same again.
-        _claims.pop((self.state, self.name, row_id), None)
+        _claims.pop(claim, None)
         self._unack_cache.pop(row_id, None)
         if not done:
             q.not_held(conn, task)
