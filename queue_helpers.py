@@ -36,7 +36,7 @@ from contextlib import nullcontext
 from fcntl import LOCK_EX, LOCK_NB, LOCK_SH, LOCK_UN, flock
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
 
 if TYPE_CHECKING:
@@ -500,10 +500,10 @@ def to_json(value: object) -> str:
     except (TypeError, ValueError, RecursionError) as error:
         raise InvalidTask(f"the task was refused: {error}; data must be a JSON object") from None
     # A lone surrogate is legal in JSON as an escape, but not in UTF-8.
-    return json.dumps(value) if _SURROGATE.search(text) else text
+    return text if text.isascii() or not _SURROGATE.search(text) else json.dumps(value)
 
 
-def parse_json(text: str, lenient: bool = False) -> tuple[object, list[str]]:
+def parse_json(text: str, lenient: bool = False) -> tuple[Any, list[str]]:
     """The value of a JSON text, and the numbers in it that other readers could not read.
 
     Those are NaN, Infinity, 1e400, and whole numbers of thousands of digits. When lenient, each
@@ -540,12 +540,13 @@ def as_payload(raw: bytes) -> dict:
     return {"unreadable_payload": text, "unreadable_because": why}
 
 
-def _nesting(value: object) -> int:
+def _nesting(value: dict) -> int:
     """How deep lists and objects lie in each other."""
-    depth, level = 0, [value]
+    depth: int = 0
+    level: list[dict | list] = [value]
     while level:
         depth += 1
-        inner = (each.values() if isinstance(each, dict) else each for each in level)
+        inner = [each.values() if isinstance(each, dict) else each for each in level]
         level = [child for each in inner for child in each if isinstance(child, (dict, list))]
     return depth
 
@@ -811,10 +812,8 @@ def _open(state: Path, db: str, busy_timeout_ms: int, migrate: bool) -> Connecti
             raise QueueUnavailable(f"{db} is not a task queue's database; check TASK_QUEUE_STATE")
         conn.execute("commit")
         if version == 0:
-            # Before the first table: cleanup.py can give space back only then. A commit writes whole
-            # pages, some for a task: small ones cost less to write and to sync.
+            # Before the first table: cleanup.py can give space back only then.
             conn.execute("pragma auto_vacuum = incremental")
-            conn.execute("pragma page_size = 2048")
         # chmod, not open: closing a descriptor of the database would drop SQLite's locks.
         for sidecar in ("", "-wal", "-shm") if stat.S_IMODE(os.stat(db).st_mode) & 0o077 else ():
             if os.path.exists(f"{db}{sidecar}"):
@@ -1091,8 +1090,8 @@ def new_row(task_type: str, data: dict, task_id: str | None = None, **options) -
     due_at = now + told["delay"] if told["at"] is None and told["delay"] else told["at"]
     status = SCHEDULED if told["hold"] or due_at is not None else READY
     head = f'"task_id": {_quote(task_id)}, "task_type": {_quote(task_type)}, "enqueued_at": "{utc(now)}"'
-    for name, value in ("depth", depth), ("source", told["source"]), ("firing", told["firing"]):
-        if value:
+    for name, value in {**told, "depth": depth}.items() if depth or options else ():
+        if value and name in ("depth", "source", "firing"):
             head += f', "{name}": {to_json(value)}'
     body = to_json(data) if told["text"] is None else told["text"]
     return Row(
@@ -1217,7 +1216,8 @@ def next_due(conn: Connection, queue: str) -> float | None:
     times = [when for when in (due, expires) if when is not None]
     if paused:
         times = [until] if until is not None and (ready or due is not None) else []
-        times = [max(until, due)] if times and not ready else times
+        # The first of what waits may become ready later than the pause ends.
+        times = [max(*times, due)] if times and not ready else times
     elif not is_open:
         # All slots are taken: the end of a run is a commit, which wakes everybody.
         return None
@@ -1439,7 +1439,7 @@ def owner_name(state: Path | None = None) -> str:
     state = state or STATE_DIR
     with _process.owners_lock:
         name, fd, inode = _process.owners.get(state, (None, None, None))
-        if fd is not None:
+        if name is not None and fd is not None:
             try:
                 if os.stat(f"{state}/workers/{name}").st_ino == inode:
                     return name
@@ -1479,7 +1479,7 @@ def close_before_fork(conn: Connection | None) -> None:
 
     One with a transaction under way is left open.
     """
-    if conn in _process.connections and not conn.in_transaction:
+    if conn is not None and conn in _process.connections and not conn.in_transaction:
         # So that connect() opens another.
         conn.file = ()
         _process.connections.discard(conn)

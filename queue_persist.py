@@ -1,8 +1,14 @@
 """persist-queue's two classes on the queue's own tables.
 
-Relied on of persist-queue's private names: _init, _conn, _getter, _putter, _table_name, _count, _pop, _serializer,
-_check_id, _find_item_id, _unack_cache, _KEY_COLUMN, _SQL_INSERT.
+Of persist-queue's private names, these are relied on, and tests/test_the_house_is_in_order.py
+compares the list with the code:
+
+    overridden  _KEY_COLUMN _SQL_INSERT _conn _count _getter _init _pop _putter _table_name
+    called      _check_id _find_item_id _serializer _unack_cache
 """
+
+# persist-queue declares narrower results than ours: put() is None for a duplicate, get() may be a Task.
+# pyright: reportIncompatibleMethodOverride=false
 
 from __future__ import annotations
 
@@ -10,6 +16,7 @@ import os
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import persistqueue
 from persistqueue import Empty
@@ -42,18 +49,29 @@ class JsonObjects:
     def dumps(item, sort_keys: bool = False) -> str:
         if isinstance(item, (bytes, bytearray)):
             item = item.decode()
+        # The database checks a text.
         if isinstance(item, str):
-            return item  # the database checks it
-        if not isinstance(item, dict):
-            raise q.InvalidTask(f"a {type(item).__name__} was refused: put() takes a dict, or JSON text of an object")
-        return q.to_json(item)
+            return item
+        if isinstance(item, dict):
+            return q.to_json(item)
+        wanted = "put() takes a dict, or JSON text of an object"
+        raise q.InvalidTask(f"a {type(item).__name__} was refused: {wanted}")
 
     @staticmethod
     def loads(text: str) -> str:
         return text
 
 
-class SharedTable:
+def _as_row(row_id: object) -> int | None:
+    """The number of a row, None for what SQLite can give to none."""
+    return row_id if isinstance(row_id, int) and 0 < row_id < 2**63 else None
+
+
+# For pyright, whatever persist-queue's classes have.
+_Base: Any = object
+
+
+class SharedTable(_Base):
     """What both classes do differently from persist-queue: the table is shared, and the database is asked.
 
     Counts are the database's; a claim is one transaction; connections belong to threads.
@@ -62,25 +80,40 @@ class SharedTable:
     _KEY_COLUMN = "id"
     _SQL_INSERT = "insert into {table_name} (data, timestamp) values (?, ?)"
 
-    def __init__(self, path=None, name: str = "default", multithreading: bool = True, timeout: float | None = None,
-                 auto_commit: bool = True, serializer=None, db_file_name=None, **options) -> None:  # fmt: skip
-        # multithreading, auto_commit, serializer and db_file_name are as the shared table needs them.
+    def __init__(
+        self,
+        path: str | Path | None = None,
+        name: str = "default",
+        multithreading: bool = True,
+        timeout: float | None = None,
+        auto_commit: bool = True,
+        serializer=None,
+        db_file_name=None,
+        **options,
+    ) -> None:
+        """Options are persist-queue's; timeout is in seconds, for the write lock.
+
+        multithreading, auto_commit, serializer and db_file_name are as the shared table needs them,
+        whatever is given.
+        """
         self.state = Path(path or q.STATE_DIR).expanduser().absolute()
         q.check_queue_name(name)
         self.max_attempts = options.pop("max_attempts", q.MAX_ATTEMPTS)
         self.backoff = options.pop("backoff", q.BACKOFF_SECONDS)
-        timeout = q.BUSY_TIMEOUT_MS / 1000 if timeout is None else timeout  # seconds, for the write lock
-        super().__init__(path=str(self.state), name=name, multithreading=True, timeout=timeout,
-                         serializer=JsonObjects, db_file_name="tasks.db", **options)  # fmt: skip
+        options |= {"multithreading": True, "serializer": JsonObjects, "db_file_name": "tasks.db"}
+        options["timeout"] = q.BUSY_TIMEOUT_MS / 1000 if timeout is None else timeout
+        super().__init__(path=str(self.state), name=name, **options)
 
     def _init(self) -> None:
         self.tran_lock, self.action_lock = threading.Lock(), threading.Lock()
         q.ensure_queue(self._conn, self.name)
         self.put_event = q.WakeEvent(self.name, self.state)
 
-    # persist-queue keeps two connections and a count; here a connection is the thread's, a count the database's.
+    # persist-queue keeps two connections and a count; here a connection is the thread's, and a count
+    # the database's.
     _conn = _getter = _putter = property(
-        lambda self: q.connect(self.state, busy_timeout_ms=int(self.timeout * 1000)), lambda self, value: None
+        lambda self: q.connect(self.state, busy_timeout_ms=int(self.timeout * 1000)),
+        lambda self, value: None,
     )
     total = property(lambda self: self._count(), lambda self, value: None)
 
@@ -99,7 +132,9 @@ class SharedTable:
         conn, text = self._conn, self._serializer.dumps(item)
         q.ensure_queue(conn, self.name)
         with q.transaction(conn):
-            cursor = conn.execute(q.on_queue(q.INSERT, self.name), (text, q.READY, None, 0, None, None))
+            cursor = conn.execute(
+                q.on_queue(q.INSERT, self.name), (text, q.READY, None, 0, None, None)
+            )
             row_id = cursor.lastrowid if cursor.rowcount == 1 else None
         q.wake(self.state)
         return row_id
@@ -173,7 +208,9 @@ class SQLiteAckQueue(SharedTable, persistqueue.SQLiteAckQueue):
         if next_in_order:
             row = q.execute(conn, NEXT_AFTER, self.name, id=rowid).fetchone()
             rowid = row[0] if row else None
-        tasks = q.claim_ready(conn, self.name, row_id=rowid, max_attempts=self.max_attempts, backoff=self.backoff)
+        tasks = q.claim_ready(
+            conn, self.name, row_id=rowid, max_attempts=self.max_attempts, backoff=self.backoff
+        )
         for task in tasks:
             _claims[self.state, self.name, task.id], self._unack_cache[task.id] = task, task.text
         return self._hand_over(tasks[0] if tasks else None, raw)
@@ -183,13 +220,16 @@ class SQLiteAckQueue(SharedTable, persistqueue.SQLiteAckQueue):
         item, search = self._check_id(item, id)
         if isinstance(item, tuple) and len(item) == 2:
             item = item[0]
-        row_id = item if isinstance(item, int) else self._find_item_id(item, search)
-        conn, task = self._conn, _claims.get((self.state, self.name, row_id))
+        row_id: Any = item if isinstance(item, int) else self._find_item_id(item, search)
+        claim = (self.state, self.name, row_id)
+        conn, task = self._conn, _claims.get(claim)
         if task is None:
-            task = q.Task(self.name, row_id, *[None] * 5, -1, *[None] * 5, "nobody", None)
+            q.not_held(conn, q.Task(self.name, _as_row(row_id), *[None] * 13))
+            return False
         with q.transaction(conn):
             done = verb(conn, task, **told)
-        _claims.pop((self.state, self.name, row_id), None)  # not before: it may have been busy, and is tried again
+        # Not before the transaction has ended: when it was busy, the caller tries the same again.
+        _claims.pop(claim, None)
         self._unack_cache.pop(row_id, None)
         if not done:
             q.not_held(conn, task)
@@ -213,10 +253,14 @@ class SQLiteAckQueue(SharedTable, persistqueue.SQLiteAckQueue):
         return self._count()
 
     def acked_count(self) -> int:
-        return self._conn.execute(COUNT_FINISHED, {"queue": self.name, "status": "completed"}).fetchone()[0]
+        return self._conn.execute(
+            COUNT_FINISHED, {"queue": self.name, "status": "completed"}
+        ).fetchone()[0]
 
     def ack_failed_count(self) -> int:
-        return self._conn.execute(COUNT_FINISHED, {"queue": self.name, "status": "failed"}).fetchone()[0]
+        return self._conn.execute(
+            COUNT_FINISHED, {"queue": self.name, "status": "failed"}
+        ).fetchone()[0]
 
     def clear_acked_data(
         self, max_delete: int = 1000, keep_latest: int = 1000, clear_ack_failed: bool = False
@@ -259,5 +303,3 @@ def dequeue_task(queue_name: str, timeout: float | None = None) -> dict | None:
     except Empty:
         return None
     return task.envelope
-
-

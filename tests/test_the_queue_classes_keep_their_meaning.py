@@ -564,3 +564,25 @@ def test_a_sleeping_get_survives_a_replaced_state_directory(installation, queue,
         began = time.monotonic()
         sleeper.join(20)
     assert taken and time.monotonic() - began < 6  # a safety tick at most
+
+
+@pytest.mark.parametrize("number", [0, -1, 2**62, 2**63, 2**70, -(2**70)])
+def test_an_ack_of_any_number_is_answered(queue, number):
+    mine = queue.get_ack_queue("notifications")
+    mine.put({"n": 1})
+    row_id, _ = mine.get()
+    for verb in (mine.ack, mine.nack, mine.ack_failed):
+        assert verb(number) is False
+        assert verb(id=number) is False
+    assert mine.ack(row_id) == row_id
+
+
+def test_rows_that_persist_queue_itself_claimed_are_recovered_by_who_owns_nothing(installation, queue):
+    mine = queue.get_ack_queue("notifications")
+    mine.put({"n": 1})
+    # As persist-queue marks what it hands out: no owner, and no time.
+    installation.sqlite3("update notifications set status = 2")
+    code = "import sys; sys.path.insert(0, sys.argv[1]); import queue_helpers as q; print(len(q.recover()[0]))"
+    done = subprocess.run([sys.executable, "-c", code, ROOT], env=installation.env, capture_output=True, text=True)
+    assert done.stdout == "1\n", done.stderr
+    assert installation.rows("select status in (1, 3) from notifications") == [(1,)]

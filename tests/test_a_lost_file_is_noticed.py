@@ -1,0 +1,145 @@
+"""What is removed or replaced under living processes is noticed by each, and said; all go on together."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import stat
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT, wait_for
+
+WRITER = """
+import sys
+import queue_helpers as q
+q.enqueue_task("notifications", "t", {})
+print("ready", flush=True)
+for line in sys.stdin:
+    try:
+        q.enqueue_task("notifications", "t", {}, line.strip())
+        print("stored", flush=True)
+    except q.QueueError as error:
+        print(error, flush=True)
+"""
+
+
+class Writer:
+    """A process that stores the tasks that it is told."""
+
+    def __init__(self, installation, name: str) -> None:
+        self.log = installation.directory / f"{name}.log"
+        pipes = dict.fromkeys(("stdin", "stdout"), subprocess.PIPE)
+        env = installation.env | {"PYTHONPATH": str(ROOT)}
+        with open(self.log, "w") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-c", WRITER], env=env, text=True, stderr=log, **pipes
+            )
+        installation.processes.append(self.process)
+        assert self.process.stdout.readline() == "ready\n", self.log.read_text()
+
+    def store(self, task_id: str) -> str:
+        """What the writer says of it."""
+        self.process.stdin.write(f"{task_id}\n")
+        self.process.stdin.flush()
+        return self.process.stdout.readline().strip()
+
+
+def stored(installation) -> set[str]:
+    return {task for (task,) in installation.rows("select task_id from notifications")}
+
+
+@pytest.mark.parametrize("removed", ["-wal", "-wal -shm"])
+def test_a_log_that_was_removed_is_told_by_each_process_and_all_write_on(installation, removed):
+    writers = [Writer(installation, name) for name in ("a", "b", "c")]
+    assert [writer.store(f"before {n}") for n, writer in enumerate(writers)] == ["stored"] * 3
+    for ending in removed.split():
+        os.unlink(f"{installation.db}{ending}")
+    for number, writer in enumerate(writers):
+        tries = iter(range(100_000))
+        # It looks once a second.
+        wait_for(
+            lambda writer=writer, number=number, tries=tries: (
+                writer.store(f"meanwhile {number} {next(tries)}")
+                and "tasks.py doctor" in writer.log.read_text()
+            ),
+            what="a word on the log that is lost",
+        )
+    for writer in writers:
+        said = writer.log.read_text()
+        assert said.count("-wal was removed while it was in use") == 1, said
+        assert "Traceback" not in said
+    # Now all are on one database again: what one stores, the others have.
+    assert [writer.store(f"after {n}") for n, writer in enumerate(writers)] == ["stored"] * 3
+    assert {"after 0", "after 1", "after 2"} <= stored(installation)
+    fresh = Writer(installation, "fresh")
+    assert fresh.store("of another") == "stored" and writers[0].store("at last") == "stored"
+    assert {"after 0", "after 1", "after 2", "of another", "at last"} <= stored(installation)
+    assert installation.sqlite3("pragma integrity_check") == "ok"
+
+
+@pytest.mark.parametrize("how", ["removed", "moved away", "replaced"])
+def test_another_state_directory_is_used_at_once(installation, how):
+    writer = Writer(installation, "a")
+    assert writer.store("before") == "stored"
+    if how == "removed":
+        shutil.rmtree(installation.state)
+    else:
+        installation.state.rename(installation.directory / "elsewhere")
+    if how == "replaced":
+        Writer(installation, "b")
+    assert writer.store("after") == "stored"
+    assert "after" in stored(installation) and "before" not in stored(installation)
+    # The turn is the new directory's, too, and the old one is left as it was.
+    assert (installation.state / "turn" / "turn").exists()
+    for number in range(20):
+        assert writer.store(f"more {number}") == "stored"
+
+
+def test_each_directory_that_is_made_is_private_and_what_was_there_stays(installation, tmp_path):
+    there = tmp_path / "there"
+    there.mkdir(mode=0o755)
+    there.chmod(0o755)
+    env = installation.env | {"TASK_QUEUE_STATE": str(there / "a" / "b" / "state")}
+    done = subprocess.run(
+        [sys.executable, ROOT / "enqueue.py", "notifications", "t"],
+        env=env,
+        capture_output=True,
+        text=True,
+        umask=0o022,
+    )
+    assert done.returncode == 0, done.stderr
+    found = {path: stat.S_IMODE(path.stat().st_mode) for path in [there, *there.rglob("*")]}
+    assert found.pop(there) == 0o755
+    assert {mode for path, mode in found.items() if path.is_dir()} == {0o700}
+    assert {mode for path, mode in found.items() if path.is_file()} == {0o600}
+
+
+def test_a_directorys_name_may_be_any_bytes_whatever_the_locale(installation, tmp_path):
+    state = os.fsencode(tmp_path) + "/Zustände für Łukasz".encode()
+    code = "import sys; sys.path.insert(0, sys.argv[1]); import queue_helpers as q; q.enqueue_task('notifications', 't', {})"
+    bare = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    for more in (bare, {}):
+        env = {**installation.env, **more, "TASK_QUEUE_STATE": state}
+        done = subprocess.run(
+            [sys.executable, "-c", code, ROOT], env=env, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+    assert os.listdir(tmp_path).count("Zustände für Łukasz") == 1
+    done = subprocess.run(
+        ["sqlite3", state + b"/tasks.db", "select count(*) from notifications"], capture_output=True
+    )
+    assert done.stdout == b"2\n", done.stderr
+
+
+@pytest.mark.parametrize("name", [b"a\nb", b"a\x1b[31m", b"a\x7f", "a\x85".encode(), b"relative"])
+def test_a_directorys_name_with_control_characters_is_refused(installation, tmp_path, name):
+    state = name if name == b"relative" else os.fsencode(tmp_path) + b"/" + name
+    code = "import sys; sys.path.insert(0, sys.argv[1]); import queue_helpers as q; q.connect()"
+    env = {**installation.env, "TASK_QUEUE_STATE": state}
+    done = subprocess.run(
+        [sys.executable, "-c", code, ROOT], env=env, capture_output=True, text=True
+    )
+    assert done.returncode == 1 and "QueueUnavailable: TASK_QUEUE_STATE" in done.stderr
+    assert "is not an absolute path" in done.stderr and "\x1b" not in done.stderr
