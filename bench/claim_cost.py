@@ -3,9 +3,13 @@
 # requires-python = ">=3.11"
 # dependencies = []
 # ///
-"""What a claim and an ack cost while the queue grows: as many waiting, scheduled and finished tasks as each line says.
+"""What a task costs while the queue grows: of the rows of each line, half are scheduled, three tenths are one group, and
+a fifth waits; as many are finished.
 
     bench/claim_cost.py [ROWS ROWS …]     default 100 10000 1000000
+
+The group's tasks have the higher priority: the end of one makes the next one ready. The last line compares the last
+size with the first.
 """
 
 from __future__ import annotations
@@ -21,14 +25,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 ROUNDS = 300
 NUMBERS = "with recursive n (i) as (select :first union all select i + 1 from n where i < :last)"
+# A statement and the part of the rows that it makes.
 FILL = {
-    "waiting": """insert into bench (data) select json_object('task_id', 'w' || i, 'task_type', 't',
-                  'data', json_object('workspace_path', '/home/user/docs/' || i)) from n""",
-    "scheduled": """insert into bench (data, status, due_at) select json_object('task_id', 's' || i, 'task_type', 't',
-                    'data', json_object('i', i)), 3, 4e9 + i from n""",
-    "finished": """insert into task_history (queue, row_id, task_id, task_type, status, data, enqueued_at)
-                   select 'bench', i, 'h' || i, 't', 'completed', '{}', '2001-01-01 00:00:00.000' from n""",
+    """insert into bench (data, status, due_at) select json_object('task_id', 's' || i, 'task_type', 't',
+       'data', json_object('i', i)), 3, 4e9 + i from n""": 0.5,
+    """insert into bench (data, group_id, priority) select json_object('task_id', 'g' || i, 'task_type', 't',
+       'data', json_object('i', i)), 'big', 1 from n""": 0.3,
+    """insert into bench (data) select json_object('task_id', 'w' || i, 'task_type', 't',
+       'data', json_object('workspace_path', '/home/user/docs/' || i)) from n""": 0.2,
+    """insert into task_history (queue, row_id, task_id, task_type, status, data, enqueued_at)
+       select 'bench', i, 'h' || i, 't', 'completed', '{}', '2001-01-01 00:00:00.000' from n""": 1.0,
 }
+COLUMNS = ("look", "claim", "ack", "put", "group claim", "group ack", "group put")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -39,27 +47,42 @@ def main(argv: list[str] | None = None) -> int:
 
         conn = q.connect()
         q.ensure_queue(conn, "bench")
-        print(f"{'of each':>10} {'look µs':>9} {'claim µs':>9} {'ack µs':>9} {'p99 claim':>10} {'put µs':>9}   filled in")
-        filled = 0
+        print(f"{'µs of':>10}" + "".join(f"{name:>12}" for name in COLUMNS) + "   filled in")
+        filled, medians = 0, []
         for size in sorted(sizes):
             began = time.perf_counter()
-            for statement in FILL.values():
-                with q.transaction(conn, durable=False):
-                    conn.execute(f"{NUMBERS} {statement}", {"first": filled + 1, "last": size})
-            conn.execute("pragma wal_checkpoint(truncate)")
+            fill(q, conn, filled, size)
             filled, took = size, time.perf_counter() - began
-            times = {"look": [], "claim": [], "ack": [], "put": []}
-            for _ in range(min(ROUNDS, size // 2)):
-                measure(times["look"], lambda: q.has_ready(conn, "bench"))
-                (task,) = measure(times["claim"], lambda: q.claim_ready(conn, "bench"))
-                measure(times["ack"], lambda task=task: end(q, conn, task))
-                measure(times["put"], lambda: q.enqueue_task("bench", "t", {}))
-            look, claim, ack, put = (statistics.median(times[name]) for name in times)
-            p99 = sorted(times["claim"])[int(len(times["claim"]) * 0.99)]
-            print(f"{size:10} {look:9.1f} {claim:9.1f} {ack:9.1f} {p99:10.1f} {put:9.1f}   {took:.1f} s")
+            medians.append(measure_all(q, conn, min(ROUNDS, size // 10)))
+            print(f"{size:10}" + "".join(f"{medians[-1][name]:12.1f}" for name in COLUMNS) + f"   {took:.1f} s")
+        print(f"{'times':>10}" + "".join(f"{medians[-1][name] / medians[0][name]:12.2f}" for name in COLUMNS))
         q.resign()
         q.close(conn)
     return 0
+
+
+def fill(q, conn, filled: int, size: int) -> None:
+    for statement, part in FILL.items():
+        with q.transaction(conn, durable=False):
+            conn.execute(f"{NUMBERS} {statement}", {"first": int(filled * part) + 1, "last": int(size * part)})
+    conn.execute("pragma wal_checkpoint(truncate)")
+
+
+def measure_all(q, conn, rounds: int) -> dict[str, float]:
+    """The median of each column in microseconds."""
+    times = {name: [] for name in COLUMNS}
+    for _ in range(rounds):
+        measure(times["look"], lambda: q.has_ready(conn, "bench"))
+        for group in ("group ", ""):
+            (task,) = measure(times[f"{group}claim"], lambda: q.claim_ready(conn, "bench"))
+            assert task.task_id.startswith("g") == bool(group)
+            if group:
+                grouped = task
+        measure(times["ack"], lambda task=task: end(q, conn, task))
+        measure(times["group ack"], lambda task=grouped: end(q, conn, task))
+        measure(times["put"], lambda: q.enqueue_task("bench", "t", {}))
+        measure(times["group put"], lambda: q.enqueue_task("bench", "t", {}, f"g{os.urandom(8).hex()}", group="big", priority=1))
+    return {name: statistics.median(values) for name, values in times.items()}
 
 
 def measure(times: list[float], action):
@@ -72,7 +95,7 @@ def measure(times: list[float], action):
 
 def end(q, conn, task) -> None:
     with q.transaction(conn):
-        q.ack(conn, task)
+        assert q.ack(conn, task)
 
 
 if __name__ == "__main__":

@@ -162,3 +162,65 @@ def test_a_claim_takes_them_in_the_order_of_priority_then_age(queue):
         some = queue.claim(conn, "notifications", "o", limit=2)
         rest = queue.claim(conn, "notifications", "o", limit=9)
     assert [json.loads(task.text)["data"]["n"] for task in some + rest] == [1, 3, 0, 4, 2]
+
+
+GROUPED = """
+with recursive n (i) as (select 1 union all select i + 1 from n where i < :count)
+insert into notifications (data, group_id, priority) select json_object('task_id', :mark || 'g' || i, 'task_type', 't',
+  'data', json_object('i', i)), iif(i % 3 = 0, 'other ' || (i / 300), 'big'), i % 3 from n"""
+GROUPED_LATER = """
+with recursive n (i) as (select 1 union all select i + 1 from n where i < :count)
+insert into notifications (data, group_id, due_at, expires_at) select json_object('task_id', :mark || 'gs' || i, 'task_type', 't',
+  'data', json_object('i', i)), 'big', 4e9 + i, 5e9 + i from n"""
+
+
+def costs_in_a_group(queue) -> dict[str, int]:
+    """Of everything that is done for a task of the big group, whose turn comes first."""
+    conn = queue.connect()
+    taken, found = [], {}
+
+    def claim():
+        with queue.transaction(conn):
+            taken[:] = queue.claim(conn, "notifications", "somebody")
+
+    def in_transaction(verb, **told):
+        with queue.transaction(conn):
+            assert verb(conn, taken[0], **told)
+
+    def insert(**options):
+        with queue.transaction(conn):
+            queue.insert(conn, "notifications", queue.new_row("t", {}, group="big", **options))
+
+    conn.execute("update notifications set priority = 9 where group_id = 'big' and status < 2")
+    for name in ("unmeasured", "measured"):
+        conn.execute("update notifications set priority = 8 where group_id = 'big' and status < 2")
+        found[f"{name} claim"] = steps(conn, claim)
+        assert len(taken) == 1 and "g" in taken[0].task_id
+        found[f"{name} ack, which makes the next one ready"] = steps(conn, lambda: in_transaction(queue.ack))
+        conn.execute("update notifications set priority = 8 where group_id = 'big' and status < 2")
+        claim()
+        found[f"{name} retry, which keeps the turn"] = steps(conn, lambda: in_transaction(queue.nack, error="no", delay=9e8))
+        found[f"{name} enqueue"] = steps(conn, insert)
+        found[f"{name} enqueue for later"] = steps(conn, lambda: insert(delay=9e8))
+        conn.execute("update notifications set due_at = 1 where status = 3 and released_at is not null")
+        found[f"{name} claim of the retry"] = steps(conn, claim)
+        assert "g" in taken[0].task_id and taken[0].attempts == 2
+        found[f"{name} bury"] = steps(conn, lambda: in_transaction(queue.bury, error="no"))
+        insert(ttl=0.0)
+        found[f"{name} claim, where one has expired"] = steps(conn, claim)
+        in_transaction(queue.ack)
+        found[f"{name} cancel of one that waits"] = steps(
+            conn, lambda: conn.execute("delete from notifications where id = (select max(id) from notifications where status = 4)"))  # fmt: skip
+    return {name: count for name, count in found.items() if name.startswith("measured")}
+
+
+@pytest.mark.timeout(180)
+def test_nor_do_groups_of_whatever_size(queue):
+    """Half of what waits is scheduled, and one group has a third of all."""
+    queue.connect()
+    fill(queue, 60, "few ", GROUPED, GROUPED_LATER, WAITING, SCHEDULED)
+    few = costs_in_a_group(queue)
+    fill(queue, 25_000, "many ", GROUPED, GROUPED_LATER, WAITING, SCHEDULED)
+    many = costs_in_a_group(queue)
+    assert min(few.values()) > 3
+    assert {name: (many[name], few[name]) for name in few if many[name] > 1.2 * few[name]} == {}
