@@ -50,7 +50,7 @@ from urllib.parse import parse_qsl, urlsplit
 import queue_cli as cli
 import queue_helpers as q
 import queue_stats
-from queue_cli import FINISHED, LIVE
+from queue_cli import LIVE
 
 PORT = 8765
 # How pages call the script that acts on tasks.
@@ -379,7 +379,12 @@ def counts_of(numbers: dict) -> list[Counts]:
     rows = []
     for queue, total in numbers["queues"].items():
         for task_type, n in ((None, total), *total["types"].items()):
-            tasks = {name: n[name] for name in LIVE} | {name: n[f"{name}_day"] for name in FINISHED}
+            tasks = {name: n[name] for name in LIVE}
+            tasks |= {
+                name.removesuffix("_day"): count
+                for name, count in n.items()
+                if name.endswith("_day")
+            }
             medians = [n[name] and n[name]["median"] for name in ("wait_seconds", "run_seconds")]
             rows.append(Counts(queue, task_type, tasks, n["oldest_pending_seconds"], *medians))
     return rows
@@ -512,6 +517,7 @@ def front(conn: sqlite3.Connection) -> str:
     tiles = [status for status in TILES if status in ALWAYS or totals.get(status)]
     tiles += sorted(status for status in totals.keys() - set(TILES) if totals[status])
     columns = [status for status in STATUS_WORDS if status in ALWAYS or totals.get(status)]
+    columns += sorted(totals.keys() - STATUS_WORDS.keys())
     return render(
         "front",
         up="",
