@@ -34,6 +34,7 @@ CLAIM_ORDER = {
     "scheduled": "due_at",
     "held": "id",
     "blocked": "id",
+    "handed_over": "claimed_at",
 }
 
 # --------------------------------------------------------------------------------------- statements
