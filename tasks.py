@@ -699,16 +699,7 @@ def cancel_task(conn: q.Connection, found: Found, deadline: float) -> str | None
         seen = first_seen.setdefault(task.run_name, time.monotonic())
         has_run = cli.run_file(conn.state, task.run_name, "out").exists()
         if has_run and asked != task.run_name:
-            with q.transaction(conn):
-                q.execute(
-                    conn,
-                    REQUEST_CANCEL,
-                    task.queue,
-                    id=task.id,
-                    owner=task.owner,
-                    attempts=task.attempts,
-                )
-            q.wake(conn.state)
+            ask_to_end(conn, task)
             asked = task.run_name
         if asked != task.run_name and time.monotonic() > seen + CONSUMER_SECONDS:
             return (
@@ -717,16 +708,26 @@ def cancel_task(conn: q.Connection, found: Found, deadline: float) -> str | None
                 "only that process can end it"
             )
         if time.monotonic() > deadline and asked == task.run_name:
-            if not cli.owner_is_alive(conn.state, task.owner):
-                return (
-                    "its worker is dead and its handler goes on; see who holds: fuser -v "
-                    f"'{conn.state}/logs/{task.run_name}.out'"
-                )
-            return (
-                f"its worker {task.owner} was told, and has not ended it yet; it will, unless "
-                "it hangs"
-            )
+            return why_not_ended(conn, task)
         time.sleep(POLL_SECONDS)
+
+
+def ask_to_end(conn: q.Connection, task: q.Task) -> None:
+    """Have the task's worker end its run."""
+    told = {"id": task.id, "owner": task.owner, "attempts": task.attempts}
+    with q.transaction(conn):
+        q.execute(conn, REQUEST_CANCEL, task.queue, **told)
+    q.wake(conn.state)
+
+
+def why_not_ended(conn: q.Connection, task: q.Task) -> str:
+    """What is known of a run that was to end, and has not."""
+    if not cli.owner_is_alive(conn.state, task.owner):
+        return (
+            "its worker is dead and its handler goes on; see who holds: fuser -v "
+            f"'{conn.state}/logs/{task.run_name}.out'"
+        )
+    return f"its worker {task.owner} was told, and has not ended it yet; it will, unless it hangs"
 
 
 def pause(queues: list[str], seconds: float | None, reason: str | None, as_json: bool) -> int:
