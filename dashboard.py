@@ -50,7 +50,7 @@ from urllib.parse import parse_qsl, urlsplit
 import queue_cli as cli
 import queue_helpers as q
 import queue_stats
-from queue_cli import FINISHED, LIVE
+from queue_cli import LIVE
 
 PORT = 8765
 # How pages call the script that acts on tasks.
@@ -81,6 +81,7 @@ CLAIM_ORDER = {
     "scheduled": "due_at, id",
     "held": "id",
     "blocked": "id",
+    "handed_over": "claimed_at, id",
 }
 
 EACH_MINUTE = """
@@ -379,7 +380,12 @@ def counts_of(numbers: dict) -> list[Counts]:
     rows = []
     for queue, total in numbers["queues"].items():
         for task_type, n in ((None, total), *total["types"].items()):
-            tasks = {name: n[name] for name in LIVE} | {name: n[f"{name}_day"] for name in FINISHED}
+            tasks = {name: n[name] for name in LIVE}
+            tasks |= {
+                name.removesuffix("_day"): count
+                for name, count in n.items()
+                if name.endswith("_day")
+            }
             medians = [n[name] and n[name]["median"] for name in ("wait_seconds", "run_seconds")]
             rows.append(Counts(queue, task_type, tasks, n["oldest_pending_seconds"], *medians))
     return rows
@@ -512,6 +518,7 @@ def front(conn: sqlite3.Connection) -> str:
     tiles = [status for status in TILES if status in ALWAYS or totals.get(status)]
     tiles += sorted(status for status in totals.keys() - set(TILES) if totals[status])
     columns = [status for status in STATUS_WORDS if status in ALWAYS or totals.get(status)]
+    columns += sorted(totals.keys() - STATUS_WORDS.keys())
     return render(
         "front",
         up="",
@@ -667,6 +674,7 @@ STATUS_WORDS = {
     "scheduled": "Scheduled",
     "held": "Held for approval",
     "blocked": "Waiting for its turn",
+    "handed_over": "On another machine",
     "completed": "Done",
     "failed": "Failed",
     "cancelled": "Cancelled",
@@ -829,20 +837,20 @@ STYLE = """
   color-scheme: light dark;
   --back: #f5f6f8; --card: #ffffff; --text: #1a1f26; --quiet: #56606c; --line: #d9dde3; --link: #0b57a4;
   --pending: #56606c; --in_progress: #0b62b8; --scheduled: #6a3fb5; --held: #8f5200; --blocked: #6b6000;
-  --completed: #2a7230; --failed: #c02020; --cancelled: #6b5b57; --expired: #7d4a63; --other: #56606c;
+  --completed: #2a7230; --failed: #c02020; --handed_over: #00687a; --cancelled: #6b5b57; --expired: #7d4a63; --other: #56606c;
 }
 @media (prefers-color-scheme: dark) {
   :root {
     --back: #14171b; --card: #1e2328; --text: #e6e9ed; --quiet: #a4aeb9; --line: #39414a; --link: #86bdf5;
     --pending: #a4aeb9; --in_progress: #6cb2f7; --scheduled: #b79bf0; --held: #eaa64d; --blocked: #cfc14e;
-    --completed: #74c47b; --failed: #ff8a80; --cancelled: #b8a7a2; --expired: #d79bb8; --other: #a4aeb9;
+    --completed: #74c47b; --failed: #ff8a80; --handed_over: #5fc4d6; --cancelled: #b8a7a2; --expired: #d79bb8; --other: #a4aeb9;
   }
 }
 .pending { --status: var(--pending) } .in_progress { --status: var(--in_progress) }
 .scheduled { --status: var(--scheduled) } .held { --status: var(--held) }
 .blocked { --status: var(--blocked) } .completed { --status: var(--completed) }
 .failed { --status: var(--failed) } .cancelled { --status: var(--cancelled) }
-.expired { --status: var(--expired) } .other { --status: var(--other) }
+.expired { --status: var(--expired) } .handed_over { --status: var(--handed_over) } .other { --status: var(--other) }
 * { box-sizing: border-box }
 body {
   margin: 0 auto; max-width: 72rem; padding: 1rem; background: var(--back); color: var(--text);

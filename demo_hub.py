@@ -16,7 +16,6 @@ exit codes: 0 every step happened; 1 one did not; 64 usage.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import shutil
@@ -31,8 +30,9 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
+import queue_cli as cli
+
 HERE = Path(__file__).resolve().parent
-EX_USAGE = 64
 # For the server to start, also on a busy machine.
 START_SECONDS = 60
 HANDLER = """#!/bin/sh
@@ -180,9 +180,7 @@ def demonstrate(directory: Path, url: str) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = lambda message: parser.exit(EX_USAGE, f"demo_hub.py: {message}; see demo_hub.py --help\n")
-    parser.parse_args(argv)
+    cli.make_parser("demo_hub.py", __doc__).parse_args(argv)
     # An exit that cleans up.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     server = None

@@ -22,7 +22,7 @@ MATCHES = 10
 # What a list printed may be named by its row for so long.
 LISTED_SECONDS = 86_400.0
 # What came of a task is looked for for so long.
-FOLLOW_SECONDS = 0.4
+FOLLOW_SECONDS = 0.2
 # … and so many rows that are older than its end: an import brings some in among the newest.
 OLDER_ROWS = 1_000
 # Of a text that was looked for, so many characters before and after are shown.
@@ -34,6 +34,7 @@ CLAIM_ORDER = {
     "scheduled": "due_at",
     "held": "id",
     "blocked": "id",
+    "handed_over": "claimed_at",
 }
 
 # --------------------------------------------------------------------------------------- statements

@@ -86,7 +86,8 @@ def _gather(conn: q.Connection | cli.Reader, now: float) -> dict:
             of_queue += newest
             for name, value in numbers.items():
                 if isinstance(value, int):
-                    total[name] += value
+                    # A database may know an end that is not known here.
+                    total[name] = total.get(name, 0) + value
         oldest = [
             n["oldest_pending_seconds"]
             for n in types[queue].values()

@@ -86,6 +86,11 @@ from told"""
 
 def main(argv: list[str] | None = None) -> int:
     args = sys.argv[1:] if argv is None else argv
+    if args == ["--version"]:
+        import queue_helpers
+
+        print(f"report.py {queue_helpers.VERSION}")
+        return 0
     unknown = [arg for arg in args if arg not in ("--hook", "--peek", "-h", "--help")]
     if unknown:
         return fail(EX_USAGE, f"{unknown[0]!r} is not known; see report.py --help")

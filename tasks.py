@@ -16,7 +16,8 @@
 ID is a task's id, its beginning where only one task's id begins so, or a row's number in the list
 that this terminal has shown last. DURATION is like 30, 90m, 5min, 1.5h or 2d. Every command has
 --help, and --json for scripts. A status is pending, scheduled, held, blocked, in_progress,
-completed, failed, cancelled or expired. None but import makes a database where there is none.
+handed_over, completed, failed, cancelled or expired. None but import makes a database where there
+is none.
 
 exit codes: 0 fine; 1 not found, not possible, or the database cannot be used; 64 usage; 65 lines or
 files of an import were refused (they are named, the others are in); 75 the database is locked, try
@@ -78,6 +79,8 @@ HANDED_OVER = {
     "restore": "Put a backup into the place of the database (transfer.py)",
     "doctor": "Say what is wrong, each with its remedy (doctor.py)",
 }
+# A worker, or another machine, has these.
+NOT_HERE = {"in_progress", "handed_over"}
 # Words that people use for a status.
 SAME = {"waiting": "pending", "running": "in_progress", "done": "completed"}
 SORTS: dict[str, Callable[[dict], Any]] = {
@@ -117,7 +120,7 @@ values (:data, :timestamp, :status, :priority, :due_at, :group_id, :expires_at, 
 WAITING_ROW = """
 select data, timestamp, iif(status = 4, 1, status) as status, priority, due_at, group_id, expires_at,
        attempts, error, task_id, task_type
-from "{queue}" where id = :id and status <> 2"""
+from "{queue}" where id = :id and status not in (2, 5)"""
 WAITING_IDS = """
 select id from "{queue}" where {{condition}} and (:task_type is null or task_type = :task_type) and timestamp <= :before
 order by id"""
@@ -125,7 +128,7 @@ FINISHED_IDS = """
 select id from task_history where status = :status and queue = :queue and completed_at <= :before
   and (:task_type is null or task_type = :task_type)"""
 DELETE_WAITING = """
-delete from "{queue}" where id = :id and status <> 2"""
+delete from "{queue}" where id = :id and status not in (2, 5)"""
 
 
 # ------------------------------------------------------------------------------------- command line
@@ -266,8 +269,8 @@ def fault_in(args: argparse.Namespace) -> str:
         return "give the IDs to move, or --from"
     if args.run is move and args.ids and args.task_type:
         return "--type goes with --from and no ID"
-    if args.run is purge and "in_progress" in (args.statuses or ()):
-        return f"a running task is not purged: {cli.command('cancel ID')}"
+    if args.run is purge and NOT_HERE & {*(args.statuses or ())}:
+        return f"a running or handed over task is not purged: {cli.command('cancel ID')}"
     if args.run is stats and args.prometheus and (args.watch or args.as_json):
         return "--prometheus goes with neither --watch nor --json"
     return ""
@@ -678,6 +681,8 @@ def cancel_task(conn: q.Connection, found: Found, deadline: float) -> str | None
             ended = newest_life(conn, found)["status"]
             return None if ended == "cancelled" else f"it ended before that ({ended})"
         task = q.Task.from_row(found.queue, row[1:])
+        if row[0] == q.HANDED_OVER:
+            return "another machine has it: relay.py pull hears how it ends"
         if row[0] != q.CLAIMED:
             with q.transaction(conn):
                 done = q.finish(conn, task, "cancelled", error="cancelled while it waited")
@@ -694,16 +699,7 @@ def cancel_task(conn: q.Connection, found: Found, deadline: float) -> str | None
         seen = first_seen.setdefault(task.run_name, time.monotonic())
         has_run = cli.run_file(conn.state, task.run_name, "out").exists()
         if has_run and asked != task.run_name:
-            with q.transaction(conn):
-                q.execute(
-                    conn,
-                    REQUEST_CANCEL,
-                    task.queue,
-                    id=task.id,
-                    owner=task.owner,
-                    attempts=task.attempts,
-                )
-            q.wake(conn.state)
+            ask_to_end(conn, task)
             asked = task.run_name
         if asked != task.run_name and time.monotonic() > seen + CONSUMER_SECONDS:
             return (
@@ -712,16 +708,26 @@ def cancel_task(conn: q.Connection, found: Found, deadline: float) -> str | None
                 "only that process can end it"
             )
         if time.monotonic() > deadline and asked == task.run_name:
-            if not cli.owner_is_alive(conn.state, task.owner):
-                return (
-                    "its worker is dead and its handler goes on; see who holds: fuser -v "
-                    f"'{conn.state}/logs/{task.run_name}.out'"
-                )
-            return (
-                f"its worker {task.owner} was told, and has not ended it yet; it will, unless "
-                "it hangs"
-            )
+            return why_not_ended(conn, task)
         time.sleep(POLL_SECONDS)
+
+
+def ask_to_end(conn: q.Connection, task: q.Task) -> None:
+    """Have the task's worker end its run."""
+    told = {"id": task.id, "owner": task.owner, "attempts": task.attempts}
+    with q.transaction(conn):
+        q.execute(conn, REQUEST_CANCEL, task.queue, **told)
+    q.wake(conn.state)
+
+
+def why_not_ended(conn: q.Connection, task: q.Task) -> str:
+    """What is known of a run that was to end, and has not."""
+    if not cli.owner_is_alive(conn.state, task.owner):
+        return (
+            "its worker is dead and its handler goes on; see who holds: fuser -v "
+            f"'{conn.state}/logs/{task.run_name}.out'"
+        )
+    return f"its worker {task.owner} was told, and has not ended it yet; it will, unless it hangs"
 
 
 def pause(queues: list[str], seconds: float | None, reason: str | None, as_json: bool) -> int:
@@ -796,7 +802,7 @@ def move(ids: list[str], to: str, source: str | None, task_type: str | None, as_
             wanted.append(found)
     else:
         which = {"task_type": task_type, "before": math.inf}
-        statement = q.on_queue(WAITING_IDS, source).format(condition="status <> 2")
+        statement = q.on_queue(WAITING_IDS, source).format(condition="status not in (2, 5)")
         wanted = [Found(source, "", row_id) for (row_id,) in conn.execute(statement, which)]
     if any(found.queue == to for found in wanted):
         raise Refused(f"queue {to!r} is where it is already")
@@ -813,7 +819,7 @@ def move_task(conn: q.Connection, found: Found, to: str) -> dict:
     task_id = found.task_id or row.get("task_id") or f"{found.queue}-{found.row_id}"
     outcome = {"queue": found.queue, "task_id": task_id, "moved": False}
     if not row:
-        return outcome | {"why": "it is running, or gone"}
+        return outcome | {"why": "it is running, handed over, or gone"}
     if row.pop("task_id") is None:
         # A bare payload is called after its queue: an envelope keeps its name.
         row["data"] = cli.envelope_of(
@@ -841,7 +847,7 @@ def purge(
     cli.check_known(conn, [queue])
     newest = time.time() - before if before is not None else math.inf
     wanted: list[tuple[str, int]] = []
-    for name in statuses or [name for name in LIVE if name != "in_progress"]:
+    for name in statuses or [name for name in LIVE if name not in NOT_HERE]:
         if name in LIVE:
             statement = q.on_queue(WAITING_IDS, queue).format(condition=LIVE[name])
             found = conn.execute(statement, {"task_type": task_type, "before": newest})

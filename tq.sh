@@ -36,7 +36,7 @@ END
 # What a command is called that is not called like its script. A command that has no script is one of tasks.py.
 case ${1:-} in
 '' | -h | --help | help) usage; exit 0 ;;
---version) exec sed -n "s/^VERSION = \"\(.*\)\"\$/${0##*/} \1/p" "$lib/queue_helpers.py" ;;
+--version) exec sed -n "s/^VERSION = \"\(.*\)\"\$/$name \1/p" "$lib/queue_helpers.py" ;;
 add) script=enqueue ;;
 work) script=worker ;;
 *[!a-z]*) script= ;;

@@ -44,7 +44,7 @@ import enqueue
 import queue_helpers as q
 import queue_owners as owners
 import queue_runs as runs
-from queue_cli import printable
+from queue_cli import make_parser, printable
 from queue_handlers import (
     Handlers,
     Unstarted,
@@ -60,7 +60,6 @@ from queue_handlers import (
 from queue_supervisor import wakeup_pipe
 
 SCRIPT = os.path.abspath(__file__)
-EX_USAGE = 64
 # How long to wait between two tries while the database cannot be used.
 RETRY_SECONDS = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
 # --on-dead runs its command this often at most.
@@ -78,18 +77,11 @@ select count(*) from "{queue}" where status in (0, 1, 3, 4)"""
 Verdict = Callable[[q.Connection], tuple]
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        self.exit(EX_USAGE, f"{self.prog}: {message}; see {self.prog} --help\n")
-
-
 def parse(argv: list[str] | None) -> argparse.Namespace:
     argv, command = sys.argv[1:] if argv is None else argv, None
     if "--" in argv:
         argv, command = argv[: argv.index("--")], argv[argv.index("--") + 1 :]
-    parser = Parser(
-        prog="worker.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser("worker.py", __doc__)
     add_options(parser.add_argument)
     args = parser.parse_args(argv)
     try:

@@ -37,7 +37,10 @@ def uv(installation, **env: str) -> tuple[list, dict]:
 
 
 def fill(installation) -> None:
-    lines = "".join(json.dumps({"workspace_path": f"/home/user/docs {n}"}) + "\n" for n in range(7))
+    places = [installation.directory / f"docs {n}" for n in range(7)]
+    for place in places:
+        place.mkdir(exist_ok=True)
+    lines = "".join(json.dumps({"workspace_path": str(place)}) + "\n" for place in places)
     installation.enqueue("notifications", "link_validation", "--jsonl", input=lines)
     installation.enqueue("approvals", "review", "{}", "--delay", "3600", "--task-id", "later")
     naughty = json.dumps({"hook_event_name": NAUGHTY, "workspace_path": f"/{NAUGHTY}"})

@@ -11,7 +11,7 @@ import sys
 import pytest
 from conftest import ROOT
 
-SCRIPTS = ("cleanup", "dashboard", "demo", "doctor", "enqueue", "install", "service", "tasks", "transfer")
+SCRIPTS = sorted(path.stem for path in ROOT.glob("*.py") if "\n# /// script\n" in path.read_text())
 
 
 @pytest.fixture
