@@ -44,7 +44,15 @@ import queue_helpers as q
 import queue_outcome as outcomes
 import queue_owners as owners
 import queue_runs as runs
-from queue_handlers import Handlers, Unstarted, add_run_options, check_run_options, say, start_clean
+from queue_handlers import (
+    Handlers,
+    Unstarted,
+    add_run_options,
+    check_run_options,
+    say,
+    seconds,
+    start_clean,
+)
 from queue_supervisor import wakeup_pipe
 
 # Tasks, and bytes of them, that one transaction carries at most.
@@ -1179,7 +1187,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add_run_options(work.add_argument, __file__)
     work.add_argument("--reply", action="store_true",
                       help="send what handlers print home, where it becomes tasks in completions")  # fmt: skip
-    work.add_argument("--stalled-after", type=cli.seconds, default=STALLED_SECONDS, metavar="SECONDS",
+    work.add_argument("--stalled-after", type=seconds, default=STALLED_SECONDS, metavar="SECONDS",
                       help="give another machine's jobs up after so long without a sign of life"
                       " (default %(default)g)")  # fmt: skip
     for one in (add("init", "prepare the hub, once"), add("status", "both ends side by side")):

