@@ -30,6 +30,7 @@ import time
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 HERE = Path(__file__).resolve().parent
 EX_USAGE = 64
@@ -57,7 +58,7 @@ class Server:
         self.bin = sorted(package.glob("pginstall*/bin"))[-1]
         # PostgreSQL does not run as root; whom it runs as then must be able to enter this.
         self.directory = Path(tempfile.mkdtemp(prefix="hub-"))
-        self.as_nobody = {"user": "nobody"} if os.geteuid() == 0 else {}
+        self.as_nobody: dict[str, Any] = {"user": "nobody"} if os.geteuid() == 0 else {}
         if self.as_nobody:
             shutil.chown(self.directory, "nobody")
         self.data, self.log = self.directory / "data", self.directory / "log"
@@ -68,7 +69,7 @@ class Server:
         with socket.socket() as one:
             one.bind(("127.0.0.1", 0))
             self.port = one.getsockname()[1]
-        self.process: subprocess.Popen | None = None
+        self.process: Any = None
         self.run("initdb", "-D", self.data, "-U", "boss", "-A", "scram-sha-256", f"--pwfile={word}",
                  "-E", "utf8", "--no-sync", "--no-instructions")  # fmt: skip
         self.start()
@@ -134,7 +135,11 @@ class Machine:
 
     def __init__(self, directory: Path, url: str) -> None:
         self.directory, self.db = directory, directory / "state" / "tasks.db"
-        self.env = {name: value for name, value in os.environ.items() if not name.startswith(("TASK_", "CLAUDE"))}
+        self.env = {
+            name: value
+            for name, value in os.environ.items()
+            if not name.startswith(("TASK_", "CLAUDE"))
+        }
         self.env |= {"TASK_QUEUE_STATE": str(directory / "state"), "TASK_QUEUE_HUB": url}
         directory.mkdir()
 
@@ -142,7 +147,12 @@ class Machine:
         """Run one of the scripts, and show how; what it says is shown when it fails."""
         shown = " ".join(str(word) for word in command).replace(str(self.directory), "~")
         print(f"{self.directory.name}$ {shown}")
-        done = subprocess.run([sys.executable, HERE / command[0], *command[1:]], env=self.env, capture_output=True, text=True)
+        done = subprocess.run(
+            [sys.executable, HERE / command[0], *command[1:]],
+            env=self.env,
+            capture_output=True,
+            text=True,
+        )
         if done.returncode != 0:
             raise Failed(f"{shown}: exit {done.returncode}: {done.stderr.strip()}")
         for line in done.stdout.splitlines():
@@ -181,8 +191,12 @@ def demonstrate(directory: Path, url: str) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = lambda message: parser.exit(EX_USAGE, f"demo_hub.py: {message}; see demo_hub.py --help\n")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.error = lambda message: parser.exit(
+        EX_USAGE, f"demo_hub.py: {message}; see demo_hub.py --help\n"
+    )
     parser.parse_args(argv)
     # An exit that cleans up.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))

@@ -96,16 +96,27 @@ def trips(url: str, directory: Path, count: int) -> tuple[float, float]:
     there = env | {"TASK_QUEUE_STATE": str(directory / "there")}
     handler = ["sh", "-c", f"exec date +%s%N >>'{ours}'"]
     processes = [
-        subprocess.Popen([sys.executable, relay, "push", QUEUE], env=env, stderr=subprocess.DEVNULL),
-        subprocess.Popen([sys.executable, relay, "work", QUEUE, "--", *handler], env=there, stderr=subprocess.DEVNULL),
-        subprocess.Popen([sys.executable, __file__, "--own-worker", url], env=env, stderr=subprocess.DEVNULL),
+        subprocess.Popen(
+            [sys.executable, relay, "push", QUEUE], env=env, stderr=subprocess.DEVNULL
+        ),
+        subprocess.Popen(
+            [sys.executable, relay, "work", QUEUE, "--", *handler],
+            env=there,
+            stderr=subprocess.DEVNULL,
+        ),
+        subprocess.Popen(
+            [sys.executable, __file__, "--own-worker", url], env=env, stderr=subprocess.DEVNULL
+        ),
     ]
     app, note = app_on(url, sync=True)
     took: dict[Path, list[float]] = {ours: [], own: []}
     try:
         with app.open():
             for number in range(count + 1):
-                for path, start in ((ours, lambda: q.enqueue_task(QUEUE, "note", {})), (own, lambda: note.defer(path=str(own)))):
+                for path, start in (
+                    (ours, lambda: q.enqueue_task(QUEUE, "note", {})),
+                    (own, lambda: note.defer(path=str(own))),
+                ):
                     began = time.time_ns()
                     start()
                     ended = wait_for_line(path, number)
@@ -132,7 +143,9 @@ def wait_for_line(path: Path, number: int) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("tasks", nargs="?", type=int, default=2_000, metavar="TASKS")
     parser.add_argument("--trips", type=int, default=100, metavar="N")
     parser.add_argument("--own-worker", metavar="URL", help=argparse.SUPPRESS)
@@ -147,7 +160,9 @@ def main(argv: list[str] | None = None) -> int:
     server = Server(durable=True)
     try:
         url = os.environ["TASK_QUEUE_HUB"] = server.url()
-        subprocess.run([sys.executable, HERE / "relay.py", "init"], check=True, stdout=subprocess.DEVNULL)
+        subprocess.run(
+            [sys.executable, HERE / "relay.py", "init"], check=True, stdout=subprocess.DEVNULL
+        )
         pushed, deferred = rates(url, args.tasks)
         trip, own_trip = trips(url, directory, args.trips)
     finally:

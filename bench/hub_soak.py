@@ -99,7 +99,9 @@ class Soak:
             if ended != seen:
                 seen, moved_at = ended, time.monotonic()
             if time.monotonic() > moved_at + STUCK_SECONDS:
-                raise SystemExit(f"stuck: {ended} of {tasks} tasks have ended; see {self.directory}")
+                raise SystemExit(
+                    f"stuck: {ended} of {tasks} tasks have ended; see {self.directory}"
+                )
             if time.monotonic() >= kill_at:
                 self.kill()
                 kill_at = time.monotonic() + self.random.uniform(*KILL_SECONDS)
@@ -140,7 +142,9 @@ class Soak:
         self.processes[role].wait()
 
     def rows(self, statement: str) -> list[tuple]:
-        conn = sqlite3.connect(f"{(self.machines['here'] / 'tasks.db').as_uri()}?mode=ro", uri=True, timeout=10)
+        conn = sqlite3.connect(
+            f"{(self.machines['here'] / 'tasks.db').as_uri()}?mode=ro", uri=True, timeout=10
+        )
         try:
             return conn.execute(statement).fetchall()
         finally:
@@ -185,12 +189,20 @@ class Soak:
                 " (select count(*) from procrastinate_jobs),"
                 " (select count(*) from procrastinate_jobs where status in ('todo', 'doing')),"
                 " (select count(*) from relay_tasks where home_at is null)").fetchone()  # fmt: skip
-        expect(f"{arrived} arrived ({ids} ids, {jobs} jobs), not {tasks}", arrived == ids == jobs == tasks)
+        expect(
+            f"{arrived} arrived ({ids} ids, {jobs} jobs), not {tasks}",
+            arrived == ids == jobs == tasks,
+        )
         expect(f"{open_jobs} jobs are still open", open_jobs == 0)
         expect(f"{open_tasks} tasks count as not home", open_tasks == 0)
         outcomes = Counter(self.rows(f"select status from task_history where queue = '{QUEUE}'"))
-        expect(f"not all were completed, once each: {outcomes}", outcomes == {("completed",): tasks})
-        results = Counter(id for (id,) in self.rows("select json_extract(data, '$.source.task_id') from completions"))
+        expect(
+            f"not all were completed, once each: {outcomes}", outcomes == {("completed",): tasks}
+        )
+        results = Counter(
+            id
+            for (id,) in self.rows("select json_extract(data, '$.source.task_id') from completions")
+        )
         expect(f"{len(results)} of {tasks} tasks brought a result", len(results) == tasks)
         doubled = [id for id, count in results.items() if count > 1]
         expect(f"{len(doubled)} results came twice: {doubled[:5]}", not doubled)
@@ -199,7 +211,9 @@ class Soak:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("tasks", nargs="?", type=int, default=5_000, metavar="TASKS")
     parser.add_argument("--seed", type=int, default=random.randrange(10**6))
     parser.add_argument("--keep", action="store_true")
@@ -219,7 +233,9 @@ def main(argv: list[str] | None = None) -> int:
         soak.server.remove()
     runs = len(soak.notes.read_text().split())
     killed = ", ".join(f"{role} {count}" for role, count in sorted(soak.kills.items()))
-    print(f"seed {args.seed}: {args.tasks} tasks, {runs} runs, {time.monotonic() - began:.0f} s; killed: {killed}")
+    print(
+        f"seed {args.seed}: {args.tasks} tasks, {runs} runs, {time.monotonic() - began:.0f} s; killed: {killed}"
+    )
     for complaint in found:
         print(complaint)
     if args.keep or found:

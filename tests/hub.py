@@ -62,7 +62,11 @@ class Machine:
         self.here.env["TASK_QUEUE_HUB"] = hub.url
         self.env, self.state = installation.env, installation.state
         self.enqueue, self.handler = installation.enqueue, installation.handler
-        self.rows, self.history, self.finished = installation.rows, installation.history, installation.finished
+        self.rows, self.history, self.finished = (
+            installation.rows,
+            installation.history,
+            installation.finished,
+        )
 
     def relay(self, *args, **options) -> subprocess.CompletedProcess:
         """relay.py to its end, which must be a good one."""

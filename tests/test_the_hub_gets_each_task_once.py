@@ -33,7 +33,9 @@ def test_a_pull_that_was_killed_before_it_told_the_hub_brings_nothing_twice(mach
     here.relay("pull", "--drain")
     here.hub.rows("update relay_tasks set home_at = null, reply = 'again'")
     here.relay("pull", "--drain")
-    assert here.rows("select json_extract(data, '$.data.result') from completions") == [("hello\n",)]
+    assert here.rows("select json_extract(data, '$.data.result') from completions") == [
+        ("hello\n",)
+    ]
     assert here.hub.one("select count(*) from relay_tasks where home_at is null") == 0
 
 
