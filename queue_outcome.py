@@ -155,9 +155,9 @@ def settle(
     if verdict.do == "cancel":
         return _if_held(q.finish(conn, task, "cancelled", error=error, **told), "cancelled")
     if verdict.do == "bury":
-        return _if_held(q.bury(conn, task, error=error, **told), "failed", error)
+        return _if_held(q.bury(conn, task, error=error or "", **told), "failed", error)
     if verdict.do == "retry":
-        return Settled(q.nack(conn, task, error=error, delay=verdict.delay, **told), error)
+        return Settled(q.nack(conn, task, error=error or "", delay=verdict.delay, **told), error)
     held = q.release(conn, task, delay=verdict.delay or 0.0, error=error)
     if held and verdict.pause:
         seconds, reason = verdict.pause

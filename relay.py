@@ -44,7 +44,15 @@ import queue_helpers as q
 import queue_outcome as outcomes
 import queue_owners as owners
 import queue_runs as runs
-from queue_handlers import Handlers, Unstarted, add_run_options, check_run_options, say, start_clean
+from queue_handlers import (
+    Handlers,
+    Unstarted,
+    add_run_options,
+    check_run_options,
+    say,
+    seconds,
+    start_clean,
+)
 from queue_supervisor import wakeup_pipe
 
 # Tasks, and bytes of them, that one transaction carries at most.
@@ -914,7 +922,9 @@ class Work(Relay):
             return self.complain(f"{task.queue} {task.task_type} put back: {error}")
         say(f"{line}: {error}" if error else line)
 
-    def settle(self, task, verdict: outcomes.Verdict, how: dict, worker_id) -> tuple[str | None, outcomes.Verdict]:
+    def settle(
+        self, task, verdict: outcomes.Verdict, how: dict, worker_id
+    ) -> tuple[str | None, outcomes.Verdict]:
         """End or retry a job that this worker holds: (outcome, verdict); None when it holds it no more."""
         with self.hub.transaction() as hub:
             row = hub.execute(HOLD_JOB, (task.id, worker_id, task.attempts - 1)).fetchone()
@@ -980,7 +990,10 @@ class Work(Relay):
         with self.hub.transaction() as hub:
             abandoned = (self.args.queues, self.args.stalled_after)
             for *job, aborted, worker_id, now in hub.execute(STALLED, abandoned).fetchall():
-                task, error = self.job_as_task(*job), f"its machine showed no sign of life (worker {worker_id})"
+                task, error = (
+                    self.job_as_task(*job),
+                    f"its machine showed no sign of life (worker {worker_id})",
+                )
                 verdict = outcomes.Verdict("retry", error, 0.0)
                 reports.append((task, *self.carry_out(hub, task, verdict, {}, aborted, now)))
         for task, outcome, verdict in reports:
@@ -994,12 +1007,16 @@ class Work(Relay):
                 long = max(3_600.0, 10 * self.args.stalled_after)
                 self.hub.run(hub, "prune_stalled_workers", seconds_since_heartbeat=long)
 
-    def job_as_task(self, id, queue, task_id, name, attempts, owner: str = "", micros: int = 0) -> q.Task:
+    def job_as_task(
+        self, id, queue, task_id, name, attempts, owner: str = "", micros: int = 0
+    ) -> q.Task:
         """A job of which only this is known."""
         terms = (self.args.max_attempts, self.args.backoff, None, 0, 0)
         # Half of a microsecond more, so that run_name gets the same number.
         claimed_at = (micros + 0.5) / 1e6
-        return q.Task(queue, id, task_id, name, "{}", 0.0, 0, attempts + 1, *terms, owner, claimed_at)
+        return q.Task(
+            queue, id, task_id, name, "{}", 0.0, 0, attempts + 1, *terms, owner, claimed_at
+        )
 
     def adopt(self) -> int:
         """See to the jobs of this machine's processes that died; how many of their handlers still run."""

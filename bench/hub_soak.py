@@ -38,8 +38,6 @@ STUCK_SECONDS = 120.0
 PORTION = 20
 # Between two kills, at random between these.
 KILL_SECONDS = (0.1, 1.5)
-# As often is the server the one.
-SERVER_SHARE = 0.12
 HANDLER = """#!/bin/sh
 echo "$TASK_ID" >>"{notes}"
 echo "$TASK_ID"
@@ -69,6 +67,7 @@ class Soak:
                       "work 1": ("there", work), "work 2": ("there", work)}  # fmt: skip
         self.processes: dict[str, subprocess.Popen] = {}
         self.kills: Counter[str] = Counter()
+        self.victims: list[str] = []
 
     def env(self, machine: str) -> dict[str, str]:
         url = self.server.url()
@@ -92,13 +91,17 @@ class Soak:
         seen, moved_at, kill_at, sent = -1, time.monotonic(), time.monotonic() + 1.0, 1
         while (ended := self.ended()) < tasks:
             # By and by, so that push has something to do while it is killed.
-            if sent < tasks and sent < ended + tasks // 4 + 1:
+            # The last ones wait until everybody was killed once.
+            is_soon = sent + PORTION < tasks or len(self.kills) > len(self.roles)
+            if sent < tasks and sent < ended + tasks // 4 + 1 and is_soon:
                 self.enqueue(rows[sent : sent + PORTION])
                 sent += PORTION
             if ended != seen:
                 seen, moved_at = ended, time.monotonic()
             if time.monotonic() > moved_at + STUCK_SECONDS:
-                raise SystemExit(f"stuck: {ended} of {tasks} tasks have ended; see {self.directory}")
+                raise SystemExit(
+                    f"stuck: {ended} of {tasks} tasks have ended; see {self.directory}"
+                )
             if time.monotonic() >= kill_at:
                 self.kill()
                 kill_at = time.monotonic() + self.random.uniform(*KILL_SECONDS)
@@ -126,18 +129,22 @@ class Soak:
         q.enqueue_tasks(QUEUE, rows, state=self.machines["here"])
 
     def kill(self) -> None:
-        if self.random.random() < SERVER_SHARE:
-            self.kills["server"] += 1
-            self.server.kill()
-            self.server.start()
-            return
-        role = self.random.choice(list(self.roles))
+        # Everybody has a turn, in a new order each time.
+        if not self.victims:
+            self.victims = ["server", *self.roles]
+            self.random.shuffle(self.victims)
+        role = self.victims.pop()
         self.kills[role] += 1
+        if role == "server":
+            self.server.kill()
+            return self.server.start()
         self.processes[role].send_signal(signal.SIGKILL)
         self.processes[role].wait()
 
     def rows(self, statement: str) -> list[tuple]:
-        conn = sqlite3.connect(f"{(self.machines['here'] / 'tasks.db').as_uri()}?mode=ro", uri=True, timeout=10)
+        conn = sqlite3.connect(
+            f"{(self.machines['here'] / 'tasks.db').as_uri()}?mode=ro", uri=True, timeout=10
+        )
         try:
             return conn.execute(statement).fetchall()
         finally:
@@ -182,12 +189,20 @@ class Soak:
                 " (select count(*) from procrastinate_jobs),"
                 " (select count(*) from procrastinate_jobs where status in ('todo', 'doing')),"
                 " (select count(*) from relay_tasks where home_at is null)").fetchone()  # fmt: skip
-        expect(f"{arrived} arrived ({ids} ids, {jobs} jobs), not {tasks}", arrived == ids == jobs == tasks)
+        expect(
+            f"{arrived} arrived ({ids} ids, {jobs} jobs), not {tasks}",
+            arrived == ids == jobs == tasks,
+        )
         expect(f"{open_jobs} jobs are still open", open_jobs == 0)
         expect(f"{open_tasks} tasks count as not home", open_tasks == 0)
         outcomes = Counter(self.rows(f"select status from task_history where queue = '{QUEUE}'"))
-        expect(f"not all were completed, once each: {outcomes}", outcomes == {("completed",): tasks})
-        results = Counter(id for (id,) in self.rows("select json_extract(data, '$.source.task_id') from completions"))
+        expect(
+            f"not all were completed, once each: {outcomes}", outcomes == {("completed",): tasks}
+        )
+        results = Counter(
+            id
+            for (id,) in self.rows("select json_extract(data, '$.source.task_id') from completions")
+        )
         expect(f"{len(results)} of {tasks} tasks brought a result", len(results) == tasks)
         doubled = [id for id, count in results.items() if count > 1]
         expect(f"{len(doubled)} results came twice: {doubled[:5]}", not doubled)
@@ -196,7 +211,9 @@ class Soak:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("tasks", nargs="?", type=int, default=5_000, metavar="TASKS")
     parser.add_argument("--seed", type=int, default=random.randrange(10**6))
     parser.add_argument("--keep", action="store_true")
@@ -216,7 +233,9 @@ def main(argv: list[str] | None = None) -> int:
         soak.server.remove()
     runs = len(soak.notes.read_text().split())
     killed = ", ".join(f"{role} {count}" for role, count in sorted(soak.kills.items()))
-    print(f"seed {args.seed}: {args.tasks} tasks, {runs} runs, {time.monotonic() - began:.0f} s; killed: {killed}")
+    print(
+        f"seed {args.seed}: {args.tasks} tasks, {runs} runs, {time.monotonic() - began:.0f} s; killed: {killed}"
+    )
     for complaint in found:
         print(complaint)
     if args.keep or found:

