@@ -118,6 +118,7 @@ def doctor(max_wait: float, as_json: bool) -> int:
         "spool": lambda: check_spool(state),
         "handlers": lambda: check_handlers(place.handlers),
         "hook": lambda: check_hook(place),
+        "plugin": check_plugin,
         "file events": check_inotify,
     }
     findings = []
@@ -507,7 +508,7 @@ def check_database(state: Path) -> Iterator[Finding]:
         if version > q.SCHEMA_VERSION:
             yield problem(
                 f"{db} has schema version {version}, these scripts know {q.SCHEMA_VERSION}",
-                "update them: just install",
+                f"update them: {queue_installation.how_to_update(Path(__file__).parent)}",
             )
             return
         if (
@@ -840,6 +841,23 @@ def check_handlers(directory: Path) -> Iterator[Finding]:
     yield Finding("ok" if fine else "note", f"{', '.join(fine) or 'none'} in {directory}")
 
 
+def check_plugin() -> Iterator[Finding]:
+    """Whether Claude Code's plugin and the installation know the same version of the database."""
+    installation = queue_installation.installed()
+    ours = installation and queue_installation.schema_version(installation.lib)
+    for name, path in queue_installation.plugins().items():
+        theirs = queue_installation.schema_version(path) or 0
+        if ours is None or ours == theirs:
+            yield ok(f"{name} in {path}")
+            continue
+        older = path if theirs < ours else installation.lib
+        yield problem(
+            f"the plugin {name} knows schema version {theirs}, the installation {ours}: the tasks of"
+            " the plugin's hooks go to the spool, and it tells of nothing",
+            queue_installation.how_to_update(older),
+        )
+
+
 def check_hook(place: Place) -> Iterator[Finding]:
     settings = (
         Path(os.environ.get("CLAUDE_CONFIG_DIR") or Path.home() / ".claude") / "settings.json"
@@ -863,6 +881,9 @@ def check_hook(place: Place) -> Iterator[Finding]:
         return
     found = [*our_hooks(root), *(our_hooks(root, place.prefix) if place.prefix else ())]
     ours = [hook for hook in hooks_in(root) if any(hook[2] is one[2] for one in found)]
+    if not ours and queue_installation.plugins():
+        yield ok(f"the plugin's; none of the queue's is in {settings}")
+        return
     if not ours:
         yield note(f"no hook of the queue is in {settings}", "just install --hook yes")
         return

@@ -164,9 +164,7 @@ def install(place: Installation, args: argparse.Namespace) -> int:
         failed |= complain("uv was not found, and workers need it: python3 -m pip install uv")
     if not python and not uv:
         failed |= complain("no Python 3.11 was found either: until then hooks fill the spool")
-    link_check = replace(queue_settings.LINK_CHECK, events=(args.event,))
-    failed |= offer_hook(place, args, link_check, args.hook)
-    failed |= offer_hook(place, args, queue_settings.REPORT, args.report)
+    failed |= offer_hooks(place, args)
     failed |= offer_command(place, args)
     if not args.dry_run:
         usual = place.state == default_prefix() / "state"
@@ -431,6 +429,13 @@ def answer(question: str) -> str:
     return sys.stdin.readline().strip()
 
 
+def agrees(question: str) -> bool:
+    """Whether a person says yes, or just presses Enter. The end of stdin is a no."""
+    print(question, end="", flush=True)
+    line = sys.stdin.readline()
+    return line != "" and line.strip().lower() in ("", "y", "yes")
+
+
 def taken_by(place: Installation, path: Path) -> str | None:
     """Which other program a command of this name would replace, or stand behind or before."""
     there = digest_there(path)
@@ -456,50 +461,64 @@ def forget_command(place: Installation, except_for: Path) -> None:
 # -------------------------------------------------------------------------------- the offered hooks
 
 
-def offer_hook(
-    place: Installation, args: argparse.Namespace, offer: queue_settings.Offer, wish: str | None
-) -> int:
-    """Show what settings.json would become with the hook, and write it if that is wanted."""
-    by_hand = json.dumps({"hooks": queue_settings.hook_groups(place, offer)}, ensure_ascii=False)
-    name, option = offer.name, "hook" if offer.name == queue_settings.LINK_CHECK.name else "report"
-    if wish == "no":
-        print(f"no hook was added for the {name} (--{option} no)")
-        return 0
+def offer_hooks(place: Installation, args: argparse.Namespace) -> int:
+    """Offer each hook; where settings.json had better be left alone, say so once."""
+    link_check = replace(queue_settings.LINK_CHECK, events=(args.event,))
+    offers = []
+    for offer, option in ((link_check, "hook"), (queue_settings.REPORT, "report")):
+        if getattr(args, option) == "no":
+            print(f"no hook was added for the {offer.name} (--{option} no)")
+        else:
+            offers.append((offer, option))
     try:
-        text = queue_settings.read(place.settings)
-        new, action = queue_settings.with_hook(text, place, offer)
-        if new == text:
-            print(f"unchanged  {place.settings}: the {name}: {action}")
-            return 0
-        print("".join(queue_settings.difference(text, new, place.settings)), end="")
-        if args.dry_run:
-            return 0
-        if wish != "yes" and not args.yes:
-            if not sys.stdin.isatty():
-                print(
-                    f"no hook was added to {place.settings} for the {name}:"
-                    f" say --{option} yes, or add by hand: {by_hand}"
-                )
-                return 0
-            question = f"{offer.what} Add this hook to {place.settings}? [Y/n] "
-            if answer(question).lower() not in ("", "y", "yes"):
-                print(f"no hook was added for the {name}")
-                return 0
-        queue_settings.edit(
-            place,
-            lambda text: queue_settings.with_hook(text, place, offer)[0],
-            commands=[queue_settings.hook_command(place, offer)],
-        )
-        print(f"{action:<10} {place.settings}: the {name}")
+        while offers:
+            offer_hook(place, args, *offers[0])
+            del offers[0]
         return 0
-    except Trouble as trouble:
-        return complain(f"{trouble}; it was left alone. To have the hook, add by hand: {by_hand}")
-    except OSError as error:
-        where = error.filename or place.settings
-        return complain(
-            f"{where}: {error.strerror}; settings.json was left alone."
-            f" To have the hook, add by hand: {by_hand}"
-        )
+    except (Trouble, OSError) as error:
+        by_hand = hooks_by_hand(place, *(offer for offer, _ in offers))
+        if isinstance(error, OSError):
+            error = f"{error.filename or place.settings}: {error.strerror}; settings.json"
+        else:
+            error = f"{error}; it"
+        return complain(f"{error} was left alone. To have the hook, add by hand: {by_hand}")
+
+
+def hooks_by_hand(place: Installation, *offers: queue_settings.Offer) -> str:
+    groups = {}
+    for offer in offers:
+        groups |= queue_settings.hook_groups(place, offer)
+    return json.dumps({"hooks": groups}, ensure_ascii=False)
+
+
+def offer_hook(
+    place: Installation, args: argparse.Namespace, offer: queue_settings.Offer, option: str
+) -> None:
+    """Show what settings.json would become with the hook, and write it if that is wanted."""
+    text = queue_settings.read(place.settings)
+    new, action = queue_settings.with_hook(text, place, offer)
+    if new == text:
+        print(f"unchanged  {place.settings}: the {offer.name}: {action}")
+        return
+    print("".join(queue_settings.difference(text, new, place.settings)), end="")
+    if args.dry_run:
+        return
+    if getattr(args, option) != "yes" and not args.yes:
+        if not sys.stdin.isatty():
+            print(
+                f"no hook was added to {place.settings} for the {offer.name}: say --{option} yes,"
+                f" or add by hand: {hooks_by_hand(place, offer)}"
+            )
+            return
+        if not agrees(f"{offer.what} Add this hook to {place.settings}? [Y/n] "):
+            print(f"no hook was added for the {offer.name}")
+            return
+    queue_settings.edit(
+        place,
+        lambda text: queue_settings.with_hook(text, place, offer)[0],
+        commands=[queue_settings.hook_command(place, offer)],
+    )
+    print(f"{action:<10} {place.settings}: the {offer.name}")
 
 
 # ---------------------------------------------------------------------------------------- uninstall

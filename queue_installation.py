@@ -77,6 +77,34 @@ def installed(script: str | Path | None = None) -> Installation | None:
     return Installation(prefix) if (prefix / "installed.json").is_file() else None
 
 
+def plugins() -> dict[str, Path]:
+    """Claude Code's copies of this plugin: {"task-queue@market": directory}."""
+    record = settings_file().with_name("plugins") / "installed_plugins.json"
+    try:
+        listed = json.loads(record.read_bytes())["plugins"]
+        found = {name: Path(copies[0]["installPath"]) for name, copies in listed.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError):
+        return {}
+    # A fork may have another name, but not another module.
+    return {name: path for name, path in found.items() if schema_version(path) is not None}
+
+
+def schema_version(lib: Path) -> int | None:
+    """Which version of the database the scripts in a directory know; None where they are not there."""
+    try:
+        text = (lib / "queue_helpers.py").read_text("utf-8", "replace")
+    except OSError:
+        return None
+    version = re.search(r"^SCHEMA_VERSION = (\d+)$", text, re.MULTILINE)
+    return int(version[1]) if version else None
+
+
+def how_to_update(lib: Path) -> str:
+    """The command that updates the scripts in a directory."""
+    names = [name for name, path in plugins().items() if path.resolve() == lib.resolve()]
+    return f"claude plugin update {names[0]}" if names else "just install"
+
+
 def is_plain(path: str) -> bool:
     """Whether a path can stand in a line of a unit or a script: UTF-8, no control characters."""
     return not re.search("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]", path)

@@ -96,7 +96,7 @@ def test_the_hook_is_added_and_every_byte_outside_of_hooks_stays(home, text):
 
 def test_a_second_install_changes_nothing(home):
     settings_of(home).write_text('{"a": 1}')
-    install(home, "--hook", "yes")
+    install(home, "--yes")
     before = snapshot(home / ".claude")
     ran = install(home, "--yes")
     assert ran.returncode == 0 and "the hook is there" in ran.stdout
@@ -199,19 +199,54 @@ def test_without_a_terminal_and_without_an_option_no_hook_is_added(home):
         assert settings_of(home).read_text() == "{}"
 
 
+LINK_CHECK, REPORT = {"Stop"}, {"UserPromptSubmit", "SessionStart"}
+
+
 @pytest.mark.parametrize(
-    ("answer", "added"), [("y\n", True), ("n\n", False), ("\n", False), ("\x04", False)]
+    ("typed", "added"),
+    [
+        ("\n\n", LINK_CHECK | REPORT),
+        ("y\nYES\n", LINK_CHECK | REPORT),
+        ("n\n\n", REPORT),
+        ("\nno\n", LINK_CHECK),
+        ("what?\nn\n", set()),
+        ("\x04\x04", set()),
+    ],
 )
-def test_on_a_terminal_it_asks(home, answer, added):
+def test_on_a_terminal_it_offers_both_and_enter_means_yes(home, typed, added):
     master, slave = os.openpty()
-    with subprocess.Popen([sys.executable, INSTALL, "install", "--no-warm", "--no-command"], stdin=slave, stdout=subprocess.PIPE, text=True,
-                          env={"HOME": str(home), "PATH": os.environ["PATH"]}) as process:  # fmt: skip
-        os.close(slave)
-        os.write(master, answer.encode())
-        output = process.communicate(timeout=60)[0]
+    os.write(master, typed.encode())
+    ran = install(home, "--no-command", stdin=slave)
+    os.close(slave)
     os.close(master)
-    assert process.returncode == 0 and "[y/N]" in output
-    assert settings_of(home).exists() is added
+    assert ran.returncode == 0 and ran.stdout.count("? [Y/n] ") == 2
+    assert "checks the links" in ran.stdout and "Claude is told" in ran.stdout
+    settings = settings_of(home)
+    assert set(json.loads(settings.read_text())["hooks"] if settings.exists() else ()) == added
+    assert install(home, command="uninstall").returncode == 0 and not settings.exists()
+
+
+def test_both_hooks_are_taken_out_to_the_byte_however_they_came(home):
+    text = '{\n\t"model": "opus",\n\t"hooks": {"SessionStart": [{"hooks": []}]}\n}'
+    settings_of(home).write_text(text)
+    for args in (["--report", "yes"], ["--hook", "yes", "--report", "yes"], ["--yes"]):
+        assert install(home, *args, "--no-command").returncode == 0
+    both = settings_of(home).read_text()
+    assert both.count("runtime/hook' notifications") + both.count("runtime/hook notifications") == 1
+    assert both.count("runtime/hook --report") == 2
+    assert install(home, "--no-command", "--yes").returncode == 0
+    assert settings_of(home).read_text() == both
+    assert install(home, command="uninstall").returncode == 0
+    assert settings_of(home).read_text() == text
+
+
+def test_a_change_in_between_stays_and_both_hooks_go(home):
+    install(home, "--hook", "yes")
+    settings = json.loads(settings_of(home).read_text())
+    settings_of(home).write_text(json.dumps(settings | {"mine": 1}))
+    install(home, "--report", "yes")
+    assert install(home, command="uninstall").returncode == 0
+    assert json.loads(settings_of(home).read_text()) == {"mine": 1}
 
 
 def test_a_hook_that_the_user_changed_is_not_doubled_and_not_removed(home):
@@ -219,8 +254,9 @@ def test_a_hook_that_the_user_changed_is_not_doubled_and_not_removed(home):
     text = (
         settings_of(home)
         .read_text()
-        .replace("link_validation --start-worker", "link_validation --once-per workspace")
+        .replace("--once-per workspace --start-worker", "--once-per session")
     )
+    assert "--once-per session" in text
     settings_of(home).write_text(text)
     assert install(home, "--hook", "yes").returncode == 0
     assert settings_of(home).read_text() == text

@@ -9,10 +9,11 @@ import struct
 import subprocess
 
 import pytest
-import queue_helpers as q
 from claude_stub.client import ClaudeCode
 from conftest import ROOT, end, wait_for
 from plugin import NAME, Home, copy_of_the_plugin, give_uv, is_alive
+
+import queue_helpers as q
 
 SUMMARY = "1 broken link: README.md:2 → pier.md"
 

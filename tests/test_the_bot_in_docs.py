@@ -1,0 +1,52 @@
+"""docs/bot.md, as printed: it shows what comes to completions, and a person approves in the chat."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT, end
+
+CODE = re.search(r"```python\n(.*?)```", (ROOT / "docs/bot.md").read_text(), re.DOTALL)[1]
+
+
+@pytest.fixture
+def bot(installation, tmp_path):
+    """The bot, in a chat with us."""
+    (tmp_path / "bot.py").write_text(CODE)
+    process = subprocess.Popen([sys.executable, tmp_path / "bot.py"], env=installation.env | {"PYTHONPATH": str(ROOT)},
+                               stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)  # fmt: skip
+    process.write = lambda text: (process.stdin.write(text + "\n"), process.stdin.flush())
+    yield process
+    end(process)
+
+
+def test_it_has_thirty_lines():
+    assert len([line for line in CODE.splitlines() if line.strip()]) <= 30
+
+
+def test_it_shows_results_and_lets_run_what_a_person_approves(installation, bot):
+    installation.handler("claude", "#!/bin/sh\necho '{\"summary\": \"The link is mended.\"}'\n")
+    one, other = (
+        installation.enqueue("approvals", "claude", "--hold", json.dumps({"prompt": text}))
+        for text in ("Mend the link.", "Sink the boat.")
+    )
+    installation.worker("approvals", "--then", "completions")
+    bot.write("held")
+    listed = "".join(bot.stdout.readline() for _ in range(3))
+    assert one in listed and other in listed
+    bot.write(f"reject {other}")
+    assert "rejected" in bot.stdout.readline()
+    bot.write(f"approve {one}")
+    # The result may come before the answer: they are two programs.
+    said = {bot.stdout.readline().strip() for _ in range(2)}
+    assert "claude: The link is mended." in said and any("approved" in line for line in said)
+    assert installation.finished(other)["status"] == "cancelled"
+    bot.write("approve nothing that is there")
+    assert bot.stdout.readline().strip() == "held, approve ID or reject ID"
+    bot.stdin.close()
+    assert bot.wait(30) == 0
+    assert installation.rows("select status from completions") == []
