@@ -20,7 +20,6 @@ exit codes: 0 every step happened; 1 one did not, within 30 s; 64 usage.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import shutil
@@ -34,7 +33,8 @@ import uuid
 from collections.abc import Sequence
 from pathlib import Path
 
-from demo import HERE, STEP_SECONDS, Demo, Failed, Parser
+import queue_cli as cli
+from demo import HERE, STEP_SECONDS, Demo, Failed
 
 STAND_IN = HERE / "tests/claude_stub/api.py"
 # What the model is told to do, by the stand-in.
@@ -70,11 +70,7 @@ print(json.dumps({{"type": "result", "is_error": False, "result": {mended!r}, "n
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    Parser(
-        prog="demo_flow.py",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    ).parse_args(argv)
+    cli.make_parser("demo_flow.py", __doc__).parse_args(argv)
     # An exit that cleans up.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     with tempfile.TemporaryDirectory(prefix="task-queue-demo-") as directory:

@@ -1179,7 +1179,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add_run_options(work.add_argument, __file__)
     work.add_argument("--reply", action="store_true",
                       help="send what handlers print home, where it becomes tasks in completions")  # fmt: skip
-    work.add_argument("--stalled-after", type=cli.seconds, default=STALLED_SECONDS, metavar="SECONDS",
+    work.add_argument("--stalled-after", type=cli.duration, default=STALLED_SECONDS, metavar="SECONDS",
                       help="give another machine's jobs up after so long without a sign of life"
                       " (default %(default)g)")  # fmt: skip
     for one in (add("init", "prepare the hub, once"), add("status", "both ends side by side")):

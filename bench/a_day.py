@@ -17,7 +17,6 @@ exit codes: 0 written; 1 a command did not do what the day needs; 64 usage.
 
 from __future__ import annotations
 
-import argparse
 import fcntl
 import json
 import os
@@ -41,7 +40,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from demo import Parser, find_uv  # noqa: E402
+import queue_cli as cli  # noqa: E402
 
 STAND_IN = ROOT / "tests/claude_stub/api.py"
 COLUMNS, ROWS = 80, 40
@@ -143,7 +142,7 @@ class Day:
             "LANG|LC_[A-Z]+|USER|SSL_CERT_.*|NODE_EXTRA_CA_CERTS|(https?|no|all)_proxy", re.I
         )
         env = {name: value for name, value in os.environ.items() if kept.fullmatch(name)}
-        uv = find_uv()
+        uv = cli.find_uv()
         if not uv or not shutil.which("just"):
             raise Failed("uv and just are needed: python3 -m pip install uv rust-just")
         tools = [os.path.dirname(os.path.realpath(uv)), os.path.dirname(shutil.which("just"))]
@@ -406,7 +405,7 @@ def the_day(day: Day) -> None:
 
 
 def main(argv: list[str]) -> int:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.make_parser("a_day.py", __doc__)
     parser.add_argument(
         "file", metavar="FILE", nargs="?", type=Path, default=ROOT / "docs/a-day.md"
     )
