@@ -14,7 +14,12 @@ default:
 demo:
     @uv run --script demo.py
 
-# Watch a task go to another machine and its result come back (an embedded PostgreSQL, or $TASK_QUEUE_HUB)
+# Watch the whole way from one prompt of Claude Code to the next, with an approval in between
+[no-exit-message]
+demo-flow:
+    @uv run --script demo_flow.py
+
+# Watch a task go to another machine and its result come back (over a PostgreSQL of its own)
 [no-exit-message]
 demo-hub:
     @uv run --script demo_hub.py
@@ -65,6 +70,11 @@ doctor *args:
 [no-exit-message]
 cleanup *args:
     @uv run --script cleanup.py "$@"
+
+# Have tasks run on another machine: just relay push notifications
+[no-exit-message]
+relay *args:
+    @uv run --script relay.py "$@"
 
 # A web page on the live database, loopback only
 [no-exit-message]

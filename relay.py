@@ -50,7 +50,6 @@ from queue_handlers import (
     add_run_options,
     check_run_options,
     say,
-    seconds,
     start_clean,
 )
 from queue_supervisor import wakeup_pipe
