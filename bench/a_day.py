@@ -191,7 +191,7 @@ class Day:
     def as_shown(self, text: str) -> str:
         """Without colours, and with the lines that a terminal of 80 columns makes of long ones."""
         text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", text).replace(str(self.home), SHOWN_HOME)
-        lines = [re.sub(r"(.{%d})(?=.)" % COLUMNS, r"\1\n", line) for line in text.split("\n")]
+        lines = [re.sub(rf"(.{{{COLUMNS}}})(?=.)", r"\1\n", line) for line in text.split("\n")]
         return "\n".join(line.rstrip() for line in "\n".join(lines).split("\n")).rstrip()
 
     def typed(self, command: str) -> str:

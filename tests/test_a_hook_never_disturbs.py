@@ -9,9 +9,10 @@ import threading
 import time
 from pathlib import Path
 
-import enqueue
 import pytest
 from conftest import ROOT, wait_for
+
+import enqueue
 
 PAYLOADS = sorted((Path(__file__).parent / "hook_payloads").glob("*.json"))
 STOP = (Path(__file__).parent / "hook_payloads/11_Stop_first.json").read_bytes()

@@ -8,9 +8,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-import enqueue
 import pytest
 from conftest import ROOT, wait_for
+
+import enqueue
 
 STOP = (Path(__file__).parent / "hook_payloads/11_Stop_first.json").read_bytes()
 # What may be /bin/sh somewhere, and how it is called to be one.

@@ -142,7 +142,7 @@ def test_of_a_task_that_runs_the_latest_data_runs_once_more(installation, queue,
     mine = queue.get_ack_queue("notifications")
     row_id, _ = mine.get(timeout=5)
     for number in (2, 3):
-        assert put(installation, "t", '{"n": %d}' % number, "--task-id", "x", "--on-duplicate", what) == "updated x\n"
+        assert put(installation, "t", f'{{"n": {number}}}', "--task-id", "x", "--on-duplicate", what) == "updated x\n"
     assert stored(installation) == [(1, 2)]
     mine.ack(row_id)
     assert stored(installation) == [(3, 1)] and row(installation, "attempts") == (0,)

@@ -11,9 +11,10 @@ import subprocess
 import sys
 
 import pytest
-import queue_helpers as q
 from conftest import ROOT, wait_for
 from plugin import Home, copy_of_the_plugin, give_uv, hook_command, is_alive
+
+import queue_helpers as q
 
 SUMMARY = "1 broken link: README.md:1 → pier.md"
 

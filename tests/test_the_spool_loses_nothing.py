@@ -3,16 +3,17 @@
 import json
 import multiprocessing
 import os
-import signal
 import shutil
+import signal
 import sqlite3
 import stat
 import tempfile
 from pathlib import Path
 
-import enqueue
 import pytest
 from conftest import wait_for
+
+import enqueue
 
 
 def put(installation, name: str, text: str | bytes, queue: str = "notifications"):
@@ -272,7 +273,7 @@ def test_what_a_hook_was_told_of_its_task_survives_the_spool(installation, queue
     lock = sqlite3.connect(installation.db, isolation_level=None)
     lock.execute("begin immediate")
     for number, args in enumerate((["--hold", "--priority", "7", "--group", "g"], ["--at", "2099-01-01", "--ttl", "1d"])):
-        done = installation.run("enqueue.py", "--hook", "notifications", "t", "--wait", "0.2", *args, input='{"n": %d}' % number)
+        done = installation.run("enqueue.py", "--hook", "notifications", "t", "--wait", "0.2", *args, input=f'{{"n": {number}}}')
         assert (done.returncode, done.stderr) == (0, "")
     lock.execute("rollback")
     lock.close()
