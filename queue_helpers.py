@@ -962,8 +962,9 @@ class transaction:
         try:
             if error is None:
                 self.conn.execute("commit")
-                if self.conn.turn.fds:
-                    flock(self.conn.turn.fds[1], LOCK_UN)
+                # `next` was let go when the turn came.
+                for fd in self.conn.turn.fds[1:]:
+                    flock(fd, LOCK_UN)
                 self.is_open = False
             else:
                 self._undo()
@@ -976,24 +977,23 @@ class transaction:
             raise explain(error, self.conn.state) from error
 
     def _undo(self) -> None:
-        """Roll back what is not committed, and let the next writer in. Twice is as good as once."""
-        interrupted = None
-        while self.is_open:
+        """Let the next writer in, and roll back what is not committed. Twice is as good as once."""
+        failed = None
+        # What a signal's handler raises in here has to wait until this is done.
+        for _ in range(100):
+            if not self.is_open:
+                break
             try:
+                self.conn.turn.release()
                 if self.conn.in_transaction:
                     self.conn.execute("rollback")
                 # Some of these queues may have been made here.
                 self.conn.queues = set()
-                self.conn.turn.release()
                 self.is_open = False
-            except sqlite3.Error:
-                self.is_open = False
-                raise
             except BaseException as error:
-                # A signal's handler has raised: not before this is done.
-                interrupted = error
-        if interrupted:
-            raise interrupted
+                failed = error
+        if failed:
+            raise failed
 
     def __del__(self) -> None:
         # An exception out of a signal's handler can keep __exit__ from its first line, and __init__, too.
@@ -1501,11 +1501,17 @@ def _before_fork() -> None:
     _inherited.extend([_process, *_process.connections])
 
 
+def _refuse(*_) -> Any:
+    raise QueueUnavailable("this connection is the parent process's: call connect() in the child")
+
+
 def _after_fork_in_child() -> None:
     """A child opens its own connections, owns nothing of its parent's, and holds no turn of its."""
     global _process
     for conn in _process.connections:
         conn.turn.close()
+        # Where the fork was within a transaction, its end in the child must not end the parent's.
+        conn.execute = _refuse
     for fd in [fd for _, fd, _ in _process.owners.values()] + [*_process.wake_files.values()]:
         os.close(fd)
     _process = _Process()

@@ -184,6 +184,31 @@ sys.exit(status)
     assert process.returncode == (-9 if parent == "is killed" else 0)
 
 
+def test_a_fork_within_a_transaction_leaves_it_to_the_parent(installation):
+    code = f"""{LEFT}
+with q.transaction(q.connect()) as conn:
+    q.insert(conn, "notifications", q.new_row("t", {{}}, "in the midst"))
+    child = os.fork()
+    if child == 0:
+        # The child falls out of the block, too.
+        sys.excepthook = lambda *_: print(_[1], flush=True)
+        raise SystemExit(3) if len(sys.argv) > 1 else ValueError("of the child")
+    _, status = os.waitpid(child, 0)
+    assert os.WEXITSTATUS(status) != 0
+    q.insert(conn, "notifications", q.new_row("t", {{}}, "afterwards"))
+assert not left()
+"""
+    env = installation.env | {"PYTHONPATH": str(ROOT)}
+    for args in ([], ["exit"]):
+        done = subprocess.run(
+            [sys.executable, "-c", code, *args], env=env, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        found = installation.rows("select count(*) from notifications where task_id = 'afterwards'")
+        assert found == [(1,)]
+        installation.sqlite3("delete from notifications")
+
+
 def test_threads_take_their_turns_and_leave_no_descriptor(installation):
     code = f"""{LEFT}
 
