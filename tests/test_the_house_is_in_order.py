@@ -35,18 +35,21 @@ def tree(name: str) -> ast.Module:
     return ast.parse(FILES[name].read_text())
 
 
-def imports(name: str, deferred: bool) -> set[str]:
+def imports(name: str, deferred: bool, optional: bool = False) -> set[str]:
     """The modules that a file imports: while it is loaded, or (deferred) in its functions, too.
 
-    Imports for type checking alone, and those that may fail, are left out.
+    Those for type checking alone are left out, and (not optional) those that may fail.
     """
     found: set[str] = set()
 
     def visit(node: ast.AST) -> None:
         if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
             return
-        if isinstance(node, ast.Try) and "ImportError" in "".join(
-            ast.unparse(handler.type) for handler in node.handlers if handler.type
+        if (
+            not optional
+            and isinstance(node, ast.Try)
+            and "ImportError"
+            in "".join(ast.unparse(handler.type) for handler in node.handlers if handler.type)
         ):
             return
         if not deferred and isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
@@ -139,22 +142,32 @@ def test_a_heavy_library_has_one_door(package):
     assert users == {ONLY_IN[package]}
 
 
+def declared(name: str) -> set[str]:
+    """The packages of a script's header (PEP 723)."""
+    header = re.search(r"(?m)^# /// script\n((?:#.*\n)+?)# ///$", FILES[name].read_text())
+    assert header, f"{name}.py has no header of PEP 723"
+    listed = re.search(r"(?m)^# dependencies = (\[.*\])$", header[1])
+    assert listed and re.search(r'(?m)^# requires-python = ">=3\.11"$', header[1])
+    return {re.match(r"[\w-]+", spec)[0] for spec in ast.literal_eval(listed[1])}
+
+
 @pytest.mark.parametrize("name", sorted(SCRIPTS))
 def test_a_script_declares_what_its_imports_need(name):
-    header = re.search(r"(?m)^# /// script\n((?:#.*\n)+?)# ///$", FILES[name].read_text())
-    assert header, "it has no header of PEP 723"
-    declared = re.search(r"(?m)^# dependencies = (\[.*\])$", header[1])
-    assert declared and re.search(r'(?m)^# requires-python = ">=3\.11"$', header[1])
-    packages = {re.match(r"[\w-]+", spec)[0] for spec in ast.literal_eval(declared[1])}
+    packages = declared(name)
     # Its own imports, and what comes along with them; a function of another module may want more.
     own, most = imports(name, deferred=True), set()
     for each in loads(name, deferred=False):
         own |= imports(each, deferred=False)
     for each in loads(name, deferred=True):
-        most |= imports(each, deferred=True)
+        most |= imports(each, deferred=True, optional=True)
     needed, wanted = (
-        {PACKAGES.get(package, package) for package in third_party(them)} for them in (own, most)
+        {PACKAGES.get(package, package.replace("_", "-")) for package in third_party(them)}
+        for them in (own, most)
     )
+    if "sys.executable" in FILES[name].read_text():
+        # It starts others in its own environment.
+        started = [each for each in SCRIPTS if f"{each}.py" in FILES[name].read_text()]
+        wanted |= set().union(*map(declared, started))
     assert needed <= packages <= wanted
 
 
