@@ -256,9 +256,16 @@ class Queue(RuleBasedStateMachine):
     @rule(tasks=claims, ending=st.sampled_from(["ack", "nack", "bury", "release"]), delay=delays, which=moments)
     def end(self, tasks, ending, delay, which) -> None:
         """Also by one that has lost the task since: then nothing changes."""
-        if not tasks:
-            return
-        task = tasks[which % len(tasks)]
+        if tasks:
+            self.end_task(tasks[which % len(tasks)], ending, delay)
+
+    @rule(ending=st.sampled_from(["ack", "nack", "nack", "bury", "release"]), delay=delays, which=moments)
+    def end_one_that_runs(self, ending, delay, which) -> None:
+        running = self.model.running()
+        if running:
+            self.end_task(running[which % len(running)].claim, ending, delay)
+
+    def end_task(self, task, ending, delay) -> None:
         there = self.held(task)
         if ending == "ack":
             assert self.write(q.ack, task) == (there is not None)
@@ -303,7 +310,9 @@ class Queue(RuleBasedStateMachine):
         waiting = [t for t in self.model.tasks.values() if t.state != "running"]
         if not waiting:
             return
-        task = waiting[which % len(waiting)]
+        # Rather those that have a turn and do not run.
+        waiting.sort(key=lambda task: not task.again)
+        task = waiting[which % len(waiting)] if which % 2 else waiting[0]
         if how == "purge":
             self.bash.execute(f"delete from {QUEUE} where id = ?", (task.id,))
             self.model.remove(task)
