@@ -94,7 +94,7 @@ CLAIMED_TASK = """
 select status, {task} from "{queue}" where id = :id"""
 REQUEST_CANCEL = """
 update "{queue}" set cancel_requested = 1
-where id = :id and status = 2 and owner is :owner and attempts = :attempts"""
+where id = :id and status in (2, 5) and owner is :owner and attempts = :attempts"""
 # It may wait as long as it likes then.
 START_NOW = """
 update "{queue}" set status = 1, due_at = null, released_at = null, expires_at = null
@@ -117,7 +117,7 @@ values (:data, :timestamp, :status, :priority, :due_at, :group_id, :expires_at, 
 WAITING_ROW = """
 select data, timestamp, iif(status = 4, 1, status) as status, priority, due_at, group_id, expires_at,
        attempts, error, task_id, task_type
-from "{queue}" where id = :id and status <> 2"""
+from "{queue}" where id = :id and status not in (2, 5)"""
 WAITING_IDS = """
 select id from "{queue}" where {{condition}} and (:task_type is null or task_type = :task_type) and timestamp <= :before
 order by id"""
@@ -125,7 +125,7 @@ FINISHED_IDS = """
 select id from task_history where status = :status and queue = :queue and completed_at <= :before
   and (:task_type is null or task_type = :task_type)"""
 DELETE_WAITING = """
-delete from "{queue}" where id = :id and status <> 2"""
+delete from "{queue}" where id = :id and status not in (2, 5)"""
 
 
 # ------------------------------------------------------------------------------------- command line
@@ -266,7 +266,7 @@ def fault_in(args: argparse.Namespace) -> str:
         return "give the IDs to move, or --from"
     if args.run is move and args.ids and args.task_type:
         return "--type goes with --from and no ID"
-    if args.run is purge and "in_progress" in (args.statuses or ()):
+    if args.run is purge and {"in_progress", "handed_over"} & set(args.statuses or ()):
         return f"a running task is not purged: {cli.command('cancel ID')}"
     if args.run is stats and args.prometheus and (args.watch or args.as_json):
         return "--prometheus goes with neither --watch nor --json"
@@ -678,6 +678,12 @@ def cancel_task(conn: q.Connection, found: Found, deadline: float) -> str | None
             ended = newest_life(conn, found)["status"]
             return None if ended == "cancelled" else f"it ended before that ({ended})"
         task = q.Task.from_row(found.queue, row[1:])
+        if row[0] == q.HANDED_OVER:
+            with q.transaction(conn):
+                told = {"id": task.id, "owner": task.owner, "attempts": task.attempts}
+                q.execute(conn, REQUEST_CANCEL, task.queue, **told)
+            q.wake(conn.state)
+            return "another machine has it; relay.py pull has that machine end it"
         if row[0] != q.CLAIMED:
             with q.transaction(conn):
                 done = q.finish(conn, task, "cancelled", error="cancelled while it waited")
@@ -796,7 +802,7 @@ def move(ids: list[str], to: str, source: str | None, task_type: str | None, as_
             wanted.append(found)
     else:
         which = {"task_type": task_type, "before": math.inf}
-        statement = q.on_queue(WAITING_IDS, source).format(condition="status <> 2")
+        statement = q.on_queue(WAITING_IDS, source).format(condition="status not in (2, 5)")
         wanted = [Found(source, "", row_id) for (row_id,) in conn.execute(statement, which)]
     if any(found.queue == to for found in wanted):
         raise Refused(f"queue {to!r} is where it is already")
@@ -813,7 +819,7 @@ def move_task(conn: q.Connection, found: Found, to: str) -> dict:
     task_id = found.task_id or row.get("task_id") or f"{found.queue}-{found.row_id}"
     outcome = {"queue": found.queue, "task_id": task_id, "moved": False}
     if not row:
-        return outcome | {"why": "it is running, or gone"}
+        return outcome | {"why": "it is running, handed over, or gone"}
     if row.pop("task_id") is None:
         # A bare payload is called after its queue: an envelope keeps its name.
         row["data"] = cli.envelope_of(
