@@ -162,6 +162,8 @@ where r.id = f.id"""
 ENDINGS = """
 select id, queue, row_id, outcome, coalesce(attempts, 0), extract(epoch from now() - started_at)::float,
   exit_code, result, log, error, reply, reply_bytes from relay_tasks where id = any(%s) order by ended_at"""
+UNWANTED_JOBS = """
+select job_id from relay_tasks where id = any(%s) and ended_at is null"""
 HOME = """
 update relay_tasks set home_at = now(), result = null, log = null, reply = null where id = any(%s)"""
 HUB_COUNTS = """
@@ -200,6 +202,8 @@ IS_UNSENT = """
 select exists (select 1 from "{queue}" where status = 5 and claimed_at is null)"""
 SENT = """
 update "{queue}" set claimed_at = :now where id = :id and owner = :owner and status = 5"""
+UNWANTED = """
+select owner from "{queue}" where status = 5 and cancel_requested"""
 COME_HOME = """
 update "{queue}" set attempts = attempts + :attempts, claimed_at = :started_at
 where id = :id and owner = :owner and status = 5 returning {task}"""
@@ -591,10 +595,15 @@ class Pull(Relay):
         self.machine = machine_id(conn)
         self.hub.listens = (f"relay_{self.machine}",)
         q.ensure_queue(conn, q.TASK_QUEUE_COMPLETION)
+        # Somebody may cancel what was handed over.
+        self.watch()
         say(f"pull brings home the results of machine {self.machine}")
 
     def step(self, conn: q.Connection) -> None:
         self.hub.told()
+        if self.changed:
+            self.changed = False
+            self.cancel(conn)
         if time.monotonic() >= self.seldom_at:
             with self.hub.transaction() as hub:
                 hub.execute(ENDED_OTHERWISE, (self.machine,))
@@ -602,6 +611,17 @@ class Pull(Relay):
         while not self.stops and self.pull(conn):
             pass
         self.is_idle = True
+
+    def cancel(self, conn: q.Connection) -> None:
+        """Have those jobs ended on the hub whose tasks tasks.py cancel was told to end."""
+        ids = []
+        for queue in cli.queues_of(conn):
+            ids += [owner for (owner,) in q.execute(conn, UNWANTED, queue)]
+        if ids:
+            with self.hub.transaction() as hub:
+                for (job_id,) in hub.execute(UNWANTED_JOBS, (ids,)).fetchall():
+                    self.hub.run(hub, "cancel_job", job_id=job_id, abort=True, delete_job=False)
+            self.seldom_at = 0.0
 
     def pull(self, conn: q.Connection) -> int:
         """End the tasks here whose ends the hub knows, then tell the hub; how many."""

@@ -97,7 +97,7 @@ CLAIMED_TASK = """
 select status, {task} from "{queue}" where id = :id"""
 REQUEST_CANCEL = """
 update "{queue}" set cancel_requested = 1
-where id = :id and status = 2 and owner is :owner and attempts = :attempts"""
+where id = :id and status in (2, 5) and owner is :owner and attempts = :attempts"""
 # It may wait as long as it likes then.
 START_NOW = """
 update "{queue}" set status = 1, due_at = null, released_at = null, expires_at = null
@@ -682,7 +682,11 @@ def cancel_task(conn: q.Connection, found: Found, deadline: float) -> str | None
             return None if ended == "cancelled" else f"it ended before that ({ended})"
         task = q.Task.from_row(found.queue, row[1:])
         if row[0] == q.HANDED_OVER:
-            return "another machine has it: relay.py pull hears how it ends"
+            with q.transaction(conn):
+                told = {"id": task.id, "owner": task.owner, "attempts": task.attempts}
+                q.execute(conn, REQUEST_CANCEL, task.queue, **told)
+            q.wake(conn.state)
+            return "another machine has it; relay.py pull has that machine end it"
         if row[0] != q.CLAIMED:
             with q.transaction(conn):
                 done = q.finish(conn, task, "cancelled", error="cancelled while it waited")

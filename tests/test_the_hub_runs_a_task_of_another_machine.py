@@ -136,6 +136,24 @@ def test_what_is_cancelled_on_the_hub_ends_as_cancelled(machines):
     stop(work)
 
 
+def test_what_is_cancelled_here_is_ended_there(machines):
+    here, there = machines
+    there.handler("slow", '#!/bin/sh\ntouch "$HOME/begun"\nexec sleep 60\n')
+    here.put(q.new_row("slow", {}, "running"), q.new_row("slow", {}, "waiting"))
+    here.relay("push", "notifications", "--drain")
+    there.work("notifications", "--kill-after", 1)
+    wait_for(lambda: (there.here.directory / "begun").exists(), what="a running handler")
+    done = here.here.run("tasks.py", "cancel", "running", "waiting")
+    assert "another machine has it" in done.stderr + done.stdout
+    # Neither is anything else done with them here.
+    here.here.run("tasks.py", "move", "--from", "notifications", "--to", "approvals")
+    here.here.run("tasks.py", "purge", "notifications", "--yes")
+    assert (here.word("running"), here.word("waiting")) == ("handed_over", "handed_over")
+    here.start("pull")
+    for task in ("running", "waiting"):
+        assert here.finished(task, 30)["status"] == "cancelled"
+
+
 def test_a_job_that_others_deferred_runs_too(machines):
     here, there = machines
     there.handler("greet", '#!/bin/sh\ncat >"$HOME/told"\n')
