@@ -19,6 +19,7 @@ if [ -z "$lib" ]; then
     lib=${0%/*}
     # A file to read that is missing would end this shell with 2.
     [ -r "$lib/places.sh" ] || exit 1
+    # shellcheck source=places.sh disable=SC1091
     . "$lib/places.sh"
 fi
 

@@ -212,7 +212,8 @@ def settings_before(place: Installation, text: str | None) -> str | None:
     if recorded.get("written") == digest(text.encode()) and (
         backup is None or os.path.isfile(backup)
     ):
-        return None if backup is None else Path(backup).read_bytes().decode()
+        # A backup that was made between our two hooks has the first of them.
+        return None if backup is None else without_hooks(Path(backup).read_bytes().decode(), place)
     new = without_hooks(text, place)
     return None if "backup" in recorded and backup is None and json.loads(new) == {} else new
 

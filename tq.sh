@@ -9,6 +9,7 @@ state=
 name=${0##*/}
 if [ -z "$lib" ]; then
     name=task-queue here=${0%/*} asked=${TASK_QUEUE_STATE:-}
+    # shellcheck source=places.sh disable=SC1091
     . "$here/places.sh"
     lib=${worker:-$here} state=$TASK_QUEUE_STATE TASK_QUEUE_STATE=$asked
 fi

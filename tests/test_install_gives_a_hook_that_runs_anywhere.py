@@ -162,7 +162,8 @@ def test_twenty_at_once_store_twenty_tasks(place):
     started = [subprocess.Popen(["/bin/sh", "-c", command], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                                 env={"HOME": str(home)}) for _ in range(20)]  # fmt: skip
     for number, process in enumerate(started):
-        process.stdin.write(STOP.replace(b"s1", b"n%d" % number))
+        # A workspace has one task at a time.
+        process.stdin.write(STOP.replace(b'"/"', b'"/%d"' % number))
         process.stdin.close()
     assert [(process.wait(30), process.stdout.read()) for process in started] == [(0, b"")] * 20
     assert len(rows(prefix)) + len(spooled(prefix)) == 20

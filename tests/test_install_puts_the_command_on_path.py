@@ -18,7 +18,7 @@ def home(tmp_path):
 
 
 def run(home, *args, command="install", stdin=subprocess.DEVNULL, path="/usr/bin:/bin", **env):
-    more = ["--no-warm", "--hook", "no"] if command == "install" else []
+    more = ["--no-warm", "--hook", "no", "--report", "no"] if command == "install" else []
     bare = f"{os.path.dirname(shutil.which('uv'))}:{path}" if shutil.which("uv") else path
     return subprocess.run([sys.executable, ROOT / "install.py", command, *more, *args], env={"HOME": str(home), "PATH": bare, **env}, stdin=stdin,
                           capture_output=True, text=True, timeout=60)  # fmt: skip

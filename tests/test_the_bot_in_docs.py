@@ -29,7 +29,7 @@ def test_it_has_thirty_lines():
 
 
 def test_it_shows_results_and_lets_run_what_a_person_approves(installation, bot):
-    installation.handler("claude", "#!/bin/sh\necho '{\"summary\": \"The link is mended.\"}'\n")
+    installation.handler("claude", '#!/bin/sh\necho \'{"summary": "The link is mended."}\'\n')
     one, other = (
         installation.enqueue("approvals", "claude", "--hold", json.dumps({"prompt": text}))
         for text in ("Mend the link.", "Sink the boat.")

@@ -35,7 +35,12 @@ class Firing(Home):
     def fire(self, event: str, command: list[str] | None = None, code: int = 0, **payload) -> str:
         """Run the hook for an event; what it prints."""
         self.fired += "session_id" not in payload
-        payload = {"hook_event_name": event, "cwd": str(self.workspace), "session_id": f"s{self.fired}", **payload}
+        payload = {
+            "hook_event_name": event,
+            "cwd": str(self.workspace),
+            "session_id": f"s{self.fired}",
+            **payload,
+        }
         ran = subprocess.run(command or hook_command(event, self.root), env=self.env, cwd=self.workspace,
                              input=json.dumps(payload), capture_output=True, text=True, timeout=60)  # fmt: skip
         assert ran.returncode == code, ran.stderr
@@ -86,7 +91,7 @@ def test_it_uses_an_installations_worker_and_state_wherever_that_is(firing, tmp_
     firing.state = tmp_path / 'the "state"'
     firing.install(env={"TASK_QUEUE_STATE": str(firing.state), "PATH": firing.env["PATH"]})
     handler = firing.prefix / "handlers/link_validation"
-    handler.write_text("#!/bin/sh\necho '{\"summary\": \"mine\"}'\n")
+    handler.write_text('#!/bin/sh\necho \'{"summary": "mine"}\'\n')
     firing.fire("Stop")
     assert firing.ended() == [("completed", '{"summary": "mine"}\n')]
     assert f"{firing.prefix}/runtime/lib/worker.py" in firing.cmdline()
@@ -133,7 +138,9 @@ def test_the_settings_hook_and_the_plugins_make_one_task_of_a_firing_and_tell_on
 def test_with_different_schema_versions_hooks_spool_and_doctor_says_which_to_update(firing, older):
     firing.install()
     firing.no_worker()
-    module = (firing.root if older == "installation" else firing.prefix / "runtime/lib") / "queue_helpers.py"
+    module = (
+        firing.root if older == "installation" else firing.prefix / "runtime/lib"
+    ) / "queue_helpers.py"
     newer = f"SCHEMA_VERSION = {q.SCHEMA_VERSION + 1}"
     module.write_text(module.read_text().replace(f"SCHEMA_VERSION = {q.SCHEMA_VERSION}", newer))
     if older == "plugin":
@@ -149,7 +156,9 @@ def test_with_different_schema_versions_hooks_spool_and_doctor_says_which_to_upd
     assert len(firing.spooled()) == 1 and firing.rows("pragma user_version") == before
     env = {"HOME": str(firing.home), "PATH": os.environ["PATH"]}
     doctor = firing.prefix / "runtime/lib/doctor.py"
-    ran = subprocess.run([sys.executable, doctor, "--json"], env=env, capture_output=True, text=True)
+    ran = subprocess.run(
+        [sys.executable, doctor, "--json"], env=env, capture_output=True, text=True
+    )
     (found,) = [one for one in json.loads(ran.stdout)["findings"] if one["check"] == "plugin"]
     assert found["level"] == "problem" and "spool" in found["message"]
     remedy = "claude plugin update task-queue@market" if older == "plugin" else "just install"
@@ -169,20 +178,30 @@ def test_without_python_or_uv_the_firing_goes_to_the_spool_of_the_state(firing):
 
 def test_the_skills_commands_work_as_printed(firing):
     skill = (ROOT / "skills/task-queue/SKILL.md").read_text()
-    commands = [line for block in re.findall(r"```bash\n(.*?)```", skill, re.DOTALL) for line in block.splitlines()]
+    commands = [
+        line
+        for block in re.findall(r"```bash\n(.*?)```", skill, re.DOTALL)
+        for line in block.splitlines()
+    ]
     assert len(commands) == 8
-    (firing.root / "handlers/claude").write_text("#!/bin/sh\necho '{\"summary\": \"mended\"}'\n")
+    (firing.root / "handlers/claude").write_text('#!/bin/sh\necho \'{"summary": "mended"}\'\n')
     task_id = None
     for line in commands:
         line = line.replace("/home/user/notes", str(firing.workspace))
         line = line.replace(" ID", f" {task_id}")
         command = ["sh", "-c", line]
         env = firing.env | {"PATH": f"{firing.root}/bin:{firing.env['PATH']}"}
-        ran = subprocess.run(command, env=env, cwd=firing.workspace, capture_output=True, text=True, timeout=90)
+        ran = subprocess.run(
+            command, env=env, cwd=firing.workspace, capture_output=True, text=True, timeout=90
+        )
         assert ran.returncode == 0, (line, ran.stdout, ran.stderr)
         task_id = task_id or re.fullmatch(r"queued (\S+)\n", ran.stdout)[1]
-    assert firing.rows(f"select status from task_history where task_id = '{task_id}'") == [("completed",)]
-    held = firing.task_queue("add", "approvals", "claude", '{"prompt": "x"}', "--hold").stdout.split()[1]
+    assert firing.rows(f"select status from task_history where task_id = '{task_id}'") == [
+        ("completed",)
+    ]
+    held = firing.task_queue(
+        "add", "approvals", "claude", '{"prompt": "x"}', "--hold"
+    ).stdout.split()[1]
     assert firing.task_queue("reject", held).returncode == 0
     assert "mended" in firing.task_queue("report", "--peek").stdout
     assert firing.task_queue("doctor").returncode in (0, 1)
