@@ -34,10 +34,14 @@ from pathlib import Path
 import queue_cli as cli
 
 HERE = Path(__file__).resolve().parent
-STEP_SECONDS = 30  # for each step
-WARM_SECONDS = 900  # the first time, uv downloads lychee: 75 MB
-ASLEEP_SECONDS = 1  # a worker is, long before, where nobody can see it
-END_SECONDS = 8  # for children to end by themselves; a worker gives its handlers 5
+# Each step may take so long.
+STEP_SECONDS = 30
+# The first time, uv downloads lychee: 75 MB.
+WARM_SECONDS = 900
+# A worker sleeps long before that. It is waited for so long where nobody can see it.
+ASLEEP_SECONDS = 1
+# Children have so long to end by themselves; a worker gives its handlers 5 seconds.
+END_SECONDS = 8
 POLL_SECONDS = 0.002
 STOPS = (signal.SIGTERM, signal.SIGINT)
 
@@ -54,7 +58,8 @@ class Failed(Exception):
 
 def main(argv: Sequence[str] | None = None) -> int:
     cli.make_parser("demo.py", __doc__).parse_args(argv)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # an exit that cleans up
+    # An exit runs the clean-up below.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     with tempfile.TemporaryDirectory(prefix="task-queue-demo-") as directory:
         demo = Demo(Path(directory).resolve())
         try:
@@ -75,16 +80,26 @@ class Demo:
 
     def __init__(self, directory: Path) -> None:
         self.started = time.monotonic()
-        self.state, self.workspace, self.handlers = directory / "state", directory / "workspace", HERE / "handlers"
+        self.state, self.workspace, self.handlers = (
+            directory / "state",
+            directory / "workspace",
+            HERE / "handlers",
+        )
         self.log = directory / "worker.log"
         self.worker: subprocess.Popen | None = None
         self.children: list[subprocess.Popen] = []
         self.uv = cli.find_uv()
-        names = ("TASK_", "LYCHEE_", "CLAUDE")  # of whatever this was started from
-        self.environment = {name: value for name, value in os.environ.items() if not name.startswith(names)}
+        # Whatever this was started from may have set these.
+        names = ("TASK_", "LYCHEE_", "CLAUDE")
+        self.environment = {
+            name: value for name, value in os.environ.items() if not name.startswith(names)
+        }
         self.environment["TASK_QUEUE_STATE"] = str(self.state)
-        if self.uv:  # the handler's first line asks PATH for it
-            self.environment["PATH"] = os.pathsep.join([os.path.dirname(self.uv), os.environ.get("PATH", os.defpath)])
+        # The handler's first line asks PATH for uv.
+        if self.uv:
+            self.environment["PATH"] = os.pathsep.join(
+                [os.path.dirname(self.uv), os.environ.get("PATH", os.defpath)]
+            )
 
     def run(self) -> None:
         self.warm()
@@ -94,9 +109,16 @@ class Demo:
         # Hook and worker run by themselves from here on: these wait for what they do, and say when it was.
         claimed = self.wait_for("no worker claimed the task", self.first("select * from task_queue where queue = 'notifications' "
                                                                          "and started_at is not null"))  # fmt: skip
-        self.say(f"task queued: {claimed['task_type']} {claimed['task_id']} (hook: {hook_ms:.0f} ms, exit 0, no output)")
-        self.say(f"worker woken {milliseconds(claimed['enqueued_at'], claimed['started_at'])} ms after the task was enqueued")
-        done = self.wait_for("the handler did not finish", self.first("select * from task_history where queue = 'notifications'"))
+        self.say(
+            f"task queued: {claimed['task_type']} {claimed['task_id']} (hook: {hook_ms:.0f} ms, exit 0, no output)"
+        )
+        self.say(
+            f"worker woken {milliseconds(claimed['enqueued_at'], claimed['started_at'])} ms after the task was enqueued"
+        )
+        done = self.wait_for(
+            "the handler did not finish",
+            self.first("select * from task_history where queue = 'notifications'"),
+        )
         if done["status"] != "completed":
             raise Failed(f"the task ended as {done['status']}: {done['error']}")
         summary = json.loads(done["result"])
@@ -104,9 +126,16 @@ class Demo:
             raise Failed(f"the handler found {summary}, not one good and one broken link")
         link = summary["broken"][0]
         took = milliseconds(done["started_at"], done["completed_at"])
-        self.say(f"broken link found: {link['file']}:{link['line']} -> {os.path.basename(link['url'])} ({took} ms, real lychee)")
-        waiting = self.wait_for("nothing came to completions", self.first("select * from task_queue where queue = 'completions'"))
-        self.say(f"completion queued: {waiting['task_type']} {waiting['task_id']} is {waiting['status']} on completions")
+        self.say(
+            f"broken link found: {link['file']}:{link['line']} -> {os.path.basename(link['url'])} ({took} ms, real lychee)"
+        )
+        waiting = self.wait_for(
+            "nothing came to completions",
+            self.first("select * from task_queue where queue = 'completions'"),
+        )
+        self.say(
+            f"completion queued: {waiting['task_type']} {waiting['task_id']} is {waiting['status']} on completions"
+        )
         print(json.dumps(json.loads(waiting["data"])["data"]), flush=True)
 
     # ---------------------------------------------------------------------------------------------------------- steps
@@ -117,23 +146,31 @@ class Demo:
         missing = [str(script) for script in scripts if not script.is_file()]
         if missing:
             raise Failed(f"{' and '.join(missing)} missing: run this from a whole checkout")
-        for process in [self.start(script, "--help", stdout=subprocess.DEVNULL) for script in scripts]:
+        for process in [
+            self.start(script, "--help", stdout=subprocess.DEVNULL) for script in scripts
+        ]:
             try:
                 code = process.wait(WARM_SECONDS)
             except subprocess.TimeoutExpired:
-                raise Failed(f"what the scripts need was not downloaded within {WARM_SECONDS} s") from None
+                raise Failed(
+                    f"what the scripts need was not downloaded within {WARM_SECONDS} s"
+                ) from None
             if code != 0:
                 raise Failed("a script could not be started; what it says is above")
         if not self.uv:
             self.handlers = self.handlers_without_uv()
-        self.say("scripts are ready to run" + ("" if self.uv else " (by this Python: there is no uv)"))
+        self.say(
+            "scripts are ready to run" + ("" if self.uv else " (by this Python: there is no uv)")
+        )
 
     def handlers_without_uv(self) -> Path:
         """A handlers directory whose link_validation is run by this Python."""
         directory = self.log.parent / "handlers"
         directory.mkdir()
         stand_in = directory / "link_validation"
-        stand_in.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{self.handlers}/link_validation"\n')
+        stand_in.write_text(
+            f'#!/bin/sh\nexec "{sys.executable}" "{self.handlers}/link_validation"\n'
+        )
         stand_in.chmod(0o755)
         return directory
 
@@ -149,7 +186,10 @@ class Demo:
                                      "--grace", "0", stdin=subprocess.DEVNULL, stdout=log, stderr=log)  # fmt: skip
         self.wait_for("the worker did not get ready", self.worker_serves)
         asleep_by = time.monotonic() + ASLEEP_SECONDS
-        self.wait_for("the worker did not fall asleep", lambda: self.worker_hears() or time.monotonic() > asleep_by)
+        self.wait_for(
+            "the worker did not fall asleep",
+            lambda: self.worker_hears() or time.monotonic() > asleep_by,
+        )
         self.say("worker started: worker.py notifications --then completions; it sleeps")
 
     def fire_hook(self) -> float:
@@ -159,7 +199,9 @@ class Demo:
             "cwd": str(self.workspace), "permission_mode": "acceptEdits", "hook_event_name": "Stop",
             "stop_hook_active": False, "last_assistant_message": "I updated the notes.", "background_tasks": [],
         }  # fmt: skip
-        self.say('hook payload in: {"hook_event_name": "Stop", "cwd": …} to enqueue.py --hook notifications link_validation')
+        self.say(
+            'hook payload in: {"hook_event_name": "Stop", "cwd": …} to enqueue.py --hook notifications link_validation'
+        )
         before = time.monotonic()
         hook = self.start(HERE / "enqueue.py", "--hook", "notifications", "link_validation",
                           stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
@@ -168,7 +210,9 @@ class Demo:
         except subprocess.TimeoutExpired:
             raise Failed(f"the hook did not return within {STEP_SECONDS} s") from None
         if hook.returncode != 0 or out or err:
-            raise Failed(f"the hook ended with exit {hook.returncode} and said {(out + err).decode()!r}")
+            raise Failed(
+                f"the hook ended with exit {hook.returncode} and said {(out + err).decode()!r}"
+            )
         return (time.monotonic() - before) * 1000
 
     # ---------------------------------------------------------------------------------------------------------- tools
@@ -176,7 +220,8 @@ class Demo:
     def start(self, script: Path, *arguments: str, **options) -> subprocess.Popen:
         """Run a script in a process group of its own, so that all of it can be ended."""
         runner = [self.uv, "run", "--script"] if self.uv else [sys.executable]
-        signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)  # a stop in between would leave a child that nobody knows of
+        # A stop in between would leave a child that nobody knows of.
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
         try:
             child = subprocess.Popen([*runner, str(script), *arguments], env=self.environment, start_new_session=True,
                                      preexec_fn=lambda: signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS), **options)  # noqa: PLW1509  # fmt: skip
@@ -193,7 +238,9 @@ class Demo:
         deadline = time.monotonic() + STEP_SECONDS
         while not (found := look()):
             if self.worker.poll() is not None:
-                raise Failed(f"{otherwise}: the worker ended with exit {self.worker.returncode} and said:")
+                raise Failed(
+                    f"{otherwise}: the worker ended with exit {self.worker.returncode} and said:"
+                )
             if time.monotonic() > deadline:
                 raise Failed(f"{otherwise} within {STEP_SECONDS} s; the worker said:")
             time.sleep(POLL_SECONDS)
@@ -201,7 +248,9 @@ class Demo:
 
     def first(self, query: str) -> Callable:
         """A look at the first row of a query, as a dict; None while there is none."""
-        conn = sqlite3.connect(f"{(self.state / 'tasks.db').as_uri()}?mode=ro", uri=True, isolation_level=None)
+        conn = sqlite3.connect(
+            f"{(self.state / 'tasks.db').as_uri()}?mode=ro", uri=True, isolation_level=None
+        )
         conn.row_factory = sqlite3.Row
 
         def look() -> dict | None:
@@ -219,10 +268,15 @@ class Demo:
 
     def worker_hears(self) -> bool:
         """Whether the worker is told of writes to the state directory: it sleeps, and its wake can be timed."""
-        watched = f" ino:{os.stat(self.state).st_ino:x} "  # as Linux lists inotify's watches; others don't
+        # So Linux lists the watches of inotify; other systems do not.
+        watched = f" ino:{os.stat(self.state).st_ino:x} "
         try:
-            return any(watched in file.read_text() for file in Path(f"/proc/{self.worker_serves()}/fdinfo").iterdir())
-        except OSError:  # opened and closed while we read
+            return any(
+                watched in file.read_text()
+                for file in Path(f"/proc/{self.worker_serves()}/fdinfo").iterdir()
+            )
+        except OSError:
+            # A file was opened or closed while we read.
             return False
 
     def worker_log(self) -> str:
@@ -231,10 +285,12 @@ class Demo:
     def end_children(self) -> None:
         """End what was started and is still there; nothing writes into the directory any more when this returns."""
         for stop in STOPS:
-            signal.signal(stop, signal.SIG_IGN)  # it takes seconds at most
+            # The clean-up takes seconds at most, and is not to be interrupted.
+            signal.signal(stop, signal.SIG_IGN)
         alive = [child for child in self.children if child.poll() is None]
         for child in alive:
-            child.terminate()  # uv passes it on; the worker ends its handlers
+            # uv passes the signal on, and the worker ends its handlers.
+            child.terminate()
         deadline = time.monotonic() + END_SECONDS
         for child in alive:
             try:
@@ -242,7 +298,8 @@ class Demo:
             except subprocess.TimeoutExpired:
                 pass
             while has_members(child.pid) and time.monotonic() < deadline + END_SECONDS:
-                child.poll()  # a zombie is a member
+                # A zombie is a member of its group, too.
+                child.poll()
                 time.sleep(POLL_SECONDS)
 
 
@@ -251,14 +308,19 @@ def has_members(group: int) -> bool:
     try:
         os.killpg(group, signal.SIGKILL)
         return True
-    except (ProcessLookupError, PermissionError):  # macOS says the latter of zombies
+    except (ProcessLookupError, PermissionError):
+        # macOS says the latter of zombies.
         return False
 
 
 def milliseconds(start: str, end: str) -> int:
     """From one UTC text of the history to another."""
     with sqlite3.connect(":memory:") as conn:
-        return round(conn.execute("select (julianday(?) - julianday(?)) * 86400000", (end, start)).fetchone()[0])
+        return round(
+            conn.execute(
+                "select (julianday(?) - julianday(?)) * 86400000", (end, start)
+            ).fetchone()[0]
+        )
 
 
 if __name__ == "__main__":

@@ -57,7 +57,8 @@ def main() -> int:
             commands |= {"python3 CHECKOUT/enqueue.py --hook": ["/usr/bin/env", f"TASK_QUEUE_STATE={directory}/other", *hook],
                          "python3 enqueue.py --hook, again": ["/usr/bin/env", *commands["python3 enqueue.py --hook"]]}  # fmt: skip
         times: dict[str, list[float]] = {name: [] for name in commands}
-        for number in range(-3, rounds):  # the first ones warm the caches
+        # The first rounds warm the caches.
+        for number in range(-3, rounds):
             for name, command in list(commands.items())[:: 1 if number % 2 else -1] if number > -3 else commands.items():
                 began = time.perf_counter()
                 subprocess.run(command, input=(PAYLOAD % number).encode(), env=env, check=True)

@@ -41,7 +41,8 @@ def main() -> int:
         try:
             for number in range(1, kills + 1):
                 workers.append(start(root, env))
-                time.sleep(0.3)  # until it is idle
+                # By then it is idle.
+                time.sleep(0.3)
                 began = time.time()
                 workers[0].kill()
                 os.killpg(group, signal.SIGKILL)

@@ -34,7 +34,8 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent.parent
 QUEUES = ("soak", "shell")
 MAX_ATTEMPTS = 6
-BLIND_NS = 200_000_000  # how long before its first and after its last words a handler may have a supervisor to lose
+# A handler may have a supervisor to lose so long before its first words and after its last ones.
+BLIND_NS = 200_000_000
 
 # Fails at times, says "not now" at times, hangs at times (the worker's timeout ends it), is never any good at times.
 HANDLER = """#!/bin/sh
@@ -108,9 +109,12 @@ class Soak:
         self.log.touch()
         self.workers: list[subprocess.Popen] = []
         self.counts: Counter = Counter()
-        self.killed: dict[tuple[str, int], bool] = {}  # (pid, when it started): runs whose handler or group we killed
-        self.blind: list[int] = []  # when a supervisor was killed: how its runs end is not known, and they are run again
-        self.alive: dict[tuple[str, str], int] = {}  # (pid, when it started): when it was last seen alive
+        # Of (pid, when it started): the runs whose handler or group we killed.
+        self.killed: dict[tuple[str, int], bool] = {}
+        # When a supervisor was killed. How its runs end is not known, and they are run again.
+        self.blind: list[int] = []
+        # Of (pid, when it started): when it was last seen running.
+        self.alive: dict[tuple[str, str], int] = {}
         self.unread, self.rest, self.begun, self.reading = open(self.log), "", {}, threading.Lock()
         self.over = threading.Event()
 
@@ -148,7 +152,8 @@ class Soak:
         elif roll < 0.8:
             worker.send_signal(signal.SIGSTOP)
             time.sleep(self.dice.uniform(0, 0.5))
-            if self.dice.random() < 0.3:  # dies while it is stopped
+            # It is killed while it is stopped.
+            if self.dice.random() < 0.3:
                 worker.kill()
                 worker.wait()
                 self.workers.remove(worker)
@@ -177,7 +182,8 @@ class Soak:
                 self.killed[pid, started] = True
                 if self.dice.random() < 0.5:
                     os.kill(int(pid), signal.SIGKILL)
-                else:  # and its children with it
+                else:
+                    # Its children are killed with it.
                     os.killpg(os.getpgid(int(pid)), signal.SIGKILL)
             except (ProcessLookupError, FileNotFoundError):
                 return
@@ -186,7 +192,8 @@ class Soak:
     def open_runs(self) -> list[tuple[str, str]]:
         """(pid, when it started) of the runs that have written no end."""
         with self.reading:
-            *lines, self.rest = (self.rest + self.unread.read()).split("\n")  # a write may be seen in two parts
+            # A write may be seen in two parts.
+            *lines, self.rest = (self.rest + self.unread.read()).split("\n")
             for line in lines:
                 what, task, attempt, pid, _, last = line.split()
                 if what == "begin":
@@ -261,7 +268,8 @@ class Soak:
                 if begin < end:
                     overlaps.append((task, (end - begin) / 1e6))
             well = [killed for _, _, code, killed in spans if code == 0]
-            if len(well) > 1 and not any(well[:-1]):  # none of them was killed on its last few steps
+            # None of them was killed on its last few steps.
+            if len(well) > 1 and not any(well[:-1]):
                 twice.append(task)
         accepted = self.accepted.read_text().split()
         history = self.rows(f"select task_id, status, attempts, error from task_history where queue in {QUEUES}")

@@ -150,7 +150,8 @@ def installation(tmp_path):
     """An Installation; its processes are killed at the end."""
     made = Installation(tmp_path)
     yield made
-    for _ in range(10):  # a worker that is told twice takes its handlers along
+    # A worker that gets a second signal ends its handlers, too.
+    for _ in range(10):
         running = [process for process in made.processes if process.poll() is None]
         for process in running:
             process.terminate()

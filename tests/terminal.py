@@ -27,7 +27,8 @@ def on_terminal(installation, *args, columns: int = 80, rows: int = 24, code: in
     while True:
         try:
             piece = os.read(ours, 65536)
-        except OSError:  # the other end is closed
+        except OSError:
+            # The other end is closed.
             break
         if not piece:
             break

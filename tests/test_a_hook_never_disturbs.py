@@ -137,7 +137,8 @@ def test_stdin_that_is_never_closed_is_not_waited_for(installation):
     os.close(read)
     assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
     assert installation.rows("select task_type from notifications") == [("Stop",)]
-    assert took < 0.9  # the payload was whole long before --wait was over
+    # The payload was whole long before --wait was over.
+    assert took < 0.9
 
 
 def test_stdin_that_never_says_anything_is_given_up(installation):

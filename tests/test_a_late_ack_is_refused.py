@@ -116,7 +116,8 @@ def test_after_a_redrive(installation, queue, claims, owner):
 
 
 def test_after_recovery(installation, queue, claims):
-    task = claims("1-dead")  # an owner without a lock file
+    # This owner has no lock file.
+    task = claims("1-dead")
     ((_, outcome, _),) = queue.recover()[0]
     assert outcome == "scheduled"
     refused(installation, queue, claims, task)
@@ -192,7 +193,8 @@ def test_a_worker_that_lost_its_lock_file_does_not_lose_the_task_it_runs(install
     for file in (installation.state / "workers").iterdir():
         file.unlink()
     installation.worker("notifications")
-    assert queue.recover()[0] == []  # its lock file is back, or else the handler's output is locked
+    # Its lock file is back, or else the handler's output is locked.
+    assert queue.recover()[0] == []
     (installation.directory / "go").touch()
     assert installation.finished(task)["status"] == "completed"
     assert lines(installation.directory / "runs") == ["run"]
@@ -208,5 +210,6 @@ def test_a_worker_says_what_it_lost(installation):
     (installation.directory / "go").touch()
     worker.send_signal(signal.SIGCONT)
     wait_for(lambda: f"{task} lost" in worker.log.read_text(), what="a line on the lost run")
-    done = installation.finished(task)  # it ran again, and that run counts
+    # It ran again, and that run counts.
+    done = installation.finished(task)
     assert (done["status"], done["attempts"]) == ("completed", 1) and len(lines(installation.directory / "runs")) == 2

@@ -62,7 +62,8 @@ class Writer:
         self.process = subprocess.Popen([sys.executable, "-c", code, ROOT, installation.db], env=installation.env | (env or {}),
                                         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)  # fmt: skip
         installation.processes += [stalls, self.process]
-        self.seen = []  # (committed, when it was had)
+        # Each is (when it was committed, when we had it).
+        self.seen = []
 
     def put_after(self, pause: float) -> None:
         self.process.stdin.write(f"{pause}\n")
@@ -109,7 +110,8 @@ def assert_none_was_late(writer: Writer, count: int) -> None:
 @pytest.mark.parametrize("code", [ENQUEUE_TASK, PLAIN_INSERT], ids=["enqueue_task", "plain_insert"])
 @pytest.mark.parametrize("kind", ["get_queue", "get_ack_queue"])
 def test_a_thousand_puts(installation, queue, code, kind):
-    count = 250  # with each pair of a writer and a reader
+    # So many with each pair of a writer and a reader.
+    count = 250
     mine = getattr(queue, kind)("notifications")
     writer = Writer(installation, code)
     for n, pause in enumerate(pauses(count, 16)):
@@ -237,7 +239,8 @@ def test_an_idle_consumer_uses_no_processor(installation, queue):
     wait_for(asleep, 20, "sleeping consumers")
     before = {sleeper.pid: processor_seconds(sleeper.pid) for sleeper in sleepers}
     began = time.monotonic()
-    time.sleep(5.5)  # a safety tick is in it
+    # This is long enough for a safety tick.
+    time.sleep(5.5)
     took = time.monotonic() - began
     shares = [(processor_seconds(sleeper.pid) - before[sleeper.pid]) / took for sleeper in sleepers]
     assert all(share < 0.02 for share in shares), dict(zip(SLEEPERS, shares, strict=True))

@@ -47,7 +47,8 @@ def test_a_child_that_ignores_term_does_not_outlive_a_handler_that_does_not(inst
 
 def test_a_handler_may_use_the_time_from_term_to_kill(installation):
     done = run(installation, "trap 'echo tidied up; exit 0' TERM\nwhile :; do sleep 0.05; done", "--timeout", 0.3)
-    assert done["result"] == "tidied up\n" and done["status"] == "failed"  # it was not done in time, whatever it says
+    # It was not done in time, whatever it says.
+    assert done["result"] == "tidied up\n" and done["status"] == "failed"
     assert done["error"].startswith("timed out")
 
 
@@ -81,7 +82,8 @@ def test_five_megabytes_on_each_stream_are_no_obstacle(installation):
     for text in (done["result"], done["log"]):
         assert text.endswith("\n699999\n700000\n") and len(text) == 65536
     (out,) = (installation.state / "logs" / "notifications").glob("*.out")
-    assert out.stat().st_size > 4_700_000  # whole, for whoever wants to look
+    # The file is whole, for whoever wants to look.
+    assert out.stat().st_size > 4_700_000
 
 
 def test_a_megabyte_of_payload_that_nobody_reads_is_no_obstacle(installation):
@@ -99,7 +101,8 @@ def test_a_handler_that_forks_and_exits_is_done(installation):
     done = run(installation, 'sleep 100 &\necho $! >"$HOME/pids"\necho done', "--timeout", 60)
     assert (done["status"], done["result"]) == ("completed", "done\n") and time.monotonic() - began < 10
     (child,) = map(int, lines(installation.directory / "pids"))
-    assert lives(child)  # what a handler leaves behind on purpose is left alone
+    # What a handler leaves behind on purpose is left alone.
+    assert lives(child)
     os.kill(child, signal.SIGKILL)
 
 
@@ -130,7 +133,8 @@ def test_a_result_nested_too_deep_for_the_database_does_not_stop_the_worker(inst
 
 def test_a_long_task_id_may_have_a_next_task(installation):
     installation.handler("it", "#!/bin/sh\necho '{}'\n")
-    task = installation.enqueue("notifications", "it", "--task-id", "é" * 250)  # 500 bytes, all that is allowed
+    # These are 500 bytes, all that is allowed.
+    task = installation.enqueue("notifications", "it", "--task-id", "é" * 250)
     installation.worker("notifications", "--then", "completions")
     done = installation.finished(task)
     assert (done["status"], done["error"]) == ("completed", None)
@@ -151,9 +155,11 @@ def test_whatever_name_a_shell_gave_its_task_the_worker_lives(installation):
 
 
 def test_a_task_whose_id_no_process_can_be_given_ends_as_a_dead_letter(installation):
-    envelope = json.dumps({"task_id": "x" * 200_000, "task_type": "known", "data": {}})  # execve takes 128 KiB a string
+    # execve takes 128 KiB a string.
+    envelope = json.dumps({"task_id": "x" * 200_000, "task_type": "known", "data": {}})
     installation.handler("known", "#!/bin/sh\n")
-    installation.enqueue("notifications", "known")  # makes the table
+    # This makes the table.
+    installation.enqueue("notifications", "known")
     (installation.directory / "payload").write_text(envelope)
     with open(installation.directory / "payload") as stdin:
         installation.sqlite3("insert into notifications (data) values (cast(readfile('/dev/stdin') as text))", stdin=stdin)

@@ -47,7 +47,8 @@ def records(installation) -> list[Path]:
 
 def test_a_task_is_left_alone_while_its_orphan_runs_and_recorded_as_done_when_that_was_well(installation, orphan):
     task, pid = orphan("--then", "completions")
-    survivor = installation.worker("notifications")  # what to do next is kept with the task: it knows of no --then
+    # What to do next is kept with the task: this worker knows of no --then.
+    survivor = installation.worker("notifications")
     claimed = [(2, 1)]
     assert stays_true(lambda: installation.rows("select status, attempts from notifications") == claimed and lives(pid), 1.5)
     let_it_end(installation, 0)
@@ -255,7 +256,8 @@ def test_what_was_to_be_ended_is_ended_without_its_worker(installation, after):
     worker.kill()
     worker.wait()
     wait_for(lambda: not lives(int(pid)), 5, "the handler's end")
-    installation.run("worker.py", "notifications", "--drain", "--handlers", installation.directory)  # finds no handler
+    # This worker finds no handler.
+    installation.run("worker.py", "notifications", "--drain", "--handlers", installation.directory)
     done = installation.history(task)
     if after == "a stop":
         assert done is None and installation.rows("select attempts from notifications") == [(0,)]
@@ -271,7 +273,8 @@ def test_a_handler_holds_no_descriptors_but_its_own(installation):
     os.set_inheritable(write, True)
     installation.worker("notifications", pass_fds=(write,))
     os.close(write)
-    assert set(installation.finished(task)["result"].split()) & set("0123456789") <= set("0123")  # 3: ls, or sh's script
+    # Descriptor 3 is the one of ls, or of sh's script.
+    assert set(installation.finished(task)["result"].split()) & set("0123456789") <= set("0123")
     os.close(read)
 
 

@@ -74,7 +74,8 @@ def test_leaving_the_loop_nacks_the_task_in_hand_at_once(installation, queue, ho
         try:
             await leave()
         except LookupError as error:
-            kept = error  # with its traceback, and so the frames
+            # The error is kept with its traceback, and so with the frames.
+            kept = error
             await until(lambda: states(installation)[2] == ("scheduled", 1), 2)
             del kept
         else:
@@ -335,7 +336,8 @@ def test_a_locked_database_while_it_acks_does_not_strand_the_task(installation, 
         consuming = asyncio.create_task(consumer())
         await until(lambda: states(installation)[1][0] == "claimed", 5)
         await until(lambda: states(installation)[1][0] != "claimed", 5)
-        if not consuming.done():  # it went on to wait for the next task: then the ack must have come through
+        # It went on to wait for the next task: then the ack must have come through.
+        if not consuming.done():
             assert states(installation)[1] == ("completed", 1)
             consuming.cancel()
 

@@ -121,9 +121,11 @@ def test_logs_go_with_their_tasks_and_not_before(old):
     other.write_text("mine")
     assert cleanup(old)["log_files"] == 4
     assert not pruned.exists() and not pruned.with_suffix(".err").exists()
-    assert not by_hand.exists()  # pruned with SQL
+    # This one's task was pruned with SQL.
+    assert not by_hand.exists()
     assert kept.exists() and waiting.exists() and other.exists()
-    assert unknown.exists()  # a task that is newer than what this run saw
+    # This one's task is newer than what this run saw.
+    assert unknown.exists()
 
 
 def test_the_log_of_a_living_handler_stays(old):
@@ -224,7 +226,8 @@ def test_long_work_shows_a_bar_on_a_terminal(old):
     while True:
         try:
             chunk = os.read(terminal, 65_536)
-        except OSError:  # what Linux says at the end
+        except OSError:
+            # This is what Linux says at the end.
             break
         if not chunk:
             break

@@ -30,7 +30,8 @@ def both(request, installation, queue):
         theirs.stdin.flush()
         return theirs.stdout.readline().strip()
 
-    say("queue.name")  # it is open
+    # The queue is open from here on.
+    say("queue.name")
     with theirs:
         yield getattr(queue, request.param)("notifications"), say
         theirs.stdin.close()
@@ -124,10 +125,12 @@ def test_of_running_done_and_failed_tasks(installation, queue):
         agree(3, 2, 0, 0)
         say("queue.ack(1)")
         agree(3, 1, 1, 0)
-        ours.nack(mine)  # its only attempt
+        # That was its only attempt.
+        ours.nack(mine)
         agree(3, 0, 1, 1)
         say("queue.get()[0]")
-        say("queue.nack(3)")  # four attempts there, and a back-off
+        # There, it has four attempts and a back-off.
+        say("queue.nack(3)")
         agree(2, 0, 1, 1)
         say("queue.get()[0]")
         say("queue.ack_failed(4)")

@@ -130,7 +130,8 @@ def test_it_changes_nothing(home, case):
     after = snapshot(home)
     if case == "in use":
         for each in (before, after):
-            each.pop(f"{PREFIX}/state/tasks.db-shm")  # readers mark there how far they read
+            # Readers mark there how far they have read.
+            each.pop(f"{PREFIX}/state/tasks.db-shm")
     assert {name for name in before.keys() | after.keys() if before.get(name) != after.get(name)} == set()
 
 
@@ -196,7 +197,8 @@ def test_a_bare_table_that_a_hook_made_is_only_noted(home):
 
 def test_a_database_that_is_written_to_is_read_as_it_is_now(home):
     with sqlite3.connect(home / PREFIX / "state/tasks.db", isolation_level=None) as conn:
-        conn.execute("insert into approvals (data, timestamp) values ('{}', 1e9)")  # still in the write-ahead log
+        # It is still in the write-ahead log.
+        conn.execute("insert into approvals (data, timestamp) values ('{}', 1e9)")
         assert 'queue "approvals": 1 waiting' in the_problem(home)
     conn.close()
 
@@ -266,7 +268,8 @@ def test_a_million_rows_are_looked_at_in_seconds(home):
 def test_a_spool_that_does_not_drain(home):
     file = home / PREFIX / "state/spool/notifications/1.json"
     file.write_text("{}")
-    assert of_level(doctor(home), "problem") == []  # it has only just come
+    # The task has only just come.
+    assert of_level(doctor(home), "problem") == []
     os.utime(file, (time.time() - 300,) * 2)
     assert "is not draining: 1 tasks" in the_problem(home)
 

@@ -152,7 +152,8 @@ def test_the_database_was_replaced(installation):
         (installation.state / name).unlink()
     os.replace(installation.directory / "copy.db", installation.db)
     (installation.directory / "go").touch()
-    assert installation.finished(task)["status"] == "completed"  # the claim was in the copy
+    # The claim was in the copy.
+    assert installation.finished(task)["status"] == "completed"
     assert installation.finished(installation.enqueue("notifications", "quick"))["status"] == "completed"
     assert lines(installation.directory / "runs") == ["run"] and worker.poll() is None
 
@@ -213,7 +214,8 @@ def test_a_stop_is_heard_while_the_database_is_locked(installation):
     conn.execute("begin immediate")
     worker.send_signal(signal.SIGTERM)
     wait_for(lambda: troubles(worker), what="a word on it")
-    assert worker.poll() is None  # it still has to say that its task is free
+    # It still has to say that its task is free.
+    assert worker.poll() is None
     conn.execute("rollback")
     conn.close()
     assert worker.wait(10) == 0
@@ -223,7 +225,8 @@ def test_a_stop_is_heard_while_the_database_is_locked(installation):
 def test_the_disk_was_full(installation, mount):
     installation.state.mkdir(mode=0o700)
     mount("-t", "tmpfs", "-o", "size=3m,mode=700", "tmpfs")
-    worker, task = a_run(installation, handler=WAIT.replace("echo done", ":"))  # it could not write its output
+    # With `echo`, it could not write its output.
+    worker, task = a_run(installation, handler=WAIT.replace("echo done", ":"))
     with open(installation.state / "filler", "wb", buffering=0) as filler:
         try:
             while True:
@@ -306,7 +309,8 @@ def test_a_lock_between_the_two_steps_of_taking_in_the_spool_is_explained(instal
         try:
             queue.take_in_spool()
         except queue.QueueError:
-            pass  # a worker goes on after this, and not after sqlite3's
+            # A worker goes on after this one, and not after sqlite3's.
+            pass
     other.execute("rollback")
     other.close()
     queue.take_in_spool()
@@ -331,7 +335,8 @@ def test_no_file_events_could_be_had(installation, limit):
         began = time.monotonic()
         installation.finished(task)
         assert time.monotonic() - began < 1
-        time.sleep(0.4)  # until it sleeps again
+        # By then it sleeps again.
+        time.sleep(0.4)
     assert log.read_text().count("no file events") == 1
 
 
@@ -367,7 +372,8 @@ def test_nobody_reads_what_it_says_any_more(installation):
 
 def test_the_terminal_was_closed_and_it_had_been_told_not_to_mind(installation):
     installation.handler("quick", QUICK)
-    worker = installation.worker("notifications", preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))  # nohup
+    # This is what nohup does.
+    worker = installation.worker("notifications", preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))
     worker.send_signal(signal.SIGHUP)
     assert stays_true(lambda: worker.poll() is None, 0.7)
     assert installation.finished(installation.enqueue("notifications", "quick"))["status"] == "completed"

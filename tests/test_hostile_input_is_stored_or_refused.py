@@ -166,11 +166,13 @@ def test_a_payload_comes_out_as_it_went_in(installation, queue, name):
     installation.enqueue("notifications", "t", "-", input=text)
     installation.enqueue("notifications", "t", "--jsonl", input=f"{text}\n{text}")
     expected = [payload] * 4
-    if name != "lone surrogates":  # they are JSON only as escapes
+    # Lone surrogates are JSON only as escapes.
+    if name != "lone surrogates":
         installation.enqueue("notifications", "t", "-", input=json.dumps(payload, ensure_ascii=False))
         expected += [payload]
     queue.get_queue("notifications").put(payload)
-    expected += [payload["data"] if name == "keys of the envelope" else payload]  # put() takes whole envelopes
+    # put() takes whole envelopes.
+    expected += [payload["data"] if name == "keys of the envelope" else payload]
     seen = [queue.dequeue_task("notifications")["data"] for _ in expected]
     assert seen == expected and queue.dequeue_task("notifications") is None
     assert all(json.loads(stored) for (stored,) in installation.rows("select data from task_history"))
@@ -181,7 +183,8 @@ def test_a_payload_that_is_no_json_object_is_refused(installation, queue, payloa
     with pytest.raises(queue.InvalidTask, match="refused") as caught:
         queue.enqueue_task("notifications", "t", payload)
     assert len(str(caught.value)) < 500
-    if not isinstance(payload, str):  # put() takes JSON text
+    # put() takes JSON text.
+    if not isinstance(payload, str):
         with pytest.raises(queue.InvalidTask):
             queue.get_queue("notifications").put(payload)
     queue.get_queue("notifications")

@@ -106,7 +106,8 @@ def test_killed_while_it_upgrades_it_leaves_whole_files_and_a_hook_that_works(tm
             time.sleep(0.0002)
         time.sleep(
             random.uniform(0, 0.005)
-        )  # the moment is what varies, not a condition to wait for
+            # The moment is what varies; it is not a condition to wait for.
+        )
         process.send_signal(signal.SIGKILL)
         killed += process.wait() == -signal.SIGKILL
         for file, path in where.items():
@@ -133,7 +134,8 @@ def test_killed_while_it_upgrades_it_leaves_whole_files_and_a_hook_that_works(tm
         .execute("select count(*) from notifications")
         .fetchone()
     )
-    assert rows == (1,)  # the same firing all the time
+    # It is the same firing all the time.
+    assert rows == (1,)
 
 
 def test_uninstall_knows_all_that_a_killed_first_install_left(tmp_path, sources):

@@ -145,7 +145,8 @@ def test_where_nothing_can_be_stored_it_exits_1_and_says_why(place):
     change_hook(prefix, python="''", uv="''")
     ran = fire(home, command, env={"HOME": str(home), "TASK_QUEUE_STATE": "/proc/nowhere"})
     assert (ran.returncode, ran.stdout) == (1, b"") and b"was not stored" in ran.stderr
-    (prefix / "runtime/hook").write_text("if then\n")  # what a shell itself answers with 2
+    # A shell itself answers this with 2.
+    (prefix / "runtime/hook").write_text("if then\n")
     ran = fire(home, command)
     assert (ran.returncode, ran.stdout) == (1, b"")
 

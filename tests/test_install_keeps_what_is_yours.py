@@ -63,7 +63,8 @@ def test_it_lays_out_what_the_reference_has(source, home):
     assert (prefix / "state").stat().st_mode & 0o777 == 0o700 and (
         prefix / "state/tasks.db"
     ).stat().st_mode & 0o777 == 0o600
-    assert (prefix / "state/spool/notifications").is_dir()  # a shell may mv a task there
+    # A shell may move a task there.
+    assert (prefix / "state/spool/notifications").is_dir()
 
 
 def test_a_handler_that_you_changed_stays_yours_and_an_unchanged_one_is_upgraded(source, home):
@@ -119,7 +120,8 @@ def test_uninstall_leaves_the_state_as_it_is_and_nothing_else(source, home):
     )
     assert (
         put.returncode == 0 and (lib / "__pycache__").exists()
-    )  # what Python made of our files goes with them
+        # What Python made of our files goes with them.
+    )
     before = files(state)
     ran = run(source, home, "uninstall")
     assert ran.returncode == 0, ran.stderr
@@ -209,7 +211,8 @@ def test_another_prefix_and_state_are_kept_apart(source, home, tmp_path):
     install(source, home, str(prefix), TASK_QUEUE_STATE=str(state))
     assert (prefix / "runtime/lib/enqueue.py").is_file() and (state / "tasks.db").is_file()
     assert not (home / ".claude/automation").exists() and not (prefix / "state").exists()
-    install(source, home, str(prefix))  # an upgrade need not be told again where the state is
+    # An upgrade need not be told again where the state is.
+    install(source, home, str(prefix))
     assert not (prefix / "state").exists()
     hook = subprocess.run(
         ["/bin/sh", prefix / "runtime/hook", "notifications", "t"],

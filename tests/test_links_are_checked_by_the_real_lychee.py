@@ -24,7 +24,8 @@ from link_check import HANDLER, ROOT, UV, UV_CACHE, broken, check, git, report, 
 def without_overrides():
     """Root reads everything: give that up, and file modes mean something."""
     if sys.platform != "linux":
-        return  # nobody runs tests as root there
+        # Nobody runs tests as root there.
+        return
     prctl_capbset_drop, cap_dac_override, cap_dac_read_search = 24, 1, 2
     libc = ctypes.CDLL(None, use_errno=True)
     for capability in (cap_dac_override, cap_dac_read_search):
@@ -314,7 +315,8 @@ def test_what_git_ignores_is_left_out_and_untracked_files_are_not(workspace, che
     git(workspace, "add", "tracked.md", "deleted.md")
     (workspace / "deleted.md").unlink()
     assert broken(check()) == [("new.md", "missing.md"), ("tracked.md", "missing.md")]
-    done = check(env={"GIT_DIR": "/nonexistent", "GIT_WORK_TREE": "/"})  # as in a hook of git's
+    # A hook of git's has these.
+    done = check(env={"GIT_DIR": "/nonexistent", "GIT_WORK_TREE": "/"})
     assert broken(done) == [("new.md", "missing.md"), ("tracked.md", "missing.md")]
     # Asked for by name, an ignored folder is checked: its files cannot all have been meant to be left out.
     assert broken(check({"workspace_path": str(workspace / "build")})) == [("out.md", "missing.md")]
@@ -324,7 +326,8 @@ def test_more_files_than_an_argument_list_holds(workspace, check):
     names = [f"{'long-' * 48}{number}" for number in range(8_700)]
     for name in names:
         (workspace / f"{name}.md").write_text("[x](README.md)")
-    assert sum(len(name) + 6 for name in names) > 2**21  # Linux's limit
+    # This is Linux's limit.
+    assert sum(len(name) + 6 for name in names) > 2**21
     write(workspace, README="x")
     summary = check().summary
     assert (summary["files"], summary["total"], summary["successful"]) == (8_701, 8_700, 8_700)
@@ -553,10 +556,12 @@ def test_a_stopped_check_leaves_nothing_behind(workspace):
         handler.stdin.write(json.dumps({"data": {"workspace_path": str(workspace)}}).encode())
         handler.stdin.close()
         server.settimeout(30)
-        connection, _ = server.accept()  # lychee is at work
+        # From here on, lychee is at work.
+        connection, _ = server.accept()
         os.killpg(handler.pid, signal.SIGTERM)
         connection.settimeout(10)
-        while connection.recv(4096):  # until lychee is gone
+        # This ends when lychee is gone.
+        while connection.recv(4096):
             pass
         connection.close()
         assert handler.stdout.read() == b""
@@ -588,8 +593,11 @@ def test_the_demo_goes_from_a_hook_to_a_completion(tmp_path):
         .splitlines()[1:]
     )
     for line, real in zip(
-        shown, demo.stdout.splitlines(), strict=True
-    ):  # … stands for anything, and a number for any
+        shown,
+        demo.stdout.splitlines(),
+        strict=True,
+        # In these, … stands for anything, and a number for any number.
+    ):
         pattern = re.sub(r"\d+", "[0-9]+", re.escape(line.strip())).replace("…", ".*")
         assert re.fullmatch(pattern, real.strip()), (line, real)
     assert [

@@ -61,7 +61,8 @@ def test_the_second_leaves_and_says_so(installation):
     first = installation.worker("notifications", "--single")
     second = installation.worker("notifications", "--single", ready=False)
     assert second.wait(10) == 0 and "another worker serves notifications" in second.log.read_text()
-    installation.worker("completions", "--single")  # another queue's is none of its business
+    # A worker of another queue does not matter.
+    installation.worker("completions", "--single")
     assert first.poll() is None
 
 
@@ -72,7 +73,8 @@ def test_the_kernel_decides_among_many(installation):
     assert stays_true(lambda: winner.poll() is None, 0.3)
     winner.kill()
     winner.wait()
-    heir = installation.worker("notifications", "--single")  # the lock died with it
+    # The kernel has dropped the lock of the process that was killed.
+    heir = installation.worker("notifications", "--single")
     assert "serves" in heir.log.read_text() and heir.poll() is None
 
 
@@ -80,7 +82,8 @@ def test_one_for_several_queues_needs_them_all(installation):
     installation.worker("completions", "--single")
     loser = installation.worker("notifications", "completions", "--single", ready=False)
     assert loser.wait(10) == 0
-    assert installation.worker("notifications", "--single").poll() is None  # the loser let go of the other lock
+    # The one that left has let go of the other lock.
+    assert installation.worker("notifications", "--single").poll() is None
 
 
 def test_single_leaves_where_an_ordinary_worker_serves(installation):
@@ -157,11 +160,14 @@ def test_no_task_is_stranded_at_the_moment_of_leaving(installation, queue):
     kept, pause = 0, 0.07
     for _ in range(20):
         worker = installation.worker(*options)
-        time.sleep(max(0.0, pause + dice.uniform(-0.01, 0.01)))  # the moment itself: what is tried here is the time
+        # The moment itself is what is tried here, not a condition.
+        time.sleep(max(0.0, pause + dice.uniform(-0.01, 0.01)))
         task = queue.enqueue_task("notifications", "quick", {})
-        fd = queue.lock_file(lock, probe=True)  # what enqueue.py does next
+        # This is what enqueue.py does next.
+        fd = queue.lock_file(lock, probe=True)
         if fd is None:
-            kept, pause = kept + 1, pause + 0.01  # closing in on the moment
+            # The next try is nearer to the moment.
+            kept, pause = kept + 1, pause + 0.01
         else:
             os.close(fd)
             pause -= 0.01
@@ -185,7 +191,8 @@ def test_ten_hooks_at_once_start_one(installed):
 def test_a_hook_returns_at_once_and_its_streams_are_free(installed):
     installed.handler("long", '#!/bin/sh\necho $$ >>"$HOME/runs"\nsleep 100\n')
     began = time.monotonic()
-    done = start_worker(installed, "long", timeout=10)  # waits for the end of its stdout and stderr
+    # This waits for the end of its stdout and stderr.
+    done = start_worker(installed, "long", timeout=10)
     assert done.returncode == 0 and done.stdout.startswith("queued") and done.stderr == ""
     assert time.monotonic() - began < 3
     (group,) = wait_for(lambda: lines(installed.directory / "runs"))
@@ -297,4 +304,5 @@ def test_one_started_by_a_handler_outlives_it(installed):
     wait_for((installed.directory / "depth").exists, what="the run of the task that the handler enqueued")
     (pid,) = workers(installed.state)
     assert lives(pid)
-    assert (installed.directory / "depth").read_text() == "2\n"  # the task's own depth, not the starter's on top
+    # It is the task's own depth, without the starter's.
+    assert (installed.directory / "depth").read_text() == "2\n"

@@ -86,7 +86,8 @@ def test_a_worker_takes_no_more_than_it_can_run(installation):
     wait_for(lambda: len(lines(installation.directory / "runs")) == 3)
     claimed = "select count(*) from notifications where status = 2"
     assert stays_true(lambda: installation.rows(claimed) == [(3,)], 0.5)
-    other = installation.worker("notifications", "--concurrency", 2)  # what it left is another's
+    # What the first worker left is for this one.
+    other = installation.worker("notifications", "--concurrency", 2)
     wait_for(lambda: len(lines(installation.directory / "runs")) == 5)
     assert installation.rows(claimed) == [(5,)] and other.poll() is None
     (installation.directory / "go").touch()

@@ -36,7 +36,8 @@ def analyze():
     def verify(home, *units):
         with (
             tempfile.TemporaryDirectory() as runtime
-        ):  # other units have sockets there, whose names have to be short
+            # Other units have sockets there, whose names have to be short.
+        ):
             env = {"HOME": str(home), "PATH": "/usr/bin:/bin", "XDG_RUNTIME_DIR": runtime}
             return subprocess.run(
                 ["systemd-analyze", "verify", "--user", *units],
@@ -150,7 +151,8 @@ def test_a_unit_that_you_changed_is_not_overwritten_and_uninstall_leaves_it(home
     run(home, "service", "--kind", "systemd")
     assert (
         run(home, "service", "--kind", "systemd", "--queue", "approvals").returncode == 0
-    )  # ours may be rewritten
+        # Ours may be rewritten.
+    )
     (timer,) = [unit for unit in units_of(home) if unit.suffix == ".timer"]
     timer.write_text(timer.read_text() + "# mine\n")
     ran = run(home, "service", "--kind", "systemd")

@@ -46,7 +46,8 @@ def big(tmp_path_factory):
     conn.execute(FINISHED)
     conn.execute("pragma wal_checkpoint(truncate)")
     conn.close()
-    made.run("tasks.py", "stats")  # the file is read once
+    # The file is read once.
+    made.run("tasks.py", "stats")
     yield made
     shutil.rmtree(made.directory)
 

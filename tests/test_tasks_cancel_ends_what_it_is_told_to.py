@@ -97,7 +97,8 @@ def test_the_task_of_a_killed_worker_is_cancelled_without_running_again(installa
     processes = pids(installation, "r-1")
     worker.kill()
     worker.wait()
-    for pid in reversed(processes):  # the handler before its child, whose end would end it well
+    # The handler goes before its child: with the child's end, it would end well.
+    for pid in reversed(processes):
         if alive(pid):
             os.kill(int(pid), 9)
     done = installation.run("tasks.py", "cancel", "r-1")

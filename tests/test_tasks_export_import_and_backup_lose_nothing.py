@@ -59,7 +59,8 @@ def filled(installation) -> None:
     assert installation.run("worker.py", "approvals", "--handlers", installation.handlers, "--drain").returncode == 0
     assert installation.run("tasks.py", "retry", "redriven").returncode == 0
     installation.enqueue("approvals", "review", '{"text": "line\\nbreak \\" \\\\ \\u0000 \\u2028 ä 🙂"}', "--task-id", 'x "quoted" id')
-    installation.enqueue("approvals", "review", '{"n": 1}', "--task-id", "g-1", "--priority", "3")  # an id that was used before
+    # This id was used before.
+    installation.enqueue("approvals", "review", '{"n": 1}', "--task-id", "g-1", "--priority", "3")
     installation.enqueue("approvals", "review", "{}", "--task-id", "later", "--delay", "500.25")
     installation.enqueue("approvals", "review", "{}", "--task-id", "runs")
     installation.sqlite3("update approvals set status = 2, owner = 'x', attempts = 2, error = 'once' where task_id = 'runs'")
@@ -213,7 +214,8 @@ def test_a_backup_made_while_tasks_come_and_go_is_whole_and_can_be_restored(inst
         while not stop.is_set():
             with conn:
                 conn.execute("begin immediate")
-                for queue in ("notifications", "completions"):  # both or none
+                # Both are moved, or none.
+                for queue in ("notifications", "completions"):
                     conn.execute(f"insert into {queue} (data) values ('{{}}')")
         conn.close()
 

@@ -271,7 +271,8 @@ def test_it_can_not_write_and_listens_to_this_machine_alone(site):
     where = {
         socket[1] for socket in sockets if socket[1].endswith(f":{port:04X}") and socket[3] == "0A"
     }
-    if where:  # Linux
+    # This is so on Linux.
+    if where:
         assert where == {f"0100007F:{port:04X}"}
 
 

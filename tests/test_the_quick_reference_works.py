@@ -192,7 +192,8 @@ def test_the_consumer_loop_sees_the_tasks_of_other_processes(installation, queue
 
     async def process_task(data):
         seen.append(data)
-        if len(seen) == 1:  # the loop has its queue open, and has found it empty at least once when these come
+        # The loop has its queue open, and has found it empty at least once when these come.
+        if len(seen) == 1:
             await asyncio.to_thread(installation.enqueue, "notifications", "link_validation", '{"workspace_path": "/w"}')
             await asyncio.to_thread(installation.sqlite3, """INSERT INTO notifications (data) VALUES ('{"workspace": "/x"}')""")
         if len(seen) == 3:
@@ -338,7 +339,8 @@ def test_a_queue_of_ones_own_in_a_relative_directory(tmp_path, monkeypatch, queu
     mine = run(LOCKED)["queue"]
     try:
         assert mine.put({"n": 1}) == 1
-        monkeypatch.chdir("/")  # the path meant the directory of then
+        # The path meant the directory of that time.
+        monkeypatch.chdir("/")
         insert = """INSERT INTO tasks (data) VALUES ('{"n": 2}'); PRAGMA journal_mode; SELECT count(*) FROM tasks"""
         done = subprocess.run(["sqlite3", tmp_path / "state/tasks.db", insert], capture_output=True, text=True)
         assert (done.stdout, done.stderr) == ("wal\n2\n", "")
@@ -390,13 +392,15 @@ def test_a_claim_survives_the_kill_of_its_process(installation, queue):
                               stdin=subprocess.PIPE, stdout=subprocess.PIPE)  # fmt: skip
     with doomed:
         row_id = int(doomed.stdout.readline())
-        survivor = queue.get_ack_queue("approvals")  # opening takes nothing from the living
+        # Opening takes nothing from processes that run.
+        survivor = queue.get_ack_queue("approvals")
         with pytest.raises(queue.Empty):
             survivor.get(timeout=0.5)
         doomed.send_signal(signal.SIGKILL)
         killed = time.monotonic()
         task_id, task_json = survivor.get(timeout=10)
-        assert time.monotonic() - killed < 2  # told by the kernel, not found by a tick
+        # The kernel told of it; it was not found by a tick.
+        assert time.monotonic() - killed < 2
     assert task_id == row_id and json.loads(task_json)["data"] == {"n": 1}
     assert survivor.ack(task_id) == task_id
     assert installation.rows("select attempts, status from task_history") == [(2, "completed")]

@@ -31,7 +31,8 @@ def test_a_worker_is_woken_by_a_file_that_is_moved_in(installation):
     installation.worker("notifications")
     put(installation, "task.json", '{"workspace": "/x"}')
     wait_for(lambda: installation.rows("select count(*) from task_history") == [(1,)])
-    put(installation, "task.json", '{"workspace": "/x"}')  # the same name again is another task
+    # The same name again is another task.
+    put(installation, "task.json", '{"workspace": "/x"}')
     wait_for(lambda: installation.rows("select count(*) from task_history") == [(2,)])
 
 

@@ -78,11 +78,13 @@ def test_deeper_is_refused_with_65(installation, how):
 @pytest.mark.parametrize("depth", ['"3"', "-5", "1.5", "true", "null", "[1]", "9" * 3000, "1e999"])
 def test_a_depth_that_is_none_does_no_harm(installation, depth):
     installation.handler("it", '#!/bin/sh\necho "$TASK_DEPTH"\n')
-    installation.enqueue("notifications", "it")  # makes the table
+    # This makes the table.
+    installation.enqueue("notifications", "it")
     installation.sqlite3('insert into notifications (data) values '
                          f"""('{{"task_id": "odd", "task_type": "it", "depth": {depth}, "data": {{}}}}')""")  # fmt: skip
     worker = installation.worker("notifications", "--then", "completions")
     done = installation.finished("odd")
     assert worker.poll() is None, worker.log.read_text()
-    if len(depth) < 100:  # more digits than Python reads are no JSON
+    # A number with more digits than Python reads is no JSON.
+    if len(depth) < 100:
         assert done["status"] == "completed" and int(done["result"]) >= 1, "a hook inside would take itself for one outside"
