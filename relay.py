@@ -30,6 +30,7 @@ import re
 import select
 import shutil
 import signal
+import sqlite3
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -68,6 +69,8 @@ STALLED_SECONDS = 60.0
 SELDOM_SECONDS, TIDY_SECONDS = 30.0, 3_600.0
 # The payloads of jobs whose results are home are deleted, and later what is known of the handing over.
 KEEP_JOB_DAYS, KEEP_ID_DAYS = 7, 30
+# A channel's name in PostgreSQL has 63 bytes, and a queue's channel is procrastinate_queue_v1#QUEUE.
+LONGEST_QUEUE = 40
 # What PostgreSQL says of a value that it cannot store: no other try will help.
 REFUSALS = ("22", "23", "54")
 
@@ -113,7 +116,7 @@ insert into relay_tasks (id, machine, queue, row_id, job_id, expires_at)
 select a.id, %s, %s, a.row_id, a.job_id, clock_timestamp() + make_interval(secs => a.expires_in)
 from unnest(%s::text[], %s::bigint[], %s::bigint[], %s::float[]) as a (id, row_id, job_id, expires_in)"""
 BEGUN = """
-update relay_tasks set started_at = now() where job_id = %s and outcome is null
+update relay_tasks set started_at = case when expires_at < now() then null else now() end where job_id = %s and outcome is null
 returning expires_at is not null and expires_at < now()"""
 NEXT_DUE = """
 select extract(epoch from min(scheduled_at) - clock_timestamp())::float from procrastinate_jobs
@@ -391,7 +394,7 @@ class Relay:
             if self.trouble:
                 say("going on: what was in the way is mended")
             self.trouble, self.failures, self.retry_at = "", 0, 0.0
-        except (q.QueueError, OSError) as error:
+        except (q.QueueError, OSError, sqlite3.Error) as error:
             if not self.trouble:
                 say(
                     f"{error}; tasks wait where they are, and it is tried again until that is mended"
@@ -487,7 +490,7 @@ class Push(Relay):
             self.complain(f"spool: {complaint}")
 
     def push(self, conn: q.Connection, queue: str) -> int:
-        """Take what is ready, and send what is taken; how many were sent."""
+        """Take what is ready, and send what is taken; how many were seen to."""
         if not q.execute(conn, IS_UNSENT, queue).fetchone()[0]:
             if not q.execute(conn, CAN_TAKE, queue, now=time.time()).fetchone()[0]:
                 return 0
@@ -495,16 +498,17 @@ class Push(Relay):
         tasks = list(self.unsent(conn, queue))
         if not tasks:
             return 0
+        handled = len(tasks)
         try:
             self.send(queue, tasks)
         except HubRefused:
-            self.send_one_by_one(conn, queue, tasks)
+            tasks = self.send_one_by_one(conn, queue, tasks)
         now = time.time()
         with q.transaction(conn, durable=False):
             rows = [{"id": task.id, "owner": task.owner, "now": now} for task, *_ in tasks]
             conn.executemany(q.on_queue(SENT, queue), rows)
         say(f"{queue}: {cli.plural(len(tasks), 'task')} handed over")
-        return len(tasks)
+        return handled
 
     def take(self, conn: q.Connection, queue: str) -> None:
         """Make tasks the hub's: durably, since what was sent must never run here as well."""
@@ -546,15 +550,18 @@ class Push(Relay):
                     for (task, _, _, expires), job in zip(new, jobs, strict=True)]  # fmt: skip
             conn.execute(ARRIVE, (self.machine, queue, *map(list, zip(*told, strict=True))))
 
-    def send_one_by_one(self, conn: q.Connection, queue: str, tasks: list[tuple]) -> None:
-        """Bury the one that the hub cannot store: the others need not wait for it."""
+    def send_one_by_one(self, conn: q.Connection, queue: str, tasks: list[tuple]) -> list[tuple]:
+        """Bury those that the hub cannot store: the others, which are returned, need not wait for them."""
+        sent = []
         for told in tasks:
             try:
                 self.send(queue, [told])
+                sent.append(told)
             except HubRefused as error:
                 with q.transaction(conn):
                     q.bury(conn, told[0], error=str(error))
                 say(f"{queue} {told[0].task_type} {told[0].task_id} failed: {error}")
+        return sent
 
     def due_at(self, now: float) -> float:
         return now + q.sleep_seconds(q.connect(self.state), self.args.queues, TICK_SECONDS)
@@ -840,18 +847,25 @@ class Work(Relay):
         if time.monotonic() >= self.next_due or self.changed and self.holds_back:
             self.looked = False
         self.changed = False
-        while not self.stops and self.free() > 0 and not self.looked:
+        # Signs of life come first, however much there is to do.
+        while (
+            not self.stops
+            and self.free() > 0
+            and not self.looked
+            and time.monotonic() < self.beat_at
+        ):
             queues = self.open_queues(conn)
-            job = self.fetch_one(queues) if queues else None
-            if job is None:
+            task, unstarted = self.fetch_one(queues) if queues else (None, None)
+            if task is None:
                 self.looked = True
                 with self.hub.transaction() as hub:
                     (due,) = hub.execute(NEXT_DUE, (self.args.queues,)).fetchone()
-                self.next_due = time.monotonic() + min(
-                    TICK_SECONDS, TICK_SECONDS if due is None else max(due, 0.0)
-                )
-            elif unstarted := self.handlers.start(job):
-                self.done.append((job, outcomes.Verdict(*unstarted), {}, 0.0))
+                wait = TICK_SECONDS if due is None else max(due, 0.0)
+                self.next_due = time.monotonic() + min(TICK_SECONDS, wait)
+                return
+            unstarted = unstarted or self.handlers.start(task)
+            if unstarted:
+                self.done.append((task, outcomes.Verdict(*unstarted), {}, 0.0))
                 self.record(conn)
 
     def open_queues(self, conn: q.Connection) -> list[str]:
@@ -869,38 +883,27 @@ class Work(Relay):
         self.holds_back = len(queues) < len(self.args.queues)
         return queues
 
-    def fetch_one(self, queues: list[str]) -> q.Task | None:
-        """The next job as a task; one that has expired is ended instead."""
-        while True:
-            with self.hub.transaction() as hub:
-                # Losing a claim means that the job is fetched again.
-                hub.execute("set local synchronous_commit = off")
-                row = self.hub.run(hub, "fetch_job", queues=queues, worker_id=self.worker_id)
-                if row is None or row[0] is None:
-                    return None
-                expired = (hub.execute(BEGUN, (row[0],)).fetchone() or (False,))[0]
-            task = self.task_of(*row)
-            if not expired:
-                return task
-            self.done.append(
-                (
-                    task,
-                    outcomes.Verdict("expire", "it was not started before its time was over"),
-                    {},
-                    0.0,
-                )
-            )
-            self.record(None)
+    def fetch_one(self, queues: list[str]) -> tuple[q.Task | None, Unstarted | None]:
+        """(the next job as a task, why it is not to be started)."""
+        with self.hub.transaction() as hub:
+            # Losing a claim means that the job is fetched again.
+            hub.execute("set local synchronous_commit = off")
+            row = self.hub.run(hub, "fetch_job", queues=queues, worker_id=self.worker_id)
+            if row is None or row[0] is None:
+                return None, None
+            (expired,) = hub.execute(BEGUN, (row[0],)).fetchone() or (False,)
+        error = "it was not started before its time was over"
+        return self.task_of(*row), Unstarted("expire", error) if expired else None
 
     def task_of(
         self, id, status, name, priority, lock, queueing_lock, args, due, queue, attempts, worker
     ) -> q.Task:
         """A job as a task. The arguments of one that relay.py did not push are its payload."""
-        relay = args.get("relay") if isinstance(args.get("relay"), dict) else None
         task_id, task_type, enqueued_at, text = f"{queue}-{id}", name, time.time(), json.dumps(args)
-        if relay is not None and isinstance(args.get("task"), str):
-            task_id, task_type = str(relay["task_id"]), str(relay["task_type"])
-            enqueued_at, text = args["enqueued_at"], args["task"]
+        relay = args.get("relay") if isinstance(args, dict) else None
+        if isinstance(relay, dict) and isinstance(args.get("task"), str):
+            task_id, task_type = str(relay.get("task_id")), str(relay.get("task_type"))
+            enqueued_at, text = args.get("enqueued_at"), args["task"]
         terms = (self.args.max_attempts, self.args.backoff, None, 0, 0)
         return q.Task(queue, id, task_id, task_type, text, enqueued_at, priority, attempts + 1, *terms,
                       self.owner, time.time())  # fmt: skip
@@ -1188,10 +1191,7 @@ def in_words(told: dict) -> Iterator[str]:
         yield told["trouble"]
 
 
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    argv, command = list(sys.argv[1:] if argv is None else argv), None
-    if "--" in argv:
-        argv, command = argv[: argv.index("--")], argv[argv.index("--") + 1 :]
+def make_parser() -> argparse.ArgumentParser:
     parser = cli.make_parser("relay.py", __doc__)
     common = cli.Parser(add_help=False)
     common.add_argument("--url", default=os.environ.get("TASK_QUEUE_HUB"),
@@ -1220,6 +1220,14 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
                       " (default %(default)g)")  # fmt: skip
     for one in (add("init", "prepare the hub, once"), add("status", "both ends side by side")):
         one.add_argument("--json", action="store_true", help="for scripts")
+    return parser
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    argv, command = list(sys.argv[1:] if argv is None else argv), None
+    if "--" in argv:
+        argv, command = argv[: argv.index("--")], argv[argv.index("--") + 1 :]
+    parser = make_parser()
     args = parser.parse_args(argv)
     if command is not None and args.verb != "work":
         parser.error("only work takes a command after --")
@@ -1230,6 +1238,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error("the hub's URL is not of the form postgresql://USER@HOST/DATABASE")
     try:
         args.queues = list(dict.fromkeys(map(q.check_queue_name, getattr(args, "queues", ()))))
+        for queue in args.queues:
+            if len(queue) > LONGEST_QUEUE:
+                raise ValueError(
+                    f"queue {queue!r}: on the hub, a name has at most {LONGEST_QUEUE} characters"
+                )
         if args.verb == "work":
             check_run_options(args, command, without=["TASK_QUEUE_HUB"])
             if args.stalled_after < 1:

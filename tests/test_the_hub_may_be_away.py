@@ -66,6 +66,14 @@ def test_a_url_that_is_none_is_refused_unseen(installation):
         )
 
 
+def test_a_queue_whose_name_is_too_long_for_the_hub_is_refused(installation):
+    """PostgreSQL cannot name a channel after it, and would refuse each of its jobs."""
+    done = installation.run(
+        "relay.py", "push", "q" * 41, "--url", "postgresql://nobody@127.0.0.1:1/none"
+    )
+    assert done.returncode == 64 and "at most 40 characters" in done.stderr
+
+
 def test_tasks_wait_while_the_server_is_away_and_go_on_by_themselves(machines):
     here, there = machines
     there.handler("greet", "#!/bin/sh\necho hello\n")
