@@ -85,6 +85,7 @@ create table relay_tasks (
   machine     text not null,          -- where it comes from
   queue       text not null,
   row_id      bigint not null,        -- of the task in its machine's queue
+  task        text,                   -- what was enqueued; null once its end is known there
   job_id      bigint not null,        -- in procrastinate_jobs, where it may have been deleted since
   pushed_at   timestamptz not null default now(),
   expires_at  timestamptz,            -- not started by then, it ends as expired
@@ -112,12 +113,12 @@ select to_regclass('procrastinate_jobs') is not null,
 KNOWN = """
 select id from relay_tasks where id = any(%s)"""
 ARRIVE = """
-insert into relay_tasks (id, machine, queue, row_id, job_id, expires_at)
-select a.id, %s, %s, a.row_id, a.job_id, clock_timestamp() + make_interval(secs => a.expires_in)
-from unnest(%s::text[], %s::bigint[], %s::bigint[], %s::float[]) as a (id, row_id, job_id, expires_in)"""
+insert into relay_tasks (id, machine, queue, row_id, task, job_id, expires_at)
+values (%s, %s, %s, %s, %s, %s, clock_timestamp() + make_interval(secs => %s::float))"""
 BEGUN = """
-update relay_tasks set started_at = case when expires_at < now() then null else now() end where job_id = %s and outcome is null
-returning expires_at is not null and expires_at < now()"""
+update relay_tasks set started_at = case when expires_at < now() then null else now() end
+where job_id = %s and outcome is null
+returning task, expires_at is not null and expires_at < now()"""
 NEXT_DUE = """
 select extract(epoch from min(scheduled_at) - clock_timestamp())::float from procrastinate_jobs
 where status = 'todo' and queue_name = any(%s) and scheduled_at > now()"""
@@ -168,7 +169,7 @@ select id, queue, row_id, outcome, coalesce(attempts, 0), extract(epoch from now
 UNWANTED_JOBS = """
 select job_id from relay_tasks where id = any(%s) and ended_at is null"""
 HOME = """
-update relay_tasks set home_at = now(), result = null, log = null, reply = null where id = any(%s)"""
+update relay_tasks set home_at = now(), task = null, result = null, log = null, reply = null where id = any(%s)"""
 HUB_COUNTS = """
 select queue_name, status::text, count(*) from procrastinate_jobs where status in ('todo', 'doing') or status = 'failed'
 group by 1, 2"""
@@ -546,9 +547,11 @@ class Push(Relay):
             jobs = [make_job(queue, *told[:3], now) for told in new]
             jobs = self.job_manager.batch_defer_jobs(jobs, connection=conn)
             here = time.time()
-            told = [(task.owner, task.id, job.id, None if expires is None else expires - here)
+            rows = [(task.owner, self.machine, queue, task.id, clean(task.text), job.id,
+                     None if expires is None else expires - here)
                     for (task, _, _, expires), job in zip(new, jobs, strict=True)]  # fmt: skip
-            conn.execute(ARRIVE, (self.machine, queue, *map(list, zip(*told, strict=True))))
+            with conn.cursor() as cursor:
+                cursor.executemany(ARRIVE, rows)
 
     def send_one_by_one(self, conn: q.Connection, queue: str, tasks: list[tuple]) -> list[tuple]:
         """Bury those that the hub cannot store: the others, which are returned, need not wait for them."""
@@ -575,12 +578,13 @@ def make_job_manager() -> Any:
 
 
 def make_job(queue: str, task: q.Task, group: str | None, due_at: float | None, now: Any) -> Any:
-    """The job of a task. What was stored goes as text: jsonb would not keep it as it is."""
+    """The job of a task. The payload is not in it: jsonb would not keep it as it is, and is slow to send."""
     from datetime import timedelta
 
     from procrastinate import jobs
 
-    told = {"id": task.owner, "task_id": clean(task.task_id), "task_type": clean(task.task_type)}
+    told = {"id": task.owner, "task_id": clean(task.task_id), "task_type": clean(task.task_type),
+            "enqueued_at": task.enqueued_at}  # fmt: skip
     delay = 0.0 if due_at is None else due_at - time.time()
     return jobs.Job(
         queue=queue,
@@ -588,7 +592,7 @@ def make_job(queue: str, task: q.Task, group: str | None, due_at: float | None, 
         priority=task.priority,
         lock=None if group is None else clean(f"{queue}/{group}"),
         queueing_lock=None,
-        task_kwargs={"relay": told, "enqueued_at": task.enqueued_at, "task": task.text},
+        task_kwargs={"relay": told},
         scheduled_at=now + timedelta(seconds=delay) if delay > 0 else None,
     )
 
@@ -891,19 +895,37 @@ class Work(Relay):
             row = self.hub.run(hub, "fetch_job", queues=queues, worker_id=self.worker_id)
             if row is None or row[0] is None:
                 return None, None
-            (expired,) = hub.execute(BEGUN, (row[0],)).fetchone() or (False,)
-        error = "it was not started before its time was over"
-        return self.task_of(*row), Unstarted("expire", error) if expired else None
+            text, expired = hub.execute(BEGUN, (row[0],)).fetchone() or (None, False)
+        task = self.task_of(text, *row)
+        if expired:
+            return task, Unstarted("expire", "it was not started before its time was over")
+        if text is None and task.text == "":
+            return task, Unstarted("bury", "its end is known where it came from: retry it there")
+        return task, None
 
     def task_of(
-        self, id, status, name, priority, lock, queueing_lock, args, due, queue, attempts, worker
+        self,
+        text,
+        id,
+        status,
+        name,
+        priority,
+        lock,
+        queueing_lock,
+        args,
+        due,
+        queue,
+        attempts,
+        worker,
     ) -> q.Task:
         """A job as a task. The arguments of one that relay.py did not push are its payload."""
-        task_id, task_type, enqueued_at, text = f"{queue}-{id}", name, time.time(), json.dumps(args)
+        task_id, task_type, enqueued_at = f"{queue}-{id}", name, time.time()
         relay = args.get("relay") if isinstance(args, dict) else None
-        if isinstance(relay, dict) and isinstance(args.get("task"), str):
+        if isinstance(relay, dict):
             task_id, task_type = str(relay.get("task_id")), str(relay.get("task_type"))
-            enqueued_at, text = args.get("enqueued_at"), args["task"]
+            enqueued_at, text = relay.get("enqueued_at"), text or ""
+        else:
+            text = json.dumps(args)
         terms = (self.args.max_attempts, self.args.backoff, None, 0, 0)
         return q.Task(queue, id, task_id, task_type, text, enqueued_at, priority, attempts + 1, *terms,
                       self.owner, time.time())  # fmt: skip

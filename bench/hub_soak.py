@@ -117,7 +117,7 @@ class Soak:
         rows = []
         for number in range(tasks):
             group = f"g{number % GROUPS}" if number % 3 == 0 else None
-            delay = self.random.uniform(0, 2) if number % 10 == 1 else 0.0
+            delay = self.random.uniform(0, 2) if number % 10 == 1 and not group else 0.0
             priority = 0 if group else self.random.randrange(3)
             rows.append(q.new_row("note", {"n": number}, f"{group or 'one'}-{number}", group=group, delay=delay,
                                   priority=priority))  # fmt: skip
