@@ -68,9 +68,10 @@ run() {
         code=$?
     fi
     case $code in 2 | 126 | 127)
-        # --no-config: a workspace may hold a uv.toml or a .python-version.
+        # --no-config: a workspace may hold a uv.toml or a .python-version. In /, since uv runs the Python
+        # of a .venv in its working directory and above.
         if [ -x "$uv" ] && [ -r "$1" ]; then
-            "$uv" run -qq --offline --no-config --script "$@"
+            (cd / && exec "$uv" run -qq --offline --no-config --script "$@")
             code=$?
         fi ;;
     esac
@@ -81,7 +82,7 @@ if [ -n "$report" ]; then
     echo "no report: no Python 3.11 was found" >&2
     exit 1
 fi
-run "$lib/enqueue.py" --hook "$@" ${worker:+--worker-from "$worker"}
+run "$lib/enqueue.py" --hook "$@" ${PWD:+--fired-in "$PWD"} ${worker:+--worker-from "$worker"}
 
 # Without Python the payload goes to the spool, as it came: a worker makes a task of it by the same
 # rules as enqueue.py.

@@ -239,7 +239,8 @@ def put_in_order(place: Installation, files: list[tuple[Path, bytes, int, str]])
     modules = [file for file in new if file[0].name.startswith("queue_")]
     rest = [file for file in new if file not in modules]
     if goes_back(place, modules):
-        place.put(rest)
+        # The hook first: it may give options that an older enqueue.py does not know.
+        place.put(sorted(rest, key=lambda file: file[0] != place.hook))
         time.sleep(HOOK_LOADS_SECONDS)
         place.put(modules)
     else:

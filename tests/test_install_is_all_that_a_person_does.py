@@ -116,7 +116,7 @@ def test_upgrading_under_a_running_worker_loses_and_repeats_nothing(home):
         os.kill(pid, signal.SIGKILL)
     env = bare(home) | {"TASK_QUEUE_STATE": str(state)}
     worker = subprocess.Popen(
-        [uv, "run", "--script", lib / "worker.py", "notifications", "--idle-exit", "1"],
+        [uv, "run", "--script", lib / "worker.py", "notifications"],
         env=env,
         stderr=subprocess.PIPE,
         text=True,
@@ -143,6 +143,9 @@ def test_upgrading_under_a_running_worker_loses_and_repeats_nothing(home):
             put = subprocess.run([sys.executable, lib / "enqueue.py", "notifications", "append", "--task-id", f"n{number}"], env=env,
                                  capture_output=True, text=True)  # fmt: skip
             assert put.stdout == f"queued n{number}\n", put.stderr
+        # However long the upgrades take, they are under this worker.
+        wait_for(lambda: (home / "appended").read_text().count("\n") >= 40, 60)
+        worker.terminate()
         assert worker.wait(60) == 0
     finally:
         worker.kill()
