@@ -22,7 +22,7 @@ from typing import NamedTuple, NoReturn
 
 import queue_helpers as q
 import queue_runs as runs
-from queue_cli import printable
+from queue_cli import duration, printable
 from queue_supervisor import SupervisorProcess, handler_environment
 
 # A task without a handler is looked at again after so many seconds; it costs it no attempt.
@@ -189,13 +189,6 @@ class Handlers:
             pass
 
 
-def seconds(text: str) -> float:
-    value = float(text)
-    if not 0 <= value < 1e9:
-        raise ValueError
-    return value
-
-
 def count(text: str) -> int:
     value = int(text)
     if not 1 <= value <= 1000:
@@ -205,20 +198,20 @@ def count(text: str) -> int:
 
 # fmt: off
 def add_run_options(add: Callable, script: str) -> None:
-    """The options of whoever runs handlers; those with a number of seconds take fractions."""
+    """The options of whoever runs handlers."""
     add("--handlers", metavar="DIR", type=Path, default=beside(script, "handlers"),
         help="executables named after task types (default: %(default)s)")
     add("--concurrency", metavar="N", type=count, default=1,
         help="tasks at a time, all queues together (default 1)")
     add("--max-attempts", metavar="N", type=count, default=q.MAX_ATTEMPTS,
         help="then it is a dead letter (default %(default)s)")
-    add("--backoff", metavar="SECONDS", type=seconds, default=q.BACKOFF_SECONDS,
+    add("--backoff", metavar="DURATION", type=duration, default=q.BACKOFF_SECONDS,
         help="before the second attempt, doubling with each one after, an hour at most (default %(default)s)")
-    add("--timeout", metavar="SECONDS", type=seconds, default=0.0,
+    add("--timeout", metavar="DURATION", type=duration, default=0.0,
         help="for one attempt (default 0: none)")
-    add("--grace", metavar="SECONDS", type=seconds, default=10.0,
+    add("--grace", metavar="DURATION", type=duration, default=10.0,
         help="for handlers to finish when stopped (default 10)")
-    add("--kill-after", metavar="SECONDS", type=seconds, default=5.0,
+    add("--kill-after", metavar="DURATION", type=duration, default=5.0,
         help="from TERM to KILL (default 5)")
 # fmt: on
 

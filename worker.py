@@ -44,7 +44,7 @@ import enqueue
 import queue_helpers as q
 import queue_owners as owners
 import queue_runs as runs
-from queue_cli import make_parser, printable
+from queue_cli import duration, make_parser, printable
 from queue_handlers import (
     Handlers,
     Unstarted,
@@ -52,7 +52,6 @@ from queue_handlers import (
     check_run_options,
     resolve,
     say,
-    seconds,
     start_clean,
     stdin_file,
     with_remedy,
@@ -115,11 +114,11 @@ def add_options(add: Callable) -> None:
         help="a result's last line may enqueue tasks: {\"enqueue\": [{\"queue\", \"task_type\", \"data\"}, …]}")
     add("--on-dead", metavar="COMMAND",
         help="run this when tasks have become dead letters, once a minute at most, with all of them as JSON on stdin")
-    add("--crash-backoff", metavar="SECONDS", type=seconds, default=0.0,
+    add("--crash-backoff", metavar="DURATION", type=duration, default=0.0,
         help="before a dead worker's task runs again (default 0: at once)")
     add("--drain", action="store_true",
         help="leave when nothing is ready or running")
-    add("--idle-exit", metavar="SECONDS", type=seconds,
+    add("--idle-exit", metavar="DURATION", type=duration,
         help="leave when nothing waited, ran or was scheduled for this long")
     add("--single", action="store_true",
         help="leave at once if another worker serves one of the queues")

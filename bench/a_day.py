@@ -113,10 +113,15 @@ class Terminal:
 
     def take(self) -> str:
         """What was printed since this was last asked for."""
-        termios.tcdrain(self.slave)
-        # The reader's thread has what is printed a moment later than it was printed.
-        time.sleep(0.05)
-        text, self.printed = self.printed.decode("utf-8", "replace"), bytearray()
+        # The reader's thread has what is printed a moment later; it has all when it has this.
+        mark = f"[{secrets.token_hex(8)}]".encode()
+        os.write(self.slave, mark)
+        deadline = time.monotonic() + STEP_SECONDS
+        while not self.printed.endswith(mark):
+            if time.monotonic() > deadline:
+                raise Failed("the terminal prints nothing any more")
+            time.sleep(0.005)
+        text, self.printed = self.printed[: -len(mark)].decode("utf-8", "replace"), bytearray()
         return text.replace("\r\n", "\n")
 
 

@@ -37,7 +37,7 @@ MAX_ATTEMPTS = 6
 # A handler may have a supervisor to lose so long before its first words and after its last ones.
 BLIND_NS = 200_000_000
 
-# Fails at times, says "not now" at times, hangs at times (the worker's timeout ends it), is never any good at times.
+# At times it fails, says "not now" or "never", or hangs until the worker's timeout ends it.
 HANDLER = """#!/bin/sh
 exec {python} -IS {script}
 """

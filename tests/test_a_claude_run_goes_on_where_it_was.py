@@ -200,7 +200,7 @@ def test_a_session_that_is_there_although_its_file_was_not_found_is_resumed(clau
 
 
 class TestAnotherSession:
-    """data.resume names a session that had a life of its own."""
+    """data.resume names a session that was there before the task."""
 
     @pytest.fixture
     def earlier(self, claude) -> str:

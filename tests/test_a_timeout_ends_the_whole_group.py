@@ -31,8 +31,8 @@ def test_grandchildren_included(installation):
 
 def test_with_kill_when_term_is_ignored(installation):
     began = time.monotonic()
-    deaf = 'trap "" TERM\necho $$ >"$HOME/pids"\nwhile :; do sleep 0.05; done'
-    done = run(installation, deaf, "--timeout", 0.3, "--kill-after", 0.3)
+    ignores_term = 'trap "" TERM\necho $$ >"$HOME/pids"\nwhile :; do sleep 0.05; done'
+    done = run(installation, ignores_term, "--timeout", 0.3, "--kill-after", 0.3)
     assert time.monotonic() - began < 5
     assert done["error"].startswith("timed out after 0.3 s") and done["exit_code"] == 137
     (group,) = map(int, lines(installation.directory / "pids"))
@@ -65,15 +65,15 @@ def test_a_timed_out_task_is_tried_again(installation):
 
 
 def test_others_go_on_while_one_is_ended(installation):
-    installation.handler("deaf", "#!/bin/sh\ntrap '' TERM\nwhile :; do sleep 0.05; done\n")
+    installation.handler("ignores_term", "#!/bin/sh\ntrap '' TERM\nwhile :; do sleep 0.05; done\n")
     installation.handler("fine", "#!/bin/sh\n")
-    deaf = installation.enqueue("notifications", "deaf")
+    ignores_term = installation.enqueue("notifications", "ignores_term")
     installation.worker("notifications", "--timeout", 0.2, "--kill-after", 3, "--concurrency", 2, "--max-attempts", 1)
     wait_for(lambda: installation.rows("select 1 from notifications where status = 2"))
     fine = installation.enqueue("notifications", "fine")
     assert installation.finished(fine, 2.5)["status"] == "completed"
-    assert installation.history(deaf) is None
-    assert installation.finished(deaf)["exit_code"] == 137
+    assert installation.history(ignores_term) is None
+    assert installation.finished(ignores_term)["exit_code"] == 137
 
 
 def test_five_megabytes_on_each_stream_are_no_obstacle(installation):

@@ -241,9 +241,9 @@ def test_a_run_that_left_no_status_does_not_get_an_earlier_ones(installation):
 @pytest.mark.parametrize("after", ["the timeout", "a stop", "a cancellation"])
 def test_what_was_to_be_ended_is_ended_without_its_worker(installation, after):
     """The supervisor keeps a worker's word when that has died."""
-    deaf = "#!/bin/sh\ntrap 'echo >>\"$HOME/terms\"' TERM\necho $$ >>\"$HOME/runs\"\nwhile :; do sleep 0.02; done\n"
-    installation.handler("deaf", deaf)
-    task = installation.enqueue("notifications", "deaf")
+    ignores_term = "#!/bin/sh\ntrap 'echo >>\"$HOME/terms\"' TERM\necho $$ >>\"$HOME/runs\"\nwhile :; do sleep 0.02; done\n"
+    installation.handler("ignores_term", ignores_term)
+    task = installation.enqueue("notifications", "ignores_term")
     timeout = 1 if after == "the timeout" else 100
     worker = installation.worker("notifications", "--timeout", timeout, "--kill-after", 1, "--grace", 0, "--max-attempts", 1)
     (pid,) = wait_for(lambda: lines(installation.directory / "runs"))

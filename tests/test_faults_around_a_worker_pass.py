@@ -324,7 +324,7 @@ def test_no_file_events_could_be_had(installation, limit):
     if not shutil.which("unshare") or subprocess.run([*unshare, "true"], capture_output=True).returncode:
         pytest.skip("needs user namespaces")
     installation.handler("quick", QUICK)
-    log = installation.directory / "deaf.log"
+    log = installation.directory / "polls.log"
     with open(log, "w") as file:
         worker = subprocess.Popen([*unshare, sys.executable, ROOT / "worker.py", "notifications",
                                    "--handlers", installation.handlers], env=installation.env, stderr=file)  # fmt: skip

@@ -74,8 +74,8 @@ def test_the_kernel_decides_among_many(installation):
     winner.kill()
     winner.wait()
     # The kernel has dropped the lock of the process that was killed.
-    heir = installation.worker("notifications", "--single")
-    assert "serves" in heir.log.read_text() and heir.poll() is None
+    successor = installation.worker("notifications", "--single")
+    assert "serves" in successor.log.read_text() and successor.poll() is None
 
 
 def test_one_for_several_queues_needs_them_all(installation):
