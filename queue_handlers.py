@@ -70,7 +70,7 @@ class Handlers:
         self.command = command
         try:
             self.cwd = os.getcwd()
-        # It was removed under us.
+        # The working directory was removed while this process was in it.
         except OSError:
             self.cwd = "/"
         # Hooks and units start a worker in /, since uv obeys what lies in its working directory.

@@ -17,7 +17,7 @@ the owner and the attempt it expects, so a late or foreign ack changes nothing.
 
 This file is all that enqueuing, claiming and acknowledging need, with the standard library alone. It
 reads from top to bottom: constants, the schema, the statements, tasks and errors, the turn,
-connections and transactions, the verbs in a task's order, the spool, who is alive. The modules beside
+connections and transactions, the verbs in a task's order, the spool, which owners run. The modules beside
 it are loaded when one of their names is first asked for.
 """
 
@@ -833,7 +833,7 @@ def _open(state: Path, db: str, busy_timeout_ms: int, migrate: bool) -> Connecti
 
 
 def _switch_to_wal(conn: Connection) -> None:
-    """Turn WAL on, once in a database's life. This switch ignores SQLite's busy handler."""
+    """Turn WAL on, once for each database. This switch ignores SQLite's busy handler."""
     deadline = time.monotonic() + conn.busy_timeout_ms / 1000
     while True:
         try:
@@ -1398,7 +1398,7 @@ def spool(queue: str, text: str, state: Path | None = None) -> Path:
     return directory / name
 
 
-# --------------------------------------------------------------------------------- who is alive
+# ---------------------------------------------------------------------------- which owners run
 
 
 def lock_file(

@@ -149,7 +149,7 @@ def dead(state: Path, owner: str | None):
     """Whether an owner is dead; its lock is held meanwhile, so that nobody else recovers its tasks."""
     try:
         fd = q.lock_file(state / "workers" / runs.file_name(owner), probe=True)
-    # Nobody can hold what is not there.
+    # Nobody can hold the lock of a file that is not there.
     except FileNotFoundError:
         yield True
         return

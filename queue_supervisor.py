@@ -118,7 +118,7 @@ class Run:
     def kill(self, number: int) -> None:
         try:
             os.killpg(self.pid, number)
-        # It is gone. macOS says the latter of a group of zombies.
+        # The group is gone. macOS raises PermissionError for a group of zombies.
         except (ProcessLookupError, PermissionError):
             pass
 
@@ -227,7 +227,7 @@ class Supervisor:
             do = "bury" if refused else "put back"
             self.tell({"run": order["run"], "error": str(error), "do": do})
         finally:
-            # Keeps no file system busy.
+            # A working directory elsewhere would keep that file system from being unmounted.
             os.chdir("/")
             for fd in fds:
                 if fd != kept:
@@ -243,7 +243,7 @@ class Supervisor:
             if run is None:
                 continue
             if run.signalled or code < 0:
-                # Whoever is left of its group. A daemon of a handler that ended well is let be.
+                # Kill what is left of its group. A daemon of a handler that ended well stays.
                 run.kill(signal.SIGKILL)
             code = 128 - code if code < 0 else code
             why = {"why": run.why} if run.signalled else {}

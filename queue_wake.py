@@ -39,16 +39,16 @@ QUIET_SECONDS = 0.1
 # How long a commit may take from its write to its being visible.
 SLOW_COMMIT_SECONDS = 5.0
 
-# How long the end of an owner is news: the event of its lock file comes a little before the lock is
-# free.
+# After the event of a lock file, dead owners are looked for so long: the event comes a little before
+# the lock is free.
 OWNER_CLOSED_SECONDS = 0.3
 
 # The pauses between the looks that follow an event, 85 ms in all; only the first is not cut short
 # by another event.
 LOOK_AGAIN_SECONDS = (0.001, 0.004, 0.016, 0.032, 0.032)
 
-# Which of these pauses is the longest as long as a change is owed, and the first once one was
-# found.
+# While a change is expected, pauses grow up to this one of them; after a change was found, they
+# begin again with it.
 OWED_STEP = 2
 
 

@@ -63,7 +63,7 @@ RETRY_SECONDS = (1.0, 60.0)
 TICK_SECONDS = 5.0
 # How often a handler is looked at that outlives its worker.
 ORPHAN_SECONDS = 0.5
-# Before a job counts as abandoned: so long without a sign of life from the machine that runs it.
+# Before a job counts as abandoned: so long without a heartbeat of the machine that runs it.
 STALLED_SECONDS = 60.0
 # How often pull looks for jobs that ended without a word from relay.py, and work for what can be deleted.
 SELDOM_SECONDS, TIDY_SECONDS = 30.0, 3_600.0
@@ -354,7 +354,7 @@ class Relay:
         """Wake the loop; this makes us a listener of the watch."""
         try:
             os.write(self.waker, b"\0")
-        # It has not even read the last one.
+        # The pipe is full: the last signal has not been read yet.
         except BlockingIOError:
             pass
 
@@ -367,7 +367,7 @@ class Relay:
     def run(self) -> int:
         signal.set_wakeup_fd(self.waker, warn_on_full_buffer=False)
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            # nohup has us ignore the last one.
+            # A process that was started by nohup ignores SIGHUP, and goes on doing so.
             if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
                 signal.signal(number, self.stop)
         try:
@@ -1029,14 +1029,14 @@ class Work(Relay):
     # ---------------------------------------------------------------------------- others' jobs
 
     def sweep(self) -> None:
-        """See to the jobs of machines that show no sign of life. Procrastinate leaves those alone."""
+        """See to the jobs of machines that send no heartbeat. Procrastinate leaves those alone."""
         reports = []
         with self.hub.transaction() as hub:
             abandoned = (self.args.queues, self.args.stalled_after)
             for *job, aborted, worker_id, now in hub.execute(STALLED, abandoned).fetchall():
                 task, error = (
                     self.job_as_task(*job),
-                    f"its machine showed no sign of life (worker {worker_id})",
+                    f"its machine sent no heartbeat (worker {worker_id})",
                 )
                 verdict = outcomes.Verdict("retry", error, 0.0)
                 reports.append((task, *self.carry_out(hub, task, verdict, {}, aborted, now)))
@@ -1238,7 +1238,7 @@ def make_parser() -> argparse.ArgumentParser:
     work.add_argument("--reply", action="store_true",
                       help="send what handlers print home, where it becomes tasks in completions")  # fmt: skip
     work.add_argument("--stalled-after", type=cli.duration, default=STALLED_SECONDS, metavar="DURATION",
-                      help="give another machine's jobs up after so long without a sign of life"
+                      help="give another machine's jobs up after so long without a heartbeat"
                       " (default %(default)g)")  # fmt: skip
     for one in (add("init", "prepare the hub, once"), add("status", "both ends side by side")):
         one.add_argument("--json", action="store_true", help="for scripts")

@@ -175,7 +175,7 @@ class Worker:
         """Wake the loop; this makes us a listener of the watch."""
         try:
             os.write(self.waker, b"\0")
-        # It has not even read the last one.
+        # The pipe is full: the last signal has not been read yet.
         except BlockingIOError:
             pass
 
@@ -193,7 +193,7 @@ class Worker:
             say(f"another worker serves {' or '.join(self.args.queues)}; leaving (--single)")
             return 0
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            # nohup has us ignore the last one.
+            # A process that was started by nohup ignores SIGHUP, and goes on doing so.
             if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
                 signal.signal(number, self.stop)
         watch = q.Watch.of(self.state)
