@@ -125,6 +125,6 @@ pictures:
 lint:
     uvx 'ruff>=0.8,<1' check .
     uvx 'ruff>=0.8,<1' format --check .
-    uv run --no-project {{ python_deps }} --with 'pyright>=1.1.390,<2' pyright --level error queue_*.py
-    sh -n hook.sh && sh -n tq.sh
-    if command -v shellcheck >/dev/null; then shellcheck hook.sh tq.sh; fi
+    uv run --no-project {{ python_deps }} --with 'rich>=13,<16' --with 'pyright>=1.1.390,<2' pyright --level error queue_*.py
+    for script in hook.sh tq.sh places.sh bin/task-queue; do sh -n "$script"; done
+    if command -v shellcheck >/dev/null; then shellcheck hook.sh tq.sh places.sh bin/task-queue; fi

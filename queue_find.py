@@ -198,12 +198,12 @@ def source_of(conn: q.Connection, data: object) -> list[dict]:
     return [{"queue": queue, "task_id": task_id, "status": status}]
 
 
-def follow_ups(conn: q.Connection, life: dict) -> list[dict]:
+def follow_ups(conn: q.Connection, record: dict) -> list[dict]:
     """What came of a finished task: results that became tasks, and what its handler enqueued.
 
     They were stored when it ended; older ones are not looked at.
     """
-    ended = cli.seconds_of(life["completed_at"])
+    ended = cli.seconds_of(record["completed_at"])
     if ended is None:
         return []
     found, give_up = [], time.monotonic() + FOLLOW_SECONDS
@@ -216,7 +216,7 @@ def follow_ups(conn: q.Connection, life: dict) -> list[dict]:
             if older > OLDER_ROWS or number % 256 == 255 and time.monotonic() > give_up:
                 break
             named = json.loads(source) if isinstance(source, str) and source[:1] == "{" else None
-            if named == {"queue": life["queue"], "task_id": life["task_id"]}:
+            if named == {"queue": record["queue"], "task_id": record["task_id"]}:
                 found.append({"queue": queue, "task_id": task_id, "status": status})
     return found[::-1]
 
@@ -230,7 +230,7 @@ def live_id(conn: q.Connection, queue: str, task_id: str) -> int | None:
     return row[0] if row else None
 
 
-def newest_life(conn: q.Connection, found: Found) -> dict:
+def newest_record(conn: q.Connection, found: Found) -> dict:
     """The task as it is now: waiting or running, else as it last ended. Raises Refused."""
     with cli.snapshot(conn):
         return newest_of(conn, found)
@@ -248,7 +248,7 @@ def newest_of(conn: q.Connection, found: Found) -> dict:
 
 
 def history_ids(conn: q.Connection, found: Found) -> list[int]:
-    """The finished lives of a task, newest first."""
+    """The finished records of a task, newest first."""
     return [
         row_id
         for (row_id,) in conn.execute(HISTORY_OF, {"task_id": found.task_id, "queue": found.queue})

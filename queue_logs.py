@@ -13,7 +13,7 @@ from typing import BinaryIO, NamedTuple
 
 import queue_cli as cli
 import queue_helpers as q
-from queue_find import Found, newest_life
+from queue_find import Found, newest_record
 
 # How often a file that a handler writes is looked at.
 LOOK_SECONDS = 0.1
@@ -29,11 +29,11 @@ class Run(NamedTuple):
     changed: float
 
 
-def runs_of(life: dict) -> list[Run]:
+def runs_of(record: dict) -> list[Run]:
     """What its attempts left in the logs, oldest first."""
-    pattern, runs = re.compile(rf"({life['id']}-(\d+)-.+)\.(?:out|err)", re.DOTALL), {}
+    pattern, runs = re.compile(rf"({record['id']}-(\d+)-.+)\.(?:out|err)", re.DOTALL), {}
     try:
-        with os.scandir(cli.logs_directory(q.STATE_DIR, life["queue"])) as entries:
+        with os.scandir(cli.logs_directory(q.STATE_DIR, record["queue"])) as entries:
             for entry in entries:
                 match = pattern.fullmatch(entry.name)
                 if match:
@@ -66,14 +66,14 @@ def print_as_json(told: dict, sources: dict[str, BinaryIO]) -> None:
     sys.stdout.write("\n}\n")
 
 
-def open_output(path: str | None, ending: str, life: dict) -> BinaryIO:
+def open_output(path: str | None, ending: str, record: dict) -> BinaryIO:
     """A run's stderr or stdout, or what the history kept of it."""
     try:
         if path is not None and os.path.getsize(f"{path}.{ending}"):
             return open(f"{path}.{ending}", "rb")
     except OSError:
         pass
-    return io.BytesIO((life.get(KEPT[ending]) or "").encode())
+    return io.BytesIO((record.get(KEPT[ending]) or "").encode())
 
 
 def follow_logs(conn: q.Connection, found: Found) -> int:
@@ -82,19 +82,19 @@ def follow_logs(conn: q.Connection, found: Found) -> int:
     printers, waited = cli.make_printers(), False
     while True:
         # Looked at before the files are: what is written until then is read.
-        life = newest_life(conn, found)
-        runs = runs_of(life)
+        record = newest_record(conn, found)
+        runs = runs_of(record)
         for ending in KEPT if runs else ():
             follow_file(files, ending, f"{runs[-1].path}.{ending}", printers[ending])
-        if life["completed_at"] is not None:
+        if record["completed_at"] is not None:
             for ending in () if files else KEPT:
-                cli.copy(open_output(None, ending, life), printers[ending])
+                cli.copy(open_output(None, ending, record), printers[ending])
             return 0
         if not runs and not waited:
             waited = True
             task_id = cli.printable(found.task_id)
             print(
-                f"task {task_id} has not run yet ({life['status']}); waiting for it",
+                f"task {task_id} has not run yet ({record['status']}); waiting for it",
                 file=sys.stderr,
             )
         time.sleep(LOOK_SECONDS)

@@ -347,14 +347,14 @@ def history_table(history: list[dict]):
         ["status", "started", "completed", ">attempts", ">exit", "error"],
         [
             (
-                life["status"],
-                cli.clock(life["started_at"], whole=True) if life["started_at"] else "-",
-                cli.clock(life["completed_at"], whole=True),
-                str(life["attempts"]),
-                "-" if life["exit_code"] is None else str(life["exit_code"]),
-                cli.short(life["error"]),
+                record["status"],
+                cli.clock(record["started_at"], whole=True) if record["started_at"] else "-",
+                cli.clock(record["completed_at"], whole=True),
+                str(record["attempts"]),
+                "-" if record["exit_code"] is None else str(record["exit_code"]),
+                cli.short(record["error"]),
             )
-            for life in history
+            for record in history
         ],
     )
 

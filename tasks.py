@@ -54,7 +54,7 @@ from queue_find import (
     follow_ups,
     history_ids,
     live_id,
-    newest_life,
+    newest_record,
     newest_of,
     remember,
     source_of,
@@ -449,19 +449,19 @@ def show(ids: list[str], queue: str | None, as_json: bool) -> int:
 
 
 def all_about(conn: q.Connection, found: Found) -> dict:
-    """A task as it is now, its lives before, where it came from, what it led to, and its runs."""
-    lives = []
+    """A task as it is now, its records before, where it came from, what it led to, and its runs."""
+    records = []
     if found.row_id is not None:
-        lives.append(cli.as_dict(q.execute(conn, LIVE_ROW, found.queue, id=found.row_id)))
+        records.append(cli.as_dict(q.execute(conn, LIVE_ROW, found.queue, id=found.row_id)))
     for row_id in history_ids(conn, found):
-        lives.append(cli.as_dict(conn.execute(FINISHED_ROW, {"id": row_id})))
-    for life in lives:
-        life["data"] = cli.payload(life["data"])
-    task = lives[0]
+        records.append(cli.as_dict(conn.execute(FINISHED_ROW, {"id": row_id})))
+    for record in records:
+        record["data"] = cli.payload(record["data"])
+    task = records[0]
     return task | {
         "came_from": source_of(conn, task["data"]),
         "led_to": follow_ups(conn, task),
-        "history": lives[1:],
+        "history": records[1:],
         "runs": [run._asdict() for run in queue_logs.runs_of(task)],
     }
 
@@ -474,18 +474,18 @@ def logs(id: str, queue: str | None, follow: bool, as_json: bool) -> int:
     found = find(conn, id, queue)
     if follow and not as_json:
         return queue_logs.follow_logs(conn, found)
-    life = newest_life(conn, found)
-    runs = queue_logs.runs_of(life)
-    is_there = bool(runs) and runs[-1].attempt >= life["attempts"]
-    if not is_there and not life["attempts"]:
-        raise Refused(f"task {found.task_id} has not run yet ({life['status']}); -f waits for it")
+    record = newest_record(conn, found)
+    runs = queue_logs.runs_of(record)
+    is_there = bool(runs) and runs[-1].attempt >= record["attempts"]
+    if not is_there and not record["attempts"]:
+        raise Refused(f"task {found.task_id} has not run yet ({record['status']}); -f waits for it")
     sources = {
-        ending: queue_logs.open_output(runs[-1].path if is_there else None, ending, life)
+        ending: queue_logs.open_output(runs[-1].path if is_there else None, ending, record)
         for ending in queue_logs.KEPT
     }
     if as_json:
         told = {"queue": found.queue, "task_id": found.task_id}
-        told |= {"status": life["status"], "attempt": life["attempts"]}
+        told |= {"status": record["status"], "attempt": record["attempts"]}
         queue_logs.print_as_json(told, sources)
     else:
         queue_logs.print_outputs(sources)
@@ -508,33 +508,33 @@ def wait(ids: list[str], queue: str | None, timeout: float | None, as_json: bool
         changed.clear()
         conn = cli.open_queue()
         with cli.snapshot(conn):
-            lives = [newest_of(conn, found) for found in tasks]
-        waiting = [life["task_id"] for life in lives if life["completed_at"] is None]
+            records = [newest_of(conn, found) for found in tasks]
+        waiting = [record["task_id"] for record in records if record["completed_at"] is None]
         left = math.inf if timeout is None else timeout - (time.monotonic() - began)
         if not waiting or left <= 0:
             break
         changed.wait(min(left, threading.TIMEOUT_MAX))
-    results = [result_of(life) for life in lives]
+    results = [result_of(record) for record in records]
     if as_json:
         cli.put_json(results[0] if len(results) == 1 else results)
     else:
-        for life in lives:
-            if life["completed_at"] is not None:
-                why = f": {life['error']}" if life["error"] else ""
-                print(cli.printable(f"{life['task_id']} {life['status']}{why}"))
-                print(cli.printable_lines(life["result"] or ""), end="")
+        for record in records:
+            if record["completed_at"] is not None:
+                why = f": {record['error']}" if record["error"] else ""
+                print(cli.printable(f"{record['task_id']} {record['status']}{why}"))
+                print(cli.printable_lines(record["result"] or ""), end="")
     sys.stdout.flush()
     if waiting:
-        total = cli.plural(len(lives), "task")
+        total = cli.plural(len(records), "task")
         names = f"{', '.join(waiting[:10])}{', …' if len(waiting) > 10 else ''}"
         error = f"{len(waiting)} of {total} had not ended after {cli.span(timeout)}: {names}"
         return cli.complain(EX_TEMPFAIL, "tasks.py wait", error)
-    return 0 if all(life["status"] == "completed" for life in lives) else EX_FAILED
+    return 0 if all(record["status"] == "completed" for record in records) else EX_FAILED
 
 
-def result_of(life: dict) -> dict:
+def result_of(record: dict) -> dict:
     names = ("queue", "task_id", "task_type", "status", "attempts", "exit_code", "error", "result")
-    return {name: life.get(name) for name in names} | {"summary": cli.summary(life.get("result"))}
+    return {name: record.get(name) for name in names} | {"summary": cli.summary(record.get("result"))}
 
 
 # --------------------------------------------------- approve, reject, retry, cancel, pause and slots
@@ -673,12 +673,12 @@ def cancel(ids: list[str], queue: str | None, wait: float, as_json: bool) -> int
 def cancel_task(conn: q.Connection, found: Found, deadline: float) -> str | None:
     """None when the task is cancelled, else why not."""
     if found.row_id is None:
-        return f"it has ended already ({newest_life(conn, found)['status']})"
+        return f"it has ended already ({newest_record(conn, found)['status']})"
     asked, first_seen, recover_at = None, {}, 0.0
     while True:
         row = q.execute(conn, CLAIMED_TASK, found.queue, id=found.row_id).fetchone()
         if row is None:
-            ended = newest_life(conn, found)["status"]
+            ended = newest_record(conn, found)["status"]
             return None if ended == "cancelled" else f"it ended before that ({ended})"
         task = q.Task.from_row(found.queue, row[1:])
         if row[0] == q.HANDED_OVER:

@@ -234,7 +234,7 @@ def test_a_living_worker_whose_job_was_given_away_ends_its_run(machines):
     here.start("pull")
     ended = here.finished(task, 30)
     assert (ended["status"], ended["attempts"]) == ("completed", 2)
-    assert "showed no sign of life" in other.log.read_text()
+    assert "sent no heartbeat" in other.log.read_text()
     os.kill(first.pid, signal.SIGCONT)
     wait_for(lambda: "lost attempt 1" in first.log.read_text(), what="the first worker's insight")
     pid = int(runs.read_text().split()[0])
@@ -258,7 +258,7 @@ def test_a_handler_that_outlives_its_worker_is_not_run_again(machines):
     second = there.work("notifications")
     beat = "select last_heartbeat from procrastinate_workers order by id limit 1"
     before = here.hub.one(beat)
-    wait_for(lambda: here.hub.one(beat) > before, what="a sign of life of the orphan")
+    wait_for(lambda: here.hub.one(beat) > before, what="a heartbeat of the orphan")
     (there.here.directory / "go").touch()
     here.start("pull")
     ended = here.finished(task, 30)
