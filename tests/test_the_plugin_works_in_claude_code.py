@@ -91,7 +91,9 @@ def session(tmp_path):
 
 
 def test_it_is_valid_without_a_warning(session):
-    said = session.run("plugin", "validate", "--strict", str(session.market))
+    said = session.run(
+        "plugin", "validate", "--strict", "--profile", "directory", str(session.market)
+    )
     assert "Validation passed" in said and "warning" not in said.lower()
 
 
