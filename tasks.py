@@ -54,8 +54,8 @@ from queue_find import (
     follow_ups,
     history_ids,
     live_id,
-    newest_record,
     newest_of,
+    newest_record,
     remember,
     source_of,
 )
