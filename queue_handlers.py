@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import NamedTuple, NoReturn
 
 import queue_helpers as q
+import queue_installation
 import queue_runs as runs
 from queue_cli import duration, printable
 from queue_supervisor import SupervisorProcess, handler_environment
@@ -199,7 +200,7 @@ def count(text: str) -> int:
 # fmt: off
 def add_run_options(add: Callable, script: str) -> None:
     """The options of whoever runs handlers."""
-    add("--handlers", metavar="DIR", type=Path, default=beside(script, "handlers"),
+    add("--handlers", metavar="DIR", type=Path, default=default_handlers(script),
         help="executables named after task types (default: %(default)s)")
     add("--concurrency", metavar="N", type=count, default=1,
         help="tasks at a time, all queues together (default 1)")
@@ -229,11 +230,17 @@ def check_run_options(
         raise ValueError(f"--handlers {args.handlers}: there is no such directory")
 
 
-def beside(script: str, name: str) -> Path:
-    """A directory beside a script: in the same one, or where install.py puts it."""
+def default_handlers(script: str) -> Path:
+    """Where handlers lie: where install.py puts them, else beside the script.
+
+    A checkout takes those of the installation, which are a person's own, if there is one.
+    """
     here = Path(script).resolve().parent
-    installed = here.parent.parent / name
-    return installed if installed.is_dir() and not (here / name).is_dir() else here / name
+    for prefix in (here.parent.parent, queue_installation.default_prefix()):
+        record = prefix / "installed.json"
+        if (prefix / "handlers").is_dir() and (record.exists() or not (here / "handlers").is_dir()):
+            return prefix / "handlers"
+    return here / "handlers"
 
 
 def resolve(command: list[str], path: str) -> list[str]:
