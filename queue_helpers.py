@@ -266,12 +266,12 @@ OPEN_SLOTS = f"""coalesce((select case when {IS_PAUSED} then 0 when slots is nul
 # A retry is due, too, when the clock was set back to before its release.
 DUE = """select id from "{queue}" where status = 3 and due_at <= :now
   union all select id from "{queue}" where status = 3 and released_at is not null and released_at > :now + 1"""
-IS_OVERDUE = f"""(exists ({DUE}) or exists (select 1 from "{{queue}}" where expires_at <= :now and status not in (2, 5) and status <> 5))"""
+IS_OVERDUE = f"""(exists ({DUE}) or exists (select 1 from "{{queue}}" where expires_at <= :now and status not in (2, 5)))"""
 LOOK = f"""
 select exists (select 1 from "{{queue}}" where status < 2), {IS_OVERDUE}, {OPEN_SLOTS.replace(":limit", "1")} > 0"""
 NEXT_TIMES = f"""
 select (select min(due_at) from "{{queue}}" where status = 3),
-  (select min(expires_at) from "{{queue}}" where expires_at is not null and status <> 5),
+  (select min(expires_at) from "{{queue}}" where expires_at is not null and status not in (2, 5)),
   exists (select 1 from "{{queue}}" where status < 2), {OPEN_SLOTS.replace(":limit", "1")} > 0,
   {IS_PAUSED}, (select paused_until from task_controls where queue = '{{queue}}')"""
 COUNT_CLAIMED = """
@@ -283,7 +283,7 @@ set status = iif(group_id is null or released_at is not null, 1, 4), due_at = nu
 where id in ({DUE}) returning group_id"""
 UNBLOCK = NEXT_OF_GROUP.replace("{group}", ":group_id")
 EXPIRED = """
-select {task} from "{queue}" where expires_at <= :now and status not in (2, 5) and status <> 5"""
+select {task} from "{queue}" where expires_at <= :now and status not in (2, 5)"""
 CLAIM = f"""
 update "{{queue}}"
 set status = 2, owner = :owner, claimed_at = :now, attempts = attempts + 1, expires_at = null, max_attempts = :max_attempts,
