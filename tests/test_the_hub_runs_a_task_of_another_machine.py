@@ -31,7 +31,10 @@ def test_a_task_goes_there_and_its_result_comes_back(machines):
     )
     assert f"greet {task} completed attempt 1" in done.stderr
     assert here.word(task) == "handed_over"
+    # It has ended there, and not here.
+    assert here.here.run("tasks.py", "wait", task, "--timeout", 0.1).returncode == 75
     here.relay("pull", "--drain")
+    assert here.here.run("tasks.py", "wait", task, "--timeout", 5).returncode == 0
     ended = here.history(task)
     # The hub's URL has a password, which is none of a handler's business.
     assert (ended["status"], ended["exit_code"], ended["attempts"], ended["log"]) == (
