@@ -345,6 +345,9 @@ class Relay:
         self.args, self.state, self.hub = args, q.STATE_DIR, Hub(args.url)
         self.wakeup, self.waker = wakeup_pipe()
         self.stops, self.is_idle = 0, False
+        # When what still runs is to be ended, after a signal; and whether anything runs.
+        self.stop_at: float | None = None
+        self.is_busy = False
         # Whether the local database may have changed since we looked.
         self.changed = True
         self.trouble, self.failures, self.retry_at = "", 0, 0.0
@@ -374,7 +377,7 @@ class Relay:
             self.begin(q.connect(self.state))
             while not self.may_leave():
                 self.attempt()
-                if self.trouble and self.args.drain:
+                if self.trouble and self.args.drain and not self.is_busy:
                     return 1
                 self.sleep()
         finally:
@@ -408,7 +411,13 @@ class Relay:
     def sleep(self) -> None:
         """Wait for an event, or for the next thing that is due."""
         now = time.monotonic()
-        until = self.retry_at if self.trouble else self.due_at(now)
+        try:
+            until = self.retry_at if self.trouble else self.due_at(now)
+        # attempt() meets it as well, and says so.
+        except q.QueueError:
+            until = now + TICK_SECONDS
+        if self.stop_at is not None:
+            until = min(until, self.stop_at)
         if self.args.drain and self.is_idle or self.stops and self.may_leave():
             return
         poll = select.poll()
@@ -420,8 +429,9 @@ class Relay:
             self.changed = True
 
     def files(self) -> list[int]:
-        """What wakes the loop."""
-        return [self.wakeup, *([] if self.hub.conn is None else [self.hub.conn.fileno()])]
+        """What wakes the loop. The hub does not while it is not listened to."""
+        listens = self.hub.conn is not None and not self.trouble
+        return [self.wakeup, *([self.hub.conn.fileno()] if listens else [])]
 
     def complain(self, about: str) -> None:
         """Say what is in the way of something that others need not wait for; each thing once."""
@@ -714,7 +724,6 @@ class Work(Relay):
         self.worker_id: int | None = None
         # What has ended and is not yet recorded: (task, verdict, how it ended).
         self.done: list[tuple[q.Task, outcomes.Verdict, dict, float]] = []
-        self.stop_at: float | None = None
         # Whether the hub has nothing for us, as far as we know; and whether we hold a queue back.
         self.looked, self.next_due, self.holds_back = False, 0.0, False
         self.beat_at = self.sweep_at = self.adopt_at = self.tidy_at = 0.0
@@ -747,6 +756,7 @@ class Work(Relay):
             self.stop_at = None
             self.handlers.end_all(q.STOPPED, now=self.stops > 1)
         super().attempt()
+        self.is_busy = bool(self.runs or self.done)
 
     def reap(self) -> None:
         try:
@@ -786,8 +796,6 @@ class Work(Relay):
             until.append(self.next_due)
         if self.done and not self.trouble:
             until.append(now)
-        if self.stop_at is not None:
-            until.append(self.stop_at)
         return min(until)
 
     def may_leave(self) -> bool:
