@@ -800,8 +800,8 @@ class Work(Relay):
 
     def may_leave(self) -> bool:
         if self.runs or self.done:
-            # What cannot be recorded is found by the next one, or by another machine.
-            return self.stops > 1 and not self.runs and bool(self.trouble)
+            # What cannot be recorded is on record here: the next one sees to it.
+            return bool(self.stops) and not self.runs and bool(self.trouble)
         return super().may_leave()
 
     def end(self) -> None:

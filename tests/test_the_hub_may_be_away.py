@@ -149,3 +149,26 @@ def test_one_task_that_the_hub_refuses_keeps_no_other_waiting(machines):
     assert here.history("b")["status"] == "failed" and "no_greed" in here.history("b")["error"]
     assert (here.word("a"), here.word("c")) == ("handed_over", "handed_over")
     assert here.hub.one("select count(*) from procrastinate_jobs") == 2
+
+
+def test_a_worker_that_has_lost_its_hub_can_be_stopped_and_the_next_one_goes_on(machines):
+    here, there = machines
+    there.handler(
+        "slow",
+        '#!/bin/sh\necho run >>"$HOME/runs"\nif mkdir "$HOME/once"; then exec sleep 60; fi\n',
+    )
+    here.put(q.new_row("slow", {}, "x"))
+    here.relay("push", "notifications", "--drain")
+    work = there.work("notifications", "--grace", 0.1, "--kill-after", 0.5)
+    runs = there.here.directory / "runs"
+    wait_for(runs.exists, what="a run")
+    here.hub.server.kill()
+    wait_for(lambda: "the hub cannot be used" in work.log.read_text(), what="the complaint")
+    work.terminate()
+    assert work.wait(20) == 0
+    here.hub.server.start()
+    # What could not be recorded was written down here: the attempt that was stopped does not count.
+    there.relay("work", "notifications", "--drain", "--handlers", there.here.handlers)
+    here.relay("pull", "--drain")
+    assert (here.history("x")["status"], here.history("x")["attempts"]) == ("completed", 1)
+    assert runs.read_text() == "run\nrun\n"
