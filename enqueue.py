@@ -222,6 +222,7 @@ def read_option(name: str, text: str) -> object:
 
 
 def main(argv: list[str] | None = None) -> int:
+    q.go_back()
     try:
         args = Arguments(command_line() if argv is None else argv)
     except ValueError as error:
