@@ -137,6 +137,9 @@ class Stop(threading.Event):
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
     cli.open_standard_streams()
+    # The usual state is not the one that was meant.
+    if q.state_complaint:
+        return cli.complain(cli.EX_USAGE, "cleanup.py", q.state_complaint)
     stop, before, told = Stop(), {}, ()
     for number in (signal.SIGTERM, signal.SIGINT):
         before[number] = signal.signal(number, stop.catch)

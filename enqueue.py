@@ -50,7 +50,6 @@ like 2026-12-01T09:00: it is local time unless it names a zone.
   --once-per KEY        KEY says what makes two firings of a hook one task: the same session,
                         workspace or content. (default: everything in the payload)
   --group-by KEY        The group is the hook's workspace, project or session.
-  --fired-in DIR        The hook was fired in this directory. (default: the one it runs in)
   --nested              The hook enqueues even inside a handler's own run.
 
 exit codes: 0 stored (or a duplicate); 1 the database cannot be used; 64 usage; 65 the task was
@@ -105,7 +104,6 @@ OPTIONS = {
     "once-per": str,
     "group-by": str,
     "worker-from": str,
-    "fired-in": str,
 }
 CHOICES = {
     "on-duplicate": ("skip", "replace", "rerun"),
@@ -164,7 +162,6 @@ class Arguments:
     once_per: str | None = None
     group_by: str | None = None
     worker_from: str | None = None
-    fired_in = ""
     hook = jsonl = hold = new = start_worker = nested = version = help = False
 
     def __init__(self, argv: list[str]) -> None:
@@ -225,6 +222,7 @@ def read_option(name: str, text: str) -> object:
 
 
 def main(argv: list[str] | None = None) -> int:
+    q.go_back()
     try:
         args = Arguments(command_line() if argv is None else argv)
     except ValueError as error:
@@ -415,7 +413,7 @@ def hook(args: Arguments) -> int:
     deadline = STARTED + seconds
     project = from_bytes(os.environb.get(b"CLAUDE_PROJECT_DIR", b""))
     raw = read_stdin(STARTED + seconds * STDIN_SHARE)
-    row = row_of_firing(args, raw, args.fired_in, project)
+    row = row_of_firing(args, raw, "", project)
     if isinstance(row, str):
         return fail(0, row)
     try:

@@ -17,6 +17,7 @@ esac
 worker=
 if [ -z "$lib" ]; then
     lib=${0%/*}
+    case $lib in /*) ;; *) lib=$PWD/$lib ;; esac
     # A file to read that is missing would end this shell with 2.
     [ -r "$lib/places.sh" ] || exit 1
     # shellcheck source=places.sh disable=SC1091
@@ -34,7 +35,7 @@ for name in $(export -p); do
     name=${name%%=*}
     case $name in
     *[!A-Z0-9_]* | UV_CACHE_DIR | UV_OFFLINE) ;;
-    UV* | PYTHON* | VIRTUAL_ENV) unset "$name" ;;
+    UV* | PYTHON* | VIRTUAL_ENV | CONDA_PREFIX) unset "$name" ;;
     esac
 done
 case ${UV_CACHE_DIR:-/} in /*) ;; *) unset UV_CACHE_DIR ;; esac
@@ -54,6 +55,7 @@ if [ -n "$uv" ]; then export UV="$uv"; fi
 case $asked in [~]/*) [ -z "${HOME:-}" ] || asked=$HOME/${asked#??} ;; esac
 case $asked in
 '') ;;
+/*[[:cntrl:]]*) echo "TASK_QUEUE_STATE has control characters and was ignored: the task goes to $TASK_QUEUE_STATE" >&2 ;;
 /*) TASK_QUEUE_STATE=$asked ;;
 *) echo "TASK_QUEUE_STATE is not absolute and was ignored: the task goes to $TASK_QUEUE_STATE" >&2 ;;
 esac
@@ -68,10 +70,14 @@ run() {
         code=$?
     fi
     case $code in 2 | 126 | 127)
-        # --no-config: a workspace may hold a uv.toml or a .python-version. In /, since uv runs the Python
-        # of a .venv in its working directory and above.
+        # uv runs the interpreter of a .venv in its working directory or above, which is a workspace's.
+        # --no-config: nor has a uv.toml or a .python-version a say.
+        # The script goes back to where this was fired.
         if [ -x "$uv" ] && [ -r "$1" ]; then
-            (cd / && exec "$uv" run -qq --offline --no-config --script "$@")
+            (
+                export TASK_QUEUE_CWD="${PWD:-}"
+                cd / && exec "$uv" run -qq --offline --no-config --script "$@"
+            )
             code=$?
         fi ;;
     esac
@@ -82,7 +88,7 @@ if [ -n "$report" ]; then
     echo "no report: no Python 3.11 was found" >&2
     exit 1
 fi
-run "$lib/enqueue.py" --hook "$@" ${PWD:+--fired-in "$PWD"} ${worker:+--worker-from "$worker"}
+run "$lib/enqueue.py" --hook "$@" ${worker:+--worker-from "$worker"}
 
 # Without Python the payload goes to the spool, as it came: a worker makes a task of it by the same
 # rules as enqueue.py.

@@ -30,6 +30,9 @@ import queue_helpers as q
 if TYPE_CHECKING:
     from queue_outcome import Control
 
+# Before a script looks at the paths that a person gave it.
+q.go_back()
+
 VERSION = q.VERSION
 
 # The exit codes of every script, beside 0. Those above 63 are named in sysexits.h.
@@ -212,6 +215,10 @@ def run(who: str, work: Callable[[], int]) -> int:
     """work()'s exit code; an error that a person, a disk or another process may cause becomes one
     line and a code.
     """
+    open_standard_streams()
+    # Whoever names another state must not be given the usual one.
+    if q.state_complaint:
+        return complain(EX_USAGE, who, q.state_complaint)
     try:
         return _told(work)
     except Refused as error:
@@ -246,7 +253,6 @@ def code_of(error: Exception) -> int:
 
 
 def _told(work: Callable[[], int]) -> int:
-    open_standard_streams()
     # A test may have put something else in its place.
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
@@ -345,6 +351,7 @@ def find_uv() -> str | None:
             ran = subprocess.run(
                 ask,
                 check=False,
+                cwd="/",
                 stdin=subprocess.DEVNULL,
                 capture_output=True,
                 text=True,

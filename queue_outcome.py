@@ -30,8 +30,9 @@ EX_DATAERR, EX_TEMPFAIL = 65, 75
 OUTPUT_BYTES = 65_536
 # Of a handler's stdout that may become the next task.
 RESULT_BYTES = 16 * 2**20
-# The longest that a handler may ask for, and what one gets that asks for nothing.
-LONGEST_SECONDS, NOT_NOW_SECONDS = 30 * 86_400, 60.0
+# The shortest and the longest that a handler may ask for, and what one gets that asks for nothing. What
+# is not counted must not run as fast as it can.
+SHORTEST_SECONDS, LONGEST_SECONDS, NOT_NOW_SECONDS = 0.1, 30 * 86_400, 60.0
 # Tasks that one result may enqueue.
 CHAIN_TASKS = 100
 CHAIN_KEYS = {"queue", "task_type", "data", "task_id", "priority", "delay", "group", "hold"}
@@ -282,7 +283,7 @@ def seconds_in(value: Any) -> float | None:
     """A number that a handler gave, within bounds; None for what is no number of seconds."""
     if type(value) not in (int, float) or not 0 <= value < math.inf:
         return None
-    return float(min(value, LONGEST_SECONDS))
+    return float(max(SHORTEST_SECONDS, min(value, LONGEST_SECONDS)))
 
 
 def last_words(told: dict) -> str:

@@ -106,9 +106,21 @@ def main(argv: list[str] | None = None) -> int:
         return fail(
             EX_FAILED, f"queue_helpers.py cannot be loaded ({error}): run just install again"
         )
+    return told(q, hook, peek)
+
+
+def told(q, hook: bool, peek: bool) -> int:
+    """Tell Claude, or a person: the exit code."""
+    q.go_back()
+    if q.state_complaint:
+        fail(EX_USAGE, q.state_complaint)
+    if q.state_complaint and not hook:
+        return EX_USAGE
+    # A hook goes on with the usual one.
+    q.state_complaint = None
     try:
         # Where there is no database yet, there is nothing to tell.
-        if q.state_complaint is None and not os.path.exists(f"{q.STATE_DIR}/tasks.db"):
+        if not os.path.exists(f"{q.STATE_DIR}/tasks.db"):
             return 0
         return tell_claude(q, peek) if hook else tell_a_person(q, peek)
     except q.QueueBusy as error:
@@ -116,6 +128,11 @@ def main(argv: list[str] | None = None) -> int:
         return 0 if hook else fail(EX_TEMPFAIL, error)
     except q.QueueError as error:
         return fail(EX_FAILED, error)
+    except BrokenPipeError:
+        # head and less have what they wanted.
+        return 0
+    except OSError as error:
+        return fail(EX_FAILED, f"standard output: {error.strerror}")
 
 
 def fail(code: int, message: object) -> int:

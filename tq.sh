@@ -12,6 +12,7 @@ if [ -z "$lib" ]; then
     # shellcheck source=places.sh disable=SC1091
     . "$here/places.sh"
     lib=${worker:-$here} state=$TASK_QUEUE_STATE TASK_QUEUE_STATE=$asked
+    case $lib in /*) ;; *) lib=$PWD/$lib ;; esac
 fi
 export TASK_QUEUE_STATE="${TASK_QUEUE_STATE:-$state}"
 
@@ -54,8 +55,12 @@ if [ ! -r "$lib/$script.py" ]; then
 fi
 # Scripts without dependencies start faster without uv.
 if [ -x "$uv" ] && ! { [ -x "$python" ] && grep -q '^# dependencies = \[\]$' "$lib/$script.py"; }; then
-    unset PYTHONPATH PYTHONHOME PYTHONSAFEPATH VIRTUAL_ENV UV_PYTHON UV_PROJECT UV_ENV_FILE UV_CONFIG_FILE
-    exec "$uv" run --quiet --no-config --script "$lib/$script.py" "$@"
+    unset PYTHONPATH PYTHONHOME PYTHONSAFEPATH VIRTUAL_ENV CONDA_PREFIX \
+        UV_PYTHON UV_PROJECT UV_ENV_FILE UV_CONFIG_FILE UV_WORKING_DIR
+    # uv runs the interpreter of a .venv in its working directory or above, which may be a workspace's.
+    # The script goes back to where this was typed.
+    export TASK_QUEUE_CWD="$PWD"
+    cd / && exec "$uv" run --quiet --no-config --script "$lib/$script.py" "$@"
 fi
 if [ -x "$python" ]; then exec "$python" -E -s "$lib/$script.py" "$@"; fi
 echo "$name: neither Python nor uv is where install found it; install uv, then run just install again" >&2

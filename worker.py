@@ -85,10 +85,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     try:
         check_run_options(args, command)
-        state = os.environ.get("TASK_QUEUE_STATE") or "~"
-        if not os.path.isabs(os.path.expanduser(state)):
-            raise ValueError(f"TASK_QUEUE_STATE {state!r} is relative, so it is another directory"
-                             " for each process: make it absolute")  # fmt: skip
+        if q.state_complaint:
+            raise ValueError(q.state_complaint)
         args.queues = list(dict.fromkeys(map(q.check_queue_name, args.queues)))
         if args.on_dead is not None:
             args.on_dead = resolve(shlex.split(args.on_dead), args.env["PATH"])

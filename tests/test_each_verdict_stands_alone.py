@@ -44,6 +44,14 @@ def test_a_time_that_is_none_spins_nothing(installation, beside, number):
         assert attempts == 0 and 50 < seconds <= 31 * 86_400
 
 
+@pytest.mark.parametrize("said", ['{"retry_after": 0}', '{"retry_after": 1e-300}', '{"pause": 0}'])
+def test_not_now_is_not_as_fast_as_it_can(installation, beside, said):
+    """What does not count would otherwise run hundreds of times a second, for ever."""
+    beside(f"#!/bin/sh\ndate +%s.%N >>\"$HOME/runs\"\necho '{said}'\nexit 75\n")
+    began = wait_for(lambda: len(lines(installation.directory / "runs")) > 3 and lines(installation.directory / "runs"))
+    assert float(began[3]) - float(began[0]) > 0.25
+
+
 def test_not_now_without_a_time_waits_a_minute(installation, beside):
     beside("#!/bin/sh\nexit 75\n")
     wait_for(lambda: installation.rows("select 1 from notifications where status = 3"), what="the odd one's verdict")

@@ -132,3 +132,9 @@ def test_output_that_is_larger_than_the_memory_is_passed_on(ended):
     while piece := process.stdout.read(2**20):
         length += len(piece)
     assert process.wait() == 0 and length > 6 * 200 * 2**20 - 100
+
+
+@pytest.mark.parametrize("redirections, why", [(">&-", "Bad file descriptor"), (">/dev/full", "No space left on device")])
+def test_a_report_that_cannot_be_printed_is_one_line(ended, redirections, why):
+    said = with_streams(ended, redirections, ["report.py"])
+    assert said == (1, f"report.py: standard output: {why}\n")

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, wait_for
 
+from queue_cli import find_uv
+
 STOP = b'{"session_id": "s1", "cwd": "/", "hook_event_name": "Stop"}'
 MODULES = (
     "socket",
@@ -169,6 +171,37 @@ def test_a_relative_cache_of_uv_is_not_used(home, workspace, way):
     assert [path.name for path in workspace.iterdir() if path.is_dir()] == [".venv"]
 
 
+def test_nothing_of_it_is_run_by_a_command_that_is_typed_there(home, workspace, tmp_path):
+    """uv, which the scripts with dependencies need, is not started there; relative paths mean it all the same."""
+    lib, tq = tmp_path / "lib", tmp_path / "tq"
+    lib.mkdir()
+    # uv chooses a Python for a script that it sees for the first time.
+    for script in ROOT.glob("*.py"):
+        shutil.copy(script, lib)
+    text = (ROOT / "tq.sh").read_text().replace("\nlib=\n", f"\nlib='{lib}'\n")
+    tq.write_text(text.replace("\nuv=\n", f"\nuv='{find_uv()}'\n"))
+    (workspace / "run.sh").write_text("#!/bin/sh\necho of the person\n")
+    (workspace / "run.sh").chmod(0o755)
+    cache = subprocess.run(["uv", "cache", "dir"], capture_output=True, text=True, check=True)
+    env = {"HOME": str(home), "UV_CACHE_DIR": cache.stdout.strip(), "UV_OFFLINE": "1"}
+    env |= {"PATH": "/usr/bin:/bin", "TASK_QUEUE_STATE": str(tmp_path / "its state")}
+    said = ""
+    for words in (
+        "add approvals t",
+        "export --queue approvals all.jsonl",
+        "import all.jsonl",
+        "work approvals --drain -- ./run.sh",
+        "list --status completed",
+    ):
+        ran = subprocess.run(
+            ["/bin/sh", tq, *words.split()], env=env, cwd=workspace, capture_output=True, text=True
+        )
+        assert ran.returncode == 0, (words, ran.stderr)
+        said = ran.stdout
+    assert "of the person" in said and (workspace / "all.jsonl").stat().st_size > 0, said
+    assert not (tmp_path / "hijacked").exists()
+
+
 def test_what_the_workspace_brings_would_be_used_without_that(workspace):
     """The test before this one can fail: these modules are what Python imports when the session decides."""
     ran = subprocess.run(
@@ -288,3 +321,23 @@ def test_install_finds_the_same_programs_whatever_the_session_says(tmp_path, nam
         and records[0]["python"] == records[1]["python"]
     )
     assert shutil.which("uv") is None or records[0]["uv"]
+
+
+@pytest.mark.parametrize("state", ["state", "~nosuchuser/state", "/tmp/a\nb"])
+@pytest.mark.parametrize("command", [
+    "enqueue.py approvals t", "worker.py approvals --drain", "cleanup.py", "tasks.py list", "tasks.py purge approvals --yes",
+    "tasks.py restore {backup}", "transfer.py export", "doctor.py", "dashboard.py --port 0", "report.py",
+])  # fmt: skip
+def test_no_script_takes_the_usual_state_for_the_one_that_was_meant(installation, command, state):
+    """Whoever has two states and mistypes one must not have the other restored over, pruned or served."""
+    usual = installation.directory / ".claude/automation/lychee/state"
+    for env in ({"TASK_QUEUE_STATE": str(usual)}, {}):
+        installation.enqueue("approvals", "t", "{}", "--task-id", "1", env=env)
+    backup = installation.directory / "backup.db"
+    assert installation.run("tasks.py", "backup", backup).returncode == 0
+    words = command.format(backup=backup).split()
+    before = sorted((path, path.stat().st_mtime_ns) for path in usual.rglob("*"))
+    done = installation.run(*words, env={"TASK_QUEUE_STATE": state}, cwd=installation.directory)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (64, "", 1), done.stderr
+    assert "TASK_QUEUE_STATE" in done.stderr
+    assert sorted((path, path.stat().st_mtime_ns) for path in usual.rglob("*")) == before
