@@ -534,7 +534,9 @@ def wait(ids: list[str], queue: str | None, timeout: float | None, as_json: bool
 
 def result_of(record: dict) -> dict:
     names = ("queue", "task_id", "task_type", "status", "attempts", "exit_code", "error", "result")
-    return {name: record.get(name) for name in names} | {"summary": cli.summary(record.get("result"))}
+    return {name: record.get(name) for name in names} | {
+        "summary": cli.summary(record.get("result"))
+    }
 
 
 # --------------------------------------------------- approve, reject, retry, cancel, pause and slots

@@ -40,7 +40,11 @@ COLUMNS = ("look", "claim", "ack", "put", "group claim", "group ack", "group put
 
 
 def main(argv: list[str] | None = None) -> int:
-    sizes = [int(text) for text in (sys.argv[1:] if argv is None else argv)] or [100, 10_000, 1_000_000]
+    sizes = [int(text) for text in (sys.argv[1:] if argv is None else argv)] or [
+        100,
+        10_000,
+        1_000_000,
+    ]
     with tempfile.TemporaryDirectory() as directory:
         os.environ["TASK_QUEUE_STATE"] = f"{directory}/state"
         import queue_helpers as q
@@ -54,8 +58,15 @@ def main(argv: list[str] | None = None) -> int:
             fill(q, conn, filled, size)
             filled, took = size, time.perf_counter() - began
             medians.append(measure_all(q, conn, min(ROUNDS, size // 10)))
-            print(f"{size:10}" + "".join(f"{medians[-1][name]:12.1f}" for name in COLUMNS) + f"   {took:.1f} s")
-        print(f"{'times':>10}" + "".join(f"{medians[-1][name] / medians[0][name]:12.2f}" for name in COLUMNS))
+            print(
+                f"{size:10}"
+                + "".join(f"{medians[-1][name]:12.1f}" for name in COLUMNS)
+                + f"   {took:.1f} s"
+            )
+        print(
+            f"{'times':>10}"
+            + "".join(f"{medians[-1][name] / medians[0][name]:12.2f}" for name in COLUMNS)
+        )
         q.resign()
         q.close(conn)
     return 0
@@ -64,7 +75,10 @@ def main(argv: list[str] | None = None) -> int:
 def fill(q, conn, filled: int, size: int) -> None:
     for statement, part in FILL.items():
         with q.transaction(conn, durable=False):
-            conn.execute(f"{NUMBERS} {statement}", {"first": int(filled * part) + 1, "last": int(size * part)})
+            conn.execute(
+                f"{NUMBERS} {statement}",
+                {"first": int(filled * part) + 1, "last": int(size * part)},
+            )
     conn.execute("pragma wal_checkpoint(truncate)")
 
 
@@ -81,7 +95,12 @@ def measure_all(q, conn, rounds: int) -> dict[str, float]:
         measure(times["ack"], lambda task=task: end(q, conn, task))
         measure(times["group ack"], lambda task=grouped: end(q, conn, task))
         measure(times["put"], lambda: q.enqueue_task("bench", "t", {}))
-        measure(times["group put"], lambda: q.enqueue_task("bench", "t", {}, f"g{os.urandom(8).hex()}", group="big", priority=1))
+        measure(
+            times["group put"],
+            lambda: q.enqueue_task(
+                "bench", "t", {}, f"g{os.urandom(8).hex()}", group="big", priority=1
+            ),
+        )
     return {name: statistics.median(values) for name, values in times.items()}
 
 

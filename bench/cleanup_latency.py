@@ -60,36 +60,69 @@ for phase in ("before", "during"):
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.error = lambda message: parser.exit(64, f"cleanup_latency.py: {message}\n")
-    parser.add_argument("--rows", type=int, default=1_000_000, help="in the history (default a million)")
+    parser.add_argument(
+        "--rows", type=int, default=1_000_000, help="in the history (default a million)"
+    )
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory(prefix="cleanup_latency.") as folder:
         result = measure(Path(folder), args.rows)
-    print(json.dumps(result) if args.json else "\n".join(f"{key:8} {value}" for key, value in result.items()))
+    print(
+        json.dumps(result)
+        if args.json
+        else "\n".join(f"{key:8} {value}" for key, value in result.items())
+    )
     return 1 if result["during"]["worst_ms"] > LIMIT_MS else 0
 
 
 def measure(folder: Path, rows: int) -> dict:
     state, done = folder / "state", folder / "done"
     env = {**os.environ, "TASK_QUEUE_STATE": str(state), "PYTHONPATH": str(ROOT)}
-    subprocess.run([sys.executable, ROOT / "enqueue.py", "notifications", "first"], env=env, check=True, stdout=subprocess.DEVNULL)
+    subprocess.run(
+        [sys.executable, ROOT / "enqueue.py", "notifications", "first"],
+        env=env,
+        check=True,
+        stdout=subprocess.DEVNULL,
+    )
     conn = sqlite3.connect(state / "tasks.db", isolation_level=None)
     conn.execute("pragma synchronous = off")
     conn.execute(FILL, {"rows": rows})
     conn.execute("pragma wal_checkpoint(truncate)")
     conn.close()
-    with subprocess.Popen([sys.executable, "-c", ENQUEUER, str(os.getpid()), done], env=env, stdout=subprocess.PIPE, text=True) as enqueuer:
+    with subprocess.Popen(
+        [sys.executable, "-c", ENQUEUER, str(os.getpid()), done],
+        env=env,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as enqueuer:
         before = json.loads(enqueuer.stdout.readline())
         began = time.monotonic()
-        cleanup = subprocess.run([sys.executable, ROOT / "cleanup.py", "--json"], env=env, capture_output=True, text=True, check=True)
+        cleanup = subprocess.run(
+            [sys.executable, ROOT / "cleanup.py", "--json"],
+            env=env,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
         seconds = time.monotonic() - began
         done.touch()
         during = json.loads(enqueuer.stdout.readline())
     report = json.loads(cleanup.stdout)
-    told = {key: report[key] for key in ("pruned", "bytes_before", "bytes_after", "free_bytes", "wal_bytes")}
-    return {"rows": rows, "seconds": round(seconds, 1), "before": before, "during": during, "cleanup": told}
+    told = {
+        key: report[key]
+        for key in ("pruned", "bytes_before", "bytes_after", "free_bytes", "wal_bytes")
+    }
+    return {
+        "rows": rows,
+        "seconds": round(seconds, 1),
+        "before": before,
+        "during": during,
+        "cleanup": told,
+    }
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent.parent
-PLAIN = '''# /// script
+PLAIN = """# /// script
 # requires-python = ">=3.11"
 # dependencies = []
 # ///
@@ -28,7 +28,7 @@ import json, sqlite3, sys
 conn = sqlite3.connect("{db}")
 conn.execute("insert into plain (data) values (?)", (json.dumps(json.load(sys.stdin)),))
 conn.commit()
-'''
+"""
 PAYLOAD = '{"session_id": "%d", "cwd": "/home/user/code/harbor-docs", "hook_event_name": "Stop", "stop_hook_active": false}'
 
 
@@ -46,11 +46,31 @@ def main() -> int:
             printf "' as text));"; }} | sqlite3 -cmd '.timeout 5000' '{db}'"""
         commands = {
             "uv run --script plain.py": [uv, "run", "--script", f"{directory}/plain.py"],
-            "uv run --script enqueue.py --hook": [uv, "run", "--script", HERE / "enqueue.py", "--hook", "notifications"],
+            "uv run --script enqueue.py --hook": [
+                uv,
+                "run",
+                "--script",
+                HERE / "enqueue.py",
+                "--hook",
+                "notifications",
+            ],
             "python3 plain.py": [sys.executable, f"{directory}/plain.py"],
-            "python3 enqueue.py --hook": [sys.executable, HERE / "enqueue.py", "--hook", "notifications"],
-            "sqlite3 INSERT INTO plain": ["/bin/sh", "-c", insert.format(table="plain", db=plain_db)],
-            "sqlite3 INSERT INTO notifications": ["/bin/sh", "-c", insert.format(table="notifications", db=ours)],
+            "python3 enqueue.py --hook": [
+                sys.executable,
+                HERE / "enqueue.py",
+                "--hook",
+                "notifications",
+            ],
+            "sqlite3 INSERT INTO plain": [
+                "/bin/sh",
+                "-c",
+                insert.format(table="plain", db=plain_db),
+            ],
+            "sqlite3 INSERT INTO notifications": [
+                "/bin/sh",
+                "-c",
+                insert.format(table="notifications", db=ours),
+            ],
         }
         if other:
             hook = [sys.executable, f"{other}/enqueue.py", "--hook", "notifications"]
@@ -59,7 +79,11 @@ def main() -> int:
         times: dict[str, list[float]] = {name: [] for name in commands}
         # The first rounds warm the caches.
         for number in range(-3, rounds):
-            for name, command in list(commands.items())[:: 1 if number % 2 else -1] if number > -3 else commands.items():
+            for name, command in (
+                list(commands.items())[:: 1 if number % 2 else -1]
+                if number > -3
+                else commands.items()
+            ):
                 began = time.perf_counter()
                 subprocess.run(command, input=(PAYLOAD % number).encode(), env=env, check=True)
                 if number >= 0:
@@ -67,7 +91,9 @@ def main() -> int:
         medians = {name: sorted(values)[len(values) // 2] * 1000 for name, values in times.items()}
         names = list(medians)
         for base, ours in zip(names[::2], names[1::2], strict=True):
-            print(f"{base:34} {medians[base]:6.1f} ms\n{ours:34} {medians[ours]:6.1f} ms   {medians[ours] / medians[base]:.2f} times")
+            print(
+                f"{base:34} {medians[base]:6.1f} ms\n{ours:34} {medians[ours]:6.1f} ms   {medians[ours] / medians[base]:.2f} times"
+            )
     return 0
 
 

@@ -5,7 +5,7 @@
 # ///
 """Tasks per second of `enqueue.py --jsonl`, from its start to its end, the ids printed to a file.
 
-    bench/jsonl.py [TASKS]     default 200000; three rounds
+bench/jsonl.py [TASKS]     default 200000; three rounds
 """
 
 from __future__ import annotations
@@ -32,8 +32,12 @@ def main() -> int:
                 subprocess.run([sys.executable, HERE / "enqueue.py", "bench", "any", "--jsonl"], stdin=tasks, stdout=ids,
                                env=env, check=True)  # fmt: skip
                 seconds = time.perf_counter() - began
-            stored = sum(line.startswith("queued ") for line in Path(ids.name).read_text().splitlines())
-            print(f"{stored} tasks in {seconds:.2f} s: {stored / seconds:,.0f} per second", flush=True)
+            stored = sum(
+                line.startswith("queued ") for line in Path(ids.name).read_text().splitlines()
+            )
+            print(
+                f"{stored} tasks in {seconds:.2f} s: {stored / seconds:,.0f} per second", flush=True
+            )
     return 0
 
 

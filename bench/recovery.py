@@ -34,7 +34,12 @@ def main() -> int:
         (root / "handlers").mkdir()
         (root / "handlers" / "long").write_text(HANDLER)
         (root / "handlers" / "long").chmod(0o755)
-        subprocess.run([sys.executable, HERE / "enqueue.py", "bench", "long"], env=env, check=True, stdout=subprocess.DEVNULL)
+        subprocess.run(
+            [sys.executable, HERE / "enqueue.py", "bench", "long"],
+            env=env,
+            check=True,
+            stdout=subprocess.DEVNULL,
+        )
         workers = [start(root, env)]
         group, taken, running = wait_for_run(root, 1)[1], [], []
         conn = sqlite3.connect(root / "state" / "tasks.db", timeout=10)
@@ -57,7 +62,12 @@ def main() -> int:
             os.killpg(group, signal.SIGKILL)
     print(f"{kills} kills; milliseconds from kill -9: p50, p99, maximum")
     for name, values in (("claimed again", sorted(taken)), ("runs again", sorted(running))):
-        print(f"{name:14}" + "".join(f"{values[int(share * (kills - 1))] * 1000:9.1f}" for share in (0.5, 0.99, 1.0)))
+        print(
+            f"{name:14}"
+            + "".join(
+                f"{values[int(share * (kills - 1))] * 1000:9.1f}" for share in (0.5, 0.99, 1.0)
+            )
+        )
     return 0
 
 

@@ -52,7 +52,9 @@ def main(argv: list[str] | None = None) -> int:
     for what, values in late.items():
         values.sort()
         p95 = values[int(len(values) * 0.95)]
-        print(f"{what:10} median {statistics.median(values):6.1f} ms   p95 {p95:6.1f} ms   worst {values[-1]:6.1f} ms")
+        print(
+            f"{what:10} median {statistics.median(values):6.1f} ms   p95 {p95:6.1f} ms   worst {values[-1]:6.1f} ms"
+        )
     return 0
 
 
@@ -63,7 +65,9 @@ def measure(q, log: Path, count: int) -> dict[str, list[float]]:
     for number in range(-1, count):
         for what, delay in (("at once", 0.0), ("scheduled", random.uniform(0.3, 1.0))):
             due = time.time() + delay
-            q.enqueue_task("notifications", "t", {}, f"{what}.{number}", **({"at": due} if delay else {}))
+            q.enqueue_task(
+                "notifications", "t", {}, f"{what}.{number}", **({"at": due} if delay else {})
+            )
             started = wait(log, f"{what}.{number}")
             if number >= 0:
                 late[what].append((started - due) * 1000)

@@ -100,7 +100,11 @@ class Soak:
         self.root, self.dice, self.wanted = root, random.Random(seed), workers
         self.env = os.environ | {"TASK_QUEUE_STATE": str(root / "state"), "HOME": str(root)}
         self.env.pop("TASK_DEPTH", None)
-        self.db, self.log, self.accepted = root / "state" / "tasks.db", root / "runs", root / "accepted"
+        self.db, self.log, self.accepted = (
+            root / "state" / "tasks.db",
+            root / "runs",
+            root / "accepted",
+        )
         (root / "handlers").mkdir()
         (root / "work.py").write_text(SCRIPT.format(log=str(self.log)))
         python, script = (shlex.quote(str(path)) for path in (sys.executable, root / "work.py"))
@@ -131,11 +135,16 @@ class Soak:
         self.counts["workers started"] += 1
 
     def start_enqueuers(self) -> list[subprocess.Popen]:
-        accepted = os.open(self.accepted, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        accepted = os.open(
+            self.accepted, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600
+        )
         python = [[sys.executable, "-c", ENQUEUER, HERE, f"python{n}"] for n in range(2)]
         shell = [["bash", "-c", SHELL_ENQUEUER, "bash", f"bash{n}", self.db] for n in range(2)]
         try:
-            return [subprocess.Popen(command, env=self.env, stdout=accepted) for command in python + shell]
+            return [
+                subprocess.Popen(command, env=self.env, stdout=accepted)
+                for command in python + shell
+            ]
         finally:
             os.close(accepted)
 
@@ -174,7 +183,10 @@ class Soak:
             try:
                 if self.dice.random() < 0.3:
                     parent = stat_of(pid)[1]
-                    if state_of(pid, started) and "worker.py" in Path(f"/proc/{parent}/cmdline").read_text():
+                    if (
+                        state_of(pid, started)
+                        and "worker.py" in Path(f"/proc/{parent}/cmdline").read_text()
+                    ):
                         self.blind.append(time.monotonic_ns())
                         os.kill(int(parent), signal.SIGKILL)
                         self.counts["supervisors killed"] += 1
@@ -213,7 +225,9 @@ class Soak:
     # ------------------------------------------------------------------------------------------------------ the course
 
     def run(self, seconds: float) -> bool:
-        subprocess.run([sys.executable, "-c", TABLES, HERE, *QUEUES, "results"], env=self.env, check=True)
+        subprocess.run(
+            [sys.executable, "-c", TABLES, HERE, *QUEUES, "results"], env=self.env, check=True
+        )
         watcher = threading.Thread(target=self.watch)
         watcher.start()
         enqueuers = self.start_enqueuers()
@@ -247,7 +261,9 @@ class Soak:
                 return all(worker.wait(10) == 0 for worker in self.workers)
             time.sleep(0.1)
         for queue in QUEUES:
-            for row in self.rows(f"select id, task_id, status, attempts, owner, due_at, error from {queue}"):
+            for row in self.rows(
+                f"select id, task_id, status, attempts, owner, due_at, error from {queue}"
+            ):
                 print(f"LEFT in {queue}:", *row)
         return False
 
@@ -272,11 +288,19 @@ class Soak:
             if len(well) > 1 and not any(well[:-1]):
                 twice.append(task)
         accepted = self.accepted.read_text().split()
-        history = self.rows(f"select task_id, status, attempts, error from task_history where queue in {QUEUES}")
+        history = self.rows(
+            f"select task_id, status, attempts, error from task_history where queue in {QUEUES}"
+        )
         finished = Counter(task for task, *_ in history)
         done = {task for task, status, *_ in history if status == "completed"}
-        dead = [(task, attempts, error) for task, status, attempts, error in history if status == "failed"]
-        next_ones = Counter(task.rsplit(".", 1)[0] for (task,) in self.rows("select task_id from results"))
+        dead = [
+            (task, attempts, error)
+            for task, status, attempts, error in history
+            if status == "failed"
+        ]
+        next_ones = Counter(
+            task.rsplit(".", 1)[0] for (task,) in self.rows("select task_id from results")
+        )
         violations = {
             "accepted, but neither done nor dead": [task for task in accepted if not finished[task]],
             "finished more than once": [task for task, times in finished.items() if times > 1],
@@ -291,12 +315,18 @@ class Soak:
                 log.name for log in self.root.glob("worker-*.log") if "Traceback" in log.read_text(errors="replace")],
             "damage in the database": [row for row in self.rows("pragma integrity_check") if row != ("ok",)],
         }  # fmt: skip
-        died = Counter("of dead workers" if "its worker died" in (error or "") else "of their own" for _, _, error in dead)
+        died = Counter(
+            "of dead workers" if "its worker died" in (error or "") else "of their own"
+            for _, _, error in dead
+        )
         attempts = sum(attempts for _, _, attempts, _ in history)
         print(f"tasks in {len(accepted)}, done {len(done)}, dead {len(dead)} ({dict(died)})")
         print(f"runs {sum(map(len, runs.values()))}, counted attempts {attempts}")
         print(", ".join(f"{name} {count}" for name, count in self.counts.items()))
-        orphans = sum(log.read_text(errors="replace").count("ended without its worker") for log in self.root.glob("worker-*.log"))
+        orphans = sum(
+            log.read_text(errors="replace").count("ended without its worker")
+            for log in self.root.glob("worker-*.log")
+        )
         print(f"orphans that ended well and were recorded so: {orphans}")
         for what, found in violations.items():
             print(f"{what}: {len(found)}" + (f" {found[:5]}" if found else ""))
@@ -311,8 +341,12 @@ class Soak:
                 begun[pid, task, attempt] = (int(when), last)
             else:
                 begin, started = begun.pop((pid, task, attempt))
-                blind = any(begin - BLIND_NS < moment < int(when) + BLIND_NS for moment in self.blind)
-                found[task].append((begin, int(when), int(last), blind or (pid, started) in self.killed))
+                blind = any(
+                    begin - BLIND_NS < moment < int(when) + BLIND_NS for moment in self.blind
+                )
+                found[task].append(
+                    (begin, int(when), int(last), blind or (pid, started) in self.killed)
+                )
         for (pid, task, _), (begin, started) in begun.items():
             found[task].append((begin, self.alive.get((pid, started), begin), None, True))
         return found
@@ -333,7 +367,9 @@ def state_of(pid: str, started: str) -> str | None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("seconds", metavar="SECONDS", nargs="?", type=float, default=60.0)
     parser.add_argument("--seed", type=int, default=int(time.time()))
     parser.add_argument("--workers", type=int, default=3)

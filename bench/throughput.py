@@ -27,12 +27,14 @@ HERE = Path(__file__).resolve().parent.parent
 HANDLERS = {
     "true": "#!/bin/sh\n",
     "sh": "#!/bin/sh\ncat >/dev/null\necho '{}'\n",
-    "bash": "#!/usr/bin/env bash\nread -r task\necho \"{}\"\n",
+    "bash": '#!/usr/bin/env bash\nread -r task\necho "{}"\n',
     "python": "#!/usr/bin/env python3\nimport sys\nprint(len(sys.stdin.read()))\n",
 }
 
 
-def one_round(env: dict, handler: Path, lines: str, number: int, concurrency: int) -> tuple[float, float, float]:
+def one_round(
+    env: dict, handler: Path, lines: str, number: int, concurrency: int
+) -> tuple[float, float, float]:
     """(ratio, xargs, worker), the latter two in tasks per second."""
     subprocess.run([sys.executable, HERE / "enqueue.py", "bench", handler.name, "--jsonl"], input=lines, text=True,
                    env=env, check=True, stdout=subprocess.DEVNULL)  # fmt: skip
@@ -81,10 +83,14 @@ def main() -> int:
                 (handlers / name).chmod(0o755)
                 number = tasks if name != "python" else tasks // 10
                 lines = "".join(f'{{"n": {n}}}\n' for n in range(number))
-                rounds = [one_round(env, handlers / name, lines, number, concurrency) for _ in range(3)]
+                rounds = [
+                    one_round(env, handlers / name, lines, number, concurrency) for _ in range(3)
+                ]
                 ratio, xargs, worker = sorted(rounds)[1]
                 reached = reached and ratio >= BAR.get(name, 0.0)
-                print(f"{name:10} {concurrency:3} {xargs:8.0f} {worker:8.0f} {ratio:6.2f}", flush=True)
+                print(
+                    f"{name:10} {concurrency:3} {xargs:8.0f} {worker:8.0f} {ratio:6.2f}", flush=True
+                )
     return 0 if reached else 1
 
 

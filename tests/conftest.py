@@ -98,7 +98,10 @@ class Installation:
         """Start a worker on this installation's handlers, and wait until it serves."""
         process = self.start("worker.py", *args, "--handlers", self.handlers, **options)
         if ready:
-            wait_for(lambda: "serves" in process.log.read_text() or process.poll() is not None, what="a serving worker")
+            wait_for(
+                lambda: "serves" in process.log.read_text() or process.poll() is not None,
+                what="a serving worker",
+            )
         return process
 
     def handler(self, name: str, text: str) -> Path:
@@ -116,7 +119,12 @@ class Installation:
 
     def sqlite3(self, statement: str, **options) -> str:
         """What the sqlite3 command prints for a statement; it must succeed."""
-        done = subprocess.run(["sqlite3", "-cmd", ".timeout 10000", self.db, statement], capture_output=True, text=True, **options)
+        done = subprocess.run(
+            ["sqlite3", "-cmd", ".timeout 10000", self.db, statement],
+            capture_output=True,
+            text=True,
+            **options,
+        )
         assert done.returncode == 0, done.stderr
         return done.stdout.strip()
 

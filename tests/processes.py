@@ -10,19 +10,30 @@ from pathlib import Path
 
 def lives(pid: int) -> bool:
     """Whether a process runs; a zombie does not."""
-    state = subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True).stdout.strip()
+    state = subprocess.run(
+        ["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True
+    ).stdout.strip()
     return bool(state) and not state.startswith("Z")
 
 
 def group_lives(group: int) -> bool:
     """Whether anybody of a process group runs."""
-    listed = subprocess.run(["ps", "-A", "-o", "pgid=,stat="], capture_output=True, text=True).stdout.splitlines()
-    return any(line.split()[0] == str(group) and not line.split()[1].startswith("Z") for line in listed)
+    listed = subprocess.run(
+        ["ps", "-A", "-o", "pgid=,stat="], capture_output=True, text=True
+    ).stdout.splitlines()
+    return any(
+        line.split()[0] == str(group) and not line.split()[1].startswith("Z") for line in listed
+    )
 
 
 def children(pid: int) -> list[int]:
     """The processes that it started and that are not yet gone."""
-    return [int(child) for child in subprocess.run(["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True).stdout.split()]
+    return [
+        int(child)
+        for child in subprocess.run(
+            ["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True
+        ).stdout.split()
+    ]
 
 
 def lines(path: Path) -> list[str]:

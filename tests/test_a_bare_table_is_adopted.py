@@ -32,20 +32,34 @@ def envelope(task_id: str, **data) -> dict:
 
 def test_its_rows_and_ids_are_kept_and_are_claimed_in_their_order(installation, queue):
     rows = [{"n": 1}, envelope("an id of its own", n=2), {"hook_event_name": "Stop", "n": 3}]
-    by_hook(installation.state, BARE.format("notifications") + "\n".join(map(row, rows)) + "DELETE FROM notifications WHERE id = 1;")
+    by_hook(
+        installation.state,
+        BARE.format("notifications")
+        + "\n".join(map(row, rows))
+        + "DELETE FROM notifications WHERE id = 1;",
+    )
     mine = queue.get_ack_queue("notifications")
-    assert installation.rows("select id, task_id, task_type, status, attempts from notifications order by id") == [
+    assert installation.rows(
+        "select id, task_id, task_type, status, attempts from notifications order by id"
+    ) == [
         (2, "an id of its own", "t", 1, 0),
         (3, None, "Stop", 1, 0),
     ]
     assert [json.loads(text) for _, text in (mine.get(), mine.get())] == rows[1:]
-    assert installation.rows("select count(*) from sqlite_master where name like '%bare%'") == [(0,)]
+    assert installation.rows("select count(*) from sqlite_master where name like '%bare%'") == [
+        (0,)
+    ]
 
 
 @pytest.mark.parametrize("left", ["all", "some", "none"])
 def test_an_id_is_never_used_again(installation, queue, left):
     condition = {"all": "0", "some": "id > 3", "none": "1"}[left]
-    by_hook(installation.state, BARE.format("notifications") + row({"n": 1}) * 5 + f"DELETE FROM notifications WHERE {condition};")
+    by_hook(
+        installation.state,
+        BARE.format("notifications")
+        + row({"n": 1}) * 5
+        + f"DELETE FROM notifications WHERE {condition};",
+    )
     queue.enqueue_task("notifications", "t", {}, "new")
     assert installation.rows("select id from notifications where task_id = 'new'") == [(6,)]
     while queue.dequeue_task("notifications"):
@@ -54,11 +68,29 @@ def test_an_id_is_never_used_again(installation, queue, left):
 
 
 def test_what_is_no_json_object_goes_to_the_history_as_failed(installation, queue):
-    bad = ["not json", "[1]", "null", '"text"', "{'a': 1}", '{"a": 1', "", '{"a":' * 3000 + "1" + "}" * 3000]
+    bad = [
+        "not json",
+        "[1]",
+        "null",
+        '"text"',
+        "{'a': 1}",
+        '{"a": 1',
+        "",
+        '{"a":' * 3000 + "1" + "}" * 3000,
+    ]
     blob = "INSERT INTO notifications (data) VALUES (x'7b7d');"
-    by_hook(installation.state, BARE.format("notifications") + row({"n": 1}) + "".join(map(row, bad)) + blob + row({"n": 2}))
+    by_hook(
+        installation.state,
+        BARE.format("notifications")
+        + row({"n": 1})
+        + "".join(map(row, bad))
+        + blob
+        + row({"n": 2}),
+    )
     assert queue.get_queue("notifications").qsize() == 2
-    failed = installation.rows("select row_id, status, task_id, error, data from task_history order by id")
+    failed = installation.rows(
+        "select row_id, status, task_id, error, data from task_history order by id"
+    )
     assert [(row_id, status, task_id) for row_id, status, task_id, _, _ in failed] == [
         (number, "failed", f"notifications-{number}") for number in range(2, 11)
     ]
@@ -68,7 +100,13 @@ def test_what_is_no_json_object_goes_to_the_history_as_failed(installation, queu
 
 
 def test_of_duplicates_the_first_stays(installation, queue):
-    rows = [envelope("same", n=1), envelope("other", n=2), envelope("same", n=3), {"n": 4}, {"n": 4}]
+    rows = [
+        envelope("same", n=1),
+        envelope("other", n=2),
+        envelope("same", n=3),
+        {"n": 4},
+        {"n": 4},
+    ]
     by_hook(installation.state, BARE.format("notifications") + "".join(map(row, rows)))
     queue.connect()
     assert installation.rows("select id, task_id from notifications order by id") == [
@@ -78,16 +116,24 @@ def test_of_duplicates_the_first_stays(installation, queue):
 
 def test_of_any_allowed_name_and_together_with_others(installation, queue):
     for name in ("aardvarks", "approvals", "zebras"):
-        by_hook(installation.state, BARE.format(name) + row({"q": name}).replace("notifications", name))
+        by_hook(
+            installation.state, BARE.format(name) + row({"q": name}).replace("notifications", name)
+        )
     for name in ("aardvarks", "approvals", "zebras"):
         assert queue.dequeue_task(name)["data"] == {"q": name}
-    assert {queue for (queue,) in installation.rows("select distinct queue from task_history")} == {"aardvarks", "approvals", "zebras"}
+    assert {queue for (queue,) in installation.rows("select distinct queue from task_history")} == {
+        "aardvarks",
+        "approvals",
+        "zebras",
+    }
 
 
 def test_made_beside_a_database_that_python_already_uses(installation, queue):
     installation.enqueue("notifications", "t")
     conn = queue.connect()
-    by_hook(installation.state, BARE.format("late") + row({"n": 1}).replace("notifications", "late"))
+    by_hook(
+        installation.state, BARE.format("late") + row({"n": 1}).replace("notifications", "late")
+    )
     queue.enqueue_task("late", "t", {"n": 2})
     assert [queue.dequeue_task("late")["data"]["n"] for _ in range(2)] == [1, 2]
     assert conn is queue.connect()
@@ -96,24 +142,35 @@ def test_made_beside_a_database_that_python_already_uses(installation, queue):
 
 @pytest.mark.parametrize(
     "columns",
-    ["id INTEGER PRIMARY KEY, data TEXT NOT NULL", "id INTEGER PRIMARY KEY, data TEXT", "id INTEGER PRIMARY KEY AUTOINCREMENT, data"],
+    [
+        "id INTEGER PRIMARY KEY, data TEXT NOT NULL",
+        "id INTEGER PRIMARY KEY, data TEXT",
+        "id INTEGER PRIMARY KEY AUTOINCREMENT, data",
+    ],
 )
 @pytest.mark.parametrize("name", ["approvals", "notifications"])
 def test_made_with_less_care(installation, queue, columns, name):
-    by_hook(installation.state, f"CREATE TABLE {name} ({columns}); INSERT INTO {name} (data) VALUES ('{{}}');")
+    by_hook(
+        installation.state,
+        f"CREATE TABLE {name} ({columns}); INSERT INTO {name} (data) VALUES ('{{}}');",
+    )
     if "NOT NULL" not in columns:
         by_hook(installation.state, f"INSERT INTO {name} (data) VALUES (NULL), (7);")
     assert queue.get_queue(name).qsize() == 1
     assert queue.enqueue_task(name, "t", {}) and queue.get_queue(name).qsize() == 2
 
 
-def test_the_hooks_statements_work_before_and_after_and_bad_json_is_refused_from_then_on(installation, queue):
+def test_the_hooks_statements_work_before_and_after_and_bad_json_is_refused_from_then_on(
+    installation, queue
+):
     hook = BARE.format("notifications") + row({"n": 1})
     by_hook(installation.state, hook)
     queue.connect()
     by_hook(installation.state, hook)
     assert installation.rows("select id from notifications") == [(1,), (2,)]
-    done = subprocess.run(["sqlite3", installation.db, row("broken")], capture_output=True, text=True)
+    done = subprocess.run(
+        ["sqlite3", installation.db, row("broken")], capture_output=True, text=True
+    )
     assert done.returncode != 0 and done.stderr
 
 
@@ -160,14 +217,18 @@ def test_by_sixteen_processes_at_once_while_hooks_go_on_to_insert(installation):
         conn = sqlite3.connect(state / "tasks.db")
         counts = "select count(*), count(distinct id), count(task_id), (select count(*) from task_history) from notifications"
         assert conn.execute(counts).fetchone() == (528, 528, 16, 0)
-        assert conn.execute("select id from notifications where id <= 500 order by id").fetchall() == [(n,) for n in range(1, 501)]
+        assert conn.execute(
+            "select id from notifications where id <= 500 order by id"
+        ).fetchall() == [(n,) for n in range(1, 501)]
         conn.close()
 
 
 def test_a_foreign_table_of_a_queues_name_is_refused_and_kept(installation, queue):
     installation.enqueue("notifications", "t")
     for columns in ("id, data, mine", "id", "data, id", "name text"):
-        installation.sqlite3(f"create table foreign_one ({columns}); insert into foreign_one default values")
+        installation.sqlite3(
+            f"create table foreign_one ({columns}); insert into foreign_one default values"
+        )
         with pytest.raises(queue.QueueUnavailable, match="foreign_one.*not a queue"):
             queue.enqueue_task("foreign_one", "t", {})
         done = installation.run("enqueue.py", "foreign_one", "t")
@@ -178,11 +239,18 @@ def test_a_foreign_table_of_a_queues_name_is_refused_and_kept(installation, queu
 
 
 def test_a_database_of_somebody_elses_is_refused_and_untouched(installation, queue):
-    by_hook(installation.state, "create table notifications (id integer primary key, title text); create table t (a);")
+    by_hook(
+        installation.state,
+        "create table notifications (id integer primary key, title text); create table t (a);",
+    )
     before = installation.db.read_bytes()
     done = installation.run("enqueue.py", "notifications", "t")
     assert (done.returncode, done.stdout) == (1, "")
-    assert "not a task queue's" in done.stderr and "TASK_QUEUE_STATE" in done.stderr and done.stderr.count("\n") == 1
+    assert (
+        "not a task queue's" in done.stderr
+        and "TASK_QUEUE_STATE" in done.stderr
+        and done.stderr.count("\n") == 1
+    )
     with pytest.raises(queue.QueueUnavailable):
         queue.get_queue("notifications")
     assert installation.db.read_bytes() == before
@@ -194,14 +262,25 @@ def test_a_newer_schema_is_refused_and_untouched(installation, queue):
     dump = installation.sqlite3(".dump")
     with pytest.raises(queue.QueueUnavailable, match="version 99.*know 2.*update"):
         queue.enqueue_task("notifications", "t", {})
-    for script, *args in (["enqueue.py", "notifications", "t"], ["worker.py", "notifications", "--drain"]):
+    for script, *args in (
+        ["enqueue.py", "notifications", "t"],
+        ["worker.py", "notifications", "--drain"],
+    ):
         done = installation.run(script, *args)
-        assert done.returncode == 1 and "version 99" in done.stderr and "Traceback" not in done.stderr
+        assert (
+            done.returncode == 1 and "version 99" in done.stderr and "Traceback" not in done.stderr
+        )
     assert installation.sqlite3(".dump") == dump
 
 
 def test_an_older_schema_is_migrated_by_all_or_nothing(installation, queue, monkeypatch):
-    by_hook(installation.state, BARE.format("notifications") + row({"n": 1}) + BARE.format("mine") + row("bad").replace("notifications", "mine"))
+    by_hook(
+        installation.state,
+        BARE.format("notifications")
+        + row({"n": 1})
+        + BARE.format("mine")
+        + row("bad").replace("notifications", "mine"),
+    )
     dump = installation.sqlite3(".dump")
 
     def fails(conn):
@@ -211,7 +290,9 @@ def test_an_older_schema_is_migrated_by_all_or_nothing(installation, queue, monk
         patched.setattr(queue, "create_view", fails)
         with pytest.raises(queue.QueueUnavailable, match="as if"):
             queue.connect()
-    assert installation.sqlite3(".dump") == dump and installation.rows("pragma user_version") == [(0,)]
+    assert installation.sqlite3(".dump") == dump and installation.rows("pragma user_version") == [
+        (0,)
+    ]
     queue.connect()
     assert installation.rows("pragma user_version") == [(queue.SCHEMA_VERSION,)]
     assert installation.rows("select count(*) from notifications") == [(1,)]

@@ -9,7 +9,7 @@ def test_a_checkout_takes_the_installed_handlers(installation):
     prefix = installation.directory / ".claude/automation/lychee"
     (prefix / "handlers").mkdir(parents=True)
     mine = prefix / "handlers/mine"
-    mine.write_text("#!/bin/sh\necho '{\"from\": \"the installation\"}'\n")
+    mine.write_text('#!/bin/sh\necho \'{"from": "the installation"}\'\n')
     mine.chmod(0o755)
     task = installation.enqueue("notifications", "mine")
     (prefix / "installed.json").write_text("{}")

@@ -26,7 +26,13 @@ STATEMENTS = {
     "CLAIMED_BY": {"owner": "o"},
     "CANCEL_REQUESTED": {"owner": "o"},
     "WHO_HOLDS": {"id": 7},
-    "FINISHED_SINCE": {"queue": "notifications", "task_id": "history 7", "since": "2000", "now": "2001", "firing": None},
+    "FINISHED_SINCE": {
+        "queue": "notifications",
+        "task_id": "history 7",
+        "since": "2000",
+        "now": "2001",
+        "firing": None,
+    },
 }
 
 WAITING = """
@@ -89,7 +95,9 @@ def costs(queue) -> dict[str, int]:
     found["look"] = steps(conn, lambda: queue.has_ready(conn, "notifications"))
     found["next due"] = steps(conn, lambda: queue.next_due(conn, "notifications"))
     found["enqueue"] = steps(conn, lambda: queue.enqueue_task("notifications", "t", {}))
-    found["enqueue with a window"] = steps(conn, lambda: queue.enqueue_task("notifications", "t", {}, window=60))
+    found["enqueue with a window"] = steps(
+        conn, lambda: queue.enqueue_task("notifications", "t", {}, window=60)
+    )
     found["recover"] = steps(conn, queue.recover)
     return found
 
@@ -124,12 +132,17 @@ def test_a_claim_reads_the_index_of_what_is_ready_in_its_order(queue):
     conn = queue.connect()
     steps_of_plan = plan(conn, queue.on_queue(queue.CLAIM, "notifications"), STATEMENTS["CLAIM"])
     assert any("INDEX notifications.ready" in step for step in steps_of_plan), steps_of_plan
-    assert any("INDEX notifications.scheduled" in step for step in plan(conn, queue.on_queue(queue.PROMOTE, "notifications"), {"now": 0}))
+    assert any(
+        "INDEX notifications.scheduled" in step
+        for step in plan(conn, queue.on_queue(queue.PROMOTE, "notifications"), {"now": 0})
+    )
 
 
 def test_persist_queues_own_condition_is_served_by_the_same_index(queue):
     conn = queue.connect()
-    steps_of_plan = plan(conn, "select id from notifications where status < 2 order by priority desc, id limit 1", {})
+    steps_of_plan = plan(
+        conn, "select id from notifications where status < 2 order by priority desc, id limit 1", {}
+    )
     assert len(steps_of_plan) == 1 and "INDEX notifications.ready" in steps_of_plan[0]
 
 
@@ -196,13 +209,19 @@ def costs_in_a_group(queue) -> dict[str, int]:
         conn.execute("update notifications set priority = 8 where group_id = 'big' and status < 2")
         found[f"{name} claim"] = steps(conn, claim)
         assert len(taken) == 1 and "g" in taken[0].task_id
-        found[f"{name} ack, which makes the next one ready"] = steps(conn, lambda: in_transaction(queue.ack))
+        found[f"{name} ack, which makes the next one ready"] = steps(
+            conn, lambda: in_transaction(queue.ack)
+        )
         conn.execute("update notifications set priority = 8 where group_id = 'big' and status < 2")
         claim()
-        found[f"{name} retry, which keeps the turn"] = steps(conn, lambda: in_transaction(queue.nack, error="no", delay=9e8))
+        found[f"{name} retry, which keeps the turn"] = steps(
+            conn, lambda: in_transaction(queue.nack, error="no", delay=9e8)
+        )
         found[f"{name} enqueue"] = steps(conn, insert)
         found[f"{name} enqueue for later"] = steps(conn, lambda: insert(delay=9e8))
-        conn.execute("update notifications set due_at = 1 where status = 3 and released_at is not null")
+        conn.execute(
+            "update notifications set due_at = 1 where status = 3 and released_at is not null"
+        )
         found[f"{name} claim of the retry"] = steps(conn, claim)
         assert "g" in taken[0].task_id and taken[0].attempts == 2
         found[f"{name} bury"] = steps(conn, lambda: in_transaction(queue.bury, error="no"))

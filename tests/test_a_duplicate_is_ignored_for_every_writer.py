@@ -17,13 +17,23 @@ def by_python(installation, queue):
 
 
 def by_python_among_others(installation, queue):
-    tasks = [{"task_type": "t", "data": {}, "task_id": "same"}, {"task_type": "u", "data": {}, "task_id": "same"}]
-    assert [task_id for task_id, _ in queue.enqueue_tasks("notifications", tasks)] == ["same", "same"]
+    tasks = [
+        {"task_type": "t", "data": {}, "task_id": "same"},
+        {"task_type": "u", "data": {}, "task_id": "same"},
+    ]
+    assert [task_id for task_id, _ in queue.enqueue_tasks("notifications", tasks)] == [
+        "same",
+        "same",
+    ]
 
 
 def by_enqueue_py(installation, queue):
     done = installation.run("enqueue.py", "notifications", "t", "{}", "--task-id", "same")
-    assert done.returncode == 0 and done.stdout in ("queued same\n", "duplicate same\n") and done.stderr == ""
+    assert (
+        done.returncode == 0
+        and done.stdout in ("queued same\n", "duplicate same\n")
+        and done.stderr == ""
+    )
 
 
 def by_jsonl(installation, queue):
@@ -33,7 +43,9 @@ def by_jsonl(installation, queue):
 
 
 def by_bash(installation, queue):
-    done = subprocess.run(["sqlite3", installation.db, f"{INSERT}; SELECT changes()"], capture_output=True, text=True)
+    done = subprocess.run(
+        ["sqlite3", installation.db, f"{INSERT}; SELECT changes()"], capture_output=True, text=True
+    )
     assert done.returncode == 0 and done.stdout in ("0\n", "1\n") and done.stderr == ""
 
 
@@ -70,14 +82,22 @@ def first(request, installation, queue):
 def test_while_the_first_waits(installation, queue, first):
     data = installation.rows("select data from notifications")
     everybody(installation, queue)
-    assert same(installation) == [(1, 1)] and installation.rows("select data from notifications") == data
+    assert (
+        same(installation) == [(1, 1)]
+        and installation.rows("select data from notifications") == data
+    )
     assert queue.get_queue("notifications").qsize() == 1
 
 
 def test_whoever_ignores_it_says_so(installation, queue):
     queue.enqueue_task("notifications", "t", {}, "same")
-    assert queue.enqueue_tasks("notifications", [{"task_type": "t", "data": {}, "task_id": "same"}]) == [("same", False)]
-    assert installation.run("enqueue.py", "notifications", "t", "--task-id", "same").stdout == "duplicate same\n"
+    assert queue.enqueue_tasks(
+        "notifications", [{"task_type": "t", "data": {}, "task_id": "same"}]
+    ) == [("same", False)]
+    assert (
+        installation.run("enqueue.py", "notifications", "t", "--task-id", "same").stdout
+        == "duplicate same\n"
+    )
     assert installation.sqlite3(f"{INSERT}; SELECT changes()") == "0"
     assert queue.get_queue("notifications").put(ENVELOPE) is None
     assert queue.get_ack_queue("notifications").put(ENVELOPE) is None
@@ -119,7 +139,9 @@ def test_in_another_queue_it_is_another_task(installation, queue):
 def test_bare_payloads_are_never_duplicates_of_each_other(installation, queue):
     queue.connect()
     for _ in range(3):
-        installation.sqlite3("""INSERT INTO notifications (data) VALUES ('{"task_id": "same", "n": 1}')""")
+        installation.sqlite3(
+            """INSERT INTO notifications (data) VALUES ('{"task_id": "same", "n": 1}')"""
+        )
         queue.get_queue("notifications").put({"task_id": "same", "n": 1})
     queue.get_queue("notifications").put({**ENVELOPE, "task_id": ""})
     queue.get_queue("notifications").put({**ENVELOPE, "task_id": ""})
@@ -129,9 +151,18 @@ def test_bare_payloads_are_never_duplicates_of_each_other(installation, queue):
 def test_of_many_rows_in_one_insert_only_the_duplicates_are_left_out(installation, queue):
     by_python(installation, queue)
     text = json.dumps(ENVELOPE)
-    values = ", ".join(f"('{text.replace('same', name)}')" for name in ("one", "same", "two", "one"))
-    assert installation.sqlite3(f"INSERT INTO notifications (data) VALUES {values}; SELECT changes()") == "2"
-    assert installation.rows("select task_id from notifications order by id") == [("same",), ("one",), ("two",)]
+    values = ", ".join(
+        f"('{text.replace('same', name)}')" for name in ("one", "same", "two", "one")
+    )
+    assert (
+        installation.sqlite3(f"INSERT INTO notifications (data) VALUES {values}; SELECT changes()")
+        == "2"
+    )
+    assert installation.rows("select task_id from notifications order by id") == [
+        ("same",),
+        ("one",),
+        ("two",),
+    ]
 
 
 def test_an_insert_that_is_ignored_does_not_abort_the_transaction_around_it(installation, queue):
@@ -151,10 +182,16 @@ def test_a_window_keeps_finished_ones_in_mind(installation, queue):
     assert queue.dequeue_task("notifications")["task_id"] == "same"
     assert put(60) is False and queue.dequeue_task("notifications") is None
     # The window looks at its own queue alone.
-    assert queue.enqueue_task("approvals", "t", {}, "same", window=60) and queue.dequeue_task("approvals")
-    done = installation.run("enqueue.py", "notifications", "t", "--task-id", "same", "--window", "60")
+    assert queue.enqueue_task("approvals", "t", {}, "same", window=60) and queue.dequeue_task(
+        "approvals"
+    )
+    done = installation.run(
+        "enqueue.py", "notifications", "t", "--task-id", "same", "--window", "60"
+    )
     assert done.stdout == "duplicate same\n"
-    installation.sqlite3("update task_history set enqueued_at = strftime('%Y-%m-%d %H:%M:%f', 'now', '-61 seconds')")
+    installation.sqlite3(
+        "update task_history set enqueued_at = strftime('%Y-%m-%d %H:%M:%f', 'now', '-61 seconds')"
+    )
     assert put(60) is True
     assert queue.dequeue_task("notifications")
     assert put(0) is True and time.monotonic() - began < 60
@@ -172,8 +209,17 @@ print(new)
 """
 
 
-def test_of_four_processes_that_put_the_same_exactly_one_is_told_that_it_is_new(installation, queue):
+def test_of_four_processes_that_put_the_same_exactly_one_is_told_that_it_is_new(
+    installation, queue
+):
     queue.connect()
-    racers = [subprocess.Popen([sys.executable, "-c", RACE, ROOT], env=installation.env, stdout=subprocess.PIPE) for _ in range(4)]
+    racers = [
+        subprocess.Popen(
+            [sys.executable, "-c", RACE, ROOT], env=installation.env, stdout=subprocess.PIPE
+        )
+        for _ in range(4)
+    ]
     new = [int(racer.communicate(timeout=60)[0]) for racer in racers]
-    assert sum(new) == 200 and installation.rows("select count(*), count(distinct task_id) from notifications") == [(200, 200)]
+    assert sum(new) == 200 and installation.rows(
+        "select count(*), count(distinct task_id) from notifications"
+    ) == [(200, 200)]

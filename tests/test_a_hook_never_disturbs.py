@@ -32,7 +32,9 @@ WORSE = {
     "NaN": b'{"cwd": "/tmp", "n": NaN, "m": -Infinity}',
     "deep": b'{"a":' * 5000 + b"1" + b"}" * 5000,
     "deep but whole": b'{"a":' * 600 + b"1" + b"}" * 600,
-    "a megabyte": json.dumps({"cwd": "/tmp", "hook_event_name": "PostToolUse", "tool_response": "ä" * 2**20}).encode(),
+    "a megabyte": json.dumps(
+        {"cwd": "/tmp", "hook_event_name": "PostToolUse", "tool_response": "ä" * 2**20}
+    ).encode(),
     "two objects": STOP + STOP,
     "UTF-16": STOP.decode().encode("utf-16"),
     "a huge number": b'{"cwd": "/tmp", "n": 1' + b"0" * 5000 + b"}",
@@ -41,7 +43,9 @@ WORSE = {
 
 
 def hook(installation, payload: bytes, *args, **options):
-    return installation.run("enqueue.py", "--hook", "notifications", *args, input=payload, **options)
+    return installation.run(
+        "enqueue.py", "--hook", "notifications", *args, input=payload, **options
+    )
 
 
 @pytest.mark.parametrize("path", PAYLOADS, ids=lambda path: path.stem)
@@ -97,11 +101,27 @@ def test_the_same_firing_is_one_task_even_when_a_fast_worker_has_finished_it(ins
 @pytest.mark.parametrize(
     ("key", "same", "other"),
     [
-        ("session", {"prompt_id": "another", "last_assistant_message": "x"}, {"session_id": "another"}),
+        (
+            "session",
+            {"prompt_id": "another", "last_assistant_message": "x"},
+            {"session_id": "another"},
+        ),
         ("workspace", {"session_id": "another", "prompt_id": "another"}, {"cwd": "/elsewhere"}),
-        ("content", {"session_id": "another", "prompt_id": "x", "transcript_path": "y"}, {"last_assistant_message": "x"}),
-        ("content", {"background_tasks": [1], "session_crons": [2], "effort": {"level": "low"}}, {"last_assistant_message": "x"}),
-        ("content", {"permission_mode": "plan", "stop_hook_active": True, "comes_next_year": 1}, {"cwd": "/elsewhere"}),
+        (
+            "content",
+            {"session_id": "another", "prompt_id": "x", "transcript_path": "y"},
+            {"last_assistant_message": "x"},
+        ),
+        (
+            "content",
+            {"background_tasks": [1], "session_crons": [2], "effort": {"level": "low"}},
+            {"last_assistant_message": "x"},
+        ),
+        (
+            "content",
+            {"permission_mode": "plan", "stop_hook_active": True, "comes_next_year": 1},
+            {"cwd": "/elsewhere"},
+        ),
     ],
 )
 def test_once_per_makes_coarser_keys(installation, key, same, other):
@@ -114,12 +134,30 @@ def test_once_per_makes_coarser_keys(installation, key, same, other):
 def test_a_window_keeps_finished_firings_in_mind(installation):
     installation.handler("lint", "#!/bin/sh\n")
     for seconds, tasks in ((1800, 1), (1800, 1), (0, 2)):
-        hook(installation, stop_here(installation), "lint", "--once-per", "content", "--window", seconds)
+        hook(
+            installation,
+            stop_here(installation),
+            "lint",
+            "--once-per",
+            "content",
+            "--window",
+            seconds,
+        )
         installation.worker("notifications", "--drain", ready=False).wait(20)
         assert installation.rows("select count(*) from task_history") == [(tasks,)]
 
 
-@pytest.mark.parametrize("args", [[], ["Not A Queue"], ["q", "t", "d"], ["q", "--jsonl"], ["q", "--no-such"], ["q", "--wait", "x"]])
+@pytest.mark.parametrize(
+    "args",
+    [
+        [],
+        ["Not A Queue"],
+        ["q", "t", "d"],
+        ["q", "--jsonl"],
+        ["q", "--no-such"],
+        ["q", "--wait", "x"],
+    ],
+)
 def test_a_misspelt_hook_never_exits_2(installation, args):
     done = installation.run("enqueue.py", "--hook", *args, input=STOP)
     assert done.returncode in (64, 65) and done.stdout == ""
@@ -165,8 +203,12 @@ def test_a_payload_that_comes_in_pieces_is_whole(installation):
 
 
 def test_closed_streams_disturb_nothing(installation):
-    script = f'exec "{sys.executable}" "{ROOT / "enqueue.py"}" --hook notifications Stop <&- >&- 2>&-'
-    assert subprocess.run(["/bin/sh", "-c", script], env=installation.env, timeout=20).returncode == 0
+    script = (
+        f'exec "{sys.executable}" "{ROOT / "enqueue.py"}" --hook notifications Stop <&- >&- 2>&-'
+    )
+    assert (
+        subprocess.run(["/bin/sh", "-c", script], env=installation.env, timeout=20).returncode == 0
+    )
     assert installation.rows("select count(*) from notifications") == [(1,)]
 
 
@@ -186,7 +228,9 @@ def test_sixteen_hooks_at_once_are_sixteen_tasks_in_a_bare_environment(installat
     db = Path(env["HOME"], ".claude/automation/lychee/state/tasks.db")
     # Who did not get its turn within its second is in the spool.
     enqueue.q.take_in_spool(db.parent)
-    assert sqlite3.connect(db).execute("select count(*), count(distinct task_id) from notifications").fetchone() == (16, 16)
+    assert sqlite3.connect(db).execute(
+        "select count(*), count(distinct task_id) from notifications"
+    ).fetchone() == (16, 16)
     assert db.stat().st_mode & 0o777 == 0o600 and db.parent.stat().st_mode & 0o777 == 0o700
 
 
@@ -199,7 +243,10 @@ def test_a_locked_database_sends_the_task_to_the_spool_in_time(installation):
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     assert time.monotonic() - began < 1.5
     [spooled] = (installation.state / "spool/notifications").glob("*.json")
-    assert json.loads(spooled.read_text())["data"]["session_id"] and spooled.stat().st_mode & 0o777 == 0o600
+    assert (
+        json.loads(spooled.read_text())["data"]["session_id"]
+        and spooled.stat().st_mode & 0o777 == 0o600
+    )
     lock.execute("rollback")
     lock.close()
     installation.handler("Stop", "#!/bin/sh\n")
@@ -211,7 +258,9 @@ def test_a_locked_database_sends_the_task_to_the_spool_in_time(installation):
 
 def test_when_neither_takes_it_the_hook_says_so(installation):
     installation.state.parent.joinpath("in the way").write_text("")
-    done = hook(installation, STOP, env={"TASK_QUEUE_STATE": str(installation.state.parent / "in the way")})
+    done = hook(
+        installation, STOP, env={"TASK_QUEUE_STATE": str(installation.state.parent / "in the way")}
+    )
     assert done.returncode == 1 and done.stdout == "" and done.stderr.count("\n") == 1
     assert "lost" in done.stderr and "Traceback" not in done.stderr
 
@@ -236,15 +285,22 @@ def test_a_hook_killed_half_way_leaves_whole_tasks_or_none(installation):
 
 
 def test_odd_numbers_are_kept_as_text(installation):
-    hook(installation, b'{"cwd": "/", "a": 1e400, "b": [NaN, -Infinity], "c": 1' + b"0" * 5000 + b', "d": 0.5}')
+    hook(
+        installation,
+        b'{"cwd": "/", "a": 1e400, "b": [NaN, -Infinity], "c": 1' + b"0" * 5000 + b', "d": 0.5}',
+    )
     [(data,)] = installation.rows("select data from notifications")
     task = json.loads(data, parse_constant=lambda name: pytest.fail(name))["data"]
-    assert (task["a"], task["b"], task["d"]) == ("1e400", ["NaN", "-Infinity"], 0.5) and len(task["c"]) == 5001
+    assert (task["a"], task["b"], task["d"]) == ("1e400", ["NaN", "-Infinity"], 0.5) and len(
+        task["c"]
+    ) == 5001
     assert len(task["numbers_kept_as_text"]) == 4
 
 
 def test_a_batch_of_tools_is_the_same_whatever_the_ids_of_its_calls(installation):
-    payload = json.loads(next(path for path in PAYLOADS if "PostToolBatch" in path.name).read_text())
+    payload = json.loads(
+        next(path for path in PAYLOADS if "PostToolBatch" in path.name).read_text()
+    )
     hook(installation, json.dumps(payload).encode(), "lint", "--once-per", "content")
     payload["tool_calls"][0]["tool_use_id"] = "another"
     hook(installation, json.dumps(payload).encode(), "lint", "--once-per", "content")
@@ -255,7 +311,13 @@ def test_a_batch_of_tools_is_the_same_whatever_the_ids_of_its_calls(installation
 
 
 def test_of_an_event_that_is_not_known_everything_counts_that_is_not_known_to_change(installation):
-    payload = {"hook_event_name": "ComesNextYear", "cwd": "/", "what": 1, "session_id": "s", "effort": 1}
+    payload = {
+        "hook_event_name": "ComesNextYear",
+        "cwd": "/",
+        "what": 1,
+        "session_id": "s",
+        "effort": 1,
+    }
     for change in ({}, {"session_id": "t", "effort": 2}, {"what": 2}):
         hook(installation, json.dumps(payload | change).encode(), "--once-per", "content")
     assert installation.rows("select count(*) from notifications") == [(2,)]
@@ -264,7 +326,10 @@ def test_of_an_event_that_is_not_known_everything_counts_that_is_not_known_to_ch
 def test_the_projects_directory_is_kept_while_cwd_follows_worktrees(installation):
     hook(installation, STOP, env={"CLAUDE_PROJECT_DIR": "/home/user/größe"})
     hook(installation, STOP, "other", env={"CLAUDE_PROJECT_DIR": ""})
-    first, second = [json.loads(data)["data"] for (data,) in installation.rows("select data from notifications order by id")]
+    first, second = [
+        json.loads(data)["data"]
+        for (data,) in installation.rows("select data from notifications order by id")
+    ]
     assert first["project_dir"] == "/home/user/größe" and first["workspace_path"] == first["cwd"]
     assert "project_dir" not in second
 
@@ -282,15 +347,25 @@ def test_a_relative_state_is_ignored_with_one_line(installation, tmp_path):
     done = hook(installation, STOP, env=env, cwd=tmp_path / "workspace")
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (0, "", 1)
     state = installation.directory / ".claude/automation/lychee/state"
-    assert "TASK_QUEUE_STATE" in done.stderr and str(state) in done.stderr and list((tmp_path / "workspace").iterdir()) == []
-    assert sqlite3.connect(state / "tasks.db").execute("select count(*) from notifications").fetchone() == (1,)
+    assert (
+        "TASK_QUEUE_STATE" in done.stderr
+        and str(state) in done.stderr
+        and list((tmp_path / "workspace").iterdir()) == []
+    )
+    assert sqlite3.connect(state / "tasks.db").execute(
+        "select count(*) from notifications"
+    ).fetchone() == (1,)
 
 
 def test_a_relative_state_is_refused_elsewhere(installation, tmp_path):
     env = {"TASK_QUEUE_STATE": "state", "HOME": str(tmp_path)}
     for args in (["notifications", "t"], ["notifications", "t", "--jsonl"]):
         done = installation.run("enqueue.py", *args, env=env, cwd=tmp_path, input="")
-        assert (done.returncode, done.stdout, done.stderr.count("\n")) == (64, "", 1) and "TASK_QUEUE_STATE" in done.stderr
+        assert (done.returncode, done.stdout, done.stderr.count("\n")) == (
+            64,
+            "",
+            1,
+        ) and "TASK_QUEUE_STATE" in done.stderr
     assert not (tmp_path / "state").exists() and not (tmp_path / ".claude").exists()
 
 
@@ -298,8 +373,15 @@ def test_a_hook_that_makes_worktree_creation_fail_says_so_and_stores_nothing(ins
     payload = b'{"hook_event_name": "WorktreeCreate", "cwd": "/", "name": "x"}'
     for args in ([], ["link_validation"]):
         done = hook(installation, payload, *args)
-        assert (done.returncode, done.stdout, done.stderr.count("\n")) == (0, "", 1) and "WorktreeCreate" in done.stderr
-    assert not installation.rows("select * from notifications") and not (installation.state / "spool").exists()
+        assert (done.returncode, done.stdout, done.stderr.count("\n")) == (
+            0,
+            "",
+            1,
+        ) and "WorktreeCreate" in done.stderr
+    assert (
+        not installation.rows("select * from notifications")
+        and not (installation.state / "spool").exists()
+    )
 
 
 def took(installation, *args, stdin) -> tuple[float, subprocess.CompletedProcess]:
@@ -346,20 +428,55 @@ def test_a_hook_leaves_an_older_database_to_a_worker_and_spools(installation):
 
 
 def test_an_option_of_a_task_is_one_of_a_hook_too(installation):
-    hook(installation, STOP, "--hold", "--group-by", "workspace", "--priority", "3", env={"CLAUDE_PROJECT_DIR": "/p"})
-    hook(installation, STOP, "later", "--delay", "10m", "--group-by", "project", env={"CLAUDE_PROJECT_DIR": "/p"})
+    hook(
+        installation,
+        STOP,
+        "--hold",
+        "--group-by",
+        "workspace",
+        "--priority",
+        "3",
+        env={"CLAUDE_PROJECT_DIR": "/p"},
+    )
+    hook(
+        installation,
+        STOP,
+        "later",
+        "--delay",
+        "10m",
+        "--group-by",
+        "project",
+        env={"CLAUDE_PROJECT_DIR": "/p"},
+    )
     hook(installation, STOP, "soon", "--ttl", "1h", "--group-by", "session")
     hook(installation, b"[]", "odd", "--group-by", "session", cwd="/usr")
-    rows = installation.rows("select status, due_at is null, priority, group_id, expires_at is null from notifications order by id")
+    rows = installation.rows(
+        "select status, due_at is null, priority, group_id, expires_at is null from notifications order by id"
+    )
     payload = json.loads(STOP)
-    assert rows == [(3, 1, 3, payload["cwd"], 1), (3, 0, 0, "/p", 1), (1, 1, 0, payload["session_id"], 0), (1, 1, 0, "/usr", 1)]
+    assert rows == [
+        (3, 1, 3, payload["cwd"], 1),
+        (3, 0, 0, "/p", 1),
+        (1, 1, 0, payload["session_id"], 0),
+        (1, 1, 0, "/usr", 1),
+    ]
 
 
 def test_a_group_that_is_no_text_for_a_group_is_named_by_its_digest(installation):
     for path in ("/a\nb", "/" + "x" * 600, "/a\nb"):
-        hook(installation, json.dumps({"cwd": path, "n": time.time_ns()}).encode(), "t", "--group-by", "workspace")
-    groups = [group for (group,) in installation.rows("select group_id from notifications order by id")]
-    assert groups[0] == groups[2] != groups[1] and all(group.startswith("workspace-") for group in groups)
+        hook(
+            installation,
+            json.dumps({"cwd": path, "n": time.time_ns()}).encode(),
+            "t",
+            "--group-by",
+            "workspace",
+        )
+    groups = [
+        group for (group,) in installation.rows("select group_id from notifications order by id")
+    ]
+    assert groups[0] == groups[2] != groups[1] and all(
+        group.startswith("workspace-") for group in groups
+    )
 
 
 def test_ten_edits_while_a_check_runs_are_one_more_run(installation, queue):

@@ -40,13 +40,21 @@ def test_a_crash_can_be_backed_off(installation):
     survivor = installation.worker("notifications", "--crash-backoff", 3600)
     holder.kill()
     os.killpg(int(run.split()[1]), signal.SIGKILL)
-    wait_for(lambda: installation.rows("select 1 from notifications where status = 3"), what="a scheduled task")
-    assert installation.rows("select attempts from notifications where due_at > unixepoch() + 3000") == [(1,)]
+    wait_for(
+        lambda: installation.rows("select 1 from notifications where status = 3"),
+        what="a scheduled task",
+    )
+    assert installation.rows(
+        "select attempts from notifications where due_at > unixepoch() + 3000"
+    ) == [(1,)]
     assert "its worker died" in survivor.log.read_text()
 
 
 def test_a_handler_that_kills_its_worker_ends_as_a_dead_letter_with_the_reason(installation):
-    installation.handler("killer", '#!/bin/sh\necho "$TASK_ATTEMPT" >>"$HOME/runs"\nkill -9 $(ps -o ppid= -p $PPID) $PPID\n')
+    installation.handler(
+        "killer",
+        '#!/bin/sh\necho "$TASK_ATTEMPT" >>"$HOME/runs"\nkill -9 $(ps -o ppid= -p $PPID) $PPID\n',
+    )
     task = installation.enqueue("notifications", "killer")
     for _ in range(3):
         worker = installation.worker("notifications", "--max-attempts", 3, ready=False)
@@ -60,14 +68,21 @@ def test_a_handler_that_kills_its_worker_ends_as_a_dead_letter_with_the_reason(i
 
 def test_a_handler_that_kills_its_parent_ends_so_too_and_the_worker_goes_on(installation):
     """Its parent is the supervisor; the worker lives through that by beginning again, in the same process."""
-    installation.handler("patricide", '#!/bin/sh\necho "$TASK_ATTEMPT" >>"$HOME/runs"\nkill -9 $PPID\n')
+    installation.handler(
+        "patricide", '#!/bin/sh\necho "$TASK_ATTEMPT" >>"$HOME/runs"\nkill -9 $PPID\n'
+    )
     installation.handler("fine", "#!/bin/sh\n")
     task = installation.enqueue("notifications", "patricide")
     worker = installation.worker("notifications", "--max-attempts", 3)
     done = installation.finished(task)
-    assert (done["status"], done["attempts"]) == ("failed", 3) and "its worker died" in done["error"]
+    assert (done["status"], done["attempts"]) == ("failed", 3) and "its worker died" in done[
+        "error"
+    ]
     assert lines(installation.directory / "runs") == ["1", "2", "3"]
-    assert installation.finished(installation.enqueue("notifications", "fine"))["status"] == "completed"
+    assert (
+        installation.finished(installation.enqueue("notifications", "fine"))["status"]
+        == "completed"
+    )
     assert worker.poll() is None and worker.log.read_text().count("starting afresh") == 3
 
 
@@ -83,7 +98,10 @@ def test_a_handler_that_outlives_its_killed_parent_is_not_run_twice(installation
 
 
 def test_nothing_is_taken_from_a_stopped_worker(installation):
-    installation.handler("wait", '#!/bin/sh\necho $$ >>"$HOME/runs"\nuntil [ -e "$HOME/go" ]; do sleep 0.02; done\necho done\n')
+    installation.handler(
+        "wait",
+        '#!/bin/sh\necho $$ >>"$HOME/runs"\nuntil [ -e "$HOME/go" ]; do sleep 0.02; done\necho done\n',
+    )
     runs, go = installation.directory / "runs", installation.directory / "go"
     task = installation.enqueue("notifications", "wait")
     holder = installation.worker("notifications")
@@ -94,7 +112,9 @@ def test_nothing_is_taken_from_a_stopped_worker(installation):
         go.touch()
         wait_for(lambda: not lives(int(pid)), what="the handler's end")
         # nobody holds its output now, and its exit status lies there: only the owner's lock says that it is not ours
-        assert stays_true(lambda: installation.rows("select status from notifications") == [(2,)], 6.5)
+        assert stays_true(
+            lambda: installation.rows("select status from notifications") == [(2,)], 6.5
+        )
     finally:
         holder.send_signal(signal.SIGCONT)
     done = installation.finished(task)
@@ -138,7 +158,9 @@ def test_a_child_that_outlives_a_consumer_does_not_keep_its_task(installation, q
         ((task, outcome, error),) = wait_for(lambda: queue.recover()[0], 5)
         assert outcome == "scheduled" and "its worker died" in error and task.attempts == 1
         assert lives(child)
-        assert installation.rows("select status, attempts, owner from notifications") == [(1, 1, None)]
+        assert installation.rows("select status, attempts, owner from notifications") == [
+            (1, 1, None)
+        ]
     finally:
         os.kill(child, signal.SIGKILL)
         consumer.stdout.close()

@@ -10,7 +10,9 @@ from processes import lines
 VERBS = {
     "ack": lambda q, conn, task: q.ack(conn, task, exit_code=0, result="late"),
     "nack": lambda q, conn, task: q.nack(conn, task, error="late"),
-    "nack for the last time": lambda q, conn, task: q.nack(conn, task._replace(max_attempts=1), error="late"),
+    "nack for the last time": lambda q, conn, task: q.nack(
+        conn, task._replace(max_attempts=1), error="late"
+    ),
     "bury": lambda q, conn, task: q.bury(conn, task, error="late"),
     "release": lambda q, conn, task: q.release(conn, task, error="late"),
     "cancel": lambda q, conn, task: q.finish(conn, task, "cancelled", error="late"),
@@ -98,7 +100,9 @@ def test_after_the_task_was_released_and_claimed_by_the_same_owner(installation,
 @pytest.mark.parametrize("outcome", ["ack", "bury"])
 def test_of_a_finished_task(installation, queue, claims, outcome):
     task = claims("alice")
-    assert claims.do(queue.ack, task) if outcome == "ack" else claims.do(queue.bury, task, error="no")
+    assert (
+        claims.do(queue.ack, task) if outcome == "ack" else claims.do(queue.bury, task, error="no")
+    )
     refused(installation, queue, claims, task)
 
 
@@ -139,7 +143,9 @@ print(getattr(queue, verb)(row_id), flush=True)
 
 
 @pytest.mark.parametrize("verb", ["ack", "nack", "ack_failed"])
-def test_by_a_process_whose_lock_file_was_removed_returns_false_and_says_why(installation, queue, verb):
+def test_by_a_process_whose_lock_file_was_removed_returns_false_and_says_why(
+    installation, queue, verb
+):
     installation.enqueue("notifications", "any")
     late = subprocess.Popen([sys.executable, "-c", CONSUMER, str(ROOT)], env=installation.env, text=True,
                             stdin=subprocess.PIPE, stdout=subprocess.PIPE)  # fmt: skip
@@ -156,7 +162,11 @@ def test_by_a_process_whose_lock_file_was_removed_returns_false_and_says_why(ins
         assert everything(installation) == before
         complaint, result = said.splitlines()
         assert result == "False"
-        assert complaint.startswith("LOG") and f"task {row_id} was not" in complaint and queue.owner_name() in complaint
+        assert (
+            complaint.startswith("LOG")
+            and f"task {row_id} was not" in complaint
+            and queue.owner_name() in complaint
+        )
         assert mine.ack(row_id) == row_id
     finally:
         late.kill()
@@ -164,7 +174,9 @@ def test_by_a_process_whose_lock_file_was_removed_returns_false_and_says_why(ins
 
 
 @pytest.mark.parametrize("verb", ["ack", "nack", "ack_failed"])
-def test_of_what_was_never_claimed_here_returns_false_and_says_why(installation, queue, caplog, verb):
+def test_of_what_was_never_claimed_here_returns_false_and_says_why(
+    installation, queue, caplog, verb
+):
     installation.enqueue("notifications", "any")
     mine = queue.get_ack_queue("notifications")
     before = everything(installation)
@@ -182,11 +194,15 @@ def test_twice_returns_false_the_second_time(installation, queue, caplog):
     assert mine.ack(row_id) == row_id
     with caplog.at_level(logging.WARNING):
         assert mine.ack(row_id) is False and mine.nack(row_id) is False
-    assert "finished" in caplog.text and installation.rows("select status from task_history") == [("completed",)]
+    assert "finished" in caplog.text and installation.rows("select status from task_history") == [
+        ("completed",)
+    ]
 
 
 def test_a_worker_that_lost_its_lock_file_does_not_lose_the_task_it_runs(installation, queue):
-    installation.handler("wait", '#!/bin/sh\necho run >>"$HOME/runs"\nuntil [ -e "$HOME/go" ]; do sleep 0.02; done\n')
+    installation.handler(
+        "wait", '#!/bin/sh\necho run >>"$HOME/runs"\nuntil [ -e "$HOME/go" ]; do sleep 0.02; done\n'
+    )
     task = installation.enqueue("notifications", "wait")
     installation.worker("notifications")
     wait_for(lambda: lines(installation.directory / "runs"))
@@ -201,7 +217,9 @@ def test_a_worker_that_lost_its_lock_file_does_not_lose_the_task_it_runs(install
 
 
 def test_a_worker_says_what_it_lost(installation):
-    installation.handler("wait", '#!/bin/sh\necho run >>"$HOME/runs"\nuntil [ -e "$HOME/go" ]; do sleep 0.02; done\n')
+    installation.handler(
+        "wait", '#!/bin/sh\necho run >>"$HOME/runs"\nuntil [ -e "$HOME/go" ]; do sleep 0.02; done\n'
+    )
     task = installation.enqueue("notifications", "wait")
     worker = installation.worker("notifications")
     wait_for(lambda: lines(installation.directory / "runs"))
@@ -212,4 +230,6 @@ def test_a_worker_says_what_it_lost(installation):
     wait_for(lambda: f"{task} lost" in worker.log.read_text(), what="a line on the lost run")
     # It ran again, and that run counts.
     done = installation.finished(task)
-    assert (done["status"], done["attempts"]) == ("completed", 1) and len(lines(installation.directory / "runs")) == 2
+    assert (done["status"], done["attempts"]) == ("completed", 1) and len(
+        lines(installation.directory / "runs")
+    ) == 2

@@ -24,7 +24,9 @@ def statuses(installation) -> dict[str, str]:
 
 
 def drain(installation) -> None:
-    done = installation.run("worker.py", "approvals", "--handlers", installation.handlers, "--drain")
+    done = installation.run(
+        "worker.py", "approvals", "--handlers", installation.handlers, "--drain"
+    )
     assert done.returncode == 0, done.stderr
 
 
@@ -54,7 +56,10 @@ def test_a_rejected_task_is_cancelled_and_the_history_says_why(installation):
     assert tasks(installation, "reject", "r-1", "--reason", "not  on a\nFriday")["rejected"] == 1
     assert installation.history("r-1")["error"] == "rejected: not on a Friday"
     assert installation.run("tasks.py", "reject", "r-2").stdout == "rejected r-2\n"
-    assert (installation.history("r-2")["status"], installation.history("r-2")["error"]) == ("cancelled", "rejected")
+    assert (installation.history("r-2")["status"], installation.history("r-2")["error"]) == (
+        "cancelled",
+        "rejected",
+    )
 
 
 @pytest.mark.parametrize("verb", ("approve", "reject"))
@@ -66,9 +71,16 @@ def test_only_what_is_held_is_approved_or_rejected(installation, verb):
     before = installation.rows("select task_id, status from approvals where task_id = 'later'")
     done = installation.run("tasks.py", verb, "ready", "later", "held")
     assert done.returncode == 1 and done.stdout in ("approved held\n", "rejected held\n")
-    assert "task ready of approvals was not " in done.stderr and "it has ended already" in done.stderr
-    assert "task later of approvals was not " in done.stderr and "it is scheduled, not held" in done.stderr
-    assert installation.rows("select task_id, status from approvals where task_id = 'later'") == before
+    assert (
+        "task ready of approvals was not " in done.stderr and "it has ended already" in done.stderr
+    )
+    assert (
+        "task later of approvals was not " in done.stderr
+        and "it is scheduled, not held" in done.stderr
+    )
+    assert (
+        installation.rows("select task_id, status from approvals where task_id = 'later'") == before
+    )
 
 
 def test_retry_of_a_held_task_names_approve(installation):
@@ -87,7 +99,11 @@ def test_a_pause_is_said_by_everybody_until_when_and_why(installation):
     after, until = time.time(), told["until"]
     assert told["changed"] and told["reason"] == "usage limit"
     numbers = tasks(installation, "stats")["queues"]["approvals"]
-    assert (numbers["paused"], numbers["paused_until"], numbers["pause_reason"]) == (True, until, "usage limit")
+    assert (numbers["paused"], numbers["paused_until"], numbers["pause_reason"]) == (
+        True,
+        until,
+        "usage limit",
+    )
     assert numbers["paused_by"] == "person"
     prometheus = installation.run("tasks.py", "stats", "--prometheus").stdout
     samples = {sample.name: sample for family in text_string_to_metric_families(prometheus) for sample in family.samples
@@ -107,7 +123,9 @@ def test_a_pause_ends_by_itself(installation):
     installation.worker("approvals")
     assert installation.finished("p-1")["status"] == "completed"
     started = "(julianday(started_at) - 2440587.5) * 86400.0"
-    assert installation.rows(f"select {started} > paused_until - 0.01 from task_history, task_controls") == [(1,)]
+    assert installation.rows(
+        f"select {started} > paused_until - 0.01 from task_history, task_controls"
+    ) == [(1,)]
     assert tasks(installation, "stats")["queues"]["approvals"]["paused"] is False
 
 
@@ -127,22 +145,35 @@ def test_slots_hold_and_are_shown(installation):
     gate = installation.directory / "gate"
     installation.handler("gated", f"#!/bin/sh\nwhile [ ! -e '{gate}' ]; do sleep 0.02; done\n")
     installation.enqueue("approvals", "gated", "--jsonl", input="{}\n" * 5)
-    assert tasks(installation, "limit", "approvals", "--slots", "2") == [{"queue": "approvals", "slots": 2}]
+    assert tasks(installation, "limit", "approvals", "--slots", "2") == [
+        {"queue": "approvals", "slots": 2}
+    ]
     installation.worker("approvals", "--concurrency", "4")
     running = "select count(*) from approvals where status = 2"
     wait_for(lambda: installation.rows(running) == [(2,)], what="two running tasks")
     assert "approvals has 2 slots" in installation.run("tasks.py", "stats").stdout
-    assert 'task_queue_slots{queue="approvals"} 2\n' in installation.run("tasks.py", "stats", "--prometheus").stdout
-    assert tasks(installation, "limit", "approvals", "--slots", "none") == [{"queue": "approvals", "slots": None}]
+    assert (
+        'task_queue_slots{queue="approvals"} 2\n'
+        in installation.run("tasks.py", "stats", "--prometheus").stdout
+    )
+    assert tasks(installation, "limit", "approvals", "--slots", "none") == [
+        {"queue": "approvals", "slots": None}
+    ]
     wait_for(lambda: installation.rows(running) == [(4,)], what="four running tasks")
     gate.touch()
-    wait_for(lambda: installation.rows("select count(*) from task_history") == [(5,)], what="the end")
+    wait_for(
+        lambda: installation.rows("select count(*) from task_history") == [(5,)], what="the end"
+    )
 
 
 def test_a_retry_drops_the_time_that_a_task_had(installation):
-    installation.enqueue("approvals", "review", "{}", "--task-id", "t-1", "--ttl", "1h", "--delay", "30m")
+    installation.enqueue(
+        "approvals", "review", "{}", "--task-id", "t-1", "--ttl", "1h", "--delay", "30m"
+    )
     tasks(installation, "retry", "t-1")
-    assert installation.rows("select expires_at, due_at, status from approvals") == [(None, None, 1)]
+    assert installation.rows("select expires_at, due_at, status from approvals") == [
+        (None, None, 1)
+    ]
     installation.sqlite3("update approvals set expires_at = 1.0")
     assert installation.run("cleanup.py").returncode == 0
     assert installation.history("t-1")["status"] == "expired"
@@ -155,10 +186,28 @@ def test_what_waits_for_its_next_attempt_runs_now_and_nothing_else(installation)
     installation.handler("other", "#!/bin/sh\nexit 1\n")
     installation.enqueue("approvals", "flaky", "{}", "--task-id", "f-1")
     installation.enqueue("approvals", "other", "{}", "--task-id", "o-1")
-    assert installation.run("worker.py", "approvals", "--handlers", installation.handlers, "--backoff", "3600", "--drain").returncode == 0
+    assert (
+        installation.run(
+            "worker.py",
+            "approvals",
+            "--handlers",
+            installation.handlers,
+            "--backoff",
+            "3600",
+            "--drain",
+        ).returncode
+        == 0
+    )
     installation.enqueue("approvals", "flaky", "{}", "--task-id", "delayed", "--delay", "1h")
-    assert statuses(installation) == {"f-1": "scheduled", "o-1": "scheduled", "delayed": "scheduled"}
-    assert installation.run("tasks.py", "retry", "--scheduled", "--type", "flaky").stdout == "retried 1 task\n"
+    assert statuses(installation) == {
+        "f-1": "scheduled",
+        "o-1": "scheduled",
+        "delayed": "scheduled",
+    }
+    assert (
+        installation.run("tasks.py", "retry", "--scheduled", "--type", "flaky").stdout
+        == "retried 1 task\n"
+    )
     assert statuses(installation) == {"f-1": "pending", "o-1": "scheduled", "delayed": "scheduled"}
     assert tasks(installation, "retry", "--scheduled")["retried"] == 1
     assert statuses(installation) == {"f-1": "pending", "o-1": "pending", "delayed": "scheduled"}
@@ -171,7 +220,10 @@ def test_a_task_that_another_machine_has_is_listed_and_left_alone(installation):
     assert tasks(installation, "stats")["queues"]["approvals"]["handed_over"] == 1
     done = installation.run("tasks.py", "cancel", "away")
     assert done.returncode == 1 and "another machine has it" in done.stderr
-    assert installation.run("tasks.py", "purge", "approvals", "--yes").stdout == "deleted 0 tasks of approvals\n"
+    assert (
+        installation.run("tasks.py", "purge", "approvals", "--yes").stdout
+        == "deleted 0 tasks of approvals\n"
+    )
     assert tasks(installation, "move", "--from", "approvals", "completions")["moved"] == 0
     done = installation.run("tasks.py", "move", "away", "completions")
     assert done.returncode == 1 and "it is running, handed over, or gone" in done.stderr

@@ -23,7 +23,12 @@ def installed(installation):
         shutil.copy(file, lib)
     tq = installation.directory / "bin/tq"
     tq.parent.mkdir()
-    tq.write_text((ROOT / "tq.sh").read_text().replace("\nlib=\n", f"\nlib='{lib}'\n").replace("\npython=\n", f"\npython='{sys.executable}'\n"))
+    tq.write_text(
+        (ROOT / "tq.sh")
+        .read_text()
+        .replace("\nlib=\n", f"\nlib='{lib}'\n")
+        .replace("\npython=\n", f"\npython='{sys.executable}'\n")
+    )
     tq.chmod(0o755)
     record = {"files": {}, "state": str(installation.state), "command": str(tq)}
     (installation.directory / "prefix/installed.json").write_text(json.dumps(record))
@@ -42,12 +47,16 @@ def test_remedies_are_typed_as_tq(installation, installed):
     for args, words in ((["show", "x"], "see: tq list"), (["list", "--status", "odd"], "see tq list --help"), (["retry", "h-1"], "tq approve h-1"),
                         (["import"], "see tq import --help"), (["list", "--nope"], "see tq --help")):  # fmt: skip
         done = installed("tasks.py", *args)
-        assert words in done.stderr and not re.search(r"(see:?|:) \w+\.py", done.stderr), done.stderr
+        assert words in done.stderr and not re.search(r"(see:?|:) \w+\.py", done.stderr), (
+            done.stderr
+        )
     installed("tasks.py", "pause", "approvals")
     assert "tq resume approvals" in installed("tasks.py", "stats").stdout
     said = installed("doctor.py", "--max-wait", "0").stdout
     assert "tq backup FILE" in said or "quick_check finds no damage" in said
-    assert "tq approve ID" in said and not re.search(r"-> .*\b(tasks|worker|cleanup)\.py", said), said
+    assert "tq approve ID" in said and not re.search(r"-> .*\b(tasks|worker|cleanup)\.py", said), (
+        said
+    )
     assert "see tq cleanup --help" in installed("cleanup.py", "--nope").stderr
     installation.db.write_bytes(b"no database " * 500)
     done = installed("tasks.py", "list")
@@ -57,7 +66,9 @@ def test_remedies_are_typed_as_tq(installation, installed):
 def test_elsewhere_remedies_name_the_script(installation, installed):
     installation.enqueue("approvals", "review")
     assert "see: tasks.py list" in installation.run("tasks.py", "show", "x").stderr
-    assert "see tasks.py list --help" in installation.run("tasks.py", "list", "--status", "odd").stderr
+    assert (
+        "see tasks.py list --help" in installation.run("tasks.py", "list", "--status", "odd").stderr
+    )
     # It is installed, but what a person types finds another program or none.
     assert "see: tasks.py list" in installed("tasks.py", "show", "x", on_path=False).stderr
     assert "worker.py approvals" in installation.run("doctor.py", "--max-wait", "0").stdout
@@ -68,15 +79,25 @@ def test_each_script_says_its_version(installation, script):
     import queue_helpers
 
     done = installation.run(f"{script}.py", "--version")
-    assert (done.returncode, done.stdout, done.stderr) == (0, f"{script}.py {queue_helpers.VERSION}\n", "")
+    assert (done.returncode, done.stdout, done.stderr) == (
+        0,
+        f"{script}.py {queue_helpers.VERSION}\n",
+        "",
+    )
 
 
 def test_tq_says_its_version(installation, installed):
     import queue_helpers
 
-    done = subprocess.run([installed.tq, "--version"], env=installation.env, capture_output=True, text=True)
+    done = subprocess.run(
+        [installed.tq, "--version"], env=installation.env, capture_output=True, text=True
+    )
     assert (done.returncode, done.stdout) == (0, f"tq {queue_helpers.VERSION}\n")
 
 
 def test_there_is_a_licence():
-    assert (ROOT / "LICENSE").read_text().startswith("MIT License\n\nCopyright (c) 2026 the authors of the task queue\n")
+    assert (
+        (ROOT / "LICENSE")
+        .read_text()
+        .startswith("MIT License\n\nCopyright (c) 2026 the authors of the task queue\n")
+    )

@@ -75,9 +75,15 @@ class Writer:
 
     def latencies(self) -> list[float]:
         """Seconds from commit to sight, less what the whole machine stood still in between; the longest last."""
-        stalls = [tuple(map(float, line.split())) for line in self.stalls_log.read_text().splitlines() if line.count(".") == 2]
+        stalls = [
+            tuple(map(float, line.split()))
+            for line in self.stalls_log.read_text().splitlines()
+            if line.count(".") == 2
+        ]
         excused = [
-            seen - committed - sum(max(0.0, min(seen, end) - max(committed, begin)) for begin, end in stalls)
+            seen
+            - committed
+            - sum(max(0.0, min(seen, end) - max(committed, begin)) for begin, end in stalls)
             for committed, seen in self.seen
         ]
         return sorted(excused)
@@ -148,7 +154,11 @@ def test_puts_heard_by_the_async_iterator(installation, queue, code):
 
 def test_puts_heard_by_eight_consumers_that_all_sleep(installation, queue):
     """Whoever is first has it; the others sleep on, and hear the next."""
-    mine, writer, had = queue.get_queue("notifications"), Writer(installation, ENQUEUE_TASK), threading.Semaphore(0)
+    mine, writer, had = (
+        queue.get_queue("notifications"),
+        Writer(installation, ENQUEUE_TASK),
+        threading.Semaphore(0),
+    )
 
     def consume():
         while json.loads(mine.get())["data"]["n"] < 60:
@@ -191,7 +201,9 @@ def test_a_commit_that_takes_its_time_on_the_disk(installation, queue, tmp_path)
         int fsync(int fd) { usleep(300000); return ((int (*)(int))dlsym(RTLD_NEXT, "fsync"))(fd); }
         int fdatasync(int fd) { usleep(300000); return ((int (*)(int))dlsym(RTLD_NEXT, "fdatasync"))(fd); }
     """)
-    subprocess.run([compiler, "-shared", "-fPIC", "-o", tmp_path / "slow.so", source, "-ldl"], check=True)
+    subprocess.run(
+        [compiler, "-shared", "-fPIC", "-o", tmp_path / "slow.so", source, "-ldl"], check=True
+    )
     mine = queue.get_queue("notifications")
     writer = Writer(installation, PLAIN_INSERT, {"LD_PRELOAD": str(tmp_path / "slow.so")})
     for pause in (0.0, 0.3, 0.5, 0.7):

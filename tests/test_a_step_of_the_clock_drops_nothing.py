@@ -10,7 +10,16 @@ HOURS = 3600.0
 
 
 def fire(installation, *args) -> None:
-    done = installation.run("enqueue.py", "--hook", "notifications", "check", "--once-per", "workspace", *args, input=STOP)
+    done = installation.run(
+        "enqueue.py",
+        "--hook",
+        "notifications",
+        "check",
+        "--once-per",
+        "workspace",
+        *args,
+        input=STOP,
+    )
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
@@ -18,11 +27,15 @@ def step_clock(installation, hours: float) -> None:
     """What the database says after the clock was set by so many hours: all its times are as much off."""
     steps = f"{-hours} hours"
     for name in ("enqueued_at", "started_at", "completed_at"):
-        installation.sqlite3(f"update task_history set {name} = strftime('%Y-%m-%d %H:%M:%f', {name}, '{steps}')")
+        installation.sqlite3(
+            f"update task_history set {name} = strftime('%Y-%m-%d %H:%M:%f', {name}, '{steps}')"
+        )
 
 
 @pytest.mark.parametrize("hours", [-25.0, -3.0, -0.1, 0.1, 3.0, 25.0])
-@pytest.mark.parametrize("how", [[], ["--on-duplicate", "rerun"], ["--window", "5min"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "how", [[], ["--on-duplicate", "rerun"], ["--window", "5min"]], ids=" ".join
+)
 def test_a_firing_after_the_step_is_a_task_of_its_own(installation, queue, hours, how):
     fire(installation, *how)
     assert queue.dequeue_task("notifications")

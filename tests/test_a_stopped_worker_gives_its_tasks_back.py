@@ -5,7 +5,9 @@ import pytest
 from conftest import wait_for
 from processes import group_lives, lines, lives, processor_seconds, stays_true
 
-WAIT = '#!/bin/sh\necho $$ >>"$HOME/runs"\nuntil [ -e "$HOME/go" ]; do sleep 0.02; done\necho done\n'
+WAIT = (
+    '#!/bin/sh\necho $$ >>"$HOME/runs"\nuntil [ -e "$HOME/go" ]; do sleep 0.02; done\necho done\n'
+)
 DEAF = "#!/bin/sh\ntrap '' TERM\n" + WAIT.removeprefix("#!/bin/sh\n")
 
 
@@ -28,7 +30,9 @@ def busy(installation):
 
 
 def waiting(installation) -> list:
-    return installation.rows("select task_id, status, attempts, owner from notifications order by id")
+    return installation.rows(
+        "select task_id, status, attempts, owner from notifications order by id"
+    )
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
@@ -60,7 +64,9 @@ def test_after_the_grace_the_handler_is_ended_and_its_task_is_back_uncounted(ins
     assert worker.wait(10) == 0 and 0.3 < time.monotonic() - began < 3
     assert waiting(installation) == [("first", 1, 0, None), ("second", 1, 0, None)]
     assert not group_lives(group) and not lives(pid)
-    assert installation.rows("select error from notifications where id = 1") == [("its worker was stopped",)]
+    assert installation.rows("select error from notifications where id = 1") == [
+        ("its worker was stopped",)
+    ]
     (installation.directory / "go").touch()
     installation.worker("notifications", "--max-attempts", 1)
     assert installation.finished("first")["attempts"] == 1
@@ -110,7 +116,10 @@ def test_a_handler_that_ends_well_during_the_grace_after_term_is_done(installati
     worker, *_ = busy("--grace", 0.2, handler=polite)
     worker.send_signal(signal.SIGTERM)
     assert worker.wait(10) == 0
-    assert (installation.history("first")["status"], installation.history("first")["result"]) == ("completed", "hurried\n")
+    assert (installation.history("first")["status"], installation.history("first")["result"]) == (
+        "completed",
+        "hurried\n",
+    )
 
 
 def test_a_failure_of_its_own_during_the_grace_counts(installation, busy):
@@ -135,9 +144,17 @@ def test_another_worker_takes_over_at_once(installation, busy):
     wait_for(lambda: len(lines(installation.directory / "runs")) == 2)
     worker.send_signal(signal.SIGTERM)
     assert worker.wait(10) == 0
-    wait_for(lambda: len(lines(installation.directory / "runs")) == 3, 2, "the run of what the stopped one gave back")
+    wait_for(
+        lambda: len(lines(installation.directory / "runs")) == 3,
+        2,
+        "the run of what the stopped one gave back",
+    )
     (installation.directory / "go").touch()
-    assert installation.finished("first")["attempts"] == installation.finished("second")["attempts"] == 1
+    assert (
+        installation.finished("first")["attempts"]
+        == installation.finished("second")["attempts"]
+        == 1
+    )
     assert other.poll() is None
 
 
@@ -151,4 +168,7 @@ def test_being_stopped_again_and_again_never_spends_the_attempts(installation, b
         worker = installation.worker("notifications", "--grace", 0, "--max-attempts", 1)
         wait_for(lambda before=before: len(lines(runs)) > before)
     (installation.directory / "go").touch()
-    assert (installation.finished("first")["status"], installation.finished("first")["attempts"]) == ("completed", 1)
+    assert (
+        installation.finished("first")["status"],
+        installation.finished("first")["attempts"],
+    ) == ("completed", 1)

@@ -26,7 +26,9 @@ def test_grandchildren_included(installation):
     assert done["status"] == "failed" and done["error"] == "timed out after 0.5 s (attempt 1 of 1)"
     pids = [int(pid) for pid in lines(installation.directory / "pids")]
     assert len(pids) == 4
-    wait_for(lambda: not any(map(lives, pids)) and not group_lives(pids[0]), 2, "the end of the group")
+    wait_for(
+        lambda: not any(map(lives, pids)) and not group_lives(pids[0]), 2, "the end of the group"
+    )
 
 
 def test_with_kill_when_term_is_ignored(installation):
@@ -40,13 +42,23 @@ def test_with_kill_when_term_is_ignored(installation):
 
 
 def test_a_child_that_ignores_term_does_not_outlive_a_handler_that_does_not(installation):
-    run(installation, "sh -c 'trap \"\" TERM; echo $$ >\"$HOME/pids\"; while :; do sleep 0.05; done' &\nwait", "--timeout", 0.3)
+    run(
+        installation,
+        'sh -c \'trap "" TERM; echo $$ >"$HOME/pids"; while :; do sleep 0.05; done\' &\nwait',
+        "--timeout",
+        0.3,
+    )
     (child,) = map(int, lines(installation.directory / "pids"))
     wait_for(lambda: not lives(child), 2, "the child's end")
 
 
 def test_a_handler_may_use_the_time_from_term_to_kill(installation):
-    done = run(installation, "trap 'echo tidied up; exit 0' TERM\nwhile :; do sleep 0.05; done", "--timeout", 0.3)
+    done = run(
+        installation,
+        "trap 'echo tidied up; exit 0' TERM\nwhile :; do sleep 0.05; done",
+        "--timeout",
+        0.3,
+    )
     # It was not done in time, whatever it says.
     assert done["result"] == "tidied up\n" and done["status"] == "failed"
     assert done["error"].startswith("timed out")
@@ -61,14 +73,27 @@ def test_a_timed_out_task_is_tried_again(installation):
     installation.handler("slow", '#!/bin/sh\n[ "$TASK_ATTEMPT" = 2 ] || sleep 100\n')
     task = installation.enqueue("notifications", "slow")
     installation.worker("notifications", "--timeout", 0.4, "--backoff", 0.01)
-    assert (installation.finished(task)["status"], installation.finished(task)["attempts"]) == ("completed", 2)
+    assert (installation.finished(task)["status"], installation.finished(task)["attempts"]) == (
+        "completed",
+        2,
+    )
 
 
 def test_others_go_on_while_one_is_ended(installation):
     installation.handler("ignores_term", "#!/bin/sh\ntrap '' TERM\nwhile :; do sleep 0.05; done\n")
     installation.handler("fine", "#!/bin/sh\n")
     ignores_term = installation.enqueue("notifications", "ignores_term")
-    installation.worker("notifications", "--timeout", 0.2, "--kill-after", 3, "--concurrency", 2, "--max-attempts", 1)
+    installation.worker(
+        "notifications",
+        "--timeout",
+        0.2,
+        "--kill-after",
+        3,
+        "--concurrency",
+        2,
+        "--max-attempts",
+        1,
+    )
     wait_for(lambda: installation.rows("select 1 from notifications where status = 2"))
     fine = installation.enqueue("notifications", "fine")
     assert installation.finished(fine, 2.5)["status"] == "completed"
@@ -99,7 +124,10 @@ def test_a_megabyte_of_payload_arrives_whole(installation):
 def test_a_handler_that_forks_and_exits_is_done(installation):
     began = time.monotonic()
     done = run(installation, 'sleep 100 &\necho $! >"$HOME/pids"\necho done', "--timeout", 60)
-    assert (done["status"], done["result"]) == ("completed", "done\n") and time.monotonic() - began < 10
+    assert (done["status"], done["result"]) == (
+        "completed",
+        "done\n",
+    ) and time.monotonic() - began < 10
     (child,) = map(int, lines(installation.directory / "pids"))
     # What a handler leaves behind on purpose is left alone.
     assert lives(child)
@@ -113,7 +141,11 @@ def test_a_handler_that_closes_its_streams_is_waited_for(installation):
 
 def test_output_that_is_not_text_is_kept_as_well_as_can_be(installation):
     done = run(installation, r"printf '\377ok\000\n'; printf '\303' >&2")
-    assert done["status"] == "completed" and done["result"] == "\ufffdok\ufffd\n" and done["log"] == "\ufffd"
+    assert (
+        done["status"] == "completed"
+        and done["result"] == "\ufffdok\ufffd\n"
+        and done["log"] == "\ufffd"
+    )
 
 
 def test_output_that_is_not_text_may_become_a_task(installation):
@@ -124,11 +156,16 @@ def test_output_that_is_not_text_may_become_a_task(installation):
 
 
 def test_a_result_nested_too_deep_for_the_database_does_not_stop_the_worker(installation):
-    handler = "printf '%s' '{\"a\": '; i=0; while [ $i -lt 1500 ]; do printf '['; i=$((i+1)); done\n"
+    handler = (
+        "printf '%s' '{\"a\": '; i=0; while [ $i -lt 1500 ]; do printf '['; i=$((i+1)); done\n"
+    )
     handler += "printf 1; i=0; while [ $i -lt 1500 ]; do printf ']'; i=$((i+1)); done; echo '}'"
     run(installation, handler, "--then", "completions")
     installation.handler("next", "#!/bin/sh\n")
-    assert installation.finished(installation.enqueue("notifications", "next"))["status"] == "completed"
+    assert (
+        installation.finished(installation.enqueue("notifications", "next"))["status"]
+        == "completed"
+    )
 
 
 def test_a_long_task_id_may_have_a_next_task(installation):
@@ -143,14 +180,33 @@ def test_a_long_task_id_may_have_a_next_task(installation):
 def test_whatever_name_a_shell_gave_its_task_the_worker_lives(installation):
     """A plain INSERT is checked for being an object, and for nothing else."""
     worker = installation.worker("notifications", "--max-attempts", 1)
-    names = ["x" * 300, "x" * 5000, "a/b", "../up", ".", "..", "", " ", "-x", "nul\u0000nul", "line\nline", "\ud800", "ä" * 200]
+    names = [
+        "x" * 300,
+        "x" * 5000,
+        "a/b",
+        "../up",
+        ".",
+        "..",
+        "",
+        " ",
+        "-x",
+        "nul\u0000nul",
+        "line\nline",
+        "\ud800",
+        "ä" * 200,
+    ]
     for name in names:
-        installation.sqlite3(f"insert into notifications (data) values ('{json.dumps({'hook_event_name': name})}')")
+        installation.sqlite3(
+            f"insert into notifications (data) values ('{json.dumps({'hook_event_name': name})}')"
+        )
         envelope = {"task_id": name or "empty", "task_type": "known", "data": {}}
         installation.sqlite3(f"insert into notifications (data) values ('{json.dumps(envelope)}')")
     installation.handler("known", "#!/bin/sh\n")
     task = installation.enqueue("notifications", "known")
-    wait_for(lambda: installation.history(task) or worker.poll() is not None, what="the end of the last task, or of the worker")
+    wait_for(
+        lambda: installation.history(task) or worker.poll() is not None,
+        what="the end of the last task, or of the worker",
+    )
     assert worker.poll() is None, worker.log.read_text()
 
 
@@ -162,22 +218,34 @@ def test_a_task_whose_id_no_process_can_be_given_ends_as_a_dead_letter(installat
     installation.enqueue("notifications", "known")
     (installation.directory / "payload").write_text(envelope)
     with open(installation.directory / "payload") as stdin:
-        installation.sqlite3("insert into notifications (data) values (cast(readfile('/dev/stdin') as text))", stdin=stdin)
+        installation.sqlite3(
+            "insert into notifications (data) values (cast(readfile('/dev/stdin') as text))",
+            stdin=stdin,
+        )
     installation.worker("notifications", "--max-attempts", 1)
-    wait_for(lambda: installation.rows("select 1 from task_history where status = 'failed'"), what="a dead letter")
+    wait_for(
+        lambda: installation.rows("select 1 from task_history where status = 'failed'"),
+        what="a dead letter",
+    )
 
 
-@pytest.mark.parametrize("path", ["", "/nowhere", "nul\0", "\ud800", "x" * 5000, 3, False, ["/"], {}, "/etc/passwd"])
+@pytest.mark.parametrize(
+    "path", ["", "/nowhere", "nul\0", "\ud800", "x" * 5000, 3, False, ["/"], {}, "/etc/passwd"]
+)
 def test_a_workspace_that_is_none_is_a_failed_attempt_that_says_so(installation, path):
     done = run(installation, 'pwd >"$HOME/ran"', data=json.dumps({"workspace_path": path}))
-    assert done["status"] == "failed" and done["attempts"] == 1 and "cannot run in " in done["error"], done
+    assert (
+        done["status"] == "failed" and done["attempts"] == 1 and "cannot run in " in done["error"]
+    ), done
     assert not (installation.directory / "ran").exists()
 
 
 def test_a_workspace_that_is_gone_is_tried_again(installation):
     workspace = installation.directory / "workspace"
     installation.handler("it", "#!/bin/sh\npwd\n")
-    task = installation.enqueue("notifications", "it", "-", input=json.dumps({"workspace_path": str(workspace)}))
+    task = installation.enqueue(
+        "notifications", "it", "-", input=json.dumps({"workspace_path": str(workspace)})
+    )
     installation.worker("notifications", "--backoff", 0.05, "--max-attempts", 100)
     wait_for(lambda: installation.rows("select 1 from notifications where attempts > 1"))
     assert str(workspace) in installation.rows("select error from notifications")[0][0]

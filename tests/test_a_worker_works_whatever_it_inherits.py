@@ -27,20 +27,32 @@ def serves(installation, worker) -> None:
     for _ in range(2):
         done = installation.finished(installation.enqueue("notifications", "fine"))
         assert done["status"] == "completed" and json.loads(done["result"])["task_type"] == "fine"
-    assert installation.finished(installation.enqueue("notifications", "slow"))["error"].startswith("timed out")
+    assert installation.finished(installation.enqueue("notifications", "slow"))["error"].startswith(
+        "timed out"
+    )
     worker.send_signal(signal.SIGTERM)
     assert worker.wait(10) == 0
 
 
 def worker_with(installation, preexec_fn):
-    worker = installation.worker("notifications", "--timeout", 1, "--max-attempts", 1, ready=False, preexec_fn=preexec_fn)
-    wait_for(lambda: installation.rows("select 1 from sqlite_master where name = 'notifications'"), what="the table")
+    worker = installation.worker(
+        "notifications", "--timeout", 1, "--max-attempts", 1, ready=False, preexec_fn=preexec_fn
+    )
+    wait_for(
+        lambda: installation.rows("select 1 from sqlite_master where name = 'notifications'"),
+        what="the table",
+    )
     return worker
 
 
-@pytest.mark.parametrize("blocked", [{signal.SIGCHLD}, {signal.SIGTERM}, ALL], ids=["SIGCHLD", "SIGTERM", "all"])
+@pytest.mark.parametrize(
+    "blocked", [{signal.SIGCHLD}, {signal.SIGTERM}, ALL], ids=["SIGCHLD", "SIGTERM", "all"]
+)
 def test_a_mask(installation, blocked):
-    serves(installation, worker_with(installation, lambda: signal.pthread_sigmask(signal.SIG_SETMASK, blocked)))
+    serves(
+        installation,
+        worker_with(installation, lambda: signal.pthread_sigmask(signal.SIG_SETMASK, blocked)),
+    )
 
 
 def ignore(numbers) -> None:
@@ -80,23 +92,33 @@ def test_a_log_that_cannot_be_written(installation):
         worker = subprocess.Popen([sys.executable, ROOT / "worker.py", "notifications", "--handlers", installation.handlers],
                                   env=installation.env, stderr=full)  # fmt: skip
     installation.processes.append(worker)
-    assert installation.finished(installation.enqueue("notifications", "fine"))["status"] == "completed"
+    assert (
+        installation.finished(installation.enqueue("notifications", "fine"))["status"]
+        == "completed"
+    )
     worker.terminate()
     assert worker.wait(10) == 0
 
 
 @pytest.mark.parametrize("option", ["--timeout", "--grace", "--kill-after", "--backoff", "--crash-backoff", "--idle-exit", "--concurrency",
                                     "--max-attempts"])  # fmt: skip
-@pytest.mark.parametrize("number", ["nan", "inf", "-inf", "1e400", "-1", "", "1e9", "9" * 5000, "0x10", "١e"])
+@pytest.mark.parametrize(
+    "number", ["nan", "inf", "-inf", "1e400", "-1", "", "1e9", "9" * 5000, "0x10", "١e"]
+)
 def test_numbers_that_are_none_are_refused(installation, option, number):
     done = installation.run("worker.py", "notifications", f"{option}={number}")
-    assert done.returncode == 64 and done.stderr.count("\n") == 1 and option in done.stderr, done.stderr
+    assert done.returncode == 64 and done.stderr.count("\n") == 1 and option in done.stderr, (
+        done.stderr
+    )
     assert not installation.state.exists()
 
 
 def test_as_process_1_it_leaves_no_zombies(installation):
     unshare = ["unshare", "--pid", "--fork", "--mount-proc"]
-    if not shutil.which("unshare") or subprocess.run([*unshare, "true"], capture_output=True).returncode:
+    if (
+        not shutil.which("unshare")
+        or subprocess.run([*unshare, "true"], capture_output=True).returncode
+    ):
         pytest.skip("needs root and unshare")
     installation.handler("parent", "#!/bin/sh\n(sleep 0.05; exit 3) &\n")
     count = "#!/bin/sh\ngrep -ls '^State:.Z' /proc/[0-9]*/status | wc -l\n"
@@ -109,14 +131,24 @@ def test_as_process_1_it_leaves_no_zombies(installation):
                                       "--handlers", installation.handlers], env=installation.env, stderr=file)  # fmt: skip
     container.log = log
     installation.processes.append(container)
-    wait_for(lambda: installation.rows("select count(*) from task_history where task_type = 'parent'") == [(30,)])
+    wait_for(
+        lambda: (
+            installation.rows("select count(*) from task_history where task_type = 'parent'")
+            == [(30,)]
+        )
+    )
 
     def zombies() -> int:
         return int(installation.finished(installation.enqueue("notifications", "count"))["result"])
 
     wait_for(lambda: zombies() == 0, what="the reaping of what was left to process 1")
     # unshare passes no signals on, and its child is the worker.
-    (pid,) = (int(word) for word in subprocess.run(["ps", "-o", "pid=", "--ppid", str(container.pid)], capture_output=True).stdout.split())
+    (pid,) = (
+        int(word)
+        for word in subprocess.run(
+            ["ps", "-o", "pid=", "--ppid", str(container.pid)], capture_output=True
+        ).stdout.split()
+    )
     os.kill(pid, signal.SIGTERM)
     assert container.wait(10) == 0
     assert "Traceback" not in log.read_text()
@@ -130,7 +162,9 @@ STRANGE = {"TASK_DEPTH": "many", "TASK_ID": "x", "PYTHONWARNINGS": "error", "LC_
 def test_an_odd_environment(installation, name):
     installation.handler("fine", "#!/bin/sh\necho well\n")
     worker = installation.worker("notifications", env={name: STRANGE[name]})
-    assert installation.finished(installation.enqueue("notifications", "fine"))["result"] == "well\n"
+    assert (
+        installation.finished(installation.enqueue("notifications", "fine"))["result"] == "well\n"
+    )
     assert worker.poll() is None
 
 
@@ -156,7 +190,12 @@ def test_no_text_of_a_task_steers_the_terminal(installation):
         text = json.dumps(envelope).replace("'", "''")
         installation.sqlite3(f"insert into notifications (data) values ('{text}')")
     worker = installation.worker("notifications", "--max-attempts", 1)
-    wait_for(lambda: len(installation.rows("select 1 from task_history")) >= 2 and worker.log.read_text().count("attempt 1") >= 3)
+    wait_for(
+        lambda: (
+            len(installation.rows("select 1 from task_history")) >= 2
+            and worker.log.read_text().count("attempt 1") >= 3
+        )
+    )
     plain(worker.log.read_bytes())
 
 

@@ -22,7 +22,9 @@ def workspace(installation):
 
 def run(installation, workspace: Path, *command, cwd=None, env=None) -> dict:
     """The history of a task of that workspace."""
-    task = installation.enqueue("notifications", "it", json.dumps({"workspace_path": str(workspace)}))
+    task = installation.enqueue(
+        "notifications", "it", json.dumps({"workspace_path": str(workspace)})
+    )
     done = installation.run("worker.py", "notifications", "--drain", "--max-attempts", 1, "--handlers", installation.handlers,
                             *(["--", *command] if command else []), cwd=cwd, env=env)  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -38,24 +40,51 @@ def test_a_relative_command_is_the_one_where_the_worker_was_started(installation
     assert done["result"] == f"of the person\n{workspace}\n"
 
 
-@pytest.mark.parametrize("entries", ["{path}:", ":{path}", "{path}::/bin", ".:{path}", "bin:{path}", "./bin:{path}", "", ":", "."])
+@pytest.mark.parametrize(
+    "entries",
+    ["{path}:", ":{path}", "{path}::/bin", ".:{path}", "bin:{path}", "./bin:{path}", "", ":", "."],
+)
 def test_a_search_path_has_no_place_in_a_workspace(installation, workspace, entries):
     env = {"PATH": entries.format(path=os.environ["PATH"])}
-    installation.handler("it", '#!/bin/sh\necho "$PATH"\nsh -c "echo well"\ngit --version || true\n')
+    installation.handler(
+        "it", '#!/bin/sh\necho "$PATH"\nsh -c "echo well"\ngit --version || true\n'
+    )
     done = run(installation, workspace, env=env)
-    assert done["status"] == "completed" and "well" in done["result"] and "of the workspace" not in done["result"]
+    assert (
+        done["status"] == "completed"
+        and "well" in done["result"]
+        and "of the workspace" not in done["result"]
+    )
     path = done["result"].split("\n", 1)[0].split(":")
     assert path and all(map(os.path.isabs, path))
 
 
 def test_the_command_is_looked_for_in_absolute_places_only(installation, workspace):
-    refused = installation.run("worker.py", "notifications", "--", "run.sh", cwd=workspace, env={"PATH": f".::{workspace}/none"})
+    refused = installation.run(
+        "worker.py",
+        "notifications",
+        "--",
+        "run.sh",
+        cwd=workspace,
+        env={"PATH": f".::{workspace}/none"},
+    )
     assert refused.returncode == 64 and "run.sh" in refused.stderr
-    done = run(installation, workspace, "sh", "-c", "echo well", cwd=workspace, env={"PATH": f"::.:{os.environ['PATH']}"})
+    done = run(
+        installation,
+        workspace,
+        "sh",
+        "-c",
+        "echo well",
+        cwd=workspace,
+        env={"PATH": f"::.:{os.environ['PATH']}"},
+    )
     assert done["result"] == "well\n"
 
 
-@pytest.mark.parametrize("entries, kept", [(".", None), ("", None), (":", None), ("lib:/a/b:", "/a/b"), ("/a:/b", "/a:/b")])
+@pytest.mark.parametrize(
+    "entries, kept",
+    [(".", None), ("", None), (":", None), ("lib:/a/b:", "/a/b"), ("/a:/b", "/a:/b")],
+)
 def test_nor_has_a_search_path_for_modules(installation, workspace, entries, kept):
     installation.handler("it", '#!/bin/sh\nprintf "%s" "${PYTHONPATH-unset}"\n')
     assert run(installation, workspace, env={"PYTHONPATH": entries})["result"] == (kept or "unset")
@@ -68,21 +97,40 @@ def test_nor_has_a_search_path_for_modules(installation, workspace, entries, kep
 ])  # fmt: skip
 def test_what_cannot_be_run_is_refused_at_the_start(installation, arguments, named):
     done = installation.run("worker.py", "notifications", "--drain", *arguments)
-    assert (done.returncode, done.stdout) == (64, "") and named in done.stderr and done.stderr.count("\n") == 1
+    assert (
+        (done.returncode, done.stdout) == (64, "")
+        and named in done.stderr
+        and done.stderr.count("\n") == 1
+    )
     assert not installation.state.exists()
 
 
 @pytest.mark.parametrize("state", ["state", "./state", "../state", " "])
 def test_a_relative_state_is_refused(installation, state):
     """A hook and its worker have different working directories, so they would use different states."""
-    done = installation.run("worker.py", "notifications", "--drain", env={"TASK_QUEUE_STATE": state}, cwd=installation.directory)
-    assert done.returncode == 64 and "TASK_QUEUE_STATE" in done.stderr and done.stderr.count("\n") == 1
+    done = installation.run(
+        "worker.py",
+        "notifications",
+        "--drain",
+        env={"TASK_QUEUE_STATE": state},
+        cwd=installation.directory,
+    )
+    assert (
+        done.returncode == 64 and "TASK_QUEUE_STATE" in done.stderr and done.stderr.count("\n") == 1
+    )
     assert sorted(path.name for path in installation.directory.iterdir()) == ["handlers"]
 
 
 @pytest.mark.parametrize("state", ["~/of its own", ""])
 def test_home_may_be_meant_and_empty_is_unset(installation, state):
-    done = installation.run("worker.py", "notifications", "--drain", "--handlers", installation.handlers, env={"TASK_QUEUE_STATE": state})
+    done = installation.run(
+        "worker.py",
+        "notifications",
+        "--drain",
+        "--handlers",
+        installation.handlers,
+        env={"TASK_QUEUE_STATE": state},
+    )
     assert done.returncode == 0, done.stderr
     assert len(list(installation.directory.rglob("tasks.db"))) == 1
 
@@ -101,7 +149,9 @@ PERSON = (
 
 
 def test_a_handler_is_part_of_no_session_and_keeps_what_a_person_set(installation, workspace):
-    installation.handler("it", "#!/usr/bin/env python3\nimport json, os\nprint(json.dumps(dict(os.environ)))\n")
+    installation.handler(
+        "it", "#!/usr/bin/env python3\nimport json, os\nprint(json.dumps(dict(os.environ)))\n"
+    )
     values = {name: "C" if name == "LANG" else f"of {name}" for name in (*SESSION, *PERSON)}
     told = json.loads(run(installation, installation.directory, env=values)["result"])
     assert [name for name in SESSION if name in told] == []

@@ -38,7 +38,9 @@ def old(installation):
 
 def content(conn) -> list:
     """All that is in it, whatever its version."""
-    tables = [name for (name,) in conn.execute("select name from sqlite_master where type = 'table'")]
+    tables = [
+        name for (name,) in conn.execute("select name from sqlite_master where type = 'table'")
+    ]
     return [(name, conn.execute(f'select * from "{name}"').fetchall()) for name in sorted(tables)]
 
 
@@ -55,7 +57,10 @@ def test_rows_and_ids_are_kept(old, queue, table):
     last_id = conn.execute("select seq from sqlite_sequence where name = ?", (table,)).fetchall()
     assert last_id == [(max([row[0] for row in before], default=0),)]
     queue.enqueue_task(table, "t", {}, "next")
-    assert conn.execute(f"select id from {table} where task_id = 'next'").fetchone()[0] == last_id[0][0] + 1
+    assert (
+        conn.execute(f"select id from {table} where task_id = 'next'").fetchone()[0]
+        == last_id[0][0] + 1
+    )
 
 
 def test_an_id_that_was_given_once_is_not_given_again(old, queue):
@@ -70,15 +75,30 @@ def test_history_pauses_and_spooled_files_are_kept(old, queue):
     assert conn.execute("select * from task_history order by id").fetchall() == before
     assert conn.execute("select * from task_spooled").fetchall() == [("notifications/1.json:1:1",)]
     controls = queue.controls(conn)
-    assert {name: control[:2] for name, control in controls.items()} == {"approvals": (True, None), "nightly": (True, None)}
-    assert conn.execute("select paused_at from task_controls order by queue").fetchall() == [(pytest.approx(1767268800.5, abs=0.001),), (0.0,)]
+    assert {name: control[:2] for name, control in controls.items()} == {
+        "approvals": (True, None),
+        "nightly": (True, None),
+    }
+    assert conn.execute("select paused_at from task_controls order by queue").fetchall() == [
+        (pytest.approx(1767268800.5, abs=0.001),),
+        (0.0,),
+    ]
     assert queue.claim_ready(conn, "approvals") == []
 
 
 def test_each_status_means_what_it_meant(old, queue):
     conn = queue.connect()
     words = dict(conn.execute(f"select id, {queue.STATUS_WORD} from notifications").fetchall())
-    assert [words[row_id] for row_id in range(1, 9)] == ["pending", "pending", "pending", "in_progress", "in_progress", "scheduled", "scheduled", "held"]
+    assert [words[row_id] for row_id in range(1, 9)] == [
+        "pending",
+        "pending",
+        "pending",
+        "in_progress",
+        "in_progress",
+        "scheduled",
+        "scheduled",
+        "held",
+    ]
     tasks = {task.id: task for task in queue.claim_ready(conn, "notifications", limit=99)}
     # What was due, and what nonsense did not keep from running; the highest priority first.
     assert [*tasks] == [21, 3, 22, 1, 2, 7, 20, 25, 26, 27, 28, 29, 30]
@@ -87,7 +107,9 @@ def test_each_status_means_what_it_meant(old, queue):
 
 def test_nonsense_becomes_something_that_a_person_sees(old, queue):
     conn = queue.connect()
-    rows = conn.execute(f"select id, priority, due_at, group_id, {queue.STATUS_WORD} from notifications where id between 20 and 28").fetchall()
+    rows = conn.execute(
+        f"select id, priority, due_at, group_id, {queue.STATUS_WORD} from notifications where id between 20 and 28"
+    ).fetchall()
     assert rows == [(20, 0, None, None, "pending"), (21, 1_000_000, None, None, "pending"), (22, 2, None, None, "pending"),
                     (23, 0, None, None, "held"), (24, 0, None, None, "held"), (25, 0, 0.0, None, "scheduled"),
                     *((row_id, 0, None, None, "pending") for row_id in (26, 27, 28))]  # fmt: skip
@@ -110,19 +132,28 @@ def test_what_the_schema_refuses_is_in_the_history_and_no_reason_to_stay_behind(
     old.execute("insert into completions (id, data) values (1, '{}'), (2, '[1]'), (3, '{}')")
     conn = queue.connect()
     assert conn.execute("select id from completions").fetchall() == [(1,), (3,)]
-    rows = conn.execute("select queue, row_id, task_id, status from task_history where id > 7").fetchall()
+    rows = conn.execute(
+        "select queue, row_id, task_id, status from task_history where id > 7"
+    ).fetchall()
     assert rows == [("completions", 2, "completions-2", "failed")]
 
 
 def test_page_size_and_auto_vacuum_stay(old, queue):
     conn = queue.connect()
-    assert [conn.execute(f"pragma {name}").fetchone() for name in ("page_size", "auto_vacuum", "journal_mode")] == [(4096,), (2,), ("wal",)]
+    assert [
+        conn.execute(f"pragma {name}").fetchone()
+        for name in ("page_size", "auto_vacuum", "journal_mode")
+    ] == [(4096,), (2,), ("wal",)]
     assert conn.execute("pragma integrity_check").fetchall() == [("ok",)]
 
 
 def test_it_is_the_schema_that_a_new_database_has(old, queue, installation, tmp_path):
     def schema(conn) -> list:
-        return sorted(conn.execute("select type, name, tbl_name, sql from sqlite_master where name not like 'sqlite_%'").fetchall())
+        return sorted(
+            conn.execute(
+                "select type, name, tbl_name, sql from sqlite_master where name not like 'sqlite_%'"
+            ).fetchall()
+        )
 
     migrated, new = queue.connect(), queue.connect(tmp_path / "new")
     queue.ensure_queue(new, "nightly")
@@ -140,7 +171,9 @@ def migrate_and_die(state) -> None:
 
 def test_killed_in_the_middle_it_is_whole_and_of_version_1(old, queue, installation):
     before = content(old)
-    process = multiprocessing.get_context("spawn").Process(target=migrate_and_die, args=(installation.state,))
+    process = multiprocessing.get_context("spawn").Process(
+        target=migrate_and_die, args=(installation.state,)
+    )
     process.start()
     process.join(20)
     assert process.exitcode == -signal.SIGKILL
@@ -156,13 +189,22 @@ def test_killed_at_any_moment_it_is_whole(old, queue, installation):
     log = Path(f"{installation.db}-wal")
     old.execute("pragma wal_checkpoint(truncate)")
     for size in (1, 2**20, 2**22):
-        process = subprocess.Popen([sys.executable, "-c", OPEN, ROOT], env=installation.env, stderr=subprocess.DEVNULL)
-        wait_for(lambda size=size, process=process: log.stat().st_size > size or process.poll() is not None, 30)
+        process = subprocess.Popen(
+            [sys.executable, "-c", OPEN, ROOT], env=installation.env, stderr=subprocess.DEVNULL
+        )
+        wait_for(
+            lambda size=size, process=process: (
+                log.stat().st_size > size or process.poll() is not None
+            ),
+            30,
+        )
         process.kill()
         assert process.wait() == -signal.SIGKILL
         assert old.execute("pragma user_version").fetchone() == (1,) and content(old) == before
     queue.connect()
-    assert installation.rows("select count(*) from notifications where task_id like 'many %'") == [(15_000,)]
+    assert installation.rows("select count(*) from notifications where task_id like 'many %'") == [
+        (15_000,)
+    ]
 
 
 def open_at_once(state, barrier, results) -> None:
@@ -179,7 +221,10 @@ def test_four_at_once_migrate_it_once(old, installation, queue, monkeypatch):
     (count,) = old.execute("select count(*) from notifications").fetchone()
     spawn = multiprocessing.get_context("spawn")
     barrier, results = spawn.Barrier(4), spawn.Queue()
-    processes = [spawn.Process(target=open_at_once, args=(installation.state, barrier, results)) for _ in range(4)]
+    processes = [
+        spawn.Process(target=open_at_once, args=(installation.state, barrier, results))
+        for _ in range(4)
+    ]
     for process in processes:
         process.start()
     assert [results.get(timeout=30) for _ in processes] == [count] * 4
@@ -191,7 +236,10 @@ def test_four_at_once_migrate_it_once(old, installation, queue, monkeypatch):
 
 def test_a_hook_does_not_wait_for_it_and_a_worker_takes_its_task_in_later(old, installation, queue):
     before = content(old)
-    with pytest.raises(queue.QueueUnavailable, match="version 1.*a hook does not wait for its migration to version 2"):
+    with pytest.raises(
+        queue.QueueUnavailable,
+        match="version 1.*a hook does not wait for its migration to version 2",
+    ):
         queue.enqueue_tasks("notifications", [queue.new_row("t", {}, "from a hook")], migrate=False)
     assert content(old) == before
     queue.spool("notifications", queue.new_row("t", {}, "from a hook").data)
@@ -202,16 +250,41 @@ def test_a_hook_does_not_wait_for_it_and_a_worker_takes_its_task_in_later(old, i
 
 def test_many_rows_are_told_of_and_few_are_not(old, installation):
     old.close()
-    told = OPEN.replace("import queue_helpers", "import queue_helpers, queue_migrate; queue_migrate.TELL_FROM_ROWS = 25")
-    done = subprocess.run([sys.executable, "-c", told, ROOT], env=installation.env, capture_output=True, text=True, timeout=60)
+    told = OPEN.replace(
+        "import queue_helpers",
+        "import queue_helpers, queue_migrate; queue_migrate.TELL_FROM_ROWS = 25",
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", told, ROOT],
+        env=installation.env,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
     first, second = done.stderr.splitlines()
-    assert done.returncode == 0 and f"bringing {installation.db} to schema version 2: 26 rows" in first and " s" in second
-    again = subprocess.run([sys.executable, "-c", OPEN, ROOT], env=installation.env, capture_output=True, text=True, timeout=60)
+    assert (
+        done.returncode == 0
+        and f"bringing {installation.db} to schema version 2: 26 rows" in first
+        and " s" in second
+    )
+    again = subprocess.run(
+        [sys.executable, "-c", OPEN, ROOT],
+        env=installation.env,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
     assert (again.returncode, again.stderr) == (0, "")
 
 
 def test_few_rows_are_not_told_of(old, installation):
-    done = subprocess.run([sys.executable, "-c", OPEN, ROOT], env=installation.env, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", OPEN, ROOT],
+        env=installation.env,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
     assert (done.returncode, done.stderr) == (0, "")
 
 
@@ -222,11 +295,24 @@ def test_connections_that_were_open_before_obey_the_rules(old, queue):
     old.execute("insert into approvals (data, status, due_at, priority) values ('{}', 1, null, 0)")
     for _ in range(2):
         old.execute("insert into approvals (data, group_id) values ('{}', 'a')")
-    assert old.execute("select status from approvals order by id").fetchall() == [(4,), (4,), (2,), (1,), (4,), (4,)]
+    assert old.execute("select status from approvals order by id").fetchall() == [
+        (4,),
+        (4,),
+        (2,),
+        (1,),
+        (4,),
+        (4,),
+    ]
     old.execute("""insert into task_history (queue, row_id, task_id, task_type, status, data, enqueued_at)
                    select 'approvals', id, 'approvals-' || id, task_type, 'completed', data, '2026' from approvals where id = 3""")
     old.execute("delete from approvals where id = 3 and owner is '1-dead' and attempts = 1")
-    assert conn.execute("select status from approvals order by id").fetchall() == [(1,), (4,), (1,), (4,), (4,)]
+    assert conn.execute("select status from approvals order by id").fetchall() == [
+        (1,),
+        (4,),
+        (1,),
+        (4,),
+        (4,),
+    ]
     # It claims nothing more: what it looks at for that is no longer there.
     with pytest.raises(sqlite3.OperationalError, match="task_paused"):
         old.execute("select exists (select 1 from task_paused where queue = 'approvals')")
@@ -235,8 +321,19 @@ def test_connections_that_were_open_before_obey_the_rules(old, queue):
 @pytest.mark.parametrize("script", ["enqueue.py", "worker.py", "tasks.py"])
 def test_a_newer_database_is_refused_by_name(installation, queue, script):
     queue.connect().execute("pragma user_version = 3")
-    arguments = {"enqueue.py": ["notifications", "t"], "worker.py": ["notifications", "--drain"], "tasks.py": ["list"]}[script]
-    done = installation.run(script, *arguments, *(["--handlers", installation.handlers] if script == "worker.py" else []))
-    assert done.returncode == 1 and "has schema version 3, these scripts know 2: update them" in done.stderr
+    arguments = {
+        "enqueue.py": ["notifications", "t"],
+        "worker.py": ["notifications", "--drain"],
+        "tasks.py": ["list"],
+    }[script]
+    done = installation.run(
+        script,
+        *arguments,
+        *(["--handlers", installation.handlers] if script == "worker.py" else []),
+    )
+    assert (
+        done.returncode == 1
+        and "has schema version 3, these scripts know 2: update them" in done.stderr
+    )
     assert "Traceback" not in done.stderr
     assert installation.rows("select count(*) from notifications") == [(0,)]

@@ -35,7 +35,10 @@ def orphan(installation):
         task = installation.enqueue("notifications", "it")
         worker = installation.worker("notifications", "--max-attempts", 1, *options)
         (group,) = map(int, wait_for(lambda: lines(installation.directory / "runs")))
-        wait_for(lambda: any(path.read_text() for path in (installation.state / "runs").glob("*/*")), what="the record")
+        wait_for(
+            lambda: any(path.read_text() for path in (installation.state / "runs").glob("*/*")),
+            what="the record",
+        )
         groups.append(group)
         supervisors = children(worker.pid)
         worker.kill()
@@ -74,7 +77,9 @@ def test_without_a_supervisor_it_is_cancelled(installation, orphan, handler):
 def test_without_a_timeout_it_is_left_alone(installation, orphan):
     task, group = orphan()
     installation.worker("notifications")
-    assert stays_true(lambda: lives(group) and installation.rows("select status from notifications") == [(2,)], 2)
+    assert stays_true(
+        lambda: lives(group) and installation.rows("select status from notifications") == [(2,)], 2
+    )
 
 
 def test_a_group_is_signalled_only_while_its_leader_is_the_recorded_one(installation, orphan):
@@ -112,22 +117,32 @@ def test_a_handler_that_stops_its_parent_is_timed_out(installation):
     task = installation.enqueue("notifications", "it")
     worker = installation.worker("notifications", "--timeout", 1, "--max-attempts", 1)
     assert installation.finished(task)["error"].startswith("timed out after 1 s")
-    assert installation.finished(installation.enqueue("notifications", "fine"))["status"] == "completed"
+    assert (
+        installation.finished(installation.enqueue("notifications", "fine"))["status"]
+        == "completed"
+    )
     assert worker.poll() is None
 
 
 def test_a_handler_that_stops_its_parent_holds_up_neither_others_nor_the_end(installation):
-    installation.handler("it", '#!/bin/sh\nkill -STOP $PPID\ntouch "$HOME/stopped"\nexec sleep 300\n')
+    installation.handler(
+        "it", '#!/bin/sh\nkill -STOP $PPID\ntouch "$HOME/stopped"\nexec sleep 300\n'
+    )
     installation.handler("fine", "#!/bin/sh\n")
     installation.enqueue("notifications", "it", "--task-id", "stops")
     worker = installation.worker("notifications", "--concurrency", 2)
     wait_for((installation.directory / "stopped").exists)
-    assert installation.finished(installation.enqueue("notifications", "fine"))["status"] == "completed"
+    assert (
+        installation.finished(installation.enqueue("notifications", "fine"))["status"]
+        == "completed"
+    )
     worker.terminate()
     assert stays_true(lambda: worker.poll() is None, 0.3)
     worker.terminate()
     assert worker.wait(5) == 0
-    assert installation.rows("select task_id, status, attempts from notifications") == [("stops", 1, 0)]
+    assert installation.rows("select task_id, status, attempts from notifications") == [
+        ("stops", 1, 0)
+    ]
 
 
 def test_a_supervisor_that_does_not_answer_is_killed(installation, monkeypatch):
@@ -157,20 +172,30 @@ def test_one_that_answers_is_not(installation):
 
 
 @pytest.mark.parametrize("removed", ["logs/notifications", "logs", "runs"])
-@pytest.mark.parametrize("supervisor", [True, False], ids=["it was killed as well", "the worker alone was killed"])
-def test_a_run_is_seen_though_a_directory_of_the_state_was_removed(installation, orphan, removed, supervisor):
+@pytest.mark.parametrize(
+    "supervisor", [True, False], ids=["it was killed as well", "the worker alone was killed"]
+)
+def test_a_run_is_seen_though_a_directory_of_the_state_was_removed(
+    installation, orphan, removed, supervisor
+):
     task, group = orphan(handler=WAIT, supervisor=supervisor)
     shutil.rmtree(installation.state / removed)
     installation.worker("notifications", "--max-attempts", 2)
-    assert stays_true(lambda: lives(group) and len(lines(installation.directory / "runs")) == 1, 2), "it ran beside itself"
+    assert stays_true(
+        lambda: lives(group) and len(lines(installation.directory / "runs")) == 1, 2
+    ), "it ran beside itself"
     (installation.directory / "go").touch()
-    wait_for(lambda: not installation.rows("select 1 from notifications"), what="the end of the task")
+    wait_for(
+        lambda: not installation.rows("select 1 from notifications"), what="the end of the task"
+    )
 
 
 @pytest.mark.parametrize("cancelled", [True, False])
-def test_a_daemon_that_holds_the_output_after_nobody_saw_the_handlers_end(installation, orphan, cancelled):
+def test_a_daemon_that_holds_the_output_after_nobody_saw_the_handlers_end(
+    installation, orphan, cancelled
+):
     """It may be a part of the handler that still works, so the task waits for it; a person may decide otherwise."""
-    handler = SLEEPER.replace("sleep 300 &\nwait", "sleep 300 &\necho $! >\"$HOME/daemon\"\nwait")
+    handler = SLEEPER.replace("sleep 300 &\nwait", 'sleep 300 &\necho $! >"$HOME/daemon"\nwait')
     task, group = orphan(handler=handler)
     daemon = int((installation.directory / "daemon").read_text())
     os.kill(group, signal.SIGKILL)
@@ -193,9 +218,14 @@ def test_what_is_on_record_stays_small(installation):
     wait_for(lambda: lines(installation.directory / "runs"))
     for _ in range(5):
         installation.enqueue("notifications", "fine", "--jsonl", input='{"n": 1}\n' * 20)
-        wait_for(lambda: not installation.rows("select 1 from notifications where task_type = 'fine'"))
+        wait_for(
+            lambda: not installation.rows("select 1 from notifications where task_type = 'fine'")
+        )
         # A worker that is never idle: the one long run keeps its record, the others have none.
-        wait_for(lambda: len(list((installation.state / "runs").glob("*/*"))) == 1, what="the removal of the records")
+        wait_for(
+            lambda: len(list((installation.state / "runs").glob("*/*"))) == 1,
+            what="the removal of the records",
+        )
     (installation.directory / "go").touch()
 
 
@@ -223,11 +253,29 @@ def test_taking_many_tasks_back_lets_others_write_in_between(installation, queue
     assert sum(sizes) == 500 and max(sizes) <= queue_owners.RECOVER_AT_ONCE
 
 
-@pytest.mark.parametrize("owner", ["null", "''", "'.'", "'..'", "'../..'", "'/'", "'../workers'", "x'00'", "cast(x'3100' as text)", "17"])
+@pytest.mark.parametrize(
+    "owner",
+    [
+        "null",
+        "''",
+        "'.'",
+        "'..'",
+        "'../..'",
+        "'/'",
+        "'../workers'",
+        "x'00'",
+        "cast(x'3100' as text)",
+        "17",
+    ],
+)
 def test_an_owner_of_any_name_costs_no_file(installation, queue, owner):
     installation.enqueue("notifications", "any", "--delay", 0)
     installation.sqlite3(f"update notifications set status = 2, owner = {owner}")
     (installation.state / "kept").touch()
     ((task, outcome, _),) = queue.recover()[0]
-    assert outcome == "scheduled" and (installation.state / "kept").exists() and installation.db.exists()
+    assert (
+        outcome == "scheduled"
+        and (installation.state / "kept").exists()
+        and installation.db.exists()
+    )
     assert time.time() - task.enqueued_at < 60

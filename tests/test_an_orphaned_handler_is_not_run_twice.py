@@ -32,7 +32,10 @@ def orphan(installation):
 
     yield make
     installation.directory.joinpath("go").write_text("0\n")
-    wait_for(lambda: not any(map(lives, map(int, lines(installation.directory / "runs")))), what="the handler's end")
+    wait_for(
+        lambda: not any(map(lives, map(int, lines(installation.directory / "runs")))),
+        what="the handler's end",
+    )
 
 
 def let_it_end(installation, exit_code: int) -> None:
@@ -45,15 +48,30 @@ def records(installation) -> list[Path]:
     return list((installation.state / "runs").glob("*/*"))
 
 
-def test_a_task_is_left_alone_while_its_orphan_runs_and_recorded_as_done_when_that_was_well(installation, orphan):
+def test_a_task_is_left_alone_while_its_orphan_runs_and_recorded_as_done_when_that_was_well(
+    installation, orphan
+):
     task, pid = orphan("--then", "completions")
     # What to do next is kept with the task: this worker knows of no --then.
     survivor = installation.worker("notifications")
     claimed = [(2, 1)]
-    assert stays_true(lambda: installation.rows("select status, attempts from notifications") == claimed and lives(pid), 1.5)
+    assert stays_true(
+        lambda: (
+            installation.rows("select status, attempts from notifications") == claimed
+            and lives(pid)
+        ),
+        1.5,
+    )
     let_it_end(installation, 0)
     done = installation.finished(task)
-    assert done == {"status": "completed", "attempts": 1, "exit_code": 0, "result": '{"total": 3}\n', "log": "log\n", "error": None}
+    assert done == {
+        "status": "completed",
+        "attempts": 1,
+        "exit_code": 0,
+        "result": '{"total": 3}\n',
+        "log": "log\n",
+        "error": None,
+    }
     ((data,),) = installation.rows("select data from completions")
     envelope = json.loads(data)
     assert envelope["data"] == {"total": 3} and envelope["source"]["task_id"] == task
@@ -65,18 +83,28 @@ def test_a_task_is_left_alone_while_its_orphan_runs_and_recorded_as_done_when_th
 @pytest.mark.parametrize("exit_code, attempts, error, delay", [
     (3, 1, "exit 3: log", (1000, 3600)), (75, 0, "not now (exit 75)", (50, 61)),
 ])  # fmt: skip
-def test_an_orphan_that_ends_otherwise_is_treated_as_any_handler(installation, orphan, exit_code, attempts, error, delay):
+def test_an_orphan_that_ends_otherwise_is_treated_as_any_handler(
+    installation, orphan, exit_code, attempts, error, delay
+):
     orphan("--backoff", 3600)
     installation.worker("notifications")
     let_it_end(installation, exit_code)
-    wait_for(lambda: installation.rows("select 1 from notifications where status <> 2"), what="the orphan's record")
-    assert installation.rows("select status, attempts, error, owner from notifications") == [(3, attempts, error, None)]
+    wait_for(
+        lambda: installation.rows("select 1 from notifications where status <> 2"),
+        what="the orphan's record",
+    )
+    assert installation.rows("select status, attempts, error, owner from notifications") == [
+        (3, attempts, error, None)
+    ]
     ((seconds,),) = installation.rows("select due_at - unixepoch() from notifications")
     assert delay[0] < seconds <= delay[1]
     wait_for(lambda: not records(installation), 2, "the end of the record")
 
 
-@pytest.mark.parametrize("exit_code, error", [(65, "refused by its handler (exit 65): log"), (3, "exit 3: log (attempt 1 of 1)")])
+@pytest.mark.parametrize(
+    "exit_code, error",
+    [(65, "refused by its handler (exit 65): log"), (3, "exit 3: log (attempt 1 of 1)")],
+)
 def test_an_orphan_may_be_its_tasks_last_attempt(installation, orphan, exit_code, error):
     task, _ = orphan("--max-attempts", 1)
     installation.worker("notifications")
@@ -91,7 +119,10 @@ def test_an_orphan_that_is_killed_is_a_failed_attempt(installation, orphan):
     installation.worker("notifications")
     os.kill(pid, signal.SIGKILL)
     done = installation.finished(task)
-    assert (done["status"], done["exit_code"]) == ("failed", 137) and "its handler was killed by SIGKILL" in done["error"]
+    assert (done["status"], done["exit_code"]) == (
+        "failed",
+        137,
+    ) and "its handler was killed by SIGKILL" in done["error"]
 
 
 def test_any_process_may_recover(installation, queue, orphan):
@@ -105,7 +136,11 @@ def test_any_process_may_recover(installation, queue, orphan):
 
 
 def test_a_daemon_that_redirects_its_output_holds_nothing(installation, orphan):
-    task, _ = orphan(handler=WAIT.replace("until", 'sleep 60 >/dev/null 2>&1 </dev/null &\necho $! >"$HOME/daemon"\nuntil', 1))
+    task, _ = orphan(
+        handler=WAIT.replace(
+            "until", 'sleep 60 >/dev/null 2>&1 </dev/null &\necho $! >"$HOME/daemon"\nuntil', 1
+        )
+    )
     installation.worker("notifications")
     daemon = int((installation.directory / "daemon").read_text())
     let_it_end(installation, 0)
@@ -113,9 +148,13 @@ def test_a_daemon_that_redirects_its_output_holds_nothing(installation, orphan):
     os.kill(daemon, signal.SIGKILL)
 
 
-def test_a_daemon_that_holds_the_output_does_not_hold_the_task_of_a_handler_that_has_ended(installation, orphan):
+def test_a_daemon_that_holds_the_output_does_not_hold_the_task_of_a_handler_that_has_ended(
+    installation, orphan
+):
     """What the supervisor wrote down about the handler's end is the truth, whoever has its stdout."""
-    task, pid = orphan(handler=WAIT.replace("until", 'sleep 60 &\necho $! >"$HOME/daemon"\nuntil', 1))
+    task, pid = orphan(
+        handler=WAIT.replace("until", 'sleep 60 &\necho $! >"$HOME/daemon"\nuntil', 1)
+    )
     installation.worker("notifications")
     daemon = int((installation.directory / "daemon").read_text())
     let_it_end(installation, 0)
@@ -125,9 +164,15 @@ def test_a_daemon_that_holds_the_output_does_not_hold_the_task_of_a_handler_that
 
 
 def test_a_handler_that_closes_its_output_still_holds_its_task(installation, orphan):
-    task, pid = orphan(handler=WAIT.replace("until", "exec >&- 2>&-\nuntil", 1).replace("echo '{", "exec >/dev/null 2>&1\necho '{"))
+    task, pid = orphan(
+        handler=WAIT.replace("until", "exec >&- 2>&-\nuntil", 1).replace(
+            "echo '{", "exec >/dev/null 2>&1\necho '{"
+        )
+    )
     installation.worker("notifications")
-    assert stays_true(lambda: installation.rows("select status from notifications") == [(2,)] and lives(pid), 1)
+    assert stays_true(
+        lambda: installation.rows("select status from notifications") == [(2,)] and lives(pid), 1
+    )
     let_it_end(installation, 0)
     assert installation.finished(task)["status"] == "completed"
     assert len(lines(installation.directory / "runs")) == 1
@@ -145,7 +190,9 @@ def test_a_handler_does_not_die_of_its_workers_death(installation, orphan):
 def test_a_worker_does_not_leave_while_an_orphan_runs(installation, orphan):
     task, pid = orphan()
     worker = installation.worker("notifications", "--idle-exit", 0.5)
-    assert stays_true(lambda: worker.poll() is None and lives(pid), 2), "it left, and nobody will record how the handler ends"
+    assert stays_true(lambda: worker.poll() is None and lives(pid), 2), (
+        "it left, and nobody will record how the handler ends"
+    )
     let_it_end(installation, 0)
     assert worker.wait(10) == 0
     assert installation.history(task)["status"] == "completed"
@@ -185,7 +232,10 @@ def test_an_exit_status_outlives_a_failed_attempt_to_record_it(installation, que
             queue.recover()
     assert [installation.history(task) for task in tasks] == [None, None]
     queue.recover()
-    assert [(installation.history(task) or {}).get("status") for task in tasks] == ["completed", "completed"]
+    assert [(installation.history(task) or {}).get("status") for task in tasks] == [
+        "completed",
+        "completed",
+    ]
 
 
 def test_a_record_goes_when_the_end_is_in_the_database(installation):
@@ -225,7 +275,11 @@ def test_of_two_runs_that_are_one_attempt_the_last_one_counts(installation):
     wait_for(lambda: not lives(int(pids[1])), what="the handler's end")
     installation.worker("notifications")
     done = installation.finished(task)
-    assert (done["status"], done["exit_code"], len(lines(installation.directory / "runs"))) == ("completed", 0, 2)
+    assert (done["status"], done["exit_code"], len(lines(installation.directory / "runs"))) == (
+        "completed",
+        0,
+        2,
+    )
 
 
 def test_a_run_that_left_no_status_does_not_get_an_earlier_ones(installation):
@@ -241,11 +295,13 @@ def test_a_run_that_left_no_status_does_not_get_an_earlier_ones(installation):
 @pytest.mark.parametrize("after", ["the timeout", "a stop", "a cancellation"])
 def test_what_was_to_be_ended_is_ended_without_its_worker(installation, after):
     """The supervisor keeps a worker's word when that has died."""
-    ignores_term = "#!/bin/sh\ntrap 'echo >>\"$HOME/terms\"' TERM\necho $$ >>\"$HOME/runs\"\nwhile :; do sleep 0.02; done\n"
+    ignores_term = '#!/bin/sh\ntrap \'echo >>"$HOME/terms"\' TERM\necho $$ >>"$HOME/runs"\nwhile :; do sleep 0.02; done\n'
     installation.handler("ignores_term", ignores_term)
     task = installation.enqueue("notifications", "ignores_term")
     timeout = 1 if after == "the timeout" else 100
-    worker = installation.worker("notifications", "--timeout", timeout, "--kill-after", 1, "--grace", 0, "--max-attempts", 1)
+    worker = installation.worker(
+        "notifications", "--timeout", timeout, "--kill-after", 1, "--grace", 0, "--max-attempts", 1
+    )
     (pid,) = wait_for(lambda: lines(installation.directory / "runs"))
     if after == "a stop":
         worker.terminate()
@@ -262,8 +318,16 @@ def test_what_was_to_be_ended_is_ended_without_its_worker(installation, after):
     if after == "a stop":
         assert done is None and installation.rows("select attempts from notifications") == [(0,)]
     else:
-        status, error = ("failed", "timed out after 1 s") if after == "the timeout" else ("cancelled", "cancelled while it ran")
-        assert done["status"] == status and done["exit_code"] == 137 and done["error"].startswith(error)
+        status, error = (
+            ("failed", "timed out after 1 s")
+            if after == "the timeout"
+            else ("cancelled", "cancelled while it ran")
+        )
+        assert (
+            done["status"] == status
+            and done["exit_code"] == 137
+            and done["error"].startswith(error)
+        )
 
 
 def test_a_handler_holds_no_descriptors_but_its_own(installation):

@@ -64,7 +64,19 @@ class Model:
     def find(self, task_id):
         return next((t for t in self.tasks.values() if task_id and t.task_id == task_id), None)
 
-    def add(self, row_id, task_id, n, *, priority=0, group=None, due=None, hold=False, expires=None, firing=None):
+    def add(
+        self,
+        row_id,
+        task_id,
+        n,
+        *,
+        priority=0,
+        group=None,
+        due=None,
+        hold=False,
+        expires=None,
+        firing=None,
+    ):
         task = Waiting(id=row_id, task_id=task_id, n=n, priority=priority, group=group, due=due, expires=expires,
                        firing=firing, rerun=None, again=False, attempts=0, owner=None, state="held")  # fmt: skip
         self.tasks[row_id] = task
@@ -108,7 +120,14 @@ class Model:
         self.remove(task)
         if task.rerun:
             n, firing = task.rerun
-            self.add(new_id(task.task_id), task.task_id, n, priority=task.priority, group=task.group, firing=firing)
+            self.add(
+                new_id(task.task_id),
+                task.task_id,
+                n,
+                priority=task.priority,
+                group=task.group,
+                firing=firing,
+            )
 
     def remove(self, task) -> None:
         del self.tasks[task.id]
@@ -124,14 +143,22 @@ class Model:
 
     def is_due(self, task) -> bool:
         """Also after the clock was set back to before it was put back: see tick()."""
-        return task.state == "scheduled" and (task.due <= self.now or task.again and task.released > self.now + 1)
+        return task.state == "scheduled" and (
+            task.due <= self.now or task.again and task.released > self.now + 1
+        )
 
     def overdue(self) -> list:
-        return [t for t in self.tasks.values() if self.is_due(t) or t.expires is not None and t.expires <= self.now]
+        return [
+            t
+            for t in self.tasks.values()
+            if self.is_due(t) or t.expires is not None and t.expires <= self.now
+        ]
 
     def catch_up(self) -> None:
         """What happens at each claim: what has expired ends, and what is due may run."""
-        for task in [t for t in self.tasks.values() if t.expires is not None and t.expires <= self.now]:
+        for task in [
+            t for t in self.tasks.values() if t.expires is not None and t.expires <= self.now
+        ]:
             self.end(task, "expired", None)
         due = [t for t in self.tasks.values() if self.is_due(t)]
         for task in due:
@@ -155,7 +182,10 @@ class Model:
 
     def claim(self, owner, limit) -> list:
         self.catch_up()
-        ready = sorted((t for t in self.tasks.values() if t.state == "ready"), key=lambda t: (-t.priority, t.id))
+        ready = sorted(
+            (t for t in self.tasks.values() if t.state == "ready"),
+            key=lambda t: (-t.priority, t.id),
+        )
         taken = ready[: self.open_slots(limit)]
         for task in taken:
             task.state, task.owner, task.expires = "running", owner, None
@@ -172,7 +202,9 @@ class Queue(RuleBasedStateMachine):
         super().__init__()
         self.model, self.real_time, self.n, self.fds = Model(), q.time, 0, {}
         self.state = Path(tempfile.mkdtemp(dir=MEMORY)) / "state"
-        clock = SimpleNamespace(**{name: getattr(time, name) for name in dir(time) if name[0] != "_"})
+        clock = SimpleNamespace(
+            **{name: getattr(time, name) for name in dir(time) if name[0] != "_"}
+        )
         clock.time = lambda: float(self.model.now)
         q.time = queue_outcome.time = clock
         self.conn = q.connect(self.state)
@@ -202,7 +234,14 @@ class Queue(RuleBasedStateMachine):
           ttl=ttls, how=st.sampled_from(["skip", "replace", "rerun"]), firing=firings)  # fmt: skip
     def enqueue(self, task_id, group, priority, delay, hold, ttl, how, firing) -> None:
         self.n += 1
-        options = {"group": group, "priority": priority, "hold": hold, "ttl": ttl, "on_duplicate": how, "firing": firing}
+        options = {
+            "group": group,
+            "priority": priority,
+            "hold": hold,
+            "ttl": ttl,
+            "on_duplicate": how,
+            "firing": firing,
+        }
         row = q.new_row("t", {"n": self.n}, task_id, delay=float(delay), **options)
         there = self.model.find(task_id)
         due = self.model.now + delay if delay and not hold else None
@@ -214,7 +253,13 @@ class Queue(RuleBasedStateMachine):
             self.model.add(self.new_id(row.task_id), row.task_id, self.n, group=group, priority=priority, due=due, hold=hold,
                            expires=expires, firing=firing)  # fmt: skip
 
-    @rule(group=groups, priority=priorities, delay=st.sampled_from([None, None, 5, 0, -5]), ttl=ttls, task_id=task_ids)
+    @rule(
+        group=groups,
+        priority=priorities,
+        delay=st.sampled_from([None, None, 5, 0, -5]),
+        ttl=ttls,
+        task_id=task_ids,
+    )
     def bash_inserts(self, group, priority, delay, ttl, task_id) -> None:
         self.n += 1
         data = {"n": self.n}
@@ -227,7 +272,15 @@ class Queue(RuleBasedStateMachine):
         ).rowcount
         assert stored == (self.model.find(task_id) is None)
         if stored:
-            self.model.add(self.new_id(task_id), task_id, self.n, priority=priority, group=group, due=due, expires=expires)
+            self.model.add(
+                self.new_id(task_id),
+                task_id,
+                self.n,
+                priority=priority,
+                group=group,
+                due=due,
+                expires=expires,
+            )
 
     # -------------------------------------------------------------------------------- it runs
 
@@ -253,13 +306,22 @@ class Queue(RuleBasedStateMachine):
         there = self.model.tasks.get(task.id)
         return there if there and there.state == "running" and there.claim == task else None
 
-    @rule(tasks=claims, ending=st.sampled_from(["ack", "nack", "bury", "release"]), delay=delays, which=moments)
+    @rule(
+        tasks=claims,
+        ending=st.sampled_from(["ack", "nack", "bury", "release"]),
+        delay=delays,
+        which=moments,
+    )
     def end(self, tasks, ending, delay, which) -> None:
         """Also by one that has lost the task since: then nothing changes."""
         if tasks:
             self.end_task(tasks[which % len(tasks)], ending, delay)
 
-    @rule(ending=st.sampled_from(["ack", "nack", "nack", "bury", "release"]), delay=delays, which=moments)
+    @rule(
+        ending=st.sampled_from(["ack", "nack", "nack", "bury", "release"]),
+        delay=delays,
+        which=moments,
+    )
     def end_one_that_runs(self, ending, delay, which) -> None:
         running = self.model.running()
         if running:
@@ -317,14 +379,18 @@ class Queue(RuleBasedStateMachine):
             self.bash.execute(f"delete from {QUEUE} where id = ?", (task.id,))
             self.model.remove(task)
         elif how == "cancel":
-            row = self.bash.execute(q.on_queue(f"select {{task}} from {QUEUE} where id = ?", QUEUE), (task.id,)).fetchone()
+            row = self.bash.execute(
+                q.on_queue(f"select {{task}} from {QUEUE} where id = ?", QUEUE), (task.id,)
+            ).fetchone()
             assert self.write(q.finish, q.Task.from_row(QUEUE, row), "cancelled")
             self.model.end(task, "cancelled", self.new_id)
         elif how == "approve":
             assert self.write(queue_outcome.approve, QUEUE, task.id) == (task.state == "held")
             task.state == "held" and self.model.come(task)
         else:
-            assert self.write(queue_outcome.reject, QUEUE, task.id, "too late") == (task.state == "held")
+            assert self.write(queue_outcome.reject, QUEUE, task.id, "too late") == (
+                task.state == "held"
+            )
             task.state == "held" and self.model.end(task, "cancelled", self.new_id)
 
     @rule(which=moments)
@@ -333,19 +399,25 @@ class Queue(RuleBasedStateMachine):
             return
         row_id = sorted(self.model.history)[which % len(self.model.history)]
         task_id, _, n, priority, group = self.model.history[row_id]
-        [(history_id,)] = self.bash.execute("select id from task_history where row_id = ?", (row_id,)).fetchall()
+        [(history_id,)] = self.bash.execute(
+            "select id from task_history where row_id = ?", (row_id,)
+        ).fetchall()
         there = self.model.find(task_id)
         assert self.write(queue_owners.redrive, QUEUE, history_id) == (there is None)
         if there is None:
             del self.model.history[row_id]
-            firing = self.bash.execute(f"select data ->> '$.firing' from {QUEUE} where id = ?", (row_id,)).fetchone()[0]
+            firing = self.bash.execute(
+                f"select data ->> '$.firing' from {QUEUE} where id = ?", (row_id,)
+            ).fetchone()[0]
             self.model.add(row_id, task_id, n, priority=priority, group=group, firing=firing)
 
     @rule(seconds=st.sampled_from([None, 0, 5, 20]), by=st.sampled_from(["person", "handler"]))
     def pause(self, seconds, by) -> None:
         """The later end wins, and none is later than any."""
         until = None if seconds is None else self.model.now + seconds
-        ends = [float("inf") if end is None else end for end in ((self.model.pause or (0,))[0], until)]
+        ends = [
+            float("inf") if end is None else end for end in ((self.model.pause or (0,))[0], until)
+        ]
         wins = not self.model.paused() or ends[1] > ends[0]
         assert self.write(queue_outcome.pause, QUEUE, until, "why", by=by) == wins
         if wins:
@@ -378,7 +450,9 @@ class Queue(RuleBasedStateMachine):
             (t.id, t.state, t.task_id, t.n, t.priority, t.group, t.due, t.expires, t.attempts, t.owner,
              t.rerun and t.rerun[0], t.again) for t in self.model.tasks.values())  # fmt: skip
         finished = self.bash.execute("select row_id, status from task_history").fetchall()
-        assert sorted(finished) == sorted((row_id, told[1]) for row_id, told in self.model.history.items())
+        assert sorted(finished) == sorted(
+            (row_id, told[1]) for row_id, told in self.model.history.items()
+        )
 
     @invariant()
     def each_group_has_one_turn_and_nobody_waits_for_nothing(self) -> None:
@@ -389,7 +463,9 @@ class Queue(RuleBasedStateMachine):
         for group, running, turns, blocked in counted:
             assert running <= 1 and turns <= 1, group
             assert turns or not blocked, f"{group} is stuck"
-        assert self.bash.execute(f"select count(*) from {QUEUE} where status = 4 and group_id is null").fetchone() == (0,)
+        assert self.bash.execute(
+            f"select count(*) from {QUEUE} where status = 4 and group_id is null"
+        ).fetchone() == (0,)
 
     @invariant()
     def who_sleeps_is_woken_and_does_not_spin(self) -> None:

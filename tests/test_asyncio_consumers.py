@@ -43,7 +43,12 @@ def test_asking_for_the_next_task_acks_the_one_before(installation, queue):
 
     async def main():
         async for task in queue.consume("notifications"):
-            assert (task.queue, task.task_type, task.attempts, task.depth) == ("notifications", "t", 1, 0)
+            assert (task.queue, task.task_type, task.attempts, task.depth) == (
+                "notifications",
+                "t",
+                1,
+                0,
+            )
             assert states(installation)[task.data["n"]] == ("claimed", 1)
             assert all(states(installation)[n] == ("completed", 1) for n in seen)
             seen.append(task.data["n"])
@@ -108,7 +113,9 @@ def test_async_with_decides_for_each_task_and_the_loop_goes_on(installation, que
             async with task:
                 if task.data["n"] == 2:
                     raise ValueError("two is bad")
-            assert states(installation)[task.data["n"]] == (("scheduled", 1) if task.data["n"] == 2 else ("completed", 1))
+            assert states(installation)[task.data["n"]] == (
+                ("scheduled", 1) if task.data["n"] == 2 else ("completed", 1)
+            )
             if task.data["n"] == 3:
                 return
 
@@ -160,7 +167,9 @@ def test_cancelled_while_a_task_is_in_hand_it_gives_it_back(installation, queue)
             consumer.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await consumer
-            await until(lambda: {state for state, _ in states(installation).values()} == {"ready"}, 2)
+            await until(
+                lambda: {state for state, _ in states(installation).values()} == {"ready"}, 2
+            )
 
     run(main())
     queue.enqueue_task("notifications", "t", {"n": 3})
@@ -190,7 +199,9 @@ def test_cancelled_at_any_moment_it_leaves_no_task_claimed(installation, queue):
             with pytest.raises(asyncio.CancelledError):
                 await consumer
         gc.collect()
-        await until(lambda: "claimed" not in {state for state, _ in states(installation).values()}, 5)
+        await until(
+            lambda: "claimed" not in {state for state, _ in states(installation).values()}, 5
+        )
 
     run(main())
     assert sorted(states(installation)) == list(range(40))
@@ -248,11 +259,15 @@ asyncio.run(main())
 """
 
 
-def test_consumers_of_two_processes_share_a_queue_and_one_that_is_killed_loses_nothing(installation, queue):
+def test_consumers_of_two_processes_share_a_queue_and_one_that_is_killed_loses_nothing(
+    installation, queue
+):
     queue.connect()
     log = installation.directory / "other"
     with open(log, "wb") as file:
-        other = subprocess.Popen([sys.executable, "-c", OTHER, ROOT], env=installation.env, stdout=file)
+        other = subprocess.Popen(
+            [sys.executable, "-c", OTHER, ROOT], env=installation.env, stdout=file
+        )
     installation.processes.append(other)
     seen = []
 
@@ -268,7 +283,12 @@ def test_consumers_of_two_processes_share_a_queue_and_one_that_is_killed_loses_n
             await asyncio.to_thread(enqueue, queue, n)
             if n == 60:
                 other.kill()
-        await until(lambda: len([1 for state, _ in states(installation).values() if state == "completed"]) == 100)
+        await until(
+            lambda: (
+                len([1 for state, _ in states(installation).values() if state == "completed"])
+                == 100
+            )
+        )
         consumer.cancel()
         await asyncio.gather(consumer, return_exceptions=True)
 
@@ -299,7 +319,9 @@ def test_it_wakes_promptly_and_the_loop_is_not_blocked_meanwhile(installation, q
             late.append(time.monotonic() - task.data["n"])
             if len(late) == 10:
                 break
-            asyncio.get_running_loop().call_later(0.05 * len(late), lambda: threading.Thread(target=put).start())
+            asyncio.get_running_loop().call_later(
+                0.05 * len(late), lambda: threading.Thread(target=put).start()
+            )
         ticking.cancel()
 
     run(main())

@@ -18,7 +18,9 @@ def enqueue_line(*entries) -> str:
 
 
 def envelopes(installation, queue: str) -> list[dict]:
-    return [json.loads(data) for (data,) in installation.rows(f"select data from {queue} order by id")]
+    return [
+        json.loads(data) for (data,) in installation.rows(f"select data from {queue} order by id")
+    ]
 
 
 def settle(queue, said: str, **terms):
@@ -43,12 +45,21 @@ def test_the_last_line_enqueues(installation, queue):
     installation.worker("notifications", "--chain")
     assert installation.finished("parent")["status"] == "completed"
     columns = "task_type, priority, group_id, status, due_at is null"
-    assert installation.rows(f"select {columns} from approvals order by id") == [("ask", 3, "a", 1, 1), ("ask", 0, "a", 4, 1)]
-    assert installation.rows(f"select {columns} from completions order by id") == [("later", 0, None, 3, 0), ("held", 0, None, 3, 1)]
+    assert installation.rows(f"select {columns} from approvals order by id") == [
+        ("ask", 3, "a", 1, 1),
+        ("ask", 0, "a", 4, 1),
+    ]
+    assert installation.rows(f"select {columns} from completions order by id") == [
+        ("later", 0, None, 3, 0),
+        ("held", 0, None, 3, 1),
+    ]
     child, *others = envelopes(installation, "approvals") + envelopes(installation, "completions")
     assert (child["task_id"], child["data"]) == ("child", {"n": 1})
     for envelope in (child, *others):
-        assert envelope["depth"] == 1 and envelope["source"] == {"queue": "notifications", "task_id": "parent"}
+        assert envelope["depth"] == 1 and envelope["source"] == {
+            "queue": "notifications",
+            "task_id": "parent",
+        }
     # All that it printed is kept.
     assert installation.history("parent")["result"].startswith('some words\n{"enqueue"')
 
@@ -73,7 +84,12 @@ def test_without_chain_the_line_is_only_words(installation, queue):
 )
 def test_with_then_the_line_is_no_part_of_the_result(installation, queue, said, data):
     line = enqueue_line({"queue": "approvals", "task_type": "ask"})
-    assert settle(queue, f"{said}\n{line}\n" if said else line, chain=True, then_queue="completions").outcome == "completed"
+    assert (
+        settle(
+            queue, f"{said}\n{line}\n" if said else line, chain=True, then_queue="completions"
+        ).outcome
+        == "completed"
+    )
     assert [envelope["data"] for envelope in envelopes(installation, "completions")] == [data]
     assert [envelope["task_type"] for envelope in envelopes(installation, "approvals")] == ["ask"]
 
@@ -155,7 +171,11 @@ def test_a_line_that_means_to_enqueue_and_cannot_is_not_passed_over(installation
 
 
 def test_a_number_that_nobody_can_read_does_not_get_in(installation, queue):
-    settled = settle(queue, '{"enqueue": [{"queue": "approvals", "task_type": "ask", "priority": NaN}]}', chain=True)
+    settled = settle(
+        queue,
+        '{"enqueue": [{"queue": "approvals", "task_type": "ask", "priority": NaN}]}',
+        chain=True,
+    )
     assert settled.outcome == "failed" and "priority 'NaN'" in settled.error
 
 
@@ -182,7 +202,9 @@ def test_a_chain_that_never_ends_is_ended(installation, queue):
     queue.enqueue_task("notifications", "t", {})
     worker = installation.worker("notifications", "--chain", "--drain")
     assert worker.wait(60) == 0
-    ended = installation.rows("select status, count(*) from task_history group by status order by status")
+    ended = installation.rows(
+        "select status, count(*) from task_history group by status order by status"
+    )
     assert ended == [("completed", queue.MAX_DEPTH), ("failed", 1)]
     [(error,)] = installation.rows("select error from task_history where status = 'failed'")
     assert f"more than {queue.MAX_DEPTH} deep" in error
@@ -192,17 +214,42 @@ def test_a_chain_that_never_ends_is_ended(installation, queue):
 def test_parent_and_child_commit_together_whoever_is_killed(installation, queue):
     """Also an orphan's: what its worker wanted done is kept with the task."""
     said = '{"enqueue": [{"queue": "approvals", "task_type": "ask", "data": {"of": "%s"}}]}'
-    installation.handler("t", f"#!/bin/sh\ncat > /dev/null\nsleep 0.02\nprintf '{said}\\n' \"$TASK_ID\"\n")
-    queue.enqueue_tasks("notifications", [queue.new_row("t", {}, str(number)) for number in range(150)])
+    installation.handler(
+        "t", f"#!/bin/sh\ncat > /dev/null\nsleep 0.02\nprintf '{said}\\n' \"$TASK_ID\"\n"
+    )
+    queue.enqueue_tasks(
+        "notifications", [queue.new_row("t", {}, str(number)) for number in range(150)]
+    )
     for share in (20, 50, 80, 110):
-        worker = installation.worker("notifications", "--chain", "--then", "completions", "--concurrency", 4)
-        wait_for(lambda share=share: installation.rows("select count(*) > ? from task_history", share) == [(1,)], 30)
+        worker = installation.worker(
+            "notifications", "--chain", "--then", "completions", "--concurrency", 4
+        )
+        wait_for(
+            lambda share=share: (
+                installation.rows("select count(*) > ? from task_history", share) == [(1,)]
+            ),
+            30,
+        )
         end(worker)
-    installation.worker("notifications", "--concurrency", 4, "--chain", "--then", "completions", "--max-attempts", 9)
-    wait_for(lambda: installation.rows("select count(*) from task_history where status = 'completed'") == [(150,)], 60)
+    installation.worker(
+        "notifications", "--concurrency", 4, "--chain", "--then", "completions", "--max-attempts", 9
+    )
+    wait_for(
+        lambda: (
+            installation.rows("select count(*) from task_history where status = 'completed'")
+            == [(150,)]
+        ),
+        60,
+    )
     everybody = sorted(map(str, range(150)))
-    assert sorted(envelope["data"]["of"] for envelope in envelopes(installation, "approvals")) == everybody
-    assert sorted(envelope["source"]["task_id"] for envelope in envelopes(installation, "completions")) == everybody
+    assert (
+        sorted(envelope["data"]["of"] for envelope in envelopes(installation, "approvals"))
+        == everybody
+    )
+    assert (
+        sorted(envelope["source"]["task_id"] for envelope in envelopes(installation, "completions"))
+        == everybody
+    )
 
 
 def test_then_hold_makes_results_that_wait_for_a_person(installation, queue):
@@ -217,7 +264,9 @@ def test_then_hold_makes_results_that_wait_for_a_person(installation, queue):
     import queue_outcome
 
     with queue.transaction(conn):
-        assert queue_outcome.approve(conn, "approvals", 1) and not queue_outcome.approve(conn, "approvals", 1)
+        assert queue_outcome.approve(conn, "approvals", 1) and not queue_outcome.approve(
+            conn, "approvals", 1
+        )
     assert [task.data for task in queue.claim_ready(conn, "approvals")] == [{"plan": 1}]
 
 
@@ -229,7 +278,9 @@ def test_what_a_person_rejects_ends_as_cancelled(installation, queue):
     queue.enqueue_task("approvals", "t", {}, "ready")
     with queue.transaction(conn):
         assert queue_outcome.reject(conn, "approvals", 1, "not today")
-        assert not queue_outcome.reject(conn, "approvals", 2) and not queue_outcome.reject(conn, "approvals", 3)
+        assert not queue_outcome.reject(conn, "approvals", 2) and not queue_outcome.reject(
+            conn, "approvals", 3
+        )
     assert installation.history("one") | {"log": None, "result": None} == {
         "status": "cancelled", "attempts": 0, "exit_code": None, "result": None, "log": None, "error": "rejected: not today"}  # fmt: skip
 

@@ -14,7 +14,9 @@ import pytest
 def filled(installation):
     """Something to do in each part: spooled tasks of two queues, logs of two, a dead owner's claim, a stale lock."""
     installation.enqueue("approvals", "t", "{}", "--task-id", "claimed")
-    installation.sqlite3("update approvals set status = 2, owner = '1-dead', attempts = 1, claimed_at = 1")
+    installation.sqlite3(
+        "update approvals set status = 2, owner = '1-dead', attempts = 1, claimed_at = 1"
+    )
     installation.sqlite3("update sqlite_sequence set seq = 1000; insert into sqlite_sequence (name, seq) values ('completions', 1000), "
                          "('notifications', 1000)")  # fmt: skip
     for queue in ("completions", "notifications"):
@@ -38,13 +40,19 @@ def test_a_directory_that_cannot_be_read_stops_nothing_else(filled):
 
 
 @pytest.mark.parametrize("part", ["logs", "workers"])
-def test_an_entry_that_cannot_be_removed_is_named_once_and_the_rest_is_done(filled, monkeypatch, part, capsys):
+def test_an_entry_that_cannot_be_removed_is_named_once_and_the_rest_is_done(
+    filled, monkeypatch, part, capsys
+):
     """What a file of another user does: the system refuses."""
     import cleanup
     import queue_helpers as q
 
     monkeypatch.setattr(q, "STATE_DIR", filled.state)
-    bad = filled.state / "logs/completions/7-1-9-x-1.out" if part == "logs" else filled.state / "workers/2-stale"
+    bad = (
+        filled.state / "logs/completions/7-1-9-x-1.out"
+        if part == "logs"
+        else filled.state / "workers/2-stale"
+    )
     real_lock_file = q.lock_file
 
     def refusing(path, **options):
@@ -58,7 +66,9 @@ def test_an_entry_that_cannot_be_removed_is_named_once_and_the_rest_is_done(fill
     assert said.err.count("\n") == 1 and str(bad) in said.err and "Permission denied" in said.err
     report = json.loads(said.out)
     assert bad.exists() and report["recovered"] == 1 and report["spooled"] == 2
-    assert report["log_files"] == (1 if part == "logs" else 2) and report["lock_files"] == (1 if part == "logs" else 0)
+    assert report["log_files"] == (1 if part == "logs" else 2) and report["lock_files"] == (
+        1 if part == "logs" else 0
+    )
 
 
 def test_with_every_a_complaint_is_said_once(filled, monkeypatch, capsys):

@@ -27,8 +27,12 @@ AGES = {1: ("completed", "-25 hours"), 2: ("completed", "-23 hours"), 3: ("cance
 def old(installation):
     """An installation with finished tasks of several ages, and one that waits."""
     installation.enqueue("notifications", "first")
-    installation.sqlite3("update notifications set id = 500; update sqlite_sequence set seq = 1000 where name = 'notifications'")
-    installation.sqlite3(";".join(FINISHED.format(id=n, status=s, age=age) for n, (s, age) in AGES.items()))
+    installation.sqlite3(
+        "update notifications set id = 500; update sqlite_sequence set seq = 1000 where name = 'notifications'"
+    )
+    installation.sqlite3(
+        ";".join(FINISHED.format(id=n, status=s, age=age) for n, (s, age) in AGES.items())
+    )
     return installation
 
 
@@ -62,7 +66,14 @@ def test_keep_and_keep_failed_decide(old, options, left):
 def test_the_sql_by_hand_prunes_the_same(old, tmp_path):
     by_hand = tmp_path / "by_hand.db"
     old.sqlite3(f"vacuum into '{by_hand}'")
-    subprocess.run(["sqlite3", by_hand, "DELETE FROM task_history WHERE completed_at < datetime('now','-24 hours')"], check=True)
+    subprocess.run(
+        [
+            "sqlite3",
+            by_hand,
+            "DELETE FROM task_history WHERE completed_at < datetime('now','-24 hours')",
+        ],
+        check=True,
+    )
     cleanup(old, "--keep", "24h", "--keep-failed", "24h")
     left = {row_id for (row_id,) in sqlite3.connect(by_hand).execute("select id from task_history")}
     assert left == history_ids(old) == {2, 4}
@@ -87,7 +98,9 @@ def test_waiting_scheduled_and_running_tasks_are_never_touched(old):
     old.enqueue("notifications", "t", "{}", "--delay", "1000")
     old.worker("approvals")
     wait_for(lambda: old.rows("select 1 from approvals where status = 2"), what="a running task")
-    output = wait_for(lambda: list(old.state.glob("logs/approvals/*.out")), what="the output file")[0]
+    output = wait_for(lambda: list(old.state.glob("logs/approvals/*.out")), what="the output file")[
+        0
+    ]
     os.utime(output, (0, 0))
     live = "select * from notifications union all select * from approvals"
     before = old.rows(live)
@@ -115,7 +128,12 @@ def make_lock(installation, name: str, age: float = 3600):
 
 
 def test_logs_go_with_their_tasks_and_not_before(old):
-    pruned, kept, by_hand, unknown = make_log(old, 1), make_log(old, 2), make_log(old, 999), make_log(old, 5000)
+    pruned, kept, by_hand, unknown = (
+        make_log(old, 1),
+        make_log(old, 2),
+        make_log(old, 999),
+        make_log(old, 5000),
+    )
     waiting = make_log(old, old.rows("select id from notifications")[0][0])
     other = old.state / "logs" / "notifications" / "notes.txt"
     other.write_text("mine")
@@ -138,7 +156,11 @@ def test_the_log_of_a_living_handler_stays(old):
 
 
 def test_stale_lock_files_go_and_held_ones_stay(old):
-    stale, serving, held = make_lock(old, "1-dead"), make_lock(old, "serving.notifications"), make_lock(old, "2-alive")
+    stale, serving, held = (
+        make_lock(old, "1-dead"),
+        make_lock(old, "serving.notifications"),
+        make_lock(old, "2-alive"),
+    )
     newborn = make_lock(old, "3-newborn", age=0)
     with open(held, "a") as owner:
         fcntl.flock(owner, fcntl.LOCK_EX)
@@ -149,7 +171,9 @@ def test_stale_lock_files_go_and_held_ones_stay(old):
 
 
 def test_tasks_of_dead_owners_are_taken_back(old):
-    old.sqlite3("update notifications set status = 2, owner = '99-dead', attempts = 1, claimed_at = 1, max_attempts = 4")
+    old.sqlite3(
+        "update notifications set status = 2, owner = '99-dead', attempts = 1, claimed_at = 1, max_attempts = 4"
+    )
     assert cleanup(old, "--dry-run")["recovered"] == 1
     assert old.rows("select status from notifications") == [(2,)]
     assert cleanup(old)["recovered"] == 1
@@ -157,14 +181,21 @@ def test_tasks_of_dead_owners_are_taken_back(old):
 
 
 def test_a_task_whose_handler_outlives_its_owner_is_left_alone_with_its_lock_file(old):
-    old.sqlite3("update notifications set status = 2, owner = '99-dead', attempts = 1, claimed_at = 1")
-    lock, output = make_lock(old, "99-dead"), old.state / "logs" / "notifications" / "500-1-99-dead-1000000.out"
+    old.sqlite3(
+        "update notifications set status = 2, owner = '99-dead', attempts = 1, claimed_at = 1"
+    )
+    lock, output = (
+        make_lock(old, "99-dead"),
+        old.state / "logs" / "notifications" / "500-1-99-dead-1000000.out",
+    )
     output.parent.mkdir(parents=True)
     with open(output, "w") as handler:
         fcntl.flock(handler, fcntl.LOCK_EX)
         report = cleanup(old)
     assert (report["recovered"], report["orphans"], report["lock_files"]) == (0, 1, 0)
-    assert lock.exists() and output.exists() and old.rows("select status from notifications") == [(2,)]
+    assert (
+        lock.exists() and output.exists() and old.rows("select status from notifications") == [(2,)]
+    )
 
 
 def test_the_spool_is_taken_in_and_what_is_malformed_is_named(old):
@@ -183,22 +214,33 @@ def test_the_log_is_emptied_and_the_file_shrinks(old):
                 "select 'notifications', n, n, 't', 'completed', hex(zeroblob(1000)), '2020', '2020-01-01' from n")  # fmt: skip
     report = cleanup(old)
     assert report["pruned"]["completed"] == 3002
-    assert report["bytes_before"] > 6_000_000 and report["bytes_after"] < 1_000_000 and report["wal_bytes"] == 0
+    assert (
+        report["bytes_before"] > 6_000_000
+        and report["bytes_after"] < 1_000_000
+        and report["wal_bytes"] == 0
+    )
     assert old.sqlite3("pragma integrity_check") == "ok"
 
 
 def test_a_database_that_cannot_shrink_is_told_how(installation):
     installation.state.mkdir()
-    installation.sqlite3("create table notifications (id integer primary key autoincrement, data text not null)")
+    installation.sqlite3(
+        "create table notifications (id integer primary key autoincrement, data text not null)"
+    )
     installation.enqueue("notifications", "t")
     installation.sqlite3("with recursive n(n) as (select 1 union all select n + 1 from n where n < 1000) "
                          "insert into task_history (queue, row_id, task_id, task_type, status, data, enqueued_at, completed_at) "
                          "select 'notifications', n, n, 't', 'completed', hex(zeroblob(1000)), '2020', '2020-01-01' from n")  # fmt: skip
     done = installation.run("cleanup.py")
-    assert done.returncode == 0 and "pragma auto_vacuum = incremental; vacuum" in done.stdout, done.stdout
+    assert done.returncode == 0 and "pragma auto_vacuum = incremental; vacuum" in done.stdout, (
+        done.stdout
+    )
     before = installation.db.stat().st_size
     installation.sqlite3("pragma auto_vacuum = incremental; vacuum")
-    assert "auto_vacuum" not in installation.run("cleanup.py").stdout and installation.db.stat().st_size < before / 4
+    assert (
+        "auto_vacuum" not in installation.run("cleanup.py").stdout
+        and installation.db.stat().st_size < before / 4
+    )
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -242,7 +284,9 @@ def test_long_work_shows_a_bar_on_a_terminal(old):
 
 def refused(installation, *args) -> tuple[int, str]:
     done = installation.run("cleanup.py", *args)
-    assert done.stdout == "" and done.stderr.count("\n") == 1 and "Traceback" not in done.stderr, done.stderr
+    assert done.stdout == "" and done.stderr.count("\n") == 1 and "Traceback" not in done.stderr, (
+        done.stderr
+    )
     return done.returncode, done.stderr
 
 
@@ -292,13 +336,26 @@ def test_a_locked_database_is_75(old):
 
 def test_a_task_whose_time_is_over_ends_as_expired_and_is_pruned_like_a_completed_one(installation):
     installation.enqueue("notifications", "t", "{}", "--task-id", "over", "--ttl", "0.001")
-    installation.enqueue("approvals", "t", "{}", "--task-id", "held and over", "--ttl", "0.001", "--hold")
+    installation.enqueue(
+        "approvals", "t", "{}", "--task-id", "held and over", "--ttl", "0.001", "--hold"
+    )
     installation.enqueue("approvals", "t", "{}", "--task-id", "in time", "--ttl", "1h")
-    wait_for(lambda: installation.rows("select expires_at < (julianday('now') - 2440587.5) * 86400.0 from notifications") == [(1,)])
+    wait_for(
+        lambda: (
+            installation.rows(
+                "select expires_at < (julianday('now') - 2440587.5) * 86400.0 from notifications"
+            )
+            == [(1,)]
+        )
+    )
     would = cleanup(installation, "--dry-run")
     assert would["expired"] == 2 and installation.history("over") is None
     assert cleanup(installation)["expired"] == 2
-    assert installation.history("over")["status"] == installation.history("held and over")["status"] == "expired"
+    assert (
+        installation.history("over")["status"]
+        == installation.history("held and over")["status"]
+        == "expired"
+    )
     assert "its time was over" in installation.history("over")["error"]
     assert installation.rows("select task_id from approvals") == [("in time",)]
     assert cleanup(installation, "--keep", "0s")["pruned"]["expired"] == 2

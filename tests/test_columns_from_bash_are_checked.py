@@ -7,9 +7,23 @@ from conftest import wait_for
 
 NONSENSE = {
     "priority": ["'high'", "1.5", "1000001", "-1000001", "9e999", "x'01'", "'1e3x'"],
-    "due_at": ["'tomorrow'", "'2026-12-01T09:00'", "1200000000000", "-1", "9e999", "-9e999", "x'01'"],
+    "due_at": [
+        "'tomorrow'",
+        "'2026-12-01T09:00'",
+        "1200000000000",
+        "-1",
+        "9e999",
+        "-9e999",
+        "x'01'",
+    ],
     "expires_at": ["'soon'", "'in 1h'", "1200000000000", "-1", "9e999", "x'01'"],
-    "group_id": ["''", "x'6161'", "printf('%.*c', 501, 'x')", "printf('%.*c', 1000000, 'x')", "zeroblob(1000000)"],
+    "group_id": [
+        "''",
+        "x'6161'",
+        "printf('%.*c', 501, 'x')",
+        "printf('%.*c', 1000000, 'x')",
+        "zeroblob(1000000)",
+    ],
 }
 CONSTRAINT = {
     "priority": "priority_must_be_a_whole_number_within_a_million",
@@ -31,21 +45,32 @@ def test_nonsense_is_refused_by_name(installation, queue, column):
     queue.connect()
     installation.sqlite3("insert into approvals (data) values ('{}')")
     for value in NONSENSE[column]:
-        for statement in (f"insert into approvals (data, {column}) values ('{{}}', {value})", f"update approvals set {column} = {value}"):
+        for statement in (
+            f"insert into approvals (data, {column}) values ('{{}}', {value})",
+            f"update approvals set {column} = {value}",
+        ):
             assert CONSTRAINT[column] in refused(installation, statement), statement
-    assert installation.rows(f"select count(*), {'0' if column == 'priority' else 'null'} is {column} from approvals") == [(1, 1)]
+    assert installation.rows(
+        f"select count(*), {'0' if column == 'priority' else 'null'} is {column} from approvals"
+    ) == [(1, 1)]
 
 
 def test_what_is_no_json_object_is_refused_whatever_else_it_has(installation, queue):
     queue.connect()
     for data in ("'[1]'", "'{'", "x'7b7d'", "null", "''"):
-        assert refused(installation, f"insert into approvals (data, group_id, priority) values ({data}, 'a', 1)")
+        assert refused(
+            installation,
+            f"insert into approvals (data, group_id, priority) values ({data}, 'a', 1)",
+        )
     assert installation.rows("select count(*) from approvals") == [(0,)]
 
 
 def test_one_bad_row_of_many_stores_none_of_them(installation, queue):
     queue.connect()
-    refused(installation, "insert into approvals (data, group_id, priority) values ('{}', 'a', 1), ('{}', 'a', 2), ('{}', 'a', 'high')")
+    refused(
+        installation,
+        "insert into approvals (data, group_id, priority) values ('{}', 'a', 1), ('{}', 'a', 2), ('{}', 'a', 'high')",
+    )
     assert installation.rows("select count(*) from approvals") == [(0,)]
     # And the group is not taken.
     installation.sqlite3("insert into approvals (data, group_id) values ('{}', 'a')")
@@ -61,7 +86,11 @@ def test_one_bad_row_of_many_stores_none_of_them(installation, queue):
         ("group_id", "5", {"group": "5"}),
         ("due_at", "unixepoch() + 600", {"delay": 600}),
         ("due_at", "strftime('%s', 'now', '+10 minutes')", {"delay": 600}),
-        ("due_at, group_id, priority", "unixepoch() + 600, 'a', -1", {"delay": 600, "group": "a", "priority": -1}),
+        (
+            "due_at, group_id, priority",
+            "unixepoch() + 600, 'a', -1",
+            {"delay": 600, "group": "a", "priority": -1},
+        ),
         ("status", "3", {"hold": True}),
         ("status, group_id", "3, 'a'", {"hold": True, "group": "a"}),
         ("expires_at", "unixepoch() + 600", {"ttl": 600}),
@@ -76,25 +105,38 @@ def test_the_columns_mean_what_the_options_mean(installation, queue, columns, va
                    expires_at is null, released_at, attempts, owner from approvals where id > 1 order by id"""
     ours, theirs = installation.rows(described)
     assert ours == theirs
-    [(apart,)] = installation.rows("""select max(abs(coalesce(a.due_at - b.due_at, 0)), abs(coalesce(a.expires_at - b.expires_at, 0)))
+    [(apart,)] = (
+        installation.rows("""select max(abs(coalesce(a.due_at - b.due_at, 0)), abs(coalesce(a.expires_at - b.expires_at, 0)))
                                       from approvals a, approvals b where a.id = 2 and b.id = 3""")
+    )
     assert apart < 30
-    words = installation.rows("select status from task_queue where queue = 'approvals' and task_id <> (select task_id from approvals where id = 1)")
+    words = installation.rows(
+        "select status from task_queue where queue = 'approvals' and task_id <> (select task_id from approvals where id = 1)"
+    )
     assert len(words) == 2 and words[0] == words[1]
 
 
 def test_a_time_that_has_passed_is_now(installation, queue):
     conn = queue.connect()
-    installation.sqlite3("insert into approvals (data, due_at) values ('{}', 0), ('{}', unixepoch() - 5)")
+    installation.sqlite3(
+        "insert into approvals (data, due_at) values ('{}', 0), ('{}', unixepoch() - 5)"
+    )
     assert [task.id for task in queue.claim_ready(conn, "approvals", limit=9)] == [1, 2]
 
 
 def test_what_has_expired_ends_in_the_history_and_is_never_run(installation, queue):
     conn = queue.connect()
-    installation.sqlite3("insert into approvals (data, expires_at, group_id) values ('{}', unixepoch() - 5, 'a'), ('{}', null, 'a')")
+    installation.sqlite3(
+        "insert into approvals (data, expires_at, group_id) values ('{}', unixepoch() - 5, 'a'), ('{}', null, 'a')"
+    )
     assert [task.id for task in queue.claim_ready(conn, "approvals", limit=9)] == [2]
-    assert installation.rows("select row_id, status, attempts from task_history") == [(1, "expired", 0)]
-    assert installation.sqlite3("select status from task_queue where task_id = 'approvals-1'") == "expired"
+    assert installation.rows("select row_id, status, attempts from task_history") == [
+        (1, "expired", 0)
+    ]
+    assert (
+        installation.sqlite3("select status from task_queue where task_id = 'approvals-1'")
+        == "expired"
+    )
 
 
 def test_a_worker_runs_what_bash_scheduled_and_grouped(installation):
@@ -102,9 +144,16 @@ def test_a_worker_runs_what_bash_scheduled_and_grouped(installation):
     installation.handler("approvals", f"#!/bin/sh\necho $TASK_ID >> {log}\n")
     installation.worker("approvals", "--concurrency", 4)
     # Without the group's order, the last two would come before the one that sleeps.
-    installation.handler("approvals", f'#!/bin/sh\n[ $TASK_ID != approvals-1 ] || sleep 0.3\necho $TASK_ID >> {log}\n')
+    installation.handler(
+        "approvals",
+        f"#!/bin/sh\n[ $TASK_ID != approvals-1 ] || sleep 0.3\necho $TASK_ID >> {log}\n",
+    )
     installation.sqlite3("""insert into approvals (data, priority, group_id, due_at) values
       ('{}', 5, 'a', null), ('{}', 0, 'a', null), ('{}', 9, 'a', null), ('{}', 0, null, unixepoch() + 1)""")
     wait_for(lambda: installation.rows("select count(*) from task_history") == [(4,)])
     order = log.read_text().split()
-    assert [name for name in order if name != "approvals-4"] == ["approvals-1", "approvals-3", "approvals-2"]
+    assert [name for name in order if name != "approvals-4"] == [
+        "approvals-1",
+        "approvals-3",
+        "approvals-2",
+    ]

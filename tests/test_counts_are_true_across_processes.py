@@ -113,7 +113,9 @@ def test_of_running_done_and_failed_tasks(installation, queue):
         ready, running, done, failed = expected
         here = ours.ready_count(), ours.unack_count(), ours.acked_count(), ours.ack_failed_count()
         assert here == expected
-        assert say("(queue.ready_count(), queue.unack_count(), queue.acked_count(), queue.ack_failed_count())") == str(expected)
+        assert say(
+            "(queue.ready_count(), queue.unack_count(), queue.acked_count(), queue.ack_failed_count())"
+        ) == str(expected)
         assert ours.qsize() == ready
 
     with theirs:

@@ -28,11 +28,21 @@ def test_all_dead_letters_of_a_minute_are_told_at_once(installation):
     for number in range(3):
         installation.enqueue("notifications", "bad", "{}", "--task-id", f"bad-{number}")
     installation.run(
-        "worker.py", "notifications", "--handlers", installation.handlers, "--drain", "--on-dead", teller(installation)
+        "worker.py",
+        "notifications",
+        "--handlers",
+        installation.handlers,
+        "--drain",
+        "--on-dead",
+        teller(installation),
     )
-    told = wait_for(lambda: sum(letters(installation), []) if len(sum(letters(installation), [])) == 3 else None)
+    told = wait_for(
+        lambda: sum(letters(installation), []) if len(sum(letters(installation), [])) == 3 else None
+    )
     assert {letter["task_id"] for letter in told} == {"bad-0", "bad-1", "bad-2"}
-    assert all("broken" in letter["error"] and letter["queue"] == "notifications" for letter in told)
+    assert all(
+        "broken" in letter["error"] and letter["queue"] == "notifications" for letter in told
+    )
     assert len(letters(installation)) <= 2
 
 
@@ -40,13 +50,26 @@ def test_a_task_that_ends_well_is_not_told(installation):
     installation.handler("good", "#!/bin/sh\nexit 0\n")
     installation.enqueue("notifications", "good")
     done = installation.run(
-        "worker.py", "notifications", "--handlers", installation.handlers, "--drain", "--on-dead", teller(installation)
+        "worker.py",
+        "notifications",
+        "--handlers",
+        installation.handlers,
+        "--drain",
+        "--on-dead",
+        teller(installation),
     )
     assert done.returncode == 0 and letters(installation) == []
 
 
 def test_a_command_that_is_not_there_is_refused_at_the_start(installation):
-    done = installation.run("worker.py", "notifications", "--handlers", installation.handlers, "--on-dead", "nosuchcommand x")
+    done = installation.run(
+        "worker.py",
+        "notifications",
+        "--handlers",
+        installation.handlers,
+        "--on-dead",
+        "nosuchcommand x",
+    )
     assert done.returncode == 64 and "nosuchcommand: there is no such program" in done.stderr
 
 
@@ -57,7 +80,13 @@ def test_a_worker_says_what_it_did_and_what_a_drain_leaves(installation):
     for task_type in ("good", "good", "bad", "later"):
         installation.enqueue("notifications", task_type)
     done = installation.run(
-        "worker.py", "notifications", "--handlers", installation.handlers, "--drain", "--backoff", "600"
+        "worker.py",
+        "notifications",
+        "--handlers",
+        installation.handlers,
+        "--drain",
+        "--backoff",
+        "600",
     )
     last = done.stderr.splitlines()[-1]
     assert "2 done, 1 failed, 1 to be tried again" in last
@@ -65,5 +94,7 @@ def test_a_worker_says_what_it_did_and_what_a_drain_leaves(installation):
 
 
 def test_an_idle_worker_says_that_no_task_was_run(installation):
-    done = installation.run("worker.py", "notifications", "--handlers", installation.handlers, "--drain")
+    done = installation.run(
+        "worker.py", "notifications", "--handlers", installation.handlers, "--drain"
+    )
     assert "no task was run" in done.stderr.splitlines()[-1]

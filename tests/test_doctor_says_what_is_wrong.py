@@ -50,7 +50,15 @@ def quoted(path):
 
 
 def doctor(home, *args, prefix=(), env=(), **options):
-    command = [*prefix, sys.executable, "-B", home / PREFIX / "runtime/lib/tasks.py", "doctor", "--json", *args]
+    command = [
+        *prefix,
+        sys.executable,
+        "-B",
+        home / PREFIX / "runtime/lib/tasks.py",
+        "doctor",
+        "--json",
+        *args,
+    ]
     ran = subprocess.run(command, env={"HOME": str(home), "PATH": os.environ["PATH"], **dict(env)}, stdin=subprocess.DEVNULL,
                          capture_output=True, text=True, timeout=60, **options)  # fmt: skip
     assert ran.stderr == "", ran.stderr
@@ -80,9 +88,16 @@ def database(home):
 
 
 def put(home, queue="notifications", seconds_ago=0.0, **columns):
-    columns = {"data": '{"task_id": "t", "task_type": "probe", "data": {}}', "timestamp": time.time() - seconds_ago, **columns}
+    columns = {
+        "data": '{"task_id": "t", "task_type": "probe", "data": {}}',
+        "timestamp": time.time() - seconds_ago,
+        **columns,
+    }
     conn = database(home)
-    conn.execute(f"insert into {queue} ({', '.join(columns)}) values ({', '.join('?' * len(columns))})", tuple(columns.values()))
+    conn.execute(
+        f"insert into {queue} ({', '.join(columns)}) values ({', '.join('?' * len(columns))})",
+        tuple(columns.values()),
+    )
     conn.close()
 
 
@@ -103,10 +118,15 @@ def test_people_get_a_line_for_each_with_its_remedy_below(home):
     assert ran.returncode == 1 and ran.stderr == ""
     line = next(line for line in ran.stdout.splitlines() if line.startswith("problem"))
     assert "1 waiting" in line and "31d" in line.replace(" d)", "d)")
-    assert "-> start one: worker.py notifications" in ran.stdout and "1 problem," in ran.stdout.splitlines()[-1]
+    assert (
+        "-> start one: worker.py notifications" in ran.stdout
+        and "1 problem," in ran.stdout.splitlines()[-1]
+    )
 
 
-@pytest.mark.parametrize("case", ["healthy", "no state", "no database", "bare", "in use", "left by a crash"])
+@pytest.mark.parametrize(
+    "case", ["healthy", "no state", "no database", "bare", "in use", "left by a crash"]
+)
 def test_it_changes_nothing(home, case):
     state = home / PREFIX / "state"
     held = None
@@ -115,7 +135,9 @@ def test_it_changes_nothing(home, case):
     elif case in ("no database", "bare"):
         (state / "tasks.db").unlink()
     if case == "bare":
-        database(home).execute("create table notifications (id integer primary key autoincrement, data text not null)").connection.close()
+        database(home).execute(
+            "create table notifications (id integer primary key autoincrement, data text not null)"
+        ).connection.close()
     elif case in ("in use", "left by a crash"):
         held = database(home)
         held.execute("insert into notifications (data) values ('{}')")
@@ -132,7 +154,9 @@ def test_it_changes_nothing(home, case):
         for each in (before, after):
             # Readers mark there how far they have read.
             each.pop(f"{PREFIX}/state/tasks.db-shm")
-    assert {name for name in before.keys() | after.keys() if before.get(name) != after.get(name)} == set()
+    assert {
+        name for name in before.keys() | after.keys() if before.get(name) != after.get(name)
+    } == set()
 
 
 # ------------------------------------------------------------------------------------------------------- state, database
@@ -158,7 +182,10 @@ def test_a_database_that_is_none(home):
 def test_a_damaged_database(home):
     conn = database(home)
     conn.execute("begin")
-    conn.executemany("insert into notifications (data) values (?)", [(json.dumps({"n": n, "x": "y" * 200}),) for n in range(2000)])
+    conn.executemany(
+        "insert into notifications (data) values (?)",
+        [(json.dumps({"n": n, "x": "y" * 200}),) for n in range(2000)],
+    )
     conn.execute("commit")
     conn.close()
     with open(home / PREFIX / "state/tasks.db", "r+b") as file:
@@ -188,11 +215,16 @@ def test_a_database_without_wal(home):
 def test_a_bare_table_that_a_hook_made_is_only_noted(home):
     (home / PREFIX / "state/tasks.db").unlink()
     conn = database(home)
-    conn.execute("create table notifications (id integer primary key autoincrement, data text not null)")
+    conn.execute(
+        "create table notifications (id integer primary key autoincrement, data text not null)"
+    )
     conn.close()
     (home / PREFIX / "state/tasks.db").chmod(0o600)
     findings = doctor(home)
-    assert of_level(findings, "problem") == [] and "schema version 0" in of_level(findings, "note", "database")[0]
+    assert (
+        of_level(findings, "problem") == []
+        and "schema version 0" in of_level(findings, "note", "database")[0]
+    )
 
 
 def test_a_database_that_is_written_to_is_read_as_it_is_now(home):
@@ -228,7 +260,9 @@ def test_a_paused_queue_is_a_note(home):
     conn.execute("insert into task_controls (queue, paused_at) values ('notifications', 1)")
     conn.close()
     findings = doctor(home)
-    assert of_level(findings, "problem") == [] and "paused" in of_level(findings, "note", "tasks")[0]
+    assert (
+        of_level(findings, "problem") == [] and "paused" in of_level(findings, "note", "tasks")[0]
+    )
 
 
 def test_a_task_of_a_dead_worker_that_nobody_takes_back(home):
@@ -246,7 +280,9 @@ def test_a_task_without_a_handler_and_failures_are_told(home):
                  "values ('notifications', 9, 'x', 'y', 'failed', '{}', '2020')")  # fmt: skip
     conn.close()
     findings = doctor(home)
-    assert of_level(findings, "problem") == ["queue \"notifications\": 1 of type 'probe' cannot run: no handler 'probe' in /x"]
+    assert of_level(findings, "problem") == [
+        "queue \"notifications\": 1 of type 'probe' cannot run: no handler 'probe' in /x"
+    ]
     assert "1 failed for good" in of_level(findings, "note", "tasks")[0]
 
 
@@ -315,12 +351,20 @@ def settings(home, change):
 def test_no_hook_is_a_note_for_whoever_said_no(home):
     (home / ".claude/settings.json").unlink()
     findings = doctor(home)
-    assert of_level(findings, "problem") == [] and "there is no hook" in of_level(findings, "note", "hook")[0]
-    (home / ".claude/settings.json").write_text('{"hooks": {"Stop": [{"hooks": [{"type": "command", "command": "say done"}]}]}}')
+    assert (
+        of_level(findings, "problem") == []
+        and "there is no hook" in of_level(findings, "note", "hook")[0]
+    )
+    (home / ".claude/settings.json").write_text(
+        '{"hooks": {"Stop": [{"hooks": [{"type": "command", "command": "say done"}]}]}}'
+    )
     assert "no hook of the queue" in of_level(doctor(home), "note", "hook")[0]
 
 
-@pytest.mark.parametrize(("text", "says"), [("{", "not valid JSON"), ('{"hooks": [1]}', "not of the shape"), ("[]", "not of the shape")])
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [("{", "not valid JSON"), ('{"hooks": [1]}', "not of the shape"), ("[]", "not of the shape")],
+)
 def test_settings_that_claude_code_cannot_read(home, text, says):
     (home / ".claude/settings.json").write_text(text)
     assert says in the_problem(home)
@@ -341,7 +385,9 @@ def test_a_hook_whose_file_or_interpreters_have_gone(home):
     hook = home / PREFIX / "runtime/hook"
     spoil_record(home, python="/nowhere/python3")
     findings = doctor(home)
-    assert of_level(findings, "problem") == [] and "can do without python" in " ".join(of_level(findings, "note", "hook"))
+    assert of_level(findings, "problem") == [] and "can do without python" in " ".join(
+        of_level(findings, "note", "hook")
+    )
     spoil_record(home, uv="/nowhere/uv")
     assert "neither Python 3.11 nor uv" in the_problem(home)
     hook.unlink()
@@ -352,7 +398,9 @@ def test_a_hook_whose_file_or_interpreters_have_gone(home):
 
 def test_a_hook_that_counts_on_a_path_it_will_not_have(home):
     def mine(value):
-        value["hooks"]["Stop"][0]["hooks"].append({"type": "command", "command": "uv run --script ~/x/enqueue.py --hook notifications"})
+        value["hooks"]["Stop"][0]["hooks"].append(
+            {"type": "command", "command": "uv run --script ~/x/enqueue.py --hook notifications"}
+        )
 
     settings(home, mine)
     (home / "x").mkdir()
@@ -389,7 +437,11 @@ def test_the_wal_reset_bug_is_known_by_version(tasks, version, has_it):
 @pytest.mark.parametrize(("kind", "path", "level"), [("nfs4", "/srv/share/state", "problem"), ("9p", "/mnt/c/Users/x", "problem"), ("drvfs", "/mnt/c/Users/x", "problem"),
                                                     ("fuse.sshfs", "/home/me/far", "problem"), ("cifs", "/x", "problem"), ("ext4", "/mnt/c/x", "ok"), ("apfs", "/Users/me", "ok")])  # fmt: skip
 def test_file_systems_that_are_shared_with_other_machines(tasks, monkeypatch, kind, path, level):
-    table = [("/", "ext4", ["rw"]), (str(Path(path).parent), kind, ["rw"]), ("/other", "nfs", ["rw"])]
+    table = [
+        ("/", "ext4", ["rw"]),
+        (str(Path(path).parent), kind, ["rw"]),
+        ("/other", "nfs", ["rw"]),
+    ]
     monkeypatch.setattr(tasks, "mount_table", lambda: table)
     (finding,) = tasks.check_file_system(Path(path))
     assert finding.level == level and (kind in finding.what)
@@ -406,11 +458,17 @@ def mounted(home, script):
         pytest.skip("needs to be root, to mount")
     state = home / PREFIX / "state"
     setup = f'cp -a "$STATE" /tmp/kept.$$ && {script} && shift 0 && exec "$@"'
-    return doctor(home, prefix=["unshare", "-m", "sh", "-c", setup.replace("/tmp/kept.$$", '"$STATE.kept"'), "sh"], env={"STATE": str(state)})
+    return doctor(
+        home,
+        prefix=["unshare", "-m", "sh", "-c", setup.replace("/tmp/kept.$$", '"$STATE.kept"'), "sh"],
+        env={"STATE": str(state)},
+    )
 
 
 def test_a_full_disk_and_a_state_in_memory(home):
-    findings = mounted(home, 'mount -t tmpfs -o size=4m,mode=700 tmpfs "$STATE" && cp -a "$STATE.kept/." "$STATE"')
+    findings = mounted(
+        home, 'mount -t tmpfs -o size=4m,mode=700 tmpfs "$STATE" && cp -a "$STATE.kept/." "$STATE"'
+    )
     assert "the disk is full, or nearly" in of_level(findings, "problem", "disk")[0]
     assert "gone after a restart" in of_level(findings, "note", "file system")[0]
 
@@ -426,7 +484,9 @@ def test_no_inotify_instances_left(home, tmp_path):
     fit = [python, "-c", "import sys; sys.exit(sys.version_info < (3, 11))"]
     if os.geteuid() or not os.access(python, os.X_OK) or subprocess.run(fit).returncode:
         pytest.skip("needs to be root, and a Python that everybody may run")
-    public = Path(subprocess.run(["mktemp", "-d"], capture_output=True, text=True, check=True).stdout.strip())
+    public = Path(
+        subprocess.run(["mktemp", "-d"], capture_output=True, text=True, check=True).stdout.strip()
+    )
     try:
         for name in MAIN.glob("*.py"):
             shutil.copy(name, public)
@@ -437,12 +497,20 @@ def test_no_inotify_instances_left(home, tmp_path):
                              env={"HOME": str(public), "PATH": "/usr/bin:/bin"}, cwd="/", timeout=60)  # fmt: skip
     finally:
         shutil.rmtree(public)
-    assert ran.returncode == 1 and "Too many open files: workers cannot be woken by file events" in ran.stdout, ran.stdout + ran.stderr
+    assert (
+        ran.returncode == 1
+        and "Too many open files: workers cannot be woken by file events" in ran.stdout
+    ), ran.stdout + ran.stderr
 
 
 @pytest.mark.parametrize("args", [["--nonsense"], ["--max-wait", "soon"]])
 def test_a_usage_error_is_64(home, args):
-    ran = subprocess.run([sys.executable, home / PREFIX / "runtime/lib/tasks.py", "doctor", *args], env={"HOME": str(home)}, capture_output=True, text=True)
+    ran = subprocess.run(
+        [sys.executable, home / PREFIX / "runtime/lib/tasks.py", "doctor", *args],
+        env={"HOME": str(home)},
+        capture_output=True,
+        text=True,
+    )
     assert ran.returncode == 64 and "Traceback" not in ran.stderr
 
 
@@ -451,7 +519,10 @@ def test_a_state_that_is_not_the_hooks_is_told(home, tmp_path):
     shutil.copytree(home / PREFIX / "state", other)
     findings = doctor(home, env={"TASK_QUEUE_STATE": str(other)})
     assert of_level(findings, "problem") == []
-    assert any(f"tasks go to {home / PREFIX / 'state'}; this looks at {other}" in note for note in of_level(findings, "note", "hook"))
+    assert any(
+        f"tasks go to {home / PREFIX / 'state'}; this looks at {other}" in note
+        for note in of_level(findings, "note", "hook")
+    )
 
 
 # -------------------------------------------------------------------------------------- by whatever way the queue is found
@@ -459,7 +530,9 @@ def test_a_state_that_is_not_the_hooks_is_told(home, tmp_path):
 
 def hooks(home, *commands, event="Stop"):
     def change(value):
-        value["hooks"] = {event: [{"hooks": [{"type": "command", **command} for command in commands]}]}
+        value["hooks"] = {
+            event: [{"hooks": [{"type": "command", **command} for command in commands]}]
+        }
 
     settings(home, change)
 
@@ -473,9 +546,18 @@ def hooks(home, *commands, event="Stop"):
 ], ids=lambda words: words["command"])  # fmt: skip
 def test_a_hook_is_seen_however_it_is_written(home, words):
     prefix = home / PREFIX
-    hooks(home, json.loads(json.dumps(words).replace("{lib}", str(prefix / "runtime/lib")).replace("{hook}", str(prefix / "runtime/hook"))))
+    hooks(
+        home,
+        json.loads(
+            json.dumps(words)
+            .replace("{lib}", str(prefix / "runtime/lib"))
+            .replace("{hook}", str(prefix / "runtime/hook"))
+        ),
+    )
     findings = [f for f in doctor(home) if f["check"] == "hook"]
-    assert [f["level"] for f in findings] == ["ok"] and findings[0]["message"].endswith(": Stop"), findings
+    assert [f["level"] for f in findings] == ["ok"] and findings[0]["message"].endswith(": Stop"), (
+        findings
+    )
 
 
 def test_a_hook_is_seen_behind_a_prefix_that_is_a_link(home, tmp_path):
@@ -528,7 +610,9 @@ def test_a_spool_file_whose_name_is_not_utf8_is_named_with_a_remedy_that_works(h
     for name in (b"\xff'\\ \x1b].json", b"\xfe.json"):
         (Path(os.fsdecode(os.fsencode(spool) + b"/" + name))).write_text("{}")
     remedies = [f["remedy"] for f in doctor(home) if f["level"] == "problem"]
-    assert len(remedies) == 2 and all(remedy.isascii() or "J\u00fcrgen" in remedy for remedy in remedies)
+    assert len(remedies) == 2 and all(
+        remedy.isascii() or "J\u00fcrgen" in remedy for remedy in remedies
+    )
     for remedy in remedies:
         subprocess.run(["bash", "-c", remedy], check=True)
     assert of_level(doctor(home), "problem") == []
@@ -550,7 +634,9 @@ def test_files_that_their_owner_cannot_read_are_told(home):
     directory.chmod(0)
     findings = doctor(home)
     assert "cannot be read and written" in of_level(findings, "problem", "state")[0]
-    subprocess.run(["bash", "-c", next(f["remedy"] for f in findings if f["level"] == "problem")], check=True)
+    subprocess.run(
+        ["bash", "-c", next(f["remedy"] for f in findings if f["level"] == "problem")], check=True
+    )
     assert of_level(doctor(home), "problem") == []
 
 
@@ -567,7 +653,10 @@ def test_files_of_another_user_are_told_with_the_command_that_mends_it(tasks, ho
         pytest.skip("needs root, to make files of another user")
     (finding,) = [f for f in tasks.check_state(state) if f.level == "problem"]
     assert "1 file in" in finding.what and "workers of root" in finding.what
-    assert finding.remedy.startswith(f"sudo chown -R {mine}:") and str(state).split("'")[0] in finding.remedy
+    assert (
+        finding.remedy.startswith(f"sudo chown -R {mine}:")
+        and str(state).split("'")[0] in finding.remedy
+    )
 
 
 def test_root_is_told_to_be_the_states_owner(tasks, home, monkeypatch):
@@ -576,7 +665,11 @@ def test_root_is_told_to_be_the_states_owner(tasks, home, monkeypatch):
         pytest.skip("needs root")
     os.chown(state, 65534, -1)
     (finding,) = tasks.check_state(state)
-    assert finding.level == "problem" and "you are root" in finding.what and "sudo -u" in finding.remedy
+    assert (
+        finding.level == "problem"
+        and "you are root" in finding.what
+        and "sudo -u" in finding.remedy
+    )
 
 
 def test_doctor_names_a_cause_before_it_offers_a_purge(home):
@@ -593,16 +686,32 @@ def test_one_check_that_fails_does_not_stop_the_others(home):
     (home / PREFIX / "state/tasks.db").unlink()
     (home / PREFIX / "state/tasks.db").mkdir()
     findings = doctor(home)
-    assert {f["check"] for f in findings} >= {"versions", "state", "database", "tasks", "spool", "handlers", "hook", "file events"}
+    assert {f["check"] for f in findings} >= {
+        "versions",
+        "state",
+        "database",
+        "tasks",
+        "spool",
+        "handlers",
+        "hook",
+        "file events",
+    }
 
 
 def test_what_holds_a_queue_back_is_said_until_when_and_why(home):
     put(home, "approvals")
     tasks = [sys.executable, home / PREFIX / "runtime/lib/tasks.py"]
     env = {"HOME": str(home), "PATH": os.environ["PATH"]}
-    subprocess.run([*tasks, "pause", "approvals", "--for", "90m", "--reason", "usage limit"], env=env, check=True, capture_output=True)
+    subprocess.run(
+        [*tasks, "pause", "approvals", "--for", "90m", "--reason", "usage limit"],
+        env=env,
+        check=True,
+        capture_output=True,
+    )
     (found,) = [f for f in doctor(home) if "is paused" in f["message"]]
-    assert found["level"] == "note" and re.search(r"paused until .*\(in 90 m\): usage limit", found["message"])
+    assert found["level"] == "note" and re.search(
+        r"paused until .*\(in 90 m\): usage limit", found["message"]
+    )
     assert found["remedy"].endswith("resume approvals")
 
 
@@ -610,4 +719,8 @@ def test_tasks_that_wait_for_a_person_are_named_after_a_while(home):
     put(home, "approvals", seconds_ago=60, status=3)
     assert not [f for f in doctor(home) if "held for a person" in f["message"]]
     (found,) = [f for f in doctor(home, "--max-wait", "0s") if "held for a person" in f["message"]]
-    assert found["level"] == "note" and "approve ID" in found["remedy"] and "reject ID" in found["remedy"]
+    assert (
+        found["level"] == "note"
+        and "approve ID" in found["remedy"]
+        and "reject ID" in found["remedy"]
+    )

@@ -30,7 +30,13 @@ def put(installation, *args, **options) -> str:
 @pytest.mark.parametrize("by", ["option", "line"])
 @pytest.mark.parametrize(
     ("name", "text", "seconds"),
-    [("delay", "30", 30), ("delay", "10m", 600), ("delay", "1h30m", 5400), ("ttl", "1h", 3600), ("ttl", "2d", 172_800)],
+    [
+        ("delay", "30", 30),
+        ("delay", "10m", 600),
+        ("delay", "1h30m", 5400),
+        ("ttl", "1h", 3600),
+        ("ttl", "2d", 172_800),
+    ],
 )
 def test_a_duration(installation, by, name, text, seconds):
     began = time.time()
@@ -48,7 +54,12 @@ def test_a_duration(installation, by, name, text, seconds):
 def test_a_time_is_local_unless_it_has_a_zone(installation, zone):
     local = {"TZ": "XXX+5"}
     put(installation, "t", "--at", f"2050-12-01T09:00{zone}", env=local)
-    put(installation, "--jsonl", input=json.dumps({"task_type": "t", "at": f"2050-12-01T09:00{zone}"}), env=local)
+    put(
+        installation,
+        "--jsonl",
+        input=json.dumps({"task_type": "t", "at": f"2050-12-01T09:00{zone}"}),
+        env=local,
+    )
     hour = {"": 14, "Z": 9, "+02:00": 7}[zone]
     times = installation.rows("select datetime(due_at, 'unixepoch') from notifications")
     assert times == [(f"2050-12-01 {hour:02d}:00:00",)] * 2
@@ -59,7 +70,11 @@ def test_held_grouped_and_before_others(installation, by):
     if by == "option":
         put(installation, "t", "--hold", "--group", "a group", "--priority", "-5")
     else:
-        put(installation, "--jsonl", input='{"task_type": "t", "hold": true, "group": "a group", "priority": -5}')
+        put(
+            installation,
+            "--jsonl",
+            input='{"task_type": "t", "hold": true, "group": "a group", "priority": -5}',
+        )
     assert row(installation) == (3, None, -5, "a group", None)
     assert installation.rows("select status from task_queue") == [("held",)]
 
@@ -67,7 +82,10 @@ def test_held_grouped_and_before_others(installation, by):
 def test_options_are_what_a_line_does_not_say(installation):
     lines = '{"task_type": "t", "group": "own"}\n{"task_type": "t"}\n'
     put(installation, "--jsonl", "--group", "all", "--priority", "2", input=lines)
-    assert installation.rows("select group_id, priority from notifications order by id") == [("own", 2), ("all", 2)]
+    assert installation.rows("select group_id, priority from notifications order by id") == [
+        ("own", 2),
+        ("all", 2),
+    ]
 
 
 def test_a_window(installation, queue):
@@ -101,19 +119,43 @@ def test_json_in_utf_8_is_stored_right_whatever_the_locale(installation, tmp_pat
                                         capture_output=True).returncode  # fmt: skip
     if made != 0:
         pytest.skip("this system cannot make a Latin-1 locale")
-    env = {"LOCPATH": str(tmp_path), "LC_ALL": "en_US.ISO-8859-1", "PYTHONUTF8": "0", "CLAUDE_PROJECT_DIR": "/größe"}
+    env = {
+        "LOCPATH": str(tmp_path),
+        "LC_ALL": "en_US.ISO-8859-1",
+        "PYTHONUTF8": "0",
+        "CLAUDE_PROJECT_DIR": "/größe",
+    }
     installation.db = tmp_path / "state/tasks.db"
     env["TASK_QUEUE_STATE"] = str(tmp_path / "state")
     probe = subprocess.run([sys.executable, "-c", "import sys; print(ascii(sys.argv[1]))", "ü"], env=installation.env | env,
                            capture_output=True, text=True)  # fmt: skip
     assert probe.stdout == "'\\xc3\\xbc'\n", "so this test can fail"
-    done = installation.run("enqueue.py", "notifications", "prüfen", '{"wörter": "漁港"}', "--task-id", "id", "--group", "ß", env=env)
+    done = installation.run(
+        "enqueue.py",
+        "notifications",
+        "prüfen",
+        '{"wörter": "漁港"}',
+        "--task-id",
+        "id",
+        "--group",
+        "ß",
+        env=env,
+    )
     assert (done.returncode, done.stdout, done.stderr) == (0, "queued id\n", "")
-    [(task_type, task_id, group, data)] = installation.rows("select task_type, task_id, group_id, data from notifications")
-    assert (task_type, task_id, group, json.loads(data)["data"]) == ("prüfen", "id", "ß", {"wörter": "漁港"})
+    [(task_type, task_id, group, data)] = installation.rows(
+        "select task_type, task_id, group_id, data from notifications"
+    )
+    assert (task_type, task_id, group, json.loads(data)["data"]) == (
+        "prüfen",
+        "id",
+        "ß",
+        {"wörter": "漁港"},
+    )
     directory = tmp_path / "größe"
     directory.mkdir()
-    done = installation.run("enqueue.py", "--hook", "notifications", "t", env=env, input="{}", cwd=directory)
+    done = installation.run(
+        "enqueue.py", "--hook", "notifications", "t", env=env, input="{}", cwd=directory
+    )
     told = json.loads(row(installation, "data")[0])["data"]
     assert told == {"workspace_path": str(directory), "project_dir": "/größe"}
 
@@ -142,7 +184,10 @@ def test_of_a_task_that_runs_the_latest_data_runs_once_more(installation, queue,
     mine = queue.get_ack_queue("notifications")
     row_id, _ = mine.get(timeout=5)
     for number in (2, 3):
-        assert put(installation, "t", f'{{"n": {number}}}', "--task-id", "x", "--on-duplicate", what) == "updated x\n"
+        assert (
+            put(installation, "t", f'{{"n": {number}}}', "--task-id", "x", "--on-duplicate", what)
+            == "updated x\n"
+        )
     assert stored(installation) == [(1, 2)]
     mine.ack(row_id)
     assert stored(installation) == [(3, 1)] and row(installation, "attempts") == (0,)
@@ -152,7 +197,10 @@ def test_a_debounce_waits_from_the_last_call(installation):
     for _ in range(2):
         began = time.time()
         put(installation, "t", "--task-id", "x", "--on-duplicate", "replace", "--delay", "1h")
-    assert installation.rows("select count(*) from notifications") == [(1,)] and row(installation, "due_at")[0] >= began + 3600
+    assert (
+        installation.rows("select count(*) from notifications") == [(1,)]
+        and row(installation, "due_at")[0] >= began + 3600
+    )
 
 
 def enqueue_all(me: int, what: str, rounds: int, barrier, told) -> None:
@@ -171,7 +219,10 @@ def race(what: str, rounds: int, racers: int = 50) -> dict[int, list[bool]]:
     """So many processes enqueue the same ids at once; what each was told, round by round."""
     fork = multiprocessing.get_context("fork")
     barrier, told = fork.Barrier(racers), fork.Queue()
-    started = [fork.Process(target=enqueue_all, args=(me, what, rounds, barrier, told)) for me in range(racers)]
+    started = [
+        fork.Process(target=enqueue_all, args=(me, what, rounds, barrier, told))
+        for me in range(racers)
+    ]
     for process in started:
         process.start()
     results = dict(told.get(timeout=240) for _ in started)
@@ -184,8 +235,12 @@ def race(what: str, rounds: int, racers: int = 50) -> dict[int, list[bool]]:
 def test_fifty_at_once_make_one_waiting_task(installation, queue, what):
     queue.connect()
     told = race(what, 8)
-    assert [sum(one) for one in zip(*told.values(), strict=True)] == [1] * 8, "one of them is told that its task is new"
-    found = dict(installation.rows("select task_id, json_extract(data, '$.data.by') from notifications"))
+    assert [sum(one) for one in zip(*told.values(), strict=True)] == [1] * 8, (
+        "one of them is told that its task is new"
+    )
+    found = dict(
+        installation.rows("select task_id, json_extract(data, '$.data.by') from notifications")
+    )
     assert len(found) == 8 and installation.rows("select count(*) from notifications") == [(8,)]
     if what == "skip":
         for number in range(8):
@@ -203,7 +258,9 @@ def test_fifty_at_once_while_it_runs_make_one_more_run_or_none(installation, que
     assert not any(map(any, told.values()))
     for row_id in claimed:
         mine.ack(row_id)
-    again = installation.rows("select task_id, attempts, json_extract(data, '$.data.by') is null from notifications order by task_id")
+    again = installation.rows(
+        "select task_id, attempts, json_extract(data, '$.data.by') is null from notifications order by task_id"
+    )
     assert again == ([] if what == "skip" else [(f"x{number}", 0, 0) for number in range(6)])
 
 
@@ -245,10 +302,20 @@ WRONG_USE = [
     ["--hold", "--delay", "1"], ["--hold", "--at", "2050-01-01"], ["--at", "2050-01-01", "--delay", "1"], ["--hold=1"],
     ["--\x1b]0;title\x07"],
 ]  # fmt: skip
-REFUSED = [["--priority", "1000001"], ["--group", ""], ["--group", "x" * 501], ["--group", "a\nb"], ["--task-id", ""]]
+REFUSED = [
+    ["--priority", "1000001"],
+    ["--group", ""],
+    ["--group", "x" * 501],
+    ["--group", "a\nb"],
+    ["--task-id", ""],
+]
 
 
-@pytest.mark.parametrize(("args", "code"), [*((args, 64) for args in WRONG_USE), *((args, 65) for args in REFUSED)], ids=str)
+@pytest.mark.parametrize(
+    ("args", "code"),
+    [*((args, 64) for args in WRONG_USE), *((args, 65) for args in REFUSED)],
+    ids=str,
+)
 def test_nonsense_is_refused_in_one_line(installation, args, code):
     done = installation.run("enqueue.py", "notifications", "t", *args)
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (code, "", 1), done.stderr
@@ -256,7 +323,9 @@ def test_nonsense_is_refused_in_one_line(installation, args, code):
     assert not installation.rows("select * from notifications")
 
 
-@pytest.mark.parametrize("args", [["--group-by", "planet"], ["--group", "a", "--group-by", "session"], ["--wait", "nan"]])
+@pytest.mark.parametrize(
+    "args", [["--group-by", "planet"], ["--group", "a", "--group-by", "session"], ["--wait", "nan"]]
+)
 def test_nonsense_told_to_a_hook_is_refused_in_one_line(installation, args):
     done = installation.run("enqueue.py", "--hook", "notifications", *args, input="{}")
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (64, "", 1), done.stderr
@@ -272,21 +341,33 @@ LINES = [
 @pytest.mark.parametrize("line", LINES, ids=lambda line: str(line)[:40])
 def test_nonsense_in_a_line_is_refused_with_its_number(installation, line):
     lines = [{"task_type": "t"}, {"task_type": "t", **line}]
-    done = installation.run("enqueue.py", "notifications", "--jsonl", input="\n".join(map(json.dumps, lines)))
+    done = installation.run(
+        "enqueue.py", "notifications", "--jsonl", input="\n".join(map(json.dumps, lines))
+    )
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (65, "", 1), done.stderr
     assert "line 2" in done.stderr and "Traceback" not in done.stderr and len(done.stderr) < 500
     assert not installation.rows("select * from notifications")
 
 
-@pytest.mark.parametrize("number", ["1e400", "-1e999", "NaN", "9" * 5000, "1" + "0" * 400 + ".5", "9" * 250 + "e99", "[Infinity]"])
+@pytest.mark.parametrize(
+    "number",
+    ["1e400", "-1e999", "NaN", "9" * 5000, "1" + "0" * 400 + ".5", "9" * 250 + "e99", "[Infinity]"],
+)
 @pytest.mark.parametrize("way", ["word", "stdin", "line"])
 def test_a_number_that_no_reader_reads_is_refused_by_name(installation, number, way):
     raw = f'{{"text": "NaN 1e400", "n": {number}}}'
     args = {"word": ["t", raw], "stdin": ["t", "-"], "line": ["t", "--jsonl"]}[way]
-    done = installation.run("enqueue.py", "notifications", *args, input=None if way == "word" else raw)
+    done = installation.run(
+        "enqueue.py", "notifications", *args, input=None if way == "word" else raw
+    )
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (65, "", 1)
     assert number.strip("[]")[:40] in done.stderr
-    put(installation, "t", "-", input='{"text": "NaN 1e400 Infinity", "n": [1e3, 0.0001, 1e-400, %s]}' % ("9" * 300))
+    put(
+        installation,
+        "t",
+        "-",
+        input='{"text": "NaN 1e400 Infinity", "n": [1e3, 0.0001, 1e-400, %s]}' % ("9" * 300),
+    )
     assert installation.rows("select count(*) from notifications") == [(1,)]
 
 
@@ -294,11 +375,18 @@ COLUMNS_OF_BASH = {
     "priority": ["'high'", "1.5", "null", "1000001", "x'00'"],
     "due_at": ["'tomorrow'", "1200105417600", "-1", "9e999", "x'00'"],
     "expires_at": ["'1h'", "1200105417600", "-0.5"],
-    "group_id": ["''", "replace(hex(zeroblob(524288)), '00', 'x')", "x'00'", "replace(hex(zeroblob(500)), '00', 'xy')"],
+    "group_id": [
+        "''",
+        "replace(hex(zeroblob(524288)), '00', 'x')",
+        "x'00'",
+        "replace(hex(zeroblob(500)), '00', 'xy')",
+    ],
 }
 
 
-@pytest.mark.parametrize(("column", "value"), [(c, v) for c, values in COLUMNS_OF_BASH.items() for v in values])
+@pytest.mark.parametrize(
+    ("column", "value"), [(c, v) for c, values in COLUMNS_OF_BASH.items() for v in values]
+)
 def test_nonsense_in_a_column_is_refused_at_the_insert_of_bash(installation, queue, column, value):
     queue.connect()
     statement = f"insert into notifications (data, {column}) values ('{{}}', {value})"
@@ -312,5 +400,18 @@ def test_what_bash_says_in_columns_means_the_same_as_options(installation, queue
     installation.sqlite3("insert into notifications (data, priority, group_id, due_at, expires_at) "
                          "values ('{}', 5, 'g', unixepoch('2050-01-01'), unixepoch('2051-01-01'))")  # fmt: skip
     of_bash = row(installation)
-    put(installation, "t", "--priority", "5", "--group", "g", "--at", "2050-01-01T00:00Z", "--ttl", "1d")
-    assert of_bash[:4] == row(installation)[:4] == (3, 2524608000.0, 5, "g") and os.path.exists(installation.db)
+    put(
+        installation,
+        "t",
+        "--priority",
+        "5",
+        "--group",
+        "g",
+        "--at",
+        "2050-01-01T00:00Z",
+        "--ttl",
+        "1d",
+    )
+    assert of_bash[:4] == row(installation)[:4] == (3, 2524608000.0, 5, "g") and os.path.exists(
+        installation.db
+    )

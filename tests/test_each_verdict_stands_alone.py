@@ -15,13 +15,18 @@ def beside(installation):
         installation.handler("odd", handler)
         installation.handler("fine", "#!/bin/sh\n")
         kinds = ["fine", "odd", "fine", "fine"]
-        tasks = "".join(json.dumps({"task_type": kind, "data": {}, "task_id": f"{kind}-{n}"}) + "\n" for n, kind in enumerate(kinds))
+        tasks = "".join(
+            json.dumps({"task_type": kind, "data": {}, "task_id": f"{kind}-{n}"}) + "\n"
+            for n, kind in enumerate(kinds)
+        )
         installation.enqueue("notifications", "--jsonl", input=tasks)
         setup()
         worker = installation.worker("notifications", "--concurrency", 4, *options)
         for name in ("fine-0", "fine-2", "fine-3"):
             assert installation.finished(name)["status"] == "completed"
-        assert worker.poll() is None and "Traceback" not in worker.log.read_text(), worker.log.read_text()
+        assert worker.poll() is None and "Traceback" not in worker.log.read_text(), (
+            worker.log.read_text()
+        )
         return worker
 
     return run
@@ -37,7 +42,9 @@ def test_a_time_that_is_none_spins_nothing(installation, beside, number):
     beside(f"#!/bin/sh\necho x >>\"$HOME/runs\"\necho '{text}'\nexit 75\n")
     wait_for(lambda: installation.history("odd-1") or installation.rows("select 1 from notifications where status = 3"),
              what="the odd one's verdict")  # fmt: skip
-    assert stays_true(lambda: len(lines(installation.directory / "runs")) == 1, 1), "it ran again at once, uncounted"
+    assert stays_true(lambda: len(lines(installation.directory / "runs")) == 1, 1), (
+        "it ran again at once, uncounted"
+    )
     rows = installation.rows("select attempts, due_at - unixepoch() from notifications")
     if rows:
         ((attempts, seconds),) = rows
@@ -48,13 +55,21 @@ def test_a_time_that_is_none_spins_nothing(installation, beside, number):
 def test_not_now_is_not_as_fast_as_it_can(installation, beside, said):
     """What does not count would otherwise run hundreds of times a second, for ever."""
     beside(f"#!/bin/sh\ndate +%s.%N >>\"$HOME/runs\"\necho '{said}'\nexit 75\n")
-    began = wait_for(lambda: len(lines(installation.directory / "runs")) > 3 and lines(installation.directory / "runs"))
+    began = wait_for(
+        lambda: (
+            len(lines(installation.directory / "runs")) > 3
+            and lines(installation.directory / "runs")
+        )
+    )
     assert float(began[3]) - float(began[0]) > 0.25
 
 
 def test_not_now_without_a_time_waits_a_minute(installation, beside):
     beside("#!/bin/sh\nexit 75\n")
-    wait_for(lambda: installation.rows("select 1 from notifications where status = 3"), what="the odd one's verdict")
+    wait_for(
+        lambda: installation.rows("select 1 from notifications where status = 3"),
+        what="the odd one's verdict",
+    )
     assert 50 < installation.rows("select due_at - unixepoch() from notifications")[0][0] <= 61
 
 
@@ -70,7 +85,10 @@ def test_a_row_that_no_history_takes_holds_up_no_other(installation, beside):
     """A constraint that one row breaks is that row's matter; it is kept, out of everybody's way."""
     trigger = "create trigger no before insert on task_history when new.task_id = 'odd-1' begin select raise(abort, 'not this one'); end"
     worker = beside("#!/bin/sh\n", setup=lambda: installation.sqlite3(trigger))
-    wait_for(lambda: installation.rows("select 1 from notifications where status = 3"), what="the odd one's verdict")
+    wait_for(
+        lambda: installation.rows("select 1 from notifications where status = 3"),
+        what="the odd one's verdict",
+    )
     ((error, seconds),) = installation.rows("select error, due_at - unixepoch() from notifications")
     assert "not this one" in error and seconds > 3600
     wait_for(lambda: "not this one" in worker.log.read_text(), what="a word on it")
@@ -97,7 +115,11 @@ def test_what_a_verdict_raises_buries_its_task_alone(installation, queue):
     with queue.transaction(conn):
         outcomes = [queue_owners.verdict_alone(conn, task, verdict(task))[0] for task in tasks]
     assert outcomes == ["completed", "failed", "completed"]
-    assert installation.history("t-0")["status"] == installation.history("t-2")["status"] == "completed"
+    assert (
+        installation.history("t-0")["status"]
+        == installation.history("t-2")["status"]
+        == "completed"
+    )
     buried = installation.history("t-1")
     assert buried["status"] == "failed" and "int too large" in buried["error"]
 
@@ -116,7 +138,10 @@ def test_the_databases_own_trouble_is_tried_again(installation, queue, trouble):
 
     with pytest.raises(queue.QueueError), queue.transaction(conn):
         queue_owners.verdict_alone(conn, task, verdict)
-    assert installation.rows("select status from notifications") == [(2,)] and installation.history("it") is None
+    assert (
+        installation.rows("select status from notifications") == [(2,)]
+        and installation.history("it") is None
+    )
 
 
 def test_a_dead_workers_tasks_stand_alone_too(installation, queue, monkeypatch):

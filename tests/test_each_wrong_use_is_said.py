@@ -63,7 +63,9 @@ def test_a_wrong_command_line(installation, command):
     ("install.py", "install --event WorktreeCreate", "no worktree could be made any more")])  # fmt: skip
 def test_a_wrong_command_line_of_the_others(installation, script, command, words):
     done = installation.run(script, *command.split())
-    assert done.returncode == 64 and done.stdout == "" and len(done.stderr.splitlines()) == 1, done.stderr
+    assert done.returncode == 64 and done.stdout == "" and len(done.stderr.splitlines()) == 1, (
+        done.stderr
+    )
     assert words in done.stderr and "--help" in done.stderr
 
 

@@ -30,7 +30,12 @@ print(json.dumps(sorted(sys.modules)))
 
 
 def test_it_loads_nothing_heavy(installation):
-    done = subprocess.run([sys.executable, "-I", "-S", "-c", ENQUEUE, ROOT], env=installation.env, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-I", "-S", "-c", ENQUEUE, ROOT],
+        env=installation.env,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
     loaded = json.loads(done.stdout)
     # sqlite3 of Python 3.11 to 3.13 needs datetime for its adapters and collections for its rows.
@@ -42,11 +47,22 @@ def test_it_loads_nothing_heavy(installation):
 def test_it_needs_nothing_but_the_standard_library(installation):
     """-S: no site-packages at all."""
     code = "import sys; sys.path.insert(0, sys.argv[1]); import queue_helpers as q; print(q.enqueue_task('notifications', 't', {}))"
-    done = subprocess.run([sys.executable, "-I", "-S", "-c", code, ROOT], env=installation.env, capture_output=True, text=True)
-    assert done.returncode == 0 and installation.rows("select task_id from notifications") == [(done.stdout.strip(),)]
+    done = subprocess.run(
+        [sys.executable, "-I", "-S", "-c", code, ROOT],
+        env=installation.env,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0 and installation.rows("select task_id from notifications") == [
+        (done.stdout.strip(),)
+    ]
 
 
-@pytest.mark.parametrize("args", [["notifications", "t", "{}"], ["--hook", "notifications"], ["notifications", "t", "--jsonl"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "args",
+    [["notifications", "t", "{}"], ["--hook", "notifications"], ["notifications", "t", "--jsonl"]],
+    ids=" ".join,
+)
 def test_nor_does_enqueue_py(installation, args):
     code = """if True:
         import runpy, sys, os
@@ -65,7 +81,19 @@ def test_nor_does_enqueue_py(installation, args):
     assert done.returncode == 0
     loaded = done.stderr.split()
     assert "queue_helpers" in loaded
-    assert [name for name in ("persistqueue", "watchdog", "asyncio", "dataclasses", "argparse", "subprocess", "logging") if name in loaded] == []
+    assert [
+        name
+        for name in (
+            "persistqueue",
+            "watchdog",
+            "asyncio",
+            "dataclasses",
+            "argparse",
+            "subprocess",
+            "logging",
+        )
+        if name in loaded
+    ] == []
     assert installation.rows("select count(*) from notifications") == [(1,)]
 
 

@@ -12,7 +12,9 @@ import pytest
 from conftest import ROOT, wait_for
 from processes import lines, stays_true
 
-WAIT = '#!/bin/sh\necho run >>"$HOME/runs"\nuntil [ -e "$HOME/go" ]; do sleep 0.02; done\necho done\n'
+WAIT = (
+    '#!/bin/sh\necho run >>"$HOME/runs"\nuntil [ -e "$HOME/go" ]; do sleep 0.02; done\necho done\n'
+)
 QUICK = "#!/bin/sh\n"
 
 
@@ -22,7 +24,9 @@ def mount(installation):
     mounted = []
 
     def make(*options):
-        done = subprocess.run(["mount", *map(str, options), installation.state], capture_output=True, text=True)
+        done = subprocess.run(
+            ["mount", *map(str, options), installation.state], capture_output=True, text=True
+        )
         if done.returncode:
             pytest.skip(f"needs root and mount: {done.stderr.strip()}")
         if "remount" not in str(options):
@@ -43,7 +47,11 @@ def immutable():
     made = []
 
     def make(path):
-        done = subprocess.run(["chattr", "+i", path], capture_output=True, text=True) if shutil.which("chattr") else None
+        done = (
+            subprocess.run(["chattr", "+i", path], capture_output=True, text=True)
+            if shutil.which("chattr")
+            else None
+        )
         if done is None or done.returncode:
             pytest.skip("needs root, chattr and a file system that knows it")
         made.append(path)
@@ -76,7 +84,10 @@ def it_ended_well(installation, task: str, worker) -> None:
     done = installation.finished(task)
     assert (done["status"], done["attempts"], done["result"]) == ("completed", 1, "done\n")
     assert lines(installation.directory / "runs") == ["run"]
-    assert installation.finished(installation.enqueue("notifications", "quick"))["status"] == "completed"
+    assert (
+        installation.finished(installation.enqueue("notifications", "quick"))["status"]
+        == "completed"
+    )
     assert worker.poll() is None and "can be used again" in worker.log.read_text()
 
 
@@ -104,7 +115,10 @@ def test_the_state_directory_was_deleted_while_a_handler_ran(installation):
     remove(installation.state)
     (installation.directory / "go").touch()
     wait_for(lambda: troubles(worker), what="a word on it")
-    assert installation.finished(installation.enqueue("notifications", "quick"))["status"] == "completed"
+    assert (
+        installation.finished(installation.enqueue("notifications", "quick"))["status"]
+        == "completed"
+    )
     wait_for(lambda: "lost" in worker.log.read_text(), what="a word on the run whose task is gone")
     assert worker.poll() is None and len(troubles(worker)) == 1
 
@@ -116,7 +130,10 @@ def test_a_worker_does_not_make_up_a_state_directory(installation):
     assert stays_true(lambda: not installation.state.exists(), 1)
     (installation.directory / "moved").rename(installation.state)
     installation.handler("quick", QUICK)
-    assert installation.finished(installation.enqueue("notifications", "quick"))["status"] == "completed"
+    assert (
+        installation.finished(installation.enqueue("notifications", "quick"))["status"]
+        == "completed"
+    )
     assert worker.poll() is None
 
 
@@ -125,22 +142,34 @@ def test_the_state_directory_was_replaced_by_one_that_knows_fewer_queues(install
     worker = installation.worker("emails", "--then", "replies")
     remove(installation.state)
     task = installation.enqueue("emails", "quick")
-    wait_for(lambda: installation.history(task) and installation.rows("select 1 from replies"), 8, "the task and its next")
+    wait_for(
+        lambda: installation.history(task) and installation.rows("select 1 from replies"),
+        8,
+        "the task and its next",
+    )
     assert worker.poll() is None
 
 
 def test_a_backup_was_restored_that_knows_fewer_queues(installation):
     installation.handler("wait", WAIT)
     installation.enqueue("notifications", "wait", "--delay", 3600)
-    installation.sqlite3(f"vacuum into '{str(installation.directory / 'backup.db').replace(chr(39), chr(39) * 2)}'")
+    installation.sqlite3(
+        f"vacuum into '{str(installation.directory / 'backup.db').replace(chr(39), chr(39) * 2)}'"
+    )
     installation.enqueue("emails", "wait")
     worker = installation.worker("emails", "--concurrency", 2, "--then", "replies")
     wait_for(lambda: lines(installation.directory / "runs"))
-    subprocess.run(["sqlite3", installation.db, f".restore '{installation.directory}/backup.db'"], check=True)
+    subprocess.run(
+        ["sqlite3", installation.db, f".restore '{installation.directory}/backup.db'"], check=True
+    )
     wait_for(lambda: troubles(worker) or worker.poll() is not None, what="a word on it")
     (installation.directory / "go").touch()
     task = installation.enqueue("emails", "wait")
-    wait_for(lambda: installation.history(task) or worker.poll() is not None, 8, "the next task's end, or the worker's")
+    wait_for(
+        lambda: installation.history(task) or worker.poll() is not None,
+        8,
+        "the next task's end, or the worker's",
+    )
     assert worker.poll() is None, worker.log.read_text()
 
 
@@ -154,7 +183,10 @@ def test_the_database_was_replaced(installation):
     (installation.directory / "go").touch()
     # The claim was in the copy.
     assert installation.finished(task)["status"] == "completed"
-    assert installation.finished(installation.enqueue("notifications", "quick"))["status"] == "completed"
+    assert (
+        installation.finished(installation.enqueue("notifications", "quick"))["status"]
+        == "completed"
+    )
     assert lines(installation.directory / "runs") == ["run"] and worker.poll() is None
 
 
@@ -168,7 +200,9 @@ def test_the_database_was_damaged_and_then_mended(installation):
     os.replace(installation.directory / "garbage", installation.db)
     (installation.directory / "go").touch()
     wait_for(lambda: troubles(worker) or worker.poll() is not None, what="a word on it")
-    assert stays_true(lambda: worker.poll() is None and len(troubles(worker)) == 1, 1.5), worker.log.read_text()
+    assert stays_true(lambda: worker.poll() is None and len(troubles(worker)) == 1, 1.5), (
+        worker.log.read_text()
+    )
     assert "not a database" in troubles(worker)[0]
     for sidecar in installation.state.glob("tasks.db-*"):
         sidecar.unlink()
@@ -190,11 +224,14 @@ def test_the_database_was_locked_for_longer_than_it_waits(installation):
 
 
 def test_timeouts_hold_while_the_database_is_locked(installation):
-    installation.handler("slow", """#!/bin/sh
+    installation.handler(
+        "slow",
+        """#!/bin/sh
 trap 'date +%s.%N >"$HOME/termed"' TERM
 date +%s.%N >"$HOME/began"
 sleep 100 & wait; kill $!
-""")
+""",
+    )
     installation.enqueue("notifications", "slow")
     installation.worker("notifications", "--timeout", 1, "--concurrency", 2)
     wait_for(lambda: lines(installation.directory / "began"))
@@ -204,7 +241,9 @@ sleep 100 & wait; kill $!
     wait_for(lambda: lines(installation.directory / "termed"), 10)
     conn.execute("rollback")
     conn.close()
-    began, termed = (float((installation.directory / name).read_text()) for name in ("began", "termed"))
+    began, termed = (
+        float((installation.directory / name).read_text()) for name in ("began", "termed")
+    )
     assert 0.9 < termed - began < 3.5
 
 
@@ -234,15 +273,24 @@ def test_the_disk_was_full(installation, mount):
         except OSError:
             pass
     # one that does not fit into what is left of the log's last page
-    refused = installation.run("enqueue.py", "notifications", "quick", "-", input='{"x": "%s"}' % ("x" * 500_000))
-    assert refused.returncode == 1 and "disk is full" in refused.stderr and refused.stderr.count("\n") == 1
+    refused = installation.run(
+        "enqueue.py", "notifications", "quick", "-", input='{"x": "%s"}' % ("x" * 500_000)
+    )
+    assert (
+        refused.returncode == 1
+        and "disk is full" in refused.stderr
+        and refused.stderr.count("\n") == 1
+    )
     (installation.directory / "go").touch()
     wait_for(lambda: troubles(worker), what="a word on it")
     assert stays_true(lambda: len(troubles(worker)) == 1 and worker.poll() is None, 1)
     assert "disk is full" in troubles(worker)[0]
     (installation.state / "filler").unlink()
     assert installation.finished(task)["status"] == "completed"
-    assert installation.finished(installation.enqueue("notifications", "quick"))["status"] == "completed"
+    assert (
+        installation.finished(installation.enqueue("notifications", "quick"))["status"]
+        == "completed"
+    )
     assert lines(installation.directory / "runs") == ["run"] and worker.poll() is None
 
 
@@ -251,7 +299,9 @@ def test_the_write_ahead_log_was_not_writable(installation, immutable):
     immutable(installation.state / "tasks.db-wal")
     (installation.directory / "go").touch()
     wait_for(lambda: troubles(worker) or worker.poll() is not None, what="a word on it")
-    assert stays_true(lambda: len(troubles(worker)) == 1 and worker.poll() is None, 1), worker.log.read_text()
+    assert stays_true(lambda: len(troubles(worker)) == 1 and worker.poll() is None, 1), (
+        worker.log.read_text()
+    )
     immutable.undo()
     it_ended_well(installation, task, worker)
 
@@ -265,7 +315,9 @@ def test_the_state_directory_was_read_only(installation, mount):
     opened.execute("select count(*) from notifications").fetchone()
     mount("--bind", installation.state)
     mount("-o", "remount,bind,ro")
-    opened.execute("""insert into notifications (data) values ('{"task_id": "it", "task_type": "quick", "data": {}}')""")
+    opened.execute(
+        """insert into notifications (data) values ('{"task_id": "it", "task_type": "quick", "data": {}}')"""
+    )
     opened.close()
     wait_for(lambda: "Read-only" in worker.log.read_text(), what="a word on it")
     assert worker.poll() is None and installation.history("it") is None
@@ -291,7 +343,9 @@ def test_a_spooled_file_that_cannot_be_removed_holds_up_nothing(installation, im
     assert worker.poll() is None
 
 
-def test_a_lock_between_the_two_steps_of_taking_in_the_spool_is_explained(installation, queue, monkeypatch):
+def test_a_lock_between_the_two_steps_of_taking_in_the_spool_is_explained(
+    installation, queue, monkeypatch
+):
     queue.ensure_queue(queue.connect(), "notifications")
     path = queue.spool("notifications", '{"task_id": "it", "task_type": "quick", "data": {}}')
     monkeypatch.setattr(queue, "BUSY_TIMEOUT_MS", 50)
@@ -319,9 +373,12 @@ def test_a_lock_between_the_two_steps_of_taking_in_the_spool_is_explained(instal
 
 @pytest.mark.parametrize("limit", ["max_inotify_instances", "max_inotify_watches"])
 def test_no_file_events_could_be_had(installation, limit):
-    inside = f"echo 0 >/proc/sys/user/{limit} && exec \"$@\""
+    inside = f'echo 0 >/proc/sys/user/{limit} && exec "$@"'
     unshare = ["unshare", "-Ur", "sh", "-c", inside, "sh"]
-    if not shutil.which("unshare") or subprocess.run([*unshare, "true"], capture_output=True).returncode:
+    if (
+        not shutil.which("unshare")
+        or subprocess.run([*unshare, "true"], capture_output=True).returncode
+    ):
         pytest.skip("needs user namespaces")
     installation.handler("quick", QUICK)
     log = installation.directory / "polls.log"
@@ -347,13 +404,24 @@ def test_there_were_too_few_descriptors_for_all_its_places(installation):
     def few_descriptors():
         resource.setrlimit(resource.RLIMIT_NOFILE, (48, 48))
 
-    installation.handler("any", '#!/bin/sh\necho run >>"$HOME/runs"\nuntil [ -e "$HOME/go" ]; do sleep 0.02; done\n')
+    installation.handler(
+        "any", '#!/bin/sh\necho run >>"$HOME/runs"\nuntil [ -e "$HOME/go" ]; do sleep 0.02; done\n'
+    )
     worker = installation.worker("notifications", "--concurrency", 60, preexec_fn=few_descriptors)
     installation.enqueue("notifications", "any", "--jsonl", input='{"n": 1}\n' * 60)
-    wait_for(lambda: "could not be started" in worker.log.read_text(), what="a handler that cannot be started")
+    wait_for(
+        lambda: "could not be started" in worker.log.read_text(),
+        what="a handler that cannot be started",
+    )
     (installation.directory / "go").touch()
-    wait_for(lambda: len(installation.rows("select 1 from task_history")) == 60, 60, "the end of all tasks")
-    assert installation.rows("select status, attempts, count(*) from task_history") == [("completed", 1, 60)]
+    wait_for(
+        lambda: len(installation.rows("select 1 from task_history")) == 60,
+        60,
+        "the end of all tasks",
+    )
+    assert installation.rows("select status, attempts, count(*) from task_history") == [
+        ("completed", 1, 60)
+    ]
     assert len(lines(installation.directory / "runs")) == 60
 
 
@@ -365,7 +433,10 @@ def test_nobody_reads_what_it_says_any_more(installation):
     assert b"serves" in worker.stderr.readline()
     worker.stderr.close()
     for _ in range(2):
-        assert installation.finished(installation.enqueue("notifications", "quick"))["status"] == "completed"
+        assert (
+            installation.finished(installation.enqueue("notifications", "quick"))["status"]
+            == "completed"
+        )
     worker.send_signal(signal.SIGTERM)
     assert worker.wait(5) == 0
 
@@ -373,10 +444,15 @@ def test_nobody_reads_what_it_says_any_more(installation):
 def test_the_terminal_was_closed_and_it_had_been_told_not_to_mind(installation):
     installation.handler("quick", QUICK)
     # This is what nohup does.
-    worker = installation.worker("notifications", preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))
+    worker = installation.worker(
+        "notifications", preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    )
     worker.send_signal(signal.SIGHUP)
     assert stays_true(lambda: worker.poll() is None, 0.7)
-    assert installation.finished(installation.enqueue("notifications", "quick"))["status"] == "completed"
+    assert (
+        installation.finished(installation.enqueue("notifications", "quick"))["status"]
+        == "completed"
+    )
 
 
 def test_a_row_was_claimed_by_somebody_who_leaves_no_name(installation):
@@ -392,7 +468,11 @@ def test_a_row_was_claimed_by_somebody_who_leaves_no_name(installation):
     holder.kill()
     holder.wait()
     os.killpg(int(lines(installation.directory / "runs")[0]), signal.SIGKILL)
-    wait_for(lambda: len(lines(installation.directory / "runs")) == 2, 4, "the next run of a dead worker's task")
+    wait_for(
+        lambda: len(lines(installation.directory / "runs")) == 2,
+        4,
+        "the next run of a dead worker's task",
+    )
     assert "Traceback" not in survivor.log.read_text()
     os.killpg(int(lines(installation.directory / "runs")[1]), signal.SIGKILL)
 
@@ -402,12 +482,21 @@ def test_the_state_directory_was_replaced_again_and_again(installation):
     worker = installation.worker("notifications")
 
     def held() -> tuple[int, int]:
-        return len(os.listdir(f"/proc/{worker.pid}/fd")), len(os.listdir(f"/proc/{worker.pid}/task"))
+        return len(os.listdir(f"/proc/{worker.pid}/fd")), len(
+            os.listdir(f"/proc/{worker.pid}/task")
+        )
 
     counts = []
     for _ in range(12):
         remove(installation.state)
-        assert installation.finished(installation.enqueue("notifications", "quick"))["status"] == "completed"
+        assert (
+            installation.finished(installation.enqueue("notifications", "quick"))["status"]
+            == "completed"
+        )
         counts.append(held())
     descriptors, threads = counts[0]
-    wait_for(lambda: held()[0] <= descriptors + 5 and held()[1] <= threads + 4, 7, f"the release of what it held: {counts}")
+    wait_for(
+        lambda: held()[0] <= descriptors + 5 and held()[1] <= threads + 4,
+        7,
+        f"the release of what it held: {counts}",
+    )

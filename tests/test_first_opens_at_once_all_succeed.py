@@ -62,7 +62,12 @@ def expected_layout(directory) -> list:
     """What one open after another makes."""
     env = {"TASK_QUEUE_STATE": str(directory), "PATH": os.environ["PATH"], "HOME": str(directory)}
     for queue in ("notifications", "own_0", "own_1"):
-        subprocess.run([sys.executable, ROOT / "enqueue.py", queue, "t"], env=env, check=True, stdout=subprocess.DEVNULL)
+        subprocess.run(
+            [sys.executable, ROOT / "enqueue.py", queue, "t"],
+            env=env,
+            check=True,
+            stdout=subprocess.DEVNULL,
+        )
     return layout(directory)
 
 
@@ -94,16 +99,33 @@ def test_twenty_rounds(tmp_path, kind):
         assert conn.execute("pragma integrity_check").fetchone() == ("ok",)
         conn.close()
         assert layout(state) == one_by_one
-        assert state.stat().st_mode & 0o777 == 0o700 and (state / "tasks.db").stat().st_mode & 0o777 == 0o600
+        assert (
+            state.stat().st_mode & 0o777 == 0o700
+            and (state / "tasks.db").stat().st_mode & 0o777 == 0o600
+        )
 
 
-@pytest.mark.parametrize("moment", ["table_names", "has_bare_queue", "is_bare_queue", "_switch_to_wal", "_make_schema", "transaction"])
+@pytest.mark.parametrize(
+    "moment",
+    [
+        "table_names",
+        "has_bare_queue",
+        "is_bare_queue",
+        "_switch_to_wal",
+        "_make_schema",
+        "transaction",
+    ],
+)
 @pytest.mark.parametrize("bare", [False, True], ids=["nothing was there", "a bare table was there"])
-def test_an_open_that_is_overtaken_half_way_by_another_first_open(installation, queue, monkeypatch, moment, bare):
+def test_an_open_that_is_overtaken_half_way_by_another_first_open(
+    installation, queue, monkeypatch, moment, bare
+):
     """The other makes the whole schema at each of the moments in which ours has looked, and not yet acted."""
     if bare:
         installation.state.mkdir()
-        installation.sqlite3("CREATE TABLE notifications (id INTEGER PRIMARY KEY AUTOINCREMENT, data TEXT NOT NULL)")
+        installation.sqlite3(
+            "CREATE TABLE notifications (id INTEGER PRIMARY KEY AUTOINCREMENT, data TEXT NOT NULL)"
+        )
     elif moment in ("has_bare_queue", "is_bare_queue"):
         pytest.skip("it is asked of tables")
     module = queue if hasattr(queue, moment) else importlib.import_module("queue_migrate")

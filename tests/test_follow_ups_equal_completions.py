@@ -7,7 +7,10 @@ from conftest import wait_for
 
 
 def next_ones(installation) -> list[dict]:
-    return [json.loads(data) for (data,) in installation.rows("select data from completions order by id")]
+    return [
+        json.loads(data)
+        for (data,) in installation.rows("select data from completions order by id")
+    ]
 
 
 def completions(installation) -> int:
@@ -18,18 +21,34 @@ def test_of_one_task_id_in_two_queues(installation):
     installation.handler("it", '#!/bin/sh\necho "{\\"queue\\": \\"$TASK_QUEUE\\"}"\n')
     for queue in ("notifications", "approvals"):
         installation.enqueue(queue, "it", "--task-id", "same")
-    assert installation.worker("notifications", "approvals", "--drain", "--then", "completions", ready=False).wait(20) == 0
+    assert (
+        installation.worker(
+            "notifications", "approvals", "--drain", "--then", "completions", ready=False
+        ).wait(20)
+        == 0
+    )
     assert completions(installation) == 2
-    assert sorted(one["data"]["queue"] for one in next_ones(installation)) == ["approvals", "notifications"]
+    assert sorted(one["data"]["queue"] for one in next_ones(installation)) == [
+        "approvals",
+        "notifications",
+    ]
     assert len({one["task_id"] for one in next_ones(installation)}) == 2
 
 
-@pytest.mark.parametrize("again", [["tasks.py", "retry", "same"], ["enqueue.py", "notifications", "it", "--task-id", "same"]])
+@pytest.mark.parametrize(
+    "again",
+    [["tasks.py", "retry", "same"], ["enqueue.py", "notifications", "it", "--task-id", "same"]],
+)
 def test_of_a_task_that_ran_again_while_its_first_result_waits(installation, again):
     installation.handler("it", "#!/bin/sh\necho '{}'\n")
     installation.enqueue("notifications", "it", "--task-id", "same")
     for number in (1, 2, 3):
-        assert installation.worker("notifications", "--drain", "--then", "completions", ready=False).wait(20) == 0
+        assert (
+            installation.worker(
+                "notifications", "--drain", "--then", "completions", ready=False
+            ).wait(20)
+            == 0
+        )
         assert len(next_ones(installation)) == number
         if number < 3:
             done = installation.run(*again)
@@ -40,7 +59,12 @@ def test_of_a_task_that_ran_again_while_its_first_result_waits(installation, aga
 def test_of_a_queue_that_feeds_itself(installation):
     installation.handler("it", '#!/bin/sh\necho "{}"\n[ $TASK_DEPTH -lt 5 ] || exit 65\n')
     installation.enqueue("notifications", "it", "--task-id", "same")
-    assert installation.worker("notifications", "--drain", "--then", "notifications", ready=False).wait(20) == 0
+    assert (
+        installation.worker(
+            "notifications", "--drain", "--then", "notifications", ready=False
+        ).wait(20)
+        == 0
+    )
     assert completions(installation) == 4
 
 
@@ -55,7 +79,9 @@ def test_a_result_that_is_longer_than_a_task_may_be_is_kept_as_text_and_said_so(
     assert one["data"]["result_is_cut"] is True and one["data"]["result_bytes"] > 17 * 2**20
 
 
-@pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "1e999", "9" * 5000], ids=lambda text: text[:9])
+@pytest.mark.parametrize(
+    "number", ["NaN", "Infinity", "-Infinity", "1e999", "9" * 5000], ids=lambda text: text[:9]
+)
 def test_a_number_that_no_reader_of_json_reads_is_kept_as_text_and_said_so(installation, number):
     installation.handler("it", f"#!/bin/sh\nprintf '%s' '{{\"n\": {number}}}'\n")
     task = installation.enqueue("notifications", "it")

@@ -37,7 +37,9 @@ def test_four_workers_and_kills_run_each_group_in_order(installation, queue):
     dice, killed = random.Random(7), set()
 
     def worker():
-        return installation.worker("notifications", "--concurrency", 4, "--max-attempts", 99, "--backoff", 0.01)
+        return installation.worker(
+            "notifications", "--concurrency", 4, "--max-attempts", 99, "--backoff", 0.01
+        )
 
     workers = [worker() for _ in range(4)]
     for share in range(1, 13):
@@ -57,16 +59,24 @@ def test_four_workers_and_kills_run_each_group_in_order(installation, queue):
                 except ProcessLookupError:
                     pass
     finished = "select count(*) from task_history where status = 'completed'"
-    wait_for(lambda: installation.rows(finished) == [(GROUPS * OF_EACH,)], 120, "the end of all tasks")
+    wait_for(
+        lambda: installation.rows(finished) == [(GROUPS * OF_EACH,)], 120, "the end of all tasks"
+    )
     assert killed and statuses(installation) == []
     told = [line.split() for line in lines(log)]
     for group in range(GROUPS):
-        mine = [(what, task_id.split("-")[1], pid) for what, task_id, pid in told if task_id.split("-")[0] == str(group)]
+        mine = [
+            (what, task_id.split("-")[1], pid)
+            for what, task_id, pid in told
+            if task_id.split("-")[0] == str(group)
+        ]
         assert [int(n) for n, _ in groupby(n for what, n, _ in mine if what == "begin")] == order
         running = None
         for what, n, pid in mine:
             if what == "begin":
-                assert running is None or running in killed, f"{group}-{n} began while {running} ran"
+                assert running is None or running in killed, (
+                    f"{group}-{n} began while {running} ran"
+                )
                 running = pid
             else:
                 assert running == pid
@@ -93,13 +103,26 @@ def consume(state, log) -> None:
 def test_so_do_consumers_of_other_programs_beside_a_worker(installation, queue):
     log = installation.directory / "log"
     installation.handler("t", HANDLER.format(log=log))
-    queue.enqueue_tasks("notifications", [queue.new_row("t", {}, f"{group}-{n}", group=str(group)) for n in range(20) for group in range(5)])
+    queue.enqueue_tasks(
+        "notifications",
+        [
+            queue.new_row("t", {}, f"{group}-{n}", group=str(group))
+            for n in range(20)
+            for group in range(5)
+        ],
+    )
     installation.worker("notifications", "--concurrency", 2)
     spawn = multiprocessing.get_context("spawn")
     consumers = [spawn.Process(target=consume, args=(installation.state, log)) for _ in range(2)]
     for consumer in consumers:
         consumer.start()
-    wait_for(lambda: installation.rows("select count(*) from task_history where status = 'completed'") == [(100,)], 60)
+    wait_for(
+        lambda: (
+            installation.rows("select count(*) from task_history where status = 'completed'")
+            == [(100,)]
+        ),
+        60,
+    )
     for consumer in consumers:
         consumer.join(20)
     told = [line.split() for line in lines(log)]
@@ -113,11 +136,18 @@ def test_so_do_consumers_of_other_programs_beside_a_worker(installation, queue):
 
 def test_the_sqlite3_command_obeys_too(installation, queue):
     queue.connect()
-    installation.sqlite3("insert into notifications (data, group_id) values ('{}', 'a'), ('{}', 'a'), ('{}', 'b'), ('{}', null), ('{}', 'a')")
+    installation.sqlite3(
+        "insert into notifications (data, group_id) values ('{}', 'a'), ('{}', 'a'), ('{}', 'b'), ('{}', null), ('{}', 'a')"
+    )
     assert statuses(installation) == [(1, 1), (2, 4), (3, 1), (4, 1), (5, 4)]
-    installation.sqlite3("update notifications set priority = 5 where id = 5; delete from notifications where id = 1")
+    installation.sqlite3(
+        "update notifications set priority = 5 where id = 5; delete from notifications where id = 1"
+    )
     assert statuses(installation) == [(2, 4), (3, 1), (4, 1), (5, 1)]
-    assert installation.sqlite3("select status from task_queue where task_id = 'notifications-2'") == "blocked"
+    assert (
+        installation.sqlite3("select status from task_queue where task_id = 'notifications-2'")
+        == "blocked"
+    )
 
 
 def test_an_ignored_duplicate_moves_nothing(installation, queue):
@@ -128,7 +158,9 @@ def test_an_ignored_duplicate_moves_nothing(installation, queue):
     assert statuses(installation) == [(1, 1)]
 
 
-def test_one_that_waits_for_its_retry_keeps_the_turn_and_one_that_was_only_delayed_does_not(installation, queue):
+def test_one_that_waits_for_its_retry_keeps_the_turn_and_one_that_was_only_delayed_does_not(
+    installation, queue
+):
     conn = queue.connect()
     queue.enqueue_task("notifications", "t", {}, "later", group="a", delay=600)
     queue.enqueue_task("notifications", "t", {}, "held", group="a", hold=True)
@@ -147,7 +179,9 @@ def test_one_that_waits_for_its_retry_keeps_the_turn_and_one_that_was_only_delay
     assert [task.task_id for task in queue.claim_ready(conn, "notifications", limit=9)] == ["next"]
 
 
-def test_a_worker_that_is_killed_with_its_handler_leaves_the_turn_to_the_same_task(installation, queue):
+def test_a_worker_that_is_killed_with_its_handler_leaves_the_turn_to_the_same_task(
+    installation, queue
+):
     log, go = installation.directory / "log", installation.directory / "go"
     installation.handler("t", f'#!/bin/sh\necho "$TASK_ID $$" >> {log}\n[ -e {go} ] || sleep 600\n')
     for name in ("one", "two"):

@@ -9,13 +9,25 @@ def test_exit_0_is_completed_with_what_was_printed(installation):
     task = installation.enqueue("notifications", "greet", '{"umlaut": "ä"}')
     installation.worker("notifications", "--drain", ready=False).wait(20)
     done = installation.history(task)
-    assert (done["status"], done["exit_code"], done["attempts"], done["log"]) == ("completed", 0, 1, "to stderr\n")
+    assert (done["status"], done["exit_code"], done["attempts"], done["log"]) == (
+        "completed",
+        0,
+        1,
+        "to stderr\n",
+    )
     envelope = json.loads(done["result"])
-    assert envelope["data"] == {"umlaut": "ä"} and envelope["task_id"] == task and envelope["task_type"] == "greet"
+    assert (
+        envelope["data"] == {"umlaut": "ä"}
+        and envelope["task_id"] == task
+        and envelope["task_type"] == "greet"
+    )
 
 
 def test_exit_75_does_not_count_and_may_say_when(installation):
-    installation.handler("later", '#!/bin/sh\necho x >>"$HOME/runs"\nrm "$HOME/busy" && echo \'{"retry_after": 0.2}\' && exit 75\nexit 0\n')
+    installation.handler(
+        "later",
+        '#!/bin/sh\necho x >>"$HOME/runs"\nrm "$HOME/busy" && echo \'{"retry_after": 0.2}\' && exit 75\nexit 0\n',
+    )
     (installation.directory / "busy").touch()
     task = installation.enqueue("notifications", "later")
     installation.worker("notifications", "--max-attempts", 1)
@@ -38,7 +50,12 @@ def test_any_other_code_is_tried_again_until_the_attempts_are_spent(installation
     task = installation.enqueue("notifications", "fail")
     installation.worker("notifications", "--backoff", 0.05, "--max-attempts", 3)
     done = installation.finished(task)
-    assert (done["status"], done["attempts"], done["exit_code"], done["log"]) == ("failed", 3, 3, "attempt 3\n")
+    assert (done["status"], done["attempts"], done["exit_code"], done["log"]) == (
+        "failed",
+        3,
+        3,
+        "attempt 3\n",
+    )
 
 
 def test_a_failing_task_never_delays_the_next(installation):
@@ -69,19 +86,28 @@ def test_the_next_task_is_enqueued_with_the_ack(installation):
     (data,) = installation.rows("select data from completions")[0]
     envelope = json.loads(data)
     assert envelope["data"] == {"total": 3} and envelope["task_type"] == "sum"
-    assert envelope["source"] == {"queue": "notifications", "task_id": task} and envelope["depth"] == 1
+    assert (
+        envelope["source"] == {"queue": "notifications", "task_id": task} and envelope["depth"] == 1
+    )
 
 
 def test_one_command_runs_every_type(installation):
     task = installation.enqueue("approvals", "anything at all")
-    installation.start("worker.py", "approvals", "--drain", "--", "sh", "-c", 'echo "$TASK_TYPE"').wait(20)
+    installation.start(
+        "worker.py", "approvals", "--drain", "--", "sh", "-c", 'echo "$TASK_TYPE"'
+    ).wait(20)
     assert installation.history(task)["result"] == "anything at all\n"
 
 
 def test_a_handler_starts_clean_in_its_workspace(installation, tmp_path):
-    workspace = tmp_path / "It's a \"test\" – ü"
+    workspace = tmp_path / 'It\'s a "test" – ü'
     workspace.mkdir()
-    installation.handler("where", '#!/bin/sh\npwd\necho "${CLAUDECODE-unset}" "$TASK_QUEUE" "$TASK_ATTEMPT" "$TASK_DEPTH"\n')
-    task = installation.enqueue("notifications", "where", json.dumps({"workspace_path": str(workspace)}))
+    installation.handler(
+        "where",
+        '#!/bin/sh\npwd\necho "${CLAUDECODE-unset}" "$TASK_QUEUE" "$TASK_ATTEMPT" "$TASK_DEPTH"\n',
+    )
+    task = installation.enqueue(
+        "notifications", "where", json.dumps({"workspace_path": str(workspace)})
+    )
     installation.worker("notifications", env={"CLAUDECODE": "1"})
     assert installation.finished(task)["result"] == f"{workspace}\nunset notifications 1 1\n"

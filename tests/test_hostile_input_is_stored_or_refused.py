@@ -19,12 +19,26 @@ QUEUE_NAMES = [
 ]  # fmt: skip
 NO_NAMES = [None, 7, b"notifications", ["notifications"]]
 
-TASK_TYPES_TAKEN = ["link validation", "a'b", 'a"b', "a`b`", "$(reboot)", "a;b", "ä–😀", "a..b", "{queue}", "a" * 200, "x\\y", "%s", "null"]
+TASK_TYPES_TAKEN = [
+    "link validation",
+    "a'b",
+    'a"b',
+    "a`b`",
+    "$(reboot)",
+    "a;b",
+    "ä–😀",
+    "a..b",
+    "{queue}",
+    "a" * 200,
+    "x\\y",
+    "%s",
+    "null",
+]
 TASK_TYPES_REFUSED = ["", "a\nb", "a\0b", "\x1b[31m", "../x", "a/b", "/bin/sh", ".hidden", "..", "-x", "a" * 201, "ä" * 101,
                       "\ud800", "a\x7f", "a\x85b"]  # fmt: skip
 
 PAYLOADS_TAKEN = {
-    "quotes": {"text": "it's \"quoted\" `so` $(so) \\ ; -- /* */"},
+    "quotes": {"text": 'it\'s "quoted" `so` $(so) \\ ; -- /* */'},
     "newlines": {"text": "a\nb\r\nc\u2028d\x85e\td"},
     "NUL": {"te\0xt": "a\0b"},
     "control characters": {"text": "".join(map(chr, range(32))) + "\x7f"},
@@ -32,7 +46,12 @@ PAYLOADS_TAKEN = {
     "a megabyte": {"text": "ä" * 2**20},
     "lone surrogates": {"te\udfffxt": "\ud800 \udc00\ud800"},
     "emoji": {"text": "😀\U0010ffff\uffff\ufeff"},
-    "keys of the envelope": {"task_id": "x", "task_type": "y", "data": {"data": {}}, "enqueued_at": None},
+    "keys of the envelope": {
+        "task_id": "x",
+        "task_type": "y",
+        "data": {"data": {}},
+        "enqueued_at": None,
+    },
     "SQL": {"text": "'); drop table notifications; --", "{queue}": "{queue}", ":id": "?"},
     "numbers": {"n": [0, -1, 2**53 + 1, 10**300, -(10**4000), 1.5e-300, 0.1]},
     "deep": {"a": json.loads("[" * 400 + "]" * 400)},
@@ -62,7 +81,9 @@ PAYLOADS_REFUSED |= {"too deep": _deep, "a circle": _circle}
 
 def nothing_stored(installation) -> bool:
     """Nothing in any queue, history or spool, and no table that is not ours."""
-    tables = [name for (name,) in installation.rows("select name from sqlite_master where type = 'table'")]
+    tables = [
+        name for (name,) in installation.rows("select name from sqlite_master where type = 'table'")
+    ]
     return (set(tables) <= {"notifications", "approvals", "completions", "task_history", "task_controls", "task_marks", "task_spooled", "sqlite_sequence"}
             and not any(installation.rows(f"select 1 from {table}") for table in tables if table != "sqlite_sequence")
             and not list(installation.state.glob("spool/*/*")))  # fmt: skip
@@ -70,7 +91,11 @@ def nothing_stored(installation) -> bool:
 
 def refused(installation, done, code=65) -> str:
     assert (done.returncode, done.stdout) == (code, ""), done.stderr
-    assert done.stderr.startswith("enqueue.py: ") and done.stderr.count("\n") == 1 and done.stderr.endswith("\n")
+    assert (
+        done.stderr.startswith("enqueue.py: ")
+        and done.stderr.count("\n") == 1
+        and done.stderr.endswith("\n")
+    )
     assert "Traceback" not in done.stderr
     assert nothing_stored(installation)
     return done.stderr
@@ -92,7 +117,9 @@ def test_a_queue_name_is_refused_by_everything_that_takes_one(installation, queu
         lambda: queue.on_queue(queue.CLAIM, name),
         lambda: queue.spool(name, "{}"),
     ):
-        with pytest.raises((queue.InvalidTask, TypeError) if isinstance(name, list) else queue.InvalidTask) as caught:
+        with pytest.raises(
+            (queue.InvalidTask, TypeError) if isinstance(name, list) else queue.InvalidTask
+        ) as caught:
             refusing()
         assert "\n" not in str(caught.value)
     assert nothing_stored(installation)
@@ -106,7 +133,18 @@ def test_a_queue_name_is_refused_by_enqueue_py(installation):
 
 
 def test_a_queue_name_that_is_a_word_of_sql_works(installation, queue):
-    for name in ("select", "table", "order", "index", "values", "null", "rowid", "a" * 63, "tasks", "taskx"):
+    for name in (
+        "select",
+        "table",
+        "order",
+        "index",
+        "values",
+        "null",
+        "rowid",
+        "a" * 63,
+        "tasks",
+        "taskx",
+    ):
         installation.enqueue(name, "t", '{"a": 1}')
         mine = queue.get_ack_queue(name)
         row_id, _ = mine.get(timeout=5)
@@ -129,17 +167,25 @@ def test_a_task_type_is_refused(installation, queue, task_type):
     assert nothing_stored(installation)
 
 
-@pytest.mark.parametrize("task_id", ["", "a\nb", "a\0b", "\ud800", "x" * 501, 7, b"x", ["x"]], ids=repr)
+@pytest.mark.parametrize(
+    "task_id", ["", "a\nb", "a\0b", "\ud800", "x" * 501, 7, b"x", ["x"]], ids=repr
+)
 def test_a_task_id_is_refused(installation, queue, task_id):
     with pytest.raises(queue.InvalidTask, match="^task_id .*refused"):
         queue.enqueue_task("notifications", "t", {}, task_id)
     assert nothing_stored(installation)
 
 
-@pytest.mark.parametrize("task_id", ["a'b", 'a"b', "../x", "a/b", " ", "ä😀", "x" * 500, "-", "1 or 1=1", "{queue}"], ids=repr)
+@pytest.mark.parametrize(
+    "task_id",
+    ["a'b", 'a"b', "../x", "a/b", " ", "ä😀", "x" * 500, "-", "1 or 1=1", "{queue}"],
+    ids=repr,
+)
 def test_a_task_id_is_stored_verbatim(installation, queue, task_id):
     assert queue.enqueue_task("notifications", "t", {}, task_id) == task_id
-    assert queue.enqueue_tasks("notifications", [{"task_type": "t", "data": {}, "task_id": task_id}]) == [(task_id, False)]
+    assert queue.enqueue_tasks(
+        "notifications", [{"task_type": "t", "data": {}, "task_id": task_id}]
+    ) == [(task_id, False)]
     assert queue.dequeue_task("notifications")["task_id"] == task_id
 
 
@@ -168,14 +214,18 @@ def test_a_payload_comes_out_as_it_went_in(installation, queue, name):
     expected = [payload] * 4
     # Lone surrogates are JSON only as escapes.
     if name != "lone surrogates":
-        installation.enqueue("notifications", "t", "-", input=json.dumps(payload, ensure_ascii=False))
+        installation.enqueue(
+            "notifications", "t", "-", input=json.dumps(payload, ensure_ascii=False)
+        )
         expected += [payload]
     queue.get_queue("notifications").put(payload)
     # put() takes whole envelopes.
     expected += [payload["data"] if name == "keys of the envelope" else payload]
     seen = [queue.dequeue_task("notifications")["data"] for _ in expected]
     assert seen == expected and queue.dequeue_task("notifications") is None
-    assert all(json.loads(stored) for (stored,) in installation.rows("select data from task_history"))
+    assert all(
+        json.loads(stored) for (stored,) in installation.rows("select data from task_history")
+    )
 
 
 @pytest.mark.parametrize("payload", PAYLOADS_REFUSED.values(), ids=PAYLOADS_REFUSED)
@@ -224,7 +274,9 @@ def test_what_is_no_json_object_is_refused_by_enqueue_py(installation, raw):
     if raw.strip() or b"\n" not in raw:
         refused(installation, installation.run("enqueue.py", "notifications", "t", "-", input=raw))
     if b"\0" not in raw and len(raw) < 100_000:
-        refused(installation, installation.run("enqueue.py", "notifications", "t", os.fsdecode(raw)))
+        refused(
+            installation, installation.run("enqueue.py", "notifications", "t", os.fsdecode(raw))
+        )
 
 
 # SQLite does not look whether a text is UTF-8; it is read with replacement characters. It also takes any number.
@@ -252,21 +304,39 @@ def test_what_sqlite_takes_it_stores_verbatim(installation, queue, name):
     queue.connect()
     done = insert_as_a_hook(installation, RAW_REFUSED[name], "CAST(readfile('/dev/stdin') AS TEXT)")
     assert (done.returncode, done.stderr) == (0, "")
-    assert installation.rows("select cast(data as blob) from notifications") == [(RAW_REFUSED[name],)]
+    assert installation.rows("select cast(data as blob) from notifications") == [
+        (RAW_REFUSED[name],)
+    ]
 
 
-@pytest.mark.parametrize("value", ["readfile('/dev/stdin')", "readfile('/no/such')", "CAST(readfile('/no/such') AS TEXT)", "NULL", "7", "''"])
-def test_a_hook_that_forgets_the_cast_or_the_file_gets_the_error_then_and_there(installation, queue, value):
+@pytest.mark.parametrize(
+    "value",
+    [
+        "readfile('/dev/stdin')",
+        "readfile('/no/such')",
+        "CAST(readfile('/no/such') AS TEXT)",
+        "NULL",
+        "7",
+        "''",
+    ],
+)
+def test_a_hook_that_forgets_the_cast_or_the_file_gets_the_error_then_and_there(
+    installation, queue, value
+):
     queue.connect()
     done = insert_as_a_hook(installation, b'{"a": 1}', value)
     assert done.returncode != 0 and done.stderr
     assert nothing_stored(installation)
 
 
-def test_a_hooks_payload_that_is_not_utf_8_is_delivered_and_finished_like_any_other(installation, queue):
+def test_a_hooks_payload_that_is_not_utf_8_is_delivered_and_finished_like_any_other(
+    installation, queue
+):
     queue.connect()
     conn = sqlite3.connect(installation.db)
-    conn.executemany("insert into notifications (data) values (cast(? as text))", [(b'{"a": "\xff"}',)] * 3)
+    conn.executemany(
+        "insert into notifications (data) values (cast(? as text))", [(b'{"a": "\xff"}',)] * 3
+    )
     conn.commit()
     conn.close()
     assert queue.dequeue_task("notifications")["data"] == {"a": "\ufffd"}
@@ -275,14 +345,20 @@ def test_a_hooks_payload_that_is_not_utf_8_is_delivered_and_finished_like_any_ot
     row_id, text = mine.get(timeout=5)
     assert json.loads(text) == {"a": "\ufffd"} and mine.ack(row_id) == row_id
     assert queue.get_queue("notifications").get(timeout=5)
-    assert installation.rows("select count(*) from task_history where cast(data as blob) = cast(x'7b2261223a2022ff227d' as blob)") == [(3,)]
+    assert installation.rows(
+        "select count(*) from task_history where cast(data as blob) = cast(x'7b2261223a2022ff227d' as blob)"
+    ) == [(3,)]
 
 
 def test_what_sqlite_reads_and_python_cannot_does_not_stop_those_who_take_text(installation, queue):
     queue.connect()
     conn = sqlite3.connect(installation.db)
     deep = b'{"a":' * 900 + b"1" + b"}" * 900
-    for raw in (b'{"a": ' + b"9" * 5000 + b"}", deep, b'{"task_id": "\\u0000", "task_type": "\\ud800", "data": {}}'):
+    for raw in (
+        b'{"a": ' + b"9" * 5000 + b"}",
+        deep,
+        b'{"task_id": "\\u0000", "task_type": "\\ud800", "data": {}}',
+    ):
         conn.execute("insert into notifications (data) values (cast(? as text))", (raw,))
     conn.commit()
     conn.close()
@@ -292,11 +368,16 @@ def test_what_sqlite_reads_and_python_cannot_does_not_stop_those_who_take_text(i
     assert mine.acked_count() == 3
 
 
-@pytest.mark.parametrize("bad", ["{", "[]", '{"a": NaN}', '"text"', b'{"a": "\xff"}', '{"a": 1}{"a": 2}'], ids=repr)
+@pytest.mark.parametrize(
+    "bad", ["{", "[]", '{"a": NaN}', '"text"', b'{"a": "\xff"}', '{"a": 1}{"a": 2}'], ids=repr
+)
 def test_a_bad_line_in_the_middle_stores_none_of_them(installation, bad):
     lines = [b'{"n": %d}' % n for n in range(2000)]
     lines[1200] = bad if isinstance(bad, bytes) else bad.encode()
-    message = refused(installation, installation.run("enqueue.py", "notifications", "t", "--jsonl", input=b"\n".join(lines)))
+    message = refused(
+        installation,
+        installation.run("enqueue.py", "notifications", "t", "--jsonl", input=b"\n".join(lines)),
+    )
     assert "line 1201" in message and "nothing was stored" in message
 
 
@@ -307,7 +388,12 @@ def test_a_bad_line_in_the_middle_stores_none_of_them(installation, bad):
 )  # fmt: skip
 def test_a_bad_line_of_whole_tasks_stores_none_of_them(installation, line):
     good = '{"task_type": "t", "data": {"a": 1}, "task_id": "x", "delay": 1, "priority": 2}'
-    message = refused(installation, installation.run("enqueue.py", "notifications", "--jsonl", input=f"{good}\n{line}\n{good}\n"))
+    message = refused(
+        installation,
+        installation.run(
+            "enqueue.py", "notifications", "--jsonl", input=f"{good}\n{line}\n{good}\n"
+        ),
+    )
     assert "line 2" in message
 
 
@@ -329,10 +415,18 @@ def test_a_usage_error_is_64_and_one_line(installation, args):
 
 def in_shell(installation, script: str, env=None) -> subprocess.CompletedProcess:
     script = script.replace("ENQUEUE", f'"{sys.executable}" "{ENQUEUE}"')
-    return subprocess.run(["/bin/sh", "-c", script], env=installation.env | (env or {}), capture_output=True, text=True, timeout=30)
+    return subprocess.run(
+        ["/bin/sh", "-c", script],
+        env=installation.env | (env or {}),
+        capture_output=True,
+        text=True,
+        timeout=30,
+    )
 
 
-@pytest.mark.parametrize("command", ["notifications t -", "notifications t --jsonl", "notifications --jsonl"])
+@pytest.mark.parametrize(
+    "command", ["notifications t -", "notifications t --jsonl", "notifications --jsonl"]
+)
 def test_a_closed_stdin_is_an_empty_one(installation, command):
     done = in_shell(installation, f"exec ENQUEUE {command} <&-")
     assert "Traceback" not in done.stderr and done.stderr.count("\n") <= 1
@@ -341,16 +435,24 @@ def test_a_closed_stdin_is_an_empty_one(installation, command):
 
 
 @pytest.mark.parametrize("stdout", [">&-", ">/dev/full"])
-def test_a_stdout_that_takes_nothing_does_not_make_a_stored_task_look_like_a_failure(installation, stdout):
+def test_a_stdout_that_takes_nothing_does_not_make_a_stored_task_look_like_a_failure(
+    installation, stdout
+):
     done = in_shell(installation, f"exec ENQUEUE notifications t {stdout}")
     assert "Traceback" not in done.stderr
-    assert done.returncode == 0 and installation.rows("select count(*) from notifications") == [(1,)]
+    assert done.returncode == 0 and installation.rows("select count(*) from notifications") == [
+        (1,)
+    ]
 
 
 def test_nor_does_one_that_cannot_say_the_id(installation):
-    done = in_shell(installation, "exec ENQUEUE notifications t --task-id ü–😀", {"PYTHONIOENCODING": "ascii"})
+    done = in_shell(
+        installation, "exec ENQUEUE notifications t --task-id ü–😀", {"PYTHONIOENCODING": "ascii"}
+    )
     assert "Traceback" not in done.stderr
-    assert done.returncode == 0 and installation.rows("select task_id from notifications") == [("ü–😀",)]
+    assert done.returncode == 0 and installation.rows("select task_id from notifications") == [
+        ("ü–😀",)
+    ]
 
 
 def test_a_closed_stderr_sends_no_message_to_stdout(installation):
@@ -362,10 +464,21 @@ def test_a_closed_stderr_sends_no_message_to_stdout(installation):
 def test_a_place_that_cannot_be_a_state_directory_is_one_line_and_1(installation):
     (installation.directory / "file").write_text("not a directory")
     (installation.directory / "db").mkdir()
-    (installation.directory / "db/tasks.db").write_text("not a database, but longer than the header of one. " * 50)
+    (installation.directory / "db/tasks.db").write_text(
+        "not a database, but longer than the header of one. " * 50
+    )
     for place in ("file", "file/below", "db", "/proc/no/such"):
-        done = installation.run("enqueue.py", "notifications", "t", env={"TASK_QUEUE_STATE": str(installation.directory / place)})
-        assert (done.returncode, done.stdout) == (1, "") and done.stderr.count("\n") == 1 and "Traceback" not in done.stderr
+        done = installation.run(
+            "enqueue.py",
+            "notifications",
+            "t",
+            env={"TASK_QUEUE_STATE": str(installation.directory / place)},
+        )
+        assert (
+            (done.returncode, done.stdout) == (1, "")
+            and done.stderr.count("\n") == 1
+            and "Traceback" not in done.stderr
+        )
 
 
 def test_a_locked_database_is_75_and_one_line(installation):
@@ -374,11 +487,17 @@ def test_a_locked_database_is_75_and_one_line(installation):
     lock.execute("begin immediate")
     done = installation.run("enqueue.py", "notifications", "t")
     lock.close()
-    assert (done.returncode, done.stdout) == (75, "") and done.stderr.count("\n") == 1 and "locked" in done.stderr
+    assert (
+        (done.returncode, done.stdout) == (75, "")
+        and done.stderr.count("\n") == 1
+        and "locked" in done.stderr
+    )
     assert installation.rows("select count(*) from notifications") == [(1,)]
 
 
-def test_a_worker_that_cannot_be_started_does_not_make_a_stored_task_look_like_a_failure(installation):
+def test_a_worker_that_cannot_be_started_does_not_make_a_stored_task_look_like_a_failure(
+    installation,
+):
     installation.enqueue("notifications", "t")
     (installation.state / "logs").write_text("in the way")
     done = installation.run("enqueue.py", "notifications", "t", "--start-worker")

@@ -13,7 +13,9 @@ from terminal import on_terminal
 LONG = "link_validation_8b1a9953c4611296a827abf8c478_s{:04d}"
 
 
-def ended(installation, task_id: str, status: str, result: str = "", error: str | None = None) -> None:
+def ended(
+    installation, task_id: str, status: str, result: str = "", error: str | None = None
+) -> None:
     """Put a finished task into the history."""
     said = "null" if error is None else f"'{error}'"
     installation.sqlite3(
@@ -25,9 +27,18 @@ def ended(installation, task_id: str, status: str, result: str = "", error: str 
 
 def filled(installation) -> None:
     for number in range(3):
-        installation.enqueue("notifications", "link_validation", "{}", "--task-id", LONG.format(number))
-    installation.enqueue("approvals", "claude", '{"prompt": "mend"}', "--task-id", "later", "--delay", "3600")
-    ended(installation, "with-summary", "completed", json.dumps({"summary": "2 broken links: README.md:4", "n": 1}))
+        installation.enqueue(
+            "notifications", "link_validation", "{}", "--task-id", LONG.format(number)
+        )
+    installation.enqueue(
+        "approvals", "claude", '{"prompt": "mend"}', "--task-id", "later", "--delay", "3600"
+    )
+    ended(
+        installation,
+        "with-summary",
+        "completed",
+        json.dumps({"summary": "2 broken links: README.md:4", "n": 1}),
+    )
     ended(installation, "with-lines", "completed", "first line\nsecond line\n")
     ended(installation, "refused", "failed", "", "refused by its handler (exit 65): no prompt")
 
@@ -49,7 +60,10 @@ def test_columns_stand_and_nothing_is_wider_than_the_screen(installation, column
 
 def test_each_says_what_came_of_it(installation):
     filled(installation)
-    shown = {row.split()[3]: row for row in on_terminal(installation, "tasks.py", "list", columns=140)[2:]}
+    shown = {
+        row.split()[3]: row
+        for row in on_terminal(installation, "tasks.py", "list", columns=140)[2:]
+    }
     assert "2 broken links: README.md:4" in shown["with-summary"]
     assert "first line" in shown["with-lines"] and "second line" not in shown["with-lines"]
     assert "refused by its handler (exit 65): no prompt" in shown["refused"]
@@ -65,7 +79,12 @@ def test_a_pipe_gets_the_same_uncut(installation):
 
 def test_a_paused_queue_says_until_when_and_why(installation):
     installation.enqueue("approvals", "claude", "{}")
-    assert installation.run("tasks.py", "pause", "approvals", "--for", "90m", "--reason", "usage limit").returncode == 0
+    assert (
+        installation.run(
+            "tasks.py", "pause", "approvals", "--for", "90m", "--reason", "usage limit"
+        ).returncode
+        == 0
+    )
     (row,) = on_terminal(installation, "tasks.py", "list", columns=140)[2:]
     assert "paused until " in row and "usage limit" in row and "(in 90 m)" in row
 
@@ -79,7 +98,9 @@ def test_as_many_rows_as_the_screen_has(installation):
 
 def test_what_runs_is_first_and_never_scrolls_away(installation):
     installation.enqueue("approvals", "review", "--jsonl", input="{}\n" * 60)
-    installation.sqlite3("update approvals set status = 2, owner = 'x', claimed_at = timestamp where id = 30")
+    installation.sqlite3(
+        "update approvals set status = 2, owner = 'x', claimed_at = timestamp where id = 30"
+    )
     assert "in_progress" in on_terminal(installation, "tasks.py", "list", rows=20)[2]
     long = on_terminal(installation, "tasks.py", "list", "--limit", "60", rows=20)
     assert len(long) == 62 and "in_progress" in long[-1]

@@ -105,7 +105,9 @@ def test_by_threads_of_one_process_that_share_a_queue_with_another_process(insta
     log, end = installation.directory / "claims", installation.directory / "end"
     end.touch()
     other = CONSUME.replace('"notifications"', '"approvals"')
-    process = subprocess.Popen([sys.executable, "-c", other, ROOT, "ack", log, end], env=installation.env)
+    process = subprocess.Popen(
+        [sys.executable, "-c", other, ROOT, "ack", log, end], env=installation.env
+    )
     mine = queue.get_ack_queue("approvals")
 
     def drain(_):
@@ -126,7 +128,9 @@ def test_by_threads_of_one_process_that_share_a_queue_with_another_process(insta
 
 
 @pytest.mark.parametrize("kind", ["get_queue", "get_ack_queue"])
-def test_by_a_claim_while_another_connection_is_between_its_look_and_its_claim(installation, queue, monkeypatch, kind):
+def test_by_a_claim_while_another_connection_is_between_its_look_and_its_claim(
+    installation, queue, monkeypatch, kind
+):
     """Whoever looked and found one may still come second: then it has nothing, and raises nothing but Empty."""
     mine, look, overtakings = getattr(queue, kind)("notifications"), queue.look, []
 

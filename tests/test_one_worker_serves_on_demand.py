@@ -54,7 +54,9 @@ def workers(state: Path) -> list[int]:
 
 
 def start_worker(installed, *args, **options) -> subprocess.CompletedProcess:
-    return installed.run(str(installed.lib / "enqueue.py"), "notifications", *args, "--start-worker", **options)
+    return installed.run(
+        str(installed.lib / "enqueue.py"), "notifications", *args, "--start-worker", **options
+    )
 
 
 def test_the_second_leaves_and_says_so(installation):
@@ -125,7 +127,10 @@ def test_what_comes_in_while_it_lets_go_keeps_it(installation, queue, delay):
 
     def late():
         queue.enqueue_task("notifications", "any", {}, delay=delay)
-        assert queue.lock_file(installation.state / "workers" / "serving.notifications", probe=True) is None
+        assert (
+            queue.lock_file(installation.state / "workers" / "serving.notifications", probe=True)
+            is None
+        )
         leave()
 
     one.leave = late
@@ -179,12 +184,31 @@ def test_no_task_is_stranded_at_the_moment_of_leaving(installation, queue):
 
 def test_ten_hooks_at_once_start_one(installed):
     installed.handler("quick", "#!/bin/sh\n")
-    command = [sys.executable, installed.lib / "enqueue.py", "notifications", "quick", "--start-worker"]
-    hooks = [subprocess.Popen(command, env=installed.env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE) for _ in range(10)]
+    command = [
+        sys.executable,
+        installed.lib / "enqueue.py",
+        "notifications",
+        "quick",
+        "--start-worker",
+    ]
+    hooks = [
+        subprocess.Popen(
+            command, env=installed.env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE
+        )
+        for _ in range(10)
+    ]
     assert all(hook.communicate(timeout=30) and hook.returncode == 0 for hook in hooks)
-    wait_for(lambda: installed.rows("select count(*) from task_history where status = 'completed'") == [(10,)])
+    wait_for(
+        lambda: (
+            installed.rows("select count(*) from task_history where status = 'completed'")
+            == [(10,)]
+        )
+    )
     started = len((installed.directory / "uv.log").read_text().splitlines())
-    wait_for(lambda: log(installed.state).count("another worker serves") == started - 1, what="the losers' leave")
+    wait_for(
+        lambda: log(installed.state).count("another worker serves") == started - 1,
+        what="the losers' leave",
+    )
     assert len(workers(installed.state)) == 1
 
 
@@ -200,7 +224,10 @@ def test_a_hook_returns_at_once_and_its_streams_are_free(installed):
     assert lives(pid) and os.getsid(pid) == pid
     if os.path.exists("/proc/self/fd"):
         streams = [os.readlink(f"/proc/{pid}/fd/{fd}") for fd in range(3)]
-        assert streams == ["/dev/null"] + [str(installed.state / "logs" / "worker.notifications.log")] * 2
+        assert (
+            streams
+            == ["/dev/null"] + [str(installed.state / "logs" / "worker.notifications.log")] * 2
+        )
     os.killpg(int(group), signal.SIGKILL)
 
 
@@ -226,8 +253,15 @@ def test_a_bare_environment_is_enough(installed):
     """What a hook may get: HOME, and a PATH that has no uv."""
     home = installed.directory
     installed.states.append(state := home / ".claude" / "automation" / "lychee" / "state")
-    installed.handler("quick", "#!/bin/sh\ntouch \"$HOME/ran\"\n")
-    hook = [sys.executable, installed.lib / "enqueue.py", "--hook", "notifications", "quick", "--start-worker"]
+    installed.handler("quick", '#!/bin/sh\ntouch "$HOME/ran"\n')
+    hook = [
+        sys.executable,
+        installed.lib / "enqueue.py",
+        "--hook",
+        "notifications",
+        "quick",
+        "--start-worker",
+    ]
     payload = json.dumps({"hook_event_name": "Stop", "cwd": str(home)}).encode()
     done = subprocess.run(["/usr/bin/env", "-i", f"HOME={home}", "PATH=/usr/bin:/bin", *hook],
                           input=payload, capture_output=True, timeout=20)  # fmt: skip
@@ -238,12 +272,15 @@ def test_a_bare_environment_is_enough(installed):
 
 
 def test_without_uv_the_same_python_runs_the_worker(installed):
-    if any(os.path.exists(f"{place}/uv") for place in ("/usr/bin", "/bin", "/usr/local/bin", "/opt/homebrew/bin")):
+    if any(
+        os.path.exists(f"{place}/uv")
+        for place in ("/usr/bin", "/bin", "/usr/local/bin", "/opt/homebrew/bin")
+    ):
         pytest.skip("uv is in a directory that enqueue.py looks into on any machine")
     installed.uv.unlink()
     home = installed.directory
     installed.states.append(home / ".claude" / "automation" / "lychee" / "state")
-    installed.handler("quick", "#!/bin/sh\ntouch \"$HOME/ran\"\n")
+    installed.handler("quick", '#!/bin/sh\ntouch "$HOME/ran"\n')
     subprocess.run(["/usr/bin/env", "-i", f"HOME={home}", "PATH=/usr/bin:/bin", sys.executable, installed.lib / "enqueue.py",
                     "notifications", "quick", "--start-worker"], check=True, capture_output=True, timeout=20)  # fmt: skip
     wait_for((home / "ran").exists, what="the task's run")
@@ -267,14 +304,27 @@ def test_the_session_does_not_choose_uv(installed, tmp_path):
         (workspace / place).write_text(f"#!/bin/sh\ntouch '{tmp_path}/hijacked'\n")
         (workspace / place).chmod(0o755)
     (workspace / ".venv/pyvenv.cfg").write_text("home = /usr/bin\n")
-    env = {"UV": str(workspace / "uv"), "PATH": f".:{installed.env['PATH']}", "VIRTUAL_ENV": str(workspace / ".venv")}
+    env = {
+        "UV": str(workspace / "uv"),
+        "PATH": f".:{installed.env['PATH']}",
+        "VIRTUAL_ENV": str(workspace / ".venv"),
+    }
     done = start_worker(installed, "quick", env=env, cwd=workspace)
     installed.finished(done.stdout.split()[1])
     assert not (tmp_path / "hijacked").exists()
     (pid,) = workers(installed.state)
-    told = dict(line.split("=", 1) for line in Path(f"/proc/{pid}/environ").read_text().split("\0") if "=" in line)
-    assert os.readlink(f"/proc/{pid}/cwd") == "/" and not {"UV", "VIRTUAL_ENV", "PYTHONPATH"} & told.keys()
-    assert all(map(os.path.isabs, told["PATH"].split(":"))) and told["TASK_QUEUE_STATE"] == str(installed.state)
+    told = dict(
+        line.split("=", 1)
+        for line in Path(f"/proc/{pid}/environ").read_text().split("\0")
+        if "=" in line
+    )
+    assert (
+        os.readlink(f"/proc/{pid}/cwd") == "/"
+        and not {"UV", "VIRTUAL_ENV", "PYTHONPATH"} & told.keys()
+    )
+    assert all(map(os.path.isabs, told["PATH"].split(":"))) and told["TASK_QUEUE_STATE"] == str(
+        installed.state
+    )
 
 
 def test_the_recorded_uv_is_taken_and_no_other(installed):
@@ -285,7 +335,9 @@ def test_the_recorded_uv_is_taken_and_no_other(installed):
     record = installed.directory / "installed.json"
     for uv, log in ((str(mine), "my.log"), (None, None)):
         record.write_text(json.dumps({"uv": uv}))
-        done = start_worker(installed, "quick", env={"TASK_QUEUE_STATE": str(installed.directory / f"state {log}")})
+        done = start_worker(
+            installed, "quick", env={"TASK_QUEUE_STATE": str(installed.directory / f"state {log}")}
+        )
         installed.states.append(installed.directory / f"state {log}")
         assert done.stderr == ""
         wait_for(lambda: workers(installed.states[-1]), what="a worker")
@@ -295,13 +347,17 @@ def test_the_recorded_uv_is_taken_and_no_other(installed):
 
 def test_one_started_by_a_handler_outlives_it(installed):
     """Its own session: a timeout that ends the handler's group does not end it."""
-    enqueue = f'"{sys.executable}" "{installed.lib}/enqueue.py" notifications quick --start-worker\n'
+    enqueue = (
+        f'"{sys.executable}" "{installed.lib}/enqueue.py" notifications quick --start-worker\n'
+    )
     installed.handler("starts", f'#!/bin/sh\n{enqueue}touch "$HOME/started"\nsleep 100\n')
     installed.handler("quick", '#!/bin/sh\necho "$TASK_DEPTH" >"$HOME/depth"\n')
     task = installed.enqueue("approvals", "starts")
     installed.worker("approvals", "--timeout", 2, "--max-attempts", 1)
     assert "timed out" in installed.finished(task)["error"]
-    wait_for((installed.directory / "depth").exists, what="the run of the task that the handler enqueued")
+    wait_for(
+        (installed.directory / "depth").exists, what="the run of the task that the handler enqueued"
+    )
     (pid,) = workers(installed.state)
     assert lives(pid)
     # It is the task's own depth, without the starter's.

@@ -10,7 +10,13 @@ SPAN = '#!/bin/sh\necho "begin" >>"$HOME/runs"\nsleep 0.15\necho "end" >>"$HOME/
 
 
 def fill(installation, queue: str, count: int, task_type: str = "it", *options) -> None:
-    installation.enqueue(queue, task_type, "--jsonl", *options, input="".join(f'{{"n": {n}}}\n' for n in range(count)))
+    installation.enqueue(
+        queue,
+        task_type,
+        "--jsonl",
+        *options,
+        input="".join(f'{{"n": {n}}}\n' for n in range(count)),
+    )
 
 
 def at_once(runs: list[str]) -> list[int]:
@@ -26,7 +32,12 @@ def test_one_of_each_in_turn(installation):
     installation.handler("it", RECORD)
     for queue, count in (("approvals", 30), ("completions", 10), ("notifications", 5)):
         fill(installation, queue, count)
-    assert installation.worker("approvals", "completions", "notifications", "--drain", ready=False).wait(20) == 0
+    assert (
+        installation.worker(
+            "approvals", "completions", "notifications", "--drain", ready=False
+        ).wait(20)
+        == 0
+    )
     runs = lines(installation.directory / "runs")
     assert len(runs) == 45
     assert all(len(set(runs[start : start + 3])) == 3 for start in range(0, 15, 3)), runs
@@ -37,7 +48,12 @@ def test_with_many_at_a_time_too(installation):
     installation.handler("it", RECORD.replace("\necho", "\nsleep 0.05\necho"))
     fill(installation, "approvals", 40)
     fill(installation, "notifications", 8)
-    assert installation.worker("approvals", "notifications", "--concurrency", 4, "--drain", ready=False).wait(20) == 0
+    assert (
+        installation.worker(
+            "approvals", "notifications", "--concurrency", 4, "--drain", ready=False
+        ).wait(20)
+        == 0
+    )
     runs = lines(installation.directory / "runs")
     assert len(runs) == 48 and runs[:20].count("notifications") == 8, runs
 
@@ -66,7 +82,12 @@ def test_n_run_really_at_once_and_never_more(installation):
     fill(installation, "notifications", 20)
     fill(installation, "approvals", 4)
     began = time.monotonic()
-    assert installation.worker("notifications", "approvals", "--concurrency", 4, "--drain", ready=False).wait(30) == 0
+    assert (
+        installation.worker(
+            "notifications", "approvals", "--concurrency", 4, "--drain", ready=False
+        ).wait(30)
+        == 0
+    )
     runs = lines(installation.directory / "runs")
     assert len(runs) == 48 and max(at_once(runs)) == 4
     assert time.monotonic() - began < 24 * 0.15
@@ -80,7 +101,9 @@ def test_one_at_a_time_unless_told(installation):
 
 
 def test_a_worker_takes_no_more_than_it_can_run(installation):
-    installation.handler("it", '#!/bin/sh\necho x >>"$HOME/runs"\nuntil [ -e "$HOME/go" ]; do sleep 0.02; done\n')
+    installation.handler(
+        "it", '#!/bin/sh\necho x >>"$HOME/runs"\nuntil [ -e "$HOME/go" ]; do sleep 0.02; done\n'
+    )
     fill(installation, "notifications", 10)
     installation.worker("notifications", "--concurrency", 3)
     wait_for(lambda: len(lines(installation.directory / "runs")) == 3)
@@ -96,9 +119,16 @@ def test_a_worker_takes_no_more_than_it_can_run(installation):
 
 def test_many_workers_run_each_task_once(installation):
     installation.handler("it", '#!/bin/sh\necho "$TASK_ID" >>"$HOME/runs"\n')
-    lines_in = "".join(json.dumps({"task_type": "it", "data": {}, "task_id": f"t{n}"}) + "\n" for n in range(120))
+    lines_in = "".join(
+        json.dumps({"task_type": "it", "data": {}, "task_id": f"t{n}"}) + "\n" for n in range(120)
+    )
     installation.enqueue("notifications", "--jsonl", input=lines_in)
-    workers = [installation.worker("notifications", "--concurrency", 2, "--drain", ready=False) for _ in range(3)]
+    workers = [
+        installation.worker("notifications", "--concurrency", 2, "--drain", ready=False)
+        for _ in range(3)
+    ]
     assert [worker.wait(30) for worker in workers] == [0, 0, 0]
     assert sorted(lines(installation.directory / "runs")) == sorted(f"t{n}" for n in range(120))
-    assert installation.rows("select count(*), max(attempts) from task_history where status = 'completed'") == [(120, 1)]
+    assert installation.rows(
+        "select count(*), max(attempts) from task_history where status = 'completed'"
+    ) == [(120, 1)]

@@ -13,17 +13,30 @@ def shown(installation, ident: str) -> dict:
 
 
 def test_a_result_names_its_source_and_the_source_its_result(installation):
-    installation.handler("review", "#!/bin/sh\necho '{\"summary\": \"fine\"}'\n")
+    installation.handler("review", '#!/bin/sh\necho \'{"summary": "fine"}\'\n')
     installation.enqueue("approvals", "review", "{}", "--task-id", "first")
-    done = installation.run("worker.py", "approvals", "--handlers", installation.handlers, "--then", "completions", "--drain")
+    done = installation.run(
+        "worker.py",
+        "approvals",
+        "--handlers",
+        installation.handlers,
+        "--then",
+        "completions",
+        "--drain",
+    )
     assert done.returncode == 0, done.stderr
     first = shown(installation, "first")
     (result,) = first["led_to"]
-    assert first["came_from"] == [] and (result["queue"], result["status"]) == ("completions", "pending")
+    assert first["came_from"] == [] and (result["queue"], result["status"]) == (
+        "completions",
+        "pending",
+    )
     task = shown(installation, result["task_id"])
     assert task["came_from"] == [{"queue": "approvals", "task_id": "first", "status": "completed"}]
     text = installation.run("tasks.py", "show", "first").stdout
-    assert re.search(rf"^led to +completions {re.escape(result['task_id'])} \(pending\)$", text, re.MULTILINE)
+    assert re.search(
+        rf"^led to +completions {re.escape(result['task_id'])} \(pending\)$", text, re.MULTILINE
+    )
     text = installation.run("tasks.py", "show", result["task_id"]).stdout
     assert re.search(r"^came from +approvals first \(completed\)$", text, re.MULTILINE)
     # What came of it may have ended, too, and its source may be gone.
@@ -34,22 +47,40 @@ def test_a_result_names_its_source_and_the_source_its_result(installation):
 
 
 def test_what_a_chain_enqueues_is_what_it_led_to(installation):
-    chain = json.dumps({"enqueue": [{"queue": "completions", "task_type": "t", "task_id": f"c-{n}", "hold": True} for n in (1, 2)]})
+    chain = json.dumps(
+        {
+            "enqueue": [
+                {"queue": "completions", "task_type": "t", "task_id": f"c-{n}", "hold": True}
+                for n in (1, 2)
+            ]
+        }
+    )
     installation.handler("plan", f"#!/bin/sh\necho done\necho '{chain}'\n")
     installation.enqueue("approvals", "plan", "{}", "--task-id", "p-1")
-    done = installation.run("worker.py", "approvals", "--handlers", installation.handlers, "--chain", "--drain")
+    done = installation.run(
+        "worker.py", "approvals", "--handlers", installation.handlers, "--chain", "--drain"
+    )
     assert done.returncode == 0, done.stderr
-    assert [(one["task_id"], one["status"]) for one in shown(installation, "p-1")["led_to"]] == [("c-1", "held"), ("c-2", "held")]
+    assert [(one["task_id"], one["status"]) for one in shown(installation, "p-1")["led_to"]] == [
+        ("c-1", "held"),
+        ("c-2", "held"),
+    ]
 
 
 def test_times_have_their_zone_and_their_distance(installation):
     installation.enqueue("approvals", "review", "{}", "--task-id", "later", "--delay", "1h")
     installation.env["TZ"] = "Asia/Tokyo"
     text = installation.run("tasks.py", "show", "later").stdout
-    assert re.search(r"^enqueued_at +\d{4}-\d\d-\d\d \d\d:\d\d:\d\d JST, .* ago$", text, re.MULTILINE)
-    assert re.search(r"^due_at +\d{4}-\d\d-\d\d \d\d:\d\d:\d\d JST, in (59|60) m$", text, re.MULTILINE)
+    assert re.search(
+        r"^enqueued_at +\d{4}-\d\d-\d\d \d\d:\d\d:\d\d JST, .* ago$", text, re.MULTILINE
+    )
+    assert re.search(
+        r"^due_at +\d{4}-\d\d-\d\d \d\d:\d\d:\d\d JST, in (59|60) m$", text, re.MULTILINE
+    )
     # Scripts get UTC text, as the database has it.
-    assert re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\.\d{3}", shown(installation, "later")["due_at"])
+    assert re.fullmatch(
+        r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\.\d{3}", shown(installation, "later")["due_at"]
+    )
 
 
 def test_json_is_indented_and_durations_are_given(installation):
@@ -57,11 +88,16 @@ def test_json_is_indented_and_durations_are_given(installation):
     installation.sqlite3(
         "insert into task_history (queue, row_id, task_id, task_type, status, data, enqueued_at, started_at, completed_at, result)"
         " select 'approvals', id, task_id, task_type, 'completed', data, '2026-01-01 00:00:00.000', '2026-01-01 00:00:05.000',"
-        " '2026-01-01 00:02:05.000', '{\"summary\": \"s\", \"n\": 1}' from approvals; delete from approvals"
+        ' \'2026-01-01 00:02:05.000\', \'{"summary": "s", "n": 1}\' from approvals; delete from approvals'
     )
     text = installation.run("tasks.py", "show", "ended").stdout
-    assert '"deep": {\n      "er": 1\n    }' in text and '\nstdout\n{\n  "summary": "s",\n  "n": 1\n}\n' in text
-    assert re.search(r"^waited +5\.0s$", text, re.MULTILINE) and re.search(r"^ran +2m$", text, re.MULTILINE)
+    assert (
+        '"deep": {\n      "er": 1\n    }' in text
+        and '\nstdout\n{\n  "summary": "s",\n  "n": 1\n}\n' in text
+    )
+    assert re.search(r"^waited +5\.0s$", text, re.MULTILINE) and re.search(
+        r"^ran +2m$", text, re.MULTILINE
+    )
 
 
 def test_a_held_task_says_what_it_waits_for(installation):

@@ -18,7 +18,10 @@ def serves_well(installation, worker, queue="notifications") -> None:
     """Tasks run, and the worker lives."""
     for _ in range(2):
         task = installation.enqueue(queue, "quick")
-        wait_for(lambda task=task: installation.history(task) or worker.poll() is not None, what=f"the end of a task of {queue}")
+        wait_for(
+            lambda task=task: installation.history(task) or worker.poll() is not None,
+            what=f"the end of a task of {queue}",
+        )
         assert worker.poll() is None, worker.log.read_text()
         assert installation.history(task)["status"] == "completed"
     assert "Traceback" not in worker.log.read_text()
@@ -61,7 +64,17 @@ def a_name_with_a_newline(spool: Path) -> None:
     (spool / "two\nlines\x1b]0;title\x07.json").write_text("no JSON")
 
 
-@pytest.mark.parametrize("odd", [bytes_as_name, a_directory_as_queue, a_fifo, a_link_to_nothing, a_file_for_the_malformed, a_name_with_a_newline])
+@pytest.mark.parametrize(
+    "odd",
+    [
+        bytes_as_name,
+        a_directory_as_queue,
+        a_fifo,
+        a_link_to_nothing,
+        a_file_for_the_malformed,
+        a_name_with_a_newline,
+    ],
+)
 def test_an_odd_entry_of_the_spool(installation, spool, odd):
     odd(spool)
     worker = installation.worker("notifications")
@@ -117,7 +130,9 @@ def test_a_broken_queue_that_nobody_serves_hinders_no_recovery(installation):
     first = installation.worker("notifications")
     runs = installation.directory / "runs"
     wait_for(runs.exists)
-    installation.sqlite3('drop index "approvals.claimed"; alter table approvals rename column status to state')
+    installation.sqlite3(
+        'drop index "approvals.claimed"; alter table approvals rename column status to state'
+    )
     first.kill()
     first.wait()
     os.killpg(int(wait_for(runs.read_text).split()[0]), signal.SIGKILL)
@@ -133,9 +148,14 @@ def test_a_broken_queue_that_nobody_serves_hinders_no_recovery(installation):
 @pytest.fixture
 def as_user(installation):
     """as_user(*args): worker.py, run by a user who is not root, on a copy of the scripts that this user may read."""
-    if os.geteuid() != 0 or subprocess.run(["setpriv", "--version"], capture_output=True).returncode:
+    if (
+        os.geteuid() != 0
+        or subprocess.run(["setpriv", "--version"], capture_output=True).returncode
+    ):
         pytest.skip("needs root, and setpriv to be somebody else")
-    public = Path(subprocess.run(["mktemp", "-d"], capture_output=True, text=True, check=True).stdout.strip())
+    public = Path(
+        subprocess.run(["mktemp", "-d"], capture_output=True, text=True, check=True).stdout.strip()
+    )
     public.chmod(0o755)
     lib, home = public / "lib", public / "home"
     (lib / "handlers").mkdir(parents=True)
@@ -146,14 +166,23 @@ def as_user(installation):
     home.mkdir()
     shutil.chown(home, 65534, 65534)
     env = {"PATH": os.environ["PATH"], "HOME": str(home), "TASK_QUEUE_STATE": str(home / "state")}
-    python = subprocess.run(["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", sys.executable, "-c", "1"], capture_output=True)
+    python = subprocess.run(
+        ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", sys.executable, "-c", "1"],
+        capture_output=True,
+    )
     if python.returncode:
         shutil.rmtree(public)
         pytest.skip("needs a Python that everybody may run")
 
     def run(*args, root=False):
         user = [] if root else ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"]
-        return subprocess.run([*user, sys.executable, "-B", lib / "worker.py", *args], env=env, capture_output=True, text=True, timeout=30)
+        return subprocess.run(
+            [*user, sys.executable, "-B", lib / "worker.py", *args],
+            env=env,
+            capture_output=True,
+            text=True,
+            timeout=30,
+        )
 
     run.state = home / "state"
     yield run
@@ -164,7 +193,9 @@ def test_files_that_a_worker_of_root_left_are_named_with_what_mends_it(as_user):
     done = as_user("notifications", "--drain", root=True)
     assert done.returncode == 0, done.stderr
     done = as_user("notifications", "--drain")
-    assert done.returncode == 1 and done.stderr.count("\n") == 1 and "Traceback" not in done.stderr, done.stderr
+    assert (
+        done.returncode == 1 and done.stderr.count("\n") == 1 and "Traceback" not in done.stderr
+    ), done.stderr
     assert "belongs to root" in done.stderr and str(as_user.state) in done.stderr
     remedy = done.stderr.strip().rsplit(": ", 1)[1]
     assert remedy.startswith("sudo chown -R ")
@@ -173,7 +204,20 @@ def test_files_that_a_worker_of_root_left_are_named_with_what_mends_it(as_user):
     assert (done.returncode, done.stderr.count("belongs to")) == (0, 0), done.stderr
 
 
-@pytest.mark.parametrize("entry", ["tasks.db", "tasks.db-wal", "workers", "workers/serving.notifications", "logs", "logs/notifications", "runs", "spool", "spool/notifications"])
+@pytest.mark.parametrize(
+    "entry",
+    [
+        "tasks.db",
+        "tasks.db-wal",
+        "workers",
+        "workers/serving.notifications",
+        "logs",
+        "logs/notifications",
+        "runs",
+        "spool",
+        "spool/notifications",
+    ],
+)
 def test_a_single_entry_of_roots_is_named(as_user, entry):
     assert as_user("notifications", "--drain").returncode == 0
     path = as_user.state / entry
@@ -184,7 +228,9 @@ def test_a_single_entry_of_roots_is_named(as_user, entry):
     done = as_user("notifications", "--drain")
     assert "Traceback" not in done.stderr
     if done.returncode:
-        assert str(path) in done.stderr and "chown" in done.stderr and done.stderr.count("\n") == 1, done.stderr
+        assert (
+            str(path) in done.stderr and "chown" in done.stderr and done.stderr.count("\n") == 1
+        ), done.stderr
 
 
 def test_a_task_that_cannot_be_started_for_roots_directory_says_what_mends_it(as_user):
@@ -196,4 +242,8 @@ def test_a_task_that_cannot_be_started_for_roots_directory_says_what_mends_it(as
         if path.exists():
             shutil.chown(path, 65534, 65534)
     done = as_user("notifications", "--drain")
-    assert done.returncode == 0 and "could not be started" in done.stderr and "sudo chown -R" in done.stderr, done.stderr
+    assert (
+        done.returncode == 0
+        and "could not be started" in done.stderr
+        and "sudo chown -R" in done.stderr
+    ), done.stderr

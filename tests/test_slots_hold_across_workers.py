@@ -26,7 +26,9 @@ def limit(queue, slots: int | None) -> None:
 
 
 def fill(queue, count: int) -> None:
-    queue.enqueue_tasks("notifications", [queue.new_row("t", {}, str(number)) for number in range(count)])
+    queue.enqueue_tasks(
+        "notifications", [queue.new_row("t", {}, str(number)) for number in range(count)]
+    )
 
 
 def most_at_once(log) -> int:
@@ -73,16 +75,25 @@ def test_two_slots_three_workers_two_consumers_and_kills(installation, queue):
         wait_for(lambda share=share: len(lines(log)) > share, 30, "more lines")
         end(workers[number])
         workers.append(installation.worker("notifications", "--concurrency", 4))
-    wait_for(lambda: installation.rows("select count(*) from task_history") == [(200,)], 60, "the end of all tasks")
+    wait_for(
+        lambda: installation.rows("select count(*) from task_history") == [(200,)],
+        60,
+        "the end of all tasks",
+    )
     for consumer in consumers:
         consumer.join(20)
     assert most_at_once(log) == 2
     assert installation.rows("select distinct status from task_history") == [("completed",)]
 
 
-def test_a_dead_workers_slot_is_free_when_its_task_is_recovered_and_an_orphan_keeps_its_own(installation, queue):
+def test_a_dead_workers_slot_is_free_when_its_task_is_recovered_and_an_orphan_keeps_its_own(
+    installation, queue
+):
     log = installation.directory / "log"
-    installation.handler("t", f'#!/bin/sh\necho "begin $TASK_ID $$" >> {log}\n[ "$TASK_ATTEMPT" = 2 ] || [ $TASK_ID != 0 ] || sleep 600\n')
+    installation.handler(
+        "t",
+        f'#!/bin/sh\necho "begin $TASK_ID $$" >> {log}\n[ "$TASK_ATTEMPT" = 2 ] || [ $TASK_ID != 0 ] || sleep 600\n',
+    )
     queue.connect()
     limit(queue, 1)
     fill(queue, 3)
@@ -132,4 +143,6 @@ def test_a_limit_is_a_whole_number_from_one_on(installation, queue, slots):
     with pytest.raises(queue.InvalidTask):
         limit(queue, slots)
     with pytest.raises(sqlite3.IntegrityError), sqlite3.connect(installation.db) as bash:
-        bash.execute("insert into task_controls (queue, slots) values ('notifications', ?)", (slots,))
+        bash.execute(
+            "insert into task_controls (queue, slots) values ('notifications', ?)", (slots,)
+        )

@@ -37,10 +37,15 @@ def big(tmp_path_factory):
     conn, now = sqlite3.connect(made.db, isolation_level=None), time.time()
     conn.execute("pragma synchronous = off")
     conn.execute("pragma cache_size = -400000")
-    conn.execute("create temp table moments (moment integer primary key, enqueued_at, started_at, completed_at)")
+    conn.execute(
+        "create temp table moments (moment integer primary key, enqueued_at, started_at, completed_at)"
+    )
     for moment in range(1000):
         ended = now - (1000 - moment) * 7.2
-        times = (time.strftime("%Y-%m-%d %H:%M:%S.000", time.gmtime(ended - before)) for before in (3, 2, 0))
+        times = (
+            time.strftime("%Y-%m-%d %H:%M:%S.000", time.gmtime(ended - before))
+            for before in (3, 2, 0)
+        )
         conn.execute("insert into moments values (?, ?, ?, ?)", (moment, *times))
     conn.execute(WAITING, {"now": now})
     conn.execute(FINISHED)
@@ -69,7 +74,14 @@ def test_stats(big):
     took, numbers, _ = fastest(big, "stats")
     queues = numbers["queues"]
     assert queues["notifications"]["pending"] == MILLION + 1
-    assert sum(queue[f"{name}_day"] for queue in queues.values() for name in ("completed", "failed", "cancelled")) == MILLION
+    assert (
+        sum(
+            queue[f"{name}_day"]
+            for queue in queues.values()
+            for name in ("completed", "failed", "cancelled")
+        )
+        == MILLION
+    )
     assert queues["approvals"]["types"]["type_1"]["wait_seconds"] == {"median": 1.0, "p95": 1.0}
     assert took < SECOND, f"stats took {took:.2f} s"
 
@@ -82,7 +94,9 @@ def test_stats(big):
 def test_list(big, filters):
     took, listed, said = fastest(big, "list", *filters.split())
     assert took < SECOND
-    nothing = any(word in filters for word in ("nowhere", "nobodys", "scheduled", "in_progress", "300d", "1s"))
+    nothing = any(
+        word in filters for word in ("nowhere", "nobodys", "scheduled", "in_progress", "300d", "1s")
+    )
     assert bool(listed) is not nothing or "1s" in filters
     if "needle" in filters or "rare" in filters and "nowhere" not in filters:
         assert [task["task_id"] for task in listed] == ["needle"]

@@ -54,7 +54,9 @@ def test_a_running_task_ends_with_its_grandchildren_and_its_worker_goes_on(insta
     began = time.monotonic()
     done = installation.run("tasks.py", "cancel", "r-1", "--json")
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout) == [{"queue": "approvals", "task_id": "r-1", "cancelled": True, "why": None}]
+    assert json.loads(done.stdout) == [
+        {"queue": "approvals", "task_id": "r-1", "cancelled": True, "why": None}
+    ]
     assert time.monotonic() - began < 3, "the worker was not woken"
     assert installation.history("r-1")["status"] == "cancelled"
     assert not any(alive(pid) for pid in processes)

@@ -25,11 +25,18 @@ COMMANDS = [
 def ended(installation):
     installation.handler("good", "#!/bin/sh\necho out; echo err >&2\n")
     installation.enqueue("approvals", "good", "{}", "--task-id", "a-1")
-    assert installation.run("worker.py", "approvals", "--handlers", installation.handlers, "--drain").returncode == 0
+    assert (
+        installation.run(
+            "worker.py", "approvals", "--handlers", installation.handlers, "--drain"
+        ).returncode
+        == 0
+    )
     return installation
 
 
-def with_streams(installation, redirections: str, command: list[str], input: str = "") -> tuple[int, str]:
+def with_streams(
+    installation, redirections: str, command: list[str], input: str = ""
+) -> tuple[int, str]:
     """(exit code, what went to the streams that are left)."""
     line = f'"$@" {redirections}'
     done = subprocess.run(["bash", "-c", line, "bash", sys.executable, ROOT / command[0], *command[1:]], env=installation.env, check=False,
@@ -50,15 +57,23 @@ def test_nothing_that_is_said_gets_into_a_file_that_is_opened_meanwhile(ended):
     """The first file that is opened gets the number of a closed stream."""
     assert with_streams(ended, "<&- >&- 2>&-", ["tasks.py", "backup", "copy.db"])[0] == 0
     assert (ended.directory / "copy.db").read_bytes()[:15] == b"SQLite format 3"
-    assert with_streams(ended, "<&- >&- 2>&-", ["tasks.py", "export", "--history", "copy.jsonl"])[0] == 0
+    assert (
+        with_streams(ended, "<&- >&- 2>&-", ["tasks.py", "export", "--history", "copy.jsonl"])[0]
+        == 0
+    )
     (line,) = (ended.directory / "copy.jsonl").read_text().splitlines()
     assert json.loads(line)["task_id"] == "a-1"
     assert with_streams(ended, "<&- >&- 2>&-", ["tasks.py", "cancel", "a-1"])[0] == 1
 
 
 def test_what_cannot_be_had_from_a_closed_stream_is_refused(ended):
-    assert with_streams(ended, ">&-", ["tasks.py", "export"]) == (1, "transfer.py export: standard output is closed: give a file's name\n")
-    assert with_streams(ended, "<&-", ["tasks.py", "import", "-"])[1].startswith("transfer.py import: standard input is closed")
+    assert with_streams(ended, ">&-", ["tasks.py", "export"]) == (
+        1,
+        "transfer.py export: standard output is closed: give a file's name\n",
+    )
+    assert with_streams(ended, "<&-", ["tasks.py", "import", "-"])[1].startswith(
+        "transfer.py import: standard input is closed"
+    )
 
 
 @pytest.mark.parametrize("reader", ["true", "head -c 1"])
@@ -89,14 +104,25 @@ def test_an_id_on_the_command_line_is_utf8_whatever_the_locale(ended, language):
         pytest.skip("no Latin-1 locale is installed")
     strange = {"LC_ALL": name, "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     ended.enqueue("approvals", "größe", '{"größe": 1}', "--task-id", "Zwölf-🙂")
-    for command in (["show", "Zwölf-🙂"], ["show", "Zwöl"], ["list", "--type", "größe"], ["list", "--text", "größe"], ["cancel", "Zwölf-🙂"]):
+    for command in (
+        ["show", "Zwölf-🙂"],
+        ["show", "Zwöl"],
+        ["list", "--type", "größe"],
+        ["list", "--text", "größe"],
+        ["cancel", "Zwölf-🙂"],
+    ):
         done = subprocess.run(
             [sys.executable, ROOT / "tasks.py", *(os.fsencode(word) for word in command), "--json"], env=ended.env | strange,
             capture_output=True, check=False)  # fmt: skip
         assert done.returncode == 0, (command, done.stderr)
         assert b"Zw\\u00f6lf" in done.stdout, (command, done.stdout)
     target = ended.directory / "Größe.db"
-    done = subprocess.run([sys.executable, ROOT / "tasks.py", "backup", os.fsencode(target)], env=ended.env | strange, capture_output=True, check=False)
+    done = subprocess.run(
+        [sys.executable, ROOT / "tasks.py", "backup", os.fsencode(target)],
+        env=ended.env | strange,
+        capture_output=True,
+        check=False,
+    )
     assert done.returncode == 0 and target.exists(), done.stderr
 
 
@@ -134,7 +160,9 @@ def test_output_that_is_larger_than_the_memory_is_passed_on(ended):
     assert process.wait() == 0 and length > 6 * 200 * 2**20 - 100
 
 
-@pytest.mark.parametrize("redirections, why", [(">&-", "Bad file descriptor"), (">/dev/full", "No space left on device")])
+@pytest.mark.parametrize(
+    "redirections, why", [(">&-", "Bad file descriptor"), (">/dev/full", "No space left on device")]
+)
 def test_a_report_that_cannot_be_printed_is_one_line(ended, redirections, why):
     said = with_streams(ended, redirections, ["report.py"])
     assert said == (1, f"report.py: standard output: {why}\n")

@@ -32,8 +32,15 @@ def other(tmp_path):
 
 def content(installation) -> list:
     """Every task there is; a running one counts as ready, since that is what it is anywhere else."""
-    live = [row for queue in QUEUES for row in installation.rows(f"select '{queue}', {LIVE} from {queue} order by id")]
-    live = [tuple(1 if place == 5 and value == 2 else value for place, value in enumerate(row)) for row in live]
+    live = [
+        row
+        for queue in QUEUES
+        for row in installation.rows(f"select '{queue}', {LIVE} from {queue} order by id")
+    ]
+    live = [
+        tuple(1 if place == 5 and value == 2 else value for place, value in enumerate(row))
+        for row in live
+    ]
     return live + installation.rows(f"select {FINISHED} from task_history order by queue, row_id")
 
 
@@ -55,16 +62,33 @@ def filled(installation) -> None:
     installation.handler("bad", "#!/bin/sh\nexit 65\n")
     for name, task_type in (("g-1", "good"), ("b-1", "bad"), ("redriven", "bad")):
         installation.enqueue("approvals", task_type, "{}", "--task-id", name)
-    installation.sqlite3("insert into approvals (data) values ('{\"hook_event_name\": \"good\", \"bare\": true}')")
-    assert installation.run("worker.py", "approvals", "--handlers", installation.handlers, "--drain").returncode == 0
+    installation.sqlite3(
+        'insert into approvals (data) values (\'{"hook_event_name": "good", "bare": true}\')'
+    )
+    assert (
+        installation.run(
+            "worker.py", "approvals", "--handlers", installation.handlers, "--drain"
+        ).returncode
+        == 0
+    )
     assert installation.run("tasks.py", "retry", "redriven").returncode == 0
-    installation.enqueue("approvals", "review", '{"text": "line\\nbreak \\" \\\\ \\u0000 \\u2028 ä 🙂"}', "--task-id", 'x "quoted" id')
+    installation.enqueue(
+        "approvals",
+        "review",
+        '{"text": "line\\nbreak \\" \\\\ \\u0000 \\u2028 ä 🙂"}',
+        "--task-id",
+        'x "quoted" id',
+    )
     # This id was used before.
     installation.enqueue("approvals", "review", '{"n": 1}', "--task-id", "g-1", "--priority", "3")
     installation.enqueue("approvals", "review", "{}", "--task-id", "later", "--delay", "500.25")
     installation.enqueue("approvals", "review", "{}", "--task-id", "runs")
-    installation.sqlite3("update approvals set status = 2, owner = 'x', attempts = 2, error = 'once' where task_id = 'runs'")
-    pretty = json.dumps({"big": 2**70, "float": 1.10, "nested": [[{}]]}, indent=2).replace("1.1", "1.10e400")
+    installation.sqlite3(
+        "update approvals set status = 2, owner = 'x', attempts = 2, error = 'once' where task_id = 'runs'"
+    )
+    pretty = json.dumps({"big": 2**70, "float": 1.10, "nested": [[{}]]}, indent=2).replace(
+        "1.1", "1.10e400"
+    )
     installation.sqlite3(f"insert into notifications (data) values ('{pretty}')")
 
 
@@ -97,9 +121,13 @@ def test_importing_twice_changes_nothing_neither_here_nor_elsewhere(installation
 def test_a_task_that_was_done_since_the_export_does_not_come_back(installation):
     installation.handler("good", "#!/bin/sh\n")
     installation.enqueue("approvals", "good", "{}", "--task-id", "g-1")
-    installation.sqlite3("insert into notifications (data) values ('{ \"hook_event_name\":  \"good\" }')")
+    installation.sqlite3(
+        'insert into notifications (data) values (\'{ "hook_event_name":  "good" }\')'
+    )
     text = exported(installation)
-    installation.run("worker.py", "approvals", "notifications", "--handlers", installation.handlers, "--drain")
+    installation.run(
+        "worker.py", "approvals", "notifications", "--handlers", installation.handlers, "--drain"
+    )
     before = content(installation)
     assert imported(installation, text) == {"imported": 0, "already_there": 2, "refused": []}
     assert content(installation) == before
@@ -117,9 +145,13 @@ def test_a_queue_that_has_other_tasks_takes_all_of_them_in(installation, other):
     after = content(other)
     assert [row for row in after if row in mine] == mine
     assert len(after) == len(mine) + 9
-    ids = other.rows("select queue, row_id from task_history union all select 'approvals', id from approvals")
+    ids = other.rows(
+        "select queue, row_id from task_history union all select 'approvals', id from approvals"
+    )
     assert len(ids) == len(set(ids)), "a row id was used twice"
-    (bare,) = other.rows("select task_id, json_type(data, '$.data.big') from notifications where task_id is not null")
+    (bare,) = other.rows(
+        "select task_id, json_type(data, '$.data.big') from notifications where task_id is not null"
+    )
     assert bare[0].startswith("notifications-1-") and bare[1] == "integer"
 
 
@@ -130,7 +162,9 @@ def test_bad_lines_are_named_and_the_others_come_in(installation):
            json.dumps(good | {"id": "one"}), json.dumps(good | {"status": "odd"}), json.dumps({"queue": "approvals"}),
            json.dumps(good | {"status": "completed"}), json.dumps(good | {"id": 2**80}), "[" * 5000,
            json.dumps(good | {"enqueued_at": None}), json.dumps(good | {"status": "scheduled"})]  # fmt: skip
-    lines = [line if isinstance(line, bytes) else line.encode() for line in [*bad, json.dumps(good), b""]]
+    lines = [
+        line if isinstance(line, bytes) else line.encode() for line in [*bad, json.dumps(good), b""]
+    ]
     done = installation.run("tasks.py", "import", "-", input=b"\n".join(lines))
     assert done.returncode == 65, done.stderr
     named = [int(line.split("line ")[1].split()[0]) for line in done.stderr.splitlines()]
@@ -151,7 +185,9 @@ def test_an_interrupted_export_leaves_the_old_file_and_no_half_one(installation)
         wait_for(lambda: len(list(target.parent.iterdir())) == 2)
         process.send_signal(number)
         assert process.wait(10) == 130
-        assert [path.name for path in target.parent.iterdir()] == ["tasks.jsonl"] and target.read_text() == "the old one"
+        assert [path.name for path in target.parent.iterdir()] == [
+            "tasks.jsonl"
+        ] and target.read_text() == "the old one"
     process = installation.start("tasks.py", "export", target)
     wait_for(lambda: len(list(target.parent.iterdir())) == 2)
     process.kill()
@@ -162,7 +198,12 @@ def test_an_interrupted_export_leaves_the_old_file_and_no_half_one(installation)
 
 
 def test_a_full_disk_is_said_and_leaves_nothing(installation):
-    installation.enqueue("approvals", "review", "--jsonl", input=json.dumps({"a": "x" * 1000}) + "\n" + "{}\n" * 30_000)
+    installation.enqueue(
+        "approvals",
+        "review",
+        "--jsonl",
+        input=json.dumps({"a": "x" * 1000}) + "\n" + "{}\n" * 30_000,
+    )
     target = installation.directory / "out" / "file"
     target.parent.mkdir()
     target.write_text("the old one")
@@ -174,33 +215,50 @@ def test_a_full_disk_is_said_and_leaves_nothing(installation):
         done = installation.run("tasks.py", command, target, preexec_fn=little_space)
         assert done.returncode == 1 and len(done.stderr.splitlines()) == 1, done.stderr
         assert f"{target} was not written" in done.stderr and "Traceback" not in done.stderr
-        assert [path.name for path in target.parent.iterdir()] == ["file"] and target.read_text() == "the old one"
+        assert [path.name for path in target.parent.iterdir()] == [
+            "file"
+        ] and target.read_text() == "the old one"
     for target in ("/dev/full", "-"):
         with open("/dev/full", "wb") as full:
             done = subprocess.run([sys.executable, ROOT / "tasks.py", "export", target], check=False, env=installation.env, stdout=full,
                                   stderr=subprocess.PIPE, text=True)  # fmt: skip
-        assert done.returncode == 1 and "No space left on device" in done.stderr and len(done.stderr.splitlines()) == 1
+        assert (
+            done.returncode == 1
+            and "No space left on device" in done.stderr
+            and len(done.stderr.splitlines()) == 1
+        )
 
 
 def test_a_small_file_system_that_fills_up_is_said_and_left_clean(installation):
     script = 'mount -t tmpfs -o size=500k none "$1" && { shift; "$@"; echo "code $?"; ls -A "$HOME/small"; }'
     small = installation.directory / "small"
     small.mkdir()
-    if subprocess.run(["unshare", "-rm", "sh", "-c", script, "sh", small, "true"], check=False, env=installation.env, capture_output=True).returncode:
+    if subprocess.run(
+        ["unshare", "-rm", "sh", "-c", script, "sh", small, "true"],
+        check=False,
+        env=installation.env,
+        capture_output=True,
+    ).returncode:
         pytest.skip("no private mounts here")
     installation.enqueue("approvals", "review", "--jsonl", input="{}\n" * 10_000)
     for command in ("export", "backup"):
         done = subprocess.run(["unshare", "-rm", "sh", "-c", script, "sh", small, sys.executable, ROOT / "tasks.py", command, small / "f"], check=False,
                               env=installation.env, capture_output=True, text=True)  # fmt: skip
         assert done.stdout == "code 1\n", done
-        assert f"{small / 'f'} was not written" in done.stderr and len(done.stderr.splitlines()) == 1
+        assert (
+            f"{small / 'f'} was not written" in done.stderr and len(done.stderr.splitlines()) == 1
+        )
 
 
 def test_an_export_whose_reader_goes_away_is_not_called_whole(installation):
     installation.enqueue("approvals", "review", "--jsonl", input="{}\n" * 20_000)
     done = subprocess.run(["bash", "-c", '"$@" | head -1 | wc -l; echo ${PIPESTATUS[0]}', "bash", sys.executable, ROOT / "tasks.py", "export"], check=False,
                           env=installation.env, capture_output=True, text=True)  # fmt: skip
-    assert done.stdout.split() == ["1", "1"] and "not whole" in done.stderr and len(done.stderr.splitlines()) == 1
+    assert (
+        done.stdout.split() == ["1", "1"]
+        and "not whole" in done.stderr
+        and len(done.stderr.splitlines()) == 1
+    )
 
 
 def test_a_backup_made_while_tasks_come_and_go_is_whole_and_can_be_restored(installation):
@@ -229,9 +287,19 @@ def test_a_backup_made_while_tasks_come_and_go_is_whole_and_can_be_restored(inst
             assert [path.name for path in target.parent.glob("*back up*")] == ["back up's"]
             with sqlite3.connect(f"file:{target}?mode=ro", uri=True) as copy:
                 assert copy.execute("pragma integrity_check").fetchall() == [("ok",)]
-                (tasks,) = copy.execute("select (select count(*) from approvals) + (select count(*) from task_history)").fetchone()
+                (tasks,) = copy.execute(
+                    "select (select count(*) from approvals) + (select count(*) from task_history)"
+                ).fetchone()
                 assert tasks == 3_000, "a task was lost or doubled between two tables"
-                assert len({copy.execute(f"select count(*) from {name}").fetchone() for name in ("notifications", "completions")}) == 1
+                assert (
+                    len(
+                        {
+                            copy.execute(f"select count(*) from {name}").fetchone()
+                            for name in ("notifications", "completions")
+                        }
+                    )
+                    == 1
+                )
     finally:
         stop.set()
         thread.join()
@@ -239,14 +307,24 @@ def test_a_backup_made_while_tasks_come_and_go_is_whole_and_can_be_restored(inst
     restored.mkdir()
     (restored / "tasks.db").write_bytes(target.read_bytes())
     done = installation.run("tasks.py", "stats", "--json", env={"TASK_QUEUE_STATE": str(restored)})
-    assert done.returncode == 0 and sum(queue["pending"] for queue in json.loads(done.stdout)["queues"].values()) > 0
+    assert (
+        done.returncode == 0
+        and sum(queue["pending"] for queue in json.loads(done.stdout)["queues"].values()) > 0
+    )
 
 
 def test_a_backup_never_goes_over_the_database_itself(installation):
     installation.enqueue("approvals", "review")
     link = installation.directory / "link"
     os.symlink(installation.db, link)
-    for target in (installation.db, link, installation.directory, installation.directory / "missing" / "file", "/", ""):
+    for target in (
+        installation.db,
+        link,
+        installation.directory,
+        installation.directory / "missing" / "file",
+        "/",
+        "",
+    ):
         done = installation.run("tasks.py", "backup", target)
         assert done.returncode == 1 and len(done.stderr.splitlines()) == 1, done.stderr
     for target in (installation.directory, installation.directory / "missing" / "file", "/", ""):
@@ -262,16 +340,28 @@ def test_random_exports_of_two_queues_meet_in_a_third_without_loss(installation,
     for place in (installation, other):
         for _ in range(6):
             task_id = f"t-{rng.randrange(4)}"
-            place.enqueue("approvals", "review", json.dumps({"n": rng.random()}), "--task-id", task_id)
-            place.sqlite3(f"insert into notifications (data) values (json_object('n', {rng.randrange(4)}))")
+            place.enqueue(
+                "approvals", "review", json.dumps({"n": rng.random()}), "--task-id", task_id
+            )
+            place.sqlite3(
+                f"insert into notifications (data) values (json_object('n', {rng.randrange(4)}))"
+            )
             if rng.random() < 0.4:
                 place.run("tasks.py", "cancel", task_id)
     texts = [exported(place, "--history") for place in (installation, other)]
     for text in texts + texts:
         assert imported(third, text)["refused"] == []
-    wanted = {row for place in (installation, other) for row in place.rows("select task_id, enqueued_at from task_history")}
+    wanted = {
+        row
+        for place in (installation, other)
+        for row in place.rows("select task_id, enqueued_at from task_history")
+    }
     assert wanted <= set(third.rows("select task_id, enqueued_at from task_history"))
-    live = {row for place in (installation, other) for row in place.rows("select task_id from approvals")}
+    live = {
+        row
+        for place in (installation, other)
+        for row in place.rows("select task_id from approvals")
+    }
     assert live <= set(third.rows("select task_id from task_queue"))
     for n in range(4):
         count = f"select count(*) from notifications where coalesce(json_extract(data, '$.data.n'), json_extract(data, '$.n')) = {n}"

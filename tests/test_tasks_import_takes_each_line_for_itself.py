@@ -12,7 +12,9 @@ LIVE = {"queue": "approvals", "id": 1, "task_id": "bad", "task_type": "t", "stat
 ENDED = {"queue": "approvals", "id": 2, "task_id": "bad", "task_type": "t", "status": "failed", "enqueued_at": "2030-01-31 12:00:00.000",
          "started_at": None, "completed_at": "2030-01-31 12:00:01.000", "priority": 0, "attempts": 1, "max_attempts": 4,
          "exit_code": 1, "error": "e", "result": "", "log": "", "group_id": None, "data": {}}  # fmt: skip
-GOOD = json.dumps(LIVE | {"task_id": "good", "id": 9, "data": {"task_id": "good", "task_type": "t", "data": {}}})
+GOOD = json.dumps(
+    LIVE | {"task_id": "good", "id": 9, "data": {"task_id": "good", "task_type": "t", "data": {}}}
+)
 ABSURD = ["1e300", "-1", "NaN", "Infinity", "-Infinity", "1e400", '"12"', '"2030"', "true", "[]", "{}", str(2**63), str(10**400), '""',
           '"2030-13-45 12:00:00.000"', '"2030-01-31 12:00:00.000\\u0000"', "253402300800"]  # fmt: skip
 
@@ -42,7 +44,9 @@ def test_each_absurd_field_is_refused_by_its_line_and_the_others_come_in(install
     assert done.returncode == 65 and "Traceback" not in done.stderr, done.stderr
     told = json.loads(done.stdout)
     refused = {int(fault.split()[1]) for fault in told["refused"]}
-    accepted = [lines[number // 2] for number in range(1, 2 * len(lines), 2) if number not in refused]
+    accepted = [
+        lines[number // 2] for number in range(1, 2 * len(lines), 2) if number not in refused
+    ]
     assert accepted == [], accepted
     assert told["imported"] == 1 and told["already_there"] == len(lines) - 1
     assert installation.rows("select task_id, status from task_queue") == [("good", "pending")]
@@ -50,17 +54,30 @@ def test_each_absurd_field_is_refused_by_its_line_and_the_others_come_in(install
 
 @pytest.mark.parametrize("number", ["NaN", "-Infinity"])
 def test_what_only_python_takes_for_json_is_refused_wherever_it_stands(installation, number):
-    inside = json.dumps(LIVE | {"data": {"task_id": "bad", "task_type": "t", "data": {"n": "@@"}}}).replace('"@@"', number)
-    done = installation.run("tasks.py", "import", "-", input=f"{GOOD}\n{inside}\n{GOOD.replace('good', 'fine').replace('9', '10')}\n")
+    inside = json.dumps(
+        LIVE | {"data": {"task_id": "bad", "task_type": "t", "data": {"n": "@@"}}}
+    ).replace('"@@"', number)
+    done = installation.run(
+        "tasks.py",
+        "import",
+        "-",
+        input=f"{GOOD}\n{inside}\n{GOOD.replace('good', 'fine').replace('9', '10')}\n",
+    )
     assert done.returncode == 65 and f"line 2 was refused: {number} is not JSON" in done.stderr
     assert sorted(installation.rows("select task_id from task_queue")) == [("fine",), ("good",)]
 
 
 def test_data_that_sqlite_cannot_read_is_refused_by_its_line(installation):
     deep = "[" * 1500 + "]" * 1500
-    inside = json.dumps(LIVE | {"data": {"task_id": "bad", "task_type": "t", "data": {"n": "@@"}}}).replace('"@@"', deep)
+    inside = json.dumps(
+        LIVE | {"data": {"task_id": "bad", "task_type": "t", "data": {"n": "@@"}}}
+    ).replace('"@@"', deep)
     done = installation.run("tasks.py", "import", "-", input=f"{inside}\n{GOOD}\n")
-    assert done.returncode == 65 and "line 1 was refused" in done.stderr and len(done.stderr.splitlines()) == 1
+    assert (
+        done.returncode == 65
+        and "line 1 was refused" in done.stderr
+        and len(done.stderr.splitlines()) == 1
+    )
     assert installation.rows("select task_id from task_queue") == [("good",)]
 
 
@@ -69,10 +86,22 @@ def test_imported_tasks_run_and_are_recorded(installation):
     extreme = [LIVE | {"id": n, "task_id": f"x-{n}", "enqueued_at": at, "priority": priority, "attempts": 0,
                        "data": {"task_id": f"x-{n}", "task_type": "t", "data": {}}}
                for n, (at, priority) in enumerate([(0, 1_000_000), (32503680000, -1_000_000), (1.5, 0)], 1)]  # fmt: skip
-    assert installation.run("tasks.py", "import", "-", input="".join(json.dumps(task) + "\n" for task in extreme)).returncode == 0
+    assert (
+        installation.run(
+            "tasks.py", "import", "-", input="".join(json.dumps(task) + "\n" for task in extreme)
+        ).returncode
+        == 0
+    )
     installation.handler("t", "#!/bin/sh\n")
-    assert installation.run("worker.py", "approvals", "--handlers", installation.handlers, "--drain").returncode == 0
-    assert installation.rows("select count(*), count(enqueued_at) from task_history where status = 'completed'") == [(3, 3)]
+    assert (
+        installation.run(
+            "worker.py", "approvals", "--handlers", installation.handlers, "--drain"
+        ).returncode
+        == 0
+    )
+    assert installation.rows(
+        "select count(*), count(enqueued_at) from task_history where status = 'completed'"
+    ) == [(3, 3)]
 
 
 def test_one_task_id_in_two_queues_is_two_tasks_everywhere(installation, tmp_path):
@@ -86,14 +115,23 @@ def test_one_task_id_in_two_queues_is_two_tasks_everywhere(installation, tmp_pat
     for expected in ({"imported": 5, "already_there": 0}, {"imported": 0, "already_there": 5}):
         told = json.loads(other.run("tasks.py", "import", "-", "--json", input=done.stdout).stdout)
         assert told == expected | {"refused": []}
-    everything = "select queue, task_id, status, json_extract(data, '$.data') from task_queue order by 1, 3"
+    everything = (
+        "select queue, task_id, status, json_extract(data, '$.data') from task_queue order by 1, 3"
+    )
     assert other.rows(everything) == installation.rows(everything)
 
-    some = "".join(f"{text}\n" for text in done.stdout.splitlines() if json.loads(text)["queue"] == "completions")
+    some = "".join(
+        f"{text}\n"
+        for text in done.stdout.splitlines()
+        if json.loads(text)["queue"] == "completions"
+    )
     (tmp_path / "third").mkdir()
     third = Installation(tmp_path / "third")
     third.enqueue("approvals", "t", "{}", "--task-id", "same")
-    assert json.loads(third.run("tasks.py", "import", "-", "--json", input=some).stdout)["imported"] == 2
+    assert (
+        json.loads(third.run("tasks.py", "import", "-", "--json", input=some).stdout)["imported"]
+        == 2
+    )
     assert sorted(third.rows("select queue, status from task_queue")) == [
         ("approvals", "pending"), ("completions", "cancelled"), ("completions", "pending")]  # fmt: skip
 
@@ -102,9 +140,14 @@ def test_one_task_id_in_two_queues_is_two_tasks_everywhere(installation, tmp_pat
     installation.enqueue("extra", "t")
     said = installation.run("tasks.py", "move", "same", "extra").stderr
     assert "same (approvals)" in said and "same (completions)" in said and "--from" in said
-    assert installation.run("tasks.py", "move", "--from", "approvals", "same", "extra").returncode == 0
+    assert (
+        installation.run("tasks.py", "move", "--from", "approvals", "same", "extra").returncode == 0
+    )
     assert sorted(installation.rows("select queue, status from task_queue where task_id = 'same'")) == [
         ("approvals", "cancelled"), ("completions", "cancelled"), ("completions", "pending"), ("extra", "pending"),
         ("notifications", "pending")]  # fmt: skip
-    assert "waiting or running in extra" in installation.run("tasks.py", "move", "--from", "completions", "same", "extra").stderr
+    assert (
+        "waiting or running in extra"
+        in installation.run("tasks.py", "move", "--from", "completions", "same", "extra").stderr
+    )
     assert installation.rows("select count(*) from completions where task_id = 'same'") == [(1,)]

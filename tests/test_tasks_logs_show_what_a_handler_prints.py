@@ -25,18 +25,29 @@ def test_stdout_goes_to_stdout_and_stderr_to_stderr_byte_by_byte(installation):
     installation.handler("bytes", "#!/bin/sh\nprintf 'a\\000\\377\\033[31m\\n'; echo problem >&2\n")
     installation.enqueue("approvals", "bytes", "{}", "--task-id", "b-1")
     installation.run("worker.py", "approvals", "--handlers", installation.handlers, "--drain")
-    done = subprocess.run([sys.executable, ROOT / "tasks.py", "logs", "b-1"], check=False, env=installation.env, capture_output=True)
+    done = subprocess.run(
+        [sys.executable, ROOT / "tasks.py", "logs", "b-1"],
+        check=False,
+        env=installation.env,
+        capture_output=True,
+    )
     assert (done.returncode, done.stdout, done.stderr) == (0, b"a\0\xff\x1b[31m\n", b"problem\n")
     done = installation.run("tasks.py", "logs", "b-1", "--json")
     told = json.loads(done.stdout)
-    assert (told["status"], told["attempt"], told["stderr"]) == ("completed", 1, "problem\n") and told["stdout"].endswith("[31m\n")
+    assert (told["status"], told["attempt"], told["stderr"]) == (
+        "completed",
+        1,
+        "problem\n",
+    ) and told["stdout"].endswith("[31m\n")
 
 
 def test_output_that_is_longer_than_the_history_keeps_is_whole(installation):
     installation.handler("long", "#!/bin/sh\nseq 1 100000\n")
     installation.enqueue("approvals", "long", "{}", "--task-id", "l-1")
     installation.run("worker.py", "approvals", "--handlers", installation.handlers, "--drain")
-    assert installation.run("tasks.py", "logs", "l-1").stdout == "".join(f"{n}\n" for n in range(1, 100001))
+    assert installation.run("tasks.py", "logs", "l-1").stdout == "".join(
+        f"{n}\n" for n in range(1, 100001)
+    )
 
 
 def test_what_the_history_kept_is_shown_when_the_files_are_pruned(installation):
@@ -50,7 +61,9 @@ def test_what_the_history_kept_is_shown_when_the_files_are_pruned(installation):
 
 
 def test_the_last_attempt_is_shown(installation):
-    installation.handler("again", "#!/bin/sh\necho attempt $TASK_ATTEMPT; exit $((TASK_ATTEMPT < 3))\n")
+    installation.handler(
+        "again", "#!/bin/sh\necho attempt $TASK_ATTEMPT; exit $((TASK_ATTEMPT < 3))\n"
+    )
     installation.enqueue("approvals", "again", "{}", "--task-id", "a-1")
     installation.worker("approvals", "--backoff", "0.01")
     installation.finished("a-1")
@@ -66,7 +79,9 @@ def test_a_task_that_has_not_run_says_so(installation):
 def test_following_starts_before_the_task_does_and_ends_with_it(installation):
     gate = installation.directory / "gate"
     os.mkfifo(gate)
-    installation.handler("gated", f"#!/bin/sh\necho begun; echo warned >&2; read line < '{gate}'; echo $line\n")
+    installation.handler(
+        "gated", f"#!/bin/sh\necho begun; echo warned >&2; read line < '{gate}'; echo $line\n"
+    )
     installation.enqueue("approvals", "gated", "{}", "--task-id", "f-1")
     process = follow(installation, "f-1")
     wait_for(lambda: "has not run yet" in process.err.read_text())

@@ -70,5 +70,9 @@ def test_a_database_that_is_a_link_is_protected_where_it_lies(installation, comm
 def test_a_missing_directory_is_named(installation, command):
     installation.enqueue("approvals", "good")
     done = installation.run("tasks.py", command, installation.directory / "none" / "file")
-    assert done.returncode == 1 and "there is no directory" in done.stderr and "mkdir -p" in done.stderr
+    assert (
+        done.returncode == 1
+        and "there is no directory" in done.stderr
+        and "mkdir -p" in done.stderr
+    )
     assert "df" not in done.stderr.split()

@@ -13,7 +13,9 @@ from conftest import ROOT
 
 # A clipboard (OSC 52), a title, clear-screen, an eight-bit CSI, DEL, a carriage return, reversed text, and a lone surrogate.
 HOSTILE = "\x1b]52;c;ZXZpbA==\x07\x1b]0;owned\x07\x1b[2J\x9b31m\x7f\rfake\nline\u202egnp\u2066\u200f\u2028"
-RAW = [chr(code) for code in (*range(0x00, 0x0A), *range(0x0B, 0x20), *range(0x7F, 0xA0))] + list("\u202e\u2066\u200f\u2028\u061c\u200e")
+RAW = [chr(code) for code in (*range(0x00, 0x0A), *range(0x0B, 0x20), *range(0x7F, 0xA0))] + list(
+    "\u202e\u2066\u200f\u2028\u061c\u200e"
+)
 # SQL's words for it: the hook's type, the payload and the error are as a bash hook may have written them.
 IN_SQL = " || ".join(f"char({ord(character)})" for character in HOSTILE)
 
@@ -27,13 +29,21 @@ def hostile(installation):
     """Hostile types, ids, payloads, errors, results, logs, owners and file names in every state that a task can have."""
     installation.enqueue("approvals", "review", "{}", "--task-id", "plain")
     envelope = f"json_object('task_id', 'id' || {IN_SQL}, 'task_type', 'type' || {IN_SQL}, 'data', json_object('k', {IN_SQL}))"
-    installation.sqlite3(f"insert into approvals (data, error, group_id) values ({envelope}, 'error' || {IN_SQL}, 'g' || {IN_SQL})")
-    installation.sqlite3(f"insert into notifications (data) values (json_object('hook_event_name', 'type' || {IN_SQL}, 'k', {IN_SQL}))")
+    installation.sqlite3(
+        f"insert into approvals (data, error, group_id) values ({envelope}, 'error' || {IN_SQL}, 'g' || {IN_SQL})"
+    )
+    installation.sqlite3(
+        f"insert into notifications (data) values (json_object('hook_event_name', 'type' || {IN_SQL}, 'k', {IN_SQL}))"
+    )
     raw = HOSTILE.translate({code: None for code in range(0x20)})
-    installation.sqlite3(f"insert into notifications (data) values ('{{\"hook_event_name\": \"raw{raw}\", \"k\": \"{raw}\"}}')")
+    installation.sqlite3(
+        f'insert into notifications (data) values (\'{{"hook_event_name": "raw{raw}", "k": "{raw}"}}\')'
+    )
     installation.sqlite3("insert into notifications (data, status, due_at, error) values ("
                          f"json_object('hook_event_name', 'missing' || {IN_SQL}), 3, 9e9, 'no handler ' || {IN_SQL})")  # fmt: skip
-    installation.sqlite3(f"insert into completions (data, status, owner, claimed_at, attempts) values ({envelope}, 2, '1-' || {IN_SQL}, 5, 1)")
+    installation.sqlite3(
+        f"insert into completions (data, status, owner, claimed_at, attempts) values ({envelope}, 2, '1-' || {IN_SQL}, 5, 1)"
+    )
     installation.sqlite3("insert into task_history (queue, row_id, task_id, task_type, status, data, enqueued_at, started_at, result, log, error)"
                          f" values ('approvals', 77, 'ended' || {IN_SQL}, 'type' || {IN_SQL}, 'failed', {envelope}, '2030-01-01 00:00:00.000',"
                          f" '2030-01-01 00:00:00.000', 'result' || {IN_SQL}, 'log' || {IN_SQL}, 'error' || {IN_SQL})")  # fmt: skip
@@ -45,7 +55,9 @@ def hostile(installation):
     with open(os.fsencode(installation.state) + b"/spool/approvals/\xff\x9b.json", "wb") as file:
         file.write(b"{}")
     for ending in ("out", "err"):
-        (installation.state / "logs/approvals" / f"77-1-{name}.{ending}").write_text(f"printed{HOSTILE}")
+        (installation.state / "logs/approvals" / f"77-1-{name}.{ending}").write_text(
+            f"printed{HOSTILE}"
+        )
     return installation
 
 
@@ -59,11 +71,15 @@ COMMANDS = [
 
 
 @pytest.mark.parametrize("as_json", [False, True], ids=["text", "json"])
-@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: " ".join(command).encode("unicode_escape").decode())
+@pytest.mark.parametrize(
+    "command", COMMANDS, ids=lambda command: " ".join(command).encode("unicode_escape").decode()
+)
 def test_no_command_prints_any(hostile, command, as_json):
     if as_json and "--prometheus" in command:
         pytest.skip("not both")
-    done = hostile.run("tasks.py", *command, *(["--json"] if as_json else []), cwd=hostile.directory)
+    done = hostile.run(
+        "tasks.py", *command, *(["--json"] if as_json else []), cwd=hostile.directory
+    )
     assert is_clean(done.stdout), ascii(done.stdout)
     assert is_clean(done.stderr) and "Traceback" not in done.stderr, ascii(done.stderr)
     if as_json and done.stdout:
@@ -86,10 +102,15 @@ def test_cleanup_prints_none(hostile, args):
 
 
 def test_a_line_of_an_import_is_refused_in_printable_characters(hostile):
-    bad = json.dumps({"queue": HOSTILE, "id": 1, "task_id": HOSTILE, "task_type": HOSTILE, "status": HOSTILE}, ensure_ascii=False)
+    bad = json.dumps(
+        {"queue": HOSTILE, "id": 1, "task_id": HOSTILE, "task_type": HOSTILE, "status": HOSTILE},
+        ensure_ascii=False,
+    )
     for text in (bad, bad.replace(json.dumps(HOSTILE, ensure_ascii=False), '"pending"'), HOSTILE):
         done = hostile.run("tasks.py", "import", "-", input=text)
-        assert done.returncode == 65 and is_clean(done.stdout) and is_clean(done.stderr), ascii(done.stderr)
+        assert done.returncode == 65 and is_clean(done.stdout) and is_clean(done.stderr), ascii(
+            done.stderr
+        )
     legacy = hostile.directory / "legacy"
     legacy.mkdir()
     (legacy / f"notify_{HOSTILE}.json").write_text("no json")
@@ -129,8 +150,19 @@ def test_logs_and_export_are_passed_on_byte_by_byte_but_not_to_a_terminal(hostil
 
 
 def test_a_character_that_is_cut_in_two_between_reads_is_whole_on_a_terminal(installation):
-    installation.handler("long", "#!/bin/sh\nprintf a; i=0; while [ $i -lt 30000 ]; do printf 'äöü'; i=$((i+1)); done\n")
+    installation.handler(
+        "long",
+        "#!/bin/sh\nprintf a; i=0; while [ $i -lt 30000 ]; do printf 'äöü'; i=$((i+1)); done\n",
+    )
     installation.enqueue("approvals", "long", "{}", "--task-id", "l-1")
-    assert installation.run("worker.py", "approvals", "--handlers", installation.handlers, "--drain").returncode == 0
+    assert (
+        installation.run(
+            "worker.py", "approvals", "--handlers", installation.handlers, "--drain"
+        ).returncode
+        == 0
+    )
     assert on_terminal(installation, "logs", "l-1") == "a" + "äöü" * 30000
-    assert json.loads(installation.run("tasks.py", "logs", "l-1", "--json").stdout)["stdout"] == "a" + "äöü" * 30000
+    assert (
+        json.loads(installation.run("tasks.py", "logs", "l-1", "--json").stdout)["stdout"]
+        == "a" + "äöü" * 30000
+    )

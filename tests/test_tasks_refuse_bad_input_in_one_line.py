@@ -23,11 +23,18 @@ def refused(done, code: int, *words: str) -> None:
 
 @pytest.mark.parametrize("command", [*READING, *CHANGING], ids=" ".join)
 def test_a_missing_database_is_said_and_not_made(installation, command):
-    refused(installation.run("tasks.py", *command, cwd=installation.directory), 1, "tasks.db", "No such file")
+    refused(
+        installation.run("tasks.py", *command, cwd=installation.directory),
+        1,
+        "tasks.db",
+        "No such file",
+    )
     assert not installation.state.exists()
 
 
-@pytest.mark.parametrize("command", [["list"], ["stats"], ["pause", "approvals"], ["import", "-"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "command", [["list"], ["stats"], ["pause", "approvals"], ["import", "-"]], ids=" ".join
+)
 def test_a_database_of_somebody_else_is_left_as_it_is(installation, command):
     installation.state.mkdir()
     with sqlite3.connect(installation.db) as conn:
@@ -52,7 +59,9 @@ def test_a_file_that_is_no_database_is_refused(installation):
 
 
 def test_a_damaged_database_is_said(installation):
-    installation.enqueue("approvals", "review", "--jsonl", input='{"a": "' + "x" * 200 + '"}\n' * 1 + "{}\n" * 5000)
+    installation.enqueue(
+        "approvals", "review", "--jsonl", input='{"a": "' + "x" * 200 + '"}\n' * 1 + "{}\n" * 5000
+    )
     installation.sqlite3("pragma wal_checkpoint(truncate)")
     size = installation.db.stat().st_size
     with open(installation.db, "r+b") as file:
@@ -74,7 +83,12 @@ def test_a_locked_database_is_said_after_a_bounded_wait(installation):
                                       stderr=subprocess.PIPE, text=True) for command in (["pause", "approvals"], ["cancel", "a-1"])]  # fmt: skip
         for process in processes:
             out, err = process.communicate(timeout=20)
-            assert process.returncode == 75 and out == "" and len(err.splitlines()) == 1 and "is locked by another process" in err
+            assert (
+                process.returncode == 75
+                and out == ""
+                and len(err.splitlines()) == 1
+                and "is locked by another process" in err
+            )
     finally:
         conn.close()
 
@@ -95,7 +109,12 @@ def test_a_wrong_command_line_exits_64(installation, command):
     ["pause", 'x"; drop table approvals; --'], ["list", "--queue", "../x"]], ids=" ".join)  # fmt: skip
 def test_an_unknown_queue_is_named_with_those_that_there_are(installation, command):
     installation.enqueue("approvals", "review")
-    refused(installation.run("tasks.py", *command), 1, "there is no queue", "approvals, completions, notifications")
+    refused(
+        installation.run("tasks.py", *command),
+        1,
+        "there is no queue",
+        "approvals, completions, notifications",
+    )
 
 
 def test_an_unknown_id_is_said(installation):
@@ -107,8 +126,19 @@ def test_an_unknown_id_is_said(installation):
 
 def test_an_argument_that_is_not_utf_8_is_refused(installation):
     installation.enqueue("approvals", "review", "{}", "--task-id", "a-1")
-    for command in (["show", b"\xff"], ["list", "--text", b"\xff"], ["list", "--type", b"\xff"], ["retry", "--failed", "--type", b"\xff"]):
-        done = subprocess.run([sys.executable, ROOT / "tasks.py", *command], check=False, env=installation.env, capture_output=True, text=True)
+    for command in (
+        ["show", b"\xff"],
+        ["list", "--text", b"\xff"],
+        ["list", "--type", b"\xff"],
+        ["retry", "--failed", "--type", b"\xff"],
+    ):
+        done = subprocess.run(
+            [sys.executable, ROOT / "tasks.py", *command],
+            check=False,
+            env=installation.env,
+            capture_output=True,
+            text=True,
+        )
         refused(done, 64, "not valid UTF-8")
 
 
@@ -117,7 +147,14 @@ def test_an_ambiguous_id_lists_what_it_fits_and_an_exact_one_wins(installation):
         installation.enqueue("approvals", "review", "{}", "--task-id", name)
     installation.enqueue("completions", "review", "{}", "--task-id", "job-11")
     done = installation.run("tasks.py", "cancel", "job")
-    refused(done, 1, "job-1 (approvals)", "job-11 (approvals)", "job-12 (approvals)", "job-11 (completions)")
+    refused(
+        done,
+        1,
+        "job-1 (approvals)",
+        "job-11 (approvals)",
+        "job-12 (approvals)",
+        "job-11 (completions)",
+    )
     refused(installation.run("tasks.py", "show", "job-11"), 1, "--queue")
     assert installation.run("tasks.py", "show", "job-11", "--queue", "completions").returncode == 0
     assert installation.run("tasks.py", "cancel", "job-1").stdout == "cancelled job-1\n"
@@ -129,12 +166,23 @@ def test_an_ambiguous_id_lists_what_it_fits_and_an_exact_one_wins(installation):
 
 
 def test_a_reader_that_closes_the_pipe_is_no_error(installation):
-    installation.enqueue("approvals", "review", "--jsonl", input='{"a": "' + "x" * 100 + '"}\n' * 1 + "{}\n" * 3000)
-    for command in ("list --limit 3000", "list --limit 3000 --json", "stats", "stats --json", "stats --prometheus"):
+    installation.enqueue(
+        "approvals", "review", "--jsonl", input='{"a": "' + "x" * 100 + '"}\n' * 1 + "{}\n" * 3000
+    )
+    for command in (
+        "list --limit 3000",
+        "list --limit 3000 --json",
+        "stats",
+        "stats --json",
+        "stats --prometheus",
+    ):
         for reader in ("head -1", "true") if "list" in command else ("head -1",):
             done = subprocess.run(["bash", "-c", f'set -o pipefail; "$@" {command} | {reader} >/dev/null; echo $?', "bash", sys.executable, ROOT / "tasks.py"], check=False, env=installation.env,
                                   capture_output=True, text=True)  # fmt: skip
-            assert (done.stdout, done.stderr.replace("only the first 3000; --limit N shows more\n", "")) == ("0\n", ""), command
+            assert (
+                done.stdout,
+                done.stderr.replace("only the first 3000; --limit N shows more\n", ""),
+            ) == ("0\n", ""), command
 
 
 def test_a_full_standard_output_is_an_error_of_one_line(installation):
@@ -143,7 +191,11 @@ def test_a_full_standard_output_is_an_error_of_one_line(installation):
         with open("/dev/full", "wb") as full:
             done = subprocess.run([sys.executable, ROOT / "tasks.py", *command], check=False, env=installation.env, stdout=full,
                                   stderr=subprocess.PIPE, text=True)  # fmt: skip
-        assert done.returncode == 1 and len(done.stderr.splitlines()) == 1 and "No space left" in done.stderr
+        assert (
+            done.returncode == 1
+            and len(done.stderr.splitlines()) == 1
+            and "No space left" in done.stderr
+        )
 
 
 def test_a_terminal_of_another_encoding_gets_something_readable(installation):

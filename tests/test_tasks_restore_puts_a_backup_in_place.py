@@ -30,12 +30,22 @@ def backed_up(installation):
     """An installation with a backup of one waiting and one finished task; two more came afterwards."""
     installation.handler("good", "#!/bin/sh\n")
     installation.enqueue("approvals", "good", "{}", "--task-id", "done-before")
-    assert installation.run("worker.py", "approvals", "--handlers", installation.handlers, "--drain").returncode == 0
+    assert (
+        installation.run(
+            "worker.py", "approvals", "--handlers", installation.handlers, "--drain"
+        ).returncode
+        == 0
+    )
     installation.enqueue("approvals", "good", "{}", "--task-id", "waited-before")
     installation.backup = installation.directory / "the backup's file"
     assert installation.run("tasks.py", "backup", installation.backup).returncode == 0
     installation.enqueue("completions", "good", "{}", "--task-id", "done-after")
-    assert installation.run("worker.py", "completions", "--handlers", installation.handlers, "--drain").returncode == 0
+    assert (
+        installation.run(
+            "worker.py", "completions", "--handlers", installation.handlers, "--drain"
+        ).returncode
+        == 0
+    )
     installation.enqueue("completions", "good", "{}", "--task-id", "waits-after")
     return installation
 
@@ -70,11 +80,15 @@ def test_workers_go_on_with_the_restored_database_and_no_task_is_lost_or_run_twi
     worker = backed_up.worker("approvals", "completions", "--concurrency", "2")
     wait_for(lambda: (backed_up.directory / "ran").exists())
     restore(backed_up, backed_up.backup)
-    wait_for(lambda: not backed_up.rows("select 1 from approvals"), what="the end of all restored tasks")
+    wait_for(
+        lambda: not backed_up.rows("select 1 from approvals"), what="the end of all restored tasks"
+    )
     backed_up.enqueue("approvals", "good", "{}", "--task-id", "later")
     assert backed_up.finished("later")["status"] == "completed"
     assert worker.poll() is None
-    assert backed_up.rows("select count(*) from task_history where task_type = 'count' and status = 'completed'") == [(200,)]
+    assert backed_up.rows(
+        "select count(*) from task_history where task_type = 'count' and status = 'completed'"
+    ) == [(200,)]
 
 
 def test_a_restore_amid_enqueues_keeps_every_acknowledged_task_in_one_of_both(backed_up):
@@ -112,7 +126,9 @@ def test_claims_in_the_backup_are_a_dead_owners_even_when_that_owner_lives(backe
     backed_up.handler("sleeper", "#!/bin/sh\necho begun\nsleep 600\n")
     worker = backed_up.worker("approvals")
     backed_up.enqueue("approvals", "sleeper", "{}", "--task-id", "ran-then")
-    wait_for(lambda: backed_up.rows("select 1 from approvals where task_id = 'ran-then' and status = 2"))
+    wait_for(
+        lambda: backed_up.rows("select 1 from approvals where task_id = 'ran-then' and status = 2")
+    )
     assert backed_up.run("tasks.py", "backup", backed_up.backup).returncode == 0
     assert backed_up.run("tasks.py", "cancel", "ran-then").returncode == 0
     assert backed_up.run("tasks.py", "pause", "approvals").returncode == 0
@@ -179,7 +195,10 @@ def test_a_missing_database_is_made_of_the_backup(backed_up):
     shutil.rmtree(backed_up.state)
     assert restore(backed_up, backed_up.backup)["kept"] is None
     assert ids(backed_up) == {"done-before", "waited-before"}
-    assert backed_up.state.stat().st_mode & 0o777 == 0o700 and backed_up.db.stat().st_mode & 0o777 == 0o600
+    assert (
+        backed_up.state.stat().st_mode & 0o777 == 0o700
+        and backed_up.db.stat().st_mode & 0o777 == 0o600
+    )
 
 
 def damaged(path) -> None:
@@ -224,7 +243,10 @@ def test_what_is_no_whole_backup_is_refused_and_nothing_changes(backed_up, how):
     said = restore(backed_up, backed_up.backup, code=1)["said"]
     assert len(said.splitlines()) == 1 and word in said and str(backed_up.backup) in said, said
     assert ids(backed_up) == before
-    assert {path.name for path in backed_up.state.iterdir()} - {"tasks.db-wal", "tasks.db-shm"} <= names
+    assert {path.name for path in backed_up.state.iterdir()} - {
+        "tasks.db-wal",
+        "tasks.db-shm",
+    } <= names
 
 
 def test_the_database_itself_is_no_backup_of_itself(backed_up):
@@ -254,7 +276,11 @@ def test_a_restore_that_is_killed_leaves_all_as_it_was_or_all_restored(backed_up
     backed_up.sqlite3("delete from notifications where id > 10")
     for phase in (".restore-*", "*tasks.db.before-restore-*"):
         process = backed_up.start("tasks.py", "restore", big)
-        wait_for(lambda phase=phase, process=process: list(backed_up.state.glob(phase)) or process.poll() is not None)
+        wait_for(
+            lambda phase=phase, process=process: (
+                list(backed_up.state.glob(phase)) or process.poll() is not None
+            )
+        )
         process.send_signal(signal.SIGKILL)
         process.wait()
         assert backed_up.rows("select count(*) from notifications")[0][0] in (10, 60000)
@@ -301,7 +327,9 @@ def test_a_backup_with_pages_of_another_size_is_restored(backed_up, page_size):
     shutil.copy(backed_up.backup, other)
     restore(backed_up, backed_up.backup)
     assert ids(backed_up) == {"done-before", "waited-before"}
-    assert backed_up.rows("pragma page_size") == [(now,)] and backed_up.rows("pragma auto_vacuum") == [(2,)]
+    assert backed_up.rows("pragma page_size") == [(now,)] and backed_up.rows(
+        "pragma auto_vacuum"
+    ) == [(2,)]
     assert backed_up.sqlite3("pragma integrity_check") == "ok"
     # The file itself is left as it is.
     assert backed_up.backup.read_bytes() == other.read_bytes()
@@ -315,19 +343,35 @@ def test_a_backup_of_version_1_is_restored_under_a_database_of_today(backed_up):
         conn.execute("pragma page_size = 8192")
         conn.execute("pragma auto_vacuum = incremental")
         conn.executescript(f"begin; {schema}; pragma user_version = 1; commit")
-        tables = [name for (name,) in conn.execute("select tbl_name from sqlite_master where name like '%.ready'")]
-        waiting = {row for name in tables for row in conn.execute(f"select '{name}', id from \"{name}\"")}
-        finished = conn.execute("select queue, row_id, completed_at from task_history order by id").fetchall()
+        tables = [
+            name
+            for (name,) in conn.execute(
+                "select tbl_name from sqlite_master where name like '%.ready'"
+            )
+        ]
+        waiting = {
+            row for name in tables for row in conn.execute(f"select '{name}', id from \"{name}\"")
+        }
+        finished = conn.execute(
+            "select queue, row_id, completed_at from task_history order by id"
+        ).fetchall()
     conn.close()
     assert waiting and finished
     before = old.read_bytes()
     told = restore(backed_up, old)
     assert told["missing"]["waiting"] == 2
-    assert backed_up.rows("pragma user_version") == [(2,)] and backed_up.sqlite3("pragma integrity_check") == "ok"
-    assert {row for name in tables for row in backed_up.rows(f"select '{name}', id from \"{name}\"")} <= waiting
+    assert (
+        backed_up.rows("pragma user_version") == [(2,)]
+        and backed_up.sqlite3("pragma integrity_check") == "ok"
+    )
+    assert {
+        row for name in tables for row in backed_up.rows(f"select '{name}', id from \"{name}\"")
+    } <= waiting
     ended = backed_up.rows("select queue, row_id, completed_at from task_history order by id")
     assert set(finished) <= set(ended)
-    live = {row for name in tables for row in backed_up.rows(f"select '{name}', id from \"{name}\"")}
+    live = {
+        row for name in tables for row in backed_up.rows(f"select '{name}', id from \"{name}\"")
+    }
     assert waiting == live | {row[:2] for row in ended if row[:2] in waiting}
     assert old.read_bytes() == before
     backed_up.enqueue("approvals", "good", "{}", "--task-id", "goes-on")

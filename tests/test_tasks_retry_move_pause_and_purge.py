@@ -29,30 +29,57 @@ def statuses(installation) -> dict[str, str]:
 @pytest.fixture
 def with_failures(installation):
     """Two queues with dead letters of two types, one of them old, and a completed task."""
-    installation.handler("flaky", "#!/bin/sh\n[ -e \"$HOME/mended\" ] && exit 0\nexit 65\n")
-    installation.handler("other", "#!/bin/sh\n[ -e \"$HOME/mended\" ] && exit 0\nexit 65\n")
+    installation.handler("flaky", '#!/bin/sh\n[ -e "$HOME/mended" ] && exit 0\nexit 65\n')
+    installation.handler("other", '#!/bin/sh\n[ -e "$HOME/mended" ] && exit 0\nexit 65\n')
     installation.handler("good", "#!/bin/sh\n")
     for queue in ("approvals", "completions"):
         for task_type in ("flaky", "other"):
             installation.enqueue(queue, task_type, "{}", "--task-id", f"{queue}-{task_type}-1")
     installation.enqueue("approvals", "flaky", "{}", "--task-id", "old-1")
     installation.enqueue("approvals", "good", "{}", "--task-id", "good-1")
-    assert installation.run("worker.py", "approvals", "completions", "--handlers", installation.handlers, "--drain").returncode == 0
-    installation.sqlite3("update task_history set completed_at = datetime('now', '-2 hours') where task_id = 'old-1'")
+    assert (
+        installation.run(
+            "worker.py", "approvals", "completions", "--handlers", installation.handlers, "--drain"
+        ).returncode
+        == 0
+    )
+    installation.sqlite3(
+        "update task_history set completed_at = datetime('now', '-2 hours') where task_id = 'old-1'"
+    )
     return installation
 
 
 def test_a_dead_letter_is_retried_from_its_first_attempt(with_failures):
     assert tasks(with_failures, "retry", "old")["retried"] == 1
     assert statuses(with_failures)["old-1"] == "approvals pending"
-    assert with_failures.rows("select attempts, error from approvals where task_id = 'old-1'") == [(0, None)]
+    assert with_failures.rows("select attempts, error from approvals where task_id = 'old-1'") == [
+        (0, None)
+    ]
     (with_failures.directory / "mended").touch()
-    assert with_failures.run("worker.py", "approvals", "--handlers", with_failures.handlers, "--drain").returncode == 0
+    assert (
+        with_failures.run(
+            "worker.py", "approvals", "--handlers", with_failures.handlers, "--drain"
+        ).returncode
+        == 0
+    )
     assert with_failures.history("old-1")["status"] == "completed"
 
 
 def test_all_dead_letters_of_a_queue_a_type_and_an_age_are_retried_and_no_others(with_failures):
-    assert tasks(with_failures, "retry", "--failed", "--queue", "approvals", "--type", "flaky", "--since", "1h")["retried"] == 1
+    assert (
+        tasks(
+            with_failures,
+            "retry",
+            "--failed",
+            "--queue",
+            "approvals",
+            "--type",
+            "flaky",
+            "--since",
+            "1h",
+        )["retried"]
+        == 1
+    )
     after = statuses(with_failures)
     assert after.pop("approvals-flaky-1") == "approvals pending"
     assert after == {"approvals-other-1": "approvals failed", "old-1": "approvals failed", "good-1": "approvals completed",
@@ -64,7 +91,9 @@ def test_all_dead_letters_of_a_queue_a_type_and_an_age_are_retried_and_no_others
 
 def test_a_task_that_waits_again_under_the_same_id_is_not_doubled(with_failures):
     with_failures.enqueue("approvals", "flaky", "{}", "--task-id", "old-1")
-    done = with_failures.run("tasks.py", "retry", "--failed", "--queue", "approvals", "--type", "flaky")
+    done = with_failures.run(
+        "tasks.py", "retry", "--failed", "--queue", "approvals", "--type", "flaky"
+    )
     assert done.returncode == 1 and "old-1" in done.stderr and "retried 1 task" in done.stdout
     assert len(with_failures.rows("select 1 from approvals where task_id = 'old-1'")) == 1
     assert with_failures.history("old-1")["status"] == "failed"
@@ -78,12 +107,16 @@ def test_a_scheduled_task_is_retried_now(installation):
 
 
 def test_a_paused_queue_is_not_served_until_it_is_resumed_even_by_a_new_worker(installation):
-    installation.handler("touch", "#!/bin/sh\ntouch \"$HOME/$TASK_ID\"\n")
+    installation.handler("touch", '#!/bin/sh\ntouch "$HOME/$TASK_ID"\n')
     installation.enqueue("completions", "touch", "{}", "--task-id", "first")
     worker = installation.worker("approvals", "completions")
     installation.finished("first")
-    assert tasks(installation, "pause", "approvals") == [{"queue": "approvals", "paused": True, "changed": True}]
-    assert tasks(installation, "pause", "approvals") == [{"queue": "approvals", "paused": True, "changed": False}]
+    assert tasks(installation, "pause", "approvals") == [
+        {"queue": "approvals", "paused": True, "changed": True}
+    ]
+    assert tasks(installation, "pause", "approvals") == [
+        {"queue": "approvals", "paused": True, "changed": False}
+    ]
     installation.enqueue("approvals", "touch", "{}", "--task-id", "held")
     installation.enqueue("completions", "touch", "{}", "--task-id", "other-queue")
     installation.finished("other-queue")
@@ -102,7 +135,7 @@ def test_a_paused_queue_is_not_served_until_it_is_resumed_even_by_a_new_worker(i
 
 
 def test_a_busy_worker_obeys_a_pause_within_a_second(installation):
-    installation.handler("short", "#!/bin/sh\ndate +%s.%N >> \"$HOME/starts\"\n")
+    installation.handler("short", '#!/bin/sh\ndate +%s.%N >> "$HOME/starts"\n')
     installation.enqueue("approvals", "short", "--jsonl", input="{}\n" * 2000)
     installation.worker("approvals")
     starts = installation.directory / "starts"
@@ -116,18 +149,27 @@ def test_a_busy_worker_obeys_a_pause_within_a_second(installation):
 
 
 def test_a_waiting_task_moves_with_its_id_priority_and_time(installation):
-    installation.enqueue("approvals", "review", '{"a": 1}', "--task-id", "m-1", "--priority", "7", "--delay", "500")
+    installation.enqueue(
+        "approvals", "review", '{"a": 1}', "--task-id", "m-1", "--priority", "7", "--delay", "500"
+    )
     before = installation.rows("select data, timestamp, status, priority, due_at from approvals")
     assert tasks(installation, "move", "m-1", "completions")["moved"] == 1
-    assert installation.rows("select data, timestamp, status, priority, due_at from completions") == before
+    assert (
+        installation.rows("select data, timestamp, status, priority, due_at from completions")
+        == before
+    )
     assert installation.rows("select 1 from approvals") == []
 
 
 def test_a_bare_payload_keeps_its_id_when_it_moves(installation):
     installation.enqueue("approvals", "review")
-    installation.sqlite3("insert into notifications (data) values ('{\"hook_event_name\": \"Stop\", \"n\": 1e2}')")
+    installation.sqlite3(
+        'insert into notifications (data) values (\'{"hook_event_name": "Stop", "n": 1e2}\')'
+    )
     tasks(installation, "move", "notifications-1", "completions")
-    (row,) = installation.rows("select task_id, task_type, json_extract(data, '$.data') from completions")
+    (row,) = installation.rows(
+        "select task_id, task_type, json_extract(data, '$.data') from completions"
+    )
     assert row == ("notifications-1", "Stop", '{"hook_event_name":"Stop","n":1e2}')
 
 
@@ -137,7 +179,9 @@ def test_all_that_waits_in_a_queue_moves_and_what_cannot_is_named(installation):
     installation.enqueue("approvals", "deploy", "{}", "--task-id", "d")
     installation.enqueue("completions", "review", "{}", "--task-id", "b")
     installation.sqlite3("update approvals set status = 2, owner = 'x' where task_id = 'c'")
-    done = installation.run("tasks.py", "move", "--from", "approvals", "--type", "review", "completions")
+    done = installation.run(
+        "tasks.py", "move", "--from", "approvals", "--type", "review", "completions"
+    )
     assert done.returncode == 1 and "task b of approvals was not moved" in done.stderr
     assert sorted(installation.rows("select queue, task_id, status from task_queue")) == [
         ("approvals", "b", "pending"), ("approvals", "c", "in_progress"), ("approvals", "d", "pending"),
@@ -173,11 +217,24 @@ def test_purge_refuses_when_there_is_nobody_to_ask(installation):
 def test_purge_never_touches_a_running_task_and_only_what_was_named(with_failures):
     with_failures.enqueue("approvals", "flaky", "--jsonl", input="{}\n" * 2)
     with_failures.enqueue("approvals", "good")
-    with_failures.sqlite3("update approvals set status = 2, owner = 'x' where id = (select min(id) from approvals)")
+    with_failures.sqlite3(
+        "update approvals set status = 2, owner = 'x' where id = (select min(id) from approvals)"
+    )
     assert tasks(with_failures, "purge", "approvals", "--type", "flaky", "--yes")["deleted"] == 1
-    assert with_failures.rows("select status, task_type from approvals order by id") == [(2, "flaky"), (1, "good")]
-    assert tasks(with_failures, "purge", "approvals", "--status", "failed", "--before", "1h", "--yes")["deleted"] == 1
-    assert with_failures.history("old-1") is None and with_failures.history("approvals-flaky-1") is not None
+    assert with_failures.rows("select status, task_type from approvals order by id") == [
+        (2, "flaky"),
+        (1, "good"),
+    ]
+    assert (
+        tasks(with_failures, "purge", "approvals", "--status", "failed", "--before", "1h", "--yes")[
+            "deleted"
+        ]
+        == 1
+    )
+    assert (
+        with_failures.history("old-1") is None
+        and with_failures.history("approvals-flaky-1") is not None
+    )
     done = with_failures.run("tasks.py", "purge", "approvals", "--status", "in_progress", "--yes")
     assert done.returncode == 64
 
@@ -186,7 +243,11 @@ def test_nobody_waits_long_for_the_lock_while_many_tasks_change(installation):
     installation.enqueue("approvals", "review", "--jsonl", input="{}\n" * 30_000)
     import sqlite3
 
-    conn, slowest, stop = sqlite3.connect(installation.db, timeout=10, isolation_level=None, check_same_thread=False), [], threading.Event()
+    conn, slowest, stop = (
+        sqlite3.connect(installation.db, timeout=10, isolation_level=None, check_same_thread=False),
+        [],
+        threading.Event(),
+    )
 
     def insert() -> None:
         while not stop.is_set():

@@ -23,9 +23,20 @@ def tasks(installation, *args, **options) -> object:
     return json.loads(done.stdout)
 
 
-def finished(installation, queue: str, task_type: str, status: str, ended_ago: float, waited: float, ran: float) -> None:
+def finished(
+    installation,
+    queue: str,
+    task_type: str,
+    status: str,
+    ended_ago: float,
+    waited: float,
+    ran: float,
+) -> None:
     """Put a finished task into the history, with times of our choice."""
-    moments = [f"strftime('%Y-%m-%d %H:%M:%f', 'now', '-{ended_ago + more:.3f} seconds')" for more in (waited + ran, ran, 0)]
+    moments = [
+        f"strftime('%Y-%m-%d %H:%M:%f', 'now', '-{ended_ago + more:.3f} seconds')"
+        for more in (waited + ran, ran, 0)
+    ]
     installation.sqlite3(
         "insert into task_history (queue, row_id, task_id, task_type, status, data, enqueued_at, started_at, completed_at) "
         f"select '{queue}', coalesce(max(id), 0) + 1000, 'h' || (coalesce(max(id), 0) + 1), '{task_type}', '{status}', '{{}}', "
@@ -36,10 +47,18 @@ def finished(installation, queue: str, task_type: str, status: str, ended_ago: f
 def filled(installation) -> None:
     """Two ready tasks, a scheduled, a running one; a completed, a failed and a cancelled one."""
     installation.enqueue("approvals", "review", '{"pr": 1}', "--task-id", "review-1")
-    installation.enqueue("approvals", "review", '{"pr": 2}', "--task-id", "review-2", "--priority", "5")
-    installation.enqueue("approvals", "deploy", '{"to": "prod"}', "--task-id", "deploy-1", "--delay", "600")
-    installation.enqueue("notifications", "note", '{"text": "a needle in it"}', "--task-id", "note-1")
-    installation.sqlite3("update notifications set status = 2, owner = 'x', claimed_at = timestamp, attempts = 1")
+    installation.enqueue(
+        "approvals", "review", '{"pr": 2}', "--task-id", "review-2", "--priority", "5"
+    )
+    installation.enqueue(
+        "approvals", "deploy", '{"to": "prod"}', "--task-id", "deploy-1", "--delay", "600"
+    )
+    installation.enqueue(
+        "notifications", "note", '{"text": "a needle in it"}', "--task-id", "note-1"
+    )
+    installation.sqlite3(
+        "update notifications set status = 2, owner = 'x', claimed_at = timestamp, attempts = 1"
+    )
     finished(installation, "approvals", "review", "completed", 10, 1, 2)
     finished(installation, "approvals", "review", "failed", 7200, 3, 4)
     finished(installation, "completions", "review", "cancelled", 20, 1, 1)
@@ -74,22 +93,51 @@ def test_stats_are_what_prometheus_reads(installation):
 
     filled(installation)
     odd = 'quote " backslash \\ newline \n brace } ä'
-    installation.sqlite3(f"insert into notifications (data) values (json_object('hook_event_name', '{odd}'))")
+    installation.sqlite3(
+        f"insert into notifications (data) values (json_object('hook_event_name', '{odd}'))"
+    )
     done = installation.run("tasks.py", "stats", "--prometheus")
     assert done.returncode == 0, done.stderr
     families = {family.name: family for family in text_string_to_metric_families(done.stdout)}
     assert all(family.type == "gauge" and family.documentation for family in families.values())
-    samples = {(s.name, *sorted(s.labels.items())): s.value for family in families.values() for s in family.samples}
+    samples = {
+        (s.name, *sorted(s.labels.items())): s.value
+        for family in families.values()
+        for s in family.samples
+    }
 
     def value(name: str, **labels: str) -> float:
         return samples[(name, *sorted(labels.items()))]
 
     assert value("task_queue_tasks", queue="approvals", task_type="review", status="pending") == 2
     assert value("task_queue_tasks", queue="notifications", task_type=odd, status="pending") == 1
-    assert value("task_queue_tasks", queue="notifications", task_type="note", status="in_progress") == 1
-    assert value("task_queue_finished", queue="approvals", task_type="review", status="failed", window="24h") == 1
-    assert value("task_queue_finished", queue="approvals", task_type="review", status="failed", window="1h") == 0
-    assert value("task_queue_run_seconds", queue="approvals", task_type="review", quantile="0.5") == 3
+    assert (
+        value("task_queue_tasks", queue="notifications", task_type="note", status="in_progress")
+        == 1
+    )
+    assert (
+        value(
+            "task_queue_finished",
+            queue="approvals",
+            task_type="review",
+            status="failed",
+            window="24h",
+        )
+        == 1
+    )
+    assert (
+        value(
+            "task_queue_finished",
+            queue="approvals",
+            task_type="review",
+            status="failed",
+            window="1h",
+        )
+        == 0
+    )
+    assert (
+        value("task_queue_run_seconds", queue="approvals", task_type="review", quantile="0.5") == 3
+    )
     assert value("task_queue_paused", queue="approvals") == 0
 
 
@@ -127,33 +175,49 @@ def test_list_shows_so_many_and_says_that_there_are_more(installation):
 
 def test_a_bare_payload_is_called_after_its_queue_and_row(installation):
     installation.enqueue("approvals", "review")
-    installation.sqlite3("insert into notifications (data) values ('{\"workspace\": \"/x\"}')")
+    installation.sqlite3('insert into notifications (data) values (\'{"workspace": "/x"}\')')
     (listed,) = tasks(installation, "list", "--queue", "notifications")
-    assert (listed["task_id"], listed["task_type"], listed["data"]) == ("notifications-1", "notifications", {"workspace": "/x"})
+    assert (listed["task_id"], listed["task_type"], listed["data"]) == (
+        "notifications-1",
+        "notifications",
+        {"workspace": "/x"},
+    )
     assert tasks(installation, "show", "notifications-1")["data"] == {"workspace": "/x"}
     assert tasks(installation, "show", "notif")["task_id"] == "notifications-1"
 
 
 def test_show_gives_everything_with_history_and_output(installation):
-    installation.handler("sum", "#!/bin/sh\necho the result; echo the log >&2; exit $((TASK_ATTEMPT == 1))\n")
+    installation.handler(
+        "sum", "#!/bin/sh\necho the result; echo the log >&2; exit $((TASK_ATTEMPT == 1))\n"
+    )
     task_id = installation.enqueue("approvals", "sum", '{"a": 1}', "--task-id", "sum-1")
     installation.worker("approvals", "--backoff", "0.01")
     installation.finished(task_id)
     task = tasks(installation, "show", "sum-1")
-    assert (task["status"], task["attempts"], task["result"], task["log"]) == ("completed", 2, "the result\n", "the log\n")
+    assert (task["status"], task["attempts"], task["result"], task["log"]) == (
+        "completed",
+        2,
+        "the result\n",
+        "the log\n",
+    )
     assert task["data"]["data"] == {"a": 1} and task["history"] == []
     assert [run["attempt"] for run in task["runs"]] == [1, 2]
     assert installation.run("tasks.py", "pause", "approvals").returncode == 0
     installation.enqueue("approvals", "sum", '{"a": 2}', "--task-id", "sum-1")
     task = tasks(installation, "show", "sum-1")
-    assert (task["status"], [life["status"] for life in task["history"]]) == ("pending", ["completed"])
+    assert (task["status"], [life["status"] for life in task["history"]]) == (
+        "pending",
+        ["completed"],
+    )
     text = installation.run("tasks.py", "show", "sum-1").stdout
     assert "sum-1" in text and '"a": 2' in text and "completed" in text
 
 
 def test_a_terminal_gets_no_control_sequence_of_a_task(installation):
     installation.enqueue("approvals", "review")
-    installation.sqlite3("insert into notifications (data) values (json_object('hook_event_name', char(27) || '[31mred', 'a', char(155)))")
+    installation.sqlite3(
+        "insert into notifications (data) values (json_object('hook_event_name', char(27) || '[31mred', 'a', char(155)))"
+    )
     for command in (["list"], ["stats"], ["show", "notifications-1"]):
         done = installation.run("tasks.py", *command)
         assert done.returncode == 0 and "\x1b" not in done.stdout and "\x9b" not in done.stdout
@@ -161,9 +225,20 @@ def test_a_terminal_gets_no_control_sequence_of_a_task(installation):
 
 
 def test_a_pipe_gets_a_line_per_task_with_nothing_cut_off(installation):
-    installation.enqueue("approvals", "a_type_with_a_very_long_name_" + "x" * 150, json.dumps({"k": "v" * 100}), "--task-id", "i" * 200)
+    installation.enqueue(
+        "approvals",
+        "a_type_with_a_very_long_name_" + "x" * 150,
+        json.dumps({"k": "v" * 100}),
+        "--task-id",
+        "i" * 200,
+    )
     lines = installation.run("tasks.py", "list").stdout.splitlines()
-    assert len(lines) == 2 and "i" * 200 in lines[1] and "x" * 150 in lines[1] and "v" * 100 in lines[1]
+    assert (
+        len(lines) == 2
+        and "i" * 200 in lines[1]
+        and "x" * 150 in lines[1]
+        and "v" * 100 in lines[1]
+    )
 
 
 def read_until(descriptor: int, wanted: str, seen: str = "") -> str:
@@ -188,7 +263,12 @@ def test_stats_watch_redraws_on_a_terminal_with_a_sparkline_until_ctrl_c(install
     installation.enqueue("completions", "a_new_type")
     read_until(ours, "a_new_type")
     process.send_signal(signal.SIGINT)
-    wait_for(lambda: process.poll() is not None or (select.select([ours], [], [], 0)[0] and os.read(ours, 65536) and False))
+    wait_for(
+        lambda: (
+            process.poll() is not None
+            or (select.select([ours], [], [], 0)[0] and os.read(ours, 65536) and False)
+        )
+    )
     assert process.returncode == 0
     os.close(ours)
 
@@ -199,15 +279,27 @@ def test_stats_watch_gives_a_line_of_json_each_time(installation):
     wait_for(lambda: process.log.read_text().count("\n") >= 3)
     process.send_signal(signal.SIGINT)
     assert process.wait(10) == 0
-    assert all(json.loads(line)["queues"]["approvals"]["pending"] == 2 for line in process.log.read_text().splitlines())
+    assert all(
+        json.loads(line)["queues"]["approvals"]["pending"] == 2
+        for line in process.log.read_text().splitlines()
+    )
 
 
 def test_scripts_get_their_json_without_the_table_library(installation):
     filled(installation)
     (installation.directory / "rich").mkdir()
-    (installation.directory / "rich" / "__init__.py").write_text("raise ImportError('rich was imported')")
+    (installation.directory / "rich" / "__init__.py").write_text(
+        "raise ImportError('rich was imported')"
+    )
     without = {"PYTHONPATH": str(installation.directory)}
-    for command in (["stats"], ["list"], ["show", "note-1"], ["pause", "approvals"], ["resume", "approvals"], ["cancel", "deploy-1"]):
+    for command in (
+        ["stats"],
+        ["list"],
+        ["show", "note-1"],
+        ["pause", "approvals"],
+        ["resume", "approvals"],
+        ["cancel", "deploy-1"],
+    ):
         tasks(installation, *command, env=without)
     assert "rich was imported" in installation.run("tasks.py", "list", env=without).stderr
 
@@ -215,7 +307,9 @@ def test_scripts_get_their_json_without_the_table_library(installation):
 def test_a_task_of_the_far_future_or_past_is_listed_counted_and_purged(installation):
     installation.enqueue("approvals", "review")
     for moment in ("32503680000", "1e300", "-1e300", "0"):
-        installation.sqlite3(f"insert into notifications (data, timestamp) values ('{{}}', {moment})")
+        installation.sqlite3(
+            f"insert into notifications (data, timestamp) values ('{{}}', {moment})"
+        )
     assert len(tasks(installation, "list", "--queue", "notifications")) == 4
     assert tasks(installation, "stats")["queues"]["notifications"]["pending"] == 4
     assert installation.run("tasks.py", "list").returncode == 0
@@ -226,4 +320,8 @@ def test_a_task_of_the_far_future_or_past_is_listed_counted_and_purged(installat
 def test_an_empty_list_says_so_and_stays_an_empty_list(installation):
     installation.enqueue("approvals", "review")
     done = installation.run("tasks.py", "list", "--status", "failed", "--json")
-    assert (done.returncode, json.loads(done.stdout), done.stderr) == (0, [], "no task is like that\n")
+    assert (done.returncode, json.loads(done.stdout), done.stderr) == (
+        0,
+        [],
+        "no task is like that\n",
+    )

@@ -34,10 +34,14 @@ def filled(installation) -> None:
 
 def test_depth_by_type_and_status(installation):
     filled(installation)
-    text = installation.sqlite3("SELECT task_type, status, COUNT(*) AS count FROM task_queue GROUP BY task_type, status ORDER BY 1, 2;")
+    text = installation.sqlite3(
+        "SELECT task_type, status, COUNT(*) AS count FROM task_queue GROUP BY task_type, status ORDER BY 1, 2;"
+    )
     assert text.splitlines() == ["bad|failed|2", "good|completed|5", "review|cancelled|1", "review|pending|3", "review|scheduled|1",
                                  "slow|in_progress|1"]  # fmt: skip
-    text = installation.sqlite3("SELECT COUNT(*) FROM task_queue WHERE status = 'pending' AND queue = 'approvals';")
+    text = installation.sqlite3(
+        "SELECT COUNT(*) FROM task_queue WHERE status = 'pending' AND queue = 'approvals';"
+    )
     assert text == "3"
 
 
@@ -69,9 +73,15 @@ def test_what_is_in_progress_for_more_than_five_minutes(installation):
 
 def test_pruning_by_hand_takes_what_is_older_than_a_day(installation):
     filled(installation)
-    installation.sqlite3("update task_history set completed_at = strftime('%Y-%m-%d %H:%M:%f', 'now', '-1441 minutes') where rowid % 2")
-    installation.sqlite3("update task_history set completed_at = strftime('%Y-%m-%d %H:%M:%f', 'now', '-1439 minutes') where not rowid % 2")
+    installation.sqlite3(
+        "update task_history set completed_at = strftime('%Y-%m-%d %H:%M:%f', 'now', '-1441 minutes') where rowid % 2"
+    )
+    installation.sqlite3(
+        "update task_history set completed_at = strftime('%Y-%m-%d %H:%M:%f', 'now', '-1439 minutes') where not rowid % 2"
+    )
     kept = installation.sqlite3("select count(*) from task_history where not rowid % 2")
-    installation.sqlite3("DELETE FROM task_history WHERE completed_at < datetime('now', '-24 hours');")
+    installation.sqlite3(
+        "DELETE FROM task_history WHERE completed_at < datetime('now', '-24 hours');"
+    )
     assert installation.sqlite3("select count(*) from task_history") == kept
     assert Path(installation.db).stat().st_mode & 0o777 == 0o600

@@ -19,20 +19,28 @@ sleep {takes}
 
 
 def pausing(installation, seconds: str, takes: str = "0.2") -> None:
-    installation.handler("t", HANDLER.format(directory=installation.directory, seconds=seconds, takes=takes))
+    installation.handler(
+        "t", HANDLER.format(directory=installation.directory, seconds=seconds, takes=takes)
+    )
 
 
 def fill(queue, count: int) -> None:
-    queue.enqueue_tasks("notifications", [queue.new_row("t", {}, str(number)) for number in range(count)])
+    queue.enqueue_tasks(
+        "notifications", [queue.new_row("t", {}, str(number)) for number in range(count)]
+    )
 
 
 def control(installation) -> tuple | None:
-    found = installation.rows("select paused_at, paused_until, pause_reason, paused_by from task_controls where paused_at is not null")
+    found = installation.rows(
+        "select paused_at, paused_until, pause_reason, paused_by from task_controls where paused_at is not null"
+    )
     return found[0] if found else None
 
 
 def begun(installation) -> list[tuple[str, float]]:
-    return [(line.split()[1], float(line.split()[2])) for line in lines(installation.directory / "log")]
+    return [
+        (line.split()[1], float(line.split()[2])) for line in lines(installation.directory / "log")
+    ]
 
 
 @pytest.mark.timeout(120)
@@ -42,12 +50,18 @@ def test_at_most_four_more_start_none_counts_and_all_finish(installation, queue)
     for _ in range(4):
         installation.worker("notifications")
     at, until, reason, by = wait_for(lambda: control(installation), what="the pause")
-    assert until == pytest.approx(at + 2, abs=0.1) and reason == "until the limit resets" and by == "handler"
+    assert (
+        until == pytest.approx(at + 2, abs=0.1)
+        and reason == "until the limit resets"
+        and by == "handler"
+    )
     wait_for(lambda: installation.rows("select count(*) from task_history") == [(200,)], 60)
     # The kernel's clock for files and processes may be some milliseconds behind.
     assert len([when for _, when in begun(installation) if at < when < until - 0.02]) <= 4
     assert sorted(name for name, _ in begun(installation)) == sorted([*map(str, range(200)), "2"])
-    assert installation.rows("select distinct status, attempts from task_history") == [("completed", 1)]
+    assert installation.rows("select distinct status, attempts from task_history") == [
+        ("completed", 1)
+    ]
 
 
 def test_its_own_worker_claims_nothing_more_before_a_person_resumes_it(installation, queue):
@@ -59,7 +73,9 @@ def test_its_own_worker_claims_nothing_more_before_a_person_resumes_it(installat
     assert stays_true(lambda: len(begun(installation)) == 3, 0.5)
     assert control(installation)[1] is None
     # It is ready again, uncounted.
-    assert installation.rows("select status, attempts from notifications where task_id = '2'") == [(1, 0)]
+    assert installation.rows("select status, attempts from notifications where task_id = '2'") == [
+        (1, 0)
+    ]
     conn = queue.connect()
     with queue.transaction(conn):
         assert queue.resume(conn, "notifications")
@@ -72,7 +88,9 @@ def test_what_runs_goes_on(installation, queue):
     fill(queue, 10)
     installation.worker("notifications", "--concurrency", 4)
     wait_for(lambda: control(installation), what="the pause")
-    wait_for(lambda: installation.rows("select count(*) from notifications where status = 2") == [(0,)])
+    wait_for(
+        lambda: installation.rows("select count(*) from notifications where status = 2") == [(0,)]
+    )
     assert installation.rows("select status, count(*) from task_history") == [("completed", 3)]
 
 
@@ -92,7 +110,12 @@ def test_idle_exit_waits_for_a_pause_that_ends_and_drain_does_not(installation, 
     fill(queue, 3)
     with queue.transaction(conn):
         queue.pause(conn, "notifications", time.time() + 2.5, "for a while", by="person")
-    assert installation.run("worker.py", "notifications", "--drain", "--handlers", installation.handlers).returncode == 0
+    assert (
+        installation.run(
+            "worker.py", "notifications", "--drain", "--handlers", installation.handlers
+        ).returncode
+        == 0
+    )
     assert installation.rows("select count(*) from task_history") == [(0,)]
     worker = installation.worker("notifications", "--idle-exit", "0.3")
     assert worker.wait(20) == 0

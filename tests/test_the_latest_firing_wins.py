@@ -41,7 +41,9 @@ def crowd(installation, queue):
     def start(how, rounds, with_barrier):
         barrier = context.Barrier(PROCESSES + 1) if with_barrier else None
         for _ in range(PROCESSES):
-            process = context.Process(target=enqueue, args=(installation.state, log, how, rounds, barrier), daemon=True)
+            process = context.Process(
+                target=enqueue, args=(installation.state, log, how, rounds, barrier), daemon=True
+            )
             process.start()
             started.append(process)
         return barrier, started, log
@@ -72,7 +74,9 @@ def test_fifty_at_once_many_times(crowd, queue, how, is_running):
         barrier.wait(100)
         told = [line.split() for line in log.read_text().splitlines()][number * PROCESSES :]
         first, last = told[0][1], told[-1][1]
-        assert len(told) == PROCESSES and [what for what, _ in told].count("new") == (not is_running)
+        assert len(told) == PROCESSES and [what for what, _ in told].count("new") == (
+            not is_running
+        )
         if is_running:
             assert rows(conn) == [("running", None if how == "skip" else last, 2, 1)]
             with queue.transaction(conn):
@@ -100,7 +104,11 @@ def test_no_change_is_missed_and_none_piles_up_while_runs_come_and_go(crowd, que
         for task in tasks:
             runs += 1
             with queue.transaction(conn, durable=False):
-                assert queue.nack(conn, task, error="no", delay=0) if runs % 3 == 0 else queue.ack(conn, task)
+                assert (
+                    queue.nack(conn, task, error="no", delay=0)
+                    if runs % 3 == 0
+                    else queue.ack(conn, task)
+                )
     os.close(fd)
     told = [line.split() for line in log.read_text().splitlines()]
     assert len(told) == PROCESSES * 10 + runs and rows(conn) == []
@@ -113,10 +121,16 @@ def test_a_task_keeps_its_row_and_place_and_a_delay_moves_its_time(installation,
     conn = queue.connect()
     for name in ("one", "two"):
         queue.enqueue_task("notifications", "t", {"n": 1}, name)
-    assert queue.enqueue_tasks("notifications", [queue.new_row("t", {"n": 2}, "one", on_duplicate="replace")]) == [("one", False)]
-    assert [(task.id, task.data) for task in queue.claim_ready(conn, "notifications", limit=1)] == [(1, {"n": 2})]
+    assert queue.enqueue_tasks(
+        "notifications", [queue.new_row("t", {"n": 2}, "one", on_duplicate="replace")]
+    ) == [("one", False)]
+    assert [(task.id, task.data) for task in queue.claim_ready(conn, "notifications", limit=1)] == [
+        (1, {"n": 2})
+    ]
     for n, delay in ((3, 50.0), (4, 5_000.0), (5, 0.0)):
-        queue.enqueue_task("notifications", "t", {"n": n}, "two", delay=delay, on_duplicate="replace")
+        queue.enqueue_task(
+            "notifications", "t", {"n": n}, "two", delay=delay, on_duplicate="replace"
+        )
     assert queue.claim_ready(conn, "notifications") == []
     [(due,)] = installation.rows("select due_at from notifications where id = 2")
     assert due == pytest.approx(queue.time.time() + 5_000, abs=60)
@@ -194,5 +208,7 @@ def test_rerun_ignores_the_window_and_skip_does_not(queue):
         conn.execute("delete from notifications")
         conn.execute("""insert into task_history (queue, row_id, task_id, task_type, status, data, enqueued_at)
                         values ('notifications', 1, ?, 't', 'completed', '{}', ?)""", (how, queue.utc(queue.time.time() - 1)))  # fmt: skip
-        [stored] = queue.enqueue_tasks("notifications", [queue.new_row("t", {}, how, window=60, on_duplicate=how)])
+        [stored] = queue.enqueue_tasks(
+            "notifications", [queue.new_row("t", {}, how, window=60, on_duplicate=how)]
+        )
         assert stored.is_new == (how == "rerun")

@@ -32,7 +32,9 @@ def fill(queue, *values: int, name="notifications") -> None:
 
 def test_they_are_persist_queues_and_one_class_each(queue):
     plain, ack = queue.get_queue("notifications"), queue.get_ack_queue("notifications")
-    assert isinstance(plain, persistqueue.SQLiteQueue) and isinstance(ack, persistqueue.SQLiteAckQueue)
+    assert isinstance(plain, persistqueue.SQLiteQueue) and isinstance(
+        ack, persistqueue.SQLiteAckQueue
+    )
     assert isinstance(plain, queue.SQLiteQueue) and isinstance(ack, queue.SQLiteAckQueue)
     others = queue.get_queue("approvals"), queue.get_ack_queue("approvals")
     assert type(others[0]) is type(plain) and type(others[1]) is type(ack)
@@ -55,16 +57,28 @@ def test_asked_for_by_many_threads_at_once_they_are_still_one_class():
         [thread.join() for thread in threads]
         print(len(set(map(id, made))))
     """
-    assert subprocess.run([sys.executable, "-c", code, ROOT], capture_output=True, text=True).stdout == "1\n"
+    assert (
+        subprocess.run([sys.executable, "-c", code, ROOT], capture_output=True, text=True).stdout
+        == "1\n"
+    )
 
 
 def test_their_signatures_take_what_persist_queues_take(installation, queue):
     state = str(installation.state)
     for made in (
         queue.SQLiteQueue(state, "notifications", True, 5.0, True),
-        queue.SQLiteQueue(path=state, name="notifications", multithreading=False, timeout=0.5, auto_commit=False, serializer=None),
+        queue.SQLiteQueue(
+            path=state,
+            name="notifications",
+            multithreading=False,
+            timeout=0.5,
+            auto_commit=False,
+            serializer=None,
+        ),
         queue.SQLiteAckQueue(state, True, name="notifications", multithreading=True),
-        queue.SQLiteAckQueue(state, auto_resume=False, name="notifications", db_file_name="other.db"),
+        queue.SQLiteAckQueue(
+            state, auto_resume=False, name="notifications", db_file_name="other.db"
+        ),
         queue.get_queue("notifications", timeout=1, multithreading=True),
         queue.get_ack_queue("notifications", auto_resume=False, max_attempts=2, backoff=0),
     ):
@@ -81,7 +95,12 @@ def test_their_signatures_take_what_persist_queues_take(installation, queue):
 
 def test_put_takes_a_dict_or_json_text_and_get_returns_the_text(queue):
     mine = queue.get_queue("notifications")
-    assert mine.put({"n": 1}) == 1 and mine.put('{"n":   2}') == 2 and mine.put(b'{"n": 3}') == 3 and mine.put_nowait({"n": 4}) == 4
+    assert (
+        mine.put({"n": 1}) == 1
+        and mine.put('{"n":   2}') == 2
+        and mine.put(b'{"n": 3}') == 3
+        and mine.put_nowait({"n": 4}) == 4
+    )
     assert [mine.get(), mine.get(block=True), mine.get(block=False), mine.get_nowait()] == [
         '{"n": 1}', '{"n":   2}', '{"n": 3}', '{"n": 4}',
     ]  # fmt: skip
@@ -112,7 +131,11 @@ def test_get_raw_and_get_by_id(queue):
     fill(queue, 1, 2, 3, 4)
     plain = queue.get_queue("notifications")
     raw = plain.get(id=2, raw=True)
-    assert raw["pqid"] == 2 and json.loads(raw["data"]) == {"n": 2} and abs(raw["timestamp"] - time.time()) < 60
+    assert (
+        raw["pqid"] == 2
+        and json.loads(raw["data"]) == {"n": 2}
+        and abs(raw["timestamp"] - time.time()) < 60
+    )
     with pytest.raises(queue.Empty):
         plain.get(id=2, block=False)
     assert json.loads(plain.get_nowait(id=4)) == {"n": 4}
@@ -144,15 +167,25 @@ def test_both_kinds_and_enqueue_task_meet_in_one_table(queue):
     assert mine.ack(row_id) == row_id
     assert json.loads(queue.get_queue("approvals").get()) == {"n": 2}
     bare = queue.dequeue_task("approvals")
-    assert bare["data"] == {"n": 3} and bare["task_id"] == "approvals-3" and bare["task_type"] == "approvals"
+    assert (
+        bare["data"] == {"n": 3}
+        and bare["task_id"] == "approvals-3"
+        and bare["task_type"] == "approvals"
+    )
     assert queue.dequeue_task("approvals") is None
 
 
 def test_dequeue_task_waits_as_long_as_it_is_told(installation, queue):
     began = time.monotonic()
-    assert queue.dequeue_task("notifications") is None and queue.dequeue_task("notifications", 0) is None
+    assert (
+        queue.dequeue_task("notifications") is None
+        and queue.dequeue_task("notifications", 0) is None
+    )
     assert time.monotonic() - began < 0.3
-    assert queue.dequeue_task("notifications", timeout=0.3) is None and 0.3 <= time.monotonic() - began < 1
+    assert (
+        queue.dequeue_task("notifications", timeout=0.3) is None
+        and 0.3 <= time.monotonic() - began < 1
+    )
     later = threading.Timer(0.3, installation.enqueue, ["notifications", "t"])
     later.start()
     assert queue.dequeue_task("notifications", timeout=10)["task_type"] == "t"
@@ -162,7 +195,10 @@ def test_dequeue_task_waits_as_long_as_it_is_told(installation, queue):
 def test_queue_lists_what_is_there(queue):
     fill(queue, 1, 2)
     for mine in (queue.get_queue("notifications"), queue.get_ack_queue("notifications")):
-        assert [(row["id"], json.loads(row["data"])) for row in mine.queue()] == [(1, {"n": 1}), (2, {"n": 2})]
+        assert [(row["id"], json.loads(row["data"])) for row in mine.queue()] == [
+            (1, {"n": 1}),
+            (2, {"n": 2}),
+        ]
         assert all(abs(row["timestamp"] - time.time()) < 60 for row in mine.queue())
 
 
@@ -191,8 +227,15 @@ def test_ack_nack_and_ack_failed_take_an_id_an_item_or_what_get_returned(queue, 
         mine.ack()
     with pytest.raises(ValueError):
         mine.ack(8, id=8)
-    assert (mine.unack_count(), mine.acked_count(), mine.ack_failed_count(), mine.ready_count()) == (1, 5, 1, 1)
-    assert installation.rows("select error from task_history where status = 'failed'") == [("broken",)]
+    assert (
+        mine.unack_count(),
+        mine.acked_count(),
+        mine.ack_failed_count(),
+        mine.ready_count(),
+    ) == (1, 5, 1, 1)
+    assert installation.rows("select error from task_history where status = 'failed'") == [
+        ("broken",)
+    ]
     assert mine.get(timeout=2)[0] == 7
 
 
@@ -200,12 +243,18 @@ def test_nack_backs_off_and_ends(installation, queue):
     fill(queue, 1)
     mine = queue.get_ack_queue("notifications", max_attempts=3, backoff=0.2)
     began, seen = time.monotonic(), 0
-    while mine.unack_count() + mine.qsize() + installation.rows("select count(*) from notifications")[0][0]:
+    while (
+        mine.unack_count()
+        + mine.qsize()
+        + installation.rows("select count(*) from notifications")[0][0]
+    ):
         row_id, _ = mine.get(timeout=5)
         seen += 1
         assert mine.nack(row_id) == row_id
     assert seen == 3 and 0.3 <= time.monotonic() - began < 4
-    [(status, attempts, error)] = installation.rows("select status, attempts, error from task_history")
+    [(status, attempts, error)] = installation.rows(
+        "select status, attempts, error from task_history"
+    )
     assert (status, attempts) == ("failed", 3) and "3 of 3" in error
 
 
@@ -275,11 +324,18 @@ def test_eight_threads_share_one_queue_object(queue):
             taken += numbers([text])
 
     with ThreadPoolExecutor(8) as pool:
-        puts, takes = [pool.submit(put, part) for part in range(4)], [pool.submit(take, part) for part in range(4)]
+        puts, takes = (
+            [pool.submit(put, part) for part in range(4)],
+            [pool.submit(take, part) for part in range(4)],
+        )
         for future in puts:
             future.result()
         taken = [n for future in takes for n in future.result()]
-    assert sorted(taken) == list(range(total)) and mine.unack_count() == 0 and mine.acked_count() == total
+    assert (
+        sorted(taken) == list(range(total))
+        and mine.unack_count() == 0
+        and mine.acked_count() == total
+    )
 
 
 def test_what_one_thread_took_another_may_ack_after_the_first_has_ended(queue):
@@ -299,7 +355,9 @@ def test_from_run_in_executor(installation, queue):
         waiting = [loop.run_in_executor(None, lambda: mine.get(timeout=10)) for _ in range(3)]
         await loop.run_in_executor(None, lambda: fill(queue, 1, 2, 3))
         taken = await asyncio.gather(*waiting)
-        acked = await asyncio.gather(*(loop.run_in_executor(None, mine.ack, row_id) for row_id, _ in taken))
+        acked = await asyncio.gather(
+            *(loop.run_in_executor(None, mine.ack, row_id) for row_id, _ in taken)
+        )
         return sorted(acked)
 
     assert asyncio.run(main()) == [1, 2, 3] and mine.acked_count() == 3
@@ -483,7 +541,9 @@ print(json.dumps([had - at < 0.5 for had, at in zip(waited, put)]))
 @pytest.mark.parametrize("leaves", ["ends", "is killed"])
 def test_nothing_that_a_child_puts_after_its_parent_has_gone_is_lost(installation, leaves):
     """The parent's end must not take the write-ahead log from under the child."""
-    code = FORK + """
+    code = (
+        FORK
+        + """
 q.enqueue_task("notifications", "t", {}, "by the parent")
 parent = os.getpid()
 if os.fork():
@@ -500,6 +560,7 @@ q.enqueue_task("notifications", "t", {}, "by the child, after")
 print("put", flush=True)
 until(lambda: not sys.stdin.read(1))
 """
+    )
     process = subprocess.Popen([sys.executable, "-c", code, ROOT, leaves], env=installation.env, stdin=subprocess.PIPE,
                                stdout=subprocess.PIPE, text=True)  # fmt: skip
     with process:
@@ -510,7 +571,10 @@ until(lambda: not sys.stdin.read(1))
     assert installation.sqlite3("pragma integrity_check") == "ok"
 
 
-@pytest.mark.xfail(run=False, reason="SQLite's own locks of the other threads go with the fork; README, Assumptions")
+@pytest.mark.xfail(
+    run=False,
+    reason="SQLite's own locks of the other threads go with the fork; README, Assumptions",
+)
 def test_a_fork_while_other_threads_put_and_sleep(installation):
     said = run_forking(installation, """
 import threading
@@ -558,7 +622,13 @@ def test_a_sleeping_get_survives_a_replaced_state_directory(installation, queue,
     sleeper = threading.Thread(target=lambda: taken.append(mine.get(timeout=20)), daemon=True)
     with caplog.at_level(logging.ERROR):
         sleeper.start()
-        wait_for(lambda: queue.Watch.instances.get(installation.state) and queue.Watch.instances[installation.state].listening, 5)
+        wait_for(
+            lambda: (
+                queue.Watch.instances.get(installation.state)
+                and queue.Watch.instances[installation.state].listening
+            ),
+            5,
+        )
         installation.state.rename(installation.directory / "moved away")
         installation.enqueue("notifications", "t")
         began = time.monotonic()
@@ -577,12 +647,16 @@ def test_an_ack_of_any_number_is_answered(queue, number):
     assert mine.ack(row_id) == row_id
 
 
-def test_rows_that_persist_queue_itself_claimed_are_recovered_by_who_owns_nothing(installation, queue):
+def test_rows_that_persist_queue_itself_claimed_are_recovered_by_who_owns_nothing(
+    installation, queue
+):
     mine = queue.get_ack_queue("notifications")
     mine.put({"n": 1})
     # As persist-queue marks what it hands out: no owner, and no time.
     installation.sqlite3("update notifications set status = 2")
     code = "import sys; sys.path.insert(0, sys.argv[1]); import queue_helpers as q; print(len(q.recover()[0]))"
-    done = subprocess.run([sys.executable, "-c", code, ROOT], env=installation.env, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code, ROOT], env=installation.env, capture_output=True, text=True
+    )
     assert done.stdout == "1\n", done.stderr
     assert installation.rows("select status in (1, 3) from notifications") == [(1,)]

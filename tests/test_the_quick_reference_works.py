@@ -15,7 +15,7 @@ import time
 import pytest
 from conftest import ROOT, wait_for
 
-OPTION_A = '''#!/usr/bin/env -S uv run
+OPTION_A = """#!/usr/bin/env -S uv run
 from pathlib import Path
 import sys
 sys.path.insert(0, str(Path.home() / ".claude/automation/lychee/runtime/lib"))
@@ -26,7 +26,7 @@ enqueue_task(
     "link_validation",
     {"workspace_path": str(Path.cwd())}
 )
-'''
+"""
 
 OPTION_B = """sqlite3 "$HOME/.claude/automation/lychee/state/tasks.db" <<EOF
 PRAGMA journal_mode=WAL;
@@ -157,7 +157,10 @@ def hook(home, *command) -> subprocess.CompletedProcess:
 
 def stored(home) -> list:
     conn = sqlite3.connect(home / ".claude/automation/lychee/state/tasks.db")
-    rows = [(task_type, json.loads(data)) for task_type, data in conn.execute("select task_type, data from notifications")]
+    rows = [
+        (task_type, json.loads(data))
+        for task_type, data in conn.execute("select task_type, data from notifications")
+    ]
     conn.close()
     return rows
 
@@ -166,7 +169,9 @@ def test_option_a_the_python_hook(home):
     done = hook(home, sys.executable, str(home / "hook.py"))
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     [(task_type, envelope)] = stored(home)
-    assert task_type == "link_validation" and envelope["data"] == {"workspace_path": str(home / "workspace")}
+    assert task_type == "link_validation" and envelope["data"] == {
+        "workspace_path": str(home / "workspace")
+    }
 
 
 def test_option_b_the_sqlite3_hook(home):
@@ -184,7 +189,11 @@ def test_option_b_before_any_python_ran_and_option_a_after_it(home):
         done = hook(home, "bash", "-c", OPTION_B.replace("INSERT", f"{bare}\nINSERT", 1))
         assert done.returncode == 0, done.stderr
     assert hook(home, sys.executable, str(home / "hook.py")).returncode == 0
-    assert [task_type for task_type, _ in stored(home)] == ["notifications", "notifications", "link_validation"]
+    assert [task_type for task_type, _ in stored(home)] == [
+        "notifications",
+        "notifications",
+        "link_validation",
+    ]
 
 
 def test_the_consumer_loop_sees_the_tasks_of_other_processes(installation, queue):
@@ -194,8 +203,13 @@ def test_the_consumer_loop_sees_the_tasks_of_other_processes(installation, queue
         seen.append(data)
         # The loop has its queue open, and has found it empty at least once when these come.
         if len(seen) == 1:
-            await asyncio.to_thread(installation.enqueue, "notifications", "link_validation", '{"workspace_path": "/w"}')
-            await asyncio.to_thread(installation.sqlite3, """INSERT INTO notifications (data) VALUES ('{"workspace": "/x"}')""")
+            await asyncio.to_thread(
+                installation.enqueue, "notifications", "link_validation", '{"workspace_path": "/w"}'
+            )
+            await asyncio.to_thread(
+                installation.sqlite3,
+                """INSERT INTO notifications (data) VALUES ('{"workspace": "/x"}')""",
+            )
         if len(seen) == 3:
             raise Enough
 
@@ -203,7 +217,11 @@ def test_the_consumer_loop_sees_the_tasks_of_other_processes(installation, queue
     later.start()
     run(CONSUMER, process_task=process_task)
     later.join()
-    assert seen[0]["task_type"] == "first" and seen[1]["data"] == {"workspace_path": "/w"} and seen[2] == {"workspace": "/x"}
+    assert (
+        seen[0]["task_type"] == "first"
+        and seen[1]["data"] == {"workspace_path": "/w"}
+        and seen[2] == {"workspace": "/x"}
+    )
     assert installation.rows("select count(*) from notifications") == [(0,)]
 
 
@@ -213,7 +231,9 @@ def test_the_ack_loop_tries_a_failed_task_again_and_finishes_the_others(installa
     async def long_running_subprocess(task_json):
         number = json.loads(task_json)["data"]["n"]
         seen.append(number)
-        done = await asyncio.create_subprocess_exec("true" if seen.count(2) != 1 or number != 2 else "false")
+        done = await asyncio.create_subprocess_exec(
+            "true" if seen.count(2) != 1 or number != 2 else "false"
+        )
         if await done.wait():
             raise RuntimeError("failed")
         if len(seen) == 5:
@@ -221,12 +241,16 @@ def test_the_ack_loop_tries_a_failed_task_again_and_finishes_the_others(installa
 
     for number in (1, 2, 3):
         installation.enqueue("approvals", "review", json.dumps({"n": number}))
-    later = threading.Timer(0.5, installation.enqueue, ["approvals", "review", '{"n": 4}', "--delay", "1.2"])
+    later = threading.Timer(
+        0.5, installation.enqueue, ["approvals", "review", '{"n": 4}', "--delay", "1.2"]
+    )
     later.start()
     run(ACK_LOOP, long_running_subprocess=long_running_subprocess)
     later.join()
     assert sorted(seen) == [1, 2, 2, 3, 4] and seen[-1] == 4
-    finished = installation.rows("select row_id, status, attempts from task_history order by row_id")
+    finished = installation.rows(
+        "select row_id, status, attempts from task_history order by row_id"
+    )
     assert finished == [(1, "completed", 1), (2, "completed", 2), (3, "completed", 1)]
 
 
@@ -342,7 +366,9 @@ def test_a_queue_of_ones_own_in_a_relative_directory(tmp_path, monkeypatch, queu
         # The path meant the directory of that time.
         monkeypatch.chdir("/")
         insert = """INSERT INTO tasks (data) VALUES ('{"n": 2}'); PRAGMA journal_mode; SELECT count(*) FROM tasks"""
-        done = subprocess.run(["sqlite3", tmp_path / "state/tasks.db", insert], capture_output=True, text=True)
+        done = subprocess.run(
+            ["sqlite3", tmp_path / "state/tasks.db", insert], capture_output=True, text=True
+        )
         assert (done.stdout, done.stderr) == ("wal\n2\n", "")
         assert [json.loads(mine.get(timeout=1)) for _ in range(2)] == [{"n": 1}, {"n": 2}]
     finally:
@@ -352,7 +378,9 @@ def test_a_queue_of_ones_own_in_a_relative_directory(tmp_path, monkeypatch, queu
 def test_a_timeout_outlasts_a_locked_database(tmp_path, monkeypatch, queue):
     monkeypatch.chdir(tmp_path)
     mine = run(LOCKED)["queue"]
-    lock = sqlite3.connect(tmp_path / "state/tasks.db", isolation_level=None, check_same_thread=False)
+    lock = sqlite3.connect(
+        tmp_path / "state/tasks.db", isolation_level=None, check_same_thread=False
+    )
     lock.execute("begin immediate")
     hold = queue.BUSY_TIMEOUT_MS / 1000 + 0.7
     release = threading.Timer(hold, lock.execute, ["rollback"])
@@ -370,7 +398,9 @@ def test_the_cleanup_deletes_what_finished_more_than_a_day_ago(installation, que
         task_id = installation.enqueue("notifications", "t", "--task-id", f"{hours}-hours")
         assert queue.dequeue_task("notifications")["task_id"] == task_id
         at = f"strftime('%Y-%m-%d %H:%M:%f', 'now', '-{hours} hours')"
-        installation.sqlite3(f"update task_history set completed_at = {at} where task_id = '{task_id}'")
+        installation.sqlite3(
+            f"update task_history set completed_at = {at} where task_id = '{task_id}'"
+        )
     installation.enqueue("notifications", "t", "--task-id", "waits")
     if by_hand == "python":
         cleanup = run(CLEANUP)["cleanup_old_tasks"]
@@ -381,8 +411,13 @@ def test_the_cleanup_deletes_what_finished_more_than_a_day_ago(installation, que
 
         asyncio.run(main())
     else:
-        installation.sqlite3("DELETE FROM task_history WHERE completed_at < datetime('now', '-24 hours')")
-    assert installation.rows("select task_id from task_history order by id") == [("1-hours",), ("23-hours",)]
+        installation.sqlite3(
+            "DELETE FROM task_history WHERE completed_at < datetime('now', '-24 hours')"
+        )
+    assert installation.rows("select task_id from task_history order by id") == [
+        ("1-hours",),
+        ("23-hours",),
+    ]
     assert installation.rows("select task_id from notifications") == [("waits",)]
 
 

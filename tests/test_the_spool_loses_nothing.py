@@ -38,18 +38,35 @@ def test_a_worker_is_woken_by_a_file_that_is_moved_in(installation):
 
 def test_files_come_in_by_age(installation, queue):
     for number in range(20):
-        os.utime(put(installation, f"{(number * 7) % 20}.json", json.dumps({"n": number})), (number, number))
+        os.utime(
+            put(installation, f"{(number * 7) % 20}.json", json.dumps({"n": number})),
+            (number, number),
+        )
     assert queue.take_in_spool(installation.state) == (20, [])
-    assert [json.loads(data)["n"] for (data,) in installation.rows("select data from notifications order by id")] == list(range(20))
+    assert [
+        json.loads(data)["n"]
+        for (data,) in installation.rows("select data from notifications order by id")
+    ] == list(range(20))
 
 
 def test_a_malformed_file_is_set_aside_and_named(installation, queue):
-    for name, text in {"a.json": "{", "b.json": "[1]", "c.json": b"\xff", "d.json": "", "good.json": "{}"}.items():
+    for name, text in {
+        "a.json": "{",
+        "b.json": "[1]",
+        "c.json": b"\xff",
+        "d.json": "",
+        "good.json": "{}",
+    }.items():
         put(installation, name, text)
     taken, complaints = queue.take_in_spool(installation.state)
     assert taken == 1 and len(complaints) == 4
     aside = installation.state / "spool/notifications/malformed"
-    assert sorted(path.name.rsplit("-", 1)[-1] for path in aside.iterdir()) == ["a.json", "b.json", "c.json", "d.json"]
+    assert sorted(path.name.rsplit("-", 1)[-1] for path in aside.iterdir()) == [
+        "a.json",
+        "b.json",
+        "c.json",
+        "d.json",
+    ]
     assert queue.take_in_spool(installation.state) == (0, [])
 
 
@@ -77,7 +94,9 @@ def take_in_until_killed(state, moment):
 @pytest.mark.parametrize("moment", ["before", "after"])
 def test_a_crash_between_commit_and_removal_takes_nothing_in_twice(installation, queue, moment):
     path = put(installation, "task.json", "{}")
-    process = multiprocessing.get_context("spawn").Process(target=take_in_until_killed, args=(installation.state, moment))
+    process = multiprocessing.get_context("spawn").Process(
+        target=take_in_until_killed, args=(installation.state, moment)
+    )
     process.start()
     process.join(20)
     assert process.exitcode == -signal.SIGKILL and path.exists() == (moment == "before")
@@ -98,13 +117,17 @@ def test_four_at_once_take_each_file_in_once(installation, queue):
         put(installation, f"{number}.json", json.dumps({"n": number}))
     spawn = multiprocessing.get_context("spawn")
     barrier, results = spawn.Barrier(4), spawn.Queue()
-    processes = [spawn.Process(target=take_in, args=(installation.state, barrier, results)) for _ in range(4)]
+    processes = [
+        spawn.Process(target=take_in, args=(installation.state, barrier, results)) for _ in range(4)
+    ]
     for process in processes:
         process.start()
     assert sum(results.get(timeout=30) for _ in processes) == 200
     for process in processes:
         process.join(20)
-    assert installation.rows("select count(*), count(distinct data) from notifications") == [(200, 200)]
+    assert installation.rows("select count(*), count(distinct data) from notifications") == [
+        (200, 200)
+    ]
 
 
 def test_while_the_database_is_locked_the_file_stays(installation, queue, monkeypatch):
@@ -181,7 +204,7 @@ def test_a_worker_claims_beside_them_and_leaves_when_it_is_idle(installation):
         "drop table approvals; create table approvals (x)",
         "drop view task_queue; drop table approvals; create table approvals (id integer primary key, data text, more)",
         "create trigger stop before insert on approvals begin select raise(abort, 'no'); end",
-        "drop index \"approvals.ready\"",
+        'drop index "approvals.ready"',
     ],
 )
 def test_one_queues_trouble_is_not_the_others(installation, queue, broken):
@@ -233,7 +256,11 @@ def test_what_another_user_left_is_one_complaint_each(queue):
             os.chown(path, me, -1)
             path.chmod(0o000)
         taken, complaints = taken_in_by_somebody(place / "state", somebody)
-        assert taken == 1 and len(complaints) == 2 and all("chown" in complaint for complaint in complaints)
+        assert (
+            taken == 1
+            and len(complaints) == 2
+            and all("chown" in complaint for complaint in complaints)
+        )
     finally:
         (spool / "approvals").chmod(0o700)
         shutil.rmtree(place)
@@ -273,13 +300,26 @@ def test_what_a_hook_was_told_of_its_task_survives_the_spool(installation, queue
     installation.enqueue("notifications", "first", "--hold")
     lock = sqlite3.connect(installation.db, isolation_level=None)
     lock.execute("begin immediate")
-    for number, args in enumerate((["--hold", "--priority", "7", "--group", "g"], ["--at", "2099-01-01", "--ttl", "1d"])):
-        done = installation.run("enqueue.py", "--hook", "notifications", "t", "--wait", "0.2", *args, input=f'{{"n": {number}}}')
+    for number, args in enumerate(
+        (["--hold", "--priority", "7", "--group", "g"], ["--at", "2099-01-01", "--ttl", "1d"])
+    ):
+        done = installation.run(
+            "enqueue.py",
+            "--hook",
+            "notifications",
+            "t",
+            "--wait",
+            "0.2",
+            *args,
+            input=f'{{"n": {number}}}',
+        )
         assert (done.returncode, done.stderr) == (0, "")
     lock.execute("rollback")
     lock.close()
     assert queue.take_in_spool(installation.state) == (2, [])
-    held, later = installation.rows("select status, due_at, priority, group_id, expires_at from notifications where id > 1 order by id")
+    held, later = installation.rows(
+        "select status, due_at, priority, group_id, expires_at from notifications where id > 1 order by id"
+    )
     assert held == (3, None, 7, "g", None)
     assert later[:1] == (3,) and later[1] > 4e9 and later[4] > 1.7e9
     assert not installation.rows("select 1 from notifications where data like '%spooled_row%'")
@@ -289,7 +329,9 @@ def test_the_same_firing_spooled_and_stored_is_one_task(installation, queue):
     installation.enqueue("notifications", "first", "--hold")
     lock = sqlite3.connect(installation.db, isolation_level=None)
     lock.execute("begin immediate")
-    installation.run("enqueue.py", "--hook", "notifications", "t", "--wait", "0.2", input='{"n": 1}')
+    installation.run(
+        "enqueue.py", "--hook", "notifications", "t", "--wait", "0.2", input='{"n": 1}'
+    )
     lock.execute("rollback")
     lock.close()
     installation.run("enqueue.py", "--hook", "notifications", "t", input='{"n": 1}')

@@ -20,7 +20,7 @@ def drain(installation, *queues: str) -> None:
 
 
 def test_it_ends_with_the_task_and_prints_its_result(installation):
-    installation.handler("sum", "#!/bin/sh\necho '{\"summary\": \"all is well\", \"n\": 3}'\n")
+    installation.handler("sum", '#!/bin/sh\necho \'{"summary": "all is well", "n": 3}\'\n')
     installation.enqueue("approvals", "sum", "{}", "--task-id", "s-1")
     process = waiting(installation, "s-1", "--json")
     drain(installation, "approvals")
@@ -41,10 +41,18 @@ def test_any_other_end_is_1_and_says_why(installation):
     drain(installation, "approvals")
     assert process.wait(20) == 1
     good, bad = json.loads(process.log.read_text())
-    assert good["status"] == "completed" and bad["status"] == "failed" and "no such page" in bad["error"]
+    assert (
+        good["status"] == "completed"
+        and bad["status"] == "failed"
+        and "no such page" in bad["error"]
+    )
     assert installation.run("tasks.py", "wait", "good-1").returncode == 0
     text = installation.run("tasks.py", "wait", "bad-1")
-    assert text.returncode == 1 and text.stdout.startswith("bad-1 failed: ") and "no such page" in text.stdout
+    assert (
+        text.returncode == 1
+        and text.stdout.startswith("bad-1 failed: ")
+        and "no such page" in text.stdout
+    )
     installation.enqueue("approvals", "good", "{}", "--task-id", "no-more")
     process = waiting(installation, "no-more")
     assert installation.run("tasks.py", "cancel", "no-more").returncode == 0
@@ -61,7 +69,10 @@ def test_a_time_out_is_75_and_names_what_has_not_ended(installation):
 def test_an_id_that_is_unknown_or_of_several_tasks_is_64(installation):
     for name in ("job-1", "job-2"):
         installation.enqueue("approvals", "review", "{}", "--task-id", name)
-    for ident, words in (("nobody", "no task has the id"), ("job", "fits several tasks: job-1 (approvals), job-2")):
+    for ident, words in (
+        ("nobody", "no task has the id"),
+        ("job", "fits several tasks: job-1 (approvals), job-2"),
+    ):
         done = installation.run("tasks.py", "wait", ident)
         assert done.returncode == 64 and words in done.stderr and len(done.stderr.splitlines()) == 1
 
@@ -85,7 +96,10 @@ def test_a_task_that_is_retried_has_not_ended(installation):
     flag.touch()
     drain(installation, "approvals")
     assert process.wait(20) == 0
-    assert [one["status"] for one in json.loads(process.log.read_text())] == ["completed", "completed"]
+    assert [one["status"] for one in json.loads(process.log.read_text())] == [
+        "completed",
+        "completed",
+    ]
 
 
 def test_a_task_that_goes_without_an_end_is_said(queue, installation, monkeypatch, capsys):
