@@ -58,15 +58,14 @@ def _gather(conn: q.Connection | cli.Reader, now: float) -> dict:
         types[queue] = {}
         for name, statement in COUNT_BY_TYPE.items():
             for task_type, tasks, oldest in conn.execute(q.on_queue(statement, queue)):
-                numbers = types[queue].setdefault(task_type, zeros())
+                numbers = types[queue].setdefault(as_name(task_type), zeros())
                 numbers[name] += tasks
-                if name == "pending":
-                    numbers["oldest_pending_seconds"] = round(
-                        min(max(now - oldest, 0.0), float(q.LAST_SECOND)), 3
-                    )
+                if name == "pending" and isinstance(oldest, (int, float)):
+                    age = min(max(now - oldest, 0.0), float(q.LAST_SECOND))
+                    numbers["oldest_pending_seconds"] = round(age, 3)
     samples: dict[tuple[str, str], list] = {}
     for queue, task_type, name, day, hour in conn.execute(COUNT_FINISHED, ago).fetchall():
-        numbers = types.setdefault(queue, {}).setdefault(task_type, zeros())
+        numbers = types.setdefault(as_name(queue), {}).setdefault(as_name(task_type), zeros())
         numbers[f"{name}_day"], numbers[f"{name}_hour"] = day, hour
         if name in ("completed", "failed"):
             which = {
@@ -76,7 +75,8 @@ def _gather(conn: q.Connection | cli.Reader, now: float) -> dict:
                 "sample": SAMPLE,
                 **ago,
             }
-            samples.setdefault((queue, task_type), []).extend(conn.execute(NEWEST_TIMES, which))
+            names = (as_name(queue), as_name(task_type))
+            samples.setdefault(names, []).extend(conn.execute(NEWEST_TIMES, which))
     queues = {}
     for queue in sorted(types):
         total, of_queue = zeros(), []
@@ -101,6 +101,11 @@ def _gather(conn: q.Connection | cli.Reader, now: float) -> dict:
             "types": dict(sorted(types[queue].items())),
         }
     return {"at": q.utc(now), "serving": serving, "queues": queues}
+
+
+def as_name(value: object) -> str:
+    """A queue or task type as text: a writer that checks nothing may have stored anything."""
+    return value if isinstance(value, str) else str(value)
 
 
 def held_back(control: Control | None) -> dict:

@@ -87,7 +87,7 @@ def test_a_spool_that_raises_what_nobody_thought_of(installation, queue, monkeyp
 
     one = worker.Worker(worker.parse(["notifications"]))
     try:
-        monkeypatch.setattr(queue, "take_in_spool", lambda state: 1 / 0)
+        monkeypatch.setattr(queue, "take_in_spool", lambda *_: 1 / 0)
         queue.ensure_queue(queue.connect(), "notifications")
         queue.enqueue_task("notifications", "nobody-handles-this", {})
         for _ in range(3):
@@ -159,7 +159,7 @@ def as_user(installation):
     public.chmod(0o755)
     lib, home = public / "lib", public / "home"
     (lib / "handlers").mkdir(parents=True)
-    for script in ("worker.py", *(path.name for path in ROOT.glob("queue_*.py"))):
+    for script in ("worker.py", "enqueue.py", *(path.name for path in ROOT.glob("queue_*.py"))):
         shutil.copy(ROOT / script, lib)
     (lib / "handlers" / "quick").write_text(QUICK)
     (lib / "handlers" / "quick").chmod(0o755)
