@@ -396,6 +396,10 @@ def explain(error: sqlite3.Error, state: Path) -> QueueError:
         name = "JSON"
     elif isinstance(error, sqlite3.DataError):
         name = "SQLITE_TOOBIG"
+    elif name.startswith("SQLITE_IOERR"):
+        # What is left of a removed write-ahead log is shared by all connections until the last is closed.
+        for conn in _process.of(state):
+            conn.file, conn.check_at = None, 0.0
     for names, kind, message in _MEANINGS:
         if name.startswith(tuple(names.split()) or ""):
             return kind(message.format(db=state / "tasks.db", state=state, text=text))
@@ -707,6 +711,10 @@ class _Process:
         self.owners: dict[Path, tuple[str, int, int]] = {}
         self.owners_lock = threading.Lock()
 
+    def of(self, state: Path) -> list[Connection]:
+        """The open connections of all threads to one state."""
+        return [conn for conn in list(self.connections) if conn.state == state]
+
 
 _process = _Process()
 
@@ -732,7 +740,8 @@ def connect(
     db = conn.db if conn else f"{state}/tasks.db"
     try:
         found = os.stat(db)
-        if conn and conn.file == (found.st_dev, found.st_ino) and not _log_is_lost(conn):
+        is_same = conn and conn.file in (None, (found.st_dev, found.st_ino))
+        if is_same and not _log_is_lost(conn) and conn.file:
             if conn.busy_timeout_ms != busy_timeout_ms:
                 conn.set_busy_timeout(busy_timeout_ms)
             return conn
@@ -768,7 +777,16 @@ def _log_is_lost(conn: Connection) -> bool:
             return False
     except OSError:
         pass
+    others = [other for other in _process.of(conn.state) if other is not conn]
+    if any(other.in_transaction for other in others):
+        return False
     _module("queue_owners").log_is_lost(conn.db)
+    # SQLite keeps what belongs to the old log until a process's last connection is closed. Whoever
+    # uses one of these meanwhile gets an error, and another connection the next time.
+    for other in others:
+        other.file = ()
+        other.close()
+        _process.connections.discard(other)
     return True
 
 

@@ -7,6 +7,7 @@ import shutil
 import stat
 import subprocess
 import sys
+import time
 
 import pytest
 from conftest import ROOT, wait_for
@@ -76,6 +77,39 @@ def test_a_log_that_was_removed_is_told_by_each_process_and_all_write_on(install
     fresh = Writer(installation, "fresh")
     assert fresh.store("of another") == "stored" and writers[0].store("at last") == "stored"
     assert {"after 0", "after 1", "after 2", "of another", "at last"} <= stored(installation)
+    assert installation.sqlite3("pragma integrity_check") == "ok"
+
+
+@pytest.mark.parametrize("removed", ["-wal", "-wal -shm"])
+def test_a_worker_whose_log_was_removed_runs_what_comes_after(installation, removed):
+    """It has a connection in each of two threads: SQLite lets go of the old log with the last of them."""
+    installation.handler("t", "#!/bin/sh\n")
+    installation.enqueue("notifications", "t", "{}", "--task-id", "before")
+    worker = installation.worker("notifications")
+    installation.finished("before")
+    for ending in removed.split():
+        os.unlink(f"{installation.db}{ending}")
+    tries = iter(range(100_000))
+
+    def comes_through() -> bool:
+        """Whether a task that is enqueued now is run within a second; the first ones may be refused."""
+        task_id = f"after {next(tries)}"
+        done = installation.run("enqueue.py", "notifications", "t", "{}", "--task-id", task_id)
+        assert done.returncode in (0, 1) and "Traceback" not in done.stderr
+        until = time.monotonic() + 1
+        while done.returncode == 0 and time.monotonic() < until:
+            if f"{task_id} completed" in worker.log.read_text():
+                return True
+            time.sleep(0.01)
+        return False
+
+    # It looks once a second.
+    wait_for(
+        lambda: comes_through() and "was removed" in worker.log.read_text(), 60, "a word on it"
+    )
+    wait_for(comes_through, 30, "a task that was enqueued after it")
+    said = worker.log.read_text()
+    assert said.count("-wal was removed while it was in use") == 1 and "Traceback" not in said
     assert installation.sqlite3("pragma integrity_check") == "ok"
 
 
