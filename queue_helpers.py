@@ -766,6 +766,11 @@ def connect(
     return conn
 
 
+def _log_file(db: str) -> os.stat_result:
+    """The write-ahead log, which lies beside the file itself, not beside a symbolic link to it."""
+    return os.stat(f"{os.path.realpath(db)}-wal")
+
+
 def _log_is_lost(conn: Connection) -> bool:
     """Whether the write-ahead log was removed under a connection; looked at once a second."""
     now = time.monotonic()
@@ -773,7 +778,7 @@ def _log_is_lost(conn: Connection) -> bool:
         return False
     conn.check_at = now + 1.0
     try:
-        if os.stat(f"{conn.db}-wal").st_ino == conn.log:
+        if _log_file(conn.db).st_ino == conn.log:
             return False
     except OSError:
         pass
@@ -851,7 +856,7 @@ def _open(state: Path, db: str, busy_timeout_ms: int, migrate: bool) -> Connecti
         # A read opens the write-ahead log where WAL was already on.
         table_names(conn)
         found = os.stat(db)
-        conn.file, conn.log = (found.st_dev, found.st_ino), os.stat(f"{db}-wal").st_ino
+        conn.file, conn.log = (found.st_dev, found.st_ino), _log_file(db).st_ino
         conn.check_at = time.monotonic() + 1.0
         return conn
     except BaseException:

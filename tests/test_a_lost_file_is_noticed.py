@@ -177,3 +177,15 @@ def test_a_directorys_name_with_control_characters_is_refused(installation, tmp_
     )
     assert done.returncode == 1 and "QueueUnavailable: TASK_QUEUE_STATE" in done.stderr
     assert "is not an absolute path" in done.stderr and "\x1b" not in done.stderr
+
+
+def test_a_database_that_is_a_symbolic_link_is_used(installation, tmp_path):
+    installation.enqueue("notifications", "t", "{}", "--task-id", "before")
+    # The last to close it writes all of it into the one file.
+    installation.sqlite3("select count(*) from notifications")
+    installation.db.rename(tmp_path / "elsewhere.db")
+    installation.db.symlink_to(tmp_path / "elsewhere.db")
+    installation.enqueue("notifications", "t", "{}", "--task-id", "after")
+    done = installation.run("worker.py", "notifications", "--drain", "--", "cat")
+    assert done.returncode == 0 and "2 done" in done.stderr
+    assert installation.run("tasks.py", "stats").returncode == 0
