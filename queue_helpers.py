@@ -396,8 +396,8 @@ def explain(error: sqlite3.Error, state: Path) -> QueueError:
         name = "JSON"
     elif isinstance(error, sqlite3.DataError):
         name = "SQLITE_TOOBIG"
-    elif name.startswith("SQLITE_IOERR"):
-        # What is left of a removed write-ahead log is shared by all connections until the last is closed.
+    elif name == "SQLITE_IOERR_SHORT_READ":
+        # So it is after a write-ahead log was removed: SQLite remembers the old one until the last is closed.
         for conn in _process.of(state):
             conn.file, conn.check_at = None, 0.0
     for names, kind, message in _MEANINGS:
