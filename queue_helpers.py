@@ -659,7 +659,7 @@ class Connection(sqlite3.Connection):
     state: Path
     db: str
     # The device and inode of the database, and the inode of its write-ahead log, as they were opened.
-    file: tuple
+    file: tuple | None
     log: int
     check_at: float
     queues: set[str]
@@ -741,7 +741,7 @@ def connect(
     try:
         found = os.stat(db)
         is_same = conn and conn.file in (None, (found.st_dev, found.st_ino))
-        if is_same and not _log_is_lost(conn) and conn.file:
+        if conn and is_same and not _log_is_lost(conn) and conn.file:
             if conn.busy_timeout_ms != busy_timeout_ms:
                 conn.set_busy_timeout(busy_timeout_ms)
             return conn
