@@ -618,7 +618,9 @@ def snapshot(conn: sqlite3.Connection) -> Iterator[None]:
     try:
         yield
     finally:
-        conn.execute("rollback")
+        # An error of the disk has ended it.
+        if conn.in_transaction:
+            conn.execute("rollback")
 
 
 def queues_of(conn: sqlite3.Connection) -> list[str]:

@@ -396,6 +396,10 @@ def explain(error: sqlite3.Error, state: Path) -> QueueError:
         name = "JSON"
     elif isinstance(error, sqlite3.DataError):
         name = "SQLITE_TOOBIG"
+    elif name == "SQLITE_IOERR_SHORT_READ":
+        # So it is after a write-ahead log was removed: SQLite remembers the old one until the last is closed.
+        for conn in _process.of(state):
+            conn.file, conn.check_at = None, 0.0
     for names, kind, message in _MEANINGS:
         if name.startswith(tuple(names.split()) or ""):
             return kind(message.format(db=state / "tasks.db", state=state, text=text))
@@ -655,7 +659,7 @@ class Connection(sqlite3.Connection):
     state: Path
     db: str
     # The device and inode of the database, and the inode of its write-ahead log, as they were opened.
-    file: tuple
+    file: tuple | None
     log: int
     check_at: float
     queues: set[str]
@@ -707,6 +711,10 @@ class _Process:
         self.owners: dict[Path, tuple[str, int, int]] = {}
         self.owners_lock = threading.Lock()
 
+    def of(self, state: Path) -> list[Connection]:
+        """The open connections of all threads to one state."""
+        return [conn for conn in list(self.connections) if conn.state == state]
+
 
 _process = _Process()
 
@@ -732,7 +740,8 @@ def connect(
     db = conn.db if conn else f"{state}/tasks.db"
     try:
         found = os.stat(db)
-        if conn and conn.file == (found.st_dev, found.st_ino) and not _log_is_lost(conn):
+        is_same = conn and conn.file in (None, (found.st_dev, found.st_ino))
+        if conn and is_same and not _log_is_lost(conn) and conn.file:
             if conn.busy_timeout_ms != busy_timeout_ms:
                 conn.set_busy_timeout(busy_timeout_ms)
             return conn
@@ -757,6 +766,11 @@ def connect(
     return conn
 
 
+def _log_file(db: str) -> os.stat_result:
+    """The write-ahead log, which lies beside the file itself, not beside a symbolic link to it."""
+    return os.stat(f"{os.path.realpath(db)}-wal")
+
+
 def _log_is_lost(conn: Connection) -> bool:
     """Whether the write-ahead log was removed under a connection; looked at once a second."""
     now = time.monotonic()
@@ -764,11 +778,20 @@ def _log_is_lost(conn: Connection) -> bool:
         return False
     conn.check_at = now + 1.0
     try:
-        if os.stat(f"{conn.db}-wal").st_ino == conn.log:
+        if _log_file(conn.db).st_ino == conn.log:
             return False
     except OSError:
         pass
+    others = [other for other in _process.of(conn.state) if other is not conn]
+    if any(other.in_transaction for other in others):
+        return False
     _module("queue_owners").log_is_lost(conn.db)
+    # SQLite keeps what belongs to the old log until a process's last connection is closed. Whoever
+    # uses one of these meanwhile gets an error, and another connection the next time.
+    for other in others:
+        other.file = ()
+        other.close()
+        _process.connections.discard(other)
     return True
 
 
@@ -833,7 +856,7 @@ def _open(state: Path, db: str, busy_timeout_ms: int, migrate: bool) -> Connecti
         # A read opens the write-ahead log where WAL was already on.
         table_names(conn)
         found = os.stat(db)
-        conn.file, conn.log = (found.st_dev, found.st_ino), os.stat(f"{db}-wal").st_ino
+        conn.file, conn.log = (found.st_dev, found.st_ino), _log_file(db).st_ino
         conn.check_at = time.monotonic() + 1.0
         return conn
     except BaseException:

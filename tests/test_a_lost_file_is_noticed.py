@@ -7,6 +7,7 @@ import shutil
 import stat
 import subprocess
 import sys
+import time
 
 import pytest
 from conftest import ROOT, wait_for
@@ -79,6 +80,39 @@ def test_a_log_that_was_removed_is_told_by_each_process_and_all_write_on(install
     assert installation.sqlite3("pragma integrity_check") == "ok"
 
 
+@pytest.mark.parametrize("removed", ["-wal", "-wal -shm"])
+def test_a_worker_whose_log_was_removed_runs_what_comes_after(installation, removed):
+    """It has a connection in each of two threads: SQLite lets go of the old log with the last of them."""
+    installation.handler("t", "#!/bin/sh\n")
+    installation.enqueue("notifications", "t", "{}", "--task-id", "before")
+    worker = installation.worker("notifications")
+    installation.finished("before")
+    for ending in removed.split():
+        os.unlink(f"{installation.db}{ending}")
+    tries = iter(range(100_000))
+
+    def comes_through() -> bool:
+        """Whether a task that is enqueued now is run within a second; the first ones may be refused."""
+        task_id = f"after {next(tries)}"
+        done = installation.run("enqueue.py", "notifications", "t", "{}", "--task-id", task_id)
+        assert done.returncode in (0, 1) and "Traceback" not in done.stderr
+        until = time.monotonic() + 1
+        while done.returncode == 0 and time.monotonic() < until:
+            if f"{task_id} completed" in worker.log.read_text():
+                return True
+            time.sleep(0.01)
+        return False
+
+    # It looks once a second.
+    wait_for(
+        lambda: comes_through() and "was removed" in worker.log.read_text(), 60, "a word on it"
+    )
+    wait_for(comes_through, 30, "a task that was enqueued after it")
+    said = worker.log.read_text()
+    assert said.count("-wal was removed while it was in use") == 1 and "Traceback" not in said
+    assert installation.sqlite3("pragma integrity_check") == "ok"
+
+
 @pytest.mark.parametrize("how", ["removed", "moved away", "replaced"])
 def test_another_state_directory_is_used_at_once(installation, how):
     writer = Writer(installation, "a")
@@ -143,3 +177,15 @@ def test_a_directorys_name_with_control_characters_is_refused(installation, tmp_
     )
     assert done.returncode == 1 and "QueueUnavailable: TASK_QUEUE_STATE" in done.stderr
     assert "is not an absolute path" in done.stderr and "\x1b" not in done.stderr
+
+
+def test_a_database_that_is_a_symbolic_link_is_used(installation, tmp_path):
+    installation.enqueue("notifications", "t", "{}", "--task-id", "before")
+    # The last to close it writes all of it into the one file.
+    installation.sqlite3("select count(*) from notifications")
+    installation.db.rename(tmp_path / "elsewhere.db")
+    installation.db.symlink_to(tmp_path / "elsewhere.db")
+    installation.enqueue("notifications", "t", "{}", "--task-id", "after")
+    done = installation.run("worker.py", "notifications", "--drain", "--", "cat")
+    assert done.returncode == 0 and "2 done" in done.stderr
+    assert installation.run("tasks.py", "stats").returncode == 0
