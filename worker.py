@@ -565,12 +565,13 @@ class Worker:
             if not self.serve() and self.args.single and not self.stops:
                 say("another worker serves the queue by now; leaving (--single)")
                 self.stop()
-            wal = self.state / "tasks.db-wal"
-            if wal.stat().st_size > q.WAL_BYTES:
+            # Where the database is a symbolic link, the log lies beside its target.
+            wal = f"{os.path.realpath(self.state / 'tasks.db')}-wal"
+            if os.stat(wal).st_size > q.WAL_BYTES:
                 # A short wait: writers wait while it waits for readers.
                 conn = q.connect(self.state, create=False, busy_timeout_ms=50)
                 conn.execute("pragma wal_checkpoint(truncate)").fetchall()
-                if wal.stat().st_size > WAL_WARN_BYTES:
+                if os.stat(wal).st_size > WAL_WARN_BYTES:
                     self.complain(f"{wal} has over {WAL_WARN_BYTES >> 20} MiB: a long read keeps it from being"
                                   f" written back; find it with: fuser -v '{wal}'")  # fmt: skip
         except (q.QueueError, OSError, sqlite3.Error):

@@ -25,13 +25,20 @@ test_an_older_database_is_migrated test_the_write_lock_is_let_go test_an_orphan_
 """.split()
 
 
+# Minutes of a processor each: once, on the Python that runs all tests, is enough.
+LONG = """
+test_by_eight_processes_with_twenty_thousand_tasks_each test_twenty_rounds test_it_takes_as_many_steps_at_300_000_rows_as_at_300
+test_any_sequence_agrees_with_the_model test_of_four_processes_that_put_the_same_exactly_one_is_told
+""".split()
+
+
 def pytest_configure(config) -> None:
     config.addinivalue_line("markers", "core: the queue itself; it must hold on every Python")
 
 
 def pytest_collection_modifyitems(items) -> None:
     for item in items:
-        if item.path.stem in CORE:
+        if item.path.stem in CORE and item.originalname not in LONG:
             item.add_marker(pytest.mark.core)
 
 
