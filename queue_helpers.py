@@ -89,7 +89,7 @@ TURN_POLL_SECONDS, NEXT_POLL_SECONDS = 0.0001, 0.001
 # Who did not get its turn in time takes none for this long.
 NO_TURN_SECONDS = 1.0
 # Where writers wait for each other, they leave the lock to those who take no turn: how often, how long.
-OTHERS_EVERY_SECONDS, OTHERS_SECONDS = 2.0, 0.11
+OTHERS_EVERY_SECONDS, OTHERS_SECONDS = 1.0, 0.05
 MAX_ATTEMPTS = 4
 # Before the second attempt; it doubles with each one after.
 BACKOFF_SECONDS = 1.0

@@ -40,6 +40,9 @@ def pytest_collection_modifyitems(items) -> None:
     for item in items:
         if item.path.stem in CORE and item.originalname not in LONG:
             item.add_marker(pytest.mark.core)
+    # Files with long tests come first, so that nobody waits for them alone at the end.
+    long_files = {item.path for item in items if item.originalname in LONG}
+    items.sort(key=lambda item: item.path not in long_files)
 
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -586,7 +586,7 @@ def test_the_demo_goes_from_a_hook_to_a_completion(tmp_path):
              "broken link found: README.md:4 -> pier.md", "completion queued")  # fmt: skip
     *lines, completion = demo.stdout.splitlines()
     shown = (
-        (ROOT / "README.md")
+        (ROOT / "docs/reference.md")
         .read_text()
         .split("waits for what comes of it:")[1]
         .split("```")[1]
