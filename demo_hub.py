@@ -61,7 +61,10 @@ class Server:
         self.as_nobody: dict[str, Any] = {"user": "nobody"} if os.geteuid() == 0 else {}
         if self.as_nobody:
             shutil.chown(self.directory, "nobody")
-            if subprocess.run(["test", "-x", self.bin / "initdb"], **self.as_nobody).returncode != 0:
+            if (
+                subprocess.run(["test", "-x", self.bin / "initdb"], **self.as_nobody).returncode
+                != 0
+            ):
                 # The package lies where only root may look, as in a cache of its own.
                 shutil.copytree(self.bin.parent, self.directory / "postgresql", symlinks=True)
                 self.bin = self.directory / "postgresql/bin"
