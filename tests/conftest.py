@@ -32,14 +32,24 @@ test_any_sequence_agrees_with_the_model test_of_four_processes_that_put_the_same
 """.split()
 
 
+# What holds a promise in milliseconds, and therefore runs while nothing else does.
+ALONE = """
+test_a_sleeping_consumer_hears_every_commit test_a_stopped_worker_gives_its_tasks_back
+test_cleanup_never_holds_up_an_enqueue test_no_writer_starves test_tasks_answer_at_once_on_a_big_database
+""".split()
+
+
 def pytest_configure(config) -> None:
     config.addinivalue_line("markers", "core: the queue itself; it must hold on every Python")
+    config.addinivalue_line("markers", "alone: a promise in milliseconds; nothing else runs then")
 
 
 def pytest_collection_modifyitems(items) -> None:
     for item in items:
         if item.path.stem in CORE and item.originalname not in LONG:
             item.add_marker(pytest.mark.core)
+        if item.path.stem in ALONE:
+            item.add_marker(pytest.mark.alone)
     # Files with long tests come first, so that nobody waits for them alone at the end.
     long_files = {item.path for item in items if item.originalname in LONG}
     items.sort(key=lambda item: item.path not in long_files)
