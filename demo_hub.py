@@ -65,9 +65,13 @@ class Server:
                 subprocess.run(["test", "-x", self.bin / "initdb"], **self.as_nobody).returncode
                 != 0
             ):
-                # The package lies where only root may look, as in a cache of its own.
-                shutil.copytree(self.bin.parent, self.directory / "postgresql", symlinks=True)
-                self.bin = self.directory / "postgresql/bin"
+                # The package lies where only root may look, as in a cache of its own. Its programs
+                # find their libraries beside it.
+                site, found = self.directory / "site-packages", self.bin.parent
+                for source in (found, *package.parent.glob(f"{package.name}.libs")):
+                    copy = site / source.relative_to(package.parent)
+                    shutil.copytree(source, copy, symlinks=True)
+                self.bin = site / found.relative_to(package.parent) / "bin"
         self.data, self.log = self.directory / "data", self.directory / "log"
         self.password = "secret of O'Brien"
         word = self.directory / "password"
