@@ -86,7 +86,9 @@ class ClaudeCode:
     def requests(self) -> list[dict]:
         """What the API was asked, {"time", "kind", "headers", "body"} each."""
         file = self.asked / "requests.jsonl"
-        return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+        # The last line may be half written at this moment.
+        lines = file.read_text().splitlines(keepends=True) if file.exists() else []
+        return [json.loads(line) for line in lines if line.endswith("\n")]
 
     @property
     def within(self) -> tuple[str, ...]:
