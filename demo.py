@@ -58,10 +58,15 @@ class Failed(Exception):
 
 def main(argv: Sequence[str] | None = None) -> int:
     cli.make_parser("demo.py", __doc__).parse_args(argv)
+    return perform(Demo)
+
+
+def perform(make: type[Demo]) -> int:
+    """Give a demonstration in a directory that is removed at its end; the exit code."""
     # An exit runs the clean-up below.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     with tempfile.TemporaryDirectory(prefix="task-queue-demo-") as directory:
-        demo = Demo(Path(directory).resolve())
+        demo = make(Path(directory).resolve())
         try:
             demo.run()
         except (Failed, OSError, sqlite3.Error) as error:

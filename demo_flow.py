@@ -23,18 +23,16 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import signal
 import socket
 import sqlite3
 import subprocess
 import sys
-import tempfile
 import uuid
 from collections.abc import Sequence
 from pathlib import Path
 
 import queue_cli as cli
-from demo import HERE, STEP_SECONDS, Demo, Failed
+from demo import HERE, STEP_SECONDS, Demo, Failed, perform
 
 STAND_IN = HERE / "tests/claude_stub/api.py"
 # What the model is told to do, by the stand-in.
@@ -71,21 +69,7 @@ print(json.dumps({{"type": "result", "is_error": False, "result": {mended!r}, "n
 
 def main(argv: Sequence[str] | None = None) -> int:
     cli.make_parser("demo_flow.py", __doc__).parse_args(argv)
-    # An exit that cleans up.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
-    with tempfile.TemporaryDirectory(prefix="task-queue-demo-") as directory:
-        demo = Flow(Path(directory).resolve())
-        try:
-            demo.run()
-        except (Failed, OSError, sqlite3.Error) as error:
-            print(f"demo: {error}", file=sys.stderr)
-            print(demo.worker_log(), end="", file=sys.stderr)
-            return 1
-        except KeyboardInterrupt:
-            return 1
-        finally:
-            demo.end_children()
-    return 0
+    return perform(Flow)
 
 
 class Flow(Demo):

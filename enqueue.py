@@ -413,7 +413,7 @@ def hook(args: Arguments) -> int:
     deadline = STARTED + seconds
     project = from_bytes(os.environb.get(b"CLAUDE_PROJECT_DIR", b""))
     raw = read_stdin(STARTED + seconds * STDIN_SHARE)
-    row = row_of_firing(args, raw, "", project)
+    row = row_of_firing(args, raw, project=project)
     if isinstance(row, str):
         return fail(0, row)
     try:

@@ -225,12 +225,6 @@ def look_at_run(state: Path, task: q.Task) -> tuple[dict, bool, bool]:
     return run, runs_on or held and not run, held
 
 
-def owner_lives(state: Path, owner: str | None) -> bool:
-    """Whether a task's owner is alive: it holds its lock file. Unknown counts as alive."""
-    with dead(state, owner) as is_dead:
-        return not is_dead
-
-
 def _settle(conn: q.Connection, task: q.Task, run: dict, crash_backoff: float) -> tuple:
     """Record how a run ended of which this is on record."""
     code, why = run.get("code"), run.get("why")
