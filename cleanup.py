@@ -150,7 +150,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             # With --every each is said when it begins, not every time.
             for complaint in complaints:
                 if complaint not in told:
-                    cli.complain(code, "cleanup.py", complaint)
+                    cli.complain(code, "cleanup.py", cli.remedies_as_typed(complaint))
             told = complaints
             if args.every is None:
                 return 128 + stop.signal if stop.is_set() else code
@@ -166,7 +166,7 @@ def clean_and_tell(args: argparse.Namespace, stop: Stop) -> tuple[int, tuple[str
     try:
         report = clean(q.STATE_DIR, args.keep, args.keep_failed, stop, dry_run=args.dry_run)
     except q.QueueError as error:
-        return cli.code_of(error), (cli.remedies_as_typed(str(error)),)
+        return cli.code_of(error), (str(error),)
     try:
         text = (
             json.dumps(asdict(report))

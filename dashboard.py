@@ -221,9 +221,9 @@ class Request(BaseHTTPRequestHandler):
         except NoPage:
             self.answer(404, "there is no such page\n")
         except (q.QueueBusy, q.QueueUnavailable) as error:
-            self.answer(503, f"{error}\n")
+            self.answer(503, f"{cli.remedies_as_typed(str(error))}\n")
         except Exception:
-            self.answer(500, "a fault of dashboard.py; where it was started, it says more\n")
+            self.answer(500, "a fault of this page; where it was started, it says more\n")
             raise
 
     do_HEAD = do_GET
@@ -250,7 +250,7 @@ class Request(BaseHTTPRequestHandler):
             return "this is a page, not a part of one"
         key = self.path.split("/", 2)[1:2]
         if not secrets.compare_digest("".join(key).encode(), self.server.key.encode()):
-            return "open the whole address that dashboard.py printed when it was started last"
+            return f"open the whole address that {cli.command('dashboard')} printed when it was started last"
         return None
 
     def answer(self, code: int, text: str, to: str | None = None) -> None:
@@ -313,11 +313,12 @@ def check_version(conn: sqlite3.Connection, db: Path) -> None:
     if not conn.execute("select 1 from sqlite_master where name = 'task_history'").fetchone():
         raise q.QueueUnavailable(
             f"{db} has no task history: it is not a task queue's, or only bash has used it yet; "
-            "an enqueue.py or worker.py makes it ready"
+            f"{cli.command('add')} and {cli.command('work')} make it ready"
         )
     if version < q.SCHEMA_VERSION:
         raise q.QueueUnavailable(
-            f"{db} has schema version {version}; any enqueue.py or worker.py migrates it"
+            f"{db} has schema version {version}; {cli.command('add')} and {cli.command('work')} "
+            "migrate it"
         )
 
 

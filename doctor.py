@@ -32,9 +32,10 @@ import queue_cli as cli
 import queue_helpers as q
 import queue_installation
 from queue_cli import command, sh, span
+from queue_outcome import NO_HANDLER as NO_HANDLER_BEGINS
 from queue_outcome import Control
 from queue_settings import hooks_in, our_hooks
-from queue_spool import is_utf8
+from queue_spool import MOST_BYTES, is_utf8
 
 MAX_WAIT_SECONDS = 600.0
 # A worker takes spooled tasks in at once.
@@ -60,9 +61,13 @@ OVERDUE = """
 select count(*), min(due_at) from "{queue}" where status = 3 and due_at <= :now"""
 HELD = """
 select count(*), min(timestamp) from "{queue}" where status = 3 and due_at is null"""
-PUT_BACK = """
-select task_type, count(*), max(error) from "{queue}"
-where status = 3 and error is not null and attempts = 0 group by task_type"""
+NO_HANDLER = """
+select task_type, sum(not dead), sum(dead), max(error) from (
+  select coalesce(task_type, :queue) as task_type, 0 as dead, error from "{queue}" where status = 3
+  union all
+  select task_type, 1, error from task_history
+  where queue = :queue and status = 'failed' and completed_at > :since)
+where substr(error, 1, length(:begins)) = :begins group by task_type"""
 FAILED_LATELY = """
 select count(*) from task_history where queue = :queue and status = 'failed' and completed_at > :since"""
 
@@ -210,7 +215,7 @@ def check_versions() -> Iterator[Finding]:
     if not sqlite:
         yield note(
             "the sqlite3 command is not there; only hooks that are written in bash need it",
-            "install it with your package manager, or use enqueue.py",
+            f"install it with your package manager, or use {command('add')}",
         )
         return
     ran = subprocess.run(
@@ -586,8 +591,8 @@ def check_tasks(state: Path, handlers: Path, max_wait: float) -> Iterator[Findin
         for queue in queues:
             yield from check_waiting(conn, queue, max_wait, queue in served, controls.get(queue))
             yield from check_held(conn, queue, max_wait)
-            yield from check_put_back(conn, queue, handlers)
             since = {"queue": queue, "since": q.utc(time.time() - 86_400)}
+            yield from check_without_handler(conn, queue, since, handlers)
             failed = conn.execute(FAILED_LATELY, since).fetchone()[0]
             if failed:
                 yield note(
@@ -652,24 +657,40 @@ def check_waiting(
     elif waiting and now - since > max_wait:
         yield problem(
             f"{how_long}, and no worker serves it",
-            f"start one: {command('work')} {queue}; or have it started: just service --enable; "
+            f"start one: {command('work')} {queue}; or have it started: "
+            f"{command('service')} --enable --queue {queue}; "
             "or see to whoever else should take them",
         )
 
 
-def check_put_back(conn: sqlite3.Connection, queue: str, handlers: Path) -> Iterator[Finding]:
-    """Tasks that a worker has put back without a run, and whose type has no handler."""
-    for task_type, tasks, error in conn.execute(q.on_queue(PUT_BACK, queue)).fetchall():
-        if not has_handler(handlers, task_type or queue):
-            name = task_type or queue
-            yield problem(
-                f'queue "{queue}": {tasks} of type {name!r} cannot run: {error}',
-                f"there are handlers for: {', '.join(executables(handlers)) or 'nothing'}; put an "
-                f"executable of that name into {handlers}, or have a worker that serves {queue} "
-                f"run one command for all: {command('work')} {queue} -- COMMAND; to see them: "
-                f"{command('list')} --queue {queue} --type {sh(name)}; if nobody wants them: "
-                f"{command('purge')} {queue} --type {sh(name)}",
+def check_without_handler(
+    conn: sqlite3.Connection, queue: str, since: dict, handlers: Path
+) -> Iterator[Finding]:
+    """Tasks that wait or failed lately since no handler serves their type, while none does."""
+    told = {**since, "begins": NO_HANDLER_BEGINS}
+    for name, waiting, dead, error in conn.execute(q.on_queue(NO_HANDLER, queue), told).fetchall():
+        if has_handler(handlers, name):
+            continue
+        which = f"{queue} --type {sh(name)}"
+        remedies = [
+            f"there are handlers for: {', '.join(executables(handlers)) or 'nothing'}",
+            f"put an executable of that name into {handlers}, or have a worker that serves {queue} "
+            f"run one command for all: {command('work')} {queue} -- COMMAND",
+            f"to see them: {command('list')} --queue {which}",
+        ]
+        if dead:
+            remedies.append(
+                f"then run again what has failed: {command('retry')} --failed --queue {which}"
             )
+        if waiting:
+            remedies.append(f"if nobody wants them: {command('purge')} {which}")
+        # What follows is the remedy, which is said here at greater length.
+        reason = error.partition(": ")[0]
+        failed = f", {dead} of them failed for good in the last day" if dead else ""
+        yield problem(
+            f'queue "{queue}": {waiting + dead} of type {name!r} cannot run{failed}: {reason}',
+            "; ".join(remedies),
+        )
 
 
 def executables(handlers: Path) -> list[str]:
@@ -778,8 +799,8 @@ def check_spool_of(directory: Path) -> tuple[int, list[Finding]]:
     if malformed:
         found.append(
             problem(
-                f"{len(malformed)} in {directory / 'malformed'} could not be taken in: they "
-                "are not JSON objects",
+                f"{len(malformed)} in {directory / 'malformed'} could not be taken in: a task is a "
+                f"JSON object of at most {MOST_BYTES >> 20} MiB",
                 "mend them and mv them one directory up, or remove them",
             )
         )

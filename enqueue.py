@@ -238,11 +238,11 @@ def main(argv: list[str] | None = None) -> int:
             start_worker(args.queue, args.worker_from)
         return code
     except q.InvalidTask as error:
-        return fail(EX_DATAERR, error)
+        return fail(EX_DATAERR, error, hook=args.hook)
     except q.QueueBusy as error:
-        return fail(EX_TEMPFAIL, error)
+        return fail(EX_TEMPFAIL, error, hook=args.hook)
     except q.QueueError as error:
-        return fail(EX_FAILED, error)
+        return fail(EX_FAILED, error, hook=args.hook)
 
 
 def command_line() -> list[str]:
@@ -255,15 +255,19 @@ def from_bytes(raw: bytes) -> str:
     return raw.decode("utf-8", "surrogateescape")
 
 
-def fail(code: int, message: object) -> int:
-    """Say what is wrong in one line; the code."""
+def fail(code: int, message: object, *, hook: bool = False) -> int:
+    """Say what is wrong in one line; the code. A person is told commands as people type them."""
     # print() would take stdout where there is no stderr.
     if sys.stderr is not None:
-        line = " ".join(str(message).split())
+        line = " ".join(f"enqueue.py: {message}".split())
+        if not hook:
+            import queue_cli
+
+            line = queue_cli.remedies_as_typed(line)
         try:
             # A word or a file's name may hold control sequences.
             safe = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
-            print(f"enqueue.py: {safe}", file=sys.stderr)
+            print(safe, file=sys.stderr)
         except OSError:
             pass
     return code
@@ -290,7 +294,7 @@ def start_worker(queue: str, directory: str | None) -> None:
 
         queue_launch.start_worker(queue, directory)
     except (ImportError, OSError, ValueError, q.QueueError) as error:
-        fail(0, f"the task is stored, but no worker could be started: {error}")
+        fail(0, f"the task is stored, but no worker could be started: {error}", hook=True)
 
 
 # ---------------------------------------------------------------------------------- the command line
@@ -407,7 +411,7 @@ def hook(args: Arguments) -> int:
         return 0
     q.check_queue_name(args.queue)
     if q.state_complaint:
-        fail(0, f"{q.state_complaint}; until then the task goes to {q.STATE_DIR}")
+        fail(0, f"{q.state_complaint}; until then the task goes to {q.STATE_DIR}", hook=True)
         q.state_complaint = None
     seconds = max(HOOK_WAIT_SECONDS if args.wait is None else args.wait, 0.1)
     deadline = STARTED + seconds
@@ -415,7 +419,7 @@ def hook(args: Arguments) -> int:
     raw = read_stdin(STARTED + seconds * STDIN_SHARE)
     row = row_of_firing(args, raw, project=project)
     if isinstance(row, str):
-        return fail(0, row)
+        return fail(0, row, hook=True)
     try:
         store(args.queue, row, deadline)
     except q.InvalidTask:

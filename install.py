@@ -167,11 +167,20 @@ def install(place: Installation, args: argparse.Namespace) -> int:
     failed |= offer_hooks(place, args)
     failed |= offer_command(place, args)
     if not args.dry_run:
-        usual = place.state == default_prefix() / "state"
-        where = "" if usual else f"TASK_QUEUE_STATE={shlex.quote(str(place.state))} "
-        doctor = shlex.quote(str(place.lib / "tasks.py"))
-        print(f"installed in {place.prefix}; check it with: {where}{doctor} doctor")
+        print(f"installed in {place.prefix}; check it with: {typed(place)} doctor")
     return failed
+
+
+def typed(place: Installation) -> str:
+    """How a person calls what was installed here: tq, or by a path what PATH has not."""
+    path = place.record.get("command")
+    if path:
+        found = shutil.which(Path(path).name)
+        is_on_path = found and os.path.realpath(found) == os.path.realpath(path)
+        return Path(path).name if is_on_path else shlex.quote(path)
+    usual = place.state == default_prefix() / "state"
+    where = "" if usual else f"TASK_QUEUE_STATE={shlex.quote(str(place.state))} "
+    return f"{where}{shlex.quote(str(place.lib / 'tasks.py'))}"
 
 
 def scripts() -> list[Path]:

@@ -95,6 +95,7 @@ dashboard *args:
     @uv run --script dashboard.py "$@"
 
 # Fill uv's cache, so that no hook ever downloads
+[no-exit-message]
 warm:
     #!/bin/sh
     set -eu
@@ -118,18 +119,22 @@ service *args:
     @uv run --script service.py "$@"
 
 # N workers, a killer, and the proof that nothing was lost: just soak 300
+[no-exit-message]
 soak seconds="60":
     uv run --no-project {{ python_deps }} python bench/soak.py {{ seconds }}
 
 # Two machines, a hub, a killer, and the proof that no task was lost or doubled: just soak-hub 5000
+[no-exit-message]
 soak-hub tasks="5000":
     uv run --script bench/hub_soak.py {{ tasks }}
 
 # Measure, e.g. just bench peers, just bench fairness; bench/ has them all
+[no-exit-message]
 bench name *args:
     uv run --script bench/{{ name }}.py {{ args }}
 
 # Draw docs/dashboard-*.png: the page on day one and on day thirty
+[no-exit-message]
 pictures:
     uv run --script bench/dashboard_pictures.py
 

@@ -110,8 +110,8 @@ class Parser(argparse.ArgumentParser):
     """An argument parser whose usage errors are one line, and exit status 64."""
 
     def error(self, message: str):
-        see = as_typed(self.prog)
-        self.exit(EX_USAGE, f"{self.prog}: {printable(message)}; see {see} --help\n")
+        me = as_typed(self.prog)
+        self.exit(EX_USAGE, f"{me}: {printable(message)}; see {me} --help\n")
 
 
 def make_parser(script: str, description: str | None) -> Parser:
@@ -184,12 +184,11 @@ def as_typed(script: str) -> str:
 
 
 def remedies_as_typed(text: str) -> str:
-    """A message of queue_helpers, which does without this module, with its remedies as people type
-    them.
-    """
+    """A message of a module that does without this one, with its remedies as people type them."""
     if not installed_command():
         return text
-    return re.sub(r"(?<![\w/.-])(tasks|worker|cleanup|enqueue)\.py(?: [a-z]+)?", _typed, text)
+    scripts = "tasks|worker|cleanup|enqueue|report|relay"
+    return re.sub(rf"(?<![\w/.-])({scripts})\.py(?: [a-z]+)?", _typed, text)
 
 
 def _typed(found: re.Match) -> str:
@@ -283,7 +282,8 @@ def open_standard_streams() -> None:
 def complain(code: int, who: str, error: object) -> int:
     """Say one line on stderr, and return code."""
     try:
-        print(f"{who}: {printable(' '.join(str(error).split()))}", file=sys.stderr, flush=True)
+        line = f"{as_typed(who)}: {' '.join(str(error).split())}"
+        print(printable(line), file=sys.stderr, flush=True)
     except OSError:
         mute(2)
     return code

@@ -22,11 +22,13 @@ from typing import NamedTuple, NoReturn
 
 import queue_helpers as q
 import queue_installation
+import queue_outcome as outcomes
 import queue_runs as runs
-from queue_cli import duration, printable
+from queue_cli import duration, printable, remedies_as_typed
 from queue_supervisor import SupervisorProcess, handler_environment
 
-# A task without a handler is looked at again after so many seconds; it costs it no attempt.
+# A task without a handler is tried again after so many seconds. Each time is a failed attempt, so that
+# it ends as a dead letter, which people are told of.
 NO_HANDLER_SECONDS = 60.0
 # What could not be started by no fault of its own is tried again after so many seconds.
 START_AGAIN_SECONDS = 5.0
@@ -39,8 +41,8 @@ TOLD = ("TASK_ID", "TASK_TYPE", "TASK_QUEUE", "TASK_ATTEMPT", "TASK_DEPTH", "TAS
 class Unstarted(NamedTuple):
     """Why a handler was not started, and what is to be done with its task.
 
-    do is "retry" (the attempt counts), "put back" (it does not, and is made again after `delay`
-    seconds) or "bury".
+    do is "retry" (the attempt counts), "put back" (it does not) or "bury". The next attempt is made
+    after `delay` seconds; None: after the task's back-off.
     """
 
     do: str
@@ -87,7 +89,7 @@ class Handlers:
             envelope, command = task.envelope, self.command_for(task.task_type)
             workspace, text = envelope["data"].get("workspace_path"), json.dumps(envelope)
         except LookupError as error:
-            return Unstarted("put back", str(error), NO_HANDLER_SECONDS)
+            return Unstarted("retry", str(error), NO_HANDLER_SECONDS)
         # Whatever a writer that checks nothing has stored is that task's matter.
         except Exception as error:
             return Unstarted("bury", f"it cannot be run: {error}")
@@ -127,10 +129,15 @@ class Handlers:
         handler = f"{self.directory}/{task_type}"
         if "/" in task_type or task_type.startswith("."):
             raise ValueError(f"there can be no handler {task_type!r}")
+        missing = f"{outcomes.NO_HANDLER} {task_type!r} in {self.directory}"
         if not os.path.isfile(handler):
-            raise LookupError(f"no handler {task_type!r} in {self.directory}")
+            raise LookupError(
+                f"{missing}: put an executable of that name there, then retry the task"
+            )
         if not os.access(handler, os.X_OK):
-            raise LookupError(f"{handler} is not executable: chmod +x it")
+            raise LookupError(
+                f"{missing}: the file is not executable; chmod +x it, then retry the task"
+            )
         return [handler]
 
     def environment(self, task: q.Task) -> dict[str, str]:
@@ -265,7 +272,11 @@ def start_clean() -> None:
 
 
 def with_remedy(error: Exception, state: Path) -> str:
-    """What an error says, and if something in the state belongs to another user: what, whose it is, and what mends it."""
+    """What an error says, and if something in the state belongs to another user: what, whose it is, and what mends it.
+
+    Commands are named as people type them.
+    """
+    said = remedies_as_typed(str(error))
     me = os.geteuid()
     below = ("*", "workers/*", "logs/*", "runs/*", "spool/*")
     for path in [state, *(path for pattern in below for path in state.glob(pattern))]:
@@ -276,9 +287,9 @@ def with_remedy(error: Exception, state: Path) -> str:
         # root may use everybody's files.
         if me not in (0, owner):
             them, us = user(owner), user(me)
-            return (f"{error}; {path} belongs to {them}, not to {us}: a worker ran as {them}, perhaps by sudo;"
+            return (f"{said}; {path} belongs to {them}, not to {us}: a worker ran as {them}, perhaps by sudo;"
                     f" give all of it back with: sudo chown -R {us} {shlex.quote(str(state))}")  # fmt: skip
-    return str(error)
+    return said
 
 
 def user(uid: int) -> str:

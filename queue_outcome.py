@@ -37,6 +37,8 @@ SHORTEST_SECONDS, LONGEST_SECONDS, NOT_NOW_SECONDS = 0.1, 30 * 86_400, 60.0
 CHAIN_TASKS = 100
 CHAIN_KEYS = {"queue", "task_type", "data", "task_id", "priority", "delay", "group", "hold"}
 
+# How the error of a task begins that no handler serves.
+NO_HANDLER = "no handler"
 # Why a run was ended by its worker: tokens that are sent and written down; see in_words().
 STOPPED, CANCELLED, TIMED_OUT = "stopped", "cancelled", "timed-out"
 

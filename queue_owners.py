@@ -344,8 +344,11 @@ def errors_explained(conn: q.Connection):
 
 def log_is_lost(db: str) -> None:
     """Say that the write-ahead log was removed while it was in use."""
+    from queue_cli import command
+
     logging.getLogger(__name__).error(
         "%s-wal was removed while it was in use: what was committed since it was last written back "
-        "may be lost; see tasks.py doctor",
+        "may be lost; see %s",
         db,
+        command("doctor"),
     )

@@ -28,8 +28,12 @@ COLOURS = {
 SPARKS = "▁▂▃▄▅▆▇█"
 # A screen's lines that are no rows of a list: its head, what is said below it, and the prompt.
 OTHER_LINES = 5
-# What a list leaves of each at least, before its ids, types and queues are shortened further.
-LEAST_NOTE, LEAST_NAME = 24, 6
+# What a list leaves of each at least, before its queues and types are shortened further. A row's
+# number names its task as well, so ids are shortened first.
+LEAST_NOTE, LEAST_ID, LEAST_NAME = 20, 8, 6
+# Names of so many cells stand in stats before the 95th percentiles are left out ("  link_validation"),
+# and of so many before a column is.
+STATS_NAME, LEAST_STATS_NAME = 17, 14
 TIMES = ("enqueued_at", "due_at", "expires_at", "started_at", "completed_at")
 
 # A cell is a text, or a text and its style.
@@ -94,7 +98,9 @@ def middle(text: str, longest: int) -> str:
     text = cli.printable(text)
     if cell_len(text) <= longest:
         return text
-    head, tail = (longest - 1) // 3, longest - 1 - (longest - 1) // 3
+    # Three characters say what kind of an id it is.
+    head = max((longest - 1) // 3, min((longest - 1) // 2, 3))
+    tail = longest - 1 - head
     while True:
         short = f"{text[:head]}…{text[len(text) - tail :]}"
         if cell_len(short) <= longest or not tail:
@@ -159,13 +165,15 @@ def stats_drawing(numbers: dict):
     bold = {at for at, row in enumerate(rows) if row[2]}
     room = console().width
     heads, cells, spare = [], [], 0
+    least = STATS_NAME
     for columns in _stats_columns(numbers):
         heads = ["queue\n  type", *(head for head, _ in columns)]
         cells = [[name, *(cell(n) for _, cell in columns)] for name, n, _ in rows]
         widths = widths_of(heads, [[_styled(cell)[0] for cell in row] for row in cells])
         spare = room - sum(widths[1:]) - len(columns)
-        if spare >= min(widths[0], 14):
+        if spare >= min(widths[0], least):
             break
+        least = LEAST_STATS_NAME
     cells = [[middle(str(row[0]), max(spare, LEAST_NAME)), *row[1:]] for row in cells]
     return Group(table(heads, cells, bold), Text("\n".join(_stats_lines(numbers))))
 
@@ -261,7 +269,7 @@ def list_table(rows: list[dict], controls: dict[str, Control]):
     left = console().width - taken
     natural = widths_of(["queue", "id", "type"], names)
     widest = widths_of(["what came of it"], [[note] for note in notes])[0]
-    room = fitting(natural, left - min(max(LEAST_NOTE, left // 2), widest))
+    room = fitting(natural, left, widest)
     return table(
         [">#", "status", "queue", "id", "type", ">age", "what came of it"],
         [
@@ -271,12 +279,16 @@ def list_table(rows: list[dict], controls: dict[str, Control]):
     )
 
 
-def fitting(widths: list[int], room: int) -> list[int]:
-    """The widths of columns, the widest made narrower until all of them fit into the room."""
-    widths = list(widths)
-    while sum(widths) > room and max(widths) > LEAST_NAME:
-        widths[widths.index(max(widths))] -= 1
-    return widths
+def fitting(natural: list[int], room: int, note: int) -> list[int]:
+    """How wide queues, ids and types are in a room that they share with notes of that width."""
+    queue, ident, kind = natural
+    for_names = room - min(max(LEAST_NOTE, room // 2), note)
+    ident = min(ident, max(LEAST_ID, for_names - queue - kind))
+    for_names = room - min(LEAST_NOTE, note) - ident
+    names = [queue, kind]
+    while sum(names) > for_names and max(names) > LEAST_NAME:
+        names[names.index(max(names))] -= 1
+    return [names[0], ident, names[1]]
 
 
 def note_of(row: dict, controls: dict[str, Control]) -> str:
@@ -330,6 +342,8 @@ def fields_of(task: dict) -> Iterable[tuple[str, str]]:
         yield name, str(value)
         if name == "status" and value == "held":
             yield "", f"until {cli.command('approve')} or {cli.command('reject')}"
+        if name == "status" and value == "failed":
+            yield "", f"runs again after {cli.command('retry')} {cli.sh(task['task_id'])}"
     enqueued, started, ended = (
         cli.seconds_of(task[name]) for name in ("enqueued_at", "started_at", "completed_at")
     )

@@ -400,9 +400,8 @@ class Relay:
             self.trouble, self.failures, self.retry_at = "", 0, 0.0
         except (q.QueueError, OSError, sqlite3.Error) as error:
             if not self.trouble:
-                say(
-                    f"{error}; tasks wait where they are, and it is tried again until that is mended"
-                )
+                why = cli.remedies_as_typed(str(error))
+                say(f"{why}; tasks wait where they are, and it is tried again until that is mended")
             self.trouble, self.is_idle = str(error), False
             first, last = RETRY_SECONDS
             self.retry_at = time.monotonic() + min(last, first * 2.0**self.failures)
@@ -437,7 +436,7 @@ class Relay:
         """Say what is in the way of something that others need not wait for; each thing once."""
         if about not in self.said:
             self.said.add(about)
-            say(about)
+            say(cli.remedies_as_typed(about))
 
     # What each of the three does for itself.
 
@@ -478,7 +477,9 @@ class Push(Relay):
             # Two of them would mix up the order within a group.
             fd = q.lock_file(path, patience=q.PROBE_SECONDS)
             if fd is None:
-                raise cli.Refused(f"another relay.py push serves {queue}: one is enough")
+                raise cli.Refused(
+                    f"another {cli.as_typed('relay.py push')} serves {queue}: one is enough"
+                )
             self.locks = [*getattr(self, "locks", []), fd]
         self.job_manager = make_job_manager()
         self.watch()

@@ -103,9 +103,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         import queue_helpers as q
     except Exception as error:
-        return fail(
-            EX_FAILED, f"queue_helpers.py cannot be loaded ({error}): run just install again"
-        )
+        why = f"queue_helpers.py cannot be loaded ({error}): run just install again"
+        return fail(EX_FAILED, why, hook=True)
     return told(q, hook, peek)
 
 
@@ -113,7 +112,7 @@ def told(q, hook: bool, peek: bool) -> int:
     """Tell Claude, or a person: the exit code."""
     q.go_back()
     if q.state_complaint:
-        fail(EX_USAGE, q.state_complaint)
+        fail(EX_USAGE, q.state_complaint, hook=hook)
     if q.state_complaint and not hook:
         return EX_USAGE
     # A hook goes on with the usual one.
@@ -127,17 +126,23 @@ def told(q, hook: bool, peek: bool) -> int:
         # A hook tells it with the next prompt.
         return 0 if hook else fail(EX_TEMPFAIL, error)
     except q.QueueError as error:
-        return fail(EX_FAILED, error)
+        return fail(EX_FAILED, error, hook=hook)
     except BrokenPipeError:
         # head and less have what they wanted.
         return 0
     except OSError as error:
-        return fail(EX_FAILED, f"standard output: {error.strerror}")
+        return fail(EX_FAILED, f"standard output: {error.strerror}", hook=hook)
 
 
-def fail(code: int, message: object) -> int:
+def fail(code: int, message: object, *, hook: bool = False) -> int:
+    """Say what is wrong in one line; the code. A person is told commands as people type them."""
+    line = " ".join(f"report.py: {message}".split())
+    if not hook:
+        import queue_cli
+
+        line = queue_cli.remedies_as_typed(line)
     try:
-        print("report.py: " + " ".join(str(message).split()), file=sys.stderr)
+        print(line, file=sys.stderr)
     except OSError:
         pass
     return code
@@ -150,9 +155,9 @@ def tell_claude(q, peek: bool) -> int:
         payload = read_payload(deadline)
         event, cwd = payload["hook_event_name"], payload["cwd"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return fail(EX_FAILED, "stdin is not the payload of a hook")
+        return fail(EX_FAILED, "stdin is not the payload of a hook", hook=True)
     if event not in EVENTS or not isinstance(cwd, str):
-        return fail(EX_FAILED, f"a hook of {' or '.join(EVENTS)} is wanted")
+        return fail(EX_FAILED, f"a hook of {' or '.join(EVENTS)} is required", hook=True)
 
     def show(text: str) -> None:
         told = {"hookSpecificOutput": {"hookEventName": event, "additionalContext": text}}
@@ -187,10 +192,29 @@ def tell_a_person(q, peek: bool) -> int:
     except OSError as error:
         return fail(EX_FAILED, f"this directory is gone: {error.strerror}")
     if not tell(
-        q, None, cwd, write, peek, time.monotonic() + q.BUSY_TIMEOUT_MS / 1000, migrate=True
+        q, None, cwd, show, peek, time.monotonic() + q.BUSY_TIMEOUT_MS / 1000, migrate=True
     ):
-        write(f"Nothing new for {shown(cwd, TEXT_CHARACTERS)}.")
+        show(f"Nothing new for {shown(cwd, TEXT_CHARACTERS)}.")
     return 0
+
+
+def show(text: str) -> None:
+    """Print for a person: on a terminal no word is broken at its edge."""
+    if sys.stdout is not None and sys.stdout.isatty():
+        import shutil
+        from textwrap import fill
+
+        columns = shutil.get_terminal_size().columns
+        text = "\n".join(
+            fill(
+                line,
+                columns,
+                subsequent_indent="  " * line.startswith("- "),
+                break_on_hyphens=False,
+            )
+            for line in text.splitlines()
+        )
+    write(text)
 
 
 def write(text: str) -> None:
@@ -262,7 +286,11 @@ def report(conn, rows: list[int]) -> str:
         line += f": {quoted(text, TEXT_CHARACTERS)}" if text else ""
         lines.append(f"{line} (task {shown(task_id, NAME_CHARACTERS)})")
     if len(rows) > TASKS:
-        lines.append(f"{len(rows) - TASKS} earlier ones ended as well; tasks.py list shows them.")
+        from queue_cli import command
+
+        lines.append(
+            f"{len(rows) - TASKS} earlier ones ended as well; {command('list')} shows them."
+        )
     return "\n".join(lines)[:CHARACTERS]
 
 

@@ -688,7 +688,9 @@ def cancel_task(conn: q.Connection, found: Found, deadline: float) -> str | None
                 told = {"id": task.id, "owner": task.owner, "attempts": task.attempts}
                 q.execute(conn, REQUEST_CANCEL, task.queue, **told)
             q.wake(conn.state)
-            return "another machine has it; relay.py pull has that machine end it"
+            return (
+                f"another machine has it; {cli.as_typed('relay.py pull')} has that machine end it"
+            )
         if row[0] != q.CLAIMED:
             with q.transaction(conn):
                 done = q.finish(conn, task, "cancelled", error="cancelled while it waited")

@@ -44,7 +44,7 @@ import enqueue
 import queue_helpers as q
 import queue_owners as owners
 import queue_runs as runs
-from queue_cli import duration, make_parser, printable
+from queue_cli import as_typed, duration, make_parser, printable, remedies_as_typed
 from queue_handlers import (
     Handlers,
     Unstarted,
@@ -129,7 +129,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return Worker(args).run()
     except (q.QueueError, OSError) as error:
-        say(f"worker.py: {with_remedy(error, q.STATE_DIR)}")
+        say(f"{as_typed('worker.py')}: {with_remedy(error, q.STATE_DIR)}")
         return 1
 
 
@@ -269,7 +269,7 @@ class Worker:
 
         def verdict(conn: q.Connection) -> tuple:
             if do == "retry":
-                return q.nack(conn, task, error=error), error
+                return q.nack(conn, task, error=error, delay=delay), error
             if do == "bury":
                 return ("failed" if q.bury(conn, task, error=error) else None), error
             held = q.release(conn, task, delay=delay or 0.0, error=error)
@@ -396,7 +396,7 @@ class Worker:
         """Say what is in the way of something that others need not wait for; each thing once."""
         if about not in self.said:
             self.said.add(about)
-            say(about)
+            say(remedies_as_typed(about))
 
     def take_in_spool(self) -> None:
         """Take in what waits in the spool. Whatever happens there is no reason not to claim."""

@@ -16,12 +16,15 @@ from conftest import ROOT
 CONTROL = re.compile(r"\x1b\[[0-9;?]*[a-zA-Z]")
 
 
-def on_terminal(installation, *args, columns: int = 80, rows: int = 24, code: int = 0) -> list[str]:
+def on_terminal(
+    installation, *args, columns: int = 80, rows: int = 24, code: int = 0, cwd: str | None = None
+) -> list[str]:
     """The lines that a script shows on a terminal, without colours; it must end with that code."""
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
     process = subprocess.Popen([sys.executable, ROOT / args[0], *map(str, args[1:])], stdin=theirs, stdout=theirs,
-                               stderr=theirs, env=installation.env | {"TERM": "xterm"}, start_new_session=False)  # fmt: skip
+                               stderr=theirs, env=installation.env | {"TERM": "xterm"}, start_new_session=False,
+                               cwd=cwd)  # fmt: skip
     os.close(theirs)
     shown = b""
     while True:

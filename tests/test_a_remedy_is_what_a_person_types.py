@@ -33,9 +33,12 @@ def installed(installation):
     record = {"files": {}, "state": str(installation.state), "command": str(tq)}
     (installation.directory / "prefix/installed.json").write_text(json.dumps(record))
 
-    def run(script: str, *args, on_path: bool = True) -> subprocess.CompletedProcess:
+    def run(
+        script: str, *args, on_path: bool = True, env: dict | None = None
+    ) -> subprocess.CompletedProcess:
         path = f"{tq.parent}:{installation.env['PATH']}" if on_path else installation.env["PATH"]
-        return subprocess.run([sys.executable, lib / script, *args], env=installation.env | {"PATH": path}, check=False,
+        env = installation.env | {"PATH": path} | (env or {})
+        return subprocess.run([sys.executable, lib / script, *args], env=env, check=False,
                               stdin=subprocess.DEVNULL, capture_output=True, text=True)  # fmt: skip
 
     run.tq = tq
@@ -59,8 +62,35 @@ def test_remedies_are_typed_as_tq(installation, installed):
     )
     assert "see tq cleanup --help" in installed("cleanup.py", "--nope").stderr
     installation.db.write_bytes(b"no database " * 500)
-    done = installed("tasks.py", "list")
-    assert "put a backup in its place with: tq restore BACKUP" in done.stderr
+    for args, who in (
+        (["tasks.py", "list"], "tq list"),
+        (["worker.py", "approvals", "--", "true"], "tq work"),
+        (["enqueue.py", "approvals", "t"], "tq add"),
+        (["report.py"], "tq report"),
+        (["cleanup.py"], "tq cleanup"),
+        (["dashboard.py"], "tq dashboard"),
+        (["transfer.py", "export"], "tq export"),
+        (["relay.py", "status"], "tq relay"),
+    ):
+        done = installed(*args, env={"TASK_QUEUE_HUB": "postgresql://nobody@127.0.0.1:1/none"})
+        assert f"{who}: " in done.stderr and ".py" not in done.stderr, done.stderr
+        assert "put a backup in its place with: tq restore BACKUP" in done.stderr
+
+
+def test_wrong_use_is_told_as_it_was_typed(installed):
+    for args, words in (
+        (["enqueue.py"], "tq add: QUEUE and TASK_TYPE are required; see tq add --help\n"),
+        (["worker.py"], "tq work: the following arguments are required: QUEUE; see tq work --help\n"),
+        (["report.py", "--x"], "tq report: '--x' is not known; see tq report --help\n"),
+        (["dashboard.py", "--x"], "tq dashboard: unrecognized arguments: --x; see tq dashboard --help\n"),
+        (["doctor.py", "--x"], "tq doctor: unrecognized arguments: --x; see tq doctor --help\n"),
+        (["transfer.py", "import"], "tq import: give FILE, or --legacy DIR; see tq import --help\n"),
+        (["install.py", "install", "--x"], "tq install: unrecognized arguments: --x; see tq install --help\n"),
+        (["service.py", "--x"], "tq service: unrecognized arguments: --x; see tq service --help\n"),
+        (["relay.py", "work"], "tq relay work: the following arguments are required: QUEUE; see tq relay work --help\n"),
+    ):  # fmt: skip
+        done = installed(*args)
+        assert (done.returncode, done.stderr) == (64, words)
 
 
 def test_elsewhere_remedies_name_the_script(installation, installed):

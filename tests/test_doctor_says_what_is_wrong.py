@@ -314,7 +314,7 @@ def test_malformed_files_and_foreign_directories_in_the_spool(home):
     spool = home / PREFIX / "state/spool"
     (spool / "notifications/malformed").mkdir()
     (spool / "notifications/malformed/1-x.json").write_text("{")
-    assert "not JSON objects" in the_problem(home)
+    assert "a task is a JSON object of at most 64 MiB" in the_problem(home)
     shutil.rmtree(spool / "notifications/malformed")
     (spool / "No Queue").mkdir()
     assert "No Queue" in the_problem(home)
@@ -676,6 +676,28 @@ def test_doctor_names_a_cause_before_it_offers_a_purge(home):
     put(home, status=3, due_at=time.time() + 60, error="no handler 'probe' in /x")
     (remedy,) = [f["remedy"] for f in doctor(home) if f["level"] == "problem"]
     assert remedy.index("put an executable of that name into") < remedy.index("purge")
+    handler = home / PREFIX / "handlers/probe"
+    handler.write_text("#!/bin/sh\n")
+    handler.chmod(0o755)
+    assert of_level(doctor(home), "problem") == []
+
+
+def test_dead_letters_without_a_handler_are_told_while_there_is_none(home):
+    conn = database(home)
+    dead = ("insert into task_history (queue, row_id, task_id, task_type, status, data, enqueued_at, error, completed_at)"
+            " values ('notifications', ?, ?, 'probe', 'failed', '{}', '2020', ?, datetime('now', ?))")  # fmt: skip
+    error = "no handler 'probe' in /x: put it there (attempt 4 of 4)"
+    conn.execute(dead, (1, "new", error, "-1 hour"))
+    conn.execute(dead, (2, "old", error, "-2 days"))
+    conn.execute(dead, (3, "other", "exit 1: no handler", "-1 hour"))
+    conn.close()
+    (found,) = [f for f in doctor(home) if f["level"] == "problem"]
+    assert found["message"] == (
+        "queue \"notifications\": 1 of type 'probe' cannot run, 1 of them failed for good in the "
+        "last day: no handler 'probe' in /x"
+    )
+    assert found["remedy"].endswith("retry --failed --queue notifications --type probe")
+    assert "purge" not in found["remedy"]
     handler = home / PREFIX / "handlers/probe"
     handler.write_text("#!/bin/sh\n")
     handler.chmod(0o755)

@@ -75,7 +75,7 @@ def test_a_task_without_a_handler_waits_and_does_not_spin(installation):
     worker = installation.worker("notifications")
     wait_for(lambda: installation.rows("select 1 from notifications where status = 3"))
     wait_for(lambda: worker.log.read_text().count("no handler 'unknown'") == 1)
-    assert installation.rows("select attempts, error from notifications")[0][0] == 0
+    assert installation.rows("select attempts from notifications") == [(1,)]
 
 
 def test_the_next_task_is_enqueued_with_the_ack(installation):

@@ -161,6 +161,31 @@ def test_a_text_is_shown_where_it_is(installation):
     assert listed.endswith("error: …handler (exit 65): no prompt")
 
 
+@pytest.mark.parametrize("columns", (80, 120))
+def test_queues_and_types_stand_whole_before_ids_do(installation, columns):
+    installation.enqueue(
+        "notifications", "link_validation", "{}", "--task-id", "link_val-219c96b20cfe7d34"
+    )
+    for number in range(12):
+        installation.enqueue("approvals", "claude", "{}", "--task-id", f"claude-{number:016x}")
+    installation.sqlite3(
+        "update approvals set status = 2, owner = 'x', claimed_at = timestamp where id = 3"
+    )
+    shown = on_terminal(installation, "tasks.py", "list", columns=columns, rows=40)
+    assert all(cell_len(line) <= columns for line in shown)
+    (link,) = (line.split() for line in shown if "link" in line)
+    assert link[1:3] == ["pending", "notifications"] and link[4] == "link_validation"
+    assert link[3].endswith("7d34")
+    assert sum(" in_progress approvals " in line for line in shown) == 1
+
+
+def test_stats_at_80_columns_name_the_shipped_types_whole(installation):
+    installation.enqueue("notifications", "link_validation")
+    ended(installation, "done", "completed")
+    shown = on_terminal(installation, "tasks.py", "stats")
+    assert any(line.startswith("  link_validation ") for line in shown), shown
+
+
 def test_an_empty_list_says_so(installation):
     installation.enqueue("approvals", "review", "{}", "--task-id", "a")
     installation.run("tasks.py", "purge", "approvals", "--yes")

@@ -11,6 +11,7 @@ import sys
 
 import pytest
 from conftest import ROOT, wait_for
+from terminal import on_terminal
 
 HERE = "/home/user/code/harbor-docs"
 
@@ -511,3 +512,21 @@ def test_stdin_that_never_closes_holds_up_no_prompt(history):
     finally:
         os.close(read)
         os.close(write)
+
+
+def test_a_person_is_told_in_lines_that_fit_the_terminal(installation):
+    here = os.path.realpath(installation.directory)
+    history = History(installation)
+    words = "12 broken links: docs/harbour-guide/README.md:4 → docs/harbour-guide/pier-and-jetty.md"
+    history.gain(text=words, cwd=here)
+    piped = installation.run("report.py", "--peek", cwd=here).stdout
+    assert f'- check completed: "{words}" (task task-1)\n' in piped
+    shown = on_terminal(installation, "report.py", "--peek", cwd=here)
+    assert all(len(line) <= 80 for line in shown) and len(shown) > 3
+    # No word is broken.
+    assert " ".join(" ".join(shown).split()) == " ".join(piped.split())
+    assert shown[-1].startswith("  ")
+    history.gain(times=11, cwd=here)
+    assert "2 earlier ones ended as well; tasks.py list shows them." in "\n".join(
+        on_terminal(installation, "report.py", columns=200, cwd=here)
+    )

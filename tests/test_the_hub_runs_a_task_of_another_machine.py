@@ -78,6 +78,24 @@ def test_exit_codes_and_timeouts_mean_what_they_mean_to_a_worker(machines):
     assert here.rows("select count(*) from completions") == [(0,)]
 
 
+def test_a_task_without_a_handler_there_is_a_dead_letter_here(machines):
+    here, there = machines
+    task = here.enqueue("notifications", "nobodys")
+    here.relay("push", "notifications", "--drain")
+    work = ("work", "notifications", "--drain", "--handlers", there.here.handlers)
+    there.relay(*work, "--max-attempts", 2)
+    [(attempts, delay)] = here.hub.rows(
+        "select attempts, extract(epoch from scheduled_at - now())::float from procrastinate_jobs"
+    )
+    assert attempts == 1 and 30 < delay <= 60
+    here.hub.rows("update procrastinate_jobs set scheduled_at = now() returning id")
+    there.relay(*work, "--max-attempts", 2)
+    here.relay("pull", "--drain")
+    ended = here.history(task)
+    assert (ended["status"], ended["attempts"]) == ("failed", 2)
+    assert ended["error"].startswith(f"no handler 'nobodys' in {there.here.handlers}: put an ")
+
+
 def test_priority_delay_group_and_expiry_mean_the_same(machines):
     here, there = machines
     there.handler("note", '#!/bin/sh\necho "$TASK_ID" >>"$HOME/order"\n')
