@@ -109,6 +109,13 @@ def spool_directory(state: Path) -> Path:
 class Parser(argparse.ArgumentParser):
     """An argument parser whose usage errors are one line, and exit status 64."""
 
+    def parse_known_args(self, args=None, namespace=None):
+        """The arguments. What is unknown to a command is that command's error."""
+        namespace, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}")
+        return namespace, unknown
+
     def error(self, message: str):
         me = as_typed(self.prog)
         self.exit(EX_USAGE, f"{me}: {printable(message)}; see {me} --help\n")
@@ -177,7 +184,7 @@ def as_typed(script: str) -> str:
     name, _, rest = script.partition(".py")
     if not installed_command():
         return script
-    if name in ("tasks", "transfer"):
+    if name in ("tasks", "transfer") or name == "install" and rest:
         return command(rest.strip()) if rest else str(installed_command())
     name = next((short for short, whole in SCRIPTS.items() if whole == f"{name}.py"), name)
     return command(f"{name}{rest}")

@@ -472,7 +472,8 @@ class Push(Relay):
     def begin(self, conn: q.Connection) -> None:
         self.machine = machine_id(conn)
         for queue in self.args.queues:
-            q.ensure_queue(conn, queue)
+            if q.ensure_queue(conn, queue):
+                say(f"{queue} is a new queue")
             path = q.make_private(self.state / "workers") / f"relay.{queue}"
             # Two of them would mix up the order within a group.
             fd = q.lock_file(path, patience=q.PROBE_SECONDS)

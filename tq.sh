@@ -22,16 +22,23 @@ usage: $name COMMAND [ARGUMENTS]
 
   add QUEUE TASK_TYPE [DATA]    put a task into a queue
   work QUEUE ...                run tasks
-  list, show, logs, stats, wait see what waits, runs and failed, and what came of it
+  list, show, logs, stats       see what waits, runs and failed, and why
+  wait                          until tasks have ended; prints their results
   approve, reject               let a held task run, or end it
   retry, cancel, move, purge    act on tasks
   pause, resume, limit          hold a queue back
   doctor                        what is wrong, and what to do about it
-  cleanup, dashboard, report    prune the history; a page on the live database; a summary
-  export, import, backup, restore
-  service, install, uninstall
+  report                        what became of the tasks of this directory
+  dashboard                     a page on the live database
+  cleanup                       prune the history
+  export, import                tasks as JSON lines
+  backup, restore               the whole database
+  relay                         have tasks run on another machine
+  service                       start workers whenever there is work
+  install, uninstall            put all this in place, or take it out
 
-$name COMMAND --help says more, $name --version which version this is. $lib has the scripts.
+$name COMMAND --help says more, $name --version which version this is.
+The scripts are in $lib.
 END
 }
 
@@ -46,7 +53,16 @@ work) script=worker ;;
 esac
 case $script in
 install | uninstall) script=install ;;
-*) if [ -n "$script" ] && [ -r "$lib/$script.py" ]; then shift; else script=tasks; fi ;;
+*)
+    if [ -n "$script" ] && [ -r "$lib/$script.py" ]; then
+        shift
+    elif [ -n "$script" ] && usage | grep -qwF "$script"; then
+        script=tasks
+    else
+        echo "$name: there is no such command; see $name --help" >&2
+        exit 64
+    fi
+    ;;
 esac
 
 if [ ! -r "$lib/$script.py" ]; then

@@ -413,7 +413,8 @@ class Worker:
         if self.broken.get(queue, 0.0) > time.monotonic():
             return False
         try:
-            q.ensure_queue(conn, queue)
+            if q.ensure_queue(conn, queue):
+                say(f"{queue} is a new queue")
             self.broken.pop(queue, None)
             return True
         except q.QueueBusy:

@@ -48,7 +48,7 @@ def installed(installation):
 def test_remedies_are_typed_as_tq(installation, installed):
     installation.enqueue("approvals", "nobodys", "{}", "--task-id", "h-1", "--hold")
     for args, words in ((["show", "x"], "see: tq list"), (["list", "--status", "odd"], "see tq list --help"), (["retry", "h-1"], "tq approve h-1"),
-                        (["import"], "see tq import --help"), (["list", "--nope"], "see tq --help")):  # fmt: skip
+                        (["import"], "see tq import --help"), (["list", "--nope"], "see tq list --help")):  # fmt: skip
         done = installed("tasks.py", *args)
         assert words in done.stderr and not re.search(r"(see:?|:) \w+\.py", done.stderr), (
             done.stderr
@@ -86,6 +86,7 @@ def test_wrong_use_is_told_as_it_was_typed(installed):
         (["doctor.py", "--x"], "tq doctor: unrecognized arguments: --x; see tq doctor --help\n"),
         (["transfer.py", "import"], "tq import: give FILE, or --legacy DIR; see tq import --help\n"),
         (["install.py", "install", "--x"], "tq install: unrecognized arguments: --x; see tq install --help\n"),
+        (["install.py", "uninstall", "--x"], "tq uninstall: unrecognized arguments: --x; see tq uninstall --help\n"),
         (["service.py", "--x"], "tq service: unrecognized arguments: --x; see tq service --help\n"),
         (["relay.py", "work"], "tq relay work: the following arguments are required: QUEUE; see tq relay work --help\n"),
     ):  # fmt: skip

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -145,12 +146,24 @@ def test_it_hands_over_to_the_scripts(home):
     assert tq(home, "work", "approvals", "--drain", "--", "cat").returncode == 0
     ran = tq(home, "show", "one task", "--json")
     assert ran.returncode == 0 and "completed" in ran.stdout
-    assert (
-        tq(home, "no-such-command").returncode == 64
-        and tq(home, "cancel", "nothing").returncode == 1
-    )
+    assert tq(home, "cancel", "nothing").returncode == 1
+    for word in ("no-such-command", "lost", "--nope", ".", "doc"):
+        ran = tq(home, word)
+        assert (ran.returncode, ran.stderr) == (64, "tq: there is no such command; see tq --help\n")
     assert tq(home, "service", "--dry-run", "--kind", "systemd").stdout.startswith("# ")
-    assert "usage" in tq(home).stdout and tq(home, "--help").stdout == tq(home).stdout
+    usage = tq(home).stdout
+    assert "usage" in usage and tq(home, "--help").stdout == usage
+    lines = usage.partition("\n\n")[2].partition("\n\n")[0].splitlines()
+    assert all(len(line) <= 80 for line in lines)
+    # All commands are in it, and each is one.
+    named = {word for line in lines for word in line[:32].lower().replace(",", "").split()}
+    named -= {"queue", "task_type", "[data]", "..."}
+    told = subprocess.run(
+        [sys.executable, ROOT / "tasks.py", "--help"], capture_output=True, text=True
+    ).stdout
+    listed = re.findall(r"^    ([a-z]+)(?:\s|$)", told.partition("  COMMAND\n")[2], re.MULTILINE)
+    scripts = "add work cleanup dashboard report relay service install uninstall".split()
+    assert len(listed) > 10 and named == {*listed, *scripts}
 
 
 def test_it_uses_the_state_of_its_installation_and_yours_when_set(home, tmp_path):
