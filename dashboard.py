@@ -878,6 +878,7 @@ th, td { text-align: left; vertical-align: top; padding: .375rem .75rem .375rem 
 thead th { border-top: 0; color: var(--quiet); font-weight: 600; font-size: .8125rem }
 td.number, th.number { text-align: right; font-variant-numeric: tabular-nums }
 th { overflow-wrap: break-word } td.number, td.time { white-space: nowrap } td.zero { color: var(--quiet) }
+td.name, td.queue { min-width: 8rem }
 tr.total td { font-weight: 600 } tr.total ~ tr:not(.total) td:first-child { padding-left: 1rem }
 .charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(20rem, 100%), 1fr)); gap: 1rem }
 .charts section { margin: 0 }
@@ -945,7 +946,7 @@ PARTS = """
 {% if says %}<th>{{ says }}</th>{% endif %}<th>Queue</th></tr></thead>
 <tbody>
 {% for row in rows %}
-<tr><td data-label="Task"><a href="{{ up }}{{ row.link }}" title="{{ row.task_id }}">{{ row.task_type }}</a></td>
+<tr><td data-label="Task" class="name"><a href="{{ up }}{{ row.link }}" title="{{ row.task_id }}">{{ row.task_type }}</a></td>
 <td data-label="In" class="{{ '' if row.project else 'zero' }}" title="{{ row.workspace }}">{{ row.project }}</td>
 {% for column, label in columns %}
 <td class="time" data-label="{{ label }}"><span>

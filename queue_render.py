@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import sys
+import time
 from collections.abc import Callable, Iterable, Sequence
 
 import queue_cli as cli
@@ -257,7 +258,10 @@ def list_table(rows: list[dict], controls: dict[str, Control]):
             ],
         )  # fmt: skip
     notes = [
-        f"try {row['attempts']}: {note}" if row["attempts"] > 1 else note
+        # How many attempts a dead letter had is in its error, after the reason.
+        f"try {row['attempts']}: {note}"
+        if row["attempts"] > 1 and row["status"] != "failed"
+        else note
         for row, note in zip(rows, notes, strict=True)
     ]
     names = [[row["queue"], row["task_id"], row["task_type"]] for row in rows]
@@ -300,7 +304,8 @@ def note_of(row: dict, controls: dict[str, Control]) -> str:
         return cli.summary(row["result"]) or payload
     if status == "scheduled":
         why = f", after: {row['error']}" if row["error"] else f": {payload}"
-        return f"{cli.ago(row['due_at'])}{why}"
+        was = "" if (cli.seconds_of(row["due_at"]) or 0.0) > time.time() else "due "
+        return f"{was}{cli.ago(row['due_at'])}{why}"
     control = controls.get(row["queue"])
     if status == "pending" and control and control.paused:
         return cli.pause_in_words(control)
@@ -312,7 +317,7 @@ def note_of(row: dict, controls: dict[str, Control]) -> str:
 
 def task_text(task: dict) -> str:
     """Everything about a task, as tasks.py show has put it together."""
-    lines = [f"{name:<17} {cli.printable(value)}" for name, value in fields_of(task)]
+    lines = [field(name, cli.printable(value)) for name, value in fields_of(task)]
     data = task["data"]
     lines += ["", "data", cli.printable_lines(data if isinstance(data, str) else indented(data))]
     for name, column in (("stdout", "result"), ("stderr", "log")):
@@ -322,6 +327,19 @@ def task_text(task: dict) -> str:
             shown = text if isinstance(value, str) else indented(value)
             lines += ["", name, cli.printable_lines(shown)]
     return "\n".join(lines)
+
+
+def field(name: str, value: str) -> str:
+    """A field of a task. In a terminal its value stays in its column, and no path in it is broken."""
+    line = f"{name:<17} {value}"
+    if not sys.stdout.isatty():
+        return line
+    from textwrap import fill
+
+    columns = max(console().width, 40)
+    return fill(
+        line, columns, subsequent_indent=" " * 18, break_long_words=False, break_on_hyphens=False
+    )
 
 
 def indented(value: object) -> str:

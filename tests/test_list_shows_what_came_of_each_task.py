@@ -186,6 +186,33 @@ def test_stats_at_80_columns_name_the_shipped_types_whole(installation):
     assert any(line.startswith("  link_validation ") for line in shown), shown
 
 
+def test_what_is_overdue_is_due(installation):
+    installation.enqueue("approvals", "claude", "{}", "--delay", "3600", "--task-id", "later")
+    assert "in 60 m: {}" in installation.run("tasks.py", "list").stdout
+    installation.sqlite3("update approvals set due_at = due_at - 7200")
+    assert "due 60 m ago: {}" in installation.run("tasks.py", "list").stdout
+
+
+@pytest.mark.parametrize("columns", (80, 120))
+def test_show_keeps_values_in_their_column_and_paths_whole(installation, columns):
+    filled(installation)
+    path = "/home/user/.claude/automation/lychee/handlers"
+    installation.sqlite3(
+        f"update task_history set error = 'no handler in {path}: ' || replace('a b ', ' ', ' word ') ||"
+        f" 'put an executable of that name there, then retry the task' where task_id = 'refused'"
+    )
+    shown = on_terminal(installation, "tasks.py", "show", "refused", columns=columns)
+    at = next(number for number, line in enumerate(shown) if line.startswith("error "))
+    assert all(len(line) <= columns for line in shown)
+    assert any(f"{path}:" in line for line in shown[at : at + 3])
+    assert shown[at + 1].startswith(" " * 18) and shown[at + 1][18] != " "
+    assert any(
+        line.startswith(" " * 18 + "runs again after tasks.py retry refused") for line in shown
+    )
+    piped = installation.run("tasks.py", "show", "refused").stdout
+    assert "put an executable of that name there, then retry the task\n" in piped
+
+
 def test_an_empty_list_says_so(installation):
     installation.enqueue("approvals", "review", "{}", "--task-id", "a")
     installation.run("tasks.py", "purge", "approvals", "--yes")

@@ -224,6 +224,22 @@ def test_times_are_local_and_their_zone_is_named(installation, browser):
     assert "2026-01-03 01:30:00" in fields and "2.5 s" in fields
 
 
+LINES = """
+return [...document.querySelectorAll('td.name a, td.queue')].map(e => {
+  const range = document.createRange(); range.selectNodeContents(e); return range.getClientRects().length })"""
+
+
+@pytest.mark.parametrize("width", (720, 1180))
+def test_names_are_not_broken_for_a_long_reason(installation, browser, width):
+    installation.enqueue("notifications", "t")
+    installation.sqlite3("insert into task_history (queue, row_id, task_id, task_type, status, data, enqueued_at, error)"
+                         " values ('notifications', 9, 'x', 'link_validation', 'failed', '{}', datetime('now'),"
+                         f" '{'a/long/path/' * 20} is not there')")  # fmt: skip
+    look(browser, width)
+    loaded(browser, address(start(installation)))
+    assert browser.execute_script(LINES) == [1, 1]
+
+
 BARS = """
 return [...document.querySelectorAll('#chart-finished g')].map(g => [g.querySelector('title').textContent,
   g.querySelectorAll('rect:not(.ground)').length])"""
