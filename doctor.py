@@ -32,6 +32,7 @@ import queue_cli as cli
 import queue_helpers as q
 import queue_installation
 from queue_cli import command, sh, span
+from queue_handlers import fault_of
 from queue_outcome import NO_HANDLER as NO_HANDLER_BEGINS
 from queue_outcome import Control
 from queue_settings import hooks_in, our_hooks
@@ -831,32 +832,15 @@ def check_handlers(directory: Path) -> Iterator[Finding]:
     )
     fine = []
     for path in handlers:
-        with open(path, "rb") as file:
-            first = file.readline(512)
-        words = first[2:].decode("utf-8", "replace").split()
         if not os.access(path, os.X_OK):
             # Other files in there are data, and no handlers.
-            if first.startswith(b"#!"):
-                yield problem(f"{path} is not executable", f"chmod +x {sh(path)}")
-        elif first.startswith(b"#!") and first.endswith(b"\r\n"):
-            yield problem(
-                f"{path} has Windows line ends: its interpreter is not found",
-                f"sed -i 's/\\r$//' {sh(path)}",
-            )
-        elif first.startswith(b"#!") and words:
-            program = words[0]
-            if os.path.basename(program) == "env":
-                program = next(
-                    (word for word in words[1:] if not word.startswith("-") and "=" not in word),
-                    program,
-                )
-            if not shutil.which(program, path=reach):
-                yield problem(
-                    f"{path} needs {program}, which is not there",
-                    f"install {os.path.basename(program)}, or mend the first line",
-                )
-            else:
-                fine.append(path.name)
+            with open(path, "rb") as file:
+                if file.read(2) == b"#!":
+                    yield problem(f"{path} is not executable", f"chmod +x {sh(path)}")
+            continue
+        fault = fault_of(path, reach)
+        if fault:
+            yield problem(*fault)
         else:
             fine.append(path.name)
     yield Finding("ok" if fine else "note", f"{', '.join(fine) or 'none'} in {directory}")

@@ -24,15 +24,17 @@ import queue_helpers as q
 import queue_installation
 import queue_outcome as outcomes
 import queue_runs as runs
-from queue_cli import duration, printable, remedies_as_typed
+from queue_cli import duration, printable, remedies_as_typed, sh
 from queue_supervisor import SupervisorProcess, handler_environment
 
-# A task without a handler is tried again after so many seconds. Each time is a failed attempt, so that
+# A task without a handler that can be started is tried again after so many seconds. Each time is a failed attempt, so that
 # it ends as a dead letter, which people are told of.
 NO_HANDLER_SECONDS = 60.0
-# What could not be started by no fault of its own is tried again after so many seconds.
+# What could not be started by no fault of its handler is tried again after so many seconds.
 START_AGAIN_SECONDS = 5.0
 NOT_STARTED = "its handler could not be started"
+# What env and shells exit with when there is no such program.
+EXIT_NOT_FOUND = 127
 
 # What each handler is told in its environment.
 TOLD = ("TASK_ID", "TASK_TYPE", "TASK_QUEUE", "TASK_ATTEMPT", "TASK_DEPTH", "TASK_QUEUE_STATE")
@@ -70,7 +72,7 @@ class Handlers:
         self.state, self.logs, self.directory = state, f"{state}/logs", os.path.abspath(directory)
         self.timeout, self.kill_after = timeout, kill_after
         self.overdue = f"{q.TIMED_OUT} {timeout:g}"
-        self.command = command
+        self.command, self.path = command, env["PATH"]
         try:
             self.cwd = os.getcwd()
         # The working directory was removed while this process was in it.
@@ -152,14 +154,29 @@ class Handlers:
         ended: list[tuple[q.Task, dict | Unstarted]] = []
         for one in self.supervisor.hear():
             task = self.runs.pop(one["run"])
+            fault = self.fault_of_handler(task, one)
             if "code" in one:
-                ended.append((task, one))
+                ended.append((task, one if fault is None else {**one, "why": fault}))
             elif one["do"] == "fail":
                 ended.append((task, Unstarted("retry", one["error"])))
+            elif fault:
+                error = f"{NOT_STARTED}: {fault}"
+                ended.append((task, Unstarted("retry", error, NO_HANDLER_SECONDS)))
             else:
                 delay = START_AGAIN_SECONDS if one["do"] == "put back" else None
                 ended.append((task, Unstarted(one["do"], f"{NOT_STARTED}: {one['error']}", delay)))
         return ended
+
+    def fault_of_handler(self, task: q.Task, told: dict) -> str | None:
+        """What is wrong with the file of a handler that was not started, or whose interpreter env did not find."""
+        not_found = told.get("code") == EXIT_NOT_FOUND and told["why"] is None
+        if self.command is not None or not (not_found or told.get("do") == "put back"):
+            return None
+        try:
+            fault = fault_of(f"{self.directory}/{task.task_type}", self.path)
+        except OSError:
+            return None
+        return fault and "; ".join(fault)
 
     def start_afresh(self) -> NoReturn:
         """The supervisor was killed, and nobody will hear how its handlers end: begin anew, and recovery sees to them.
@@ -195,6 +212,33 @@ class Handlers:
             os.rmdir(runs.run_directory(self.state, q.owner_name(self.state)))
         except (q.QueueError, OSError):
             pass
+
+
+def fault_of(handler: Path | str, path: str) -> tuple[str, str] | None:
+    """What keeps an executable file from being started, and what mends it; None for nothing.
+
+    `path` is the PATH on which its interpreter is looked for. Raises OSError.
+    """
+    with open(handler, "rb") as file:
+        first = file.readline(512)
+    words = first[2:].decode("utf-8", "replace").split()
+    if not first.startswith(b"#!") or not words:
+        # A program in machine code has zeros.
+        text = "its first line names no interpreter"
+        return (
+            None if b"\0" in first else (f"{handler}: {text}", "begin it with one, like #!/bin/sh")
+        )
+    if first.endswith(b"\r\n"):
+        what = f"{handler} has Windows line ends: its interpreter is not found"
+        return what, f"sed -i 's/\\r$//' {sh(handler)}"
+    program = words[0]
+    if os.path.basename(program) == "env":
+        named = (word for word in words[1:] if not word.startswith("-") and "=" not in word)
+        program = next(named, program)
+    if shutil.which(program, path=path):
+        return None
+    what = f"{handler} needs {program}, which is not there"
+    return what, f"install {os.path.basename(program)}, or mend the first line"
 
 
 def count(text: str) -> int:

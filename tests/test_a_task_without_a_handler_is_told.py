@@ -98,3 +98,43 @@ def test_on_dead_is_told(installation):
     installation.worker("notifications", "--max-attempts", 1, "--on-dead", tell)
     wait_for(told.exists, what="the command of --on-dead")
     assert json.loads(told.read_text())[0]["error"].startswith("no handler 'unknown' in ")
+
+
+@pytest.mark.parametrize(
+    ("text", "error"),
+    [
+        ("#!/bin/sh\r\n", "{} has Windows line ends: its interpreter is not found; sed -i 's/\\r$//' {}"),
+        ("#!/usr/bin/env sh\r\n", "{} has Windows line ends: its interpreter is not found; sed -i 's/\\r$//' {}"),
+        ("echo hello\n", "{}: its first line names no interpreter; begin it with one, like #!/bin/sh"),
+        ("", "{}: its first line names no interpreter; begin it with one, like #!/bin/sh"),
+        ("#!/nowhere/python9\n", "{} needs /nowhere/python9, which is not there; install python9, or mend the first line"),
+        ("#!/usr/bin/env nonesuch\n", "{} needs nonesuch, which is not there; install nonesuch, or mend the first line"),
+    ],
+)  # fmt: skip
+def test_a_handler_that_cannot_start_is_a_failed_attempt_with_doctors_words(
+    installation, text, error
+):
+    handler = installation.handler("broken", "")
+    handler.write_bytes(text.encode())
+    task = installation.enqueue("notifications", "broken")
+    drain(installation, "--backoff", 3600)
+    [(attempts, wait)] = installation.rows(
+        "select attempts, due_at - released_at from notifications"
+    )
+    # What env did not find has run, and has its back-off.
+    assert attempts == 1 and (1800 <= wait <= 3600 if "/env " in text else round(wait) == 60)
+    installation.sqlite3("update notifications set due_at = due_at - 3601")
+    drain(installation, "--max-attempts", 2)
+    done = installation.history(task)
+    assert (done["status"], done["attempts"]) == ("failed", 2)
+    said = error.format(handler, handler)
+    began = "" if "/env " in text else "its handler could not be started: "
+    assert done["error"] == f"{began}{said} (attempt 2 of 2)"
+
+
+def test_a_command_that_a_handler_does_not_find_is_its_own_failure(installation):
+    installation.handler("calls", "#!/bin/sh\nnonesuch\n")
+    task = installation.enqueue("notifications", "calls")
+    drain(installation, "--max-attempts", 1)
+    error = installation.history(task)["error"]
+    assert error.startswith("exit 127: ") and "nonesuch" in error

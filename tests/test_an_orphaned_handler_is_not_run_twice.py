@@ -312,8 +312,8 @@ def test_what_was_to_be_ended_is_ended_without_its_worker(installation, after):
     worker.kill()
     worker.wait()
     wait_for(lambda: not lives(int(pid)), 5, "the handler's end")
-    # This worker finds no handler.
-    installation.run("worker.py", "notifications", "--drain", "--handlers", installation.directory)
+    # It takes back what a dead worker had, and runs nothing.
+    installation.run("cleanup.py")
     done = installation.history(task)
     if after == "a stop":
         assert done is None and installation.rows("select attempts from notifications") == [(0,)]

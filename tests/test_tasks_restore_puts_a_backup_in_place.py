@@ -132,9 +132,10 @@ def test_claims_in_the_backup_are_a_dead_owners_even_when_that_owner_lives(backe
     assert backed_up.run("tasks.py", "backup", backed_up.backup).returncode == 0
     assert backed_up.run("tasks.py", "cancel", "ran-then").returncode == 0
     assert backed_up.run("tasks.py", "pause", "approvals").returncode == 0
+    # Before the restore: the worker starts it again at once.
+    backed_up.handler("sleeper", "#!/bin/sh\n")
     restore(backed_up, backed_up.backup)
     assert worker.poll() is None
-    backed_up.handler("sleeper", "#!/bin/sh\n")
     assert backed_up.finished("ran-then")["attempts"] == 2
 
 
