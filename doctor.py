@@ -840,7 +840,7 @@ def check_handlers(directory: Path) -> Iterator[Finding]:
             continue
         fault = fault_of(path, reach)
         if fault:
-            yield problem(*fault)
+            yield problem(f"{path} {fault[0]}", fault[1])
         else:
             fine.append(path.name)
     yield Finding("ok" if fine else "note", f"{', '.join(fine) or 'none'} in {directory}")

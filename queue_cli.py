@@ -109,9 +109,9 @@ def spool_directory(state: Path) -> Path:
 class Parser(argparse.ArgumentParser):
     """An argument parser whose usage errors are one line, and exit status 64."""
 
-    def parse_known_args(self, args=None, namespace=None):
+    def parse_known_args(self, *args, **named):
         """The arguments. What is unknown to a command is that command's error."""
-        namespace, unknown = super().parse_known_args(args, namespace)
+        namespace, unknown = super().parse_known_args(*args, **named)
         if unknown:
             self.error(f"unrecognized arguments: {' '.join(unknown)}")
         return namespace, unknown

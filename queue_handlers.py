@@ -160,8 +160,7 @@ class Handlers:
             elif one["do"] == "fail":
                 ended.append((task, Unstarted("retry", one["error"])))
             elif fault:
-                error = f"{NOT_STARTED}: {fault}"
-                ended.append((task, Unstarted("retry", error, NO_HANDLER_SECONDS)))
+                ended.append((task, Unstarted("retry", fault, NO_HANDLER_SECONDS)))
             else:
                 delay = START_AGAIN_SECONDS if one["do"] == "put back" else None
                 ended.append((task, Unstarted(one["do"], f"{NOT_STARTED}: {one['error']}", delay)))
@@ -176,7 +175,7 @@ class Handlers:
             fault = fault_of(f"{self.directory}/{task.task_type}", self.path)
         except OSError:
             return None
-        return fault and "; ".join(fault)
+        return fault and f"its handler {fault[0]}; {fault[1]}"
 
     def start_afresh(self) -> NoReturn:
         """The supervisor was killed, and nobody will hear how its handlers end: begin anew, and recovery sees to them.
@@ -215,7 +214,7 @@ class Handlers:
 
 
 def fault_of(handler: Path | str, path: str) -> tuple[str, str] | None:
-    """What keeps an executable file from being started, and what mends it; None for nothing.
+    """What an executable file has that keeps it from being started, and what mends it; None for nothing.
 
     `path` is the PATH on which its interpreter is looked for. Raises OSError.
     """
@@ -224,21 +223,20 @@ def fault_of(handler: Path | str, path: str) -> tuple[str, str] | None:
     words = first[2:].decode("utf-8", "replace").split()
     if not first.startswith(b"#!") or not words:
         # A program in machine code has zeros.
-        text = "its first line names no interpreter"
-        return (
-            None if b"\0" in first else (f"{handler}: {text}", "begin it with one, like #!/bin/sh")
-        )
+        is_text = b"\0" not in first
+        remedy = "begin it with one, like #!/bin/sh"
+        return ("names no interpreter in its first line", remedy) if is_text else None
     if first.endswith(b"\r\n"):
-        what = f"{handler} has Windows line ends: its interpreter is not found"
-        return what, f"sed -i 's/\\r$//' {sh(handler)}"
+        remedy = f"sed -i 's/\\r$//' {sh(handler)}"
+        return "has Windows line ends: its interpreter is not found", remedy
     program = words[0]
     if os.path.basename(program) == "env":
         named = (word for word in words[1:] if not word.startswith("-") and "=" not in word)
         program = next(named, program)
     if shutil.which(program, path=path):
         return None
-    what = f"{handler} needs {program}, which is not there"
-    return what, f"install {os.path.basename(program)}, or mend the first line"
+    remedy = f"install {os.path.basename(program)}, or mend the first line"
+    return f"needs {program}, which is not there", remedy
 
 
 def count(text: str) -> int:

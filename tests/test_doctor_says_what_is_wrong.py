@@ -328,7 +328,7 @@ def test_malformed_files_and_foreign_directories_in_the_spool(home):
     ("#!/nowhere/python9\n", 0o755, "/nowhere/python9"),
     ("#!/usr/bin/env -S nonesuch --x\n", 0o755, "needs nonesuch"),
     ("#!/bin/sh\r\necho\r\n", 0o755, "Windows line ends"),
-    ("echo hello\n", 0o755, "probe: its first line names no interpreter"),
+    ("echo hello\n", 0o755, "probe names no interpreter in its first line"),
 ])  # fmt: skip
 def test_a_handler_that_cannot_start(home, text, mode, says):
     handler = home / PREFIX / "handlers/probe"
