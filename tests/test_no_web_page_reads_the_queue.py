@@ -21,7 +21,9 @@ SECRET = "a-word-that-nobody-guesses"
 LOG = """
 def log_request(self, code, size=None):
     said = [self.headers.get(f"Sec-Fetch-{name}") for name in ("Site", "Dest")]
-    print(self.command, *said, self.path, int(code), file=sys.stderr, flush=True)
+    words = [self.command, *said, self.path, int(code)]
+    # In one piece: several requests are answered at a time.
+    sys.stderr.write(" ".join(map(str, words)) + "\\n")
 dashboard.Request.log_request = log_request
 """
 
