@@ -195,7 +195,7 @@ class Watch(threading.Thread):
         # The data version at the last look, and when the log had been written before the last
         # change was seen.
         self._seen, self._written = None, None
-        # The lock is held while the connection is in use, so that a fork does not take it along.
+        # The lock is held while this thread uses its connection: a fork closes that in another thread.
         self._looking, self._conn = threading.RLock(), None
         self._observer: Any = None
         self._directories, self._commits = None, None
@@ -294,24 +294,31 @@ class Watch(threading.Thread):
         with self._looking:
             self._conn = q.connect(self.state, create=False)
             version = data_version(self._conn)
-        changed = version != self._seen
-        if changed:
-            self._seen, self._written = version, written
-            self.notify()
-        # The event of a dead owner's file comes a little before its lock is free; hence again for a
-        # while.
-        now, tick = (
-            time.monotonic(),
-            ORPHAN_TICK_SECONDS if self._orphans else q.SAFETY_TICK_SECONDS,
-        )
-        if now < self._owner_closed_at + OWNER_CLOSED_SECONDS or now > self._recovered_at + tick:
-            recovered, self._orphans = q.recover(self.state, crash_backoff=self.crash_backoff)
-            self._recovered_at = time.monotonic()
-            for report in recovered:
-                self.on_recovered(*report)
-            if recovered:
+            changed = version != self._seen
+            if changed:
+                self._seen, self._written = version, written
                 self.notify()
+            recovered = self._recover() if self._is_time_to_recover() else []
+        for report in recovered:
+            self.on_recovered(*report)
+        if recovered:
+            self.notify()
         return changed
+
+    def _is_time_to_recover(self) -> bool:
+        """Whether an owner may have died since dead owners were last looked for.
+
+        The event of a dead owner's file comes a little before its lock is free; hence again for a
+        while.
+        """
+        now = time.monotonic()
+        tick = ORPHAN_TICK_SECONDS if self._orphans else q.SAFETY_TICK_SECONDS
+        return now < self._owner_closed_at + OWNER_CLOSED_SECONDS or now > self._recovered_at + tick
+
+    def _recover(self) -> list:
+        recovered, self._orphans = q.recover(self.state, crash_backoff=self.crash_backoff)
+        self._recovered_at = time.monotonic()
+        return recovered
 
     def _log_written(self) -> int | None:
         """When the write-ahead log was written last, in nanoseconds; None where there is none."""
