@@ -57,7 +57,7 @@ run-tests python which *args:
         case $which in core) phase="core and $phase" ;; esac
         # An isolated environment starts a Python in a third of the time: what else is installed beside it is not loaded.
         uv run --isolated --no-project ${python:+--python "$python"} {{ test_deps }} \
-            python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "$phase" tests "$@" ${many:+-n 0}
+            python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --timeout 300 -m "$phase" tests "$@" ${many:+-n 0}
         this=$?
         [ $this = 5 ] || code=$this
         [ $code = 5 ] || [ $code = 0 ] || exit $code
