@@ -27,7 +27,7 @@ demo-hub:
 # Run the tests: real processes, real SIGKILL, the real lychee; e.g. just test -k hook
 [no-exit-message]
 test *args: warm
-    @just run-tests '' all "$@"
+    @just _tests '' all "$@"
 
 # The tests of the core (queue, classes, asyncio, waking, killing, recovery) on another Python: just test-core 3.12
 [no-exit-message]
@@ -35,18 +35,17 @@ test-core python *args:
     #!/bin/sh
     python=$1
     shift
-    exec just run-tests "$python" core "$@"
+    exec just _tests "$python" core "$@"
 
 # All tests on all Pythons: 3.11, 3.12 and 3.13
 [no-exit-message]
 test-all *args: warm
     #!/bin/sh
     set -eu
-    for python in 3.11 3.12 3.13; do just run-tests "$python" all "$@"; done
+    for python in 3.11 3.12 3.13; do just _tests "$python" all "$@"; done
 
 [no-exit-message]
-[private]
-run-tests python which *args:
+_tests python which *args:
     #!/bin/sh
     python=$1 which=$2
     shift 2
