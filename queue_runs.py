@@ -67,7 +67,7 @@ def add_to_run(path: str, **what) -> None:
         os.close(fd)
 
 
-def is_held(path: str) -> bool:
+def is_held(path: os.PathLike | str) -> bool:
     """Whether somebody has a lock on a file."""
     try:
         fd = q.lock_file(path, probe=True)
