@@ -657,7 +657,7 @@ def payload(text: str) -> str:
     if len(text) > BOX_CHARS:
         return text
     try:
-        stored = json.loads(text)
+        stored, _ = q.read_task(text)
         envelope = isinstance(stored, dict) and {"task_id", "task_type"} <= stored.keys()
         inner = stored["data"] if envelope and isinstance(stored.get("data"), dict) else stored
         return json.dumps(inner, ensure_ascii=False, indent=2)
