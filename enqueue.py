@@ -264,12 +264,17 @@ def fail(code: int, message: object) -> int:
     if sys.stderr is not None:
         line = " ".join(str(message).split())
         try:
-            # A word or a file's name may hold control sequences.
-            safe = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
-            print(f"enqueue.py: {safe}", file=sys.stderr)
+            print(f"enqueue.py: {printable(line)}", file=sys.stderr)
         except OSError:
             pass
     return code
+
+
+def printable(text: str) -> str:
+    """Text that a terminal only shows: a word or a file's name may hold control sequences."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def say(text: str) -> None:
@@ -307,7 +312,7 @@ def enqueue(args: Arguments) -> int:
     made = q.ensure_queue(q.connect(busy_timeout_ms=wait), args.queue)
     stored = q.enqueue_tasks(args.queue, rows, busy_timeout_ms=wait)
     lines = [
-        f"{'queued' if is_new else 'duplicate' if row.on_duplicate == 'skip' else 'updated'} {task_id}"
+        f"{'queued' if is_new else 'duplicate' if row.on_duplicate == 'skip' else 'updated'} {printable(task_id)}"
         for row, (task_id, is_new) in zip(rows, stored, strict=True)
     ]
     if made and lines and not args.new:

@@ -565,7 +565,7 @@ def pause_in_words(control: Control) -> str:
     until = "until a person resumes it"
     if control.until is not None:
         until = f"until {clock(control.until)} ({ago(control.until)})"
-    return f"paused {until}{f': {control.reason}' if control.reason else ''}"
+    return f"paused {until}{f': {printable(control.reason)}' if control.reason else ''}"
 
 
 # -------------------------------------------------------------------------------- reading the queue
