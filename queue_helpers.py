@@ -830,8 +830,8 @@ def make_private(directory: Path, parents: bool = False) -> Path:
 def _open(state: Path, db: str, busy_timeout_ms: int, migrate: bool) -> Connection:
     """Open the database, and make or check its schema."""
     make_private(state, parents=True)
-    how: Any = {"isolation_level": None, "check_same_thread": False, "factory": Connection}
-    conn = sqlite3.connect(db, busy_timeout_ms / 1000, **how)
+    how: Any = {"isolation_level": None, "check_same_thread": False}
+    conn = sqlite3.connect(db, busy_timeout_ms / 1000, factory=Connection, **how)
     try:
         conn.state, conn.db, conn.queues, conn.turn = state, db, set(), _Turn(state)
         conn.durable, conn.busy_timeout_ms = None, busy_timeout_ms
