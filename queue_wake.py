@@ -114,7 +114,7 @@ def data_version(conn: q.Connection) -> tuple:
 
 def is_wake(path: str) -> bool:
     """Whether a write at this path may mean a commit."""
-    return path.endswith(("/tasks.db-wal", "/wake"))
+    return path.endswith((".db-wal", "/wake"))
 
 
 def new_observer(handler):
@@ -198,7 +198,9 @@ class Watch(threading.Thread):
         # The lock is held while this thread uses its connection: a fork closes that in another thread.
         self._looking, self._conn = threading.RLock(), None
         self._observer: Any = None
-        self._directories, self._commits = None, None
+        self._directories, self._commits = None, []
+        # The write-ahead log, which lies beside the database itself where tasks.db is a symbolic link.
+        self._log = f"{state}/tasks.db-wal"
         self._counted_since, self._events = 0.0, 0
 
     def notify(self) -> None:
@@ -211,7 +213,7 @@ class Watch(threading.Thread):
         try:
             path = os.fsdecode(event.dest_path or event.src_path)
             directory, name = os.path.split(path)
-            if name == "tasks.db-wal":
+            if name == os.path.basename(self._log):
                 self._heard.set()
                 return self._few()
             if name == "wake":
@@ -323,7 +325,7 @@ class Watch(threading.Thread):
     def _log_written(self) -> int | None:
         """When the write-ahead log was written last, in nanoseconds; None where there is none."""
         try:
-            return os.stat(f"{self.state}/tasks.db-wal").st_mtime_ns
+            return os.stat(self._log).st_mtime_ns
         except OSError:
             return None
 
@@ -331,23 +333,27 @@ class Watch(threading.Thread):
         """Have commits reported; the next look comes after this, for what was committed before."""
         from watchdog.events import FileModifiedEvent
 
-        if self._commits is not None:
-            try:
-                self._observer.unschedule(self._commits)
-            except KeyError:
-                # An emitter of macOS that has stopped by itself no longer knows what it watched.
-                self._stop_observing()
-                return
+        try:
+            while self._commits:
+                self._observer.unschedule(self._commits.pop())
+        except KeyError:
+            # An emitter of macOS that has stopped by itself no longer knows what it watched.
+            self._stop_observing()
+            return
         self._counted_since, self._events, self.listening = time.monotonic(), 0, True
-        self._commits = self._observer.schedule(
-            self, str(self.state), event_filter=[FileModifiedEvent]
-        )
+        for directory in {str(self.state), os.path.dirname(self._log)}:
+            self._commits.append(
+                self._observer.schedule(self, directory, event_filter=[FileModifiedEvent])
+            )
 
     def _refresh(self) -> None:
         """Start to observe; anew when one of the directories was made, removed or replaced."""
-        found = {}
+        directory, name = os.path.split(os.path.realpath(self.state / "tasks.db"))
+        is_here = os.path.samefile(directory, self.state)
+        self._log, found = f"{self.state if is_here else directory}/{name}-wal", {}
         for directory in (
             self.state,
+            os.path.dirname(self._log),
             q.make_private(self.state / "workers"),
             *q.spool_directories(self.state),
         ):
@@ -361,7 +367,7 @@ class Watch(threading.Thread):
             from watchdog.events import FileClosedEvent, FileCreatedEvent, FileMovedEvent
 
             observer = new_observer(self)
-            for directory in found.keys() - {str(self.state)}:
+            for directory in found.keys() - {str(self.state), os.path.dirname(self._log)}:
                 observer.schedule(
                     self,
                     directory,
@@ -378,12 +384,8 @@ class Watch(threading.Thread):
             self._deaf = True
 
     def _stop_observing(self) -> None:
-        observer, self._observer, self._directories, self._commits = (
-            self._observer,
-            None,
-            None,
-            None,
-        )
+        observer, self._observer = self._observer, None
+        self._directories, self._commits = None, []
         self.listening = False
         if observer is not None:
             observer.stop()
@@ -447,7 +449,9 @@ class QueueWatcher(_Handler):
     QueueWatcher(QUEUE_PATH, callback): the callback takes nothing and drains the queue: several
     tasks may come with one call, and a call may find none. What it raises is logged. A coroutine
     function runs in the event loop in which this was made; made outside of one, in a loop of its
-    own. Calls do not overlap. Raises QueueUnavailable when there can be no queue at QUEUE_PATH.
+    own. Calls do not overlap. Where tasks.db is a symbolic link, bash's writes are seen only by an
+    observer of the directory of the file itself: schedule this there, too. Raises QueueUnavailable
+    when there can be no queue at QUEUE_PATH.
     """
 
     def __init__(self, queue_path: str | Path, callback: Callable) -> None:
