@@ -243,9 +243,12 @@ class Watch(threading.Thread):
         return self.listening
 
     def run(self) -> None:
+        refresh_at = 0.0
         while True:
             try:
-                self._refresh()
+                if self._observer is None or time.monotonic() >= refresh_at:
+                    self._refresh()
+                    refresh_at = time.monotonic() + q.SAFETY_TICK_SECONDS
                 if self._observer is None:
                     self._look()
                     time.sleep(POLL_SECONDS)
@@ -254,14 +257,14 @@ class Watch(threading.Thread):
                     self._listen()
                     owed = self._log_written() != self._written
                     look_again(self._heard, self._look_while_listening, owed)
+                elif self._heard.wait(
+                    ORPHAN_TICK_SECONDS if self._orphans else q.SAFETY_TICK_SECONDS
+                ):
+                    # At this moment the commit cannot be seen yet.
+                    look_again(self._heard, self._look_while_listening)
                 else:
-                    heard = self._heard.wait(
-                        ORPHAN_TICK_SECONDS if self._orphans else q.SAFETY_TICK_SECONDS
-                    )
-                    if not heard:
-                        self.notify()
+                    self.notify()
                     self._look()
-                    look_again(self._heard, self._look_while_listening, heard)
             except Exception as error:
                 if not isinstance(error, (q.QueueError, sqlite3.Error, OSError)):
                     self._report(error)
