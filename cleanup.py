@@ -20,7 +20,14 @@ was left undone: it is named, and the rest was done; 64 usage; 75 the database i
 128 + n a single run was stopped by signal n.
 """
 
-from __future__ import annotations
+if __name__ == "__main__":
+    import os
+    import sys
+
+    # Modules come from beside this file and from Python itself, since PYTHONPATH may name a
+    # workspace. os and sys are there already; even __future__ would be looked for.
+    own = sys.path.index(os.path.dirname(os.__file__))
+    sys.path[:] = [os.path.dirname(os.path.realpath(__file__)), *sys.path[own:]]
 
 import argparse
 import json
@@ -41,6 +48,7 @@ from pathlib import Path
 import enqueue
 import queue_cli as cli
 import queue_helpers as q
+import queue_owners as owners
 from queue_cli import EX_FAILED, plural, size
 
 # SQLite's busy handler looks again after 1, 3, 8, 18, 33 … ms. A lock held for less than 7 ms and
@@ -464,7 +472,7 @@ def remove_locks(conn: q.Connection, report: Report) -> None:
     """Remove the lock files that nobody holds, but those of owners whose tasks could not be taken
     back yet.
     """
-    workers = cli.owner_lock(conn.state, None).parent
+    workers = conn.state / "workers"
     if not workers.is_dir():
         return
     owners = {task.owner for _, task in cli.claims(conn)}
@@ -532,8 +540,8 @@ def spool_files(state: Path) -> Iterator[Path]:
 
 def count_dead_claims(conn: q.Connection) -> tuple[int, int]:
     """(tasks of dead owners that can be taken back, those whose handlers still run)."""
-    dead = [task for _, task in cli.claims(conn) if not cli.owner_is_alive(conn.state, task.owner)]
-    orphans = sum(cli.run_is_alive(conn.state, task) for task in dead)
+    dead = [task for _, task in cli.claims(conn) if owners.is_dead(conn.state, task.owner)]
+    orphans = sum(owners.look_at_run(conn.state, task)[1] for task in dead)
     return len(dead) - orphans, orphans
 
 

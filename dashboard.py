@@ -23,7 +23,14 @@ exit codes: 0 ended by a signal; 1 the database cannot be used, or the port is t
 # escaping what tasks say is not a thing to write by hand. There is no JavaScript: the charts are
 # SVG, and the Content-Security-Policy lets no script run, whatever a payload contains.
 
-from __future__ import annotations
+if __name__ == "__main__":
+    import os
+    import sys
+
+    # Modules come from beside this file and from Python itself, since PYTHONPATH may name a
+    # workspace. os and sys are there already; even __future__ would be looked for.
+    own = sys.path.index(os.path.dirname(os.__file__))
+    sys.path[:] = [os.path.dirname(os.path.realpath(__file__)), *sys.path[own:]]
 
 import argparse
 import base64
@@ -651,7 +658,7 @@ def payload(text: str) -> str:
     if len(text) > BOX_CHARS:
         return text
     try:
-        stored = json.loads(text)
+        stored, _ = q.read_task(text)
         envelope = isinstance(stored, dict) and {"task_id", "task_type"} <= stored.keys()
         inner = stored["data"] if envelope and isinstance(stored.get("data"), dict) else stored
         return json.dumps(inner, ensure_ascii=False, indent=2)

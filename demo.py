@@ -16,7 +16,14 @@ examples:
 exit codes: 0 every step happened; 1 one did not, within 30 s; 64 usage.
 """
 
-from __future__ import annotations
+if __name__ == "__main__":
+    import os
+    import sys
+
+    # Modules come from beside this file and from Python itself, since PYTHONPATH may name a
+    # workspace. os and sys are there already; even __future__ would be looked for.
+    own = sys.path.index(os.path.dirname(os.__file__))
+    sys.path[:] = [os.path.dirname(os.path.realpath(__file__)), *sys.path[own:]]
 
 import json
 import os
@@ -61,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return perform(Demo)
 
 
-def perform(make: type[Demo]) -> int:
+def perform(make: "type[Demo]") -> int:
     """Give a demonstration in a directory that is removed at its end; the exit code."""
     # An exit runs the clean-up below.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))

@@ -14,7 +14,14 @@ this; with TASK_QUEUE_HUB set, it is yours. Everything else is thrown away at th
 exit codes: 0 every step happened; 1 one did not; 64 usage.
 """
 
-from __future__ import annotations
+if __name__ == "__main__":
+    import os
+    import sys
+
+    # Modules come from beside this file and from Python itself, since PYTHONPATH may name a
+    # workspace. os and sys are there already; even __future__ would be looked for.
+    own = sys.path.index(os.path.dirname(os.__file__))
+    sys.path[:] = [os.path.dirname(os.path.realpath(__file__)), *sys.path[own:]]
 
 import json
 import os

@@ -13,7 +13,14 @@ tasks.py doctor is the same command. Exit codes: 0 nothing is wrong; 1 something
 count); 64 usage.
 """
 
-from __future__ import annotations
+if __name__ == "__main__":
+    import os
+    import sys
+
+    # Modules come from beside this file and from Python itself, since PYTHONPATH may name a
+    # workspace. os and sys are there already; even __future__ would be looked for.
+    own = sys.path.index(os.path.dirname(os.__file__))
+    sys.path[:] = [os.path.dirname(os.path.realpath(__file__)), *sys.path[own:]]
 
 import json
 import os
@@ -31,6 +38,7 @@ from typing import NamedTuple
 import queue_cli as cli
 import queue_helpers as q
 import queue_installation
+import queue_owners as owners
 from queue_cli import command, sh, span
 from queue_handlers import fault_of
 from queue_outcome import NO_HANDLER as NO_HANDLER_BEGINS
@@ -175,7 +183,7 @@ class Place(NamedTuple):
     record: dict
 
     @classmethod
-    def find(cls) -> Place:
+    def find(cls) -> "Place":
         lib = Path(__file__).resolve().parent
         installation = queue_installation.installed(__file__)
         prefix = installation.prefix if installation else None
@@ -713,7 +721,7 @@ def check_claims(conn: sqlite3.Connection, state: Path) -> Iterator[Finding]:
     """
     dead: dict[tuple[str, str], list[q.Task]] = {}
     for queue, task in cli.claims(conn):
-        if not cli.owner_is_alive(state, task.owner) and not cli.run_is_alive(state, task):
+        if owners.is_dead(state, task.owner) and not owners.look_at_run(state, task)[1]:
             dead.setdefault((queue, task.owner or q.NOBODY), []).append(task)
     for (queue, owner), tasks in sorted(dead.items()):
         since = min(

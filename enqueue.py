@@ -56,17 +56,20 @@ exit codes: 0 stored (or a duplicate); 1 the database cannot be used; 64 usage; 
 refused; 75 the database is locked, try again. Never 2, which would block Claude Code.
 """
 
-from __future__ import annotations
+if __name__ == "__main__":
+    import os
+    import sys
+
+    # Modules come from beside this file and from Python itself, since PYTHONPATH may name a
+    # workspace. os and sys are there already; even __future__ would be looked for.
+    own = sys.path.index(os.path.dirname(os.__file__))
+    sys.path[:] = [os.path.dirname(os.path.realpath(__file__)), *sys.path[own:]]
 
 import io
 import json
 import os
 import sys
 import time
-
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    from typing import BinaryIO
 
 STARTED = time.monotonic()
 
@@ -265,12 +268,17 @@ def fail(code: int, message: object, *, hook: bool = False) -> int:
 
             line = queue_cli.remedies_as_typed(line)
         try:
-            # A word or a file's name may hold control sequences.
-            safe = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
-            print(safe, file=sys.stderr)
+            print(printable(line), file=sys.stderr)
         except OSError:
             pass
     return code
+
+
+def printable(text: str) -> str:
+    """Text that a terminal only shows: a word or a file's name may hold control sequences."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def say(text: str) -> None:
@@ -308,7 +316,7 @@ def enqueue(args: Arguments) -> int:
     made = q.ensure_queue(q.connect(busy_timeout_ms=wait), args.queue)
     stored = q.enqueue_tasks(args.queue, rows, busy_timeout_ms=wait)
     lines = [
-        f"{'queued' if is_new else 'duplicate' if row.on_duplicate == 'skip' else 'updated'} {task_id}"
+        f"{'queued' if is_new else 'duplicate' if row.on_duplicate == 'skip' else 'updated'} {printable(task_id)}"
         for row, (task_id, is_new) in zip(rows, stored, strict=True)
     ]
     if made and lines and not args.new:
@@ -368,7 +376,7 @@ def terms_of_line(task: dict) -> dict:
     return {**task, **times}
 
 
-def stdin() -> BinaryIO:
+def stdin() -> io.BufferedIOBase:
     """Stdin, in bytes; an empty one where it is closed."""
     return io.BytesIO() if sys.stdin is None else sys.stdin.buffer
 
@@ -377,8 +385,7 @@ def parse_object(raw: bytes) -> tuple[dict, str]:
     """A JSON object and its text."""
     try:
         text = raw.decode().removeprefix("\ufeff").strip(" \t\r\n")
-        # The quick way, where no number can be one that other readers cannot read.
-        value = q.parse_json(text)[0] if has_odd_number(text) else json.loads(text)
+        value = q.parse_json(text)[0]
     except UnicodeDecodeError as error:
         raise q.InvalidTask(f"not UTF-8: {error}") from None
     except (ValueError, RecursionError) as error:
@@ -386,19 +393,6 @@ def parse_object(raw: bytes) -> tuple[dict, str]:
     if not isinstance(value, dict):
         raise q.InvalidTask(f"a JSON {type(value).__name__}, not an object like {{}}")
     return value, text
-
-
-def has_odd_number(text: str) -> bool:
-    """Whether a JSON text may hold NaN, Infinity, 1e400 or a number of hundreds of digits."""
-    global _odd
-    if _odd is None:
-        import re
-
-        _odd = re.compile("NaN|Infinity|[0-9][eE][+]?[0-9]{3}|[0-9]{200}").search
-    return _odd(text) is not None
-
-
-_odd = None
 
 
 # ---------------------------------------------------------------------------------------------- hook

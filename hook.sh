@@ -62,7 +62,7 @@ esac
 export TASK_QUEUE_STATE PATH
 
 # 2, 126 and 127 come from an interpreter that did not get as far as the script: stdin is unread.
-# -E and not -I: without the script's own directory on sys.path, it would not find its module.
+# -E and not -I: a script of an older version would not find its module.
 run() {
     code=127
     if [ -x "$python" ] && [ -r "$1" ]; then

@@ -19,7 +19,14 @@ service.py put in, never the state and nothing that you changed.
 exit codes: 0 done; 1 something was left undone, and the message says what; 64 usage.
 """
 
-from __future__ import annotations
+if __name__ == "__main__":
+    import os
+    import sys
+
+    # Modules come from beside this file and from Python itself, since PYTHONPATH may name a
+    # workspace. os and sys are there already; even __future__ would be looked for.
+    own = sys.path.index(os.path.dirname(os.__file__))
+    sys.path[:] = [os.path.dirname(os.path.realpath(__file__)), *sys.path[own:]]
 
 import argparse
 import json
@@ -241,10 +248,15 @@ def put_in_order(place: Installation, files: list[tuple[Path, bytes, int, str]])
     newer one, it is the other way round: the scripts come first, and the modules when every hook
     that had read a newer script has imported them.
     """
+    import queue_helpers as q
+
     for path in (place.settings, *(path for path, *_ in files)):
         # What a killed run has left.
         begun(path).unlink(missing_ok=True)
     new = [file[:3] for file in files if file[3] in ("add", "update")]
+    # Python makes the last one with the umask of whoever runs a script first.
+    for directory in (place.lib.parent, place.lib, place.lib / "__pycache__"):
+        q.make_private(directory, parents=True)
     modules = [file for file in new if file[0].name.startswith("queue_")]
     rest = [file for file in new if file not in modules]
     if goes_back(place, modules):

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, TextIO
 
 import queue_helpers as q
+import queue_runs as runs
 
 if TYPE_CHECKING:
     from queue_outcome import Control
@@ -78,11 +79,6 @@ def database_files(state: Path) -> list[Path]:
     """The database and its sidecar files, those that are there."""
     db = database_file(state)
     return [path for path in (db, *(Path(f"{db}{ending}") for ending in SIDECARS)) if path.exists()]
-
-
-def owner_lock(state: Path, owner: str | None) -> Path:
-    """The lock file of an owner; of nobody for a row that was marked as claimed without one."""
-    return state / "workers" / (os.path.basename(owner or "") or q.NOBODY)
 
 
 def serving_lock(state: Path, queue: str) -> Path:
@@ -576,7 +572,7 @@ def pause_in_words(control: Control) -> str:
     until = "until a person resumes it"
     if control.until is not None:
         until = f"until {clock(control.until)} ({ago(control.until)})"
-    return f"paused {until}{f': {control.reason}' if control.reason else ''}"
+    return f"paused {until}{f': {printable(control.reason)}' if control.reason else ''}"
 
 
 # -------------------------------------------------------------------------------- reading the queue
@@ -689,29 +685,6 @@ def claims(conn: sqlite3.Connection) -> Iterator[tuple[str, q.Task]]:
             yield queue, q.Task.from_row(queue, row)
 
 
-def owner_is_alive(state: Path, owner: str | None) -> bool:
-    """Whether an owner's process lives: it holds its lock file."""
-    return is_locked(owner_lock(state, owner))
-
-
-def run_is_alive(state: Path, task: q.Task) -> bool:
-    """Whether a claimed task's handler runs: it holds its output file's lock."""
-    return is_locked(run_file(state, task.run_name, "out"))
-
-
 def served(state: Path, queues: Iterable[str]) -> list[str]:
     """Those queues that a worker serves now."""
-    return [queue for queue in queues if is_locked(serving_lock(state, queue))]
-
-
-def is_locked(path: Path) -> bool:
-    """Whether some process holds a file's lock; False when there is no such file, or it cannot be
-    read.
-    """
-    try:
-        fd = q.lock_file(path, probe=True)
-    except OSError:
-        return False
-    if fd is not None:
-        os.close(fd)
-    return fd is None
+    return [queue for queue in queues if runs.is_held(serving_lock(state, queue))]

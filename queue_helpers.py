@@ -427,7 +427,7 @@ class Task(_Task):
     @property
     def envelope(self) -> dict:
         """{"task_id", "task_type", "enqueued_at", "data", …}, whatever was stored. ValueError if it is not JSON."""
-        stored = parse_json(self.text, lenient=True)[0]
+        stored = read_task(self.text)[0]
         names = {"task_id": self.task_id, "task_type": self.task_type}
         is_envelope = isinstance(stored.get("data"), dict) and names.keys() <= stored.keys()
         shell = stored if is_envelope and stored["task_id"] == self.task_id else {"data": stored}
@@ -504,6 +504,8 @@ def parse_time(text: str) -> float:
 _encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False).encode
 _quote = json.encoder.encode_basestring
 _SURROGATE = re.compile("[\ud800-\udfff]")
+# Where a JSON text may hold a number that other readers could not read.
+ODD_NUMBER = "NaN|Infinity|[0-9][eE][+]?[0-9]{3}|[0-9]{200}"
 
 
 def to_json(value: object) -> str:
@@ -523,6 +525,8 @@ def parse_json(text: str, lenient: bool = False) -> tuple[Any, list[str]]:
     becomes a text; else ValueError names the first one. Raises ValueError, RecursionError.
     """
     odd: list[str] = []
+    if not re.search(ODD_NUMBER, text):
+        return json.loads(text), odd
 
     def refuse(number: str) -> str:
         if not lenient:
@@ -531,22 +535,29 @@ def parse_json(text: str, lenient: bool = False) -> tuple[Any, list[str]]:
         return number
 
     decoder = json.JSONDecoder(
-        parse_float=lambda number: (
-            float(number) if abs(float(number)) < math.inf else refuse(number)
-        ),
+        parse_float=lambda text: found if abs(found := float(text)) < math.inf else refuse(text),
         parse_int=lambda number: int(number) if len(number) < 4300 else refuse(number),
         parse_constant=refuse,
     )
     return decoder.decode(text), odd
 
 
+def read_task(text: str) -> tuple[Any, list[str]]:
+    """A task's data, and the numbers in it that became a text, since others could not read them: its payload names them."""
+    stored, odd = parse_json(text, lenient=True)
+    if odd and isinstance(stored, dict):
+        inner = stored.get("data") if {"task_id", "task_type"} <= stored.keys() else None
+        (inner if isinstance(inner, dict) else stored)["numbers_kept_as_text"] = odd
+    return stored, odd
+
+
 def as_payload(raw: bytes) -> dict:
     """What came from outside as a task's data: a JSON object as it is, anything else kept as text."""
     text = raw.decode("utf-8-sig", "replace")
     try:
-        value, odd = parse_json(text, lenient=True)
+        value, _ = read_task(text)
         if isinstance(value, dict) and _nesting(value) <= 200:
-            return {**value, "numbers_kept_as_text": odd} if odd else value
+            return value
         why = "nested more than 200 deep" if isinstance(value, dict) else "not a JSON object"
     except (ValueError, RecursionError) as error:
         why = f"not JSON: {error}" if text.strip() else "empty"
@@ -819,13 +830,8 @@ def make_private(directory: Path, parents: bool = False) -> Path:
 def _open(state: Path, db: str, busy_timeout_ms: int, migrate: bool) -> Connection:
     """Open the database, and make or check its schema."""
     make_private(state, parents=True)
-    conn = sqlite3.connect(
-        db,
-        busy_timeout_ms / 1000,
-        isolation_level=None,
-        check_same_thread=False,
-        factory=Connection,
-    )
+    how: Any = {"isolation_level": None, "check_same_thread": False}
+    conn = sqlite3.connect(db, busy_timeout_ms / 1000, factory=Connection, **how)
     try:
         conn.state, conn.db, conn.queues, conn.turn = state, db, set(), _Turn(state)
         conn.durable, conn.busy_timeout_ms = None, busy_timeout_ms
@@ -1195,13 +1201,8 @@ def insert(conn: Connection, queue: str, row: Row) -> bool:
     # Within the window a firing is only a duplicate of itself, and a rerun ignores it otherwise.
     if row.window and (row.firing or row.on_duplicate != "rerun"):
         now = time.time()
-        told = {
-            "queue": queue,
-            "task_id": row.task_id,
-            "since": utc(now - row.window),
-            "now": utc(now),
-            "firing": row.firing,
-        }
+        told = {"queue": queue, "task_id": row.task_id, "firing": row.firing}
+        told |= {"since": utc(now - row.window), "now": utc(now)}
         if conn.execute(FINISHED_SINCE, told).fetchone()[0]:
             return False
     if conn.execute(on_queue(INSERT, queue), row[:6]).rowcount == 1:

@@ -164,6 +164,12 @@ def dead(state: Path, owner: str | None):
             os.close(fd)
 
 
+def is_dead(state: Path, owner: str | None) -> bool:
+    """Whether an owner is dead, for those who only tell."""
+    with dead(state, owner) as it_is:
+        return it_is
+
+
 def cancel_requested(conn: q.Connection, queue: str, owner: str | None) -> set[int]:
     """The rows of an owner's tasks that are to be ended (tasks.py cancel)."""
     rows = q.execute(conn, CANCEL_REQUESTED, queue, owner=owner).fetchall()
@@ -198,9 +204,8 @@ def _recover_task(
     conn: q.Connection, task: q.Task, crash_backoff: float, cancelled: bool
 ) -> tuple | None:
     """(task, outcome, error) of a dead owner's task, None while its handler runs."""
-    run, runs_on, held = look_at_run(conn.state, task)
-    # What holds the output of a handler that has ended cannot be ended by us, but a person may give it up.
-    if runs_on or held and not cancelled:
+    run, goes_on = look_at_run(conn.state, task, cancelled)
+    if goes_on:
         end_orphan(runs.run_file(conn.state, task), run, cancelled)
         return None
     if cancelled and "code" not in run:
@@ -209,20 +214,21 @@ def _recover_task(
     return task, outcome or "lost", error
 
 
-def look_at_run(state: Path, task: q.Task) -> tuple[dict, bool, bool]:
-    """(what is on record, whether the handler runs, whether somebody holds the output of one whose end nobody saw).
+def look_at_run(state: Path, task: q.Task, cancelled: bool = False) -> tuple[dict, bool]:
+    """(what is on record, whether the run goes on) of a task whose owner is dead.
 
-    Of a task whose owner is dead. Neither holds for a run that has ended, or was never begun.
+    It goes on while its handler runs, or while somebody holds the output of one whose end nobody saw: that
+    cannot be ended by us, but a person may give it up, by cancelling the task.
     """
     # In this order: whoever lets go of the output's lock has written down the end before.
     held = runs.is_held(f"{state}/logs/{task.run_name}.out")
     run = runs.read_run(runs.run_file(state, task))
     if "code" in run:
-        return run, False, False
+        return run, False
     leader = _leader(run)
     # The supervisor is yet to write down the end of a zombie. An order without a record is on its way to it.
     runs_on = leader not in (None, "Z") or (leader == "Z" or held) and _supervisor(run) is not None
-    return run, runs_on or held and not run, held
+    return run, runs_on or held and not (run and cancelled)
 
 
 def _settle(conn: q.Connection, task: q.Task, run: dict, crash_backoff: float) -> tuple:

@@ -67,10 +67,10 @@ def add_to_run(path: str, **what) -> None:
         os.close(fd)
 
 
-def is_held(path: str) -> bool:
+def is_held(path: os.PathLike[str] | str) -> bool:
     """Whether somebody has a lock on a file."""
     try:
-        fd = q.lock_file(path, probe=True)
+        fd = q.lock_file(os.fspath(path), probe=True)
     # The latter for a name with a NUL.
     except (OSError, ValueError):
         return False

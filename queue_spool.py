@@ -256,9 +256,11 @@ def row_of_text(raw: bytes) -> q.Row:
         "expires_at": None,
     }
     columns |= {"task_id": None, "window": 0.0, "on_duplicate": "skip", "firing": None}
-    if '"spooled_row"' in text:
-        envelope = q.parse_json(text, lenient=True)[0]
-        told = envelope.pop("spooled_row", None) if isinstance(envelope, dict) else None
-        if isinstance(told, dict) and told.keys() == columns.keys():
-            columns, text = told, q.to_json(envelope)
+    stored, odd = q.read_task(text)
+    told = stored.get("spooled_row") if isinstance(stored, dict) else None
+    if isinstance(told, dict) and told.keys() == columns.keys():
+        columns = stored.pop("spooled_row")
+        text = q.to_json(stored)
+    elif odd:
+        text = q.to_json(stored)
     return q.Row(text, **columns)

@@ -114,7 +114,7 @@ def data_version(conn: q.Connection) -> tuple:
 
 def is_wake(path: str) -> bool:
     """Whether a write at this path may mean a commit."""
-    return path.endswith(("/tasks.db-wal", "/wake"))
+    return path.endswith((".db-wal", "/wake"))
 
 
 def new_observer(handler):
@@ -195,10 +195,12 @@ class Watch(threading.Thread):
         # The data version at the last look, and when the log had been written before the last
         # change was seen.
         self._seen, self._written = None, None
-        # The lock is held while the connection is in use, so that a fork does not take it along.
+        # The lock is held while this thread uses its connection: a fork closes that in another thread.
         self._looking, self._conn = threading.RLock(), None
         self._observer: Any = None
-        self._directories, self._commits = None, None
+        self._directories, self._commits = None, []
+        # The write-ahead log, which lies beside the database itself where tasks.db is a symbolic link.
+        self._log = f"{state}/tasks.db-wal"
         self._counted_since, self._events = 0.0, 0
 
     def notify(self) -> None:
@@ -211,7 +213,7 @@ class Watch(threading.Thread):
         try:
             path = os.fsdecode(event.dest_path or event.src_path)
             directory, name = os.path.split(path)
-            if name == "tasks.db-wal":
+            if name == os.path.basename(self._log):
                 self._heard.set()
                 return self._few()
             if name == "wake":
@@ -241,9 +243,12 @@ class Watch(threading.Thread):
         return self.listening
 
     def run(self) -> None:
+        refresh_at = 0.0
         while True:
             try:
-                self._refresh()
+                if self._observer is None or time.monotonic() >= refresh_at:
+                    self._refresh()
+                    refresh_at = time.monotonic() + q.SAFETY_TICK_SECONDS
                 if self._observer is None:
                     self._look()
                     time.sleep(POLL_SECONDS)
@@ -252,14 +257,14 @@ class Watch(threading.Thread):
                     self._listen()
                     owed = self._log_written() != self._written
                     look_again(self._heard, self._look_while_listening, owed)
+                elif self._heard.wait(
+                    ORPHAN_TICK_SECONDS if self._orphans else q.SAFETY_TICK_SECONDS
+                ):
+                    # At this moment the commit cannot be seen yet.
+                    look_again(self._heard, self._look_while_listening)
                 else:
-                    heard = self._heard.wait(
-                        ORPHAN_TICK_SECONDS if self._orphans else q.SAFETY_TICK_SECONDS
-                    )
-                    if not heard:
-                        self.notify()
+                    self.notify()
                     self._look()
-                    look_again(self._heard, self._look_while_listening, heard)
             except Exception as error:
                 if not isinstance(error, (q.QueueError, sqlite3.Error, OSError)):
                     self._report(error)
@@ -294,29 +299,36 @@ class Watch(threading.Thread):
         with self._looking:
             self._conn = q.connect(self.state, create=False)
             version = data_version(self._conn)
-        changed = version != self._seen
-        if changed:
-            self._seen, self._written = version, written
-            self.notify()
-        # The event of a dead owner's file comes a little before its lock is free; hence again for a
-        # while.
-        now, tick = (
-            time.monotonic(),
-            ORPHAN_TICK_SECONDS if self._orphans else q.SAFETY_TICK_SECONDS,
-        )
-        if now < self._owner_closed_at + OWNER_CLOSED_SECONDS or now > self._recovered_at + tick:
-            recovered, self._orphans = q.recover(self.state, crash_backoff=self.crash_backoff)
-            self._recovered_at = time.monotonic()
-            for report in recovered:
-                self.on_recovered(*report)
-            if recovered:
+            changed = version != self._seen
+            if changed:
+                self._seen, self._written = version, written
                 self.notify()
+            recovered = self._recover() if self._is_time_to_recover() else []
+        for report in recovered:
+            self.on_recovered(*report)
+        if recovered:
+            self.notify()
         return changed
+
+    def _is_time_to_recover(self) -> bool:
+        """Whether an owner may have died since dead owners were last looked for.
+
+        The event of a dead owner's file comes a little before its lock is free; hence again for a
+        while.
+        """
+        now = time.monotonic()
+        tick = ORPHAN_TICK_SECONDS if self._orphans else q.SAFETY_TICK_SECONDS
+        return now < self._owner_closed_at + OWNER_CLOSED_SECONDS or now > self._recovered_at + tick
+
+    def _recover(self) -> list:
+        recovered, self._orphans = q.recover(self.state, crash_backoff=self.crash_backoff)
+        self._recovered_at = time.monotonic()
+        return recovered
 
     def _log_written(self) -> int | None:
         """When the write-ahead log was written last, in nanoseconds; None where there is none."""
         try:
-            return os.stat(f"{self.state}/tasks.db-wal").st_mtime_ns
+            return os.stat(self._log).st_mtime_ns
         except OSError:
             return None
 
@@ -324,23 +336,27 @@ class Watch(threading.Thread):
         """Have commits reported; the next look comes after this, for what was committed before."""
         from watchdog.events import FileModifiedEvent
 
-        if self._commits is not None:
-            try:
-                self._observer.unschedule(self._commits)
-            except KeyError:
-                # An emitter of macOS that has stopped by itself no longer knows what it watched.
-                self._stop_observing()
-                return
+        try:
+            while self._commits:
+                self._observer.unschedule(self._commits.pop())
+        except KeyError:
+            # An emitter of macOS that has stopped by itself no longer knows what it watched.
+            self._stop_observing()
+            return
         self._counted_since, self._events, self.listening = time.monotonic(), 0, True
-        self._commits = self._observer.schedule(
-            self, str(self.state), event_filter=[FileModifiedEvent]
-        )
+        for directory in {str(self.state), os.path.dirname(self._log)}:
+            self._commits.append(
+                self._observer.schedule(self, directory, event_filter=[FileModifiedEvent])
+            )
 
     def _refresh(self) -> None:
         """Start to observe; anew when one of the directories was made, removed or replaced."""
-        found = {}
+        directory, name = os.path.split(os.path.realpath(self.state / "tasks.db"))
+        is_here = os.path.samefile(directory, self.state)
+        self._log, found = f"{self.state if is_here else directory}/{name}-wal", {}
         for directory in (
             self.state,
+            os.path.dirname(self._log),
             q.make_private(self.state / "workers"),
             *q.spool_directories(self.state),
         ):
@@ -354,7 +370,7 @@ class Watch(threading.Thread):
             from watchdog.events import FileClosedEvent, FileCreatedEvent, FileMovedEvent
 
             observer = new_observer(self)
-            for directory in found.keys() - {str(self.state)}:
+            for directory in found.keys() - {str(self.state), os.path.dirname(self._log)}:
                 observer.schedule(
                     self,
                     directory,
@@ -371,12 +387,8 @@ class Watch(threading.Thread):
             self._deaf = True
 
     def _stop_observing(self) -> None:
-        observer, self._observer, self._directories, self._commits = (
-            self._observer,
-            None,
-            None,
-            None,
-        )
+        observer, self._observer = self._observer, None
+        self._directories, self._commits = None, []
         self.listening = False
         if observer is not None:
             observer.stop()
@@ -440,7 +452,9 @@ class QueueWatcher(_Handler):
     QueueWatcher(QUEUE_PATH, callback): the callback takes nothing and drains the queue: several
     tasks may come with one call, and a call may find none. What it raises is logged. A coroutine
     function runs in the event loop in which this was made; made outside of one, in a loop of its
-    own. Calls do not overlap. Raises QueueUnavailable when there can be no queue at QUEUE_PATH.
+    own. Calls do not overlap. Where tasks.db is a symbolic link, bash's writes are seen only by an
+    observer of the directory of the file itself: schedule this there, too. Raises QueueUnavailable
+    when there can be no queue at QUEUE_PATH.
     """
 
     def __init__(self, queue_path: str | Path, callback: Callable) -> None:

@@ -21,7 +21,14 @@ push, pull and work go on until SIGTERM or Ctrl-C; with --drain, they end when t
 exit codes: 0 done or stopped; 1 the hub or the database cannot be used; 64 usage.
 """
 
-from __future__ import annotations
+if __name__ == "__main__":
+    import os
+    import sys
+
+    # Modules come from beside this file and from Python itself, since PYTHONPATH may name a
+    # workspace. os and sys are there already; even __future__ would be looked for.
+    own = sys.path.index(os.path.dirname(os.__file__))
+    sys.path[:] = [os.path.dirname(os.path.realpath(__file__)), *sys.path[own:]]
 
 import argparse
 import json
@@ -1096,8 +1103,8 @@ class Work(Relay):
             held = hub.execute(HELD, (worker_id,)).fetchall()
         left = 0
         for *job, aborted in held:
-            task, run, runs_on = self.find_run(noted.parent, *job)
-            if runs_on:
+            task, run, goes_on = self.find_run(noted.parent, *job, aborted=aborted)
+            if goes_on:
                 owners.end_orphan(runs.run_file(self.state, task), run, aborted)
                 left += 1
                 continue
@@ -1112,15 +1119,14 @@ class Work(Relay):
                 hub.execute(BEAT, (worker_id,))
         return left
 
-    def find_run(self, directory: Path, *job) -> tuple[q.Task, dict, bool]:
-        """(the task of a dead process's job, what is on record about its run, whether the handler still runs)."""
+    def find_run(self, directory: Path, *job, aborted: bool) -> tuple[q.Task, dict, bool]:
+        """(the task of a dead process's job, what is on record about its run, whether that goes on)."""
         task = self.job_as_task(*job, directory.name)
         for path in directory.glob(f"{task.queue}.{task.id}-{task.attempts}-{directory.name}-*"):
             micros = path.name.rpartition("-")[2]
             if micros.isdecimal():
                 task = self.job_as_task(*job, directory.name, int(micros))
-                run, runs_on, _ = owners.look_at_run(self.state, task)
-                return task, run, runs_on
+                return task, *owners.look_at_run(self.state, task, aborted)
         return task, {}, False
 
     def verdict_on(self, task: q.Task, run: dict) -> tuple[outcomes.Verdict, dict]:

@@ -23,7 +23,14 @@ exit codes: 0 told, or nothing to tell; 1 the database cannot be used; 64 usage;
 is locked, try again. Never 2, which would block Claude Code.
 """
 
-from __future__ import annotations
+if __name__ == "__main__":
+    import os
+    import sys
+
+    # Modules come from beside this file and from Python itself, since PYTHONPATH may name a
+    # workspace. os and sys are there already; even __future__ would be looked for.
+    own = sys.path.index(os.path.dirname(os.__file__))
+    sys.path[:] = [os.path.dirname(os.path.realpath(__file__)), *sys.path[own:]]
 
 import errno
 import json

@@ -25,7 +25,14 @@ again; 130 interrupted. Of wait: 0 all completed; 1 one ended otherwise; 64 an i
 or of several tasks; 75 the time-out.
 """
 
-from __future__ import annotations
+if __name__ == "__main__":
+    import os
+    import sys
+
+    # Modules come from beside this file and from Python itself, since PYTHONPATH may name a
+    # workspace. os and sys are there already; even __future__ would be looked for.
+    own = sys.path.index(os.path.dirname(os.__file__))
+    sys.path[:] = [os.path.dirname(os.path.realpath(__file__)), *sys.path[own:]]
 
 import argparse
 import heapq
@@ -730,7 +737,9 @@ def ask_to_end(conn: q.Connection, task: q.Task) -> None:
 
 def why_not_ended(conn: q.Connection, task: q.Task) -> str:
     """What is known of a run that was to end, and has not."""
-    if not cli.owner_is_alive(conn.state, task.owner):
+    import queue_owners as owners
+
+    if owners.is_dead(conn.state, task.owner):
         return (
             "its worker is dead and its handler goes on; see who holds: fuser -v "
             f"'{conn.state}/logs/{task.run_name}.out'"

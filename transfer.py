@@ -18,7 +18,14 @@ were refused (they are named, the others are in); 75 the database is locked, try
 interrupted.
 """
 
-from __future__ import annotations
+if __name__ == "__main__":
+    import os
+    import sys
+
+    # Modules come from beside this file and from Python itself, since PYTHONPATH may name a
+    # workspace. os and sys are there already; even __future__ would be looked for.
+    own = sys.path.index(os.path.dirname(os.__file__))
+    sys.path[:] = [os.path.dirname(os.path.realpath(__file__)), *sys.path[own:]]
 
 import argparse
 import json
@@ -56,13 +63,14 @@ RESTORE_BUSY_SECONDS = 30.0
 # --------------------------------------------------------------------------------------- statements
 
 EXPORT_FINISHED = """
-select json_object('queue', queue, 'id', row_id, 'task_id', task_id, 'task_type', task_type, 'status', status,
+select json_object('queue', queue, 'id', row_id, 'task_id', task_id, 'task_type', coalesce(nullif(task_type, ''), queue), 'status', status,
                    'priority', priority, 'group_id', group_id, 'attempts', attempts, 'max_attempts', max_attempts,
                    'enqueued_at', enqueued_at, 'started_at', started_at, 'completed_at', completed_at,
                    'exit_code', exit_code, 'error', error, 'result', result, 'log', log), json_valid(data), data
 from task_history where :queues is null or queue in (select value from json_each(:queues)) order by id"""
 EXPORT_LIVE = f"""
-select json_object('queue', '{{queue}}', 'id', id, 'task_id', coalesce(task_id, '{{queue}}-' || id), 'task_type', task_type,
+select json_object('queue', '{{queue}}', 'id', id, 'task_id', coalesce(task_id, '{{queue}}-' || id),
+                   'task_type', coalesce(nullif(task_type, ''), '{{queue}}'),
                    'status', {q.STATUS_WORD},
                    'priority', priority, 'group_id', group_id, 'attempts', attempts, 
                    'due_at', iif(due_at is null, null, json(printf('%!.17g', due_at))),
@@ -77,7 +85,7 @@ select coalesce((select max(seq) from sqlite_sequence where name = :queue), 0)""
 # later one. A bare payload is called after its row, so that alone does not say that it is the same
 # task.
 SAME_DATA = """
-case when json_valid(data) then json(data) else data end = :data"""
+case when json_valid(data) then json(readable(data)) else data end = :data"""
 KNOWN_TASK = """
 select exists (select 1 from "{queue}" where task_id = :task_id)
   or exists (select 1 from task_history where task_id = :task_id and +queue = '{queue}'
@@ -94,7 +102,7 @@ select exists (select 1 from task_history where task_id = :task_id and +queue = 
 ID_IN_USE = """
 select exists (select 1 from "{queue}" where id = :id)"""
 DATA_OF = """
-select json_extract(:line, '$.data')"""
+select iif(json_type(:line, '$.data') = 'object', json(readable(json_extract(:line, '$.data'))), json_extract(:line, '$.data'))"""
 IMPORT_LIVE = """
 insert into "{queue}" (id, data, timestamp, status, due_at, priority, group_id, expires_at, attempts, error)
 values (:id, :data, :timestamp, :status, :due_at, :priority, :group_id, :expires_at, :attempts, :error)"""
@@ -331,14 +339,28 @@ def write_lines(conn: q.Connection, out: BinaryIO, queues: list[str] | None, his
         sources += [q.execute(conn, EXPORT_LIVE, queue) for queue in queues or cli.queues_of(conn)]
         for source in sources:
             for head, is_json, data in source:
-                # The data goes in as it is stored: no number is rounded, nothing reordered. Between
-                # JSON's tokens a newline is a space, and inside its strings there is none.
-                data = re.sub("[\r\n]", " ", data.split("\0")[0]) if is_json else json.dumps(data)
+                # The data goes in as it is stored, where any reader can read that: no number is
+                # rounded, nothing reordered. Between JSON's tokens a newline is a space, and inside
+                # its strings there is none.
+                data = data.split("\0")[0]
+                data = re.sub("[\r\n]", " ", readable(data)) if is_json else json.dumps(data)
                 line = f'{head[:-1]},"data":{data}}}\n'
                 out.write((escaped(line) if on_terminal else line).encode("utf-8", "replace"))
                 exported += 1
     out.flush()
     return exported
+
+
+def readable(data: str) -> str:
+    """A task's data, its numbers kept as text that other readers of JSON could not read."""
+    if re.search(q.ODD_NUMBER, data):
+        try:
+            stored, odd = q.read_task(data)
+            return q.to_json(stored) if odd else data
+        except (ValueError, RecursionError):
+            # It is no JSON, or nested too deep for Python.
+            pass
+    return data
 
 
 def escaped(line: str) -> str:
@@ -639,16 +661,20 @@ def import_(file: str | None, legacy: Path | None, task_type: str | None, as_jso
     if (q.STATE_DIR / "tasks.db").exists():
         cli.open_queue()
     conn = q.connect()
+    conn.create_function("readable", 1, readable, deterministic=True)
+    # What is said of lines and files: why they were refused, and what was changed in others.
+    faults: list[str] = []
+    notes: list[str] = []
     if legacy is not None:
-        imported, known, faults = import_legacy(conn, legacy, task_type)
+        imported, known = import_legacy(conn, legacy, task_type, faults, notes)
     else:
-        imported, known, faults = import_lines(conn, file or "-")
-    for fault in faults[:MOST_FAULTS_SHOWN]:
-        cli.complain(EX_DATAERR, "transfer.py import", fault)
-    if len(faults) > MOST_FAULTS_SHOWN:
-        cli.complain(
-            EX_DATAERR, "transfer.py import", f"… and {len(faults) - MOST_FAULTS_SHOWN:,} more"
-        )
+        imported, known = import_lines(conn, file or "-", faults, notes)
+    for said in (faults, notes):
+        for line in said[:MOST_FAULTS_SHOWN]:
+            cli.complain(EX_DATAERR, "transfer.py import", line)
+        if len(said) > MOST_FAULTS_SHOWN:
+            more = f"… and {len(said) - MOST_FAULTS_SHOWN:,} more"
+            cli.complain(EX_DATAERR, "transfer.py import", more)
     told = {"imported": imported, "already_there": known, "refused": faults}
     says = (
         f"imported {cli.plural(imported, 'task')}; {known:,} already there; {len(faults):,} refused"
@@ -689,10 +715,11 @@ class Ids(NamedTuple):
     used: set[int]
 
 
-def import_lines(conn: q.Connection, file: str) -> tuple[int, int, list[str]]:
-    """(imported, known already, what was refused and why)."""
+def import_lines(
+    conn: q.Connection, file: str, faults: list[str], notes: list[str]
+) -> tuple[int, int]:
+    """(imported, known already)."""
     ids: dict[str, Ids] = {}
-    faults: list[str] = []
     imported = known = 0
 
     def refuse(number: int, error: Exception) -> None:
@@ -721,7 +748,9 @@ def import_lines(conn: q.Connection, file: str) -> tuple[int, int, list[str]]:
             for number, line in batch:
                 try:
                     if line.strip():
-                        parsed.append((number, *parse_line(conn, line, ids)))
+                        text, task, odd = parse_line(conn, line, ids)
+                        parsed.append((number, text, task))
+                        notes += [f"line {number}: {kept_as_text(odd)}"] if odd else []
                 except Exception as error:
                     if not is_about_the_task(error, conn.state):
                         raise
@@ -729,7 +758,7 @@ def import_lines(conn: q.Connection, file: str) -> tuple[int, int, list[str]]:
             results = list(cli.in_steps(conn, parsed, store))
             imported, known = imported + results.count(True), known + results.count(False)
             q.wake(conn.state)
-    return imported, known, faults
+    return imported, known
 
 
 def is_about_the_task(error: Exception, state: Path) -> bool:
@@ -745,27 +774,30 @@ def is_about_the_task(error: Exception, state: Path) -> bool:
     )
 
 
-def read_json(text: str) -> dict:
-    """A JSON object; ValueError for what is none, NaN and Infinity among it, which only Python
-    takes for JSON.
+def read_json(text: str) -> tuple[dict, list[str]]:
+    """A JSON object, and the numbers like 1e400 in it, which are kept as text; no field of ours may
+    be one. ValueError for what is none, NaN and Infinity among it, which only Python takes for JSON.
     """
-
-    # A number like 1e400 is JSON, and stays as it is; no field of ours may be one.
-    value, odd = q.parse_json(text, lenient=True)
+    value, odd = q.read_task(text)
     for number in odd:
         if number.strip("-") in ("NaN", "Infinity"):
             raise ValueError(f"{number} is not JSON")
     if not isinstance(value, dict):
         raise q.InvalidTask("it is not a JSON object")
-    return value
+    return value, odd
 
 
-def parse_line(conn: q.Connection, line: bytes, ids: dict[str, Ids]) -> tuple[str, dict]:
-    """The text and the task of a line, all of its fields checked; its queue exists when this
-    returns.
+def kept_as_text(odd: list[str]) -> str:
+    more = f" and {len(odd) - 1} more" if len(odd) > 1 else ""
+    return f"the number {odd[0]}{more} is kept as text: not every reader of JSON can read it"
+
+
+def parse_line(conn: q.Connection, line: bytes, ids: dict[str, Ids]) -> tuple[str, dict, list[str]]:
+    """The text and the task of a line, all of its fields checked, and its numbers that are kept as
+    text; its queue exists when this returns.
     """
     text = line.decode("utf-8-sig").strip()
-    task = read_json(text)
+    task, odd = read_json(text)
     if task["status"] not in cli.STATUSES:
         raise q.InvalidTask(f"{task['status']!r} is not a status")
     queue = q.check_queue_name(task["queue"])
@@ -780,7 +812,7 @@ def parse_line(conn: q.Connection, line: bytes, ids: dict[str, Ids]) -> tuple[st
     if queue not in ids:
         q.ensure_queue(conn, queue)
         ids[queue] = Ids(conn.execute(LAST_ID, {"queue": queue}).fetchone()[0] + 1, set())
-    return text, task
+    return text, task, odd
 
 
 REQUIRED = object()
@@ -891,6 +923,10 @@ def import_live(conn: q.Connection, row: dict, data: dict, ids: dict[str, Ids]) 
     if not is_bare:
         # The database reads the id out of the data, and so do we.
         row["task_id"] = data["task_id"]
+    elif (row["task_id"], row["task_type"]) != (f"{queue}-{was_id}", type_of_bare(queue, data)):
+        # It was not exported, but written by hand: the row itself could not tell its id and type.
+        is_bare = False
+        wrap(row)
     if conn.execute(q.on_queue(KNOWN_BARE if is_bare else KNOWN_TASK, queue), row).fetchone()[0]:
         return False
     row["id"] = own_id(conn, row, ids)
@@ -899,12 +935,24 @@ def import_live(conn: q.Connection, row: dict, data: dict, ids: dict[str, Ids]) 
         import hashlib
 
         row["task_id"] += "-" + hashlib.sha256(row["data"].encode()).hexdigest()[:12]
-        row["data"] = cli.envelope_of(
-            row["task_id"], row["task_type"], row["timestamp"], row["data"]
-        )
+        wrap(row)
         if conn.execute(q.on_queue(KNOWN_TASK, queue), row).fetchone()[0]:
             return False
     return conn.execute(q.on_queue(IMPORT_LIVE, queue), row).rowcount == 1
+
+
+def type_of_bare(queue: str, data: dict) -> str:
+    """The type that the database gives a bare payload."""
+    is_envelope = isinstance(data.get("data"), dict) and all(
+        isinstance(data.get(name), str) for name in ("task_id", "task_type")
+    )
+    named = data.get("task_type" if is_envelope else "hook_event_name")
+    return named if isinstance(named, str) and named else queue
+
+
+def wrap(row: dict) -> None:
+    """Give a payload an envelope, which says its task's id and type."""
+    row["data"] = cli.envelope_of(row["task_id"], row["task_type"], row["timestamp"], row["data"])
 
 
 def own_id(conn: q.Connection, row: dict, ids: dict[str, Ids]) -> int:
@@ -926,14 +974,18 @@ def own_id(conn: q.Connection, row: dict, ids: dict[str, Ids]) -> int:
 
 
 def import_legacy(
-    conn: q.Connection, directory: Path, task_type: str | None
-) -> tuple[int, int, list[str]]:
-    """Each file is one task, whose id comes from its name and content; it moves to DIR/migrated
+    conn: q.Connection,
+    directory: Path,
+    task_type: str | None,
+    faults: list[str],
+    notes: list[str],
+) -> tuple[int, int]:
+    """(imported, known already). Each file is one task, whose id comes from its name and content; it moves to DIR/migrated
     once that is on disk.
     """
     if not directory.is_dir():
         raise Refused(f"{directory} is not a directory")
-    files, faults, imported, known = [], [], 0, 0
+    files, imported, known = [], 0, 0
     for path in directory.iterdir():
         kind = path.name.split("_")[0]
         if kind in LEGACY and path.name.startswith(f"{kind}_") and path.suffix == ".json":
@@ -943,7 +995,7 @@ def import_legacy(
                 faults.append(f"{path} stays: it is not a file")
     for _, path, kind in sorted(files):
         try:
-            is_new, task_id = import_file(conn, path, kind, task_type)
+            is_new, task_id, odd = import_file(conn, path, kind, task_type)
         except Exception as error:
             if not isinstance(error, OSError) and not is_about_the_task(error, conn.state):
                 raise
@@ -953,6 +1005,7 @@ def import_legacy(
             )
             continue
         imported, known = imported + is_new, known + (not is_new)
+        notes += [f"{path}: {kept_as_text(odd)}"] if odd else []
         try:
             migrated = q.make_private(directory / "migrated")
             target = migrated / path.name
@@ -962,19 +1015,20 @@ def import_legacy(
             )
         except OSError as error:
             faults.append(f"{path} is in, but could not be moved to migrated: {error.strerror}")
+    faults.sort()
     q.wake(conn.state)
-    return imported, known, sorted(faults)
+    return imported, known
 
 
 def import_file(
     conn: q.Connection, path: Path, kind: str, task_type: str | None
-) -> tuple[bool, str]:
-    """(whether the file has become a task just now, its id)."""
+) -> tuple[bool, str, list[str]]:
+    """(whether the file has become a task just now, its id, its numbers that are kept as text)."""
     import hashlib
 
     queue, usual_type = LEGACY[kind]
     raw = path.read_bytes()
-    data = read_json(raw.decode("utf-8-sig"))
+    data, odd = read_json(raw.decode("utf-8-sig"))
     task_id = "legacy-" + hashlib.sha256(os.fsencode(path.name) + b"\0" + raw).hexdigest()[:24]
     named = data.get("task_type")
     named = named if isinstance(named, str) and named else task_type or usual_type
@@ -982,7 +1036,7 @@ def import_file(
     q.ensure_queue(conn, queue)
     with q.transaction(conn):
         finished = conn.execute(KNOWN_LEGACY, {"task_id": task_id, "queue": queue}).fetchone()[0]
-        return not finished and q.insert(conn, queue, row), task_id
+        return not finished and q.insert(conn, queue, row), task_id, odd
 
 
 if __name__ == "__main__":

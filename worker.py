@@ -24,7 +24,14 @@ exit codes: 0 stopped, drained, idle, or another worker has the queue (--single)
 64 usage: no such program, no such directory of handlers, a relative TASK_QUEUE_STATE.
 """
 
-from __future__ import annotations
+if __name__ == "__main__":
+    import os
+    import sys
+
+    # Modules come from beside this file and from Python itself, since PYTHONPATH may name a
+    # workspace. os and sys are there already; even __future__ would be looked for.
+    own = sys.path.index(os.path.dirname(os.__file__))
+    sys.path[:] = [os.path.dirname(os.path.realpath(__file__)), *sys.path[own:]]
 
 import argparse
 import json

@@ -29,13 +29,23 @@ test_an_older_database_is_migrated test_the_write_lock_is_let_go test_an_orphan_
 LONG = """
 test_by_eight_processes_with_twenty_thousand_tasks_each test_twenty_rounds test_it_takes_as_many_steps_at_300_000_rows_as_at_300
 test_any_sequence_agrees_with_the_model test_of_four_processes_that_put_the_same_exactly_one_is_told
+test_the_slowest_gets_half_of_what_the_fastest_gets test_a_shell_that_takes_no_turn_gets_in_beside_saturating_writers
 """.split()
 
 
-# What holds a promise in milliseconds, and therefore runs while nothing else does.
+# Files that take longest: they come first, so that nobody waits for them alone at the end.
+LONG_FILES = """
+test_no_task_is_claimed_twice test_the_hub_runs_a_task_of_another_machine test_the_latest_firing_wins
+test_the_plugin_shares_an_installation test_a_hook_never_disturbs test_first_opens_at_once_all_succeed
+test_tasks_end_well_with_closed_streams test_a_day_is_as_printed test_a_claude_run_says_why_it_ended
+""".split()
+
+
+# What holds a promise in milliseconds, and therefore runs while nothing else does: files, and tests of others.
 ALONE = """
 test_a_sleeping_consumer_hears_every_commit test_a_stopped_worker_gives_its_tasks_back
-test_cleanup_never_holds_up_an_enqueue test_no_writer_starves test_tasks_answer_at_once_on_a_big_database
+test_cleanup_never_holds_up_an_enqueue test_tasks_answer_at_once_on_a_big_database
+test_the_slowest_gets_half_of_what_the_fastest_gets test_a_shell_that_takes_no_turn_gets_in_beside_saturating_writers
 """.split()
 
 
@@ -48,11 +58,9 @@ def pytest_collection_modifyitems(items) -> None:
     for item in items:
         if item.path.stem in CORE and item.originalname not in LONG:
             item.add_marker(pytest.mark.core)
-        if item.path.stem in ALONE:
+        if item.path.stem in ALONE or item.originalname in ALONE:
             item.add_marker(pytest.mark.alone)
-    # Files with long tests come first, so that nobody waits for them alone at the end.
-    long_files = {item.path for item in items if item.originalname in LONG}
-    items.sort(key=lambda item: item.path not in long_files)
+    items.sort(key=lambda item: item.path.stem not in LONG_FILES)
 
 
 ROOT = Path(__file__).resolve().parent.parent

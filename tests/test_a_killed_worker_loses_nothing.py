@@ -203,6 +203,9 @@ def test_a_death_between_two_looks_is_heard_too(installation, queue, monkeypatch
     monkeypatch.setattr(queue_wake, "look_again", die_at_its_end)
     watch = queue.Watch(installation.state)
     watch.start()
+    if look == 2:
+        wait_for(lambda: looks, what="the first looks")
+        installation.enqueue("notifications", "any")
     theirs = "select 1 from notifications where owner = '1-dead'"
     wait_for(lambda: died and not installation.rows(theirs), what="the recovery")
     assert time.monotonic() - died[0] < 1

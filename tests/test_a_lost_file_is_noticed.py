@@ -189,3 +189,33 @@ def test_a_database_that_is_a_symbolic_link_is_used(installation, tmp_path):
     done = installation.run("worker.py", "notifications", "--drain", "--", "cat")
     assert done.returncode == 0 and "2 done" in done.stderr
     assert installation.run("tasks.py", "stats").returncode == 0
+
+
+SLEEPER = """if True:
+    import sys, threading, time
+    sys.path.insert(0, sys.argv[1])
+    import queue_helpers as q
+    q.SAFETY_TICK_SECONDS = 3600.0
+    queue = q.get_ack_queue("notifications")
+    got = threading.Thread(target=lambda: print("got", queue.get(timeout=60)[1], flush=True))
+    got.start()
+    while not q.Watch.of().listening:
+        time.sleep(0.005)
+    print("listens", flush=True)
+    got.join()
+"""
+
+
+@pytest.mark.parametrize("name", ["elsewhere.db", "state/real.db"])
+def test_a_write_of_bash_behind_a_symbolic_link_wakes(installation, tmp_path, name):
+    installation.enqueue("approvals", "t")
+    installation.sqlite3("select count(*) from notifications")
+    real = installation.state / "real.db" if "/" in name else tmp_path / name
+    installation.db.rename(real)
+    installation.db.symlink_to(real)
+    process = subprocess.Popen([sys.executable, "-c", SLEEPER, ROOT], env=installation.env,
+                               stdout=subprocess.PIPE, text=True)  # fmt: skip
+    installation.processes.append(process)
+    assert process.stdout.readline() == "listens\n"
+    installation.sqlite3("""insert into notifications (data) values ('{"from": "bash"}')""")
+    assert process.stdout.readline().startswith("got ") and process.wait(15) == 0

@@ -1,5 +1,6 @@
 """Whatever is killed or stopped: a handler is held to its timeout, can be cancelled, and is not run beside itself."""
 
+import json
 import os
 import shutil
 import signal
@@ -279,3 +280,34 @@ def test_an_owner_of_any_name_costs_no_file(installation, queue, owner):
         and installation.db.exists()
     )
     assert time.time() - task.enqueued_at < 60
+
+
+def test_doctor_and_a_dry_run_say_what_recovery_does(installation, orphan):
+    """A lock alone does not tell whether a run goes on: what is on record comes first."""
+    daemon = '#!/bin/sh\necho "$$" >>"$HOME/runs"\nsleep 300 2>/dev/null &\nuntil [ -e "$HOME/go" ]; do sleep 0.02; done\n'
+    task, group = orphan(handler=daemon, supervisor=False)
+
+    def told() -> tuple[int, int, bool]:
+        dry = json.loads(installation.run("cleanup.py", "--dry-run", "--json").stdout)
+        doctor = installation.run("tasks.py", "doctor", "--json").stdout
+        return dry["recovered"], dry["orphans"], "which has died" in doctor
+
+    assert told() == (0, 1, False)
+    (installation.directory / "go").touch()
+    wait_for(
+        lambda: any('"code"' in path.read_text() for path in installation.state.glob("runs/*/*"))
+    )
+    # The daemon holds the output's lock, and the end is on record.
+    assert group_lives(group) and told() == (1, 0, True)
+    assert installation.run("cleanup.py").returncode == 0
+    assert installation.history(task)["status"] == "completed"
+
+
+def test_of_an_owner_that_cannot_be_looked_at_nobody_says_that_it_is_dead(installation):
+    import queue_owners
+
+    assert queue_owners.is_dead(installation.state, "of nobody")
+    workers = installation.state / "workers"
+    workers.mkdir(parents=True)
+    (workers / "loop").symlink_to("loop")
+    assert not queue_owners.is_dead(installation.state, "loop")

@@ -179,6 +179,13 @@ def test_a_number_that_nobody_can_read_does_not_get_in(installation, queue):
     assert settled.outcome == "failed" and "priority 'NaN'" in settled.error
 
 
+def test_a_number_in_its_data_is_kept_as_text_and_said_so(installation, queue):
+    said = '{"enqueue": [{"queue": "approvals", "task_type": "ask", "data": {"n": 1e400}}]}'
+    assert settle(queue, said, chain=True).outcome == "completed"
+    [one] = envelopes(installation, "approvals")
+    assert one["data"] == {"n": "1e400", "numbers_kept_as_text": ["1e400"]}
+
+
 def test_a_hundred_are_enqueued_and_a_duplicate_is_none(installation, queue):
     queue.enqueue_task("approvals", "ask", {"n": "there"}, "7")
     said = enqueue_line(*({**GOOD, "task_id": str(number % 99)} for number in range(100)))

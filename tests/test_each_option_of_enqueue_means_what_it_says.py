@@ -1,7 +1,6 @@
 """enqueue.py's options, its lines of JSON, and bash's columns: each means the same, and nonsense is refused in one line."""
 
 import json
-import multiprocessing
 import os
 import shutil
 import subprocess
@@ -10,6 +9,7 @@ import threading
 import time
 
 import pytest
+from crowd import PROCESSES, Crowd
 
 COLUMNS = "status, due_at, priority, group_id, expires_at"
 
@@ -203,49 +203,21 @@ def test_a_debounce_waits_from_the_last_call(installation):
     )
 
 
-def enqueue_all(me: int, what: str, rounds: int, barrier, told) -> None:
-    import queue_helpers as q
-
-    q.BUSY_TIMEOUT_MS = 120_000
-    is_new = []
-    for number in range(rounds):
-        barrier.wait()
-        task = q.new_row("t", {"by": me}, f"x{number}", on_duplicate=what)
-        is_new.append(q.enqueue_tasks("notifications", [task])[0].is_new)
-    told.put((me, is_new))
-
-
-def race(what: str, rounds: int, racers: int = 50) -> dict[int, list[bool]]:
-    """So many processes enqueue the same ids at once; what each was told, round by round."""
-    fork = multiprocessing.get_context("fork")
-    barrier, told = fork.Barrier(racers), fork.Queue()
-    started = [
-        fork.Process(target=enqueue_all, args=(me, what, rounds, barrier, told))
-        for me in range(racers)
-    ]
-    for process in started:
-        process.start()
-    results = dict(told.get(timeout=240) for _ in started)
-    for process in started:
-        process.join(60)
-    return results
-
-
 @pytest.mark.parametrize("what", ["skip", "replace", "rerun"])
 def test_fifty_at_once_make_one_waiting_task(installation, queue, what):
     queue.connect()
-    told = race(what, 8)
-    assert [sum(one) for one in zip(*told.values(), strict=True)] == [1] * 8, (
-        "one of them is told that its task is new"
-    )
+    crowd = Crowd(installation, what, 8, task_id="x{}")
+    crowd.start(8)
+    crowd.wait(8)
+    told = crowd.told()
+    winners = [n for word, n in told if word == "new"]
+    assert len(told) == 8 * PROCESSES and len(winners) == 8
     found = dict(
-        installation.rows("select task_id, json_extract(data, '$.data.by') from notifications")
+        installation.rows("select task_id, json_extract(data, '$.data.n') from notifications")
     )
     assert len(found) == 8 and installation.rows("select count(*) from notifications") == [(8,)]
     if what == "skip":
-        for number in range(8):
-            (winner,) = [me for me, one in told.items() if one[number]]
-            assert found[f"x{number}"] == winner
+        assert found == {f"x{n.split('-')[0]}": n for n in winners}
 
 
 @pytest.mark.parametrize("what", ["skip", "replace", "rerun"])
@@ -254,12 +226,14 @@ def test_fifty_at_once_while_it_runs_make_one_more_run_or_none(installation, que
     for number in range(6):
         queue.enqueue_task("notifications", "t", {}, f"x{number}")
     claimed = [mine.get(timeout=5)[0] for _ in range(6)]
-    told = race(what, 6)
-    assert not any(map(any, told.values()))
+    crowd = Crowd(installation, what, 6, task_id="x{}")
+    crowd.start(6)
+    crowd.wait(6)
+    assert [word for word, _ in crowd.told()] == ["old"] * 6 * PROCESSES
     for row_id in claimed:
         mine.ack(row_id)
     again = installation.rows(
-        "select task_id, attempts, json_extract(data, '$.data.by') is null from notifications order by task_id"
+        "select task_id, attempts, json_extract(data, '$.data.n') is null from notifications order by task_id"
     )
     assert again == ([] if what == "skip" else [(f"x{number}", 0, 0) for number in range(6)])
 

@@ -368,6 +368,31 @@ def test_what_sqlite_reads_and_python_cannot_does_not_stop_those_who_take_text(i
     assert mine.acked_count() == 3
 
 
+@pytest.mark.parametrize("number", ["1e400", "-1e999", "9" * 5000], ids=lambda n: n[:9])
+def test_what_bash_stored_leaves_as_json_that_any_reader_reads(installation, queue, number):
+    """SQLite takes such a number for JSON."""
+    queue.connect()
+    installation.sqlite3(f"""insert into notifications (data) values ('{{"n": {number}}}')""")
+
+    def read(text: str) -> object:
+        value = json.loads(text, parse_constant=pytest.fail)
+        # Python reads 1e400 as Infinity.
+        json.dumps(value, allow_nan=False)
+        return value
+
+    kept = {"n": number, "numbers_kept_as_text": [number[:40]]}
+    assert read(installation.run("tasks.py", "export").stdout)["data"] == kept
+    assert read(installation.run("tasks.py", "list", "--json").stdout)
+    installation.handler("notifications", "#!/bin/sh\nexec cat\n")
+    done = installation.run(
+        "worker.py", "notifications", "--drain", "--handlers", installation.handlers
+    )
+    assert done.returncode == 0
+    assert read(installation.history("notifications-1")["result"])["data"] == kept
+    assert read(installation.run("tasks.py", "show", "notifications-1", "--json").stdout)
+    assert read(installation.run("tasks.py", "export", "--history").stdout)["data"] == kept
+
+
 @pytest.mark.parametrize(
     "bad", ["{", "[]", '{"a": NaN}', '"text"', b'{"a": "\xff"}', '{"a": 1}{"a": 2}'], ids=repr
 )

@@ -14,6 +14,24 @@ def run(home, *args, umask=0, **env):
                           stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60, umask=umask)  # fmt: skip
 
 
+def test_nor_what_python_compiles_there(home):
+    """Python makes a directory for it with the umask of whoever runs a script first."""
+    assert run(home, "install", "--no-warm", "--hook", "no").returncode == 0
+    lib = home / ".claude/automation/lychee/runtime/lib"
+    for open_before in (False, True):
+        if open_before:
+            for directory in (lib.parent, lib, lib / "__pycache__"):
+                directory.chmod(0o777)
+            assert run(home, "install", "--no-warm", "--hook", "no").returncode == 0
+        env = {"HOME": str(home), "PATH": os.environ["PATH"]}
+        command = [sys.executable, lib / "enqueue.py", "approvals", "t"]
+        done = subprocess.run(command, env=env, umask=0, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert list((lib / "__pycache__").glob("queue_helpers.*.pyc"))
+        assert [path for path in lib.parent.rglob("*") if mode(path) & 0o077] == []
+        assert mode(lib.parent) == 0o700
+
+
 def mode(path):
     return path.lstat().st_mode & 0o777
 

@@ -44,6 +44,14 @@ def content(installation) -> list:
     return live + installation.rows(f"select {FINISHED} from task_history order by queue, row_id")
 
 
+def as_any_reader_reads(value):
+    """A column of a row that bash inserted with a number that not every reader of JSON can read."""
+    if not isinstance(value, str) or ":1.10e400" not in value:
+        return value
+    text = value.replace(":1.10e400", ':"1.10e400"')
+    return f'{text[:-1]},"numbers_kept_as_text":["1.10e400"]}}'
+
+
 def exported(installation, *args) -> str:
     done = installation.run("tasks.py", "export", *args)
     assert done.returncode == 0, done.stderr
@@ -96,8 +104,15 @@ def test_an_export_with_history_makes_the_same_queue_elsewhere(installation, oth
     filled(installation)
     text = exported(installation, "--history")
     assert imported(other, text) == {"imported": 9, "already_there": 0, "refused": []}
-    assert content(other) == content(installation)
-    assert other.rows("select count(*) from task_queue where data like '%1.10e400%'") == [(1,)]
+    assert content(other) == [tuple(map(as_any_reader_reads, row)) for row in content(installation)]
+    [(data,)] = other.rows("select data from task_queue where data like '%1.10e400%'")
+    assert json.loads(data) == {
+        "big": 2**70,
+        "float": "1.10e400",
+        "nested": [[{}]],
+        "numbers_kept_as_text": ["1.10e400"],
+    }
+    assert imported(installation, text) == {"imported": 0, "already_there": 9, "refused": []}
 
 
 def test_without_history_only_waiting_and_running_tasks_are_exported(installation):

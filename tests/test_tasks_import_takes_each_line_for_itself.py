@@ -151,3 +151,54 @@ def test_one_task_id_in_two_queues_is_two_tasks_everywhere(installation, tmp_pat
         in installation.run("tasks.py", "move", "--from", "completions", "same", "extra").stderr
     )
     assert installation.rows("select count(*) from completions where task_id = 'same'") == [(1,)]
+
+
+HUGE = ["1e400", "-1E+999", "9" * 5000]
+
+
+@pytest.mark.parametrize("number", HUGE, ids=lambda number: number[:9])
+@pytest.mark.parametrize("kind", ["envelope", "bare", "finished"])
+def test_a_number_that_other_readers_cannot_read_is_kept_as_text_and_said_so(
+    installation, number, kind
+):
+    payload = {"n": "@@", "list": [1.5]}
+    task = {
+        "envelope": LIVE | {"data": {"task_id": "it", "task_type": "t", "data": payload}},
+        "bare": LIVE | {"task_id": "approvals-1", "task_type": "approvals", "data": payload},
+        "finished": ENDED | {"task_id": "it", "data": payload},
+    }[kind]
+    line = json.dumps(task).replace('"@@"', number)
+    done = installation.run("tasks.py", "import", "-", input=f"{GOOD}\n{line}\n")
+    assert done.returncode == 0
+    assert done.stderr.count("\n") == 1 and f"line 2: the number {number[:40]}" in done.stderr
+    [(text,)] = installation.rows("select data from task_queue where task_id <> 'good'")
+    stored = json.loads(text, parse_constant=pytest.fail)
+    stored = stored["data"] if kind == "envelope" else stored
+    assert stored == {"n": number, "list": [1.5], "numbers_kept_as_text": [number[:40]]}
+    again = installation.run("tasks.py", "import", "-", "--json", input=f"{GOOD}\n{line}\n")
+    assert json.loads(again.stdout) == {"imported": 0, "already_there": 2, "refused": []}
+
+
+@pytest.mark.parametrize("payload", [{"a": 1}, {}, {"task_id": "other"}, {"hook_event_name": "x"}])
+def test_a_line_that_somebody_wrote_keeps_its_id_and_type(installation, payload):
+    line = json.dumps(LIVE | {"task_id": "mine", "task_type": "review", "data": payload})
+    for imported in (1, 0):
+        done = installation.run("tasks.py", "import", "-", "--json", input=f"{line}\n")
+        told = {"imported": imported, "already_there": 1 - imported, "refused": []}
+        assert json.loads(done.stdout) == told, done.stderr
+    [(task_id, task_type, data)] = installation.rows(
+        "select task_id, task_type, json_extract(data, '$.data') from task_queue"
+    )
+    assert (task_id, task_type, json.loads(data)) == ("mine", "review", payload)
+
+
+def test_a_bare_row_that_was_exported_stays_bare(installation, tmp_path):
+    for data in ('{"a": 1}', '{"hook_event_name": "Stop"}', '{"hook_event_name": ""}', "{}"):
+        installation.enqueue("approvals", "t", "--task-id", "first")
+        installation.sqlite3(f"insert into approvals (data) values ('{data}')")
+    (tmp_path / "other").mkdir()
+    other = Installation(tmp_path / "other")
+    done = installation.run("tasks.py", "export")
+    assert other.run("tasks.py", "import", "-", input=done.stdout).returncode == 0
+    rows = "select id, task_id, task_type, json(data) from approvals order by id"
+    assert other.rows(rows) == installation.rows(rows)

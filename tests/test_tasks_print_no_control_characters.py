@@ -47,6 +47,10 @@ def hostile(installation):
     installation.sqlite3("insert into task_history (queue, row_id, task_id, task_type, status, data, enqueued_at, started_at, result, log, error)"
                          f" values ('approvals', 77, 'ended' || {IN_SQL}, 'type' || {IN_SQL}, 'failed', {envelope}, '2030-01-01 00:00:00.000',"
                          f" '2030-01-01 00:00:00.000', 'result' || {IN_SQL}, 'log' || {IN_SQL}, 'error' || {IN_SQL})")  # fmt: skip
+    installation.sqlite3(
+        "insert into task_controls (queue, paused_at, pause_reason, paused_by) values "
+        f"('completions', 1.0, 'why' || {IN_SQL}, 'handler')"
+    )
     name = HOSTILE.replace("/", "").replace("\x00", "")
     for directory in ("spool/approvals", f"spool/{name}", "logs/approvals"):
         (installation.state / directory).mkdir(parents=True, exist_ok=True)
@@ -65,7 +69,7 @@ COMMANDS = [
     ["stats"], ["stats", "--prometheus"], ["list"], ["list", "--status", "failed"], ["show", "id"], ["show", "ended"], ["show", "plain", "notifications-2"],
     ["logs", "nothing\x1b[2J\x9b"], ["cancel", "nothing\x1b[2J\x9b"], ["show", "\x9b" + HOSTILE.replace("\n", "")], ["list", "--status", "\x1b[2J"],
     ["list", "--queue", "\x1b[2J\x9b"], ["pause", "\x1b[2J\x9b"], ["purge", "\x1b[2J\x9b", "--yes"], ["move", "plain", "\x1b[2J\x9b"], ["--\x1b[2J"],
-    ["retry", "ended"], ["retry", "--failed"], ["move", "id", "notifications"], ["cancel", "notifications-2"], ["cancel", "id", "--wait", "0.1"],
+    ["pause", "completions"], ["resume", "completions"], ["retry", "ended"], ["retry", "--failed"], ["move", "id", "notifications"], ["cancel", "notifications-2"], ["cancel", "id", "--wait", "0.1"],
     ["export", "\x1b[2J\x9b/none"], ["backup", "\x1b[2J\x9b"], ["import", "\x1b[2J\x9b-none"], ["restore", "\x1b[2J\x9b-none"], ["doctor"],
 ]  # fmt: skip
 
@@ -116,6 +120,16 @@ def test_a_line_of_an_import_is_refused_in_printable_characters(hostile):
     (legacy / f"notify_{HOSTILE}.json").write_text("no json")
     done = hostile.run("tasks.py", "import", "--legacy", legacy)
     assert done.returncode == 1 and is_clean(done.stderr) and len(done.stderr.splitlines()) == 1
+
+
+def test_enqueue_names_what_it_stored_in_printable_characters(installation):
+    """An id may be of any characters but control characters; a line of stdin says it."""
+    odd = "a\u202eb\u2028\u200f"
+    line = json.dumps({"task_type": "t", "task_id": odd})
+    for word in ("queued", "duplicate"):
+        done = installation.run("enqueue.py", "approvals", "--jsonl", input=f"{line}\n")
+        assert done.stdout == f"{word} a\\u202eb\\u2028\\u200f\n", done.stderr
+    assert installation.rows("select task_id from approvals") == [(odd,)]
 
 
 def on_terminal(installation, *command: str) -> str:

@@ -26,7 +26,6 @@ STATE = {
     "queue_helpers._inherited": "what a forked child must neither close nor collect",
     "queue_persist._claims": "the claims of this process's ack queues; a forked child has none",
     "queue_cli.closed_streams": "which of the standard streams were closed when the script began",
-    "enqueue._odd": "the pattern of odd numbers, compiled when the first payload is read",
 }
 
 

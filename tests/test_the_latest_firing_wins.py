@@ -4,54 +4,13 @@ Whoever writes notes so in a file before its transaction ends, so the file's ord
 """
 
 import json
-import multiprocessing
 import os
 from itertools import pairwise
 
 import pytest
+from crowd import PROCESSES, Crowd
 
-PROCESSES, ROUNDS = 50, 5
-
-
-def enqueue(state, log, how, rounds, barrier) -> None:
-    import queue_helpers as q
-
-    conn = q.connect(state, busy_timeout_ms=120_000)
-    fd = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
-    for number in range(rounds):
-        n = f"{number}-{os.getpid()}"
-        row = q.new_row("t", {"n": n}, "one", on_duplicate=how)
-        if barrier:
-            barrier.wait(100)
-        with q.transaction(conn, durable=False):
-            is_new = q.insert(conn, "notifications", row)
-            os.write(fd, f"{'new' if is_new else 'old'} {n}\n".encode())
-        if barrier:
-            barrier.wait(100)
-
-
-@pytest.fixture
-def crowd(installation, queue):
-    """start(how, rounds, barrier): fifty processes, none of which shares anything with this one."""
-    context, started = multiprocessing.get_context("forkserver"), []
-    context.set_forkserver_preload(["queue_helpers"])
-    log = installation.directory / "log"
-    queue.connect()
-
-    def start(how, rounds, with_barrier):
-        barrier = context.Barrier(PROCESSES + 1) if with_barrier else None
-        for _ in range(PROCESSES):
-            process = context.Process(
-                target=enqueue, args=(installation.state, log, how, rounds, barrier), daemon=True
-            )
-            process.start()
-            started.append(process)
-        return barrier, started, log
-
-    yield start
-    for process in started:
-        process.join(30)
-        process.kill()
+ROUNDS = 20
 
 
 def rows(conn) -> list[tuple]:
@@ -62,19 +21,19 @@ def rows(conn) -> list[tuple]:
 @pytest.mark.timeout(240)
 @pytest.mark.parametrize("is_running", [False, True])
 @pytest.mark.parametrize("how", ["skip", "replace", "rerun"])
-def test_fifty_at_once_many_times(crowd, queue, how, is_running):
+def test_fifty_at_once_many_times(installation, queue, how, is_running):
     conn = queue.connect()
-    barrier, _, log = crowd(how, ROUNDS, True)
+    crowd = Crowd(installation, how, ROUNDS)
     for number in range(ROUNDS):
         task = None
         if is_running:
             queue.enqueue_task("notifications", "t", {"n": "running"}, "one")
             (task,) = queue.claim_ready(conn, "notifications")
-        barrier.wait(100)
-        barrier.wait(100)
-        told = [line.split() for line in log.read_text().splitlines()][number * PROCESSES :]
+        crowd.start()
+        crowd.wait()
+        told = crowd.told()[number * PROCESSES :]
         first, last = told[0][1], told[-1][1]
-        assert len(told) == PROCESSES and [what for what, _ in told].count("new") == (
+        assert len(told) == PROCESSES and [word for word, _ in told].count("new") == (
             not is_running
         )
         if is_running:
@@ -91,11 +50,12 @@ def test_fifty_at_once_many_times(crowd, queue, how, is_running):
 
 @pytest.mark.timeout(240)
 @pytest.mark.parametrize("how", ["replace", "rerun"])
-def test_no_change_is_missed_and_none_piles_up_while_runs_come_and_go(crowd, queue, how):
+def test_no_change_is_missed_and_none_piles_up_while_runs_come_and_go(installation, queue, how):
     conn = queue.connect()
-    _, started, log = crowd(how, 10, False)
-    fd, runs, owner = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT), 0, queue.owner_name()
-    while any(process.is_alive() for process in started) or queue.has_ready(conn, "notifications"):
+    crowd = Crowd(installation, how, 10)
+    fd, runs, owner = os.open(crowd.log, os.O_WRONLY | os.O_APPEND), 0, queue.owner_name()
+    crowd.start(10)
+    while len(crowd.told()) < PROCESSES * 10 + runs or queue.has_ready(conn, "notifications"):
         with queue.transaction(conn, durable=False):
             tasks = queue.claim(conn, "notifications", owner, limit=9)
             for task in tasks:
@@ -110,7 +70,8 @@ def test_no_change_is_missed_and_none_piles_up_while_runs_come_and_go(crowd, que
                     else queue.ack(conn, task)
                 )
     os.close(fd)
-    told = [line.split() for line in log.read_text().splitlines()]
+    crowd.wait(10)
+    told = crowd.told()
     assert len(told) == PROCESSES * 10 + runs and rows(conn) == []
     # Each run has the data of the latest firing before it, and the last firing was followed by a run.
     assert told[-1][0] == "run"

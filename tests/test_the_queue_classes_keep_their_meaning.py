@@ -538,6 +538,30 @@ print(json.dumps([had - at < 0.5 for had, at in zip(waited, put)]))
     assert said == [True, True, True]
 
 
+def test_a_fork_waits_for_the_watch_to_finish_its_look(installation):
+    """A fork closes the watch's connection, which crashed the process where the watch was at work."""
+    said = run_forking(installation, """
+import queue_wake, subprocess
+queue_wake.OWNER_CLOSED_SECONDS = 1e9  # so that every look recovers, too
+mine = q.get_ack_queue("notifications")
+mine.put({"n": 1})
+mine.get(timeout=5)
+q.Watch.of()
+code = "import queue_helpers as q\\nwhile True: q.enqueue_task('other', 't', {})"
+writer = subprocess.Popen([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": sys.argv[1]})
+until(lambda: q.connect().execute("select count(*) from sqlite_master where name = 'other'").fetchone()[0])
+codes = set()
+for _ in range(1000):
+    if not (pid := os.fork()):
+        os._exit(0)
+    codes.add(os.waitpid(pid, 0)[1])
+writer.kill()
+writer.wait()
+print(json.dumps([sorted(codes)]))
+""")  # fmt: skip
+    assert said == [[0]]
+
+
 @pytest.mark.parametrize("leaves", ["ends", "is killed"])
 def test_nothing_that_a_child_puts_after_its_parent_has_gone_is_lost(installation, leaves):
     """The parent's end must not take the write-ahead log from under the child."""
