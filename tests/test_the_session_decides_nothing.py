@@ -377,3 +377,22 @@ def test_a_variable_of_ours_moves_nobody(installation, workspace):
     assert installation.rows(
         "select json_extract(data, '$.data.workspace_path') from notifications"
     ) == [(str(here),)]
+
+
+@pytest.mark.parametrize("entries", [".", "", ".:", "relative:."])
+def test_a_program_that_a_script_runs_is_none_of_the_workspaces(home, workspace, entries):
+    for name in ("systemctl", "sqlite3", "uv", "python3", "launchctl"):
+        (workspace / name).write_text(
+            f"#!/bin/sh\necho {name} >>'{workspace.parent / 'hijacked'}'\n"
+        )
+        (workspace / name).chmod(0o755)
+    env = {"HOME": str(home), "PATH": entries}
+    for words in (
+        ["service.py", "--kind", "systemd", "--enable"],
+        ["doctor.py"],
+        ["install.py", "install", "--dry-run"],
+    ):
+        ran = subprocess.run([sys.executable, ROOT / words[0], *words[1:]], env=env, cwd=workspace,
+                             stdin=subprocess.DEVNULL, capture_output=True, text=True)  # fmt: skip
+        assert "Traceback" not in ran.stderr, ran.stderr
+        assert not (workspace.parent / "hijacked").exists(), words
