@@ -970,7 +970,7 @@ def check_interpreters(place: Place) -> Iterator[Finding]:
         return
     hook = place.prefix / "runtime/hook"
     try_out = {
-        "python": ["-E", "-s", "-c", "import sys, sqlite3; sys.exit(sys.version_info < (3, 11))"],
+        "python": ["-I", "-c", "import sys, sqlite3; sys.exit(sys.version_info < (3, 11))"],
         "uv": ["--version"],
     }
     paths = {name: place.record.get(name) or "" for name in try_out}

@@ -392,7 +392,7 @@ def find_python() -> str | None:
         if (
             python
             and os.access(python, os.X_OK)
-            and cli.works_alone([os.path.abspath(python), "-E", "-s", "-c", fit])
+            and cli.works_alone([os.path.abspath(python), "-I", "-c", fit])
         ):
             return os.path.abspath(python)
     return None

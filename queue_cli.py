@@ -119,6 +119,9 @@ class Parser(argparse.ArgumentParser):
 
 def make_parser(script: str, description: str | None) -> Parser:
     """The parser of a script: its docstring is its help."""
+    # An empty or a relative entry means the working directory: none of its programs is run.
+    places = filter(os.path.isabs, os.environ.get("PATH", "").split(os.pathsep))
+    os.environ["PATH"] = os.pathsep.join(places) or os.defpath
     parser = Parser(
         prog=script, description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -376,6 +379,7 @@ def works_alone(command: Sequence[str]) -> bool:
             subprocess.run(
                 command,
                 check=False,
+                cwd="/",
                 stdin=subprocess.DEVNULL,
                 capture_output=True,
                 timeout=30,

@@ -47,6 +47,10 @@ VERSION = "0.2.0"
 
 def _find_state() -> tuple[Path, str | None]:
     """The state directory, and why TASK_QUEUE_STATE is ignored, if it is."""
+    # A relative one would be another in every workspace: that of the account is meant.
+    if not os.path.isabs(os.environ.get("HOME", "/")):
+        del os.environ["HOME"]
+        os.environ["HOME"] = os.path.expanduser("~")
     # Installed scripts lie in PREFIX/runtime/lib, and their state in PREFIX/state.
     prefix = Path(__file__).resolve().parents[2]
     if not (prefix / "installed.json").exists():
@@ -64,8 +68,10 @@ def _find_state() -> tuple[Path, str | None]:
 
 def go_back() -> None:
     """Go to where hook.sh or tq.sh was started: it has uv start in /, where no workspace chooses a Python."""
+    there = os.environ.pop("TASK_QUEUE_CWD", "")
     try:
-        os.chdir(os.environ.pop("TASK_QUEUE_CWD", "") or ".")
+        # Nobody else is moved by what a session's environment says.
+        os.chdir(there if there and os.getcwd() == "/" else ".")
     except OSError:
         # It was removed.
         pass
@@ -503,7 +509,6 @@ def parse_time(text: str) -> float:
 # One rule for JSON: what is stored is JSON that any reader reads.
 _encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False).encode
 _quote = json.encoder.encode_basestring
-_SURROGATE = re.compile("[\ud800-\udfff]")
 # Where a JSON text may hold a number that other readers could not read.
 ODD_NUMBER = "NaN|Infinity|[0-9][eE][+]?[0-9]{3}|[0-9]{200}"
 
@@ -515,7 +520,7 @@ def to_json(value: object) -> str:
     except (TypeError, ValueError, RecursionError) as error:
         raise InvalidTask(f"the task was refused: {error}; data must be a JSON object") from None
     # A lone surrogate is legal in JSON as an escape, but not in UTF-8.
-    return text if text.isascii() or not _SURROGATE.search(text) else json.dumps(value)
+    return text if text.isascii() or not re.search("[\ud800-\udfff]", text) else json.dumps(value)
 
 
 def parse_json(text: str, lenient: bool = False) -> tuple[Any, list[str]]:
@@ -1377,12 +1382,7 @@ def nack(
 
 
 def release(
-    conn: Connection,
-    task: Task,
-    *,
-    delay: float = 0.0,
-    error: str | None = None,
-    uncounted: int = 1,
+    conn: Connection, task: Task, *, delay: float = 0, error: str | None = None, uncounted: int = 1
 ) -> bool:
     """Put the claimed task back for `delay` seconds: this attempt does not count. False when not held."""
     told = {"delay": delay, "error": error, "uncounted": uncounted, "now": time.time()}
@@ -1538,7 +1538,7 @@ def _refuse(*_) -> Any:
     raise QueueUnavailable("this connection is the parent process's: call connect() in the child")
 
 
-def _after_fork_in_child() -> None:
+def _after_fork() -> None:
     """A child opens its own connections, owns nothing of its parent's, and holds no turn of its."""
     global _process
     for conn in _process.connections:
@@ -1551,9 +1551,7 @@ def _after_fork_in_child() -> None:
 
 
 os.register_at_fork(
-    before=_before_fork,
-    after_in_parent=_inherited.clear,
-    after_in_child=_after_fork_in_child,
+    before=_before_fork, after_in_parent=_inherited.clear, after_in_child=_after_fork
 )
 
 

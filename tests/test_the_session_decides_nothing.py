@@ -341,3 +341,58 @@ def test_no_script_takes_the_usual_state_for_the_one_that_was_meant(installation
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (64, "", 1), done.stderr
     assert "TASK_QUEUE_STATE" in done.stderr
     assert sorted((path, path.stat().st_mtime_ns) for path in usual.rglob("*")) == before
+
+
+@pytest.mark.parametrize("home", [".", "rel", "", "./a/.."])
+def test_a_relative_home_is_the_accounts(workspace, tmp_path, home):
+    """A state, handlers and an installation in the working directory would be the workspace's."""
+    place = workspace / home / ".claude/automation/lychee"
+    (place / "handlers").mkdir(parents=True)
+    (place / "installed.json").write_text('{"files": {}}')
+    code = (
+        "import os, sys; sys.path.insert(0, sys.argv[1]); import queue_helpers as q, queue_handlers, pwd; "
+        "there = pwd.getpwuid(os.getuid()).pw_dir; "
+        "assert str(q.STATE_DIR).startswith(f'{there}/') and not q.state_complaint, q.STATE_DIR; "
+        "assert os.environ['HOME'] == there and queue_handlers.default_handlers(q.__file__).is_absolute()"
+    )
+    env = {"HOME": home, "PATH": os.environ["PATH"]}
+    ran = subprocess.run([sys.executable, "-P", "-c", code, ROOT], cwd=workspace, env=env,
+                         capture_output=True, text=True)  # fmt: skip
+    assert ran.returncode == 0, ran.stderr
+
+
+def test_a_variable_of_ours_moves_nobody(installation, workspace):
+    """TASK_QUEUE_CWD says where tq was typed; it is tq itself that goes to / and comes back."""
+    here = installation.directory / "here"
+    here.mkdir()
+    for directory, said in ((here, "person"), (workspace, "workspace")):
+        (directory / "run.sh").write_text(f"#!/bin/sh\necho of the {said}\n")
+        (directory / "run.sh").chmod(0o755)
+    session = {"cwd": here, "env": {"TASK_QUEUE_CWD": str(workspace)}}
+    task = installation.enqueue("approvals", "t", **session)
+    done = installation.run("worker.py", "approvals", "--drain", "--", "./run.sh", **session)
+    assert done.returncode == 0, done.stderr
+    assert installation.finished(task)["result"] == "of the person\n"
+    installation.run("enqueue.py", "--hook", "notifications", "t", input=b"{}", **session)
+    assert installation.rows(
+        "select json_extract(data, '$.data.workspace_path') from notifications"
+    ) == [(str(here),)]
+
+
+@pytest.mark.parametrize("entries", [".", "", ".:", "relative:."])
+def test_a_program_that_a_script_runs_is_none_of_the_workspaces(home, workspace, entries):
+    for name in ("systemctl", "sqlite3", "uv", "python3", "launchctl"):
+        (workspace / name).write_text(
+            f"#!/bin/sh\necho {name} >>'{workspace.parent / 'hijacked'}'\n"
+        )
+        (workspace / name).chmod(0o755)
+    env = {"HOME": str(home), "PATH": entries}
+    for words in (
+        ["service.py", "--kind", "systemd", "--enable"],
+        ["doctor.py"],
+        ["install.py", "install", "--dry-run"],
+    ):
+        ran = subprocess.run([sys.executable, ROOT / words[0], *words[1:]], env=env, cwd=workspace,
+                             stdin=subprocess.DEVNULL, capture_output=True, text=True)  # fmt: skip
+        assert "Traceback" not in ran.stderr, ran.stderr
+        assert not (workspace.parent / "hijacked").exists(), words
