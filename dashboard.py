@@ -662,7 +662,8 @@ def payload(text: str) -> str:
         envelope = isinstance(stored, dict) and {"task_id", "task_type"} <= stored.keys()
         inner = stored["data"] if envelope and isinstance(stored.get("data"), dict) else stored
         return json.dumps(inner, ensure_ascii=False, indent=2)
-    except (ValueError, RecursionError):
+    # TypeError: what another program has stored need not be text.
+    except (ValueError, TypeError, RecursionError):
         return text
 
 
