@@ -1,4 +1,4 @@
-#!/usr/bin/env -S uv run --script
+#!/usr/bin/env -S sh -c 'export TASK_QUEUE_CWD="$PWD"; unset VIRTUAL_ENV CONDA_PREFIX PYTHONPATH PYTHONHOME; me=$(realpath "$0") && cd / && exec uv run --script "$me" "$@"'
 # /// script
 # requires-python = ">=3.11"
 # dependencies = []

@@ -1,4 +1,4 @@
-"""A handler of ours is started in a workspace, and a Python that lies there is not run."""
+"""A handler or a script of ours is started in a workspace, and a Python that lies there is not run."""
 
 from __future__ import annotations
 
@@ -16,6 +16,9 @@ from queue_cli import find_uv
 HANDLERS = sorted(
     path for path in (ROOT / "handlers").iterdir() if b"uv run" in path.read_bytes()[:4096]
 )
+
+
+SCRIPTS = sorted(path for path in ROOT.glob("*.py") if path.read_bytes().startswith(b"#!"))
 
 
 def environment() -> dict[str, str]:
@@ -56,8 +59,43 @@ def test_it_runs_none_of_it(installation, workspace, handler):
     assert not (workspace.parent / "run").exists()
 
 
-def test_these_handlers_are_held():
+@pytest.mark.parametrize("how", ["./way to/{}", "{directory}/way to/{}", "./linked"])
+@pytest.mark.parametrize("script", ["enqueue.py", "worker.py", "tasks.py"])
+def test_a_script_runs_none_of_it(workspace, tmp_path, script, how):
+    env = environment()
+    env |= {"TASK_QUEUE_STATE": str(tmp_path / "state")}
+    env |= {name: str(workspace / ".venv") for name in ("VIRTUAL_ENV", "CONDA_PREFIX")}
+    # uv chooses a Python for a script that it sees for the first time.
+    (workspace / "way to").mkdir()
+    for path in ROOT.glob("*.py"):
+        shutil.copy(path, workspace / "way to")
+    (workspace / "linked").symlink_to(f"way to/{script}")
+    command = [how.format(script, directory=workspace), "--version"]
+    done = subprocess.run(command, cwd=workspace, env=env, capture_output=True, timeout=120)
+    assert (done.returncode, done.stdout.split()[:1]) == (0, [script.encode()]), done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_script_works_where_it_was_started(workspace, tmp_path):
+    """uv is started in /; a relative name means what it means to whoever typed it."""
+    env = environment() | {"TASK_QUEUE_STATE": str(tmp_path / "state")}
+    for command in (
+        ["enqueue.py", "notifications", "t", '{"a b": "$c"}'],
+        ["tasks.py", "export", "out.jsonl"],
+        ["tasks.py", "backup", "backup.db"],
+    ):
+        done = subprocess.run(
+            [ROOT / command[0], *command[1:]], cwd=workspace, env=env, capture_output=True
+        )
+        assert done.returncode == 0, done.stderr
+    assert '"a b": "$c"' in (workspace / "out.jsonl").read_text()
+    assert (workspace / "backup.db").exists()
+
+
+def test_these_are_held():
     assert {path.name for path in HANDLERS} >= {"claude", "link_validation"}
+    first_lines = {path.read_bytes().splitlines()[0] for path in [*HANDLERS, *SCRIPTS]}
+    assert len(SCRIPTS) >= 14 and len(first_lines) == 1
 
 
 def test_a_claude_task_without_a_workspace_works_where_the_worker_is(installation, tmp_path):
@@ -66,7 +104,7 @@ def test_a_claude_task_without_a_workspace_works_where_the_worker_is(installatio
     fake.parent.mkdir()
     fake.write_text(
         '#!/bin/sh\ncat >/dev/null\necho \'{"type": "system", "subtype": "init"}\'\n'
-        'printf \'{"type": "result", "is_error": false, "result": "%s"}\\n\' "$(pwd) ${CLAUDE_TASK_DIRECTORY-unset}"\n'
+        'printf \'{"type": "result", "is_error": false, "result": "%s"}\\n\' "$(pwd) ${TASK_QUEUE_CWD-unset}"\n'
     )
     fake.chmod(0o755)
     here = tmp_path / "here"
