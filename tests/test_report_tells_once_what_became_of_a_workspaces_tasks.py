@@ -126,6 +126,24 @@ def test_with_a_real_worker(installation, history):
                                                               '- noisy completed: "first line"']  # fmt: skip
 
 
+@pytest.mark.parametrize("goes", ["it is retried", "the history is pruned"])
+def test_what_ends_after_the_last_row_told_has_gone_is_told(installation, history, goes):
+    """A row of the history may go, and the next row's id must not be one that was told already."""
+    installation.handler("pier", "#!/bin/sh\necho out of paint >&2; exit 65\n")
+    task = installation.enqueue("notifications", "pier", json.dumps({"cwd": HERE}))
+    installation.worker("notifications", "--drain", ready=False).wait(30)
+    assert "out of paint" in history.tell()
+    installation.handler("pier", "#!/bin/sh\necho painted\n")
+    if goes == "it is retried":
+        assert installation.run("tasks.py", "retry", task).returncode == 0
+    else:
+        assert installation.run("cleanup.py", "--keep", "0", "--keep-failed", "0").returncode == 0
+        assert installation.rows("select * from task_history") == []
+        installation.enqueue("notifications", "pier", json.dumps({"cwd": HERE}))
+    installation.worker("notifications", "--drain", ready=False).wait(30)
+    assert "painted" in history.tell() and history.tell() == ""
+
+
 OTHER = "/home/user/code/other"
 PROJECT = "/home/user/code"
 
