@@ -102,7 +102,7 @@ class Demo:
         self.children: list[subprocess.Popen] = []
         self.uv = cli.find_uv()
         # Whatever this was started from may have set these.
-        names = ("TASK_", "LYCHEE_", "CLAUDE")
+        names = ("TASK_", "LYCHEE_", "CLAUDE", "ANTHROPIC_")
         self.environment = {
             name: value for name, value in os.environ.items() if not name.startswith(names)
         }

@@ -144,6 +144,8 @@ class Flow(Demo):
             return
         claude.symlink_to(self.claude)
         self.api.mkdir()
+        temporary = self.home / "tmp"
+        temporary.mkdir()
         self.answer("fine", text="You are welcome.")
         with socket.create_server(("127.0.0.1", 0)) as free:
             port = free.getsockname()[1]
@@ -152,6 +154,11 @@ class Flow(Demo):
         self.environment |= {
             "ANTHROPIC_BASE_URL": f"http://127.0.0.1:{port}",
             "ANTHROPIC_API_KEY": "stub",
+            # The stand-in is on this machine, where no proxy has a way to it.
+            "NO_PROXY": "127.0.0.1",
+            "no_proxy": "127.0.0.1",
+            # Claude Code leaves directories of its own there.
+            "TMPDIR": str(temporary),
             "DISABLE_TELEMETRY": "1",
             "DISABLE_ERROR_REPORTING": "1",
             "DISABLE_AUTOUPDATER": "1",
@@ -246,8 +253,11 @@ class Flow(Demo):
 
     def run_to_end(self, command: list[str], stdin: str = "") -> subprocess.CompletedProcess:
         """Run a program in the workspace, with the demonstration's environment."""
-        return subprocess.run(command, env=self.environment, cwd=self.workspace, input=stdin,
-                              capture_output=True, text=True, timeout=2 * STEP_SECONDS)  # fmt: skip
+        try:
+            return subprocess.run(command, env=self.environment, cwd=self.workspace, input=stdin,
+                                  capture_output=True, text=True, timeout=STEP_SECONDS)  # fmt: skip
+        except subprocess.TimeoutExpired:
+            raise Failed(f"{command[0]} did not end within {STEP_SECONDS} s") from None
 
     def start_alone(self, command: list) -> None:
         """Start a program that is ended with the demonstration."""

@@ -306,19 +306,19 @@ set status = 2, owner = :owner, claimed_at = :now, attempts = attempts + 1, expi
 where id in (select id from "{{queue}}" where status < 2 order by priority desc, id limit {OPEN_SLOTS})
 returning {{task}}"""
 CLAIM_ROW = CLAIM.replace("order by priority desc, id limit", "and id = :id limit")
-CLAIMED_BY = """
-select {task} from "{queue}" where status = 2 and owner is :owner"""
+CLAIMED_BY = """select {task} from "{queue}" where status = 2 and owner is :owner"""
 
 # owner and claimed_at are null unless claimed, so this is the fence: this row, this owner, this claim.
 FENCE = "where id = :id and owner is :owner and attempts = :attempts and claimed_at is :claimed_at"
+# A row's id is greater than every mark: rows go, and an id that came again would be one told already.
 ARCHIVE = f"""
-insert into task_history (queue, row_id, task_id, task_type, status, data, priority, group_id, attempts, max_attempts,
+insert into task_history (id, queue, row_id, task_id, task_type, status, data, priority, group_id, attempts, max_attempts,
                           enqueued_at, started_at, completed_at, exit_code, result, log, error)
-select '{{queue}}', id, coalesce(task_id, '{{queue}}-' || id), coalesce(task_type, '{{queue}}'), :outcome, data, priority,
+select (select max(coalesce(max(id), 0), (select coalesce(max(history_id), 0) from task_marks)) + 1 from task_history),
+       '{{queue}}', id, coalesce(task_id, '{{queue}}-' || id), coalesce(task_type, '{{queue}}'), :outcome, data, priority,
        group_id, attempts, max_attempts, :enqueued_at, :started_at, :completed_at, :exit_code, :result, :log, :error
 from "{{queue}}" {FENCE}"""
-REMOVE = """
-delete from "{queue}" where id = :id returning rerun_data, priority, group_id"""
+REMOVE = """delete from "{queue}" where id = :id returning rerun_data, priority, group_id"""
 # Put back, to be tried again: with the latest firing's data, where there is one.
 RELEASE = f"""
 update "{{queue}}"

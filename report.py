@@ -10,7 +10,7 @@
     report.py --hook       as the command of a UserPromptSubmit or SessionStart hook of Claude Code
 
 A task belongs to the workspace whose hook enqueued it: the same project directory, else the same
-working directory. Told are tasks that a handler completed, that failed, or that expired: the
+working directory, whichever way its path is written. Told are tasks that a handler completed, that failed, or that expired: the
 latest 10, and the number of the others. A first report goes back one day. It takes nothing from
 any queue. What handlers printed is quoted, since it is data.
 
@@ -33,10 +33,12 @@ if __name__ == "__main__":
     sys.path[:] = [os.path.dirname(os.path.realpath(__file__)), *sys.path[own:]]
 
 import errno
+import functools
 import json
 import os
 import sys
 import time
+from collections.abc import Callable
 
 EX_FAILED, EX_USAGE, EX_TEMPFAIL = 1, 64, 75
 EVENTS = ("UserPromptSubmit", "SessionStart")
@@ -69,10 +71,7 @@ placed as (
              json_extract(data, '$.workspace_path'), json_extract(data, '$.cwd')) as cwd
   from gained
   where status in ('failed', 'expired') or status = 'completed' and exit_code is not null)
-select id from placed
-where project_dir = coalesce(:project_dir, :cwd)
-   or cwd = :cwd and (project_dir is null or :project_dir is null)
-order by id"""
+select id, cast(project_dir as blob), cast(cwd as blob) from placed order by id"""
 MARK = """
 select (select history_id from task_marks where workspace = :workspace),
        (select max(id) from task_history)"""
@@ -243,6 +242,10 @@ def tell(
     """
     patience = max(100, int((deadline - time.monotonic()) * 1000))
     conn = q.connect(create=False, busy_timeout_ms=patience, migrate=migrate)
+    # What is no Unicode cannot be a workspace of the database.
+    project_dir, cwd = (
+        (path or "").encode(errors="replace").decode() for path in (project_dir, cwd)
+    )
     workspace = {"project_dir": project_dir, "cwd": cwd}
     # Most prompts have nothing to be told, and a look takes no lock.
     after, last, rows = look(q, conn, workspace)
@@ -273,10 +276,33 @@ def look(q, conn, workspace: dict) -> tuple[int, int, list[int]]:
         last = last or 0
         after = max(mark or 0, last - LOOK_BACK)
         since = q.utc(time.time() - FIRST_SECONDS) if mark is None else ""
-        found = conn.execute(NEW, {"after": after, "since": since, **workspace}).fetchall()
+        found = conn.execute(NEW, {"after": after, "since": since}).fetchall()
     except q.sqlite3.Error as error:
         raise q.explain(error, conn.state) from None
-    return after, last, [row for (row,) in found]
+    is_ours = of_workspace(**workspace)
+    return after, last, [row for row, *directories in found if is_ours(*directories)]
+
+
+def of_workspace(project_dir: str, cwd: str) -> Callable[..., bool]:
+    """Whether a task is the workspace's, from its project directory and its working directory."""
+    project, here = (real(path.encode()) for path in (project_dir, cwd))
+
+    @functools.cache
+    def is_ours(its_project: bytes | None, its_cwd: bytes | None) -> bool:
+        if project and its_project:
+            return real(its_project) == project
+        # A person who enqueues names no project, and Claude may have gone to a directory below it.
+        return any(real(path) in (project, here) for path in (its_project, its_cwd) if path)
+
+    return is_ours
+
+
+def real(path: bytes) -> bytes:
+    """The directory that a path names: there may be a slash at its end, or a symbolic link in it."""
+    try:
+        return os.path.realpath(path) if os.path.isabs(path) else path
+    except (OSError, ValueError):
+        return path
 
 
 def report(conn, rows: list[int]) -> str:

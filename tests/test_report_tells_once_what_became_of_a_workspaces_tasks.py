@@ -127,6 +127,24 @@ def test_with_a_real_worker(installation, history):
                                                               '- noisy completed: "first line"']  # fmt: skip
 
 
+@pytest.mark.parametrize("goes", ["it is retried", "the history is pruned"])
+def test_what_ends_after_the_last_row_told_has_gone_is_told(installation, history, goes):
+    """A row of the history may go, and the next row's id must not be one that was told already."""
+    installation.handler("pier", "#!/bin/sh\necho out of paint >&2; exit 65\n")
+    task = installation.enqueue("notifications", "pier", json.dumps({"cwd": HERE}))
+    installation.worker("notifications", "--drain", ready=False).wait(30)
+    assert "out of paint" in history.tell()
+    installation.handler("pier", "#!/bin/sh\necho painted\n")
+    if goes == "it is retried":
+        assert installation.run("tasks.py", "retry", task).returncode == 0
+    else:
+        assert installation.run("cleanup.py", "--keep", "0", "--keep-failed", "0").returncode == 0
+        assert installation.rows("select * from task_history") == []
+        installation.enqueue("notifications", "pier", json.dumps({"cwd": HERE}))
+    installation.worker("notifications", "--drain", ready=False).wait(30)
+    assert "painted" in history.tell() and history.tell() == ""
+
+
 OTHER = "/home/user/code/other"
 PROJECT = "/home/user/code"
 
@@ -155,6 +173,37 @@ def test_a_session_without_a_project_directory_goes_by_its_working_directory(his
     history.gain(project_dir=OTHER)
     history.gain(cwd=OTHER, project_dir=HERE)
     assert len(history.tell().splitlines()) == 3
+
+
+@pytest.mark.parametrize("written", ["{here}/", "{here}/../harbour", "{link}"])
+@pytest.mark.parametrize("as_project", [False, True], ids=["directory", "project"])
+def test_a_directory_is_the_same_whichever_way_its_path_is_written(
+    history, tmp_path, written, as_project
+):
+    here, link = tmp_path / "harbour", tmp_path / "link"
+    here.mkdir()
+    link.symlink_to(here)
+    path = written.format(here=here, link=link)
+    history.gain(workspace_path=path, **({"project_dir": path} if as_project else {}))
+    assert len(history.tell(cwd=str(here), project_dir=str(here)).splitlines()) == 2
+
+
+def test_claude_may_have_gone_to_a_directory_below_its_project(history):
+    """`tq add` names no project, and what is told later must not have the mark pass over it."""
+    history.gain(workspace_path=PROJECT, cwd=None, text="enqueued by hand")
+    history.gain(cwd=HERE, project_dir=PROJECT, text="enqueued by a hook")
+    assert len(history.tell(cwd=HERE, project_dir=PROJECT).splitlines()) == 3
+
+
+def test_a_directory_whose_name_is_no_unicode_does_no_harm(history, tmp_path):
+    directory = os.fsencode(tmp_path) + b"/harb\xf6r"
+    os.mkdir(directory)
+    done = history.person(directory)
+    assert (done.returncode, done.stderr) == (0, "") and done.stdout.startswith("Nothing new")
+    history.gain(workspace_path="/\ud800\0")
+    assert history.tell(cwd="/harb\ud800r", project_dir=PROJECT) == ""
+    history.conn.execute("update task_history set data = cast(x'7b22637764223a222fff227d' as text)")
+    assert history.tell() == ""
 
 
 def test_each_workspace_has_a_mark_of_its_own(history):

@@ -5,23 +5,31 @@ from __future__ import annotations
 import json
 import re
 import subprocess
-import sys
 
 import pytest
 from conftest import ROOT, end
+from link_check import UV, UV_CACHE
 
-CODE = re.search(r"```python\n(.*?)```", (ROOT / "docs/bot.md").read_text(), re.DOTALL)[1]
+DOCUMENT = (ROOT / "docs/bot.md").read_text()
+CODE = re.search(r"```python\n(.*?)```", DOCUMENT, re.DOTALL)[1]
 
 
 @pytest.fixture
 def bot(installation, tmp_path):
     """The bot, in a chat with us."""
     (tmp_path / "bot.py").write_text(CODE)
-    process = subprocess.Popen([sys.executable, tmp_path / "bot.py"], env=installation.env | {"PYTHONPATH": str(ROOT)},
+    env = {**installation.env, "PYTHONPATH": str(ROOT), "UV_CACHE_DIR": UV_CACHE, "UV_OFFLINE": "1"}
+    process = subprocess.Popen([UV, "run", "--script", tmp_path / "bot.py"], env=env, start_new_session=True,
                                stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)  # fmt: skip
     process.write = lambda text: (process.stdin.write(text + "\n"), process.stdin.flush())
     yield process
     end(process)
+
+
+def test_it_needs_what_the_scripts_need_that_it_starts():
+    """It runs tasks.py with its own Python."""
+    (needed,) = re.findall("^# dependencies = .*", (ROOT / "tasks.py").read_text(), re.MULTILINE)
+    assert needed in CODE and "uv run --script bot.py`" in DOCUMENT
 
 
 def test_it_has_thirty_lines():

@@ -11,6 +11,8 @@ from claude_stub.client import find_claude, needs_a_namespace
 from conftest import ROOT
 from link_check import UV, UV_CACHE
 
+import demo_flow
+
 STEPS = [
     "its Stop hook enqueued a link check",
     "link check: 1 broken link: README.md:4 → pier.md",
@@ -53,7 +55,15 @@ def test_with_the_real_claude_code_and_a_stand_in_for_its_api(tmp_path):
     (tmp_path / "bin/claude").symlink_to(program)
     within = ["unshare", "-n", "sh", "-c", 'ip link set lo up && exec "$@"', "sh"]
     path = f"{tmp_path}/bin:{os.path.dirname(UV)}:/usr/bin:/bin:/usr/sbin:/sbin"
-    lines = run(tmp_path, within, PATH=path)
+    # What a person may have set for another Claude is not for this one.
+    elsewhere = "http://127.0.0.1:9"
+    odd = {"ANTHROPIC_AUTH_TOKEN": "secret", "ANTHROPIC_MODEL": "none"}
+    odd |= {"HTTP_PROXY": elsewhere, "http_proxy": elsewhere, "HTTPS_PROXY": elsewhere}
+    temporary = tmp_path / "tmp"
+    temporary.mkdir()
+    lines = run(tmp_path, within, PATH=path, TMPDIR=str(temporary), **odd)
+    # uv has locks of its own there.
+    assert [path.name for path in temporary.iterdir() if path.suffix != ".lock"] == []
     assert any("is here, with a stand-in for the API" in line for line in lines)
     assert_steps(lines)
 
@@ -66,6 +76,14 @@ def test_without_claude_code_it_says_so_and_shows_the_same(tmp_path):
         or find_claude()
     )
     assert_steps(lines)
+
+
+def test_a_step_that_does_not_end_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(demo_flow, "STEP_SECONDS", 0.1)
+    flow = demo_flow.Flow(tmp_path)
+    flow.workspace.mkdir()
+    with pytest.raises(demo_flow.Failed, match="sleep did not end within 0.1 s"):
+        flow.run_to_end(["sleep", "60"])
 
 
 def test_nothing_is_left_behind(tmp_path):
