@@ -711,14 +711,13 @@ class _Thread(threading.local):
 class _Process:
     """What a process truly has once; a forked child begins with a new one.
 
-    Its connections (closed before a fork), and by state directory the wake file, which is kept
-    open, and the process's name as an owner, with the descriptor and inode of its lock file.
+    Its connections (closed before a fork), and by state directory its name as an owner, with the
+    descriptor and inode of its lock file.
     """
 
     def __init__(self) -> None:
         self.thread = _Thread()
         self.connections: WeakSet[Connection] = WeakSet()
-        self.wake_files: dict[Path, int] = {}
         self.owners: dict[Path, tuple[str, int, int]] = {}
         self.owners_lock = threading.Lock()
 
@@ -762,9 +761,6 @@ def connect(
             raise QueueUnavailable(f"{db}: {error.strerror}; {mend}") from None
     if conn:
         close(conn)
-    fd = _process.wake_files.pop(state, None)
-    if fd is not None:
-        os.close(fd)
     try:
         conn = _open(state, db, busy_timeout_ms, migrate)
     except sqlite3.Error as error:
@@ -1218,11 +1214,13 @@ def wake(state: Path) -> None:
     Best effort: they also notice a write to the write-ahead log.
     """
     try:
-        fd = _process.wake_files.get(state)
-        if fd is None:
-            fd = os.open(f"{state}/wake", os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
-            fd = _process.wake_files.setdefault(state, fd)
-        os.pwrite(fd, b"\n", 0)
+        # Opened each time: one that threads share could be closed before the write, and another file,
+        # even the database, have its number.
+        fd = os.open(f"{state}/wake", os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            os.write(fd, b"\n")
+        finally:
+            os.close(fd)
     except OSError:
         pass
 
@@ -1545,7 +1543,7 @@ def _after_fork_in_child() -> None:
         conn.turn.close()
         # Where the fork was within a transaction, its end in the child must not end the parent's.
         conn.execute = _refuse
-    for fd in [fd for _, fd, _ in _process.owners.values()] + [*_process.wake_files.values()]:
+    for _, fd, _ in _process.owners.values():
         os.close(fd)
     _process = _Process()
 
