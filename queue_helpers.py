@@ -37,7 +37,6 @@ from fcntl import LOCK_EX, LOCK_NB, LOCK_SH, LOCK_UN, flock
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from weakref import WeakSet
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -677,6 +676,8 @@ class Connection(sqlite3.Connection):
     durable: bool | None
     turn: _Turn
     busy_timeout_ms: int
+    # All that are open in this process, this one included.
+    opened: set[Connection]
 
     def set_busy_timeout(self, milliseconds: int) -> None:
         """How long SQLite waits for a lock."""
@@ -684,6 +685,7 @@ class Connection(sqlite3.Connection):
         self.busy_timeout_ms = milliseconds
 
     def close(self) -> None:
+        self.opened.discard(self)
         self.turn.close()
         super().close()
 
@@ -717,7 +719,7 @@ class _Process:
 
     def __init__(self) -> None:
         self.thread = _Thread()
-        self.connections: WeakSet[Connection] = WeakSet()
+        self.connections: set[Connection] = set()
         self.owners: dict[Path, tuple[str, int, int]] = {}
         self.owners_lock = threading.Lock()
 
@@ -798,14 +800,12 @@ def _log_is_lost(conn: Connection) -> bool:
     for other in others:
         other.file = ()
         other.close()
-        _process.connections.discard(other)
     return True
 
 
 def close(conn: Connection) -> None:
     """Close a connection that connect() returned. The next connect() opens another."""
     _process.thread.connections.pop(conn.state, None)
-    _process.connections.discard(conn)
     conn.close()
 
 
@@ -830,6 +830,7 @@ def _open(state: Path, db: str, busy_timeout_ms: int, migrate: bool) -> Connecti
     conn = sqlite3.connect(db, busy_timeout_ms / 1000, factory=Connection, **how)
     try:
         conn.state, conn.db, conn.queues, conn.turn = state, db, set(), _Turn(state)
+        conn.opened = _process.connections
         conn.durable, conn.busy_timeout_ms = None, busy_timeout_ms
         # bash may have cast any bytes to text.
         conn.text_factory = partial(str, encoding="utf-8", errors="replace")
@@ -1513,7 +1514,6 @@ def close_before_fork(conn: Connection | None) -> None:
     if conn is not None and conn in _process.connections and not conn.in_transaction:
         # So that connect() opens another.
         conn.file = ()
-        _process.connections.discard(conn)
         conn.close()
 
 
@@ -1529,7 +1529,6 @@ def _before_fork() -> None:
     """
     for conn in list(_process.thread.connections.values()):
         close_before_fork(conn)
-    _inherited.extend([_process, *_process.connections])
 
 
 def _refuse(*_) -> Any:
@@ -1539,6 +1538,7 @@ def _refuse(*_) -> Any:
 def _after_fork_in_child() -> None:
     """A child opens its own connections, owns nothing of its parent's, and holds no turn of its."""
     global _process
+    _inherited.append(_process)
     for conn in _process.connections:
         conn.turn.close()
         # Where the fork was within a transaction, its end in the child must not end the parent's.
@@ -1548,11 +1548,7 @@ def _after_fork_in_child() -> None:
     _process = _Process()
 
 
-os.register_at_fork(
-    before=_before_fork,
-    after_in_parent=_inherited.clear,
-    after_in_child=_after_fork_in_child,
-)
+os.register_at_fork(before=_before_fork, after_in_child=_after_fork_in_child)
 
 
 # ------------------------------------------------------------------------------------------------ the modules beside it

@@ -387,6 +387,9 @@ def test_threads_leave_no_connection_behind(queue):
 FORK = """
 import json, os, sys, time
 import logging; logging.disable()
+# What is called once in a fork, after the queue's own preparations.
+BEFORE = []
+os.register_at_fork(before=lambda: BEFORE and BEFORE.pop()())
 sys.path.insert(0, sys.argv[1])
 import queue_helpers as q
 
@@ -560,6 +563,36 @@ writer.wait()
 print(json.dumps([sorted(codes)]))
 """)  # fmt: skip
     assert said == [[0]]
+
+
+def test_a_child_keeps_its_parents_connections_where_two_threads_fork_at_once(installation):
+    """To close its copies would drop its parent's locks."""
+    said = run_forking(installation, """
+import gc, threading
+held, done = threading.Event(), threading.Event()
+
+def hold():
+    q.connect()
+    held.set()
+    done.wait()
+
+def alive():
+    gc.collect()
+    return sum(isinstance(each, q.Connection) for each in gc.get_objects())
+
+forks = []
+def fork():
+    forks.append(forked(alive))
+
+threading.Thread(target=hold).start()
+held.wait()
+second = threading.Thread(target=fork)
+BEFORE.append(lambda: (second.start(), second.join()))
+fork()
+done.set()
+print(json.dumps(forks))
+""")  # fmt: skip
+    assert said == [1, 1]
 
 
 def test_a_wake_is_written_into_no_other_file(installation):
