@@ -32,7 +32,7 @@ import stat
 import threading
 import time
 from collections import namedtuple
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from fcntl import LOCK_EX, LOCK_NB, LOCK_SH, LOCK_UN, flock
 from functools import lru_cache, partial
 from pathlib import Path
@@ -676,8 +676,14 @@ class Connection(sqlite3.Connection):
     durable: bool | None
     turn: _Turn
     busy_timeout_ms: int
+    # Held while the connection is in use: to close it meanwhile would crash the process.
+    lock: threading.RLock
     # All that are open in this process, this one included.
     opened: set[Connection]
+
+    def execute(self, *args) -> sqlite3.Cursor:
+        with self.lock:
+            return super().execute(*args)
 
     def set_busy_timeout(self, milliseconds: int) -> None:
         """How long SQLite waits for a lock."""
@@ -688,6 +694,17 @@ class Connection(sqlite3.Connection):
         self.opened.discard(self)
         self.turn.close()
         super().close()
+
+    def close_for_its_thread(self) -> None:
+        """Close it from another thread, when its own does not use it, or has done so for its busy time.
+
+        Its own closes the turn, and gets another connection from connect().
+        """
+        if self.lock.acquire(timeout=self.busy_timeout_ms / 1000):
+            try:
+                super().close()
+            finally:
+                self.lock.release()
 
 
 class _Connections(dict):
@@ -791,15 +808,10 @@ def _log_is_lost(conn: Connection) -> bool:
             return False
     except OSError:
         pass
-    others = [other for other in _process.of(conn.state) if other is not conn]
-    if any(other.in_transaction for other in others):
-        return False
+    # From now on each thread asks for another connection.
+    for each in _process.of(conn.state):
+        each.file = ()
     _module("queue_owners").log_is_lost(conn.db)
-    # SQLite keeps what belongs to the old log until a process's last connection is closed. Whoever
-    # uses one of these meanwhile gets an error, and another connection the next time.
-    for other in others:
-        other.file = ()
-        other.close()
     return True
 
 
@@ -826,11 +838,15 @@ def make_private(directory: Path, parents: bool = False) -> Path:
 def _open(state: Path, db: str, busy_timeout_ms: int, migrate: bool) -> Connection:
     """Open the database, and make or check its schema."""
     make_private(state, parents=True)
+    for other in _process.of(state):
+        # SQLite keeps what belongs to a lost log until a process's last connection is closed.
+        if not other.file:
+            other.close_for_its_thread()
     how: Any = {"isolation_level": None, "check_same_thread": False}
     conn = sqlite3.connect(db, busy_timeout_ms / 1000, factory=Connection, **how)
     try:
         conn.state, conn.db, conn.queues, conn.turn = state, db, set(), _Turn(state)
-        conn.opened = _process.connections
+        conn.lock, conn.opened = threading.RLock(), _process.connections
         conn.durable, conn.busy_timeout_ms = None, busy_timeout_ms
         # bash may have cast any bytes to text.
         conn.text_factory = partial(str, encoding="utf-8", errors="replace")
@@ -976,6 +992,7 @@ class transaction:
         conn = self.conn
         if conn.in_transaction:
             raise RuntimeError("a transaction is under way on this connection")
+        conn.lock.acquire()
         self.is_open = True
         try:
             if conn.durable is not self.durable:
@@ -1001,6 +1018,7 @@ class transaction:
                 for fd in self.conn.turn.fds[1:]:
                     flock(fd, LOCK_UN)
                 self.is_open = False
+                self.conn.lock.release()
             else:
                 self._undo()
         except BaseException as failed:
@@ -1020,11 +1038,14 @@ class transaction:
                 break
             try:
                 self.conn.turn.release()
-                if self.conn.in_transaction:
-                    self.conn.execute("rollback")
+                # Another thread may have closed it, just before this transaction began.
+                with suppress(sqlite3.ProgrammingError):
+                    if self.conn.in_transaction:
+                        self.conn.execute("rollback")
                 # Some of these queues may have been made here.
                 self.conn.queues = set()
                 self.is_open = False
+                self.conn.lock.release()
             except BaseException as error:
                 failed = error
         if failed:
