@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import threading
 import time
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -43,15 +42,10 @@ class Delivery:
         # An event loop that was closed ends no generator: nobody would ever settle the task.
         if not self._settled and self._pid == os.getpid():
             try:
-                _start(
-                    self._threads,
-                    Delivery(self.task, self._state, self._threads).settle,
-                    q.nack,
-                    error=LEFT,
-                )
+                _start(self._threads, self.settle, q.nack, error=LEFT)
             except RuntimeError:
                 # The interpreter ends, and the task is taken back as a dead owner's.
-                self._settled = True
+                pass
 
     async def __aenter__(self) -> Delivery:
         return self
@@ -92,12 +86,12 @@ class Delivery:
             try:
                 self._settle_once(verb, None, told)
             except (q.QueueBusy, q.QueueUnavailable) as error:
-                # When the interpreter ends it waits for this thread.
-                if not threading.main_thread().is_alive():
-                    return
                 if not said:
                     said = True
                     _say(self.queue, f"task {self.task_id} could not be settled", error)
+                # The interpreter would wait for this thread, and others may take the task when it has ended.
+                if _interpreter_ends():
+                    return
                 time.sleep(RETRY_SECONDS)
 
     def _settle_once(self, verb: Callable, busy_timeout_ms: int | None, told: dict) -> None:
@@ -116,6 +110,16 @@ class Delivery:
 
 def _say(queue: str, what: str, error: Exception) -> None:
     logging.getLogger(__name__).warning("queue %r: %s, and is tried again: %s", queue, what, error)
+
+
+def _interpreter_ends() -> bool:
+    """Whether the interpreter waits for its threads to end: it starts no others then."""
+    try:
+        with ThreadPoolExecutor(1) as threads:
+            threads.submit(int)
+    except RuntimeError:
+        return True
+    return False
 
 
 def _start(threads: ThreadPoolExecutor, function: Callable, *args, **options) -> Future:

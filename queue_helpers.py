@@ -32,12 +32,11 @@ import stat
 import threading
 import time
 from collections import namedtuple
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from fcntl import LOCK_EX, LOCK_NB, LOCK_SH, LOCK_UN, flock
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from weakref import WeakSet
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -682,6 +681,14 @@ class Connection(sqlite3.Connection):
     durable: bool | None
     turn: _Turn
     busy_timeout_ms: int
+    # Held while the connection is in use: to close it meanwhile would crash the process.
+    lock: threading.RLock
+    # All that are open in this process, this one included.
+    opened: set[Connection]
+
+    def execute(self, *args) -> sqlite3.Cursor:
+        with self.lock:
+            return super().execute(*args)
 
     def set_busy_timeout(self, milliseconds: int) -> None:
         """How long SQLite waits for a lock."""
@@ -689,8 +696,20 @@ class Connection(sqlite3.Connection):
         self.busy_timeout_ms = milliseconds
 
     def close(self) -> None:
+        self.opened.discard(self)
         self.turn.close()
         super().close()
+
+    def close_for_its_thread(self) -> None:
+        """Close it from another thread, when its own does not use it, or has done so for its busy time.
+
+        Its own closes the turn, and gets another connection from connect().
+        """
+        if self.lock.acquire(timeout=self.busy_timeout_ms / 1000):
+            try:
+                super().close()
+            finally:
+                self.lock.release()
 
 
 class _Connections(dict):
@@ -716,14 +735,13 @@ class _Thread(threading.local):
 class _Process:
     """What a process truly has once; a forked child begins with a new one.
 
-    Its connections (closed before a fork), and by state directory the wake file, which is kept
-    open, and the process's name as an owner, with the descriptor and inode of its lock file.
+    Its connections (closed before a fork), and by state directory its name as an owner, with the
+    descriptor and inode of its lock file.
     """
 
     def __init__(self) -> None:
         self.thread = _Thread()
-        self.connections: WeakSet[Connection] = WeakSet()
-        self.wake_files: dict[Path, int] = {}
+        self.connections: set[Connection] = set()
         self.owners: dict[Path, tuple[str, int, int]] = {}
         self.owners_lock = threading.Lock()
 
@@ -767,9 +785,6 @@ def connect(
             raise QueueUnavailable(f"{db}: {error.strerror}; {mend}") from None
     if conn:
         close(conn)
-    fd = _process.wake_files.pop(state, None)
-    if fd is not None:
-        os.close(fd)
     try:
         conn = _open(state, db, busy_timeout_ms, migrate)
     except sqlite3.Error as error:
@@ -798,23 +813,16 @@ def _log_is_lost(conn: Connection) -> bool:
             return False
     except OSError:
         pass
-    others = [other for other in _process.of(conn.state) if other is not conn]
-    if any(other.in_transaction for other in others):
-        return False
+    # From now on each thread asks for another connection.
+    for each in _process.of(conn.state):
+        each.file = ()
     _module("queue_owners").log_is_lost(conn.db)
-    # SQLite keeps what belongs to the old log until a process's last connection is closed. Whoever
-    # uses one of these meanwhile gets an error, and another connection the next time.
-    for other in others:
-        other.file = ()
-        other.close()
-        _process.connections.discard(other)
     return True
 
 
 def close(conn: Connection) -> None:
     """Close a connection that connect() returned. The next connect() opens another."""
     _process.thread.connections.pop(conn.state, None)
-    _process.connections.discard(conn)
     conn.close()
 
 
@@ -835,10 +843,15 @@ def make_private(directory: Path, parents: bool = False) -> Path:
 def _open(state: Path, db: str, busy_timeout_ms: int, migrate: bool) -> Connection:
     """Open the database, and make or check its schema."""
     make_private(state, parents=True)
+    for other in _process.of(state):
+        # SQLite keeps what belongs to a lost log until a process's last connection is closed.
+        if not other.file:
+            other.close_for_its_thread()
     how: Any = {"isolation_level": None, "check_same_thread": False}
     conn = sqlite3.connect(db, busy_timeout_ms / 1000, factory=Connection, **how)
     try:
         conn.state, conn.db, conn.queues, conn.turn = state, db, set(), _Turn(state)
+        conn.lock, conn.opened = threading.RLock(), _process.connections
         conn.durable, conn.busy_timeout_ms = None, busy_timeout_ms
         # bash may have cast any bytes to text.
         conn.text_factory = partial(str, encoding="utf-8", errors="replace")
@@ -984,6 +997,7 @@ class transaction:
         conn = self.conn
         if conn.in_transaction:
             raise RuntimeError("a transaction is under way on this connection")
+        conn.lock.acquire()
         self.is_open = True
         try:
             if conn.durable is not self.durable:
@@ -1009,6 +1023,7 @@ class transaction:
                 for fd in self.conn.turn.fds[1:]:
                     flock(fd, LOCK_UN)
                 self.is_open = False
+                self.conn.lock.release()
             else:
                 self._undo()
         except BaseException as failed:
@@ -1028,11 +1043,14 @@ class transaction:
                 break
             try:
                 self.conn.turn.release()
-                if self.conn.in_transaction:
-                    self.conn.execute("rollback")
+                # Another thread may have closed it, just before this transaction began.
+                with suppress(sqlite3.ProgrammingError):
+                    if self.conn.in_transaction:
+                        self.conn.execute("rollback")
                 # Some of these queues may have been made here.
                 self.conn.queues = set()
                 self.is_open = False
+                self.conn.lock.release()
             except BaseException as error:
                 failed = error
         if failed:
@@ -1223,11 +1241,13 @@ def wake(state: Path) -> None:
     Best effort: they also notice a write to the write-ahead log.
     """
     try:
-        fd = _process.wake_files.get(state)
-        if fd is None:
-            fd = os.open(f"{state}/wake", os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
-            fd = _process.wake_files.setdefault(state, fd)
-        os.pwrite(fd, b"\n", 0)
+        # Opened each time: one that threads share could be closed before the write, and another file,
+        # even the database, have its number.
+        fd = os.open(f"{state}/wake", os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            os.write(fd, b"\n")
+        finally:
+            os.close(fd)
     except OSError:
         pass
 
@@ -1515,7 +1535,6 @@ def close_before_fork(conn: Connection | None) -> None:
     if conn is not None and conn in _process.connections and not conn.in_transaction:
         # So that connect() opens another.
         conn.file = ()
-        _process.connections.discard(conn)
         conn.close()
 
 
@@ -1531,7 +1550,6 @@ def _before_fork() -> None:
     """
     for conn in list(_process.thread.connections.values()):
         close_before_fork(conn)
-    _inherited.extend([_process, *_process.connections])
 
 
 def _refuse(*_) -> Any:
@@ -1541,18 +1559,17 @@ def _refuse(*_) -> Any:
 def _after_fork() -> None:
     """A child opens its own connections, owns nothing of its parent's, and holds no turn of its."""
     global _process
+    _inherited.append(_process)
     for conn in _process.connections:
         conn.turn.close()
         # Where the fork was within a transaction, its end in the child must not end the parent's.
         conn.execute = _refuse
-    for fd in [fd for _, fd, _ in _process.owners.values()] + [*_process.wake_files.values()]:
+    for _, fd, _ in _process.owners.values():
         os.close(fd)
     _process = _Process()
 
 
-os.register_at_fork(
-    before=_before_fork, after_in_parent=_inherited.clear, after_in_child=_after_fork
-)
+os.register_at_fork(before=_before_fork, after_in_child=_after_fork)
 
 
 # ------------------------------------------------------------------------------------------------ the modules beside it

@@ -520,14 +520,17 @@ def _before_fork() -> None:
 
     A child would take SQLite's locks for its own.
     """
-    for watch in list(Watch.instances.values()):
+    # Held until the fork is done: another watch must not begin meanwhile.
+    Watch.lock.acquire()
+    for watch in Watch.instances.values():
         watch._looking.acquire()
         q.close_before_fork(watch._conn)
 
 
 def _after_fork_in_parent() -> None:
-    for watch in list(Watch.instances.values()):
+    for watch in Watch.instances.values():
         watch._looking.release()
+    Watch.lock.release()
 
 
 def _after_fork_in_child() -> None:

@@ -218,6 +218,34 @@ def test_the_end_of_the_loops_own_threads_does_not_end_it(installation, queue):
     assert len(installation.rows("select 1 from task_history")) == 1
 
 
+LEAVES = """
+import asyncio, sys
+sys.path.insert(0, sys.argv[1])
+import queue_helpers as q
+
+async def main():
+    async for task in q.consume("notifications"):
+        q.STATE_DIR.rename(f"{q.STATE_DIR}.away")
+        q.STATE_DIR.touch()
+        break
+
+asyncio.run(main())
+"""
+
+
+def test_a_process_ends_although_its_last_task_cannot_be_put_back(installation):
+    """It tried again for ever. The task is taken back as a dead owner's."""
+    installation.enqueue("notifications", "t", "{}")
+    done = subprocess.run(
+        [sys.executable, "-c", LEAVES, ROOT],
+        env=installation.env,
+        capture_output=True,
+        text=True,
+        timeout=20,
+    )
+    assert done.returncode == 0 and "could not be settled" in done.stderr, done.stderr
+
+
 def test_a_database_that_is_moved_away_does_not_end_it(installation, queue):
     """The task in hand is gone with it, which is said; the next one comes from the new database."""
     queue.enqueue_task("mine", "t", {"n": 1})

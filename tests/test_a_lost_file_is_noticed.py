@@ -113,6 +113,59 @@ def test_a_worker_whose_log_was_removed_runs_what_comes_after(installation, remo
     assert installation.sqlite3("pragma integrity_check") == "ok"
 
 
+IN_USE = """
+import sqlite3, sys, threading, time
+sys.path.insert(0, sys.argv[1])
+import queue_helpers as q
+
+q.enqueue_task("notifications", "t", {})
+holder = sqlite3.connect(q.QUEUE_DB, isolation_level=None, check_same_thread=False)
+holder.execute("begin immediate")
+used, waits = [], threading.Event()
+
+def put():
+    used.append(q.connect())
+    used[0].set_trace_callback(lambda sql: sql == "begin immediate" and waits.set())
+    q.enqueue_task("notifications", "t", {}, "meanwhile")
+
+def let_go():
+    while used[0].file:
+        time.sleep(0.001)
+    holder.close()
+
+putting = threading.Thread(target=put)
+putting.start()
+waits.wait()
+q.QUEUE_DB.with_name("tasks.db-wal").unlink()
+q.connect().check_at = 0.0
+threading.Thread(target=let_go).start()
+end = time.monotonic() + 10
+while True:
+    try:
+        q.enqueue_task("notifications", "t", {}, "after")
+        break
+    except q.QueueUnavailable:
+        # The holder may be yet to close the old log.
+        assert time.monotonic() < end
+putting.join()
+"""
+
+
+def test_a_connection_that_another_thread_uses_is_closed_when_that_one_is_done(installation):
+    """Closed under a thread that was inside SQLite, it crashed the process."""
+    done = subprocess.run(
+        [sys.executable, "-X", "faulthandler", "-c", IN_USE, ROOT],
+        env=installation.env,
+        capture_output=True,
+        text=True,
+        timeout=30,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "was removed while it was in use" in done.stderr and "Traceback" not in done.stderr
+    assert {"meanwhile", "after"} <= stored(installation)
+    assert installation.sqlite3("pragma integrity_check") == "ok"
+
+
 @pytest.mark.parametrize("how", ["removed", "moved away", "replaced"])
 def test_another_state_directory_is_used_at_once(installation, how):
     writer = Writer(installation, "a")

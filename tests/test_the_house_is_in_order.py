@@ -22,7 +22,7 @@ ONLY_IN = {"persistqueue": "queue_persist", "watchdog": "queue_wake"}
 
 # What a process has once: all module-level state that changes while it runs, and why.
 STATE = {
-    "queue_helpers._process": "connections, wake files and ownership; a forked child begins anew",
+    "queue_helpers._process": "connections and ownership; a forked child begins anew",
     "queue_helpers._inherited": "what a forked child must neither close nor collect",
     "queue_persist._claims": "the claims of this process's ack queues; a forked child has none",
     "queue_cli.closed_streams": "which of the standard streams were closed when the script began",

@@ -386,8 +386,11 @@ def test_threads_leave_no_connection_behind(queue):
 # These run in a process of their own: a child of the tests' process would run pytest's end.
 FORK = """
 import json, os, sys, time
-sys.path.insert(0, sys.argv[1])
 import logging; logging.disable()
+# What is called once in a fork, after the queue's own preparations.
+BEFORE = []
+os.register_at_fork(before=lambda: BEFORE and BEFORE.pop()())
+sys.path.insert(0, sys.argv[1])
 import queue_helpers as q
 
 def forked(action):
@@ -560,6 +563,60 @@ writer.wait()
 print(json.dumps([sorted(codes)]))
 """)  # fmt: skip
     assert said == [[0]]
+
+
+def test_a_child_keeps_its_parents_connections_where_two_threads_fork_at_once(installation):
+    """To close its copies would drop its parent's locks."""
+    said = run_forking(installation, """
+import gc, threading
+held, done = threading.Event(), threading.Event()
+
+def hold():
+    q.connect()
+    held.set()
+    done.wait()
+
+def alive():
+    gc.collect()
+    return sum(isinstance(each, q.Connection) for each in gc.get_objects())
+
+forks = []
+def fork():
+    forks.append(forked(alive))
+
+threading.Thread(target=hold).start()
+held.wait()
+second = threading.Thread(target=fork)
+BEFORE.append(lambda: (second.start(), second.join()))
+fork()
+done.set()
+print(json.dumps(forks))
+""")  # fmt: skip
+    assert said == [1, 1]
+
+
+def test_a_wake_is_written_into_no_other_file(installation):
+    """Where a thread opens a connection meanwhile, the database may get the number of a descriptor that was closed."""
+    said = run_forking(installation, """
+import threading
+q.enqueue_task("notifications", "t", {})
+
+def late(write):
+    def slow(fd, *args):
+        os.write, os.pwrite = really
+        thread = threading.Thread(target=q.connect)
+        thread.start()
+        thread.join()
+        return write(fd, *args)
+    return slow
+
+really = os.write, os.pwrite
+os.write, os.pwrite = map(late, really)
+q.wake(q.STATE_DIR)
+os.write, os.pwrite = really
+print(json.dumps([open(q.QUEUE_DB, "rb").read(15).decode()]))
+""")  # fmt: skip
+    assert said == ["SQLite format 3"]
 
 
 @pytest.mark.parametrize("leaves", ["ends", "is killed"])
