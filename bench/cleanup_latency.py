@@ -55,7 +55,8 @@ for phase in ("before", "during"):
             break
     took.sort()
     print(json.dumps({"phase": phase, "enqueued": len(took), "median_ms": round(took[len(took) // 2], 2),
-                      "p99_ms": round(took[len(took) * 99 // 100], 2), "worst_ms": round(took[-1], 2)}), flush=True)
+                      "p99_ms": round(took[len(took) * 99 // 100], 2), "worst_ms": round(took[-1], 2),
+                      "over_100_ms": sum(ms > 100 for ms in took)}), flush=True)
 """
 
 

@@ -46,6 +46,7 @@ ALONE = """
 test_a_sleeping_consumer_hears_every_commit test_a_stopped_worker_gives_its_tasks_back
 test_cleanup_never_holds_up_an_enqueue test_tasks_answer_at_once_on_a_big_database
 test_the_slowest_gets_half_of_what_the_fastest_gets test_a_shell_that_takes_no_turn_gets_in_beside_saturating_writers
+test_it_wakes_promptly_and_the_loop_is_not_blocked_meanwhile
 """.split()
 
 
