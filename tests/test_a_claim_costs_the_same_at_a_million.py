@@ -123,6 +123,9 @@ def test_each_statement_searches_an_index_and_sorts_nothing(queue, name):
         assert steps_of_plan
         for step in steps_of_plan:
             assert "TEMP B-TREE" not in step, steps_of_plan
+            # A search that names no index is SQLite's for the greatest row number.
+            if step == "SEARCH task_history":
+                continue
             if "notifications" in step or "task_history" in step:
                 assert "INDEX" in step or "INTEGER PRIMARY KEY" in step, steps_of_plan
                 assert "AUTOMATIC" not in step

@@ -245,9 +245,12 @@ def test_a_pipe_gets_a_line_per_task_with_nothing_cut_off(installation):
 def read_until(descriptor: int, wanted: str, seen: str = "") -> str:
     """What a terminal shows, until it has shown this."""
     deadline = time.monotonic() + 20
+    ready = select.poll()
+    ready.register(descriptor, select.POLLIN)
     while wanted not in seen:
         assert time.monotonic() < deadline, f"{wanted!r} was not shown: {seen[-2000:]}"
-        if select.select([descriptor], [], [], 0.1)[0]:
+        # select() takes no descriptor over 1023.
+        if ready.poll(100):
             seen += os.read(descriptor, 65536).decode("utf-8", "replace")
     return seen
 
@@ -264,11 +267,10 @@ def test_stats_watch_redraws_on_a_terminal_with_a_sparkline_until_ctrl_c(install
     installation.enqueue("completions", "a_new_type")
     read_until(ours, "a_new_type")
     process.send_signal(signal.SIGINT)
+    ready = select.poll()
+    ready.register(ours, select.POLLIN)
     wait_for(
-        lambda: (
-            process.poll() is not None
-            or (select.select([ours], [], [], 0)[0] and os.read(ours, 65536) and False)
-        )
+        lambda: process.poll() is not None or (ready.poll(0) and os.read(ours, 65536) and False)
     )
     assert process.returncode == 0
     os.close(ours)
