@@ -63,7 +63,7 @@ from queue_handlers import (
     stdin_file,
     with_remedy,
 )
-from queue_supervisor import wakeup_pipe
+from queue_supervisor import RESET_SIGNALS, wakeup_pipe
 
 SCRIPT = os.path.abspath(__file__)
 # How long to wait between two tries while the database cannot be used.
@@ -310,7 +310,8 @@ class Worker:
             try:
                 files = [(os.POSIX_SPAWN_DUP2, fd, 0), (os.POSIX_SPAWN_DUP2, 2, 1)]
                 command, env = self.args.on_dead, self.args.env
-                os.posix_spawn(command[0], command, env, file_actions=files, setsid=True)
+                os.posix_spawn(command[0], command, env, file_actions=files, setsid=True,
+                               setsigmask=(), setsigdef=RESET_SIGNALS)  # fmt: skip
             finally:
                 os.close(fd)
         except OSError as error:

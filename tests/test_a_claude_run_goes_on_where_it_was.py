@@ -25,13 +25,22 @@ def claude(tmp_path):
     made.close()
 
 
+def wait_for_the_first_step(claude: ClaudeCode) -> None:
+    """Until it is done and in the session's file, which Claude Code writes some 0.1 s after it."""
+    wait_for(lambda: len(claude.requests()) == 2, 30, "the second request")
+    wait_for(
+        lambda: any("tool_result" in session.read_text() for session in claude.sessions()),
+        what="the step in the session's file",
+    )
+
+
 @pytest.fixture
 def interrupted(claude):
     """A task of two steps, the first of them done, the second waiting for the API; and its run."""
     task = claude.task(permission_mode="bypassPermissions")
     claude.answer("tool", commands=["echo red >>painted"], then_hang=True)
     process = task.start()
-    wait_for(lambda: len(claude.requests()) == 2, 30, "the second request")
+    wait_for_the_first_step(claude)
     yield task, process
     end(process)
 
@@ -141,7 +150,7 @@ def test_a_killed_worker_and_its_supervisor_do_not_begin_the_work_again(
     task = installation.enqueue("approvals", "claude", json.dumps(data))
     claude.answer("tool", commands=["echo red >>painted"], then_hang=True)
     worker = installation.worker("approvals", env=claude.env)
-    wait_for(lambda: len(claude.requests()) == 2, 30, "the second request")
+    wait_for_the_first_step(claude)
     supervisors = children(worker.pid)
     (run,) = [child for supervisor in supervisors for child in children(supervisor)]
     for pid in [worker.pid, *supervisors, *([run] if handler_dies else [])]:

@@ -1,6 +1,7 @@
 """worker.py says at its end what it did, and --on-dead is told of dead letters."""
 
 import json
+import signal
 import sys
 
 from conftest import wait_for
@@ -44,6 +45,18 @@ def test_all_dead_letters_of_a_minute_are_told_at_once(installation):
         "broken" in letter["error"] and letter["queue"] == "notifications" for letter in told
     )
     assert len(letters(installation)) <= 2
+
+
+def test_the_command_has_its_signals_as_a_shell_would_give_them(installation):
+    """Python ignores SIGPIPE, and so does what it starts, unless that is undone."""
+    installation.handler("bad", "#!/bin/sh\nexit 65\n")
+    installation.enqueue("notifications", "bad")
+    told = installation.directory / "signals"
+    command = f"sh -c 'grep SigIgn /proc/self/status >{told}.new; mv {told}.new {told}'"
+    how = ("--handlers", installation.handlers, "--drain", "--on-dead", command)
+    installation.run("worker.py", "notifications", *how)
+    wait_for(told.exists)
+    assert int(told.read_text().split()[1], 16) & 1 << signal.SIGPIPE - 1 == 0
 
 
 def test_a_task_that_ends_well_is_not_told(installation):
