@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import threading
 import time
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -161,16 +162,21 @@ async def consume(
     # hold it up.
     threads = ThreadPoolExecutor(1, thread_name_prefix=f"consume {queue_name}")
 
-    def claim() -> tuple[q.Task | None, float]:
-        conn = q.connect(state)
-        q.ensure_queue(conn, queue_name)
-        tasks = q.claim_ready(conn, queue_name, limit=1, max_attempts=max_attempts, backoff=backoff)
-        return (tasks[0], 0.0) if tasks else (None, q.sleep_seconds(conn, [queue_name]))
+    # Set when the consumer is cancelled: a claim that still waits for the lock then takes nothing.
+    left = threading.Event()
 
     def ack_and_claim(before: Delivery | None) -> tuple[q.Task | None, float]:
         if before is not None:
             before.settle(q.ack)
-        return claim()
+        conn = q.connect(state)
+        q.ensure_queue(conn, queue_name)
+        tasks, (found, overdue) = [], q.look(conn, queue_name)
+        if found:
+            owner, terms = q.owner_name(state), {"max_attempts": max_attempts, "backoff": backoff}
+            with q.transaction(conn, durable=False):
+                if not left.is_set():
+                    tasks = q.claim(conn, queue_name, owner, overdue=overdue, **terms)
+        return (tasks[0], 0.0) if tasks else (None, q.sleep_seconds(conn, [queue_name]))
 
     before, said = None, False
     try:
@@ -180,6 +186,7 @@ async def consume(
             try:
                 task, pause = await _result(claiming)
             except asyncio.CancelledError:
+                left.set()
                 claiming.add_done_callback(partial(_put_back, state, threads))
                 raise
             except (q.QueueBusy, q.QueueUnavailable) as error:

@@ -7,6 +7,7 @@ import random
 import sqlite3
 import subprocess
 import sys
+import threading
 
 import pytest
 from conftest import ROOT, wait_for
@@ -134,11 +135,14 @@ def test_a_cancellation_is_not_kept_waiting_by_a_lock(installation, queue, momen
     """The lock is held for as long as the test lasts: nothing but the cancellation can end the consumer."""
     queue.enqueue_tasks("notifications", [{"task_type": "t", "data": {}}] * 2)
     lock = sqlite3.connect(installation.db, isolation_level=None)
+    lock.execute("create table claims (id)")
 
     async def main():
         consumer = queue.consume("notifications", backoff=0)
         if moment == "ack":
             await anext(consumer)
+        lock.execute("""create trigger a_claim after update of attempts on notifications
+                        when new.status = 2 begin insert into claims values (new.id); end""")
         lock.execute("begin immediate")
         going_on = asyncio.create_task(anext(consumer))
         await asyncio.sleep(0.2)
@@ -147,9 +151,12 @@ def test_a_cancellation_is_not_kept_waiting_by_a_lock(installation, queue, momen
         await asyncio.wait([going_on], timeout=queue.BUSY_TIMEOUT_MS / 2000)
         assert going_on.cancelled()
         lock.execute("rollback")
-        await until(lambda: count(installation, "status = 2") == 0)
+        await until(lambda: not [t for t in threading.enumerate() if t.name.startswith("consume ")])
 
     run(main())
+    assert count(installation, "status = 2") == 0
+    # The claim that waited for the lock took nothing, not even for a moment.
+    assert lock.execute("select * from claims").fetchall() == []
     lock.close()
     assert len(installation.rows("select 1 from task_history")) == (moment == "ack")
     assert count(installation, "attempts = 0") == (2 if moment == "claim" else 1)

@@ -5,15 +5,18 @@ from __future__ import annotations
 import os
 
 import pytest
+from conftest import wait_for
 
 
 @pytest.fixture
 def full(installation):
     """A state with a file of every kind, its database in use."""
-    installation.handler("good", "#!/bin/sh\necho out\n")
+    # An output file that stays empty is removed a little after the task's end.
+    installation.handler("good", "#!/bin/sh\necho out\necho err >&2\n")
     installation.enqueue("approvals", "good", "{}", "--task-id", "a-1")
     installation.worker("approvals")
     installation.finished("a-1")
+    wait_for(lambda: not [*installation.state.glob("runs/*/*")], what="a recorded run")
     (installation.state / "spool" / "approvals").mkdir(parents=True, exist_ok=True)
     return installation
 
