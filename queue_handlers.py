@@ -113,6 +113,9 @@ class Handlers:
             for path in (f"{self.logs}/{task.run_name}.out", f"{self.logs}/{task.run_name}.err"):
                 fds.append(new_file(path, locked=True))
             os.close(new_file(order["record"], locked=False))
+            # A handler may stop the supervisor before that has written down anything.
+            supervisor = (self.supervisor.pid, self.supervisor.started)
+            runs.add_to_run(order["record"], supervisor=supervisor)
             self.supervisor.start(order, fds)
             self.runs[task.run_name] = task
         # The disk is full, there are too many files, …: not the task's fault.

@@ -226,9 +226,9 @@ def look_at_run(state: Path, task: q.Task, cancelled: bool = False) -> tuple[dic
     if "code" in run:
         return run, False
     leader = _leader(run)
-    # The supervisor is yet to write down the end of a zombie. An order without a record is on its way to it.
+    # The supervisor is yet to write down the end of a zombie. Without a group, the order is on its way to it.
     runs_on = leader not in (None, "Z") or (leader == "Z" or held) and _supervisor(run) is not None
-    return run, runs_on or held and not (run and cancelled)
+    return run, runs_on or held and not ("group" in run and cancelled)
 
 
 def _settle(conn: q.Connection, task: q.Task, run: dict, crash_backoff: float) -> tuple:

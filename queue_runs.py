@@ -1,9 +1,10 @@
 """What is on record about a handler's run: which processes it is, when it must end, and how it ended.
 
-The supervisor writes these records and recovery reads them. A record is a file of JSON lines, STATE_DIR/runs/OWNER/RUN;
+The worker begins these records, the supervisor goes on with them, and recovery reads them. A record is a file of JSON lines, STATE_DIR/runs/OWNER/RUN;
 what a later line says replaces what an earlier one said:
 
-    {"group", "started", "deadline", "overdue", "kill_after", "supervisor": [pid, started]}    the handler was started
+    {"supervisor": [pid, started]}    it was told to start the handler: by the worker, before all others
+    {"group", "started", "deadline", "overdue", "kill_after"}    the handler was started
     {"why", "kill_at"}    its group was sent TERM, and is sent KILL at `kill_at`
     {"code", "why"}       it has ended; `why` only where it was made to
 

@@ -140,7 +140,6 @@ class Supervisor:
     def run(self) -> None:
         """Serve until the worker is gone and no handler runs."""
         self.leave_the_worker()
-        self.me = os.getpid(), (runs.process(os.getpid()) or ("", ""))[1]
         wakeup, waker = wakeup_pipe()
         signal.set_wakeup_fd(waker, warn_on_full_buffer=False)
         for number in (signal.SIGCHLD, signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
@@ -220,7 +219,7 @@ class Supervisor:
             self.runs[pid] = run = Run(order, pid, kept)
             started = (runs.process(pid) or ("", ""))[1]
             run.note(group=pid, started=started, deadline=run.signal_at, overdue=order["overdue"],
-                     kill_after=run.kill_after, supervisor=self.me)  # fmt: skip
+                     kill_after=run.kill_after)  # fmt: skip
         # ValueError is for a NUL, from a writer that checks nothing.
         except (OSError, ValueError) as error:
             refused = isinstance(error, ValueError) or error.errno == errno.E2BIG
@@ -295,7 +294,7 @@ class SupervisorProcess:
     It is told {"start": {"run", "command", "cwd", "env", "timeout", "overdue", "kill_after", "record"}}, and with that
     come three descriptors: the run's stdin, its locked stdout, and its stderr. "cwd" is a list of directories, of
     which the first that exists is taken; "overdue" is the `why` of a run that was not done in time; "record" is
-    where to write down how the run goes, or null. Or it is told {"end": run, "why", "now"}, or {"answer": true}.
+    the file in which to write down how the run goes, or null. Or it is told {"end": run, "why", "now"}, or {"answer": true}.
 
     It tells {"run", "code", "why", "seconds"} of a handler that has ended. Of one that was not started it tells {"run",
     "error", "do"}: "fail" when the attempt counts, "bury" when it can never be started, "put back" when it is no
@@ -319,6 +318,8 @@ class SupervisorProcess:
             finally:
                 os._exit(code)
         theirs.close()
+        # What tells this process from a later one of the same number.
+        self.started = (runs.process(self.pid) or ("", ""))[1]
 
     def start(self, order: dict, fds: Sequence[int]) -> None:
         """Have a handler started. Raises OSError when too many descriptors are under way."""
