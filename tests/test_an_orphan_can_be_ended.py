@@ -37,7 +37,9 @@ def orphan(installation):
         worker = installation.worker("notifications", "--max-attempts", 1, *options)
         (group,) = map(int, wait_for(lambda: lines(installation.directory / "runs")))
         wait_for(
-            lambda: any('"group"' in path.read_text() for path in (installation.state / "runs").glob("*/*")),
+            lambda: any(
+                '"group"' in path.read_text() for path in (installation.state / "runs").glob("*/*")
+            ),
             what="the record",
         )
         groups.append(group)
