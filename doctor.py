@@ -64,12 +64,14 @@ NETWORK_FILE_SYSTEMS = set(
 # Claude Code reads this hook's stdout as the path of the worktree, and takes no other answer.
 NOT_FOR_THE_QUEUE = "WorktreeCreate"
 
-OLDEST_READY = """
-select count(*), min(timestamp) from "{queue}" where status < 2"""
+# bash may have given a row a time that is no number: it is counted, and is never the oldest.
+ENQUEUED = "iif(typeof(timestamp) = 'text', null, timestamp)"
+OLDEST_READY = f"""
+select count(*), min({ENQUEUED}) from "{{queue}}" where status < 2"""
 OVERDUE = """
 select count(*), min(due_at) from "{queue}" where status = 3 and due_at <= :now"""
-HELD = """
-select count(*), min(timestamp) from "{queue}" where status = 3 and due_at is null"""
+HELD = f"""
+select count(*), min({ENQUEUED}) from "{{queue}}" where status = 3 and due_at is null"""
 NO_HANDLER = """
 select task_type, sum(not dead), sum(dead), max(error) from (
   select coalesce(task_type, :queue) as task_type, 0 as dead, error from "{queue}" where status = 3
@@ -555,8 +557,9 @@ def check_database(state: Path) -> Iterator[Finding]:
             found = quick_check(conn, db)
     yield found
     wal = Path(f"{cli.database_file(state)}-wal")
-    if wal.exists() and wal.stat().st_size > LONG_WAL_BYTES:
-        size = wal.stat().st_size >> 20
+    found = status_of(wal)
+    if found is not None and found.st_size > LONG_WAL_BYTES:
+        size = found.st_size >> 20
         yield note(
             f"{wal.name} has grown to {size} MiB: a long read holds it",
             f"fuser -v {sh(db)}",
@@ -621,7 +624,7 @@ def check_tasks(state: Path, handlers: Path, max_wait: float) -> Iterator[Findin
 def check_held(conn: sqlite3.Connection, queue: str, max_wait: float) -> Iterator[Finding]:
     """Tasks that wait for a person, who may not know it."""
     held, oldest = conn.execute(q.on_queue(HELD, queue)).fetchone()
-    if held and time.time() - oldest > max_wait:
+    if oldest is not None and time.time() - oldest > max_wait:
         yield note(
             f'queue "{queue}": {held} held for a person, the oldest since {moment(oldest)} '
             f"({span(time.time() - oldest)})",
@@ -772,6 +775,14 @@ def check_spool(state: Path) -> Iterator[Finding]:
         yield ok("empty")
 
 
+def status_of(file: os.DirEntry | Path) -> os.stat_result | None:
+    """What os.stat() says of a file; None for one that has gone since it was listed."""
+    try:
+        return file.stat()
+    except FileNotFoundError:
+        return None
+
+
 def check_spool_of(directory: Path) -> tuple[int, list[Finding]]:
     """(how many tasks wait in a queue's spool, what is wrong with it)."""
     with os.scandir(directory) as entries:
@@ -795,7 +806,9 @@ def check_spool_of(directory: Path) -> tuple[int, list[Finding]]:
                     f"mv {sh(entry.path)} {sh(new)}",
                 )
             )
-    oldest = time.time() - min((entry.stat().st_mtime for entry in files), default=time.time())
+    # A worker may be taking them in at this moment.
+    written = [file.st_mtime for entry in files if (file := status_of(entry)) is not None]
+    oldest = time.time() - min(written, default=time.time())
     if oldest > SPOOL_TOO_OLD_SECONDS:
         found.append(
             problem(

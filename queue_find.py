@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import heapq
 import json
+import math
 import os
 import re
 import sqlite3
@@ -41,7 +42,7 @@ CLAIM_ORDER = {
 
 LIST_LIVE = """
 select id, {{match}}, {{key}} from "{queue}"
-where {{condition}} and timestamp >= :since and timestamp <= :before and {{of_type}}
+where {{condition}} and {{in_time}} and {{of_type}}
 order by {{order}}, id"""
 LIVE_MATCHES = """
 (data like :text escape '\\' or '{queue}-' || id like :text escape '\\' or coalesce(error, '') like :text escape '\\')"""
@@ -314,6 +315,9 @@ def matching_rows(conn: q.Connection, wanted: Wanted, scan: Scan) -> Iterator[di
     queues, statuses, task_type, oldest, newest, text = wanted
     like = None if text is None else "%" + re.sub(r"([\\%_])", r"\\\1", text) + "%"
     which = {"task_type": task_type, "since": oldest, "before": newest, "text": like}
+    # bash may have given a row a time that is no number: it has no place between two others.
+    is_bounded = math.isfinite(oldest) or math.isfinite(newest)
+    in_time = "timestamp between :since and :before" if is_bounded else "1"
     for name, condition in LIVE.items():
         if name not in statuses:
             continue
@@ -330,6 +334,7 @@ def matching_rows(conn: q.Connection, wanted: Wanted, scan: Scan) -> Iterator[di
                 "key": key,
                 "order": order,
                 "match": match,
+                "in_time": in_time,
                 "of_type": of_type,
             }
             statement = q.on_queue(LIST_LIVE, queue).format(**parts)
@@ -351,4 +356,5 @@ def matching_rows(conn: q.Connection, wanted: Wanted, scan: Scan) -> Iterator[di
 
 
 def in_order(queue: str, rows: Iterator[tuple]) -> Iterator[tuple]:
-    return ((key or 0, row_id, queue) for row_id, _, key in rows)
+    # A time that was written by hand may be a text.
+    return ((key if isinstance(key, (int, float)) else 0, row_id, queue) for row_id, _, key in rows)

@@ -20,9 +20,10 @@ CANCEL_REQUESTED = """
 select id from "{queue}" where status = 2 and owner = :owner and cancel_requested"""
 WHO_HOLDS = """
 select owner, claimed_at, attempts from "{queue}" where id = :id"""
-REDRIVE = """
-insert or ignore into "{queue}" (id, data, priority, group_id)
-select row_id, data, priority, group_id from task_history where id = :history_id"""
+# What no queue's table would take is left where it is: a failing statement would end the whole step.
+REDRIVE = f"""
+insert or ignore into "{{queue}}" (id, data, priority, group_id)
+select row_id, data, priority, group_id from task_history where id = :history_id and {q.IS_OBJECT}"""
 FORGET = """
 delete from task_history where id = :history_id"""
 

@@ -128,14 +128,19 @@ WAITING_ROW = """
 select data, timestamp, iif(status = 4, 1, status) as status, priority, due_at, group_id, expires_at,
        attempts, error, task_id, task_type
 from "{queue}" where id = :id and status not in (2, 5)"""
+# Without --before a row whose time is no number counts, too.
 WAITING_IDS = """
-select id from "{queue}" where {{condition}} and (:task_type is null or task_type = :task_type) and timestamp <= :before
+select id from "{queue}" where {{condition}} and (:task_type is null or task_type = :task_type)
+  and (:before is null or timestamp <= :before)
 order by id"""
 FINISHED_IDS = """
 select id from task_history where status = :status and queue = :queue and completed_at <= :before
   and (:task_type is null or task_type = :task_type)"""
 DELETE_WAITING = """
 delete from "{queue}" where id = :id and status not in (2, 5)"""
+# One that was approved while purge asked is held no more, and stays.
+DELETE_HELD = """
+delete from "{queue}" where id = :id and status = 3 and due_at is null"""
 
 
 # ------------------------------------------------------------------------------------- command line
@@ -174,7 +179,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         add = entry.add_argument
         for name, how_many in many.items():
             metavar = {"ids": "ID", "queues": "QUEUE"}[name]
-            add(name, metavar=metavar, nargs=how_many, type=cli.utf8)
+            add(name, metavar=metavar, nargs=how_many, type=some_text)
             if name == "ids" and how_many == "+":
                 add("--queue", metavar="QUEUE", type=cli.utf8, help=several)
         return add
@@ -208,7 +213,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     command(show, ids="+")
 
     add = command(logs)
-    add("id", metavar="ID", type=cli.utf8)
+    add("id", metavar="ID", type=some_text)
     add("--queue", help=several, type=cli.utf8)
     add("-f", "--follow", action="store_true", help="go on until the task is finished")
 
@@ -653,6 +658,8 @@ def retry(
         history_id = ended.get(found) or next(iter(history_ids(conn, found)), None)
         if row_id is None and history_id and q.redrive(conn, found.queue, history_id):
             return None
+        if row_id is None and history_id in history_ids(conn, found):
+            return f"its data is no JSON object any more: {cli.command('show')} {found.task_id}"
         if row_id is None:
             return "it was retried already, purged or pruned"
         if found not in ended and q.execute(conn, START_NOW, found.queue, id=row_id).rowcount == 1:
@@ -818,7 +825,7 @@ def move(ids: list[str], to: str, source: str | None, task_type: str | None, as_
                 raise Refused(f"task {found.task_id} has ended: retry it first, then move it")
             wanted.append(found)
     else:
-        which = {"task_type": task_type, "before": math.inf}
+        which = {"task_type": task_type, "before": None}
         statement = q.on_queue(WAITING_IDS, source).format(condition="status not in (2, 5)")
         wanted = [Found(source, "", row_id) for (row_id,) in conn.execute(statement, which)]
     if any(found.queue == to for found in wanted):
@@ -862,7 +869,7 @@ def purge(
     """
     conn = cli.open_queue()
     cli.check_known(conn, [queue])
-    newest = time.time() - before if before is not None else math.inf
+    newest = None if before is None else time.time() - before
     wanted: list[tuple[str, int]] = []
     for name in statuses or [name for name in LIVE if name not in NOT_HERE]:
         if name in LIVE:
@@ -873,7 +880,7 @@ def purge(
                 FINISHED_IDS,
                 {
                     "task_type": task_type,
-                    "before": q.utc(min(newest, q.LAST_SECOND)),
+                    "before": q.utc(q.LAST_SECOND if newest is None else newest),
                     "status": name,
                     "queue": queue,
                 },
@@ -893,7 +900,8 @@ def purge(
 
     def delete(item: tuple[str, int]) -> int:
         if item[0] in LIVE:
-            return q.execute(conn, DELETE_WAITING, queue, id=item[1]).rowcount
+            statement = DELETE_HELD if item[0] == "held" else DELETE_WAITING
+            return q.execute(conn, statement, queue, id=item[1]).rowcount
         return conn.execute(q.FORGET, {"history_id": item[1]}).rowcount
 
     deleted = sum(cli.in_steps(conn, wanted, delete))

@@ -598,6 +598,35 @@ def test_a_time_that_is_no_time_is_told_and_not_a_traceback(home):
     assert "1 waiting" in the_problem(home)
 
 
+def test_a_time_that_is_a_text_is_counted_by_everybody(home):
+    """As a shell writes it that fills the column itself: datetime('now')."""
+    put(home, timestamp="2001-01-01 12:00:00")
+    put(home, timestamp="2001-01-01 12:00:00", data='{"task_id": "h", "task_type": "x", "data": {}}',
+        status=3, queue="approvals")  # fmt: skip
+    assert all(f["level"] != "problem" for f in doctor(home, "--max-wait", "0"))
+    put(home, seconds_ago=1000, data='{"task_id": "n", "task_type": "x", "data": {}}')
+    assert "2 waiting" in the_problem(home)
+    lib = home / PREFIX / "runtime/lib"
+    env = {"HOME": str(home), "PATH": os.environ["PATH"]}
+
+    def tasks(*args):
+        ran = subprocess.run([sys.executable, "-B", lib / "tasks.py", *args], env=env,
+                             capture_output=True, text=True, timeout=60)  # fmt: skip
+        assert ran.returncode == 0 and ran.stderr == "", (args, ran.stderr)
+        return ran.stdout
+
+    listed = json.loads(tasks("list", "--json"))
+    assert {task["task_id"] for task in listed} == {"t", "h", "n"}
+    for args in (["show", "t"], ["stats"], ["stats", "--prometheus"], ["list", "--since", "1h"]):
+        tasks(*args)
+    ran = subprocess.run([sys.executable, lib / "transfer.py", "export"], env=env, capture_output=True, text=True, timeout=60)  # fmt: skip
+    times = {task["id"]: task["enqueued_at"] for task in map(json.loads, ran.stdout.splitlines())}
+    assert times[1] == pytest.approx(978_350_400, abs=0.001), times
+    assert "moved 1" in tasks("move", "--from", "approvals", "completions")
+    assert "moved 2" in tasks("move", "--from", "notifications", "completions")
+    assert "deleted 3" in tasks("purge", "completions", "--yes")
+
+
 # ------------------------------------------------------------------------------ who may read what, and remedies that work
 
 

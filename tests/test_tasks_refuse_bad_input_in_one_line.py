@@ -97,7 +97,8 @@ def test_a_locked_database_is_said_after_a_bounded_wait(installation):
     ["list", "--status", "odd"], ["list", "--limit", "0"], ["list", "--since", "yesterday"], ["list", "--text", ""], ["list", "--nope"],
     ["retry"], ["retry", "x", "--failed"], ["move", "approvals"], ["import"], ["import", "-", "--legacy", "d"], ["export", "a", "b"],
     ["purge", "approvals", "--status", "running"], ["stats", "--prometheus", "--json"], ["stats", "--interval", "-1"], ["nope"], [],
-    ["cancel"], ["pause"], ["backup"], ["show"]], ids=" ".join)  # fmt: skip
+    ["cancel"], ["pause"], ["backup"], ["show"],
+    *([command, ""] for command in ("show", "logs", "wait", "approve", "reject", "retry", "cancel")), ["move", "", "approvals"]], ids=" ".join)  # fmt: skip
 def test_a_wrong_command_line_exits_64(installation, command):
     refused(installation.run("tasks.py", *command), 64, "--help")
 

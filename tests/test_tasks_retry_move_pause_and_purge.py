@@ -99,6 +99,27 @@ def test_a_task_that_waits_again_under_the_same_id_is_not_doubled(with_failures)
     assert with_failures.history("old-1")["status"] == "failed"
 
 
+def test_a_dead_letter_that_no_queue_takes_is_named_and_holds_no_other_back(with_failures):
+    """Its data was written over by hand: JSON no more, or no object."""
+    with_failures.sqlite3(
+        "update task_history set data = '{\"broken' where task_id = 'approvals-flaky-1';"
+        "update task_history set data = x'7b7d' where task_id = 'approvals-other-1';"
+        "update task_history set data = '[1]' where task_id = 'old-1'"
+    )
+    done = with_failures.run("tasks.py", "retry", "--failed")
+    assert done.returncode == 1 and done.stdout == "retried 2 tasks\n"
+    broken = ("approvals-flaky-1", "approvals-other-1", "old-1")
+    assert sorted(line.split()[3] for line in done.stderr.splitlines()) == sorted(broken), (
+        done.stderr
+    )
+    assert done.stderr.count("its data is no JSON object any more") == 3
+    now = statuses(with_failures)
+    assert [now[f"completions-{name}-1"] for name in ("flaky", "other")] == [
+        "completions pending"
+    ] * 2
+    assert [now[name] for name in broken] == ["approvals failed"] * 3
+
+
 def test_a_scheduled_task_is_retried_now(installation):
     installation.enqueue("approvals", "review", "{}", "--task-id", "later", "--delay", "600")
     tasks(installation, "retry", "later")
@@ -205,6 +226,23 @@ def test_purge_asks_first_and_takes_only_a_yes(installation):
         assert process.wait(10) == (0 if answer == "y" else 1)
         os.close(ours)
         assert installation.rows("select count(*) from approvals") == [(left,)]
+
+
+def test_what_was_approved_while_purge_asked_stays(installation):
+    for name in ("held-1", "approved-1"):
+        installation.enqueue("approvals", "review", "{}", "--task-id", name, "--hold")
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen([sys.executable, ROOT / "tasks.py", "purge", "approvals", "--status", "held"], stdin=theirs,
+                               stdout=theirs, stderr=theirs, env=installation.env)  # fmt: skip
+    os.close(theirs)
+    seen = b""
+    while b"[y/N]" not in seen:
+        seen += os.read(ours, 1000)
+    assert installation.run("tasks.py", "approve", "approved-1").returncode == 0
+    os.write(ours, b"y\n")
+    assert process.wait(10) == 0
+    os.close(ours)
+    assert installation.rows("select task_id from approvals") == [("approved-1",)]
 
 
 def test_purge_refuses_when_there_is_nobody_to_ask(installation):
