@@ -75,7 +75,8 @@ select json_object('queue', '{{queue}}', 'id', id, 'task_id', coalesce(task_id, 
                    'priority', priority, 'group_id', group_id, 'attempts', attempts, 
                    'due_at', iif(due_at is null, null, json(printf('%!.17g', due_at))),
                    'expires_at', iif(expires_at is null, null, json(printf('%!.17g', expires_at))),
-                   'enqueued_at', json(printf('%!.17g', timestamp)), 'error', error), 1,
+                   'enqueued_at', json(printf('%!.17g', iif(typeof(timestamp) = 'text',
+                     coalesce((julianday(timestamp) - 2440587.5) * 86400.0, 0), timestamp))), 'error', error), 1,
                    coalesce(rerun_data, data)
 from "{{queue}}" order by id"""
 
@@ -89,7 +90,7 @@ case when json_valid(data) then json(readable(data)) else data end = :data"""
 KNOWN_TASK = """
 select exists (select 1 from "{queue}" where task_id = :task_id)
   or exists (select 1 from task_history where task_id = :task_id and +queue = '{queue}'
-             and enqueued_at >= strftime('%Y-%m-%d %H:%M:%f', :timestamp, 'unixepoch'))"""
+             and enqueued_at >= :enqueued)"""
 KNOWN_BARE = f"""
 select exists (select 1 from "{{queue}}" where id = :id and task_id is null and {SAME_DATA})
   or exists (select 1 from task_history where task_id = :task_id and +queue = '{{queue}}' and row_id = :id and {SAME_DATA})"""
@@ -246,12 +247,13 @@ def is_file(path: Path, found: os.stat_result) -> bool:
 
 
 @contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
-    """A temporary name beside path. It becomes path, on disk, when the block ends well; else it is
-    removed.
+def whole_file(path: Path, directory: Path | None = None) -> Iterator[Path]:
+    """A temporary name beside path, or in that directory. It becomes path, on disk, when the block
+    ends well; else it is removed.
     """
     # The name is known before the file is made: a signal may come in between.
-    temporary = path.with_name(f".{path.name[:200]}.{os.urandom(4).hex()}")
+    name = f".{path.name[:200]}.{os.urandom(4).hex()}"
+    temporary = (directory or path.parent) / name
     try:
         with cli.ending_by_signal():
             os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
@@ -499,7 +501,7 @@ def copy_of_backup(file: Path, target: Path) -> None:
     os.close(os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
     try:
         with (
-            closing(cli.open_to_read(file)) as source,
+            closing(open_backup(file, target.parent)) as source,
             closing(sqlite3.connect(target, isolation_level=None)) as copy,
         ):
             source.backup(copy)
@@ -517,6 +519,22 @@ def copy_of_backup(file: Path, target: Path) -> None:
         raise Refused(f"{file} is damaged or not a database, and was not restored: {fault}")
     if not tables:
         raise Refused(f"{file} is not a task queue's database: it is empty")
+
+
+def open_backup(file: Path, directory: Path) -> sqlite3.Connection:
+    """Open a backup to read it, with what its write-ahead log holds.
+
+    Where the log was copied without its index, SQLite makes that anew: in the directory, so that
+    nothing appears beside the backup.
+    """
+    real = Path(os.path.realpath(file))
+    log = Path(f"{real}-wal")
+    if cli.is_in_use(real) or not (log.is_file() and log.stat().st_size):
+        return cli.open_to_read(file)
+    copy = directory / "with-its-log.db"
+    shutil.copyfile(real, copy)
+    shutil.copyfile(log, f"{copy}-wal")
+    return sqlite3.connect(copy, isolation_level=None)
 
 
 def bring_to_page_size(copy: Path, page_size: int, file: Path) -> None:
@@ -557,7 +575,8 @@ def put_in_place(backed_up: q.Connection, present: q.Connection, kept: Path | No
         elif not is_locked:
             is_locked = True
             if kept is not None:
-                with whole_file(kept) as temporary:
+                # What a killed restore leaves there is removed by cleanup.
+                with whole_file(kept, backed_up.state) as temporary:
                     copy_database(present, temporary, check=False)
                     loss = compare(temporary, backed_up)
             # SQLite sees that its source has changed, and copies it from its first page on.
@@ -910,6 +929,8 @@ def import_live(conn: q.Connection, row: dict, data: dict, ids: dict[str, Ids]) 
     is_later = row["status"] in ("scheduled", "held")
     row |= {
         "timestamp": float(row["enqueued_at"]),
+        # The history's time of it; SQLite's strftime() rounds some of them otherwise.
+        "enqueued": q.utc(row["enqueued_at"]),
         "due_at": float(row["due_at"]) if row["status"] == "scheduled" else None,
         "status": q.SCHEDULED if is_later else q.READY,
         "expires_at": None if row["expires_at"] is None else float(row["expires_at"]),

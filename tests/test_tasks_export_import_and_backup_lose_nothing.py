@@ -148,6 +148,25 @@ def test_a_task_that_was_done_since_the_export_does_not_come_back(installation):
     assert content(installation) == before
 
 
+def test_a_finished_task_is_known_whatever_its_time(installation, queue):
+    """SQLite's strftime() and ours round one time in sixty otherwise, which must not matter."""
+    conn = queue.connect()
+    times = [1_700_000_000 + number * 0.000_837 for number in range(400)]
+    with queue.transaction(conn):
+        for number, timestamp in enumerate(times):
+            data = f'{{"task_id": "t-{number}", "task_type": "good", "data": {{}}}}'
+            conn.execute("insert into approvals (data, timestamp) values (?, ?)", (data, timestamp))
+    text = exported(installation)
+    for task in queue.claim_ready(conn, "approvals", limit=len(times)):
+        with queue.transaction(conn):
+            assert queue.ack(conn, task)
+    assert imported(installation, text) == {
+        "imported": 0,
+        "already_there": len(times),
+        "refused": [],
+    }
+
+
 def test_a_queue_that_has_other_tasks_takes_all_of_them_in(installation, other):
     filled(installation)
     other.enqueue("approvals", "mine", "--jsonl", input='{"mine": 1}\n' * 5)

@@ -257,16 +257,19 @@ def test_the_database_itself_is_no_backup_of_itself(backed_up):
         assert "is the database itself" in restore(backed_up, file, code=1)["said"]
 
 
-def test_a_backup_with_its_log_beside_it_is_taken_whole(backed_up, tmp_path):
-    """As cp makes it of a database that is in use."""
+@pytest.mark.parametrize("endings", [("", "-wal", "-shm"), ("", "-wal")], ids=["all", "no -shm"])
+def test_a_backup_with_its_log_beside_it_is_taken_whole(backed_up, tmp_path, endings):
+    """As cp makes it of a database that is in use; its index in shared memory can be made anew."""
     holder = sqlite3.connect(backed_up.db, isolation_level=None)
     holder.execute("select count(*) from approvals").fetchone()
     backed_up.enqueue("approvals", "good", "{}", "--task-id", "in-the-log")
-    for ending in ("", "-wal", "-shm"):
+    for ending in endings:
         shutil.copy(f"{backed_up.db}{ending}", tmp_path / f"copy{ending}")
     holder.close()
+    there = sorted(tmp_path.iterdir())
     restore(backed_up, tmp_path / "copy")
     assert "in-the-log" in ids(backed_up)
+    assert sorted(tmp_path.iterdir()) == there
 
 
 def test_a_restore_that_is_killed_leaves_all_as_it_was_or_all_restored(backed_up):
@@ -275,7 +278,7 @@ def test_a_restore_that_is_killed_leaves_all_as_it_was_or_all_restored(backed_up
     big = backed_up.directory / "big"
     assert backed_up.run("tasks.py", "backup", big).returncode == 0
     backed_up.sqlite3("delete from notifications where id > 10")
-    for phase in (".restore-*", "*tasks.db.before-restore-*"):
+    for phase in (".restore-*", ".restore-*/.tasks.db.before-restore-*"):
         process = backed_up.start("tasks.py", "restore", big)
         wait_for(
             lambda phase=phase, process=process: (
@@ -286,6 +289,8 @@ def test_a_restore_that_is_killed_leaves_all_as_it_was_or_all_restored(backed_up
         process.wait()
         assert backed_up.rows("select count(*) from notifications")[0][0] in (10, 60000)
         assert backed_up.sqlite3("pragma integrity_check") == "ok"
+    # What was left lies where cleanup.py takes it away.
+    assert not list(backed_up.state.glob(".tasks.db.before-restore-*"))
     process = backed_up.start("tasks.py", "restore", big)
     wait_for(lambda: list(backed_up.state.glob("tasks.db.before*")) or process.poll() is not None)
     process.send_signal(signal.SIGTERM)
