@@ -47,7 +47,8 @@ def test_a_crash_can_be_backed_off(installation):
     assert installation.rows(
         "select attempts from notifications where due_at > unixepoch() + 3000"
     ) == [(1,)]
-    assert "its worker died" in survivor.log.read_text()
+    # It says so when it is committed.
+    wait_for(lambda: "its worker died" in survivor.log.read_text(), what="a word on it")
 
 
 def test_a_handler_that_kills_its_worker_ends_as_a_dead_letter_with_the_reason(installation):
