@@ -277,6 +277,7 @@ def clean(
             give_back(conn, pacer, report)
             checkpoint(conn)
         remove_reports(state, now - keep, report)
+        remove_job_logs(state, now - keep_failed, report)
         page_size = conn.execute("pragma page_size").fetchone()[0]
         report.free_bytes = conn.execute("pragma freelist_count").fetchone()[0] * page_size
         report.can_shrink = conn.execute("pragma auto_vacuum").fetchone()[0] == 2
@@ -450,6 +451,17 @@ def remove_reports(state: Path, before: float, report: Report) -> None:
                     path.unlink()
 
 
+def remove_job_logs(state: Path, before: float, report: Report) -> None:
+    """Remove old output of jobs that ran here for other machines: no history of ours knows them."""
+    for directory in cli.logs_directory(state).glob("relay.*"):
+        with left_undone(report, directory):
+            for entry in os.scandir(directory):
+                match = RUN_FILE.fullmatch(entry.name)
+                with left_undone(report, entry.path):
+                    if match and entry.stat(follow_symlinks=False).st_mtime < before:
+                        remove_log(entry, directory / f"{match['run']}.out", report)
+
+
 def remove_log(entry: os.DirEntry, output: Path, report: Report) -> None:
     """Remove one file of a run, unless a handler still holds its output's lock."""
     try:
@@ -469,13 +481,15 @@ def remove_log(entry: os.DirEntry, output: Path, report: Report) -> None:
 
 
 def remove_locks(conn: q.Connection, report: Report) -> None:
-    """Remove the lock files that nobody holds, but those of owners whose tasks could not be taken
-    back yet.
+    """Remove the lock files that nobody holds, but those of owners whose tasks and jobs could not
+    be taken back yet.
     """
     workers = conn.state / "workers"
     if not workers.is_dir():
         return
     owners = {task.owner for _, task in cli.claims(conn)}
+    # relay.py sees to the jobs of its dead ones: their handlers may still run.
+    owners |= {hub.parent.name for hub in (conn.state / "runs").glob("*/hub")}
     with left_undone(report, workers):
         for entry in os.scandir(workers):
             with left_undone(report, entry.path):

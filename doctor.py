@@ -49,6 +49,7 @@ from queue_spool import MOST_BYTES, is_utf8
 MAX_WAIT_SECONDS = 600.0
 # A worker takes spooled tasks in at once.
 SPOOL_TOO_OLD_SECONDS = 60.0
+HANDED_OVER_SECONDS = 86_400.0
 QUICK_CHECK_SECONDS = 20.0
 LOW_DISK_BYTES, SHORT_DISK_BYTES = 50 * 2**20, 2**30
 LONG_WAL_BYTES = 256 * 2**20
@@ -70,6 +71,8 @@ OLDEST_READY = f"""
 select count(*), min({ENQUEUED}) from "{{queue}}" where status < 2"""
 OVERDUE = """
 select count(*), min(due_at) from "{queue}" where status = 3 and due_at <= :now"""
+HANDED_OVER = f"""
+select count(*), min(coalesce(claimed_at, {ENQUEUED})) from "{{queue}}" where status = 5"""
 HELD = f"""
 select count(*), min({ENQUEUED}) from "{{queue}}" where status = 3 and due_at is null"""
 NO_HANDLER = """
@@ -603,6 +606,7 @@ def check_tasks(state: Path, handlers: Path, max_wait: float) -> Iterator[Findin
         for queue in queues:
             yield from check_waiting(conn, queue, max_wait, queue in served, controls.get(queue))
             yield from check_held(conn, queue, max_wait)
+            yield from check_handed_over(conn, queue)
             since = {"queue": queue, "since": q.utc(time.time() - 86_400)}
             yield from check_without_handler(conn, queue, since, handlers)
             failed = conn.execute(FAILED_LATELY, since).fetchone()[0]
@@ -630,6 +634,17 @@ def check_held(conn: sqlite3.Connection, queue: str, max_wait: float) -> Iterato
             f"({span(time.time() - oldest)})",
             f"{command('list')} --queue {queue} --status held; then {command('approve')} ID, or "
             f"{command('reject')} ID",
+        )
+
+
+def check_handed_over(conn: sqlite3.Connection, queue: str) -> Iterator[Finding]:
+    """Tasks of which another machine, or the way back from there, has said nothing for long."""
+    away, oldest = conn.execute(q.on_queue(HANDED_OVER, queue)).fetchone()
+    if oldest is not None and time.time() - oldest > HANDED_OVER_SECONDS:
+        yield note(
+            f'queue "{queue}": {away} handed over to another machine, the oldest since '
+            f"{moment(oldest)} ({span(time.time() - oldest)})",
+            f"is pull running, and does a machine work there? {command('relay status')}",
         )
 
 

@@ -72,7 +72,8 @@ TICK_SECONDS = 5.0
 ORPHAN_SECONDS = 0.5
 # Before a job counts as abandoned: so long without a heartbeat of the machine that runs it.
 STALLED_SECONDS = 60.0
-# How often pull looks for jobs that ended without a word from relay.py, and work for what can be deleted.
+# How often pull looks for jobs that ended without a word from relay.py; and for tasks that the hub
+# does not have, and work for what can be deleted.
 SELDOM_SECONDS, TIDY_SECONDS = 30.0, 3_600.0
 # The payloads of jobs whose results are home are deleted, and later what is known of the handing over.
 KEEP_JOB_DAYS, KEEP_ID_DAYS = 7, 30
@@ -173,6 +174,11 @@ where r.id = f.id"""
 ENDINGS = """
 select id, queue, row_id, outcome, coalesce(attempts, 0), extract(epoch from now() - started_at)::float,
   exit_code, result, log, error, reply, reply_bytes from relay_tasks where id = any(%s) order by ended_at"""
+# A person's backup may bring tasks back that were home already, and a hub may have been made anew.
+IS_KNOWN_HERE = """
+select exists (select 1 from relay_tasks where machine = %s)"""
+KNOWN_AND_HOME = """
+select id, home_at is not null from relay_tasks where id = any(%s)"""
 UNWANTED_JOBS = """
 select job_id from relay_tasks where id = any(%s) and ended_at is null"""
 HOME = """
@@ -215,6 +221,8 @@ SENT = """
 update "{queue}" set claimed_at = :now where id = :id and owner = :owner and status = 5"""
 UNWANTED = """
 select owner from "{queue}" where status = 5 and cancel_requested"""
+HANDED_OVER = """
+select id, owner from "{queue}" where status = 5 and claimed_at is not null"""
 COME_HOME = """
 update "{queue}" set attempts = attempts + :attempts, claimed_at = :started_at
 where id = :id and owner = :owner and status = 5 returning {task}"""
@@ -619,7 +627,7 @@ def make_job(queue: str, task: q.Task, group: str | None, due_at: float | None, 
 class Pull(Relay):
     """Brings home how this machine's tasks ended."""
 
-    seldom_at = 0.0
+    seldom_at = lost_at = 0.0
 
     def begin(self, conn: q.Connection) -> None:
         self.machine = machine_id(conn)
@@ -638,9 +646,44 @@ class Pull(Relay):
             with self.hub.transaction() as hub:
                 hub.execute(ENDED_OTHERWISE, (self.machine,))
             self.seldom_at = time.monotonic() + SELDOM_SECONDS
+        if time.monotonic() >= self.lost_at:
+            self.end_lost(conn)
+            self.lost_at = time.monotonic() + TIDY_SECONDS
         while not self.stops and self.pull(conn):
             pass
         self.is_idle = True
+
+    def connected(self) -> None:
+        self.lost_at = 0.0
+
+    def end_lost(self, conn: q.Connection) -> None:
+        """End the tasks that wait here for a word which the hub will not say: it has said it, or lost them."""
+        here = {}
+        for queue in cli.queues_of(conn):
+            here |= {
+                owner: (queue, row_id) for row_id, owner in q.execute(conn, HANDED_OVER, queue)
+            }
+        if not here:
+            return
+        with self.hub.transaction() as hub:
+            known = dict(hub.execute(KNOWN_AND_HOME, (list(here),)).fetchall())
+            if not hub.execute(IS_KNOWN_HERE, (self.machine,)).fetchone()[0]:
+                self.complain(f"this hub knows no task of this machine, which waits for the end of {len(here)}:"
+                              " check TASK_QUEUE_HUB, or give them up with tasks.py purge QUEUE --status handed_over")  # fmt: skip
+                return
+            home = [id for id, is_home in known.items() if is_home]
+            endings = hub.execute(ENDINGS, (home,)).fetchall() if home else []
+        why = "the hub does not know it: it was removed there, or that is another hub"
+        endings += [
+            (id, *here[id], "failed", 0, None, None, None, None, why, None, None)
+            for id in here.keys() - known.keys()
+        ]
+        for batch in range(0, len(endings), BATCH):
+            with q.transaction(conn):
+                reports = [self.bring_home(conn, *told) for told in endings[batch : batch + BATCH]]
+            for report in reports:
+                for line in report:
+                    say(line)
 
     def cancel(self, conn: q.Connection) -> None:
         """Have those jobs ended on the hub whose tasks tasks.py cancel was told to end."""
@@ -718,6 +761,17 @@ class Pull(Relay):
             except (q.InvalidTask, RecursionError) as refused:
                 outcome, error = "failed", f"done, but what should follow was refused: {refused}"
         return outcome if q.finish(conn, task, outcome, error=error, **how) else None, error
+
+
+class Job(q.Task):
+    """A job of the hub as a task of this machine; its row id is the job's."""
+
+    __slots__ = ()
+
+    @property
+    def run_name(self) -> str:
+        """Apart from the tasks of a local queue of the same name, whose row ids are others."""
+        return f"relay.{super().run_name}"
 
 
 class Work(Relay):
@@ -944,7 +998,7 @@ class Work(Relay):
         else:
             text = json.dumps(args)
         terms = (self.args.max_attempts, self.args.backoff, None, 0, 0)
-        return q.Task(queue, id, task_id, task_type, text, enqueued_at, priority, attempts + 1, *terms,
+        return Job(queue, id, task_id, task_type, text, enqueued_at, priority, attempts + 1, *terms,
                       self.owner, time.time())  # fmt: skip
 
     # ------------------------------------------------------------------------------------ recording
@@ -1075,9 +1129,7 @@ class Work(Relay):
         terms = (self.args.max_attempts, self.args.backoff, None, 0, 0)
         # Half of a microsecond more, so that run_name gets the same number.
         claimed_at = (micros + 0.5) / 1e6
-        return q.Task(
-            queue, id, task_id, name, "{}", 0.0, 0, attempts + 1, *terms, owner, claimed_at
-        )
+        return Job(queue, id, task_id, name, "{}", 0.0, 0, attempts + 1, *terms, owner, claimed_at)
 
     def adopt(self) -> int:
         """See to the jobs of this machine's processes that died; how many of their handlers still run."""
@@ -1122,7 +1174,8 @@ class Work(Relay):
     def find_run(self, directory: Path, *job, aborted: bool) -> tuple[q.Task, dict, bool]:
         """(the task of a dead process's job, what is on record about its run, whether that goes on)."""
         task = self.job_as_task(*job, directory.name)
-        for path in directory.glob(f"{task.queue}.{task.id}-{task.attempts}-{directory.name}-*"):
+        whose = f"relay.{task.queue}.{task.id}-{task.attempts}-{directory.name}"
+        for path in directory.glob(f"{whose}-*"):
             micros = path.name.rpartition("-")[2]
             if micros.isdecimal():
                 task = self.job_as_task(*job, directory.name, int(micros))

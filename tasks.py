@@ -138,9 +138,11 @@ select id from task_history where status = :status and queue = :queue and comple
   and (:task_type is null or task_type = :task_type)"""
 DELETE_WAITING = """
 delete from "{queue}" where id = :id and status not in (2, 5)"""
-# One that was approved while purge asked is held no more, and stays.
+# One that was approved while purge asked is held no more, and stays; so does one that came home.
 DELETE_HELD = """
 delete from "{queue}" where id = :id and status = 3 and due_at is null"""
+DELETE_HANDED_OVER = """
+delete from "{queue}" where id = :id and status = 5"""
 
 
 # ------------------------------------------------------------------------------------- command line
@@ -281,8 +283,8 @@ def fault_in(args: argparse.Namespace) -> str:
         return "give the IDs to move, or --from"
     if args.run is move and args.ids and args.task_type:
         return "--type goes with --from and no ID"
-    if args.run is purge and NOT_HERE & {*(args.statuses or ())}:
-        return f"a running or handed over task is not purged: {cli.command('cancel ID')}"
+    if args.run is purge and "in_progress" in (args.statuses or ()):
+        return f"a running task is not purged: {cli.command('cancel ID')}"
     if args.run is stats and args.prometheus and (args.watch or args.as_json):
         return "--prometheus goes with neither --watch nor --json"
     return ""
@@ -864,8 +866,8 @@ def purge(
     yes: bool,
     as_json: bool,
 ) -> int:
-    """Delete waiting tasks of a queue, or finished ones with --status, for good. Asks first; never
-    a running one.
+    """Delete waiting tasks of a queue, or with --status finished or handed over ones, for good. Asks
+    first; never a running one.
     """
     conn = cli.open_queue()
     cli.check_known(conn, [queue])
@@ -894,13 +896,15 @@ def purge(
             raise Refused(
                 f"this would delete {kinds} of {queue} for good; add --yes, there is nobody to ask"
             )
-        print(f"Delete {kinds} of {queue} for good? [y/N] ", end="", flush=True)
+        beware = " Another machine may still run them." if "handed_over" in dict(wanted) else ""
+        print(f"Delete {kinds} of {queue} for good?{beware} [y/N] ", end="", flush=True)
         if sys.stdin.readline().strip().lower() not in ("y", "yes"):
             raise Refused("nothing was deleted")
 
     def delete(item: tuple[str, int]) -> int:
         if item[0] in LIVE:
-            statement = DELETE_HELD if item[0] == "held" else DELETE_WAITING
+            only = {"held": DELETE_HELD, "handed_over": DELETE_HANDED_OVER}
+            statement = only.get(item[0], DELETE_WAITING)
             return q.execute(conn, statement, queue, id=item[1]).rowcount
         return conn.execute(q.FORGET, {"history_id": item[1]}).rowcount
 

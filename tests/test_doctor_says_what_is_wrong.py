@@ -776,3 +776,15 @@ def test_tasks_that_wait_for_a_person_are_named_after_a_while(home):
         and "approve ID" in found["remedy"]
         and "reject ID" in found["remedy"]
     )
+
+
+def test_tasks_that_another_machine_has_had_for_long_are_named(home):
+    away = {"status": 5, "owner": "hub-1"}
+    put(home, claimed_at=time.time() - 80_000, **away)
+    assert not [f for f in doctor(home) if "handed over" in f["message"]]
+    put(
+        home, seconds_ago=90_000, data='{"task_id": "unsent", "task_type": "x", "data": {}}', **away
+    )
+    (found,) = [f for f in doctor(home) if "handed over" in f["message"]]
+    assert found["level"] == "note" and found["remedy"].endswith("relay.py status")
+    assert "2 handed over to another machine" in found["message"]

@@ -38,7 +38,7 @@ WRONG = {
     "limit approvals --slots some": "'some' is not a number of at least 1",
     "move approvals": "give the IDs to move, or --from",
     "move x approvals --type t": "--type goes with --from and no ID",
-    "purge approvals --status running": "a running or handed over task is not purged: tasks.py cancel ID",
+    "purge approvals --status running": "a running task is not purged: tasks.py cancel ID",
     "import": "give FILE, or --legacy DIR",
     "import - --legacy d": "give FILE, or --legacy DIR",
     "export a b": "unrecognized arguments: b",

@@ -54,6 +54,51 @@ def test_a_result_of_an_earlier_handing_over_ends_nothing(machines):
     assert here.hub.one("select count(*) from relay_tasks") == 2
 
 
+def test_what_a_backup_brings_back_ends_as_the_hub_says(machines):
+    here, there = machines
+    there.handler("greet", "#!/bin/sh\necho hello\n")
+    here.put(q.new_row("greet", {}, "x"), q.new_row("greet", {}, "later", delay=3600))
+    here.relay("push", "notifications", "--drain")
+    backup = here.here.directory / "backup"
+    assert here.here.run("tasks.py", "backup", backup).returncode == 0
+    there.relay("work", "notifications", "--drain", "--handlers", there.here.handlers)
+    here.relay("pull", "--drain")
+    assert here.history("x")["result"] == "hello\n"
+    assert here.here.run("tasks.py", "restore", backup).returncode == 0
+    assert here.word("x") == "handed_over"
+    here.relay("pull", "--drain")
+    ended = here.history("x")
+    assert (ended["status"], ended["attempts"]) == ("completed", 1)
+    assert here.word("later") == "handed_over"
+
+
+def test_a_task_that_the_hub_has_lost_is_a_dead_letter(machines):
+    here, _ = machines
+    here.put(q.new_row("greet", {}, "lost"), q.new_row("greet", {}, "there"))
+    here.relay("push", "notifications", "--drain")
+    here.hub.rows("delete from relay_tasks where id = %s",
+                  here.rows("select owner from notifications where task_id = 'lost'")[0][0])  # fmt: skip
+    here.relay("pull", "--drain")
+    assert here.history("lost")["status"] == "failed"
+    assert "the hub does not know it" in here.history("lost")["error"]
+    assert here.word("there") == "handed_over"
+
+
+def test_a_hub_that_knows_nothing_of_a_machine_ends_nothing(machines):
+    """As with another hub's URL. Who knows better can give the tasks up."""
+    here, _ = machines
+    here.put(q.new_row("greet", {}, "x"), q.new_row("greet", {}, "waits"))
+    here.here.sqlite3("update notifications set status = 3 where task_id = 'waits'")
+    here.relay("push", "notifications", "--drain")
+    here.hub.rows("delete from relay_tasks")
+    said = here.relay("pull", "--drain").stderr
+    assert "this hub knows no task of this machine" in said and "--status handed_over" in said
+    assert here.word("x") == "handed_over"
+    done = here.here.run("tasks.py", "purge", "notifications", "--status", "handed_over", "--yes")
+    assert done.stdout == "deleted 1 task of notifications\n", done.stderr
+    assert here.rows("select task_id from notifications") == [("waits",)]
+
+
 def test_a_second_push_of_a_queue_is_refused(machines):
     here, _ = machines
     first = here.start("push", "notifications")

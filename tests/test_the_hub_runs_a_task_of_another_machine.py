@@ -276,6 +276,10 @@ def test_a_handler_that_outlives_its_worker_is_not_run_again(machines):
     wait_for(runs.exists, what="a run")
     first.kill()
     first.wait()
+    # cleanup.py leaves what is on record about the job to the next one, however old it is.
+    for lock in (there.state / "workers").iterdir():
+        os.utime(lock, (0, 0))
+    assert there.here.run("cleanup.py").returncode == 0
     second = there.work("notifications")
     beat = "select last_heartbeat from procrastinate_workers order by id limit 1"
     before = here.hub.one(beat)
