@@ -20,5 +20,5 @@ def test_after_a_long_reader_has_ended_and_a_warning_comes_before(installation, 
     assert "long read" in worker.log.read_text() and wal.stat().st_size >= size
     reader.execute("commit")
     reader.close()
-    wait_for(lambda: wal.stat().st_size <= queue.WAL_BYTES, 15, "the end of the write-ahead log")
+    wait_for(lambda: wal.stat().st_size <= queue.WAL_BYTES, 60, "the end of the write-ahead log")
     assert worker.log.read_text().count("long read") == 1 and worker.poll() is None
