@@ -36,10 +36,12 @@ from contextlib import nullcontext, suppress
 from fcntl import LOCK_EX, LOCK_NB, LOCK_SH, LOCK_UN, flock
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
+# Type checkers take this for true. To import typing would cost each hook 2 ms.
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterable
+    from typing import Any
 
 VERSION = "0.2.0"
 

@@ -9,7 +9,7 @@ import pytest
 from conftest import ROOT
 
 HEAVY = ("persistqueue", "watchdog", "asyncio", "dataclasses", "inspect", "logging", "subprocess", "argparse", "uuid", "random",
-         "datetime", "hashlib", "socket", "concurrent.futures")  # fmt: skip
+         "datetime", "hashlib", "socket", "concurrent.futures", "typing")  # fmt: skip
 
 ENQUEUE = """
 import sys
