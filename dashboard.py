@@ -423,7 +423,8 @@ def bars_of(conn: sqlite3.Connection, now: float, day_ago: str) -> list[Bar]:
     tasks: list[dict[str, int]] = [{} for _ in range(BARS)]
     waits, started = [0.0] * BARS, [0] * BARS
     for minute, status, count, with_start, waited in minutes:
-        # What is older than the first bar is not drawn: a day's 24 bars end with the next full hour.
+        # What is older than the first bar is not drawn: a day's 24 bars end with the next full
+        # hour.
         number = int((seconds_of(minute) - begin) // width)
         if 0 <= number < BARS:
             tasks[number][status] = tasks[number].get(status, 0) + count

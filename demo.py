@@ -3,10 +3,11 @@
 # requires-python = ">=3.11"
 # dependencies = []
 # ///
-"""Show the whole way of a task, from a Stop hook's payload to the result on the completions queue, step by step.
+"""Show the whole way of a task, from a Stop hook's payload to the result on the completions queue,
+step by step.
 
-Everything is real: enqueue.py as a hook, an idle worker.py, handlers/link_validation and lychee. The state directory and
-the workspace are thrown away at the end; nothing of yours is touched.
+Everything is real: enqueue.py as a hook, an idle worker.py, handlers/link_validation and lychee.
+The state directory and the workspace are thrown away at the end; nothing of yours is touched.
 
 examples:
   just demo
@@ -118,9 +119,14 @@ class Demo:
         self.make_workspace()
         self.start_worker()
         hook_ms = self.fire_hook()
-        # Hook and worker run by themselves from here on: these wait for what they do, and say when it was.
-        claimed = self.wait_for("no worker claimed the task", self.first("select * from task_queue where queue = 'notifications' "
-                                                                         "and started_at is not null"))  # fmt: skip
+        # Hook and worker run by themselves from here on: these wait for what they do, and say when
+        # it was.
+        claimed = self.wait_for(
+            "no worker claimed the task",
+            self.first(
+                "select * from task_queue where queue = 'notifications' and started_at is not null"
+            ),
+        )
         self.say(
             f"task queued: {claimed['task_type']} {claimed['task_id']} (hook: {hook_ms:.0f} ms, exit 0, no output)"
         )
@@ -194,8 +200,19 @@ class Demo:
 
     def start_worker(self) -> None:
         with self.log.open("wb") as log:
-            self.worker = self.start(HERE / "worker.py", "notifications", "--handlers", str(self.handlers), "--then", "completions",
-                                     "--grace", "0", stdin=subprocess.DEVNULL, stdout=log, stderr=log)  # fmt: skip
+            self.worker = self.start(
+                HERE / "worker.py",
+                "notifications",
+                "--handlers",
+                str(self.handlers),
+                "--then",
+                "completions",
+                "--grace",
+                "0",
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+            )
         self.wait_for("the worker did not get ready", self.worker_serves)
         asleep_by = time.monotonic() + ASLEEP_SECONDS
         self.wait_for(
@@ -215,8 +232,15 @@ class Demo:
             'hook payload in: {"hook_event_name": "Stop", "cwd": …} to enqueue.py --hook notifications link_validation'
         )
         before = time.monotonic()
-        hook = self.start(HERE / "enqueue.py", "--hook", "notifications", "link_validation",
-                          stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
+        hook = self.start(
+            HERE / "enqueue.py",
+            "--hook",
+            "notifications",
+            "link_validation",
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
         try:
             out, err = hook.communicate(json.dumps(payload).encode(), timeout=STEP_SECONDS)
         except subprocess.TimeoutExpired:
@@ -235,8 +259,13 @@ class Demo:
         # A stop in between would leave a child that nobody knows of.
         signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
         try:
-            child = subprocess.Popen([*runner, str(script), *arguments], env=self.environment, start_new_session=True,
-                                     preexec_fn=lambda: signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS), **options)  # noqa: PLW1509  # fmt: skip
+            child = subprocess.Popen(
+                [*runner, str(script), *arguments],
+                env=self.environment,
+                start_new_session=True,
+                preexec_fn=lambda: signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS),
+                **options,
+            )  # noqa: PLW1509
             self.children.append(child)
             return child
         finally:
@@ -246,7 +275,9 @@ class Demo:
         print(f"{(time.monotonic() - self.started) * 1000:6.0f} ms  {what}", flush=True)
 
     def wait_for(self, otherwise: str, look: Callable):
-        """What look() returns once that is true; Failed when it is not in STEP_SECONDS, or when the worker is gone."""
+        """What look() returns once that is true; Failed when it is not in STEP_SECONDS, or when the
+        worker is gone.
+        """
         deadline = time.monotonic() + STEP_SECONDS
         while not (found := look()):
             if self.worker.poll() is not None:
@@ -279,7 +310,9 @@ class Demo:
         return int(said[1]) if said else 0
 
     def worker_hears(self) -> bool:
-        """Whether the worker is told of writes to the state directory: it sleeps, and its wake can be timed."""
+        """Whether the worker is told of writes to the state directory: it sleeps, and its wake can
+        be timed.
+        """
         # So Linux lists the watches of inotify; other systems do not.
         watched = f" ino:{os.stat(self.state).st_ino:x} "
         try:
@@ -295,7 +328,9 @@ class Demo:
         return self.log.read_text("utf-8", "replace") if self.log.exists() else ""
 
     def end_children(self) -> None:
-        """End what was started and is still there; nothing writes into the directory any more when this returns."""
+        """End what was started and is still there; nothing writes into the directory any more when
+        this returns.
+        """
         for stop in STOPS:
             # The clean-up takes seconds at most, and is not to be interrupted.
             signal.signal(stop, signal.SIG_IGN)

@@ -3,13 +3,13 @@
 # requires-python = ">=3.11"
 # dependencies = []
 # ///
-"""Show the whole way from one prompt to the next: Claude stops, a link check finds a broken link, a task
-for Claude is held until it is approved, Claude mends the link, and the next prompt is told so.
+"""Show the whole way from one prompt to the next: Claude stops, a link check finds a broken link, a
+task for Claude is held until it is approved, Claude mends the link, and the next prompt is told so.
 
-The hooks are those of the plugin, run by Claude Code itself where it is installed. The model's answers
-come from a stand-in for the API on this machine. Without Claude Code, or without the stand-in, a fake
-command takes Claude's place, and the first line says so. The state, the workspace and Claude's home are
-thrown away at the end; nothing of yours is touched.
+The hooks are those of the plugin, run by Claude Code itself where it is installed. The model's
+answers come from a stand-in for the API on this machine. Without Claude Code, or without the
+stand-in, a fake command takes Claude's place, and the first line says so. The state, the workspace
+and Claude's home are thrown away at the end; nothing of yours is touched.
 
 examples:
   just demo-flow
@@ -46,8 +46,8 @@ STAND_IN = HERE / "tests/claude_stub/api.py"
 MEND = ["printf '# The pier\\n\\nIt is 80 m long.\\n' >pier.md"]
 MENDED = "I drew the map of the pier: README.md leads to pier.md again."
 
-# The link check of this demonstration: what the real one found, then, where a link is broken, a last line
-# that enqueues the next task. It needs a worker with --chain.
+# The link check of this demonstration: what the real one found, then, where a link is broken, a
+# last line that enqueues the next task. It needs a worker with --chain.
 LINK_CHECK = """#!{python}
 import json, subprocess, sys
 
@@ -175,7 +175,9 @@ class Flow(Demo):
         new.replace(self.api / "answer.json")
 
     def start_workers(self) -> None:
-        """One worker for link checks, which may enqueue what follows; one for Claude, which may not."""
+        """One worker for link checks, which may enqueue what follows; one for Claude, which may
+        not.
+        """
         handlers = self.home / "handlers"
         handlers.mkdir()
         check = handlers / "link_validation"
@@ -192,8 +194,15 @@ class Flow(Demo):
         common = ["--handlers", str(handlers), "--then", "completions", "--grace", "0"]
         with self.log.open("ab") as log:
             for queue, more in (("approvals", []), ("notifications", ["--chain"])):
-                self.worker = self.start(HERE / "worker.py", queue, *common, *more,
-                                         stdin=subprocess.DEVNULL, stdout=log, stderr=log)  # fmt: skip
+                self.worker = self.start(
+                    HERE / "worker.py",
+                    queue,
+                    *common,
+                    *more,
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=log,
+                )
         self.wait_for(
             "the workers did not get ready", lambda: self.worker_log().count(" serves ") == 2
         )
@@ -254,8 +263,15 @@ class Flow(Demo):
     def run_to_end(self, command: list[str], stdin: str = "") -> subprocess.CompletedProcess:
         """Run a program in the workspace, with the demonstration's environment."""
         try:
-            return subprocess.run(command, env=self.environment, cwd=self.workspace, input=stdin,
-                                  capture_output=True, text=True, timeout=STEP_SECONDS)  # fmt: skip
+            return subprocess.run(
+                command,
+                env=self.environment,
+                cwd=self.workspace,
+                input=stdin,
+                capture_output=True,
+                text=True,
+                timeout=STEP_SECONDS,
+            )
         except subprocess.TimeoutExpired:
             raise Failed(f"{command[0]} did not end within {STEP_SECONDS} s") from None
 

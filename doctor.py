@@ -734,9 +734,8 @@ def has_handler(handlers: Path, task_type: str) -> bool:
 
 
 def check_claims(conn: sqlite3.Connection, state: Path) -> Iterator[Finding]:
-    """Claims of dead owners that no running worker will recover; a handler that still runs keeps its
-    task.
-    """
+    """Claims of dead owners that no running worker will recover; a handler that still runs keeps
+    its task."""
     dead: dict[tuple[str, str], list[q.Task]] = {}
     for queue, task in cli.claims(conn):
         if owners.is_dead(state, task.owner) and not owners.look_at_run(state, task)[1]:

@@ -121,8 +121,8 @@ LINE_KEYS = {
 LINE_TIMES = {"delay": q.parse_duration, "ttl": q.parse_duration, "window": q.parse_duration}
 LINE_TIMES["at"] = q.parse_time
 
-# Of --once-per content: what an event says that is the same when the same happens again. Claude Code
-# adds fields to its events, so for these only what is named here counts.
+# Of --once-per content: what an event says that is the same when the same happens again. Claude
+# Code adds fields to its events, so for these only what is named here counts.
 CONTENT = {
     "SessionStart": "source",
     "SessionEnd": "reason",
@@ -399,7 +399,9 @@ def parse_object(raw: bytes) -> tuple[dict, str]:
 
 
 def hook(args: Arguments) -> int:
-    """Store one task for one firing: in the database, else in the spool; raises when it is in neither."""
+    """Store one task for one firing: in the database, else in the spool; raises when it is in
+    neither.
+    """
     if q.task_depth() and not args.nested:
         # It was fired by a handler's own run: work must not start itself again.
         return 0
@@ -552,7 +554,8 @@ def group_of(data: dict, what: str) -> str | None:
 
 
 def id_of(data: dict, task_type: str, once_per: str | None) -> str:
-    """The same firing gives the same id, wherever and however often it is told; another gives another.
+    """The same firing gives the same id, wherever and however often it is told; another gives
+    another.
 
     An id ends with 64 bits of a digest: beside a million waiting tasks, a new one has somebody
     else's id once in 18 trillion firings.

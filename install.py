@@ -11,10 +11,10 @@
 
 install copies the scripts to PREFIX/runtime/lib and the example handlers to PREFIX/handlers.
 Handlers that you changed stay yours. It makes PREFIX/state (or TASK_QUEUE_STATE) with its queues,
-fills uv's cache so that no hook ever downloads, and offers two hooks for settings.json: a link check
-when Claude has answered, and a report of what tasks have found, which goes with your next prompt.
-Run it again to upgrade: running workers are not disturbed. uninstall takes out what install and
-service.py put in, never the state and nothing that you changed.
+fills uv's cache so that no hook ever downloads, and offers two hooks for settings.json: a link
+check when Claude has answered, and a report of what tasks have found, which goes with your next
+prompt. Run it again to upgrade: running workers are not disturbed. uninstall takes out what install
+and service.py put in, never the state and nothing that you changed.
 
 exit codes: 0 done; 1 something was left undone, and the message says what; 64 usage.
 """

@@ -90,7 +90,8 @@ class Delivery:
                 if not said:
                     said = True
                     _say(self.queue, f"task {self.task_id} could not be settled", error)
-                # The interpreter would wait for this thread, and others may take the task when it has ended.
+                # The interpreter would wait for this thread, and others may take the task when it
+                # has ended.
                 if _interpreter_ends():
                     return
                 time.sleep(RETRY_SECONDS)

@@ -1,6 +1,8 @@
-"""Handlers: which program a task's is, what it is told, where its output goes; started through a supervisor.
+"""Handlers: which program a task's is, what it is told, where its output goes; started through a
+supervisor.
 
-worker.py runs the tasks of the local queues by it, and relay.py those of another machine: the contract is the same.
+worker.py runs the tasks of the local queues by it, and relay.py those of another machine: the
+contract is the same.
 """
 
 from __future__ import annotations
@@ -27,8 +29,8 @@ import queue_runs as runs
 from queue_cli import duration, printable, remedies_as_typed, sh
 from queue_supervisor import SupervisorProcess, handler_environment
 
-# A task without a handler that can be started is tried again after so many seconds. Each time is a failed attempt, so that
-# it ends as a dead letter, which people are told of.
+# A task without a handler that can be started is tried again after so many seconds. Each time is a
+# failed attempt, so that it ends as a dead letter, which people are told of.
 NO_HANDLER_SECONDS = 60.0
 # What could not be started by no fault of its handler is tried again after so many seconds.
 START_AGAIN_SECONDS = 5.0
@@ -150,7 +152,8 @@ class Handlers:
         return dict(zip(TOLD, map(str, (*values, self.state)), strict=True))
 
     def hear(self) -> list[tuple[q.Task, dict | Unstarted]]:
-        """The tasks whose handlers have ended, with {"code", "why", "seconds"}, or were not started.
+        """The tasks whose handlers have ended, with {"code", "why", "seconds"}, or were not
+        started.
 
         Raises EOFError when the supervisor was killed: then start_afresh().
         """
@@ -170,7 +173,9 @@ class Handlers:
         return ended
 
     def fault_of_handler(self, task: q.Task, told: dict) -> str | None:
-        """What is wrong with the file of a handler that was not started, or whose interpreter env did not find."""
+        """What is wrong with the file of a handler that was not started, or whose interpreter env
+        did not find.
+        """
         not_found = told.get("code") == EXIT_NOT_FOUND and told["why"] is None
         if self.command is not None or not (not_found or told.get("do") == "put back"):
             return None
@@ -181,9 +186,11 @@ class Handlers:
         return fault and f"its handler {fault[0]}; {fault[1]}"
 
     def start_afresh(self) -> NoReturn:
-        """The supervisor was killed, and nobody will hear how its handlers end: begin anew, and recovery sees to them.
+        """The supervisor was killed, and nobody will hear how its handlers end: begin anew, and
+        recovery sees to them.
 
-        The process stays the same for whoever started it. What it had claimed is a dead owner's from here on.
+        The process stays the same for whoever started it. What it had claimed is a dead owner's
+        from here on.
         """
         say("the supervisor of handlers was killed; starting afresh")
         os.execv(sys.executable, sys.orig_argv)
@@ -194,7 +201,9 @@ class Handlers:
             self.supervisor.end(run, why, now=now)
 
     def children_changed(self, *_) -> None:
-        """Hear of the supervisor, and reap what else became our child: all orphans, as process 1 of a container."""
+        """Hear of the supervisor, and reap what else became our child: all orphans, as process 1 of
+        a container.
+        """
         while True:
             try:
                 pid, status = os.waitpid(-1, os.WNOHANG | os.WUNTRACED)
@@ -217,7 +226,8 @@ class Handlers:
 
 
 def fault_of(handler: Path | str, path: str) -> tuple[str, str] | None:
-    """What an executable file has that keeps it from being started, and what mends it; None for nothing.
+    """What an executable file has that keeps it from being started, and what mends it; None for
+    nothing.
 
     `path` is the PATH on which its interpreter is looked for. Raises OSError.
     """
@@ -296,7 +306,9 @@ def default_handlers(script: str) -> Path:
 
 
 def resolve(command: list[str], path: str) -> list[str]:
-    """The command with the absolute path of its program: from here on nobody's working directory has a say in it."""
+    """The command with the absolute path of its program: from here on nobody's working directory
+    has a say in it.
+    """
     if not command:
         raise ValueError("the command is empty: give a program and its arguments")
     name = os.path.abspath(command[0]) if "/" in command[0] else command[0]
@@ -317,7 +329,8 @@ def start_clean() -> None:
 
 
 def with_remedy(error: Exception, state: Path) -> str:
-    """What an error says, and if something in the state belongs to another user: what, whose it is, and what mends it.
+    """What an error says, and if something in the state belongs to another user: what, whose it is,
+    and what mends it.
 
     Commands are named as people type them.
     """
@@ -332,8 +345,10 @@ def with_remedy(error: Exception, state: Path) -> str:
         # root may use everybody's files.
         if me not in (0, owner):
             them, us = user(owner), user(me)
-            return (f"{said}; {path} belongs to {them}, not to {us}: a worker ran as {them}, perhaps by sudo;"
-                    f" give all of it back with: sudo chown -R {us} {shlex.quote(str(state))}")  # fmt: skip
+            return (
+                f"{said}; {path} belongs to {them}, not to {us}: a worker ran as {them}, perhaps by sudo;"
+                f" give all of it back with: sudo chown -R {us} {shlex.quote(str(state))}"
+            )
     return said
 
 
@@ -345,7 +360,9 @@ def user(uid: int) -> str:
 
 
 def stdin_file(raw: bytes) -> int:
-    """A file for a handler's stdin, in memory where that can be had. No pipe: nothing blocks that is not read."""
+    """A file for a handler's stdin, in memory where that can be had. No pipe: nothing blocks that
+    is not read.
+    """
     if hasattr(os, "memfd_create"):
         fd = os.memfd_create("task")
     else:
@@ -375,7 +392,9 @@ def new_file(path: str, locked: bool) -> int:
 
 
 def say(line: str) -> None:
-    """One line on stderr, in one piece; a closed terminal or a full disk is no reason to stop working."""
+    """One line on stderr, in one piece; a closed terminal or a full disk is no reason to stop
+    working.
+    """
     try:
         os.write(
             2,

@@ -1,4 +1,5 @@
-"""Starting a worker that nobody waits for: what `enqueue.py --start-worker` and the service's units do.
+"""Starting a worker that nobody waits for: what `enqueue.py --start-worker` and the service's units
+do.
 
 The session that fires a hook, and the manager that starts a unit, have an environment and a working
 directory of their own, which may be those of a workspace. Neither decides what is run here.

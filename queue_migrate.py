@@ -1,4 +1,5 @@
-"""Bringing a database to the present schema: bare tables that bash made, and databases of earlier versions.
+"""Bringing a database to the present schema: bare tables that bash made, and databases of earlier
+versions.
 
 Loaded by queue_helpers when a database needs it, and never otherwise.
 """
@@ -24,7 +25,9 @@ def has_bare_queue(conn: q.Connection) -> bool:
 
 
 def check(conn: q.Connection, version: int, may_migrate: bool) -> None:
-    """Raise QueueUnavailable unless a database that is not of the present version can be brought to it."""
+    """Raise QueueUnavailable unless a database that is not of the present version can be brought to
+    it.
+    """
     db = conn.state / "tasks.db"
     if version > q.SCHEMA_VERSION:
         raise q.QueueUnavailable(
@@ -57,9 +60,9 @@ def adopt_all(conn: q.Connection) -> None:
     q.create_view(conn)
 
 
-# What a queue's table of version 1 has, and how version 2 stores it. Version 1 checked none of these:
-# a task whose time is none that can come, and one that somebody had set aside as blocked, are held,
-# so that a person sees them.
+# What a queue's table of version 1 has, and how version 2 stores it. Version 1 checked none of
+# these: a task whose time is none that can come, and one that somebody had set aside as blocked,
+# are held, so that a person sees them.
 COLUMNS_OF_1 = """id, data, timestamp, status, priority, due_at, group_id, attempts, owner, claimed_at,
   max_attempts, backoff, then_queue, cancel_requested, error"""
 VALUES_OF_1 = f"""id, data, timestamp, iif(status = 4, 3, status),
@@ -142,7 +145,9 @@ def drop_old(conn: q.Connection, queue: str) -> None:
 
 
 def is_bare_queue(conn: q.Connection, table: str) -> bool:
-    """Whether a hook made this table before any Python ran: id and data, and a name that a queue may have."""
+    """Whether a hook made this table before any Python ran: id and data, and a name that a queue
+    may have.
+    """
     try:
         q.check_queue_name(table)
     except q.InvalidTask:

@@ -30,8 +30,8 @@ EX_DATAERR, EX_TEMPFAIL = 65, 75
 OUTPUT_BYTES = 65_536
 # Of a handler's stdout that may become the next task.
 RESULT_BYTES = 16 * 2**20
-# The shortest and the longest that a handler may ask for, and what one gets that asks for nothing. What
-# is not counted must not run as fast as it can.
+# The shortest and the longest that a handler may ask for, and what one gets that asks for nothing.
+# What is not counted must not run as fast as it can.
 SHORTEST_SECONDS, LONGEST_SECONDS, NOT_NOW_SECONDS = 0.1, 30 * 86_400, 60.0
 # Tasks that one result may enqueue.
 CHAIN_TASKS = 100
@@ -100,10 +100,9 @@ def in_words(why: str) -> str:
 class Verdict(NamedTuple):
     """What the end of a run means, wherever the task is kept.
 
-    do      "complete", "retry" (a failed attempt), "put back" (an uncounted one), "bury" or "cancel"
-    error   what went wrong, in one line
-    delay   seconds until the next attempt; None: the task's back-off
-    pause   (seconds or None, reason) when the whole queue is to be held back
+    do      "complete", "retry" (a failed attempt), "put back" (an uncounted one), "bury" or
+    "cancel" error   what went wrong, in one line delay   seconds until the next attempt; None: the
+    task's back-off pause   (seconds or None, reason) when the whole queue is to be held back
     """
 
     do: str
@@ -205,7 +204,8 @@ def _follow_ups(conn: q.Connection, task: q.Task) -> list[tuple[str, q.Row]]:
 
 
 def _take_chain(stdout: str) -> tuple[str, list]:
-    """(stdout without its last line, the tasks that this line enqueues); unchanged where it has none.
+    """(stdout without its last line, the tasks that this line enqueues); unchanged where it has
+    none.
 
     It has some where that line begins with {"enqueue":. Raises InvalidTask.
     """
@@ -351,7 +351,8 @@ def reject(conn: q.Connection, queue: str, row_id: int, reason: str | None = Non
 def pause(
     conn: q.Connection, queue: str, until: float | None, reason: str | None, *, by: str
 ) -> bool:
-    """Hold back a queue's claims until a time (Unix seconds), or, with None, until a person resumes it.
+    """Hold back a queue's claims until a time (Unix seconds), or, with None, until a person resumes
+    it.
 
     Within a transaction. `by` is "person" or "handler". False when a pause with a later end holds.
     """
@@ -365,7 +366,8 @@ def resume(conn: q.Connection, queue: str) -> bool:
 
 
 def limit(conn: q.Connection, queue: str, slots: int | None) -> None:
-    """Have at most `slots` of the queue's tasks run at a time, within a transaction; None: any number.
+    """Have at most `slots` of the queue's tasks run at a time, within a transaction; None: any
+    number.
 
     Raises InvalidTask.
     """

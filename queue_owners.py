@@ -20,7 +20,8 @@ CANCEL_REQUESTED = """
 select id from "{queue}" where status = 2 and owner = :owner and cancel_requested"""
 WHO_HOLDS = """
 select owner, claimed_at, attempts from "{queue}" where id = :id"""
-# What no queue's table would take is left where it is: a failing statement would end the whole step.
+# What no queue's table would take is left where it is: a failing statement would end the whole
+# step.
 REDRIVE = f"""
 insert or ignore into "{{queue}}" (id, data, priority, group_id)
 select row_id, data, priority, group_id from task_history where id = :history_id and {q.IS_OBJECT}"""
@@ -29,10 +30,11 @@ delete from task_history where id = :history_id"""
 
 
 def verdict_alone(conn: q.Connection, task: q.Task, verdict) -> tuple:
-    """Record a verdict within a transaction, so that it can fail without the others: (outcome, error).
+    """Record a verdict within a transaction, so that it can fail without the others: (outcome,
+    error).
 
-    Whatever goes wrong with one task's verdict buries that task, with the reason. The database's own trouble is
-    everybody's, and is raised.
+    Whatever goes wrong with one task's verdict buries that task, with the reason. The database's
+    own trouble is everybody's, and is raised.
     """
     try:
         with _savepoint(conn):
@@ -90,17 +92,20 @@ def _leave_for_a_person(conn: q.Connection, task: q.Task, error: str) -> tuple:
 
 # What one transaction takes back at most: everybody else waits for it.
 RECOVER_AT_ONCE = 50
-# The supervisor ends an overdue handler itself, if it lives; recovery waits so much longer for that.
+# The supervisor ends an overdue handler itself, if it lives; recovery waits so much longer for
+# that.
 SUPERVISOR_SECONDS = 1.0
 CLAIMED_NEXT = q.CLAIMED_BY + " and id > :after order by id limit :limit"
 
 
 def recover(state=None, *, crash_backoff: float = 0.0) -> tuple[list, int]:
-    """Take back the tasks of dead owners. Returns ([(task, outcome, error), …], how many handlers outlive them).
+    """Take back the tasks of dead owners. Returns ([(task, outcome, error), …], how many handlers
+    outlive them).
 
-    An owner is dead when its lock is free. How its handlers ended is on record, and counts. One that still runs keeps
-    its task, and is ended here when it is overdue or to be cancelled. A task without either is ready again after
-    crash_backoff seconds, or buried when its attempts are spent. Raises QueueError when that works for no queue.
+    An owner is dead when its lock is free. How its handlers ended is on record, and counts. One
+    that still runs keeps its task, and is ended here when it is overdue or to be cancelled. A task
+    without either is ready again after crash_backoff seconds, or buried when its attempts are
+    spent. Raises QueueError when that works for no queue.
     """
     conn = q.connect(state, create=False)
     claims, trouble = _claims(conn)
@@ -128,7 +133,9 @@ def recover(state=None, *, crash_backoff: float = 0.0) -> tuple[list, int]:
 
 
 def _claims(conn: q.Connection) -> tuple[dict[str | None, list[str]], q.QueueError | None]:
-    """({owner: queues in which it has tasks}, the last trouble that a queue made); without this process."""
+    """({owner: queues in which it has tasks}, the last trouble that a queue made); without this
+    process.
+    """
     claims: dict[str | None, list[str]] = {}
     trouble = None
     with errors_explained(conn):
@@ -218,8 +225,8 @@ def _recover_task(
 def look_at_run(state: Path, task: q.Task, cancelled: bool = False) -> tuple[dict, bool]:
     """(what is on record, whether the run goes on) of a task whose owner is dead.
 
-    It goes on while its handler runs, or while somebody holds the output of one whose end nobody saw: that
-    cannot be ended by us, but a person may give it up, by cancelling the task.
+    It goes on while its handler runs, or while somebody holds the output of one whose end nobody
+    saw: that cannot be ended by us, but a person may give it up, by cancelling the task.
     """
     # In this order: whoever lets go of the output's lock has written down the end before.
     held = runs.is_held(f"{state}/logs/{task.run_name}.out")
@@ -227,7 +234,8 @@ def look_at_run(state: Path, task: q.Task, cancelled: bool = False) -> tuple[dic
     if "code" in run:
         return run, False
     leader = _leader(run)
-    # The supervisor is yet to write down the end of a zombie. Without a group, the order is on its way to it.
+    # The supervisor is yet to write down the end of a zombie. Without a group, the order is on its
+    # way to it.
     runs_on = leader not in (None, "Z") or (leader == "Z" or held) and _supervisor(run) is not None
     return run, runs_on or held and not ("group" in run and cancelled)
 
@@ -276,7 +284,9 @@ def end_orphan(path: str, run: dict, cancelled: bool) -> None:
 
 
 def _leader(run: dict) -> str | None:
-    """The state of the process that leads a run's group, None when it is gone and the group may be another's."""
+    """The state of the process that leads a run's group, None when it is gone and the group may be
+    another's.
+    """
     return _state_of(run.get("group"), run.get("started"))
 
 

@@ -7,7 +7,8 @@ compares the list with the code:
     called      _check_id _find_item_id _serializer _unack_cache
 """
 
-# persist-queue declares narrower results than ours: put() is None for a duplicate, get() may be a Task.
+# persist-queue declares narrower results than ours: put() is None for a duplicate, get() may be a
+# Task.
 # pyright: reportIncompatibleMethodOverride=false
 
 from __future__ import annotations
@@ -72,7 +73,8 @@ _Base: Any = object
 
 
 class SharedTable(_Base):
-    """What both classes do differently from persist-queue: the table is shared, and the database is asked.
+    """What both classes do differently from persist-queue: the table is shared, and the database is
+    asked.
 
     Counts are the database's; a claim is one transaction; connections belong to threads.
     """
@@ -109,8 +111,8 @@ class SharedTable(_Base):
         q.ensure_queue(self._conn, self.name)
         self.put_event = q.WakeEvent(self.name, self.state)
 
-    # persist-queue keeps two connections and a count; here a connection is the thread's, and a count
-    # the database's.
+    # persist-queue keeps two connections and a count; here a connection is the thread's, and a
+    # count the database's.
     _conn = _getter = _putter = property(
         lambda self: q.connect(self.state, busy_timeout_ms=int(self.timeout * 1000)),
         lambda self, value: None,
@@ -128,7 +130,9 @@ class SharedTable(_Base):
         return not q.has_ready(self._conn, self.name)
 
     def put(self, item, block: bool = True) -> int | None:
-        """Store a dict or JSON text of an object; the row's id, None when its task_id is waiting or running."""
+        """Store a dict or JSON text of an object; the row's id, None when its task_id is waiting or
+        running.
+        """
         conn, text = self._conn, self._serializer.dumps(item)
         q.ensure_queue(conn, self.name)
         with q.transaction(conn):
@@ -166,7 +170,9 @@ class SharedTable(_Base):
 
 
 class SQLiteQueue(SharedTable, persistqueue.SQLiteQueue):
-    """persist-queue's SQLiteQueue on the shared table: get() hands the JSON text over and finishes the task."""
+    """persist-queue's SQLiteQueue on the shared table: get() hands the JSON text over and finishes
+    the task.
+    """
 
     def _plain(self, task: q.Task) -> str:
         return task.text
@@ -187,10 +193,11 @@ class SQLiteQueue(SharedTable, persistqueue.SQLiteQueue):
 
 
 class SQLiteAckQueue(SharedTable, persistqueue.SQLiteAckQueue):
-    """persist-queue's SQLiteAckQueue on the shared table: get() -> (id, json_text), then ack, nack or ack_failed.
+    """persist-queue's SQLiteAckQueue on the shared table: get() -> (id, json_text), then ack, nack
+    or ack_failed.
 
-    The row is this process's until then; if it dies, the task goes to another. nack() backs off, and a task whose
-    attempts are spent goes to the history as failed.
+    The row is this process's until then; if it dies, the task goes to another. nack() backs off,
+    and a task whose attempts are spent goes to the history as failed.
     """
 
     def __init__(self, path=None, auto_resume: bool = True, **options) -> None:
@@ -216,7 +223,9 @@ class SQLiteAckQueue(SharedTable, persistqueue.SQLiteAckQueue):
         return self._hand_over(tasks[0] if tasks else None, raw)
 
     def _leave(self, verb, item, id, **told) -> int | bool:
-        """The row's id; False when this process no longer holds it, or never did. Nothing changes then."""
+        """The row's id; False when this process no longer holds it, or never did. Nothing changes
+        then.
+        """
         item, search = self._check_id(item, id)
         if isinstance(item, tuple) and len(item) == 2:
             item = item[0]
@@ -285,7 +294,8 @@ def get_queue(queue_name: str, **options):
 
 
 def get_ack_queue(queue_name: str, **options):
-    """A persistqueue.SQLiteAckQueue: get() -> (id, json_text), then ack(id), nack(id) or ack_failed(id).
+    """A persistqueue.SQLiteAckQueue: get() -> (id, json_text), then ack(id), nack(id) or
+    ack_failed(id).
 
     Options: max_attempts (default 4), backoff (seconds, default 1), and persist-queue's.
     """

@@ -32,8 +32,8 @@ OTHER_LINES = 5
 # What a list leaves of each at least, before its queues and types are shortened further. A row's
 # number names its task as well, so ids are shortened first.
 LEAST_NOTE, LEAST_ID, LEAST_NAME = 20, 8, 6
-# Names of so many cells stand in stats before the 95th percentiles are left out ("  link_validation"),
-# and of so many before a column is.
+# Names of so many cells stand in stats before the 95th percentiles are left out ("
+# link_validation"), and of so many before a column is.
 STATS_NAME, LEAST_STATS_NAME = 17, 14
 TIMES = ("enqueued_at", "due_at", "expires_at", "started_at", "completed_at")
 
@@ -252,11 +252,18 @@ def list_table(rows: list[dict], controls: dict[str, Control]):
         return table(
             ["status", "queue", "*id", "type", ">age", ">tries", "what came of it, or the payload"],
             [
-                (row["status"], row["queue"], row["task_id"], row["task_type"], age,
-                 str(row["attempts"]), note)
+                (
+                    row["status"],
+                    row["queue"],
+                    row["task_id"],
+                    row["task_type"],
+                    age,
+                    str(row["attempts"]),
+                    note,
+                )
                 for row, age, note in zip(rows, ages, notes, strict=True)
             ],
-        )  # fmt: skip
+        )
     notes = [
         # How many attempts a dead letter had is in its error, after the reason.
         f"try {row['attempts']}: {note}"

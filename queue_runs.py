@@ -1,15 +1,18 @@
-"""What is on record about a handler's run: which processes it is, when it must end, and how it ended.
+"""What is on record about a handler's run: which processes it is, when it must end, and how it
+ended.
 
-The worker begins these records, the supervisor goes on with them, and recovery reads them. A record is a file of JSON lines, STATE_DIR/runs/OWNER/RUN;
-what a later line says replaces what an earlier one said:
+The worker begins these records, the supervisor goes on with them, and recovery reads them. A record
+is a file of JSON lines, STATE_DIR/runs/OWNER/RUN; what a later line says replaces what an earlier
+one said:
 
     {"supervisor": [pid, started]}    it was told to start the handler: by the worker, before all others
     {"group", "started", "deadline", "overdue", "kill_after"}    the handler was started
     {"why", "kill_at"}    its group was sent TERM, and is sent KILL at `kill_at`
     {"code", "why"}       it has ended; `why` only where it was made to
 
-Moments are of time.monotonic(), which counts the same in all processes of one boot. The files lie apart from
-STATE_DIR/logs: whoever empties one of the two directories does not make a running handler invisible.
+Moments are of time.monotonic(), which counts the same in all processes of one boot. The files lie
+apart from STATE_DIR/logs: whoever empties one of the two directories does not make a running
+handler invisible.
 """
 
 from __future__ import annotations
@@ -55,7 +58,9 @@ def read_run(path: str) -> dict:
 
 
 def add_to_run(path: str, **what) -> None:
-    """Add to the record of a run. That it cannot be had costs nothing while the worker lives, so it is no error."""
+    """Add to the record of a run. That it cannot be had costs nothing while the worker lives, so it
+    is no error.
+    """
     try:
         fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
     except OSError:
@@ -81,9 +86,11 @@ def is_held(path: os.PathLike[str] | str) -> bool:
 
 
 def process(pid: int) -> tuple[str, str] | None:
-    """(the letter of its state, when it started) of a process, None when there is none with this id.
+    """(the letter of its state, when it started) of a process, None when there is none with this
+    id.
 
-    A process id is used again; together with the moment of its start it means one process and no other.
+    A process id is used again; together with the moment of its start it means one process and no
+    other.
     """
     try:
         with open(f"/proc/{pid}/stat", "rb") as file:
@@ -94,8 +101,12 @@ def process(pid: int) -> tuple[str, str] | None:
             return None
     import subprocess
 
-    listed = subprocess.run(["ps", "-o", "state=,lstart=", "-p", str(pid)], capture_output=True, text=True,
-                            env={"PATH": os.defpath, "LC_ALL": "C"}).stdout.split(maxsplit=1)  # fmt: skip
+    listed = subprocess.run(
+        ["ps", "-o", "state=,lstart=", "-p", str(pid)],
+        capture_output=True,
+        text=True,
+        env={"PATH": os.defpath, "LC_ALL": "C"},
+    ).stdout.split(maxsplit=1)
     return (listed[0][0], listed[1].strip()) if len(listed) == 2 else None
 
 
@@ -110,7 +121,8 @@ def _boot() -> str:
 
 
 def tidy_run(state: os.PathLike | str, task: q.Task) -> None:
-    """Remove the record of a run that is recorded in the database, and its output files where nothing was printed.
+    """Remove the record of a run that is recorded in the database, and its output files where
+    nothing was printed.
 
     A file that somebody holds stays: what a daemon prints later must be found.
     """

@@ -1,5 +1,5 @@
-"""Claude Code's settings.json: which hooks are in it, which of them are ours, and how ours are added
-and taken out.
+"""Claude Code's settings.json: which hooks are in it, which of them are ours, and how ours are
+added and taken out.
 
 install.py and doctor.py use this. A person's settings keep every byte outside of "hooks", a backup
 is made before each change, and when nobody has written to the file since, taking our hooks out

@@ -1,4 +1,5 @@
-"""The spool: tasks that could not reach the database, each a file in state/spool/QUEUE, are taken in.
+"""The spool: tasks that could not reach the database, each a file in state/spool/QUEUE, are taken
+in.
 
 Nothing in there stops anything else. What cannot be a task is moved to spool/QUEUE/malformed, what
 cannot be read stays where it is, and each is named in a complaint.
@@ -86,7 +87,8 @@ def take_back(path: Path | str) -> str:
 def take_in_spool(
     state: Path | None = None, hook_row: HookRow | None = None
 ) -> tuple[int, list[str]]:
-    """Move spooled tasks into the database, oldest first, each exactly once: (how many, complaints).
+    """Move spooled tasks into the database, oldest first, each exactly once: (how many,
+    complaints).
 
     hook_row is enqueue.hook_row; without it, what a hook without Python left is left for another.
     Raises QueueBusy, and QueueUnavailable where there is no database to be had.
@@ -246,7 +248,9 @@ def row_of_hook(raw: bytes, hook_row: HookRow) -> q.Row | str:
 
 
 def row_of_text(raw: bytes) -> q.Row:
-    """The row of what would be a row's data: a bare payload, an envelope, or with the columns that a hook adds."""
+    """The row of what would be a row's data: a bare payload, an envelope, or with the columns that
+    a hook adds.
+    """
     text = raw.decode("utf-8-sig")
     columns = {
         "status": q.READY,

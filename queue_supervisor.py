@@ -1,11 +1,12 @@
-"""The process that starts handlers, ends them when they are overdue, and writes down how each of them ended.
+"""The process that starts handlers, ends them when they are overdue, and writes down how each of
+them ended.
 
     worker ──fork──> supervisor ──posix_spawn──> handler, in a session and process group of its own
        └── a socket, lines of JSON ──┘
 
-A supervisor outlives its worker for as long as a handler runs: so the exit code of an orphan is known, and its timeout
-holds. What it writes down is in queue_runs. It serves whoever has handlers to run and files for their output: worker.py
-is one, and need not be the only one.
+A supervisor outlives its worker for as long as a handler runs: so the exit code of an orphan is
+known, and its timeout holds. What it writes down is in queue_runs. It serves whoever has handlers
+to run and files for their output: worker.py is one, and need not be the only one.
 """
 
 from __future__ import annotations
@@ -22,15 +23,17 @@ from collections.abc import Collection, Mapping, Sequence
 
 import queue_runs as runs
 
-# A supervisor that has left so many questions in a row without an answer, one each safety tick, is stuck.
+# A supervisor that has left so many questions in a row without an answer, one each safety tick, is
+# stuck.
 ANSWERS_OWED = 6
 # One that takes no more orders for so long is stuck, too.
 SEND_SECONDS = 10.0
 # The signals that a handler begins with at their defaults, whatever the worker was started with.
 RESET_SIGNALS = sorted(signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP})
 
-# What a person sets for `claude`, by its documentation: sign-in and provider, limits, switches, how it runs commands.
-# Whatever else begins with CLAUDE tells a process which session it is a part of, and a handler is part of none.
+# What a person sets for `claude`, by its documentation: sign-in and provider, limits, switches, how
+# it runs commands. Whatever else begins with CLAUDE tells a process which session it is a part of,
+# and a handler is part of none.
 CLAUDE_SETTINGS = frozenset((
     "CLAUDE_CONFIG_DIR", "CLAUDE_AUTOCOMPACT_PCT_OVERRIDE", "CLAUDE_STREAM_IDLE_TIMEOUT_MS", "CLAUDE_CODE_OAUTH_TOKEN",
     "CLAUDE_CODE_API_KEY_HELPER_TTL_MS", "CLAUDE_CODE_EFFORT_LEVEL", "CLAUDE_CODE_EXTRA_BODY", "CLAUDE_CODE_SUBAGENT_MODEL",
@@ -46,11 +49,13 @@ CLAUDE_SETTING_FAMILIES = (
 def handler_environment(
     environ: Mapping[str, str], without: Collection[str] = ()
 ) -> dict[str, str]:
-    """The environment for handlers, without what names a session, uv's run of the worker, or a relative place.
+    """The environment for handlers, without what names a session, uv's run of the worker, or a
+    relative place.
 
     And without the names given, which each handler is told for itself.
 
-    An empty or relative entry of PATH or PYTHONPATH would be looked for in the workspace, which is somebody else's.
+    An empty or relative entry of PATH or PYTHONPATH would be looked for in the workspace, which is
+    somebody else's.
     """
     env = {
         name: value
@@ -213,13 +218,25 @@ class Supervisor:
                 return self.tell({"run": order["run"], "error": trouble, "do": "fail"})
             told = {os.fsencode(name): os.fsencode(value) for name, value in order["env"].items()}
             actions = [(os.POSIX_SPAWN_DUP2, fd, number) for number, fd in enumerate(fds)]
-            pid = os.posix_spawn(order["command"][0], order["command"], self.env | told, file_actions=actions,
-                                 setsid=True, setsigmask=(), setsigdef=RESET_SIGNALS)  # fmt: skip
+            pid = os.posix_spawn(
+                order["command"][0],
+                order["command"],
+                self.env | told,
+                file_actions=actions,
+                setsid=True,
+                setsigmask=(),
+                setsigdef=RESET_SIGNALS,
+            )
             kept = fds[1]
             self.runs[pid] = run = Run(order, pid, kept)
             started = (runs.process(pid) or ("", ""))[1]
-            run.note(group=pid, started=started, deadline=run.signal_at, overdue=order["overdue"],
-                     kill_after=run.kill_after)  # fmt: skip
+            run.note(
+                group=pid,
+                started=started,
+                deadline=run.signal_at,
+                overdue=order["overdue"],
+                kill_after=run.kill_after,
+            )
         # ValueError is for a NUL, from a writer that checks nothing.
         except (OSError, ValueError) as error:
             refused = isinstance(error, ValueError) or error.errno == errno.E2BIG
@@ -291,14 +308,15 @@ def wakeup_pipe() -> tuple[int, int]:
 class SupervisorProcess:
     """The worker's side: a supervisor, started when this is made.
 
-    It is told {"start": {"run", "command", "cwd", "env", "timeout", "overdue", "kill_after", "record"}}, and with that
-    come three descriptors: the run's stdin, its locked stdout, and its stderr. "cwd" is a list of directories, of
-    which the first that exists is taken; "overdue" is the `why` of a run that was not done in time; "record" is
-    the file in which to write down how the run goes, or null. Or it is told {"end": run, "why", "now"}, or {"answer": true}.
+    It is told {"start": {"run", "command", "cwd", "env", "timeout", "overdue", "kill_after",
+    "record"}}, and with that come three descriptors: the run's stdin, its locked stdout, and its
+    stderr. "cwd" is a list of directories, of which the first that exists is taken; "overdue" is
+    the `why` of a run that was not done in time; "record" is the file in which to write down how
+    the run goes, or null. Or it is told {"end": run, "why", "now"}, or {"answer": true}.
 
-    It tells {"run", "code", "why", "seconds"} of a handler that has ended. Of one that was not started it tells {"run",
-    "error", "do"}: "fail" when the attempt counts, "bury" when it can never be started, "put back" when it is no
-    fault of the task.
+    It tells {"run", "code", "why", "seconds"} of a handler that has ended. Of one that was not
+    started it tells {"run", "error", "do"}: "fail" when the attempt counts, "bury" when it can
+    never be started, "put back" when it is no fault of the task.
     """
 
     def __init__(self, env: dict[str, str]) -> None:
@@ -330,7 +348,9 @@ class SupervisorProcess:
         self._say({"end": run, "why": why, "now": now})
 
     def ask(self) -> None:
-        """Have it show that it still works. Called each safety tick; one that owes too many answers is killed."""
+        """Have it show that it still works. Called each safety tick; one that owes too many answers
+        is killed.
+        """
         self.unanswered += 1
         if self.unanswered > ANSWERS_OWED:
             self.kill()
@@ -368,7 +388,9 @@ class SupervisorProcess:
         return [one for one in told if "run" in one]
 
     def changed(self, status: int) -> None:
-        """Hear what waitpid says of it. A handler may stop it, which would end all timeouts: it goes on at once."""
+        """Hear what waitpid says of it. A handler may stop it, which would end all timeouts: it
+        goes on at once.
+        """
         if os.WIFSTOPPED(status):
             os.kill(self.pid, signal.SIGCONT)
         else:

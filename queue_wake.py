@@ -39,8 +39,8 @@ QUIET_SECONDS = 0.1
 # How long a commit may take from its write to its being visible.
 SLOW_COMMIT_SECONDS = 5.0
 
-# After the event of a lock file, dead owners are looked for so long: the event comes a little before
-# the lock is free.
+# After the event of a lock file, dead owners are looked for so long: the event comes a little
+# before the lock is free.
 OWNER_CLOSED_SECONDS = 0.3
 
 # The pauses between the looks that follow an event, 85 ms in all; only the first is not cut short
@@ -195,11 +195,13 @@ class Watch(threading.Thread):
         # The data version at the last look, and when the log had been written before the last
         # change was seen.
         self._seen, self._written = None, None
-        # The lock is held while this thread uses its connection: a fork closes that in another thread.
+        # The lock is held while this thread uses its connection: a fork closes that in another
+        # thread.
         self._looking, self._conn = threading.RLock(), None
         self._observer: Any = None
         self._directories, self._commits = None, []
-        # The write-ahead log, which lies beside the database itself where tasks.db is a symbolic link.
+        # The write-ahead log, which lies beside the database itself where tasks.db is a symbolic
+        # link.
         self._log = f"{state}/tasks.db-wal"
         self._counted_since, self._events = 0.0, 0
 

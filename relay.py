@@ -3,7 +3,8 @@
 # requires-python = ">=3.11"
 # dependencies = ["procrastinate>=3.8,<4", "psycopg[binary]>=3.2,<4", "watchdog>=4,<8"]
 # ///
-"""Have tasks run on another machine: hand them over to a hub, run what is there, bring results home.
+"""Have tasks run on another machine: hand them over to a hub, run what is there, bring results
+home.
 
     relay.py init                                    prepare the hub, once
     relay.py push notifications                      here: hand this queue's tasks over
@@ -11,12 +12,14 @@
     relay.py pull                                    here: how they ended, and results into completions
     relay.py status                                  both ends side by side
 
-The hub is a PostgreSQL database with Procrastinate's schema: --url postgresql://USER@HOST/DATABASE, or
-TASK_QUEUE_HUB. A password is better kept in ~/.pgpass: arguments can be seen by all of a machine's users.
+The hub is a PostgreSQL database with Procrastinate's schema: --url postgresql://USER@HOST/DATABASE,
+or TASK_QUEUE_HUB. A password is better kept in ~/.pgpass: arguments can be seen by all of a
+machine's users.
 
 Hooks go on writing to the local database, so nobody waits for a network. A task that was pushed is
-handed_over until pull has heard how it ended. While the hub cannot be used, tasks wait where they are.
-push, pull and work go on until SIGTERM or Ctrl-C; with --drain, they end when there is nothing left to do.
+handed_over until pull has heard how it ended. While the hub cannot be used, tasks wait where they
+are. push, pull and work go on until SIGTERM or Ctrl-C; with --drain, they end when there is nothing
+left to do.
 
 exit codes: 0 done or stopped; 1 the hub or the database cannot be used; 64 usage.
 """
@@ -75,17 +78,19 @@ STALLED_SECONDS = 60.0
 # How often pull looks for jobs that ended without a word from relay.py; and for tasks that the hub
 # does not have, and work for what can be deleted.
 SELDOM_SECONDS, TIDY_SECONDS = 30.0, 3_600.0
-# The payloads of jobs whose results are home are deleted, and later what is known of the handing over.
+# The payloads of jobs whose results are home are deleted, and later what is known of the handing
+# over.
 KEEP_JOB_DAYS, KEEP_ID_DAYS = 7, 30
-# A channel's name in PostgreSQL has 63 bytes, and a queue's channel is procrastinate_queue_v1#QUEUE.
+# A channel's name in PostgreSQL has 63 bytes, and a queue's channel is
+# procrastinate_queue_v1#QUEUE.
 LONGEST_QUEUE = 40
 # What PostgreSQL says of a value that it cannot store: no other try will help.
 REFUSALS = ("22", "23", "54")
 
 # --------------------------------------------------------------------------- the hub's statements
 
-# What was handed over: the id is written in the transaction that defers the job, so that a task that
-# is sent twice arrives once. Then how it ended, until its machine has fetched that.
+# What was handed over: the id is written in the transaction that defers the job, so that a task
+# that is sent twice arrives once. Then how it ended, until its machine has fetched that.
 HUB_VERSION = "relay 1"
 HUB_SCHEMA = f"""
 create table relay_tasks (
@@ -196,10 +201,11 @@ group by 1, 2 order by 1"""
 
 # -------------------------------------------------------------------- the local database's statements
 
-# This machine's name on the hub is random: a host's name would tell more than the hub needs to know.
+# This machine's name on the hub is random: a host's name would tell more than the hub needs to
+# know.
 MACHINE_SCHEMA = "create table if not exists task_machine (id text not null)"
-# The id of a handing over is the row's owner: whoever ends the task later must name it. The time when
-# the hub had the task is claimed_at; until then it is sent again, which the hub notices.
+# The id of a handing over is the row's owner: whoever ends the task later must name it. The time
+# when the hub had the task is claimed_at; until then it is sent again, which the hub notices.
 TAKE = """
 update "{queue}" set status = 5, owner = 'hub-' || lower(hex(randomblob(12))), claimed_at = null
 where id in (select id from "{queue}" where status < 2 order by priority desc, id limit :limit)"""
@@ -270,11 +276,15 @@ class Hub:
                 raise HubTrouble("the hub has no schema yet: run relay.py init")
             if wanted - set(functions):
                 missing = ", ".join(sorted(wanted - set(functions)))
-                raise HubTrouble(f"the hub's Procrastinate schema is older than these scripts ({missing} missing):"
-                                 " apply the migrations of https://procrastinate.readthedocs.io")  # fmt: skip
+                raise HubTrouble(
+                    f"the hub's Procrastinate schema is older than these scripts ({missing} missing):"
+                    " apply the migrations of https://procrastinate.readthedocs.io"
+                )
             if version != HUB_VERSION:
-                raise HubTrouble(f"the hub's table relay_tasks is of version {version!r}, these scripts know"
-                                 f" {HUB_VERSION!r}: use the same version on all machines")  # fmt: skip
+                raise HubTrouble(
+                    f"the hub's table relay_tasks is of version {version!r}, these scripts know"
+                    f" {HUB_VERSION!r}: use the same version on all machines"
+                )
         except HubTrouble:
             self.close()
             raise
@@ -284,8 +294,13 @@ class Hub:
         import psycopg
 
         # The end of a connection that nobody answers on is noticed within half a minute.
-        patience: dict[str, Any] = dict(connect_timeout=10, keepalives_idle=10, keepalives_interval=5,
-                                        keepalives_count=3, tcp_user_timeout=20_000)  # fmt: skip
+        patience: dict[str, Any] = dict(
+            connect_timeout=10,
+            keepalives_idle=10,
+            keepalives_interval=5,
+            keepalives_count=3,
+            tcp_user_timeout=20_000,
+        )
         with self.trouble():
             self.conn = psycopg.connect(
                 self.url, autocommit=True, application_name="relay.py", **patience
@@ -354,7 +369,9 @@ def machine_id(conn: q.Connection) -> str:
 
 
 class Relay:
-    """What push, pull and work share: a loop that is woken, and trouble that is said once and waited out."""
+    """What push, pull and work share: a loop that is woken, and trouble that is said once and
+    waited out.
+    """
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args, self.state, self.hub = args, q.STATE_DIR, Hub(args.url)
@@ -561,7 +578,8 @@ class Push(Relay):
                 yield q.Task.from_row(queue, row[:-3]), *row[-3:]
 
     def send(self, queue: str, tasks: list[tuple]) -> None:
-        """Have the hub know these tasks: one transaction writes their ids down and defers their jobs.
+        """Have the hub know these tasks: one transaction writes their ids down and defers their
+        jobs.
 
         Times are sent as so many seconds from now, since clocks differ.
         """
@@ -574,14 +592,25 @@ class Push(Relay):
             jobs = [make_job(queue, *told[:3], now) for told in new]
             jobs = self.job_manager.batch_defer_jobs(jobs, connection=conn)
             here = time.time()
-            rows = [(task.owner, self.machine, queue, task.id, clean(task.text), job.id,
-                     None if expires is None else expires - here)
-                    for (task, _, _, expires), job in zip(new, jobs, strict=True)]  # fmt: skip
+            rows = [
+                (
+                    task.owner,
+                    self.machine,
+                    queue,
+                    task.id,
+                    clean(task.text),
+                    job.id,
+                    None if expires is None else expires - here,
+                )
+                for (task, _, _, expires), job in zip(new, jobs, strict=True)
+            ]
             with conn.cursor() as cursor:
                 cursor.executemany(ARRIVE, rows)
 
     def send_one_by_one(self, conn: q.Connection, queue: str, tasks: list[tuple]) -> list[tuple]:
-        """Bury those that the hub cannot store: the others, which are returned, need not wait for them."""
+        """Bury those that the hub cannot store: the others, which are returned, need not wait for
+        them.
+        """
         sent = []
         for told in tasks:
             try:
@@ -605,13 +634,19 @@ def make_job_manager() -> Any:
 
 
 def make_job(queue: str, task: q.Task, group: str | None, due_at: float | None, now: Any) -> Any:
-    """The job of a task. The payload is not in it: jsonb would not keep it as it is, and is slow to send."""
+    """The job of a task. The payload is not in it: jsonb would not keep it as it is, and is slow to
+    send.
+    """
     from datetime import timedelta
 
     from procrastinate import jobs
 
-    told = {"id": task.owner, "task_id": clean(task.task_id), "task_type": clean(task.task_type),
-            "enqueued_at": task.enqueued_at}  # fmt: skip
+    told = {
+        "id": task.owner,
+        "task_id": clean(task.task_id),
+        "task_type": clean(task.task_type),
+        "enqueued_at": task.enqueued_at,
+    }
     delay = 0.0 if due_at is None else due_at - time.time()
     return jobs.Job(
         queue=queue,
@@ -657,7 +692,9 @@ class Pull(Relay):
         self.lost_at = 0.0
 
     def end_lost(self, conn: q.Connection) -> None:
-        """End the tasks that wait here for a word which the hub will not say: it has said it, or lost them."""
+        """End the tasks that wait here for a word which the hub will not say: it has said it, or
+        lost them.
+        """
         here = {}
         for queue in cli.queues_of(conn):
             here |= {
@@ -668,8 +705,10 @@ class Pull(Relay):
         with self.hub.transaction() as hub:
             known = dict(hub.execute(KNOWN_AND_HOME, (list(here),)).fetchall())
             if not hub.execute(IS_KNOWN_HERE, (self.machine,)).fetchone()[0]:
-                self.complain(f"this hub knows no task of this machine, which waits for the end of {len(here)}:"
-                              " check TASK_QUEUE_HUB, or give them up with tasks.py purge QUEUE --status handed_over")  # fmt: skip
+                self.complain(
+                    f"this hub knows no task of this machine, which waits for the end of {len(here)}:"
+                    " check TASK_QUEUE_HUB, or give them up with tasks.py purge QUEUE --status handed_over"
+                )
                 return
             home = [id for id, is_home in known.items() if is_home]
             endings = hub.execute(ENDINGS, (home,)).fetchall() if home else []
@@ -754,7 +793,9 @@ class Pull(Relay):
         return [f"{line}: {error}" if error else line]
 
     def finish(self, conn, *, task, outcome, error, how, reply, size) -> tuple:
-        """Record how a task ended; a result becomes the next queue's task, as with worker.py --then."""
+        """Record how a task ended; a result becomes the next queue's task, as with worker.py
+        --then.
+        """
         if reply is not None and outcome == "completed":
             try:
                 q.insert(conn, q.TASK_QUEUE_COMPLETION, outcomes.next_row(task, reply, size))
@@ -804,7 +845,9 @@ class Work(Relay):
         self.stop_at = time.monotonic() + self.args.grace if self.stops == 1 else 0.0
 
     def connected(self) -> None:
-        """Let others who lost the hub, too, show that they live before their jobs are taken for abandoned."""
+        """Let others who lost the hub, too, show that they live before their jobs are taken for
+        abandoned.
+        """
         self.beat_at = self.adopt_at = 0.0
         self.sweep_at = time.monotonic() + self.args.stalled_after
         self.looked = False
@@ -944,7 +987,9 @@ class Work(Relay):
                 self.record(conn)
 
     def open_queues(self, conn: q.Connection) -> list[str]:
-        """The queues that nothing on this machine holds back: neither a pause nor a number of slots."""
+        """The queues that nothing on this machine holds back: neither a pause nor a number of
+        slots.
+        """
         controls, queues = outcomes.controls(conn), []
         for queue in self.args.queues:
             control = controls.get(queue)
@@ -998,13 +1043,26 @@ class Work(Relay):
         else:
             text = json.dumps(args)
         terms = (self.args.max_attempts, self.args.backoff, None, 0, 0)
-        return Job(queue, id, task_id, task_type, text, enqueued_at, priority, attempts + 1, *terms,
-                      self.owner, time.time())  # fmt: skip
+        return Job(
+            queue,
+            id,
+            task_id,
+            task_type,
+            text,
+            enqueued_at,
+            priority,
+            attempts + 1,
+            *terms,
+            self.owner,
+            time.time(),
+        )
 
     # ------------------------------------------------------------------------------------ recording
 
     def record(self, conn: q.Connection | None) -> None:
-        """Record how runs ended: each in a transaction that ends the job and writes its machine what to know."""
+        """Record how runs ended: each in a transaction that ends the job and writes its machine
+        what to know.
+        """
         while self.done:
             task, verdict, how, took = self.done[0]
             try:
@@ -1040,7 +1098,9 @@ class Work(Relay):
     def settle(
         self, task, verdict: outcomes.Verdict, how: dict, worker_id
     ) -> tuple[str | None, outcomes.Verdict]:
-        """End or retry a job that this worker holds: (outcome, verdict); None when it holds it no more."""
+        """End or retry a job that this worker holds: (outcome, verdict); None when it holds it no
+        more.
+        """
         with self.hub.transaction() as hub:
             row = hub.execute(HOLD_JOB, (task.id, worker_id, task.attempts - 1)).fetchone()
             return self.carry_out(hub, task, verdict, how, *row) if row else (None, verdict)
@@ -1132,7 +1192,9 @@ class Work(Relay):
         return Job(queue, id, task_id, name, "{}", 0.0, 0, attempts + 1, *terms, owner, claimed_at)
 
     def adopt(self) -> int:
-        """See to the jobs of this machine's processes that died; how many of their handlers still run."""
+        """See to the jobs of this machine's processes that died; how many of their handlers still
+        run.
+        """
         orphans = 0
         for noted in self.state.glob("runs/*/hub"):
             owner = noted.parent.name
@@ -1172,7 +1234,9 @@ class Work(Relay):
         return left
 
     def find_run(self, directory: Path, *job, aborted: bool) -> tuple[q.Task, dict, bool]:
-        """(the task of a dead process's job, what is on record about its run, whether that goes on)."""
+        """(the task of a dead process's job, what is on record about its run, whether that goes
+        on).
+        """
         task = self.job_as_task(*job, directory.name)
         whose = f"relay.{task.queue}.{task.id}-{task.attempts}-{directory.name}"
         for path in directory.glob(f"{whose}-*"):
@@ -1245,12 +1309,17 @@ def status(args: argparse.Namespace) -> int:
                 there.setdefault(queue, {})[HUB_WORDS[word]] = count
             for queue, open_tasks, results in pg.execute(HUB_OF_MACHINE, (machine,)):
                 there.setdefault(queue, {}).update(from_here=open_tasks, results=results)
-            workers = [{"id": id, "seen_seconds_ago": ago, "running": count}
-                       for id, ago, count in pg.execute(HUB_WORKERS)]  # fmt: skip
+            workers = [
+                {"id": id, "seen_seconds_ago": ago, "running": count}
+                for id, ago, count in pg.execute(HUB_WORKERS)
+            ]
     except q.QueueError as error:
         trouble = str(error)
-    queues = {name: {"here": here.get(name, {}), "hub": there.get(name, {})}
-              for name in sorted(here.keys() | there.keys()) if here.get(name) or there.get(name)}  # fmt: skip
+    queues = {
+        name: {"here": here.get(name, {}), "hub": there.get(name, {})}
+        for name in sorted(here.keys() | there.keys())
+        if here.get(name) or there.get(name)
+    }
     told = {"machine": machine, "trouble": trouble, "queues": queues, "workers": workers}
     cli.report(args.json, told, "\n".join(in_words(told)))
     return 1 if trouble else 0
@@ -1276,8 +1345,10 @@ def in_words(told: dict) -> Iterator[str]:
     for name, here, there in [("queue", "here", "hub"), *rows]:
         yield f"{name:{wide[0]}}  {here:{wide[1]}}  {there if not told['trouble'] else '?'}".rstrip()
     for worker in told["workers"]:
-        yield (f"worker {worker['id']}: {cli.plural(worker['running'], 'job')} running,"
-               f" seen {cli.span(worker['seen_seconds_ago'])} ago")  # fmt: skip
+        yield (
+            f"worker {worker['id']}: {cli.plural(worker['running'], 'job')} running,"
+            f" seen {cli.span(worker['seen_seconds_ago'])} ago"
+        )
     if told["trouble"]:
         yield told["trouble"]
 
@@ -1285,8 +1356,11 @@ def in_words(told: dict) -> Iterator[str]:
 def make_parser() -> argparse.ArgumentParser:
     parser = cli.make_parser("relay.py", __doc__)
     common = cli.Parser(add_help=False)
-    common.add_argument("--url", default=os.environ.get("TASK_QUEUE_HUB"),
-                        help="of the hub: postgresql://USER@HOST/DATABASE (default: $TASK_QUEUE_HUB)")  # fmt: skip
+    common.add_argument(
+        "--url",
+        default=os.environ.get("TASK_QUEUE_HUB"),
+        help="of the hub: postgresql://USER@HOST/DATABASE (default: $TASK_QUEUE_HUB)",
+    )
     commands = parser.add_subparsers(dest="verb", required=True, metavar="COMMAND")
 
     def add(name: str, what: str) -> argparse.ArgumentParser:
@@ -1304,11 +1378,19 @@ def make_parser() -> argparse.ArgumentParser:
             "--drain", action="store_true", help="end when there is nothing left to do"
         )
     add_run_options(work.add_argument, __file__)
-    work.add_argument("--reply", action="store_true",
-                      help="send what handlers print home, where it becomes tasks in completions")  # fmt: skip
-    work.add_argument("--stalled-after", type=cli.duration, default=STALLED_SECONDS, metavar="DURATION",
-                      help="give another machine's jobs up after so long without a heartbeat"
-                      " (default %(default)g)")  # fmt: skip
+    work.add_argument(
+        "--reply",
+        action="store_true",
+        help="send what handlers print home, where it becomes tasks in completions",
+    )
+    work.add_argument(
+        "--stalled-after",
+        type=cli.duration,
+        default=STALLED_SECONDS,
+        metavar="DURATION",
+        help="give another machine's jobs up after so long without a heartbeat"
+        " (default %(default)g)",
+    )
     for one in (add("init", "prepare the hub, once"), add("status", "both ends side by side")):
         one.add_argument("--json", action="store_true", help="for scripts")
     return parser

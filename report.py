@@ -10,9 +10,9 @@
     report.py --hook       as the command of a UserPromptSubmit or SessionStart hook of Claude Code
 
 A task belongs to the workspace whose hook enqueued it: the same project directory, else the same
-working directory, whichever way its path is written. Told are tasks that a handler completed, that failed, or that expired: the
-latest 10, and the number of the others. A first report goes back one day. It takes nothing from
-any queue. What handlers printed is quoted, since it is data.
+working directory, whichever way its path is written. Told are tasks that a handler completed, that
+failed, or that expired: the latest 10, and the number of the others. A first report goes back one
+day. It takes nothing from any queue. What handlers printed is quoted, since it is data.
 
   --hook        stdin is the hook's payload; the report goes into Claude's context. Inside a
                 handler's own run of Claude it tells nothing.

@@ -207,8 +207,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     age(add, "--since", "enqueued (finished tasks: finished) at most this long ago")
     age(add, "--before", "… at least this long ago")
     add("--text", type=some_text, help="in the task, its error or its output; shown where it is")
-    add("--all", dest="look_at_all", action="store_true",
-        help=f"look for --text in every task, not only for {SCAN_SECONDS:g} s")  # fmt: skip
+    add(
+        "--all",
+        dest="look_at_all",
+        action="store_true",
+        help=f"look for --text in every task, not only for {SCAN_SECONDS:g} s",
+    )
     add("--sort", choices=SORTS, help="(default: in the order of claims, then by the end)")
     add("--limit", metavar="N", type=cli.whole_number, help=f"(default: a screen, or {ROWS})")
 
@@ -226,19 +230,32 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
     add = command(retry, ids="*")
     add("--failed", action="store_true", help="all dead letters, of --queue, --type and --since")
-    add("--scheduled", action="store_true",
-        help="run now what failed and waits for its next attempt, of --queue and --type")  # fmt: skip
+    add(
+        "--scheduled",
+        action="store_true",
+        help="run now what failed and waits for its next attempt, of --queue and --type",
+    )
     add("--queue", type=cli.utf8)
     of_type(add)
     age(add, "--since", "failed at most this long ago")
 
     add = command(cancel, ids="+")
-    add("--wait", metavar="DURATION", type=cli.duration, default=CANCEL_SECONDS,
-        help=f"for a running task to end (default {CANCEL_SECONDS:g} s)")  # fmt: skip
+    add(
+        "--wait",
+        metavar="DURATION",
+        type=cli.duration,
+        default=CANCEL_SECONDS,
+        help=f"for a running task to end (default {CANCEL_SECONDS:g} s)",
+    )
 
     add = command(pause, queues="+")
-    add("--for", dest="seconds", metavar="DURATION", type=cli.duration,
-        help="it goes on by itself then (default: until resume)")  # fmt: skip
+    add(
+        "--for",
+        dest="seconds",
+        metavar="DURATION",
+        type=cli.duration,
+        help="it goes on by itself then (default: until resume)",
+    )
     add("--reason", type=some_text, help="shown wherever the pause is")
     command(resume, queues="+")
     command(limit, queues="+")(
@@ -247,14 +264,25 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
     add = command(move, ids="*")
     add("to", metavar="QUEUE", help="where to", type=cli.utf8)
-    add("--from", dest="source", metavar="QUEUE", type=cli.utf8,
-        help="all that wait there, or where the IDs are")  # fmt: skip
+    add(
+        "--from",
+        dest="source",
+        metavar="QUEUE",
+        type=cli.utf8,
+        help="all that wait there, or where the IDs are",
+    )
     of_type(add, "of these, only the tasks of this type")
 
     add = command(purge)
     add("queue", metavar="QUEUE", type=cli.utf8)
-    add("--status", dest="statuses", metavar="STATUS", action="append", type=status,
-        help="(default: all that wait); may be given several times")  # fmt: skip
+    add(
+        "--status",
+        dest="statuses",
+        metavar="STATUS",
+        action="append",
+        type=status,
+        help="(default: all that wait); may be given several times",
+    )
     of_type(add)
     age(add, "--before", "enqueued, or finished, at least this long ago")
     add("--yes", action="store_true", help="do not ask")
@@ -561,8 +589,8 @@ def tell(
 ) -> int:
     """Print what was done, and name the tasks that were left as they are; the exit code.
 
-    Each outcome has queue and task_id, under `done` whether it was, and if not, why. A total is said
-    in place of a line for each task.
+    Each outcome has queue and task_id, under `done` whether it was, and if not, why. A total is
+    said in place of a line for each task.
     """
     number = sum(outcome[done] for outcome in outcomes)
     lines = [f"{done} {outcome['task_id']}" for outcome in outcomes if outcome[done]]
@@ -757,9 +785,8 @@ def why_not_ended(conn: q.Connection, task: q.Task) -> str:
 
 
 def pause(queues: list[str], seconds: float | None, reason: str | None, as_json: bool) -> int:
-    """Hold back claims of a queue, until resume or for a time. Running tasks go on, enqueuing works;
-    a restart changes nothing.
-    """
+    """Hold back claims of a queue, until resume or for a time. Running tasks go on, enqueuing
+    works; a restart changes nothing."""
     until = None if seconds is None else time.time() + seconds
     why = None if reason is None else cli.short(reason, 500)
     conn, changed = change_queues(
@@ -866,9 +893,8 @@ def purge(
     yes: bool,
     as_json: bool,
 ) -> int:
-    """Delete waiting tasks of a queue, or with --status finished or handed over ones, for good. Asks
-    first; never a running one.
-    """
+    """Delete waiting tasks of a queue, or with --status finished or handed over ones, for good.
+    Asks first; never a running one."""
     conn = cli.open_queue()
     cli.check_known(conn, [queue])
     newest = None if before is None else time.time() - before

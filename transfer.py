@@ -795,8 +795,8 @@ def is_about_the_task(error: Exception, state: Path) -> bool:
 
 def read_json(text: str) -> tuple[dict, list[str]]:
     """A JSON object, and the numbers like 1e400 in it, which are kept as text; no field of ours may
-    be one. ValueError for what is none, NaN and Infinity among it, which only Python takes for JSON.
-    """
+    be one. ValueError for what is none, NaN and Infinity among it, which only Python takes for
+    JSON."""
     value, odd = q.read_task(text)
     for number in odd:
         if number.strip("-") in ("NaN", "Infinity"):
@@ -1001,9 +1001,8 @@ def import_legacy(
     faults: list[str],
     notes: list[str],
 ) -> tuple[int, int]:
-    """(imported, known already). Each file is one task, whose id comes from its name and content; it moves to DIR/migrated
-    once that is on disk.
-    """
+    """(imported, known already). Each file is one task, whose id comes from its name and content;
+    it moves to DIR/migrated once that is on disk."""
     if not directory.is_dir():
         raise Refused(f"{directory} is not a directory")
     files, imported, known = [], 0, 0

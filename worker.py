@@ -3,25 +3,28 @@
 # requires-python = ">=3.11"
 # dependencies = ["watchdog>=4,<8"]
 # ///
-"""Run the tasks of one or more queues: each by the executable in --handlers that bears its task type's name.
+"""Run the tasks of one or more queues: each by the executable in --handlers that bears its task
+type's name.
 
     worker.py notifications --then completions              results become the next queue's tasks
     worker.py approvals --timeout 1800 -- claude -p         one command for every task type
     worker.py notifications approvals --concurrency 4 --drain
 
-A handler gets the task's envelope on stdin as JSON, and TASK_ID, TASK_TYPE, TASK_QUEUE, TASK_ATTEMPT, TASK_DEPTH and
-TASK_QUEUE_STATE in its environment. It runs in data.workspace_path, which must exist, or where the worker was started,
-in a process group of its own. A command, and what PATH has, is looked for where the worker was started, and never in a
-workspace. What it prints is the task's result; stdout and stderr are kept in state/logs. Its exit code decides:
+A handler gets the task's envelope on stdin as JSON, and TASK_ID, TASK_TYPE, TASK_QUEUE,
+TASK_ATTEMPT, TASK_DEPTH and TASK_QUEUE_STATE in its environment. It runs in data.workspace_path,
+which must exist, or where the worker was started, in a process group of its own. A command, and
+what PATH has, is looked for where the worker was started, and never in a workspace. What it prints
+is the task's result; stdout and stderr are kept in state/logs. Its exit code decides:
 
     0 done    75 not now, does not count (a last line {"retry_after": SECONDS} says when)    65 never, dead letter
     anything else, a signal or the timeout: a failed attempt; back-off, then dead letter when --max-attempts are spent
 
-SIGTERM or Ctrl-C: claim no more, let handlers finish for --grace seconds, then end them; their tasks go back uncounted.
-A second one ends them at once.
+SIGTERM or Ctrl-C: claim no more, let handlers finish for --grace seconds, then end them; their
+tasks go back uncounted. A second one ends them at once.
 
-exit codes: 0 stopped, drained, idle, or another worker has the queue (--single); 1 the database cannot be used;
-64 usage: no such program, no such directory of handlers, a relative TASK_QUEUE_STATE.
+exit codes: 0 stopped, drained, idle, or another worker has the queue (--single); 1 the database
+cannot be used; 64 usage: no such program, no such directory of handlers, a relative
+TASK_QUEUE_STATE.
 """
 
 if __name__ == "__main__":
@@ -149,7 +152,8 @@ class Worker:
         how = dict(command=args.command, timeout=args.timeout, kill_after=args.kill_after)
         self.handlers = Handlers(self.state, args.env, args.handlers, **how)
         self.supervisor, self.runs = self.handlers.supervisor, self.handlers.runs
-        # What has ended and is not yet recorded, with the seconds it took; and when it must be recorded.
+        # What has ended and is not yet recorded, with the seconds it took; and when it must be
+        # recorded.
         self.done: list[tuple[q.Task, Verdict, float]] = []
         self.record_at = 0.0
         # Whether a run among these may have paused its queue.
@@ -310,8 +314,15 @@ class Worker:
             try:
                 files = [(os.POSIX_SPAWN_DUP2, fd, 0), (os.POSIX_SPAWN_DUP2, 2, 1)]
                 command, env = self.args.on_dead, self.args.env
-                os.posix_spawn(command[0], command, env, file_actions=files, setsid=True,
-                               setsigmask=(), setsigdef=RESET_SIGNALS)  # fmt: skip
+                os.posix_spawn(
+                    command[0],
+                    command,
+                    env,
+                    file_actions=files,
+                    setsid=True,
+                    setsigmask=(),
+                    setsigdef=RESET_SIGNALS,
+                )
             finally:
                 os.close(fd)
         except OSError as error:
@@ -357,7 +368,8 @@ class Worker:
     # ------------------------------------------------------------------------------------------------------- database
 
     def leave_when_removed(self) -> None:
-        """Claim no more when these scripts are gone: an update of the plugin has a directory of its own.
+        """Claim no more when these scripts are gone: an update of the plugin has a directory of its
+        own.
 
         What runs is let finish, and the next hook starts a worker that knows its handlers.
         """
@@ -366,7 +378,8 @@ class Worker:
             self.stops = 1
 
     def exchange(self) -> None:
-        """Claim and start what is next, then record what ended: handlers run while the disk is waited for.
+        """Claim and start what is next, then record what ended: handlers run while the disk is
+        waited for.
 
         Trouble with the database is said once and tried again.
         """
@@ -417,7 +430,9 @@ class Worker:
             self.complain(f"spool: {error}")
 
     def prepare(self, conn: q.Connection, queue: str) -> bool:
-        """Have the queue's table made. A queue that has trouble of its own is left alone for a while: False."""
+        """Have the queue's table made. A queue that has trouble of its own is left alone for a
+        while: False.
+        """
         if self.broken.get(queue, 0.0) > time.monotonic():
             return False
         try:
@@ -432,7 +447,9 @@ class Worker:
             return False
 
     def leave_alone(self, queue: str, error: q.QueueError) -> None:
-        """Take a queue's trouble for its own, unless every other has some as well: then it is the database's."""
+        """Take a queue's trouble for its own, unless every other has some as well: then it is the
+        database's.
+        """
         self.broken[queue] = time.monotonic() + RETRY_SECONDS[-1]
         if all(self.broken.get(other, 0.0) > time.monotonic() for other in self.args.queues):
             self.broken.clear()
@@ -505,7 +522,9 @@ class Worker:
         return reports
 
     def serve(self) -> bool:
-        """Hold the locks that say that these queues have a worker: alone with --single. False if not had."""
+        """Hold the locks that say that these queues have a worker: alone with --single. False if
+        not had.
+        """
         self.served_at = time.monotonic()
         for queue in self.args.queues:
             path = q.make_private(self.state / "workers") / f"serving.{queue}"
@@ -515,7 +534,8 @@ class Worker:
                     continue
             except OSError:
                 pass
-            # Whoever wants to be the only one outwaits those who only look whether the lock is held.
+            # Whoever wants to be the only one outwaits those who only look whether the lock is
+            # held.
             patience = q.PROBE_SECONDS if self.args.single else 0
             fd = q.lock_file(path, shared=not self.args.single, patience=patience)
             if fd is None:
@@ -535,7 +555,9 @@ class Worker:
     # ------------------------------------------------------------------------------------------------ waiting, leaving
 
     def sleep(self) -> None:
-        """Wait for an event: a handler's end, a commit, a signal; or for the next thing that is due."""
+        """Wait for an event: a handler's end, a commit, a signal; or for the next thing that is
+        due.
+        """
         now = time.monotonic()
         until = [now + q.SAFETY_TICK_SECONDS]
         if self.stop_at is not None:
@@ -566,7 +588,9 @@ class Worker:
         return [queue for queue in self.args.queues if queue not in self.broken]
 
     def tick(self) -> None:
-        """Now and then: look again, see that supervisor and locks are still there, and keep the WAL small."""
+        """Now and then: look again, see that supervisor and locks are still there, and keep the WAL
+        small.
+        """
         self.changed = True
         self.supervisor.ask()
         # What is in the way here is met by exchange() as well, and said there.
@@ -581,8 +605,10 @@ class Worker:
                 conn = q.connect(self.state, create=False, busy_timeout_ms=50)
                 conn.execute("pragma wal_checkpoint(truncate)").fetchall()
                 if os.stat(wal).st_size > WAL_WARN_BYTES:
-                    self.complain(f"{wal} has over {WAL_WARN_BYTES >> 20} MiB: a long read keeps it from being"
-                                  f" written back; find it with: fuser -v '{wal}'")  # fmt: skip
+                    self.complain(
+                        f"{wal} has over {WAL_WARN_BYTES >> 20} MiB: a long read keeps it from being"
+                        f" written back; find it with: fuser -v '{wal}'"
+                    )
         except (q.QueueError, OSError, sqlite3.Error):
             pass
 
@@ -630,7 +656,9 @@ class Worker:
         return bool(spooled) or q.has_ready(conn, queue)
 
     def busy(self, conn: q.Connection, queue: str) -> bool:
-        """Whether anything waits or runs there, with this worker or another, or an orphan of one that died."""
+        """Whether anything waits or runs there, with this worker or another, or an orphan of one
+        that died.
+        """
         claimed = q.execute(conn, q.COUNT_CLAIMED, queue).fetchone()[0]
         return claimed > 0 or self.waiting(conn, queue)
 

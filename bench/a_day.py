@@ -10,7 +10,8 @@
 
 HOME is a new directory, and the terminal has 80 columns. Claude Code is the real one where there is
 one, and what the model says comes from tests/claude_stub on this machine. Without it, or with
---fake, a fake command takes its place, and the document says so. The directory is thrown away at the end.
+--fake, a fake command takes its place, and the document says so. The directory is thrown away at
+the end.
 
 exit codes: 0 written; 1 a command did not do what the day needs; 64 usage.
 """
@@ -203,8 +204,15 @@ class Day:
         """What a command prints. It runs in the last directory, and `cd` goes to another one."""
         marker = self.home / ".where"
         script = f"{command}\ncode=$?\npwd >'{marker}'\nexit $code"
-        done = subprocess.run(["bash", "-c", script], env=self.env, cwd=self.where, stdin=self.terminal.slave,
-                              stdout=self.terminal.slave, stderr=self.terminal.slave, timeout=STEP_SECONDS)  # fmt: skip
+        done = subprocess.run(
+            ["bash", "-c", script],
+            env=self.env,
+            cwd=self.where,
+            stdin=self.terminal.slave,
+            stdout=self.terminal.slave,
+            stderr=self.terminal.slave,
+            timeout=STEP_SECONDS,
+        )
         printed = self.terminal.take()
         if done.returncode != 0:
             raise Failed(f"{command}: exit {done.returncode}\n{printed}")
@@ -213,8 +221,15 @@ class Day:
 
     def page(self) -> None:
         """Start the dashboard, ask for its page, and end it with Ctrl-C."""
-        child = subprocess.Popen(["tq", "dashboard", "--port", "0"], env=self.env, cwd=self.where, text=True,
-                                 stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)  # fmt: skip
+        child = subprocess.Popen(
+            ["tq", "dashboard", "--port", "0"],
+            env=self.env,
+            cwd=self.where,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
         self.children.append(child)
         line = child.stdout.readline()
         address = re.search(r"http://\S+", line)

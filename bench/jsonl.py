@@ -29,8 +29,13 @@ def main() -> int:
             env = os.environ | {"TASK_QUEUE_STATE": f"{directory}/state-{n}"}
             with open(lines) as tasks, open(f"{directory}/ids-{n}", "w") as ids:
                 began = time.perf_counter()
-                subprocess.run([sys.executable, HERE / "enqueue.py", "bench", "any", "--jsonl"], stdin=tasks, stdout=ids,
-                               env=env, check=True)  # fmt: skip
+                subprocess.run(
+                    [sys.executable, HERE / "enqueue.py", "bench", "any", "--jsonl"],
+                    stdin=tasks,
+                    stdout=ids,
+                    env=env,
+                    check=True,
+                )
                 seconds = time.perf_counter() - began
             stored = sum(
                 line.startswith("queued ") for line in Path(ids.name).read_text().splitlines()

@@ -3,12 +3,14 @@
 # requires-python = ">=3.11"
 # dependencies = ["watchdog>=4,<8"]
 # ///
-"""How soon the task of a worker that got `kill -9` runs again, with another worker idle: p50, p99 and maximum.
+"""How soon the task of a worker that got `kill -9` runs again, with another worker idle: p50, p99
+and maximum.
 
     bench/recovery.py [KILLS]     default 200
 
-The handler is killed with its worker (one that outlives it keeps its task). Measured from the kill to the survivor's
-claim, and to the first line of the handler that it started. Linux: date has to know nanoseconds.
+The handler is killed with its worker (one that outlives it keeps its task). Measured from the kill
+to the survivor's claim, and to the first line of the handler that it started. Linux: date has to
+know nanoseconds.
 """
 
 from __future__ import annotations
@@ -74,8 +76,19 @@ def main() -> int:
 def start(root: Path, env: dict) -> subprocess.Popen:
     """A worker that serves."""
     with open(root / "log", "wb") as log:
-        worker = subprocess.Popen([sys.executable, HERE / "worker.py", "bench", "--handlers", root / "handlers",
-                                   "--max-attempts", "1000"], env=env, stderr=log)  # fmt: skip
+        worker = subprocess.Popen(
+            [
+                sys.executable,
+                HERE / "worker.py",
+                "bench",
+                "--handlers",
+                root / "handlers",
+                "--max-attempts",
+                "1000",
+            ],
+            env=env,
+            stderr=log,
+        )
     while b"serves" not in (root / "log").read_bytes():
         time.sleep(0.005)
     return worker

@@ -3,7 +3,8 @@
 # requires-python = ">=3.11"
 # dependencies = ["watchdog>=4,<8"]
 # ///
-"""How long after its time a scheduled task starts, while a worker sleeps: from its due time to its handler's first words.
+"""How long after its time a scheduled task starts, while a worker sleeps: from its due time to its
+handler's first words.
 
     bench/scheduled.py [TASKS]     default 50, each due 0.3 to 1 s after it is enqueued
 
@@ -42,8 +43,19 @@ def main(argv: list[str] | None = None) -> int:
         (handlers / "t").write_text(HANDLER.format(log=log))
         (handlers / "t").chmod(0o755)
         q.connect()
-        worker = subprocess.Popen([sys.executable, HERE / "worker.py", "notifications", "--handlers", handlers, "--concurrency", "2"],
-                                  stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
+        worker = subprocess.Popen(
+            [
+                sys.executable,
+                HERE / "worker.py",
+                "notifications",
+                "--handlers",
+                handlers,
+                "--concurrency",
+                "2",
+            ],
+            stdin=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
         try:
             late = measure(q, log, count)
         finally:

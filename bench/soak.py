@@ -3,15 +3,18 @@
 # requires-python = ">=3.11"
 # dependencies = ["watchdog>=4,<8"]
 # ///
-"""Workers, enqueuers in Python and in bash, and a killer; then the proof that no task was lost and none ran twice at once.
+"""Workers, enqueuers in Python and in bash, and a killer; then the proof that no task was lost and
+none ran twice at once.
 
     bench/soak.py [SECONDS] [--seed N] [--workers N] [--keep]     default 60 seconds, 3 workers
 
-The killer sends SIGKILL to workers and now and then to handlers and their supervisors, and stops workers for a while;
-whoever dies is replaced. The proof is taken from what the handlers themselves wrote: a line when they begin and one when they end, each
-one write, with the machine's monotonic time. A run without an end lasted until it was last seen alive.
+The killer sends SIGKILL to workers and now and then to handlers and their supervisors, and stops
+workers for a while; whoever dies is replaced. The proof is taken from what the handlers themselves
+wrote: a line when they begin and one when they end, each one write, with the machine's monotonic
+time. A run without an end lasted until it was last seen alive.
 
-exit codes: 0 clean; 1 something was lost, ran twice at once, or was done twice; --keep leaves the directory to look at
+exit codes: 0 clean; 1 something was lost, ran twice at once, or was done twice; --keep leaves the
+directory to look at
 """
 
 from __future__ import annotations

@@ -3,12 +3,14 @@
 # requires-python = ">=3.11"
 # dependencies = ["watchdog>=4,<8"]
 # ///
-"""Tasks per second of worker.py against `xargs -P N` spawning the same commands, in turn, in one run.
+"""Tasks per second of worker.py against `xargs -P N` spawning the same commands, in turn, in one
+run.
 
     bench/throughput.py [TASKS] [CONCURRENCY] [HANDLER…]     default 3000 tasks, 4 and then 8 at a time, sh and python
 
-The median of three rounds of each, by their ratio. xargs keeps nothing: no claim, no record, no output, no timeout. The
-bar is half of its throughput for a shell that reads its task and prints, and 0.85 of it for Python.
+The median of three rounds of each, by their ratio. xargs keeps nothing: no claim, no record, no
+output, no timeout. The bar is half of its throughput for a shell that reads its task and prints,
+and 0.85 of it for Python.
 
 exit codes: 0 all ratios reach their bar; 1 one does not
 """
@@ -36,8 +38,14 @@ def one_round(
     env: dict, handler: Path, lines: str, number: int, concurrency: int
 ) -> tuple[float, float, float]:
     """(ratio, xargs, worker), the latter two in tasks per second."""
-    subprocess.run([sys.executable, HERE / "enqueue.py", "bench", handler.name, "--jsonl"], input=lines, text=True,
-                   env=env, check=True, stdout=subprocess.DEVNULL)  # fmt: skip
+    subprocess.run(
+        [sys.executable, HERE / "enqueue.py", "bench", handler.name, "--jsonl"],
+        input=lines,
+        text=True,
+        env=env,
+        check=True,
+        stdout=subprocess.DEVNULL,
+    )
     began = time.perf_counter()
     subprocess.run(["xargs", "-d", "\n", "-P", str(concurrency), "-n", "1", handler], input=lines, text=True,
                    check=True, stdout=subprocess.DEVNULL)  # fmt: skip
@@ -50,7 +58,9 @@ def one_round(
 
 
 def wait_for_the_disk(directory: str) -> None:
-    """Until files are made quickly: ext4 without a journal is slow at that for minutes after many were removed."""
+    """Until files are made quickly: ext4 without a journal is slow at that for minutes after many
+    were removed.
+    """
     deadline = time.monotonic() + 400
     said = False
     while time.monotonic() < deadline:

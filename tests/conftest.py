@@ -1,4 +1,6 @@
-"""What the tests share: a private state directory with an awkward path, real processes, and waiting for conditions."""
+"""What the tests share: a private state directory with an awkward path, real processes, and waiting
+for conditions.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,8 @@ from pathlib import Path
 
 import pytest
 
-# What must hold on every Python, and not only on the one that runs all tests: `just test-core 3.13`.
+# What must hold on every Python, and not only on the one that runs all tests: `just test-core
+# 3.13`.
 CORE = """
 test_a_bare_table_is_adopted test_a_claim_costs_the_same_at_a_million test_a_consumer_ends_when_it_is_told_to
 test_a_duplicate_is_ignored_for_every_writer test_a_killed_worker_loses_nothing test_a_late_ack_is_refused
@@ -42,7 +45,8 @@ test_tasks_end_well_with_closed_streams test_a_day_is_as_printed test_a_claude_r
 """.split()
 
 
-# What holds a promise in milliseconds, and therefore runs while nothing else does: files, and tests of others.
+# What holds a promise in milliseconds, and therefore runs while nothing else does: files, and tests
+# of others.
 ALONE = """
 test_a_sleeping_consumer_hears_every_commit test_a_stopped_worker_gives_its_tasks_back
 test_cleanup_never_holds_up_an_enqueue test_tasks_answer_at_once_on_a_big_database
@@ -70,7 +74,9 @@ sys.path.insert(0, str(ROOT))
 
 
 def wait_for(condition, seconds: float = 15.0, what: str = "the condition"):
-    """The first true value of condition(), looked for every few milliseconds; fails after `seconds`."""
+    """The first true value of condition(), looked for every few milliseconds; fails after
+    `seconds`.
+    """
     began = time.monotonic()
     while True:
         value = condition()
@@ -106,22 +112,43 @@ class Installation:
         self.env = {name: os.environ[name] for name in keep if name in os.environ}
         self.env |= {"TASK_QUEUE_STATE": str(self.state), "HOME": str(directory)}
 
-    def run(self, script: str, *args, input: str | bytes | None = None, env: dict | None = None, timeout: float = 60,
-            **options) -> subprocess.CompletedProcess:  # fmt: skip
+    def run(
+        self,
+        script: str,
+        *args,
+        input: str | bytes | None = None,
+        env: dict | None = None,
+        timeout: float = 60,
+        **options,
+    ) -> subprocess.CompletedProcess:
         """Run one of our scripts to its end."""
         raw = input.encode() if isinstance(input, str) else input
         stdin = {"stdin": subprocess.DEVNULL} if raw is None else {"input": raw}
-        done = subprocess.run([sys.executable, ROOT / script, *map(str, args)], env=self.env | (env or {}),
-                              capture_output=True, timeout=timeout, **stdin, **options)  # fmt: skip
+        done = subprocess.run(
+            [sys.executable, ROOT / script, *map(str, args)],
+            env=self.env | (env or {}),
+            capture_output=True,
+            timeout=timeout,
+            **stdin,
+            **options,
+        )
         done.stdout, done.stderr = done.stdout.decode(), done.stderr.decode()
         return done
 
     def start(self, script: str, *args, env: dict | None = None, **options) -> subprocess.Popen:
-        """Start one of our scripts; it is killed when the test ends. Its stderr goes to a file: process.log."""
+        """Start one of our scripts; it is killed when the test ends. Its stderr goes to a file:
+        process.log.
+        """
         log = self.directory / f"{Path(script).stem}-{len(self.processes)}.log"
         with open(log, "wb") as file:
-            process = subprocess.Popen([sys.executable, ROOT / script, *map(str, args)], env=self.env | (env or {}),
-                                       stdin=subprocess.DEVNULL, stdout=file, stderr=file, **options)  # fmt: skip
+            process = subprocess.Popen(
+                [sys.executable, ROOT / script, *map(str, args)],
+                env=self.env | (env or {}),
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=file,
+                **options,
+            )
         process.log = log
         self.processes.append(process)
         return process
@@ -161,7 +188,9 @@ class Installation:
         return done.stdout.strip()
 
     def rows(self, statement: str, *values) -> list[tuple]:
-        """The rows of a query, read on a connection of the test's own; [] while there is no database."""
+        """The rows of a query, read on a connection of the test's own; [] while there is no
+        database.
+        """
         if not self.db.exists():
             return []
         conn = sqlite3.connect(f"file:{self.db}?mode=ro", uri=True, timeout=10)

@@ -1,4 +1,6 @@
-"""What the tests of handlers/link_validation share: the script itself, run as a worker runs it, with a task on stdin."""
+"""What the tests of handlers/link_validation share: the script itself, run as a worker runs it,
+with a task on stdin.
+"""
 
 import json
 import os
@@ -38,7 +40,9 @@ def workspace(tmp_path):
 
 @pytest.fixture
 def check(tmp_path, workspace):
-    """check(data, …) runs the handler with a task that has this payload, and returns the finished process."""
+    """check(data, …) runs the handler with a task that has this payload, and returns the finished
+    process.
+    """
     home = tmp_path / "home"
     home.mkdir()
 
@@ -57,8 +61,16 @@ def check(tmp_path, workspace):
             "UV_CACHE_DIR": UV_CACHE,
             "TASK_QUEUE_STATE": str(tmp_path / "state"),
         }
-        done = subprocess.run([handler], input=task, env=environment | (env or {}), cwd=workspace, capture_output=True, timeout=60,
-                              check=False, **options)  # fmt: skip
+        done = subprocess.run(
+            [handler],
+            input=task,
+            env=environment | (env or {}),
+            cwd=workspace,
+            capture_output=True,
+            timeout=60,
+            check=False,
+            **options,
+        )
         done.summary = json.loads(done.stdout) if done.returncode == 0 else None
         done.words = done.stderr.decode()
         assert "Traceback" not in done.words
@@ -75,8 +87,13 @@ def write(folder, **files):
 
 
 def git(workspace, *words):
-    subprocess.run(["git", *words], cwd=workspace, check=True, capture_output=True,
-                   env={"PATH": os.environ["PATH"], "HOME": str(workspace.parent)})  # fmt: skip
+    subprocess.run(
+        ["git", *words],
+        cwd=workspace,
+        check=True,
+        capture_output=True,
+        env={"PATH": os.environ["PATH"], "HOME": str(workspace.parent)},
+    )
 
 
 def report(done):

@@ -52,8 +52,15 @@ def start(installation, command: list | None = None, **env: str) -> subprocess.P
     """A dashboard on any free port; its stderr goes to dashboard.err."""
     usual, env = uv(installation, **env)
     with open(installation.directory / "dashboard.err", "wb") as err:
-        process = subprocess.Popen([*(command or usual), "--port", "0"], env=env, start_new_session=True,
-                                   stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=err, text=True)  # fmt: skip
+        process = subprocess.Popen(
+            [*(command or usual), "--port", "0"],
+            env=env,
+            start_new_session=True,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=err,
+            text=True,
+        )
     installation.processes.append(process)
     return process
 
@@ -99,8 +106,14 @@ def chromium(directory: Path, *arguments: str):
 
     options = webdriver.ChromeOptions()
     options.binary_location = binary
-    for argument in ("--headless=new", "--no-sandbox", "--window-size=1280,1180", "--disable-background-networking",
-                     f"--user-data-dir={directory / 'profile'}", *arguments):  # fmt: skip
+    for argument in (
+        "--headless=new",
+        "--no-sandbox",
+        "--window-size=1280,1180",
+        "--disable-background-networking",
+        f"--user-data-dir={directory / 'profile'}",
+        *arguments,
+    ):
         options.add_argument(argument)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
     chrome = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))

@@ -1,4 +1,6 @@
-"""The plugin as people get it: a marketplace in a directory, a home with the real Claude Code, and uv."""
+"""The plugin as people get it: a marketplace in a directory, a home with the real Claude Code, and
+uv.
+"""
 
 from __future__ import annotations
 
@@ -87,9 +89,13 @@ class Home:
         self, *args: str, env: dict | None = None, root: Path = ROOT
     ) -> subprocess.CompletedProcess:
         """just install, into this home."""
-        ran = subprocess.run([sys.executable, root / "install.py", "install", "--no-warm", "--no-command", *args],
-                             env={"HOME": str(self.home), "PATH": os.environ["PATH"], **(env or {})},
-                             stdin=subprocess.DEVNULL, capture_output=True, text=True)  # fmt: skip
+        ran = subprocess.run(
+            [sys.executable, root / "install.py", "install", "--no-warm", "--no-command", *args],
+            env={"HOME": str(self.home), "PATH": os.environ["PATH"], **(env or {})},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+        )
         assert ran.returncode == 0, ran.stdout + ran.stderr
         return ran
 

@@ -22,9 +22,15 @@ def on_terminal(
     """The lines that a script shows on a terminal, without colours; it must end with that code."""
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
-    process = subprocess.Popen([sys.executable, ROOT / args[0], *map(str, args[1:])], stdin=theirs, stdout=theirs,
-                               stderr=theirs, env=installation.env | {"TERM": "xterm"}, start_new_session=False,
-                               cwd=cwd)  # fmt: skip
+    process = subprocess.Popen(
+        [sys.executable, ROOT / args[0], *map(str, args[1:])],
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+        env=installation.env | {"TERM": "xterm"},
+        start_new_session=False,
+        cwd=cwd,
+    )
     os.close(theirs)
     shown = b""
     while True:

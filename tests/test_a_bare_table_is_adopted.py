@@ -1,4 +1,6 @@
-"""A hook with nothing but sqlite3 made the table before any Python ran: it becomes a queue, its rows and ids kept."""
+"""A hook with nothing but sqlite3 made the table before any Python ran: it becomes a queue, its
+rows and ids kept.
+"""
 
 import json
 import os
@@ -15,8 +17,12 @@ BARE = "CREATE TABLE IF NOT EXISTS {} (id INTEGER PRIMARY KEY AUTOINCREMENT, dat
 def by_hook(state, script: str) -> str:
     """What a hook does: make the directory, and the statements with the sqlite3 command."""
     state.mkdir(mode=0o700, parents=True, exist_ok=True)
-    done = subprocess.run(["sqlite3", "-bail", state / "tasks.db"], input=f".timeout 10000\n{script}", text=True,
-                          capture_output=True)  # fmt: skip
+    done = subprocess.run(
+        ["sqlite3", "-bail", state / "tasks.db"],
+        input=f".timeout 10000\n{script}",
+        text=True,
+        capture_output=True,
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -204,10 +210,21 @@ def test_by_sixteen_processes_at_once_while_hooks_go_on_to_insert(installation):
     for number in range(3):
         state = installation.directory / str(number)
         by_hook(state, BARE.format("notifications") + row({"n": 0}) * 500)
-        hooks = [subprocess.Popen(["sqlite3", "-bail", state / "tasks.db"], stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-                 for _ in range(4)]  # fmt: skip
-        adopt = subprocess.Popen([sys.executable, "-c", ADOPT, ROOT, state], stderr=subprocess.PIPE, text=True,
-                                 env={"PATH": os.environ["PATH"], "HOME": str(installation.directory)})  # fmt: skip
+        hooks = [
+            subprocess.Popen(
+                ["sqlite3", "-bail", state / "tasks.db"],
+                stdin=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            for _ in range(4)
+        ]
+        adopt = subprocess.Popen(
+            [sys.executable, "-c", ADOPT, ROOT, state],
+            stderr=subprocess.PIPE,
+            text=True,
+            env={"PATH": os.environ["PATH"], "HOME": str(installation.directory)},
+        )
         for process in hooks:
             process.stdin.write(".timeout 10000\n" + hook * 3)
             process.stdin.flush()

@@ -1,4 +1,6 @@
-"""What a claim costs does not depend on how much waits, is scheduled, runs elsewhere, or is finished."""
+"""What a claim costs does not depend on how much waits, is scheduled, runs elsewhere, or is
+finished.
+"""
 
 import json
 
@@ -232,7 +234,11 @@ def costs_in_a_group(queue) -> dict[str, int]:
         found[f"{name} claim, where one has expired"] = steps(conn, claim)
         in_transaction(queue.ack)
         found[f"{name} cancel of one that waits"] = steps(
-            conn, lambda: conn.execute("delete from notifications where id = (select max(id) from notifications where status = 4)"))  # fmt: skip
+            conn,
+            lambda: conn.execute(
+                "delete from notifications where id = (select max(id) from notifications where status = 4)"
+            ),
+        )
     return {name: count for name, count in found.items() if name.startswith("measured")}
 
 

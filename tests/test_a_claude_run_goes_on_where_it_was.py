@@ -1,4 +1,6 @@
-"""With the real Claude Code: a claude task has one session, and no end of a run has its work begun again."""
+"""With the real Claude Code: a claude task has one session, and no end of a run has its work begun
+again.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +48,9 @@ def interrupted(claude):
 
 
 def went_on(claude: ClaudeCode, task: Task) -> dict:
-    """Run the task again; its result, when that went on with the same session and did nothing twice."""
+    """Run the task again; its result, when that went on with the same session and did nothing
+    twice.
+    """
     before = len(claude.requests())
     claude.answer("fine", text="The lighthouse is red.\nAll of it.")
     done = task.run()
@@ -122,7 +126,9 @@ def test_a_run_that_was_killed_goes_on_in_its_session(claude, interrupted, victi
 
 @pytest.mark.parametrize("whom", ["handler", "group"])
 def test_a_run_that_is_stopped_has_its_session_saved(claude, interrupted, whom):
-    """A worker sends TERM to the whole group; somebody at a terminal may send it to the handler alone."""
+    """A worker sends TERM to the whole group; somebody at a terminal may send it to the handler
+    alone.
+    """
     task, process = interrupted
     (program,) = children(process.pid)
     (os.kill if whom == "handler" else os.killpg)(process.pid, signal.SIGTERM)
@@ -169,7 +175,9 @@ def test_a_killed_worker_and_its_supervisor_do_not_begin_the_work_again(
 
 @pytest.mark.parametrize("left", [0, 0.5, 1, 2])
 def test_a_kill_in_the_first_milliseconds_does_not_spoil_the_session(claude, interrupted, left):
-    """Claude Code neither resumes nor starts a session whose file has only lines from before its first prompt."""
+    """Claude Code neither resumes nor starts a session whose file has only lines from before its
+    first prompt.
+    """
     task, process = interrupted
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()

@@ -1,4 +1,6 @@
-"""With the real Claude Code: a limit, a refused login, a lack of credit and a busy API each end as the queue wants it."""
+"""With the real Claude Code: a limit, a refused login, a lack of credit and a busy API each end as
+the queue wants it.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""What a task says is checked, what Claude prints is data, and no program comes from a workspace. With a fake claude."""
+"""What a task says is checked, what Claude prints is data, and no program comes from a workspace.
+With a fake claude.
+"""
 
 from __future__ import annotations
 
@@ -217,15 +219,23 @@ def test_a_pause_is_bounded(fake, seconds, pause):
     import time
 
     info = {"status": "rejected", "resetsAt": time.time() + seconds}
-    fake.says(INIT, {"type": "rate_limit_event", "rate_limit_info": info}, {"type": "assistant", "error": "rate_limit"},
-              {"type": "result", "is_error": True})  # fmt: skip
+    fake.says(
+        INIT,
+        {"type": "rate_limit_event", "rate_limit_info": info},
+        {"type": "assistant", "error": "rate_limit"},
+        {"type": "result", "is_error": True},
+    )
     done = fake.task().run()
     assert done.returncode == 75 and pause - 30 <= json.loads(done.stdout)["pause"] <= pause
 
 
 def test_an_error_that_claude_got_over_is_none(fake):
-    fake.says(INIT, {"type": "assistant", "error": "rate_limit"}, {"type": "assistant", "message": {}},
-              {"type": "result", "is_error": True, "result": "it went wrong"})  # fmt: skip
+    fake.says(
+        INIT,
+        {"type": "assistant", "error": "rate_limit"},
+        {"type": "assistant", "message": {}},
+        {"type": "result", "is_error": True, "result": "it went wrong"},
+    )
     done = fake.task().run()
     assert (done.returncode, done.stdout) == (1, "") and done.stderr.splitlines()[
         -1

@@ -1,4 +1,6 @@
-"""With the real Claude Code and a worker: a limit pauses the queue, costs no attempt, and all tasks complete after it."""
+"""With the real Claude Code and a worker: a limit pauses the queue, costs no attempt, and all tasks
+complete after it.
+"""
 
 from __future__ import annotations
 

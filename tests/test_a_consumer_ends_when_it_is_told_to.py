@@ -132,7 +132,9 @@ def test_a_lock_that_is_held_while_it_acks_does_not_end_it(
 
 @pytest.mark.parametrize("moment", ["claim", "ack"])
 def test_a_cancellation_is_not_kept_waiting_by_a_lock(installation, queue, moment):
-    """The lock is held for as long as the test lasts: nothing but the cancellation can end the consumer."""
+    """The lock is held for as long as the test lasts: nothing but the cancellation can end the
+    consumer.
+    """
     queue.enqueue_tasks("notifications", [{"task_type": "t", "data": {}}] * 2)
     lock = sqlite3.connect(installation.db, isolation_level=None)
     lock.execute("create table claims (id)")

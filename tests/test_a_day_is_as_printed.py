@@ -54,8 +54,12 @@ def normal(part: str) -> str:
 
 def run(tmp_path, *options: str) -> str:
     file = tmp_path / "a-day.md"
-    done = subprocess.run([sys.executable, ROOT / "bench/a_day.py", file, *options], capture_output=True,
-                          text=True, timeout=SECONDS)  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, ROOT / "bench/a_day.py", file, *options],
+        capture_output=True,
+        text=True,
+        timeout=SECONDS,
+    )
     assert done.returncode == 0, done.stderr
     return file.read_text()
 

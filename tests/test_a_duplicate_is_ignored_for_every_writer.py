@@ -1,4 +1,6 @@
-"""task_id is unique among a queue's waiting and running tasks; the database sees to it, whoever writes."""
+"""task_id is unique among a queue's waiting and running tasks; the database sees to it, whoever
+writes.
+"""
 
 import json
 import subprocess
@@ -57,8 +59,15 @@ def by_persist_queues_put_in_an_ack_queue(installation, queue):
     assert queue.get_ack_queue("notifications").put(json.dumps(ENVELOPE)) in (None, *range(1, 100))
 
 
-WRITERS = [by_python, by_python_among_others, by_enqueue_py, by_jsonl, by_bash, by_persist_queues_put,
-           by_persist_queues_put_in_an_ack_queue]  # fmt: skip
+WRITERS = [
+    by_python,
+    by_python_among_others,
+    by_enqueue_py,
+    by_jsonl,
+    by_bash,
+    by_persist_queues_put,
+    by_persist_queues_put_in_an_ack_queue,
+]
 
 
 def everybody(installation, queue) -> None:

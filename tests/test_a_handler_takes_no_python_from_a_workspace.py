@@ -54,7 +54,9 @@ def test_it_runs_none_of_it(installation, workspace, handler):
     env["TASK_QUEUE_STATE"] = str(installation.state)
     # uv chooses a Python for a script that it sees for the first time.
     new = shutil.copy(handler, installation.handlers)
-    done = subprocess.run([new], cwd=workspace, env=env, input=b'{"data": {}}', capture_output=True, timeout=120)  # fmt: skip
+    done = subprocess.run(
+        [new], cwd=workspace, env=env, input=b'{"data": {}}', capture_output=True, timeout=120
+    )
     assert done.returncode == 65, done.stderr
     assert not (workspace.parent / "run").exists()
 
@@ -114,5 +116,12 @@ def test_a_claude_task_without_a_workspace_works_where_the_worker_is(installatio
     envelope = (
         b'{"task_id": "1", "task_type": "claude", "enqueued_at": "x", "data": {"prompt": "p"}}'
     )
-    done = subprocess.run([ROOT / "handlers/claude"], cwd=here, env=env, input=envelope, capture_output=True, timeout=120)  # fmt: skip
+    done = subprocess.run(
+        [ROOT / "handlers/claude"],
+        cwd=here,
+        env=env,
+        input=envelope,
+        capture_output=True,
+        timeout=120,
+    )
     assert f"{here} unset".encode() in done.stdout, (done.stdout, done.stderr)

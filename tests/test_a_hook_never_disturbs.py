@@ -168,8 +168,13 @@ def test_stdin_that_is_never_closed_is_not_waited_for(installation):
     read, write = os.pipe()
     os.write(write, STOP)
     began = time.monotonic()
-    done = subprocess.run([sys.executable, ROOT / "enqueue.py", "--hook", "notifications"], stdin=read, env=installation.env,
-                          capture_output=True, timeout=20)  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, ROOT / "enqueue.py", "--hook", "notifications"],
+        stdin=read,
+        env=installation.env,
+        capture_output=True,
+        timeout=20,
+    )
     took = time.monotonic() - began
     os.close(write)
     os.close(read)
@@ -181,8 +186,13 @@ def test_stdin_that_is_never_closed_is_not_waited_for(installation):
 
 def test_stdin_that_never_says_anything_is_given_up(installation):
     read, write = os.pipe()
-    done = subprocess.run([sys.executable, ROOT / "enqueue.py", "--hook", "notifications", "--wait", "0.3"], stdin=read,
-                          env=installation.env, capture_output=True, timeout=20)  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, ROOT / "enqueue.py", "--hook", "notifications", "--wait", "0.3"],
+        stdin=read,
+        env=installation.env,
+        capture_output=True,
+        timeout=20,
+    )
     os.close(write)
     os.close(read)
     assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
@@ -190,8 +200,11 @@ def test_stdin_that_never_says_anything_is_given_up(installation):
 
 
 def test_a_payload_that_comes_in_pieces_is_whole(installation):
-    process = subprocess.Popen([sys.executable, ROOT / "enqueue.py", "--hook", "notifications"], stdin=subprocess.PIPE,
-                               env=installation.env)  # fmt: skip
+    process = subprocess.Popen(
+        [sys.executable, ROOT / "enqueue.py", "--hook", "notifications"],
+        stdin=subprocess.PIPE,
+        env=installation.env,
+    )
     payload = json.dumps({"hook_event_name": "Stop", "cwd": "/tmp", "nested": {"a": {}}}).encode()
     for at in range(0, len(payload), 7):
         process.stdin.write(payload[at : at + 7])
@@ -217,8 +230,13 @@ def test_sixteen_hooks_at_once_are_sixteen_tasks_in_a_bare_environment(installat
     hooks = []
     for number in range(16):
         payload = STOP.replace(b"I fixed two links.", b"%d" % number)
-        process = subprocess.Popen([sys.executable, ROOT / "enqueue.py", "--hook", "notifications", "link_validation"],
-                                   stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=env)  # fmt: skip
+        process = subprocess.Popen(
+            [sys.executable, ROOT / "enqueue.py", "--hook", "notifications", "link_validation"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            env=env,
+        )
         process.stdin.write(payload)
         process.stdin.close()
         hooks.append(process)
@@ -268,8 +286,12 @@ def test_when_neither_takes_it_the_hook_says_so(installation):
 def test_a_hook_killed_half_way_leaves_whole_tasks_or_none(installation):
     installation.enqueue("notifications", "first")
     for number in range(40):
-        process = subprocess.Popen([sys.executable, ROOT / "enqueue.py", "--hook", "notifications", "t"], stdin=subprocess.PIPE,
-                                   env=installation.env, stderr=subprocess.DEVNULL)  # fmt: skip
+        process = subprocess.Popen(
+            [sys.executable, ROOT / "enqueue.py", "--hook", "notifications", "t"],
+            stdin=subprocess.PIPE,
+            env=installation.env,
+            stderr=subprocess.DEVNULL,
+        )
         timer = threading.Timer(0.03 + number * 0.002, process.kill)
         timer.start()
         try:
@@ -386,23 +408,36 @@ def test_a_hook_that_makes_worktree_creation_fail_says_so_and_stores_nothing(ins
 
 def took(installation, *args, stdin) -> tuple[float, subprocess.CompletedProcess]:
     began = time.monotonic()
-    done = subprocess.run([sys.executable, ROOT / "enqueue.py", "--hook", *args], stdin=stdin, env=installation.env,
-                          capture_output=True, timeout=120)  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, ROOT / "enqueue.py", "--hook", *args],
+        stdin=stdin,
+        env=installation.env,
+        capture_output=True,
+        timeout=120,
+    )
     return time.monotonic() - began, done
 
 
 @pytest.mark.parametrize("trouble", ["silent", "endless", "not whole"])
 @pytest.mark.parametrize("queue_name", ["notifications", "a_new_one"])
 def test_its_time_holds_for_stdin_and_a_locked_database_together(installation, trouble, queue_name):
-    """A hook with four seconds more takes four seconds more, and no more: whatever else the machine does."""
+    """A hook with four seconds more takes four seconds more, and no more: whatever else the machine
+    does.
+    """
     installation.enqueue("notifications", "first")
     lock = sqlite3.connect(installation.db, isolation_level=None)
     lock.execute("begin immediate")
     times = []
     for wait in ("0.2", "4.2"):
         read, write = os.pipe()
-        feeder = subprocess.Popen({"silent": ["sleep", "60"], "endless": ["yes", '{"a": 1}'],
-                                   "not whole": ["sh", "-c", "echo '{\"a\": {}'; exec sleep 60"]}[trouble], stdout=write)  # fmt: skip
+        feeder = subprocess.Popen(
+            {
+                "silent": ["sleep", "60"],
+                "endless": ["yes", '{"a": 1}'],
+                "not whole": ["sh", "-c", "echo '{\"a\": {}'; exec sleep 60"],
+            }[trouble],
+            stdout=write,
+        )
         os.close(write)
         try:
             seconds, done = took(installation, queue_name, "--wait", wait, stdin=read)
@@ -492,7 +527,8 @@ def test_ten_edits_while_a_check_runs_are_one_more_run(installation, queue):
     assert "I fixed 10 links" in json.loads(text)["data"]["last_assistant_message"]
     mine.ack(second)
     assert mine.empty()
-    # An edit just after the end of a check is checked; the same one told by a second hook is not checked again.
+    # An edit just after the end of a check is checked; the same one told by a second hook is not
+    # checked again.
     for _ in range(2):
         hook(installation, STOP.replace(b"two", b"11"), *args)
         if not mine.empty():

@@ -1,4 +1,6 @@
-"""hook.sh where no Python and no uv is left: the payload goes to the spool, and becomes the task Python would have made."""
+"""hook.sh where no Python and no uv is left: the payload goes to the spool, and becomes the task
+Python would have made.
+"""
 
 import json
 import os
@@ -135,7 +137,9 @@ def test_a_closed_stdin_is_an_empty_one(installation, queue, hook):
 
 
 def test_it_leaves_no_process_behind_that_claude_would_wait_for(installation, hook):
-    """Claude Code reads a hook's stdout and stderr to their end, which comes when the last process has closed them."""
+    """Claude Code reads a hook's stdout and stderr to their end, which comes when the last process
+    has closed them.
+    """
     for payload in (STOP, b""):
         with hook.start("notifications", stdin=subprocess.PIPE) as process:
             out, err = process.communicate(payload, timeout=20)

@@ -68,7 +68,9 @@ def test_a_handler_that_kills_its_worker_ends_as_a_dead_letter_with_the_reason(i
 
 
 def test_a_handler_that_kills_its_parent_ends_so_too_and_the_worker_goes_on(installation):
-    """Its parent is the supervisor; the worker lives through that by beginning again, in the same process."""
+    """Its parent is the supervisor; the worker lives through that by beginning again, in the same
+    process.
+    """
     installation.handler(
         "patricide", '#!/bin/sh\necho "$TASK_ATTEMPT" >>"$HOME/runs"\nkill -9 $PPID\n'
     )
@@ -88,8 +90,11 @@ def test_a_handler_that_kills_its_parent_ends_so_too_and_the_worker_goes_on(inst
 
 
 def test_a_handler_that_outlives_its_killed_parent_is_not_run_twice(installation):
-    installation.handler("patricide", '#!/bin/sh\necho $$ >>"$HOME/runs"\n[ "$TASK_ATTEMPT" = 2 ] && exit\nkill -9 $PPID\n'
-                         'until [ -e "$HOME/go" ]; do sleep 0.02; done\n')  # fmt: skip
+    installation.handler(
+        "patricide",
+        '#!/bin/sh\necho $$ >>"$HOME/runs"\n[ "$TASK_ATTEMPT" = 2 ] && exit\nkill -9 $PPID\n'
+        'until [ -e "$HOME/go" ]; do sleep 0.02; done\n',
+    )
     task = installation.enqueue("notifications", "patricide")
     worker = installation.worker("notifications")
     wait_for(lambda: "starting afresh" in worker.log.read_text())
@@ -112,7 +117,8 @@ def test_nothing_is_taken_from_a_stopped_worker(installation):
         installation.worker("notifications")
         go.touch()
         wait_for(lambda: not lives(int(pid)), what="the handler's end")
-        # nobody holds its output now, and its exit status lies there: only the owner's lock says that it is not ours
+        # nobody holds its output now, and its exit status lies there: only the owner's lock says
+        # that it is not ours
         assert stays_true(
             lambda: installation.rows("select status from notifications") == [(2,)], 6.5
         )
@@ -125,8 +131,12 @@ def test_nothing_is_taken_from_a_stopped_worker(installation):
 
 def consumer_of_a_task(installation, how: str) -> tuple[subprocess.Popen, int]:
     """A process that has claimed a task, and the child that will outlive it."""
-    process = subprocess.Popen([sys.executable, "-c", CONSUMER, str(ROOT), how], env=installation.env,
-                               stdout=subprocess.PIPE, text=True)  # fmt: skip
+    process = subprocess.Popen(
+        [sys.executable, "-c", CONSUMER, str(ROOT), how],
+        env=installation.env,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
     return process, int(process.stdout.readline())
 
 

@@ -147,8 +147,13 @@ def test_by_a_process_whose_lock_file_was_removed_returns_false_and_says_why(
     installation, queue, verb
 ):
     installation.enqueue("notifications", "any")
-    late = subprocess.Popen([sys.executable, "-c", CONSUMER, str(ROOT)], env=installation.env, text=True,
-                            stdin=subprocess.PIPE, stdout=subprocess.PIPE)  # fmt: skip
+    late = subprocess.Popen(
+        [sys.executable, "-c", CONSUMER, str(ROOT)],
+        env=installation.env,
+        text=True,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
     try:
         row_id = int(late.stdout.readline())
         for file in (installation.state / "workers").iterdir():

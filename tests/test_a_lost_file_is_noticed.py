@@ -1,4 +1,6 @@
-"""What is removed or replaced under living processes is noticed by each, and said; all go on together."""
+"""What is removed or replaced under living processes is noticed by each, and said; all go on
+together.
+"""
 
 from __future__ import annotations
 
@@ -82,7 +84,9 @@ def test_a_log_that_was_removed_is_told_by_each_process_and_all_write_on(install
 
 @pytest.mark.parametrize("removed", ["-wal", "-wal -shm"])
 def test_a_worker_whose_log_was_removed_runs_what_comes_after(installation, removed):
-    """It has a connection in each of two threads: SQLite lets go of the old log with the last of them."""
+    """It has a connection in each of two threads: SQLite lets go of the old log with the last of
+    them.
+    """
     installation.handler("t", "#!/bin/sh\n")
     installation.enqueue("notifications", "t", "{}", "--task-id", "before")
     worker = installation.worker("notifications")
@@ -92,7 +96,9 @@ def test_a_worker_whose_log_was_removed_runs_what_comes_after(installation, remo
     tries = iter(range(100_000))
 
     def comes_through() -> bool:
-        """Whether a task that is enqueued now is run within a second; the first ones may be refused."""
+        """Whether a task that is enqueued now is run within a second; the first ones may be
+        refused.
+        """
         task_id = f"after {next(tries)}"
         done = installation.run("enqueue.py", "notifications", "t", "{}", "--task-id", task_id)
         assert done.returncode in (0, 1) and "Traceback" not in done.stderr
@@ -266,8 +272,12 @@ def test_a_write_of_bash_behind_a_symbolic_link_wakes(installation, tmp_path, na
     real = installation.state / "real.db" if "/" in name else tmp_path / name
     installation.db.rename(real)
     installation.db.symlink_to(real)
-    process = subprocess.Popen([sys.executable, "-c", SLEEPER, ROOT], env=installation.env,
-                               stdout=subprocess.PIPE, text=True)  # fmt: skip
+    process = subprocess.Popen(
+        [sys.executable, "-c", SLEEPER, ROOT],
+        env=installation.env,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
     installation.processes.append(process)
     assert process.stdout.readline() == "listens\n"
     installation.sqlite3("""insert into notifications (data) values ('{"from": "bash"}')""")

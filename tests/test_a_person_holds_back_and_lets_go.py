@@ -1,4 +1,6 @@
-"""approve, reject, pause, resume, limit and retry: what a person says is what workers do, and everybody says it alike."""
+"""approve, reject, pause, resume, limit and retry: what a person says is what workers do, and
+everybody says it alike.
+"""
 
 from __future__ import annotations
 
@@ -106,8 +108,12 @@ def test_a_pause_is_said_by_everybody_until_when_and_why(installation):
     )
     assert numbers["paused_by"] == "person"
     prometheus = installation.run("tasks.py", "stats", "--prometheus").stdout
-    samples = {sample.name: sample for family in text_string_to_metric_families(prometheus) for sample in family.samples
-               if sample.labels.get("queue") == "approvals"}  # fmt: skip
+    samples = {
+        sample.name: sample
+        for family in text_string_to_metric_families(prometheus)
+        for sample in family.samples
+        if sample.labels.get("queue") == "approvals"
+    }
     ends = samples["task_queue_paused_until_seconds"]
     assert samples["task_queue_paused"].value == 1 and ends.labels["reason"] == "usage limit"
     assert before + 3600 - 0.01 <= ends.value <= after + 3600 + 0.01

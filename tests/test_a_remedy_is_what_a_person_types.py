@@ -38,8 +38,14 @@ def installed(installation):
     ) -> subprocess.CompletedProcess:
         path = f"{tq.parent}:{installation.env['PATH']}" if on_path else installation.env["PATH"]
         env = installation.env | {"PATH": path} | (env or {})
-        return subprocess.run([sys.executable, lib / script, *args], env=env, check=False,
-                              stdin=subprocess.DEVNULL, capture_output=True, text=True)  # fmt: skip
+        return subprocess.run(
+            [sys.executable, lib / script, *args],
+            env=env,
+            check=False,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+        )
 
     run.tq = tq
     return run

@@ -1,4 +1,6 @@
-"""Whatever PYTHONPATH and PYTHONSAFEPATH say, a script finds its modules beside itself, and none in a workspace."""
+"""Whatever PYTHONPATH and PYTHONSAFEPATH say, a script finds its modules beside itself, and none in
+a workspace.
+"""
 
 import os
 import re
@@ -60,8 +62,13 @@ def path(request, workspace, tmp_path):
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_every_script(workspace, hijacked, tmp_path, script):
     env = {"HOME": str(tmp_path), "PYTHONSAFEPATH": "1", "PYTHONPATH": f".:{workspace}/lib"}
-    done = subprocess.run([sys.executable, ROOT / script, "--help"], cwd=workspace, env=env,
-                          capture_output=True, text=True)  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, ROOT / script, "--help"],
+        cwd=workspace,
+        env=env,
+        capture_output=True,
+        text=True,
+    )
     assert (done.returncode, hijacked()) == (0, ""), done.stderr
 
 
@@ -94,16 +101,25 @@ def test_its_own_directory_is_found(installation, workspace, hijacked, tmp_path,
     (workspace / "tool").symlink_to(ROOT / "enqueue.py")
     relative = os.path.relpath(ROOT / "enqueue.py", workspace)
     command = {"a link": ["tool"], "a relative path": [relative], "isolated": ["-I", relative]}[way]
-    done = subprocess.run([sys.executable, *command, "approvals", "t"], cwd=workspace,
-                          env=installation.env | env, capture_output=True, text=True)  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, *command, "approvals", "t"],
+        cwd=workspace,
+        env=installation.env | env,
+        capture_output=True,
+        text=True,
+    )
     assert (done.returncode, hijacked()) == (0, ""), done.stderr
     assert re.fullmatch("queued [0-9a-f]{16}\n", done.stdout)
 
 
 def test_a_module_that_is_imported_leaves_the_path_of_its_program_alone(tmp_path):
     code = "import sys; sys.path.insert(0, sys.argv[1]); was = sys.path[:]; import enqueue; assert sys.path == was"
-    done = subprocess.run([sys.executable, "-c", code, ROOT], capture_output=True, text=True,
-                          env={"PYTHONPATH": str(tmp_path)})  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", code, ROOT],
+        capture_output=True,
+        text=True,
+        env={"PYTHONPATH": str(tmp_path)},
+    )
     assert done.returncode == 0, done.stderr
 
 

@@ -1,4 +1,6 @@
-"""A consumer that sleeps in get() or consume() has a task within 100 ms of its commit, however it was written."""
+"""A consumer that sleeps in get() or consume() has a task within 100 ms of its commit, however it
+was written.
+"""
 
 import asyncio
 import json
@@ -17,8 +19,8 @@ from processes import processor_seconds
 LATEST_SECONDS = 0.1
 SAFETY_TICK_SECONDS = 5.0
 
-# Long-lived writers with one connection. Each line on stdin is a pause in seconds; the answer is when its put was
-# committed. The clock is the machine's, the same for all processes.
+# Long-lived writers with one connection. Each line on stdin is a pause in seconds; the answer is
+# when its put was committed. The clock is the machine's, the same for all processes.
 ENQUEUE_TASK = """
 import sys, time
 sys.path.insert(0, sys.argv[1])
@@ -38,8 +40,8 @@ for n, pause in enumerate(sys.stdin):
     print(time.monotonic(), flush=True)
 """
 
-# On a loaded machine a process may get no processor for a while; that is not the queue's doing. This one sleeps 5 ms
-# at a time and prints when it got up much later.
+# On a loaded machine a process may get no processor for a while; that is not the queue's doing.
+# This one sleeps 5 ms at a time and prints when it got up much later.
 STALLS = """
 import time
 before = time.monotonic()
@@ -59,8 +61,13 @@ class Writer:
         self.stalls_log = installation.directory / "stalls"
         with open(self.stalls_log, "wb") as log:
             stalls = subprocess.Popen([sys.executable, "-c", STALLS], stdout=log)
-        self.process = subprocess.Popen([sys.executable, "-c", code, ROOT, installation.db], env=installation.env | (env or {}),
-                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)  # fmt: skip
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", code, ROOT, installation.db],
+            env=installation.env | (env or {}),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
         installation.processes += [stalls, self.process]
         # Each is (when it was committed, when we had it).
         self.seen = []
@@ -74,7 +81,9 @@ class Writer:
         self.seen.append((float(self.process.stdout.readline()), now))
 
     def latencies(self) -> list[float]:
-        """Seconds from commit to sight, less what the whole machine stood still in between; the longest last."""
+        """Seconds from commit to sight, less what the whole machine stood still in between; the
+        longest last.
+        """
         stalls = [
             tuple(map(float, line.split()))
             for line in self.stalls_log.read_text().splitlines()
@@ -90,9 +99,8 @@ class Writer:
 
 
 def pauses(count: int, long_ones: int) -> list[float]:
-    """Mostly short ones, which find the consumer still looking around, and some that end at each moment in which it
-    stops to look, starts to listen, or sleeps.
-    """
+    """Mostly short ones, which find the consumer still looking around, and some that end at each
+    moment in which it stops to look, starts to listen, or sleeps."""
     chosen = [0.3 * n / long_ones for n in range(long_ones)]
     chosen += [random.uniform(0, 0.004) for _ in range(count - long_ones)]
     random.shuffle(chosen)
@@ -100,9 +108,11 @@ def pauses(count: int, long_ones: int) -> list[float]:
 
 
 def assert_none_was_late(writer: Writer, count: int) -> None:
-    """A loaded machine gives some thread no processor for a while: one in fifty may be later than it ought to be.
+    """A loaded machine gives some thread no processor for a while: one in fifty may be later than
+    it ought to be.
 
-    None waits for the look that comes now and then anyway: that is what a commit does that nobody has heard.
+    None waits for the look that comes now and then anyway: that is what a commit does that nobody
+    has heard.
     """
     latencies = writer.latencies()
     assert len(latencies) == count
@@ -234,8 +244,12 @@ eval(sys.argv[2])
 
 def test_an_idle_consumer_uses_no_processor(installation, queue):
     queue.connect()
-    sleepers = [subprocess.Popen([sys.executable, "-c", SLEEP, ROOT, code], env=installation.env, stdout=subprocess.PIPE)
-                for code in SLEEPERS.values()]  # fmt: skip
+    sleepers = [
+        subprocess.Popen(
+            [sys.executable, "-c", SLEEP, ROOT, code], env=installation.env, stdout=subprocess.PIPE
+        )
+        for code in SLEEPERS.values()
+    ]
     installation.processes += sleepers
     for sleeper in sleepers:
         sleeper.stdout.readline()

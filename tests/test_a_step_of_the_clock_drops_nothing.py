@@ -1,4 +1,6 @@
-"""The clock steps by hours (NTP, a virtual machine, a person): no firing is dropped for it, and no retry waits longer."""
+"""The clock steps by hours (NTP, a virtual machine, a person): no firing is dropped for it, and no
+retry waits longer.
+"""
 
 import json
 import time
@@ -24,7 +26,9 @@ def fire(installation, *args) -> None:
 
 
 def step_clock(installation, hours: float) -> None:
-    """What the database says after the clock was set by so many hours: all its times are as much off."""
+    """What the database says after the clock was set by so many hours: all its times are as much
+    off.
+    """
     steps = f"{-hours} hours"
     for name in ("enqueued_at", "started_at", "completed_at"):
         installation.sqlite3(

@@ -13,7 +13,9 @@ DEAF = "#!/bin/sh\ntrap '' TERM\n" + WAIT.removeprefix("#!/bin/sh\n")
 
 @pytest.fixture
 def busy(installation):
-    """busy(options…): a worker that runs one task and has another waiting; (worker, handler's pid, its group: the same)."""
+    """busy(options…): a worker that runs one task and has another waiting; (worker, handler's pid,
+    its group: the same).
+    """
 
     def make(*options, handler=WAIT):
         installation.handler("wait", handler)

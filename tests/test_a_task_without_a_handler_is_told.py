@@ -1,4 +1,6 @@
-"""A task whose type has no handler ends as a dead letter that says which handler is missing; once it is there, retry runs it."""
+"""A task whose type has no handler ends as a dead letter that says which handler is missing; once
+it is there, retry runs it.
+"""
 
 from __future__ import annotations
 

@@ -17,12 +17,17 @@ def run(installation, handler: str, *options, data: str = "{}", seconds: float =
 
 
 def test_grandchildren_included(installation):
-    done = run(installation, """
+    done = run(
+        installation,
+        """
         echo $$ >>"$HOME/pids"
         sh -c 'sleep 100 & echo $! >>"$HOME/pids"; sleep 100 & echo $! >>"$HOME/pids"; wait' &
         echo $! >>"$HOME/pids"
         wait
-        """, "--timeout", 0.5)  # fmt: skip
+        """,
+        "--timeout",
+        0.5,
+    )
     assert done["status"] == "failed" and done["error"] == "timed out after 0.5 s (attempt 1 of 1)"
     pids = [int(pid) for pid in lines(installation.directory / "pids")]
     assert len(pids) == 4

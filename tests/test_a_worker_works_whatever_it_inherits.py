@@ -1,4 +1,6 @@
-"""Signal masks, dispositions, descriptors, environment, being process 1: a worker makes up for what it was started with."""
+"""Signal masks, dispositions, descriptors, environment, being process 1: a worker makes up for what
+it was started with.
+"""
 
 import json
 import os
@@ -63,8 +65,11 @@ def ignore(numbers) -> None:
             pass
 
 
-@pytest.mark.parametrize("ignored", [{signal.SIGCHLD}, {signal.SIGTERM, signal.SIGINT}, {signal.SIGPIPE}, ALL],
-                         ids=["SIGCHLD", "SIGTERM", "SIGPIPE", "all"])  # fmt: skip
+@pytest.mark.parametrize(
+    "ignored",
+    [{signal.SIGCHLD}, {signal.SIGTERM, signal.SIGINT}, {signal.SIGPIPE}, ALL],
+    ids=["SIGCHLD", "SIGTERM", "SIGPIPE", "all"],
+)
 def test_dispositions(installation, ignored):
     serves(installation, worker_with(installation, lambda: ignore(ignored)))
 
@@ -89,8 +94,17 @@ def test_closed_descriptors(installation, closed):
 def test_a_log_that_cannot_be_written(installation):
     with open("/dev/full", "w") as full:
         installation.handler("fine", "#!/bin/sh\n")
-        worker = subprocess.Popen([sys.executable, ROOT / "worker.py", "notifications", "--handlers", installation.handlers],
-                                  env=installation.env, stderr=full)  # fmt: skip
+        worker = subprocess.Popen(
+            [
+                sys.executable,
+                ROOT / "worker.py",
+                "notifications",
+                "--handlers",
+                installation.handlers,
+            ],
+            env=installation.env,
+            stderr=full,
+        )
     installation.processes.append(worker)
     assert (
         installation.finished(installation.enqueue("notifications", "fine"))["status"]
@@ -185,8 +199,11 @@ def test_no_text_of_a_handler_steers_the_terminal(installation):
 def test_no_text_of_a_task_steers_the_terminal(installation):
     installation.handler("known", "#!/bin/sh\nexit 1\n")
     installation.enqueue("notifications", "known", "--delay", 3600)
-    for envelope in ({"task_id": HOSTILE, "task_type": "known", "data": {}}, {"hook_event_name": HOSTILE},
-                     {"task_id": "w", "task_type": "known", "data": {"workspace_path": HOSTILE}}):  # fmt: skip
+    for envelope in (
+        {"task_id": HOSTILE, "task_type": "known", "data": {}},
+        {"hook_event_name": HOSTILE},
+        {"task_id": "w", "task_type": "known", "data": {"workspace_path": HOSTILE}},
+    ):
         text = json.dumps(envelope).replace("'", "''")
         installation.sqlite3(f"insert into notifications (data) values ('{text}')")
     worker = installation.worker("notifications", "--max-attempts", 1)

@@ -25,8 +25,18 @@ def run(installation, workspace: Path, *command, cwd=None, env=None) -> dict:
     task = installation.enqueue(
         "notifications", "it", json.dumps({"workspace_path": str(workspace)})
     )
-    done = installation.run("worker.py", "notifications", "--drain", "--max-attempts", 1, "--handlers", installation.handlers,
-                            *(["--", *command] if command else []), cwd=cwd, env=env)  # fmt: skip
+    done = installation.run(
+        "worker.py",
+        "notifications",
+        "--drain",
+        "--max-attempts",
+        1,
+        "--handlers",
+        installation.handlers,
+        *(["--", *command] if command else []),
+        cwd=cwd,
+        env=env,
+    )
     assert done.returncode == 0, done.stderr
     return installation.history(task)
 

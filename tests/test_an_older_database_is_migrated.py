@@ -1,4 +1,6 @@
-"""A database of schema version 1 becomes one of the present version in one transaction: nothing is lost or runs twice."""
+"""A database of schema version 1 becomes one of the present version in one transaction: nothing is
+lost or runs twice.
+"""
 
 import multiprocessing
 import os
@@ -110,9 +112,15 @@ def test_nonsense_becomes_something_that_a_person_sees(old, queue):
     rows = conn.execute(
         f"select id, priority, due_at, group_id, {queue.STATUS_WORD} from notifications where id between 20 and 28"
     ).fetchall()
-    assert rows == [(20, 0, None, None, "pending"), (21, 1_000_000, None, None, "pending"), (22, 2, None, None, "pending"),
-                    (23, 0, None, None, "held"), (24, 0, None, None, "held"), (25, 0, 0.0, None, "scheduled"),
-                    *((row_id, 0, None, None, "pending") for row_id in (26, 27, 28))]  # fmt: skip
+    assert rows == [
+        (20, 0, None, None, "pending"),
+        (21, 1_000_000, None, None, "pending"),
+        (22, 2, None, None, "pending"),
+        (23, 0, None, None, "held"),
+        (24, 0, None, None, "held"),
+        (25, 0, 0.0, None, "scheduled"),
+        *((row_id, 0, None, None, "pending") for row_id in (26, 27, 28)),
+    ]
 
 
 def test_a_group_waits_for_the_one_of_it_that_runs(old, queue):
@@ -293,7 +301,9 @@ def test_few_rows_are_not_told_of(old, installation):
 
 
 def test_connections_that_were_open_before_obey_the_rules(old, queue):
-    """What a program of version 1 still does: it enqueues and ends what it has; the triggers see to the groups."""
+    """What a program of version 1 still does: it enqueues and ends what it has; the triggers see to
+    the groups.
+    """
     old.execute("select count(*) from notifications").fetchall()
     conn = queue.connect()
     old.execute("insert into approvals (data, status, due_at, priority) values ('{}', 1, null, 0)")

@@ -1,4 +1,6 @@
-"""Whatever is killed or stopped: a handler is held to its timeout, can be cancelled, and is not run beside itself."""
+"""Whatever is killed or stopped: a handler is held to its timeout, can be cancelled, and is not run
+beside itself.
+"""
 
 import json
 import os
@@ -28,7 +30,9 @@ until [ -e "$HOME/go" ]; do sleep 0.02; done
 
 @pytest.fixture
 def orphan(installation):
-    """orphan(options…): a handler whose worker and supervisor were killed; its task's id and its group."""
+    """orphan(options…): a handler whose worker and supervisor were killed; its task's id and its
+    group.
+    """
     groups = []
 
     def make(*options, handler=SLEEPER, supervisor=True):
@@ -156,7 +160,9 @@ def test_a_handler_that_stops_its_parent_holds_up_neither_others_nor_the_end(ins
 
 
 def test_a_supervisor_that_does_not_answer_is_killed(installation, monkeypatch):
-    """As when a debugger holds it, and it does not go on when it is told to. The worker then starts afresh."""
+    """As when a debugger holds it, and it does not go on when it is told to. The worker then starts
+    afresh.
+    """
     import queue_supervisor
 
     monkeypatch.setattr(queue_supervisor, "ANSWERS_OWED", 1)
@@ -204,7 +210,9 @@ def test_a_run_is_seen_though_a_directory_of_the_state_was_removed(
 def test_a_daemon_that_holds_the_output_after_nobody_saw_the_handlers_end(
     installation, orphan, cancelled
 ):
-    """It may be a part of the handler that still works, so the task waits for it; a person may decide otherwise."""
+    """It may be a part of the handler that still works, so the task waits for it; a person may
+    decide otherwise.
+    """
     handler = SLEEPER.replace("sleep 300 &\nwait", 'sleep 300 &\necho $! >"$HOME/daemon"\nwait')
     task, group = orphan(handler=handler)
     daemon = int((installation.directory / "daemon").read_text())

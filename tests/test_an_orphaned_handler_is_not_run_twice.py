@@ -80,9 +80,13 @@ def test_a_task_is_left_alone_while_its_orphan_runs_and_recorded_as_done_when_th
     wait_for(lambda: "its handler ended without its worker" in survivor.log.read_text(), 2)
 
 
-@pytest.mark.parametrize("exit_code, attempts, error, delay", [
-    (3, 1, "exit 3: log", (1000, 3600)), (75, 0, "not now (exit 75)", (50, 61)),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "exit_code, attempts, error, delay",
+    [
+        (3, 1, "exit 3: log", (1000, 3600)),
+        (75, 0, "not now (exit 75)", (50, 61)),
+    ],
+)
 def test_an_orphan_that_ends_otherwise_is_treated_as_any_handler(
     installation, orphan, exit_code, attempts, error, delay
 ):
@@ -208,7 +212,9 @@ def test_draining_waits_for_an_orphan(installation, orphan):
 
 
 def test_an_exit_status_outlives_a_failed_attempt_to_record_it(installation, queue, monkeypatch):
-    """Two orphans of one worker; recording the second fails at first, as on a full disk: all of it is rolled back."""
+    """Two orphans of one worker; recording the second fails at first, as on a full disk: all of it
+    is rolled back.
+    """
     import queue_outcome
 
     installation.handler("wait", WAIT)

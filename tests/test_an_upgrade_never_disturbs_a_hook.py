@@ -1,4 +1,6 @@
-"""The scripts are replaced, forwards and back, while hooks fire: no firing is lost, and none ends with an error."""
+"""The scripts are replaced, forwards and back, while hooks fire: no firing is lost, and none ends
+with an error.
+"""
 
 import json
 import os
@@ -40,16 +42,26 @@ def versions(tmp_path):
 
 
 def install(source, home):
-    ran = subprocess.run([sys.executable, source / "install.py", "install", "--no-warm", "--hook", "no"], stdin=subprocess.DEVNULL,
-                         env={"HOME": str(home), "PATH": os.environ["PATH"]}, capture_output=True, text=True, timeout=60)  # fmt: skip
+    ran = subprocess.run(
+        [sys.executable, source / "install.py", "install", "--no-warm", "--hook", "no"],
+        stdin=subprocess.DEVNULL,
+        env={"HOME": str(home), "PATH": os.environ["PATH"]},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
     assert ran.returncode == 0, ran.stderr
 
 
 def test_the_newer_script_does_not_work_with_the_older_module(tmp_path, versions):
     """So the test after this one can fail."""
     shutil.copy(versions["newer"] / "enqueue.py", versions["older"] / "enqueue.py")
-    ran = subprocess.run([sys.executable, versions["older"] / "enqueue.py", "--hook", "notifications"], input=b"{}", capture_output=True,
-                         env={"TASK_QUEUE_STATE": str(tmp_path / "state")})  # fmt: skip
+    ran = subprocess.run(
+        [sys.executable, versions["older"] / "enqueue.py", "--hook", "notifications"],
+        input=b"{}",
+        capture_output=True,
+        env={"TASK_QUEUE_STATE": str(tmp_path / "state")},
+    )
     assert ran.returncode == 1 and b"only_in_the_newer_version" in ran.stderr
 
 
@@ -67,8 +79,13 @@ def test_no_firing_is_lost_while_versions_change(tmp_path, versions):
             payload = json.dumps(
                 {"cwd": "/", "hook_event_name": "Stop", "session_id": f"{number}-{count}"}
             ).encode()
-            ran = subprocess.run(["/bin/sh", prefix / "runtime/hook", "notifications", "t"], input=payload, env={"HOME": str(home)},
-                                 capture_output=True, timeout=30)  # fmt: skip
+            ran = subprocess.run(
+                ["/bin/sh", prefix / "runtime/hook", "notifications", "t"],
+                input=payload,
+                env={"HOME": str(home)},
+                capture_output=True,
+                timeout=30,
+            )
             fired.append(f"{number}-{count}")
             if (ran.returncode, ran.stdout, ran.stderr) != (0, b"", b""):
                 failed.append(ran)

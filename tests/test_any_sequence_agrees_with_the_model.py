@@ -1,7 +1,7 @@
 """Whatever is done to a queue in whatever order, it holds what a small model in plain Python holds.
 
-The model knows no status numbers and no triggers: a task waits, runs, or is gone, and each group has
-one turn and those in line for it. TASK_QUEUE_EXAMPLES=2000 runs it for longer.
+The model knows no status numbers and no triggers: a task waits, runs, or is gone, and each group
+has one turn and those in line for it. TASK_QUEUE_EXAMPLES=2000 runs it for longer.
 """
 
 import json
@@ -48,8 +48,8 @@ moments = st.integers(0, 1_000)
 class Waiting(SimpleNamespace):
     """A task as the model knows it.
 
-    state: ready, blocked (in its group's line), scheduled, held or running. `again`: it ran once and
-    waits for its retry, with its group's turn.
+    state: ready, blocked (in its group's line), scheduled, held or running. `again`: it ran once
+    and waits for its retry, with its group's turn.
     """
 
 
@@ -77,8 +77,21 @@ class Model:
         expires=None,
         firing=None,
     ):
-        task = Waiting(id=row_id, task_id=task_id, n=n, priority=priority, group=group, due=due, expires=expires,
-                       firing=firing, rerun=None, again=False, attempts=0, owner=None, state="held")  # fmt: skip
+        task = Waiting(
+            id=row_id,
+            task_id=task_id,
+            n=n,
+            priority=priority,
+            group=group,
+            due=due,
+            expires=expires,
+            firing=firing,
+            rerun=None,
+            again=False,
+            attempts=0,
+            owner=None,
+            state="held",
+        )
         self.tasks[row_id] = task
         if not hold and due is None:
             self.come(task)
@@ -91,7 +104,9 @@ class Model:
         task.state, task.due, task.again = "ready" if mine else "blocked", None, False
 
     def pass_on(self, task) -> None:
-        """If it had its group's turn, the next in line has it now: the highest priority, then the lowest id."""
+        """If it had its group's turn, the next in line has it now: the highest priority, then the
+        lowest id.
+        """
         if task.group is not None and self.turns.get(task.group) == task.id:
             del self.turns[task.group]
             self.call_next(task.group)
@@ -230,8 +245,16 @@ class Queue(RuleBasedStateMachine):
 
     # ------------------------------------------------------------------------------- it comes
 
-    @rule(task_id=task_ids, group=groups, priority=priorities, delay=delays, hold=st.sampled_from([False, False, True]),
-          ttl=ttls, how=st.sampled_from(["skip", "replace", "rerun"]), firing=firings)  # fmt: skip
+    @rule(
+        task_id=task_ids,
+        group=groups,
+        priority=priorities,
+        delay=delays,
+        hold=st.sampled_from([False, False, True]),
+        ttl=ttls,
+        how=st.sampled_from(["skip", "replace", "rerun"]),
+        firing=firings,
+    )
     def enqueue(self, task_id, group, priority, delay, hold, ttl, how, firing) -> None:
         self.n += 1
         options = {
@@ -250,8 +273,17 @@ class Queue(RuleBasedStateMachine):
             self.model.on_duplicate(there, how, self.n, due, firing)
         else:
             expires = None if ttl is None else self.model.now + ttl
-            self.model.add(self.new_id(row.task_id), row.task_id, self.n, group=group, priority=priority, due=due, hold=hold,
-                           expires=expires, firing=firing)  # fmt: skip
+            self.model.add(
+                self.new_id(row.task_id),
+                row.task_id,
+                self.n,
+                group=group,
+                priority=priority,
+                due=due,
+                hold=hold,
+                expires=expires,
+                firing=firing,
+            )
 
     @rule(
         group=groups,

@@ -1,4 +1,6 @@
-"""async for task in consume(queue): acks, nacks and wakes by itself; nothing that happens to a consumer loses a task."""
+"""async for task in consume(queue): acks, nacks and wakes by itself; nothing that happens to a
+consumer loses a task.
+"""
 
 import asyncio
 import gc
@@ -341,7 +343,9 @@ def test_a_scheduled_task_comes_when_it_is_due(installation, queue):
 
 
 def test_a_locked_database_while_it_acks_does_not_strand_the_task(installation, queue, monkeypatch):
-    """The consumer hears of it; the task must not stay claimed by a process that no longer thinks of it."""
+    """The consumer hears of it; the task must not stay claimed by a process that no longer thinks
+    of it.
+    """
     monkeypatch.setattr(queue, "BUSY_TIMEOUT_MS", 100)
     enqueue(queue, 1)
     lock = sqlite3.connect(installation.db, isolation_level=None, check_same_thread=False)

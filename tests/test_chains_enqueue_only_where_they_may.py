@@ -1,4 +1,6 @@
-"""A result's last line enqueues tasks where the worker was started with --chain: together with its own end, or not at all."""
+"""A result's last line enqueues tasks where the worker was started with --chain: together with its
+own end, or not at all.
+"""
 
 import json
 

@@ -1,4 +1,6 @@
-"""cleanup.py does the rest when one entry hinders it, says which, and its exit code says so; it mends modes."""
+"""cleanup.py does the rest when one entry hinders it, says which, and its exit code says so; it
+mends modes.
+"""
 
 from __future__ import annotations
 
@@ -12,13 +14,17 @@ import pytest
 
 @pytest.fixture
 def filled(installation):
-    """Something to do in each part: spooled tasks of two queues, logs of two, a dead owner's claim, a stale lock."""
+    """Something to do in each part: spooled tasks of two queues, logs of two, a dead owner's claim,
+    a stale lock.
+    """
     installation.enqueue("approvals", "t", "{}", "--task-id", "claimed")
     installation.sqlite3(
         "update approvals set status = 2, owner = '1-dead', attempts = 1, claimed_at = 1"
     )
-    installation.sqlite3("update sqlite_sequence set seq = 1000; insert into sqlite_sequence (name, seq) values ('completions', 1000), "
-                         "('notifications', 1000)")  # fmt: skip
+    installation.sqlite3(
+        "update sqlite_sequence set seq = 1000; insert into sqlite_sequence (name, seq) values ('completions', 1000), "
+        "('notifications', 1000)"
+    )
     for queue in ("completions", "notifications"):
         (installation.state / "spool" / queue).mkdir(parents=True)
         (installation.state / "spool" / queue / "1.json").write_text("{}")

@@ -226,9 +226,11 @@ def test_the_spool_is_taken_in_and_what_is_malformed_is_named(old):
 
 
 def test_the_log_is_emptied_and_the_file_shrinks(old):
-    old.sqlite3("with recursive n(n) as (select 1 union all select n + 1 from n where n < 3000) "
-                "insert into task_history (queue, row_id, task_id, task_type, status, data, enqueued_at, completed_at) "
-                "select 'notifications', n, n, 't', 'completed', hex(zeroblob(1000)), '2020', '2020-01-01' from n")  # fmt: skip
+    old.sqlite3(
+        "with recursive n(n) as (select 1 union all select n + 1 from n where n < 3000) "
+        "insert into task_history (queue, row_id, task_id, task_type, status, data, enqueued_at, completed_at) "
+        "select 'notifications', n, n, 't', 'completed', hex(zeroblob(1000)), '2020', '2020-01-01' from n"
+    )
     report = cleanup(old)
     assert report["pruned"]["completed"] == 3002
     assert (
@@ -245,9 +247,11 @@ def test_a_database_that_cannot_shrink_is_told_how(installation):
         "create table notifications (id integer primary key autoincrement, data text not null)"
     )
     installation.enqueue("notifications", "t")
-    installation.sqlite3("with recursive n(n) as (select 1 union all select n + 1 from n where n < 1000) "
-                         "insert into task_history (queue, row_id, task_id, task_type, status, data, enqueued_at, completed_at) "
-                         "select 'notifications', n, n, 't', 'completed', hex(zeroblob(1000)), '2020', '2020-01-01' from n")  # fmt: skip
+    installation.sqlite3(
+        "with recursive n(n) as (select 1 union all select n + 1 from n where n < 1000) "
+        "insert into task_history (queue, row_id, task_id, task_type, status, data, enqueued_at, completed_at) "
+        "select 'notifications', n, n, 't', 'completed', hex(zeroblob(1000)), '2020', '2020-01-01' from n"
+    )
     done = installation.run("cleanup.py")
     assert done.returncode == 0 and "pragma auto_vacuum = incremental; vacuum" in done.stdout, (
         done.stdout
@@ -262,8 +266,13 @@ def test_a_database_that_cannot_shrink_is_told_how(installation):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_every_repeats_and_ends_with_0(old, number):
-    process = subprocess.Popen([sys.executable, ROOT / "cleanup.py", "--every", "1s", "--json"], env=old.env,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)  # fmt: skip
+    process = subprocess.Popen(
+        [sys.executable, ROOT / "cleanup.py", "--every", "1s", "--json"],
+        env=old.env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     old.processes.append(process)
     assert sum(json.loads(process.stdout.readline())["pruned"].values()) == 4
     old.sqlite3(FINISHED.format(id=50, status="completed", age="-2 days"))
@@ -274,12 +283,19 @@ def test_every_repeats_and_ends_with_0(old, number):
 
 def test_long_work_shows_a_bar_on_a_terminal(old):
     pytest.importorskip("rich", reason="rich is not installed beside pytest")
-    old.sqlite3("with recursive n(n) as (select 1 union all select n + 1 from n where n < 25000) "
-                "insert into task_history (queue, row_id, task_id, task_type, status, data, enqueued_at, completed_at) "
-                "select 'notifications', n, n, 't', 'completed', '{}', '2020', '2020-01-01' from n")  # fmt: skip
+    old.sqlite3(
+        "with recursive n(n) as (select 1 union all select n + 1 from n where n < 25000) "
+        "insert into task_history (queue, row_id, task_id, task_type, status, data, enqueued_at, completed_at) "
+        "select 'notifications', n, n, 't', 'completed', '{}', '2020', '2020-01-01' from n"
+    )
     terminal, end = pty.openpty()
-    process = subprocess.Popen([sys.executable, ROOT / "cleanup.py"], env=old.env | {"TERM": "xterm"}, stderr=end,
-                               stdout=subprocess.PIPE, text=True)  # fmt: skip
+    process = subprocess.Popen(
+        [sys.executable, ROOT / "cleanup.py"],
+        env=old.env | {"TERM": "xterm"},
+        stderr=end,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
     os.close(end)
     shown = b""
     while True:

@@ -1,4 +1,6 @@
-"""What bash writes into a queue's columns means what the options of enqueue.py mean; nonsense is refused at the INSERT."""
+"""What bash writes into a queue's columns means what the options of enqueue.py mean; nonsense is
+refused at the INSERT.
+"""
 
 import subprocess
 

@@ -20,9 +20,16 @@ for line in sys.stdin:
 
 @pytest.fixture(params=["get_queue", "get_ack_queue"])
 def both(request, installation, queue):
-    """(ours, theirs): a queue object here, and say() that evaluates an expression on one of another process."""
-    theirs = subprocess.Popen([sys.executable, "-c", OTHER, str(ROOT), request.param], env=installation.env, text=True,
-                              stdin=subprocess.PIPE, stdout=subprocess.PIPE)  # fmt: skip
+    """(ours, theirs): a queue object here, and say() that evaluates an expression on one of another
+    process.
+    """
+    theirs = subprocess.Popen(
+        [sys.executable, "-c", OTHER, str(ROOT), request.param],
+        env=installation.env,
+        text=True,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
     installation.processes.append(theirs)
 
     def say(expression: str):
@@ -100,8 +107,13 @@ def test_while_the_queue_is_paused_it_is_empty_to_those_who_would_take_from_it(b
 
 def test_of_running_done_and_failed_tasks(installation, queue):
     ours = queue.get_ack_queue("notifications", max_attempts=1)
-    theirs = subprocess.Popen([sys.executable, "-c", OTHER, str(ROOT), "get_ack_queue"], env=installation.env, text=True,
-                              stdin=subprocess.PIPE, stdout=subprocess.PIPE)  # fmt: skip
+    theirs = subprocess.Popen(
+        [sys.executable, "-c", OTHER, str(ROOT), "get_ack_queue"],
+        env=installation.env,
+        text=True,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
     installation.processes.append(theirs)
 
     def say(expression: str):

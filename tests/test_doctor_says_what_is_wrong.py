@@ -1,4 +1,6 @@
-"""tasks.py doctor finds each thing that is wrong, says it in plain words with its remedy, and changes nothing."""
+"""tasks.py doctor finds each thing that is wrong, says it in plain words with its remedy, and
+changes nothing.
+"""
 
 import fcntl
 import json
@@ -21,8 +23,14 @@ PREFIX = ".claude/automation/lychee"
 def master(tmp_path_factory):
     home = tmp_path_factory.mktemp("home") / "J\u00fcrgen's home"
     home.mkdir()
-    ran = subprocess.run([sys.executable, MAIN / "install.py", "install", "--no-warm", "--hook", "yes"], stdin=subprocess.DEVNULL,
-                         env={"HOME": str(home), "PATH": os.environ["PATH"]}, capture_output=True, text=True, timeout=60)  # fmt: skip
+    ran = subprocess.run(
+        [sys.executable, MAIN / "install.py", "install", "--no-warm", "--hook", "yes"],
+        stdin=subprocess.DEVNULL,
+        env={"HOME": str(home), "PATH": os.environ["PATH"]},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
     assert ran.returncode == 0, ran.stderr
     return home
 
@@ -34,8 +42,14 @@ def home(master, tmp_path):
     shutil.copytree(master, home)
     hook = home / PREFIX / "runtime/hook"
     hook.write_text(hook.read_text().replace(quoted(master), quoted(home)))
-    settings(home, lambda value: value["hooks"]["Stop"][0]["hooks"][0].update(
-        command=value["hooks"]["Stop"][0]["hooks"][0]["command"].replace(quoted(master), quoted(home))))  # fmt: skip
+    settings(
+        home,
+        lambda value: value["hooks"]["Stop"][0]["hooks"][0].update(
+            command=value["hooks"]["Stop"][0]["hooks"][0]["command"].replace(
+                quoted(master), quoted(home)
+            )
+        ),
+    )
     record = json.loads((home / PREFIX / "installed.json").read_text())
     record["state"] = record["state"].replace(str(master), str(home))
     from hashlib import sha256
@@ -59,8 +73,15 @@ def doctor(home, *args, prefix=(), env=(), **options):
         "--json",
         *args,
     ]
-    ran = subprocess.run(command, env={"HOME": str(home), "PATH": os.environ["PATH"], **dict(env)}, stdin=subprocess.DEVNULL,
-                         capture_output=True, text=True, timeout=60, **options)  # fmt: skip
+    ran = subprocess.run(
+        command,
+        env={"HOME": str(home), "PATH": os.environ["PATH"], **dict(env)},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        **options,
+    )
     assert ran.stderr == "", ran.stderr
     answer = json.loads(ran.stdout)
     problems = [finding for finding in answer["findings"] if finding["level"] == "problem"]
@@ -79,8 +100,14 @@ def the_problem(home, *args, **options):
 
 
 def snapshot(root):
-    return {str(path.relative_to(root)): (path.lstat().st_mode, path.lstat().st_mtime_ns, path.is_file() and path.read_bytes())
-            for path in (root, *root.rglob("*"))}  # fmt: skip
+    return {
+        str(path.relative_to(root)): (
+            path.lstat().st_mode,
+            path.lstat().st_mtime_ns,
+            path.is_file() and path.read_bytes(),
+        )
+        for path in (root, *root.rglob("*"))
+    }
 
 
 def database(home):
@@ -113,8 +140,12 @@ def test_a_fresh_installation_is_well(home):
 
 def test_people_get_a_line_for_each_with_its_remedy_below(home):
     put(home, seconds_ago=86_400 * 31)
-    ran = subprocess.run([sys.executable, home / PREFIX / "runtime/lib/tasks.py", "doctor"], env={"HOME": str(home), "PATH": os.environ["PATH"]},
-                         capture_output=True, text=True)  # fmt: skip
+    ran = subprocess.run(
+        [sys.executable, home / PREFIX / "runtime/lib/tasks.py", "doctor"],
+        env={"HOME": str(home), "PATH": os.environ["PATH"]},
+        capture_output=True,
+        text=True,
+    )
     assert ran.returncode == 1 and ran.stderr == ""
     line = next(line for line in ran.stdout.splitlines() if line.startswith("problem"))
     assert "1 waiting" in line and "31d" in line.replace(" d)", "d)")
@@ -194,10 +225,13 @@ def test_a_damaged_database(home):
     assert "damaged" in of_level(doctor(home), "problem", "database")[0]
 
 
-@pytest.mark.parametrize(("statement", "says"), [
-    ("pragma user_version = 999", "schema version 999"),
-    ("drop table task_history", "belongs to another program"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("statement", "says"),
+    [
+        ("pragma user_version = 999", "schema version 999"),
+        ("drop table task_history", "belongs to another program"),
+    ],
+)
 def test_a_database_of_another_version_or_program(home, statement, says):
     conn = database(home)
     conn.execute(statement)
@@ -276,8 +310,10 @@ def test_a_task_of_a_dead_worker_that_nobody_takes_back(home):
 def test_a_task_without_a_handler_and_failures_are_told(home):
     put(home, status=3, due_at=time.time() + 60, error="no handler 'probe' in /x")
     conn = database(home)
-    conn.execute("insert into task_history (queue, row_id, task_id, task_type, status, data, enqueued_at) "
-                 "values ('notifications', 9, 'x', 'y', 'failed', '{}', '2020')")  # fmt: skip
+    conn.execute(
+        "insert into task_history (queue, row_id, task_id, task_type, status, data, enqueued_at) "
+        "values ('notifications', 9, 'x', 'y', 'failed', '{}', '2020')"
+    )
     conn.close()
     findings = doctor(home)
     assert of_level(findings, "problem") == [
@@ -491,11 +527,22 @@ def test_no_inotify_instances_left(home, tmp_path):
     try:
         for name in MAIN.glob("*.py"):
             shutil.copy(name, public)
-        script = ("import ctypes, subprocess, sys\nlibc = ctypes.CDLL(None)\nwhile libc.inotify_init1(0) >= 0: pass\n"
-                  "sys.exit(subprocess.run([sys.executable, '-B', sys.argv[1], 'doctor'], close_fds=True).returncode)")  # fmt: skip
+        script = (
+            "import ctypes, subprocess, sys\nlibc = ctypes.CDLL(None)\nwhile libc.inotify_init1(0) >= 0: pass\n"
+            "sys.exit(subprocess.run([sys.executable, '-B', sys.argv[1], 'doctor'], close_fds=True).returncode)"
+        )
         shutil.chown(public, 65534, 65534)
-        ran = subprocess.run([python, "-c", script, public / "tasks.py"], user=65534, group=65534, extra_groups=[], capture_output=True, text=True,
-                             env={"HOME": str(public), "PATH": "/usr/bin:/bin"}, cwd="/", timeout=60)  # fmt: skip
+        ran = subprocess.run(
+            [python, "-c", script, public / "tasks.py"],
+            user=65534,
+            group=65534,
+            extra_groups=[],
+            capture_output=True,
+            text=True,
+            env={"HOME": str(public), "PATH": "/usr/bin:/bin"},
+            cwd="/",
+            timeout=60,
+        )
     finally:
         shutil.rmtree(public)
     assert (
@@ -538,13 +585,17 @@ def hooks(home, *commands, event="Stop"):
     settings(home, change)
 
 
-@pytest.mark.parametrize("words", [
-    {"command": "python3", "args": ["{lib}/enqueue.py", "--hook", "notifications"]},
-    {"command": "/bin/sh", "args": ["{hook}", "notifications"]},
-    {"command": "{hook}", "args": []},
-    {"command": "sh ~/.claude/automation/lychee/runtime/hook notifications"},
-    {"command": 'sh "$HOME/.claude/automation/lychee/runtime/hook" notifications'},
-], ids=lambda words: words["command"])  # fmt: skip
+@pytest.mark.parametrize(
+    "words",
+    [
+        {"command": "python3", "args": ["{lib}/enqueue.py", "--hook", "notifications"]},
+        {"command": "/bin/sh", "args": ["{hook}", "notifications"]},
+        {"command": "{hook}", "args": []},
+        {"command": "sh ~/.claude/automation/lychee/runtime/hook notifications"},
+        {"command": 'sh "$HOME/.claude/automation/lychee/runtime/hook" notifications'},
+    ],
+    ids=lambda words: words["command"],
+)
 def test_a_hook_is_seen_however_it_is_written(home, words):
     prefix = home / PREFIX
     hooks(
@@ -601,8 +652,13 @@ def test_a_time_that_is_no_time_is_told_and_not_a_traceback(home):
 def test_a_time_that_is_a_text_is_counted_by_everybody(home):
     """As a shell writes it that fills the column itself: datetime('now')."""
     put(home, timestamp="2001-01-01 12:00:00")
-    put(home, timestamp="2001-01-01 12:00:00", data='{"task_id": "h", "task_type": "x", "data": {}}',
-        status=3, queue="approvals")  # fmt: skip
+    put(
+        home,
+        timestamp="2001-01-01 12:00:00",
+        data='{"task_id": "h", "task_type": "x", "data": {}}',
+        status=3,
+        queue="approvals",
+    )
     assert all(f["level"] != "problem" for f in doctor(home, "--max-wait", "0"))
     put(home, seconds_ago=1000, data='{"task_id": "n", "task_type": "x", "data": {}}')
     assert "2 waiting" in the_problem(home)
@@ -610,8 +666,13 @@ def test_a_time_that_is_a_text_is_counted_by_everybody(home):
     env = {"HOME": str(home), "PATH": os.environ["PATH"]}
 
     def tasks(*args):
-        ran = subprocess.run([sys.executable, "-B", lib / "tasks.py", *args], env=env,
-                             capture_output=True, text=True, timeout=60)  # fmt: skip
+        ran = subprocess.run(
+            [sys.executable, "-B", lib / "tasks.py", *args],
+            env=env,
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
         assert ran.returncode == 0 and ran.stderr == "", (args, ran.stderr)
         return ran.stdout
 
@@ -619,7 +680,13 @@ def test_a_time_that_is_a_text_is_counted_by_everybody(home):
     assert {task["task_id"] for task in listed} == {"t", "h", "n"}
     for args in (["show", "t"], ["stats"], ["stats", "--prometheus"], ["list", "--since", "1h"]):
         tasks(*args)
-    ran = subprocess.run([sys.executable, lib / "transfer.py", "export"], env=env, capture_output=True, text=True, timeout=60)  # fmt: skip
+    ran = subprocess.run(
+        [sys.executable, lib / "transfer.py", "export"],
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
     times = {task["id"]: task["enqueued_at"] for task in map(json.loads, ran.stdout.splitlines())}
     assert times[1] == pytest.approx(978_350_400, abs=0.001), times
     assert "moved 1" in tasks("move", "--from", "approvals", "completions")
@@ -671,7 +738,9 @@ def test_files_that_their_owner_cannot_read_are_told(home):
 
 
 def test_files_of_another_user_are_told_with_the_command_that_mends_it(tasks, home, monkeypatch):
-    """As the user finds it after one `sudo worker.py`: here everything but one directory is this user's."""
+    """As the user finds it after one `sudo worker.py`: here everything but one directory is this
+    user's.
+    """
     state = home / PREFIX / "state"
     mine = os.getuid() or 4242
     monkeypatch.setattr(os, "getuid", lambda: mine)
@@ -714,8 +783,10 @@ def test_doctor_names_a_cause_before_it_offers_a_purge(home):
 
 def test_dead_letters_without_a_handler_are_told_while_there_is_none(home):
     conn = database(home)
-    dead = ("insert into task_history (queue, row_id, task_id, task_type, status, data, enqueued_at, error, completed_at)"
-            " values ('notifications', ?, ?, 'probe', 'failed', '{}', '2020', ?, datetime('now', ?))")  # fmt: skip
+    dead = (
+        "insert into task_history (queue, row_id, task_id, task_type, status, data, enqueued_at, error, completed_at)"
+        " values ('notifications', ?, ?, 'probe', 'failed', '{}', '2020', ?, datetime('now', ?))"
+    )
     error = "no handler 'probe' in /x: put it there (attempt 4 of 4)"
     conn.execute(dead, (1, "new", error, "-1 hour"))
     conn.execute(dead, (2, "old", error, "-2 days"))

@@ -1,4 +1,6 @@
-"""enqueue.py's options, its lines of JSON, and bash's columns: each means the same, and nonsense is refused in one line."""
+"""enqueue.py's options, its lines of JSON, and bash's columns: each means the same, and nonsense is
+refused in one line.
+"""
 
 import json
 import os
@@ -115,8 +117,13 @@ def test_the_version(installation):
 def test_json_in_utf_8_is_stored_right_whatever_the_locale(installation, tmp_path):
     """With a locale of Latin-1, Python takes each byte of an argument for a character."""
     localedef = shutil.which("localedef")
-    made = localedef and subprocess.run([localedef, "-i", "en_US", "-f", "ISO-8859-1", tmp_path / "en_US.ISO-8859-1"],
-                                        capture_output=True).returncode  # fmt: skip
+    made = (
+        localedef
+        and subprocess.run(
+            [localedef, "-i", "en_US", "-f", "ISO-8859-1", tmp_path / "en_US.ISO-8859-1"],
+            capture_output=True,
+        ).returncode
+    )
     if made != 0:
         pytest.skip("this system cannot make a Latin-1 locale")
     env = {
@@ -127,8 +134,12 @@ def test_json_in_utf_8_is_stored_right_whatever_the_locale(installation, tmp_pat
     }
     installation.db = tmp_path / "state/tasks.db"
     env["TASK_QUEUE_STATE"] = str(tmp_path / "state")
-    probe = subprocess.run([sys.executable, "-c", "import sys; print(ascii(sys.argv[1]))", "ü"], env=installation.env | env,
-                           capture_output=True, text=True)  # fmt: skip
+    probe = subprocess.run(
+        [sys.executable, "-c", "import sys; print(ascii(sys.argv[1]))", "ü"],
+        env=installation.env | env,
+        capture_output=True,
+        text=True,
+    )
     assert probe.stdout == "'\\xc3\\xbc'\n", "so this test can fail"
     done = installation.run(
         "enqueue.py",
@@ -239,7 +250,9 @@ def test_fifty_at_once_while_it_runs_make_one_more_run_or_none(installation, que
 
 
 def test_no_change_is_missed_while_runs_end(installation, queue):
-    """The last of many calls is seen by a run that began after it, whenever runs end; and they do not pile up."""
+    """The last of many calls is seen by a run that began after it, whenever runs end; and they do
+    not pile up.
+    """
     queue.connect()
     runs, over = [], threading.Event()
 
@@ -371,8 +384,10 @@ def test_nonsense_in_a_column_is_refused_at_the_insert_of_bash(installation, que
 
 def test_what_bash_says_in_columns_means_the_same_as_options(installation, queue):
     queue.connect()
-    installation.sqlite3("insert into notifications (data, priority, group_id, due_at, expires_at) "
-                         "values ('{}', 5, 'g', unixepoch('2050-01-01'), unixepoch('2051-01-01'))")  # fmt: skip
+    installation.sqlite3(
+        "insert into notifications (data, priority, group_id, due_at, expires_at) "
+        "values ('{}', 5, 'g', unixepoch('2050-01-01'), unixepoch('2051-01-01'))"
+    )
     of_bash = row(installation)
     put(
         installation,

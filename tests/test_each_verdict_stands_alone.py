@@ -9,7 +9,9 @@ from processes import lines, stays_true
 
 @pytest.fixture
 def beside(installation):
-    """beside(handler): run a handler of that text together with others; the odd one's history or None, and the worker."""
+    """beside(handler): run a handler of that text together with others; the odd one's history or
+    None, and the worker.
+    """
 
     def run(handler: str, *options, setup=lambda: None):
         installation.handler("odd", handler)
@@ -40,8 +42,13 @@ STRANGE = ["9" * 400, "-" + "9" * 400, "9" * 5000, "NaN", "Infinity", "-Infinity
 def test_a_time_that_is_none_spins_nothing(installation, beside, number):
     text = json.dumps({"retry_after": 0}).replace("0", number)
     beside(f"#!/bin/sh\necho x >>\"$HOME/runs\"\necho '{text}'\nexit 75\n")
-    wait_for(lambda: installation.history("odd-1") or installation.rows("select 1 from notifications where status = 3"),
-             what="the odd one's verdict")  # fmt: skip
+    wait_for(
+        lambda: (
+            installation.history("odd-1")
+            or installation.rows("select 1 from notifications where status = 3")
+        ),
+        what="the odd one's verdict",
+    )
     assert stays_true(lambda: len(lines(installation.directory / "runs")) == 1, 1), (
         "it ran again at once, uncounted"
     )

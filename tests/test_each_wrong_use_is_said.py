@@ -1,4 +1,6 @@
-"""Each kind of wrong use of tasks.py, transfer.py, doctor.py and cleanup.py: one line that says what is wrong, and what is right."""
+"""Each kind of wrong use of tasks.py, transfer.py, doctor.py and cleanup.py: one line that says
+what is wrong, and what is right.
+"""
 
 from __future__ import annotations
 

@@ -76,8 +76,13 @@ def test_nor_does_enqueue_py(installation, args):
         os._exit = tell
         runpy.run_path(script, run_name="__main__")
     """
-    done = subprocess.run([sys.executable, "-I", "-S", "-c", code, ROOT / "enqueue.py", *args], env=installation.env,
-                          input='{"a": 1}', capture_output=True, text=True)  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-I", "-S", "-c", code, ROOT / "enqueue.py", *args],
+        env=installation.env,
+        input='{"a": 1}',
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0
     loaded = done.stderr.split()
     assert "queue_helpers" in loaded
@@ -125,8 +130,12 @@ def test_what_returned_is_there_although_the_process_was_killed_at_once(installa
 
 def test_what_was_printed_as_queued_is_there_although_the_process_was_killed_at_once(installation):
     for _ in range(5):
-        process = subprocess.Popen([sys.executable, ROOT / "enqueue.py", "notifications", "t"], env=installation.env,
-                                   stdout=subprocess.PIPE, text=True)  # fmt: skip
+        process = subprocess.Popen(
+            [sys.executable, ROOT / "enqueue.py", "notifications", "t"],
+            env=installation.env,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
         task_id = process.stdout.readline().split()[1]
         process.kill()
         process.communicate()

@@ -1,4 +1,6 @@
-"""Commits are reported by events as long as those are few; while they are many, looking now and then costs less."""
+"""Commits are reported by events as long as those are few; while they are many, looking now and
+then costs less.
+"""
 
 import logging
 import os
@@ -27,7 +29,9 @@ class Listener:
 
 @pytest.fixture
 def watch(installation, queue, monkeypatch):
-    """A watch that listens, and to which FEW events are few: a loaded machine has no more in so short a time."""
+    """A watch that listens, and to which FEW events are few: a loaded machine has no more in so
+    short a time.
+    """
     import queue_wake
 
     monkeypatch.setattr(queue_wake, "BUSY_EVENTS", FEW)
@@ -89,8 +93,15 @@ def test_watchdog_reports_no_error_when_directories_come_and_go_while_others_wri
 ):
     stop = threading.Event()
     writer = subprocess.Popen(
-        [sys.executable, "-c", "import sys; sys.path.insert(0, sys.argv[1]); import queue_helpers as q\n"
-         "while True:\n    q.enqueue_task('notifications', 't', {})", ROOT], env=installation.env)  # fmt: skip
+        [
+            sys.executable,
+            "-c",
+            "import sys; sys.path.insert(0, sys.argv[1]); import queue_helpers as q\n"
+            "while True:\n    q.enqueue_task('notifications', 't', {})",
+            ROOT,
+        ],
+        env=installation.env,
+    )
     installation.processes.append(writer)
 
     def touch():

@@ -80,7 +80,9 @@ def a_run(installation, *options, handler=WAIT):
 
 
 def it_ended_well(installation, task: str, worker) -> None:
-    """The handler that ended during the trouble is recorded, was not run again, and the next task runs."""
+    """The handler that ended during the trouble is recorded, was not run again, and the next task
+    runs.
+    """
     done = installation.finished(task)
     assert (done["status"], done["attempts"], done["result"]) == ("completed", 1, "done\n")
     assert lines(installation.directory / "runs") == ["run"]
@@ -307,7 +309,9 @@ def test_the_write_ahead_log_was_not_writable(installation, immutable):
 
 
 def test_the_state_directory_was_read_only(installation, mount):
-    """What is open stays writable, so the worker can say that it cannot start handlers, and does not count it."""
+    """What is open stays writable, so the worker can say that it cannot start handlers, and does
+    not count it.
+    """
     installation.handler("quick", QUICK)
     installation.enqueue("notifications", "quick", "--delay", 3600)
     worker = installation.worker("notifications", "--max-attempts", 1)
@@ -383,8 +387,18 @@ def test_no_file_events_could_be_had(installation, limit):
     installation.handler("quick", QUICK)
     log = installation.directory / "polls.log"
     with open(log, "w") as file:
-        worker = subprocess.Popen([*unshare, sys.executable, ROOT / "worker.py", "notifications",
-                                   "--handlers", installation.handlers], env=installation.env, stderr=file)  # fmt: skip
+        worker = subprocess.Popen(
+            [
+                *unshare,
+                sys.executable,
+                ROOT / "worker.py",
+                "notifications",
+                "--handlers",
+                installation.handlers,
+            ],
+            env=installation.env,
+            stderr=file,
+        )
     installation.processes.append(worker)
     wait_for(lambda: "no file events" in log.read_text(), what="a word on it")
     for _ in range(4):
@@ -427,8 +441,11 @@ def test_there_were_too_few_descriptors_for_all_its_places(installation):
 
 def test_nobody_reads_what_it_says_any_more(installation):
     installation.handler("quick", QUICK)
-    worker = subprocess.Popen([sys.executable, ROOT / "worker.py", "notifications", "--handlers", installation.handlers],
-                              env=installation.env, stderr=subprocess.PIPE)  # fmt: skip
+    worker = subprocess.Popen(
+        [sys.executable, ROOT / "worker.py", "notifications", "--handlers", installation.handlers],
+        env=installation.env,
+        stderr=subprocess.PIPE,
+    )
     installation.processes.append(worker)
     assert b"serves" in worker.stderr.readline()
     worker.stderr.close()

@@ -9,8 +9,9 @@ import sys
 import pytest
 from conftest import ROOT
 
-# The parent is warm and waits; its children start to open within a millisecond of each other. Some are hooks that have
-# nothing but the sqlite3 command. Prints a line per round: the exit codes that were not 0, and what was said.
+# The parent is warm and waits; its children start to open within a millisecond of each other. Some
+# are hooks that have nothing but the sqlite3 command. Prints a line per round: the exit codes that
+# were not 0, and what was said.
 OPENERS = """
 import os, subprocess, sys
 sys.path.insert(0, sys.argv[1])
@@ -82,8 +83,13 @@ def layout(state) -> list:
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("kind", ["python", "mixed"])
 def test_twenty_rounds(tmp_path, kind):
-    done = subprocess.run([sys.executable, "-c", OPENERS, ROOT, kind, tmp_path, "10"], capture_output=True, text=True,
-                          env={"PATH": os.environ["PATH"], "HOME": str(tmp_path)}, timeout=100)  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", OPENERS, ROOT, kind, tmp_path, "10"],
+        capture_output=True,
+        text=True,
+        env={"PATH": os.environ["PATH"], "HOME": str(tmp_path)},
+        timeout=100,
+    )
     assert done.stderr == ""
     assert [line for line in done.stdout.splitlines() if not line.startswith("0 ")] == []
     assert len(done.stdout.splitlines()) == 10
@@ -120,7 +126,9 @@ def test_twenty_rounds(tmp_path, kind):
 def test_an_open_that_is_overtaken_half_way_by_another_first_open(
     installation, queue, monkeypatch, moment, bare
 ):
-    """The other makes the whole schema at each of the moments in which ours has looked, and not yet acted."""
+    """The other makes the whole schema at each of the moments in which ours has looked, and not yet
+    acted.
+    """
     if bare:
         installation.state.mkdir()
         installation.sqlite3(

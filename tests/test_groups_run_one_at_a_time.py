@@ -1,4 +1,6 @@
-"""Tasks of one group run one at a time and in order, whoever runs them, whoever is killed, and whoever inserts them."""
+"""Tasks of one group run one at a time and in order, whoever runs them, whoever is killed, and
+whoever inserts them.
+"""
 
 import json
 import multiprocessing
@@ -31,8 +33,11 @@ def test_four_workers_and_kills_run_each_group_in_order(installation, queue):
     installation.handler("t", HANDLER.format(log=log))
     # The first of a group is ready before the others come; then the highest priority comes first.
     order = [0, *sorted(range(1, OF_EACH), key=lambda n: (-(n % 3), n))]
-    rows = [queue.new_row("t", {}, f"{group}-{n}", group=str(group), priority=n % 3 if n else 0)
-            for n in range(OF_EACH) for group in range(GROUPS)]  # fmt: skip
+    rows = [
+        queue.new_row("t", {}, f"{group}-{n}", group=str(group), priority=n % 3 if n else 0)
+        for n in range(OF_EACH)
+        for group in range(GROUPS)
+    ]
     queue.enqueue_tasks("notifications", rows)
     dice, killed = random.Random(7), set()
 
@@ -84,7 +89,9 @@ def test_four_workers_and_kills_run_each_group_in_order(installation, queue):
 
 
 def consume(state, log) -> None:
-    """A consumer of another program: it notes when it has a task and when it is about to give it up."""
+    """A consumer of another program: it notes when it has a task and when it is about to give it
+    up.
+    """
     import queue_helpers
 
     fd = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)

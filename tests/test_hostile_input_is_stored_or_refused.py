@@ -1,4 +1,6 @@
-"""Whatever comes in as a queue's name, a task's type or a payload is stored verbatim, or refused clearly."""
+"""Whatever comes in as a queue's name, a task's type or a payload is stored verbatim, or refused
+clearly.
+"""
 
 import json
 import math
@@ -279,7 +281,8 @@ def test_what_is_no_json_object_is_refused_by_enqueue_py(installation, raw):
         )
 
 
-# SQLite does not look whether a text is UTF-8; it is read with replacement characters. It also takes any number.
+# SQLite does not look whether a text is UTF-8; it is read with replacement characters. It also
+# takes any number.
 TAKEN_AT_THE_INSERT = ("invalid UTF-8", "a surrogate in UTF-8", "a number of 5,000 digits")
 
 
@@ -287,8 +290,18 @@ def insert_as_a_hook(installation, raw: bytes, value: str) -> subprocess.Complet
     file = installation.directory / "raw"
     file.write_bytes(raw)
     with open(file, "rb") as stdin:
-        return subprocess.run(["sqlite3", "-cmd", ".timeout 5000", installation.db, f"INSERT INTO notifications (data) VALUES ({value})"],
-                              stdin=stdin, capture_output=True, text=True)  # fmt: skip
+        return subprocess.run(
+            [
+                "sqlite3",
+                "-cmd",
+                ".timeout 5000",
+                installation.db,
+                f"INSERT INTO notifications (data) VALUES ({value})",
+            ],
+            stdin=stdin,
+            capture_output=True,
+            text=True,
+        )
 
 
 @pytest.mark.parametrize("name", [name for name in RAW_REFUSED if name not in TAKEN_AT_THE_INSERT])
@@ -534,8 +547,12 @@ def test_an_enqueue_killed_at_any_moment_stores_all_lines_or_none(installation):
     installation.enqueue("notifications", "t")
     lines = b"".join(b'{"n": %d}\n' % n for n in range(3000))
     for moment in range(12):
-        process = subprocess.Popen([sys.executable, ENQUEUE, "notifications", "t", "--jsonl"], stdin=subprocess.PIPE,
-                                   stdout=subprocess.DEVNULL, env=installation.env)  # fmt: skip
+        process = subprocess.Popen(
+            [sys.executable, ENQUEUE, "notifications", "t", "--jsonl"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            env=installation.env,
+        )
         try:
             process.stdin.write(lines)
             process.stdin.close()

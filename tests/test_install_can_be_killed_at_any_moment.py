@@ -1,4 +1,6 @@
-"""An install that is killed leaves whole files, old or new, and hooks that work; running it again mends the rest."""
+"""An install that is killed leaves whole files, old or new, and hooks that work; running it again
+mends the rest.
+"""
 
 import json
 import os

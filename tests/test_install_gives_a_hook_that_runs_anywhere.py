@@ -1,4 +1,6 @@
-"""The installed hook stores its task in a bare environment, whatever is missing, and never exits 2 or prints on stdout."""
+"""The installed hook stores its task in a bare environment, whatever is missing, and never exits 2
+or prints on stdout.
+"""
 
 import json
 import os
@@ -17,11 +19,19 @@ SHELLS = [shell for shell in ("sh", "bash", "dash", "zsh") if shutil.which(shell
 
 @pytest.fixture(scope="module")
 def master(tmp_path_factory):
-    """A home with blanks, quotes and umlauts in its path, and an install in it; nothing but sh is ever on PATH."""
+    """A home with blanks, quotes and umlauts in its path, and an install in it; nothing but sh is
+    ever on PATH.
+    """
     home = tmp_path_factory.mktemp("homes") / 'J\u00fcrgen\'s "own" $HOME `x` \\ 100% caf\u00e9'
     home.mkdir()
-    ran = subprocess.run([sys.executable, MAIN / "install.py", "install", "--no-warm", "--hook", "yes"], stdin=subprocess.DEVNULL,
-                         env={"HOME": str(home), "PATH": os.environ["PATH"]}, capture_output=True, text=True, timeout=60)  # fmt: skip
+    ran = subprocess.run(
+        [sys.executable, MAIN / "install.py", "install", "--no-warm", "--hook", "yes"],
+        stdin=subprocess.DEVNULL,
+        env={"HOME": str(home), "PATH": os.environ["PATH"]},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
     assert ran.returncode == 0, ran.stderr
     settings = home / ".claude/settings.json"
     command = json.loads(settings.read_text())["hooks"]["Stop"][0]["hooks"][0]["command"]
@@ -46,8 +56,15 @@ def place(master):
 
 
 def fire(home, command, shell="sh", payload=STOP, env=None, cwd="/", **options):
-    return subprocess.run([shutil.which(shell), "-c", command], input=payload, cwd=cwd, capture_output=True, timeout=30,
-                          env={"HOME": str(home), "PATH": "/nowhere"} if env is None else env, **options)  # fmt: skip
+    return subprocess.run(
+        [shutil.which(shell), "-c", command],
+        input=payload,
+        cwd=cwd,
+        capture_output=True,
+        timeout=30,
+        env={"HOME": str(home), "PATH": "/nowhere"} if env is None else env,
+        **options,
+    )
 
 
 def rows(prefix):
@@ -160,8 +177,16 @@ def test_a_refused_queue_name_is_not_2_either(place):
 
 def test_twenty_at_once_store_twenty_tasks(place):
     home, prefix, command = place
-    started = [subprocess.Popen(["/bin/sh", "-c", command], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                                env={"HOME": str(home)}) for _ in range(20)]  # fmt: skip
+    started = [
+        subprocess.Popen(
+            ["/bin/sh", "-c", command],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env={"HOME": str(home)},
+        )
+        for _ in range(20)
+    ]
     for number, process in enumerate(started):
         # A workspace has one task at a time.
         process.stdin.write(STOP.replace(b'"/"', b'"/%d"' % number))

@@ -1,4 +1,6 @@
-"""After install and a yes, a hook in a bare environment without a network ends in a handler that has run."""
+"""After install and a yes, a hook in a bare environment without a network ends in a handler that
+has run.
+"""
 
 import json
 import os
@@ -35,8 +37,14 @@ def home(tmp_path_factory):
         for name, value in os.environ.items()
         if name not in ("CLAUDE_CONFIG_DIR", "TASK_QUEUE_STATE", "XDG_CONFIG_HOME")
     }
-    ran = subprocess.run([sys.executable, MAIN / "install.py", "install", "--yes"], stdin=subprocess.DEVNULL, capture_output=True, text=True,
-                         env={**env, "HOME": str(home), "UV_CACHE_DIR": CACHE}, timeout=300)  # fmt: skip
+    ran = subprocess.run(
+        [sys.executable, MAIN / "install.py", "install", "--yes"],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        env={**env, "HOME": str(home), "UV_CACHE_DIR": CACHE},
+        timeout=300,
+    )
     assert ran.returncode == 0, ran.stderr
     yield home
     for pid in workers(home):
@@ -136,12 +144,28 @@ def test_upgrading_under_a_running_worker_loses_and_repeats_nothing(home):
                 ]:
                     (source / path.name).write_bytes(path.read_bytes())
                 (source / "queue_helpers.py").write_text(changed)
-                ran = subprocess.run([sys.executable, source / "install.py", "install", "--no-warm", "--hook", "no"], stdin=subprocess.DEVNULL,
-                                     env={"HOME": str(home), "PATH": os.environ["PATH"]}, capture_output=True, text=True)  # fmt: skip
+                ran = subprocess.run(
+                    [sys.executable, source / "install.py", "install", "--no-warm", "--hook", "no"],
+                    stdin=subprocess.DEVNULL,
+                    env={"HOME": str(home), "PATH": os.environ["PATH"]},
+                    capture_output=True,
+                    text=True,
+                )
                 assert ran.returncode == 0, ran.stderr
                 assert (lib / "queue_helpers.py").read_text() == changed
-            put = subprocess.run([sys.executable, lib / "enqueue.py", "notifications", "append", "--task-id", f"n{number}"], env=env,
-                                 capture_output=True, text=True)  # fmt: skip
+            put = subprocess.run(
+                [
+                    sys.executable,
+                    lib / "enqueue.py",
+                    "notifications",
+                    "append",
+                    "--task-id",
+                    f"n{number}",
+                ],
+                env=env,
+                capture_output=True,
+                text=True,
+            )
             assert put.stdout == f"queued n{number}\n", put.stderr
         # However long the upgrades take, they are under this worker.
         wait_for(lambda: (home / "appended").read_text().count("\n") >= 40, 60)

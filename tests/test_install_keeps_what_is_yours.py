@@ -30,8 +30,14 @@ def source(tmp_path):
 
 
 def run(source, home, *args, **env):
-    return subprocess.run([sys.executable, source / "install.py", *args], stdin=subprocess.DEVNULL, capture_output=True, text=True,
-                          env={"HOME": str(home), "PATH": os.environ["PATH"], **env}, timeout=60)  # fmt: skip
+    return subprocess.run(
+        [sys.executable, source / "install.py", *args],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        env={"HOME": str(home), "PATH": os.environ["PATH"], **env},
+        timeout=60,
+    )
 
 
 def install(source, home, *args, **env):

@@ -1,4 +1,6 @@
-"""A hook of ours is found in settings.json however it is written, and WorktreeCreate is not offered."""
+"""A hook of ours is found in settings.json however it is written, and WorktreeCreate is not
+offered.
+"""
 
 import json
 import os
@@ -21,8 +23,15 @@ def home(tmp_path):
 def run(home, command, *args, **options):
     more = ["--no-warm"] if command == "install" else []
     env = {"HOME": str(home), "PATH": os.environ["PATH"]} | options.pop("env", {})
-    return subprocess.run([sys.executable, INSTALL, command, *more, *args], env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True,
-                          timeout=60, **options)  # fmt: skip
+    return subprocess.run(
+        [sys.executable, INSTALL, command, *more, *args],
+        env=env,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        **options,
+    )
 
 
 def settings_of(home):

@@ -1,4 +1,6 @@
-"""install adds one hook to settings.json and disturbs nothing else in it; uninstall takes that one out again."""
+"""install adds one hook to settings.json and disturbs nothing else in it; uninstall takes that one
+out again.
+"""
 
 import json
 import os
@@ -36,8 +38,15 @@ def home(tmp_path):
 def install(home, *args, command="install", **options):
     more = ["--no-warm"] if command == "install" else []
     env = {"HOME": str(home), "PATH": os.environ["PATH"]}
-    return subprocess.run([sys.executable, INSTALL, command, *more, *args], env=env, capture_output=True, text=True,
-                          stdin=options.pop("stdin", subprocess.DEVNULL), timeout=60, **options)  # fmt: skip
+    return subprocess.run(
+        [sys.executable, INSTALL, command, *more, *args],
+        env=env,
+        capture_output=True,
+        text=True,
+        stdin=options.pop("stdin", subprocess.DEVNULL),
+        timeout=60,
+        **options,
+    )
 
 
 def settings_of(home):
@@ -62,7 +71,9 @@ def snapshot(root):
 
 
 def outside_of_hooks(text):
-    """What is before and after the settings' own (last) "hooks", and without the comma that a new key needs."""
+    """What is before and after the settings' own (last) "hooks", and without the comma that a new
+    key needs.
+    """
     found = [
         (match, *json.JSONDecoder().raw_decode(text, match.end()))
         for match in re.finditer(r',?\s*"hooks"\s*:\s*', text)
@@ -290,8 +301,15 @@ def test_uninstall_with_unreadable_settings_can_be_finished_later(home):
 def test_two_installs_at_once_add_one_hook(home):
     settings_of(home).write_text('{"a": 1}')
     env = {"HOME": str(home), "PATH": os.environ["PATH"]}
-    runs = [subprocess.Popen([sys.executable, INSTALL, "install", "--no-warm", "--yes"], env=env, stdin=subprocess.DEVNULL,
-                             stdout=subprocess.DEVNULL) for _ in range(4)]  # fmt: skip
+    runs = [
+        subprocess.Popen(
+            [sys.executable, INSTALL, "install", "--no-warm", "--yes"],
+            env=env,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+        )
+        for _ in range(4)
+    ]
     deadline = time.monotonic() + 60
     assert [run.wait(deadline - time.monotonic()) for run in runs] == [0] * 4
     assert len(our_hooks(settings_of(home).read_text())) == 1

@@ -1,4 +1,6 @@
-"""Under umask 000, too, what install makes is its owner's alone; what was there and is not ours keeps its mode."""
+"""Under umask 000, too, what install makes is its owner's alone; what was there and is not ours
+keeps its mode.
+"""
 
 import os
 import sqlite3
@@ -10,8 +12,15 @@ from conftest import ROOT
 
 
 def run(home, *args, umask=0, **env):
-    return subprocess.run([sys.executable, "-B", ROOT / "install.py", *args], env={"HOME": str(home), "PATH": os.environ["PATH"], **env},
-                          stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60, umask=umask)  # fmt: skip
+    return subprocess.run(
+        [sys.executable, "-B", ROOT / "install.py", *args],
+        env={"HOME": str(home), "PATH": os.environ["PATH"], **env},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        umask=umask,
+    )
 
 
 def test_nor_what_python_compiles_there(home):

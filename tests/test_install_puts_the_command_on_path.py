@@ -1,4 +1,6 @@
-"""install puts the command tq into ~/.local/bin when asked, never over another program, and uninstall takes it out."""
+"""install puts the command tq into ~/.local/bin when asked, never over another program, and
+uninstall takes it out.
+"""
 
 import json
 import os
@@ -21,8 +23,14 @@ def home(tmp_path):
 def run(home, *args, command="install", stdin=subprocess.DEVNULL, path="/usr/bin:/bin", **env):
     more = ["--no-warm", "--hook", "no", "--report", "no"] if command == "install" else []
     bare = f"{os.path.dirname(shutil.which('uv'))}:{path}" if shutil.which("uv") else path
-    return subprocess.run([sys.executable, ROOT / "install.py", command, *more, *args], env={"HOME": str(home), "PATH": bare, **env}, stdin=stdin,
-                          capture_output=True, text=True, timeout=60)  # fmt: skip
+    return subprocess.run(
+        [sys.executable, ROOT / "install.py", command, *more, *args],
+        env={"HOME": str(home), "PATH": bare, **env},
+        stdin=stdin,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
 
 
 def bin_of(home):
@@ -30,8 +38,14 @@ def bin_of(home):
 
 
 def tq(home, *args, name="tq", env=None, **options):
-    return subprocess.run([bin_of(home) / name, *args], env={"HOME": str(home), "PATH": "/usr/bin:/bin"} | (env or {}), capture_output=True,
-                          text=True, timeout=60, **options)  # fmt: skip
+    return subprocess.run(
+        [bin_of(home) / name, *args],
+        env={"HOME": str(home), "PATH": "/usr/bin:/bin"} | (env or {}),
+        capture_output=True,
+        text=True,
+        timeout=60,
+        **options,
+    )
 
 
 @pytest.mark.parametrize("args", [["--command", "tq"], ["--yes"]])

@@ -1,4 +1,6 @@
-"""tasks.py import --legacy: the JSON files of a file-based queue become tasks, once, however often it runs."""
+"""tasks.py import --legacy: the JSON files of a file-based queue become tasks, once, however often
+it runs.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""handlers/link_validation, run as a worker runs it: the script itself, with a task on stdin. lychee is the real one."""
+"""handlers/link_validation, run as a worker runs it: the script itself, with a task on stdin.
+lychee is the real one.
+"""
 
 # ruff: noqa: F811 -- fixtures are imported, and named again where they are used
 
@@ -318,7 +320,8 @@ def test_what_git_ignores_is_left_out_and_untracked_files_are_not(workspace, che
     # A hook of git's has these.
     done = check(env={"GIT_DIR": "/nonexistent", "GIT_WORK_TREE": "/"})
     assert broken(done) == [("new.md", "missing.md"), ("tracked.md", "missing.md")]
-    # Asked for by name, an ignored folder is checked: its files cannot all have been meant to be left out.
+    # Asked for by name, an ignored folder is checked: its files cannot all have been meant to be
+    # left out.
     assert broken(check({"workspace_path": str(workspace / "build")})) == [("out.md", "missing.md")]
 
 
@@ -367,8 +370,12 @@ def assert_refused(done):
 
 
 def test_a_usage_error_is_64(check):
-    done = subprocess.run([UV, "run", "--script", HANDLER, "--bogus"], capture_output=True, check=False,
-                          env={**os.environ, "UV_CACHE_DIR": UV_CACHE})  # fmt: skip
+    done = subprocess.run(
+        [UV, "run", "--script", HANDLER, "--bogus"],
+        capture_output=True,
+        check=False,
+        env={**os.environ, "UV_CACHE_DIR": UV_CACHE},
+    )
     assert (done.returncode, done.stdout) == (64, b"")
 
 
@@ -546,13 +553,25 @@ def test_a_workspace_cannot_have_commands_run(tmp_path, workspace, check, name, 
 
 
 def test_a_stopped_check_leaves_nothing_behind(workspace):
-    """TERM to the whole process group, as a worker does at a timeout, while lychee waits for a server."""
+    """TERM to the whole process group, as a worker does at a timeout, while lychee waits for a
+    server.
+    """
     with socket.create_server(("127.0.0.1", 0)) as server:
         write(workspace, README=f"[x](http://127.0.0.1:{server.getsockname()[1]}/)")
-        environment = {**os.environ, "PATH": f"{os.path.dirname(UV)}:{os.environ['PATH']}", "LYCHEE_ONLINE": "1",
-                       "TASK_QUEUE_STATE": str(workspace.parent / "state")}  # fmt: skip
-        handler = subprocess.Popen([HANDLER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-                                   start_new_session=True, env={**environment, "UV_CACHE_DIR": UV_CACHE})  # fmt: skip
+        environment = {
+            **os.environ,
+            "PATH": f"{os.path.dirname(UV)}:{os.environ['PATH']}",
+            "LYCHEE_ONLINE": "1",
+            "TASK_QUEUE_STATE": str(workspace.parent / "state"),
+        }
+        handler = subprocess.Popen(
+            [HANDLER],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+            env={**environment, "UV_CACHE_DIR": UV_CACHE},
+        )
         handler.stdin.write(json.dumps({"data": {"workspace_path": str(workspace)}}).encode())
         handler.stdin.close()
         server.settimeout(30)
@@ -579,8 +598,14 @@ def test_the_demo_goes_from_a_hook_to_a_completion(tmp_path):
                    "TASK_DEPTH": "3", "TASK_QUEUE_STATE": str(tmp_path / "not-this-one")}  # fmt: skip
     for folder in ("home", "tmp"):
         (tmp_path / folder).mkdir()
-    demo = subprocess.run([UV, "run", "--script", ROOT / "demo.py"], env=environment, capture_output=True, text=True, timeout=60,
-                          check=False)  # fmt: skip
+    demo = subprocess.run(
+        [UV, "run", "--script", ROOT / "demo.py"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
     assert demo.returncode == 0, demo.stdout + demo.stderr
     steps = ("scripts are ready", "workspace made", "worker started", "hook payload in", "task queued", "worker woken",
              "broken link found: README.md:4 -> pier.md", "completion queued")  # fmt: skip

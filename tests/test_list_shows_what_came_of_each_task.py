@@ -225,8 +225,10 @@ def test_stats_never_cut_a_unit(installation, columns):
     filled(installation)
     for number in range(20):
         ended(installation, f"slow-{number}", "failed" if number % 2 else "completed")
-    installation.sqlite3("update task_history set enqueued_at = datetime('now', '-57 minutes');"
-                         "update notifications set timestamp = timestamp - 57.5 * 60")  # fmt: skip
+    installation.sqlite3(
+        "update task_history set enqueued_at = datetime('now', '-57 minutes');"
+        "update notifications set timestamp = timestamp - 57.5 * 60"
+    )
     whole = installation.run("tasks.py", "stats").stdout
     shown = on_terminal(installation, "tasks.py", "stats", columns=columns)
     assert all(cell_len(line) <= columns for line in shown)
@@ -249,8 +251,13 @@ def test_colours_are_left_out_where_nobody_wants_them(installation):
 
     from conftest import ROOT
 
-    done = subprocess.run(["script", "-qec", f"{sys.executable} '{ROOT}/tasks.py' list", "/dev/null"], env=installation.env | {"TERM": "xterm"},
-                          stdin=subprocess.DEVNULL, capture_output=True, text=True)  # fmt: skip
+    done = subprocess.run(
+        ["script", "-qec", f"{sys.executable} '{ROOT}/tasks.py' list", "/dev/null"],
+        env=installation.env | {"TERM": "xterm"},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+    )
     assert "refused" in done.stdout and not re.search(r"\x1b\[3[0-9]m", done.stdout)
 
 

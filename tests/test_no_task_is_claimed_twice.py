@@ -1,4 +1,6 @@
-"""8 consumers over 20,000 tasks that come while they claim: each is claimed by one, and none is lost."""
+"""8 consumers over 20,000 tasks that come while they claim: each is claimed by one, and none is
+lost.
+"""
 
 import json
 import subprocess
@@ -72,8 +74,12 @@ def test_by_eight_processes_with_twenty_thousand_tasks_each(installation):
     logs = [installation.directory / f"claims-{number}" for number in range(len(kinds))]
 
     def start(code, *args):
-        process = subprocess.Popen([sys.executable, "-c", code, ROOT, *map(str, args)], env=installation.env,
-                                   stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
+        process = subprocess.Popen(
+            [sys.executable, "-c", code, ROOT, *map(str, args)],
+            env=installation.env,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
         installation.processes.append(process)
         return process
 
@@ -131,7 +137,9 @@ def test_by_threads_of_one_process_that_share_a_queue_with_another_process(insta
 def test_by_a_claim_while_another_connection_is_between_its_look_and_its_claim(
     installation, queue, monkeypatch, kind
 ):
-    """Whoever looked and found one may still come second: then it has nothing, and raises nothing but Empty."""
+    """Whoever looked and found one may still come second: then it has nothing, and raises nothing
+    but Empty.
+    """
     mine, look, overtakings = getattr(queue, kind)("notifications"), queue.look, []
 
     def overtaken(conn, name):

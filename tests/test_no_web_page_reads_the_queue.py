@@ -115,8 +115,14 @@ def test_there_is_no_method_but_get_and_nothing_for_other_origins(site):
     head = raw(base, f"HEAD {path} HTTP/1.1", f"Host: {host}")
     assert " 200 " in head.split("\n")[0] and SECRET not in head
     assert "access-control" not in head.lower() and "set-cookie" not in head.lower()
-    for line in ("cache-control: no-store", "cross-origin-resource-policy: same-origin", "x-frame-options: deny",
-                 "referrer-policy: no-referrer", "x-content-type-options: nosniff", "content-security-policy: default-src 'none'"):  # fmt: skip
+    for line in (
+        "cache-control: no-store",
+        "cross-origin-resource-policy: same-origin",
+        "x-frame-options: deny",
+        "referrer-policy: no-referrer",
+        "x-content-type-options: nosniff",
+        "content-security-policy: default-src 'none'",
+    ):
         assert line in head.lower(), line
 
 
@@ -343,9 +349,11 @@ def test_a_list_that_takes_too_long_is_an_error_in_a_line(installation):
 def test_rows_and_answers_are_bounded(installation):
     lines = "".join(json.dumps({"n": n}) + "\n" for n in range(500))
     installation.enqueue("notifications", "t", "--jsonl", input=lines)
-    installation.sqlite3("insert into task_history (queue, row_id, task_id, task_type, status, data, enqueued_at, result, log, error) "
-                         "select 'notifications', 9999, 'long', 't', 'failed', json_object('a', hex(zeroblob(4000000))), datetime('now'), "
-                         "hex(zeroblob(4000000)), hex(zeroblob(4000000)), hex(zeroblob(4000000))")  # fmt: skip
+    installation.sqlite3(
+        "insert into task_history (queue, row_id, task_id, task_type, status, data, enqueued_at, result, log, error) "
+        "select 'notifications', 9999, 'long', 't', 'failed', json_object('a', hex(zeroblob(4000000))), datetime('now'), "
+        "hex(zeroblob(4000000)), hex(zeroblob(4000000)), hex(zeroblob(4000000))"
+    )
     base = address(start(installation))
     listed = get(f"{base}tasks?status=pending")
     assert listed.count("<tr>") == 1 + 200 and "These are the first 200" in listed
@@ -358,8 +366,10 @@ def test_a_task_that_is_too_large_for_memory_hides_no_other(installation):
     huge = "json_object('hook_event_name', 'huge', 'a', hex(zeroblob(40000000)))"
     installation.enqueue("notifications", "small", "{}", "--task-id", "before")
     installation.sqlite3(f"insert into notifications (data) values ({huge})")
-    installation.sqlite3(f"insert into task_history (queue, row_id, task_id, task_type, status, data, enqueued_at) values "
-                         f"('approvals', 9, 'x', 'huge', 'failed', {huge}, datetime('now'))")  # fmt: skip
+    installation.sqlite3(
+        f"insert into task_history (queue, row_id, task_id, task_type, status, data, enqueued_at) values "
+        f"('approvals', 9, 'x', 'huge', 'failed', {huge}, datetime('now'))"
+    )
     installation.enqueue("notifications", "small", "{}", "--task-id", "after")
     process = start(installation)
     base = address(process)

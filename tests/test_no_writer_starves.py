@@ -178,8 +178,13 @@ def test_a_turn_that_cannot_be_made_keeps_nobody_from_writing(installation, obst
     before = count(installation)
     writer = [*as_anybody, sys.executable, "-c", WRITER]
     for _ in range(2):
-        done = subprocess.run(writer, input="20\n", capture_output=True, text=True,
-                              env=installation.env | {"PYTHONPATH": str(ROOT)})  # fmt: skip
+        done = subprocess.run(
+            writer,
+            input="20\n",
+            capture_output=True,
+            text=True,
+            env=installation.env | {"PYTHONPATH": str(ROOT)},
+        )
         assert done.returncode == 0, done.stderr
         assert done.stdout == "ready\ndone\n"
         assert not done.stderr

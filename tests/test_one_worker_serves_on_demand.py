@@ -24,7 +24,9 @@ exec "{sys.executable}" "$@"
 
 @pytest.fixture
 def installed(installation):
-    """The scripts where install.py puts them, beside this installation's handlers; detached workers end with the test."""
+    """The scripts where install.py puts them, beside this installation's handlers; detached workers
+    end with the test.
+    """
     lib = installation.directory / "runtime" / "lib"
     lib.mkdir(parents=True)
     for script in ("enqueue.py", "worker.py", *(path.name for path in ROOT.glob("queue_*.py"))):
@@ -263,8 +265,12 @@ def test_a_bare_environment_is_enough(installed):
         "--start-worker",
     ]
     payload = json.dumps({"hook_event_name": "Stop", "cwd": str(home)}).encode()
-    done = subprocess.run(["/usr/bin/env", "-i", f"HOME={home}", "PATH=/usr/bin:/bin", *hook],
-                          input=payload, capture_output=True, timeout=20)  # fmt: skip
+    done = subprocess.run(
+        ["/usr/bin/env", "-i", f"HOME={home}", "PATH=/usr/bin:/bin", *hook],
+        input=payload,
+        capture_output=True,
+        timeout=20,
+    )
     assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
     wait_for((home / "ran").exists, what="the task's run")
     assert "worker.py notifications --single" in (home / "uv.log").read_text()

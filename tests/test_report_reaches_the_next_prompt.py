@@ -32,11 +32,17 @@ def flow(installation, claude):
 
     settings = claude.workspace / ".claude/settings.json"
     settings.parent.mkdir()
-    settings.write_text(json.dumps({"hooks": {
-        "Stop": hook("enqueue.py --hook notifications link_validation"),
-        "UserPromptSubmit": hook("report.py --hook"),
-        "SessionStart": hook("report.py --hook"),
-    }}))  # fmt: skip
+    settings.write_text(
+        json.dumps(
+            {
+                "hooks": {
+                    "Stop": hook("enqueue.py --hook notifications link_validation"),
+                    "UserPromptSubmit": hook("report.py --hook"),
+                    "SessionStart": hook("report.py --hook"),
+                }
+            }
+        )
+    )
     installation.handler(
         "link_validation", f"#!/bin/sh\necho '{json.dumps({'summary': SUMMARY})}'\n"
     )
@@ -46,8 +52,15 @@ def flow(installation, claude):
 def prompt(claude, text: str) -> str:
     """Give Claude a prompt; all that it was told by then."""
     command = [*claude.within, claude.home / "bin/claude", "-p", "--setting-sources=project", text]
-    done = subprocess.run(command, env=claude.env, cwd=claude.workspace, stdin=subprocess.DEVNULL, capture_output=True,
-                          text=True, timeout=60)  # fmt: skip
+    done = subprocess.run(
+        command,
+        env=claude.env,
+        cwd=claude.workspace,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     return last_request(claude)
 

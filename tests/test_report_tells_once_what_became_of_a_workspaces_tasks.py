@@ -1,4 +1,6 @@
-"""report.py: what the history gained for a workspace is told once, to it alone, as data, and it never disturbs."""
+"""report.py: what the history gained for a workspace is told once, to it alone, as data, and it
+never disturbs.
+"""
 
 from __future__ import annotations
 
@@ -62,7 +64,9 @@ class History:
         self.conn.executemany(
             "insert into task_history (queue, row_id, task_id, task_type, status, data, enqueued_at, completed_at, exit_code,"
             " result, error) values ('notifications', ?, ?, ?, ?, ?, datetime('now'),"
-            " strftime('%Y-%m-%d %H:%M:%f', 'now', ? || ' seconds'), ?, ?, ?)", rows)  # fmt: skip
+            " strftime('%Y-%m-%d %H:%M:%f', 'now', ? || ' seconds'), ?, ?, ?)",
+            rows,
+        )
         self.conn.execute("commit")
 
     def tell(
@@ -123,8 +127,10 @@ def test_with_a_real_worker(installation, history):
         installation.enqueue("--hook", "notifications", task_type, input=json.dumps(payload))
     installation.worker("notifications", "--drain", ready=False).wait(30)
     told = history.tell(cwd=str(installation.directory)).splitlines()
-    assert [line.split(" (task")[0] for line in told[1:]] == ['- link_validation completed: "1 broken link"',
-                                                              '- noisy completed: "first line"']  # fmt: skip
+    assert [line.split(" (task")[0] for line in told[1:]] == [
+        '- link_validation completed: "1 broken link"',
+        '- noisy completed: "first line"',
+    ]
 
 
 @pytest.mark.parametrize("goes", ["it is retried", "the history is pruned"])
@@ -252,8 +258,9 @@ def test_what_a_handler_printed_is_quoted_bounded_and_clean(history):
     assert all(character.isprintable() or character == "\n" for character in told)
     for line in told.splitlines()[1:]:
         # Outside of quotation marks there is nothing of it.
-        assert "".join(line.replace('\\\\', "").replace('\\"', "").split('"')[::2]).split(" (task")[0].rstrip() in (
-            "-  completed:", "- check failed:")  # fmt: skip
+        assert "".join(line.replace("\\\\", "").replace('\\"', "").split('"')[::2]).split(" (task")[
+            0
+        ].rstrip() in ("-  completed:", "- check failed:")
 
 
 @pytest.mark.parametrize(
@@ -293,10 +300,15 @@ def test_of_many_sessions_at_once_one_tells(history):
     for number in range(1, 6):
         history.gain(times=3)
         started = [
-            subprocess.Popen([sys.executable, ROOT / "report.py", "--hook"], env=history.installation.env,
-                             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+            subprocess.Popen(
+                [sys.executable, ROOT / "report.py", "--hook"],
+                env=history.installation.env,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+            )
             for _ in range(6)
-        ]  # fmt: skip
+        ]
         for process in started:
             process.stdin.write(payload)
             process.stdin.close()
@@ -336,8 +348,14 @@ def test_what_nobody_read_is_told_again(history):
     os.close(read)
     payload = json.dumps({"hook_event_name": "UserPromptSubmit", "cwd": HERE})
     try:
-        done = subprocess.run([sys.executable, ROOT / "report.py", "--hook"], env=history.installation.env, input=payload,
-                              stdout=write, stderr=subprocess.PIPE, text=True)  # fmt: skip
+        done = subprocess.run(
+            [sys.executable, ROOT / "report.py", "--hook"],
+            env=history.installation.env,
+            input=payload,
+            stdout=write,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
     finally:
         os.close(write)
     assert done.returncode == 1 and "told next time" in done.stderr and done.stderr.count("\n") == 1
@@ -480,7 +498,9 @@ print(conn.execute("select max(id) from task_history").fetchone())
 
 
 def test_it_costs_a_prompt_little_more_than_a_script_that_reads_one_row(history):
-    """Time of the processor, in pairs, since it is the same on a busy machine; with a history of 20,000 rows."""
+    """Time of the processor, in pairs, since it is the same on a busy machine; with a history of
+    20,000 rows.
+    """
     history.gain(cwd=OTHER, times=20_000)
     history.tell()
     bare = history.installation.directory / "bare.py"
@@ -509,7 +529,9 @@ def test_it_costs_a_prompt_little_more_than_a_script_that_reads_one_row(history)
 
 
 def test_a_report_after_a_long_time_is_bounded_as_well(history):
-    """100,000 rows later only the last 50,000 are looked through; what is told of them takes no longer than that."""
+    """100,000 rows later only the last 50,000 are looked through; what is told of them takes no
+    longer than that.
+    """
     history.gain()
     history.tell()
     history.gain(text="long ago")
@@ -534,8 +556,13 @@ def test_it_loads_nothing_heavy(history):
     """
     history.gain()
     payload = json.dumps({"hook_event_name": "UserPromptSubmit", "cwd": HERE})
-    done = subprocess.run([sys.executable, "-I", "-S", "-c", code, ROOT / "report.py", "--hook"], env=history.installation.env,
-                          input=payload, capture_output=True, text=True)  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-I", "-S", "-c", code, ROOT / "report.py", "--hook"],
+        env=history.installation.env,
+        input=payload,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0 and "task-1" in done.stdout
     heavy = (
         "persistqueue",
@@ -553,8 +580,13 @@ def test_stdin_that_never_closes_holds_up_no_prompt(history):
     history.gain()
     read, write = os.pipe()
     os.write(write, json.dumps({"hook_event_name": "UserPromptSubmit", "cwd": HERE}).encode())
-    process = subprocess.Popen([sys.executable, ROOT / "report.py", "--hook"], env=history.installation.env, stdin=read,
-                               stdout=subprocess.PIPE, text=True)  # fmt: skip
+    process = subprocess.Popen(
+        [sys.executable, ROOT / "report.py", "--hook"],
+        env=history.installation.env,
+        stdin=read,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
     try:
         wait_for(lambda: process.poll() is not None, what="the end of the hook")
         assert process.returncode == 0 and "task-1" in process.stdout.read()

@@ -1,4 +1,6 @@
-"""install.py service writes units that systemd and launchd read, and what they run starts a worker only for work."""
+"""install.py service writes units that systemd and launchd read, and what they run starts a worker
+only for work.
+"""
 
 import json
 import os
@@ -51,8 +53,14 @@ def analyze():
 
 
 def run(home, *args, source=MAIN, **env):
-    return subprocess.run([sys.executable, source / "install.py", *args], stdin=subprocess.DEVNULL, capture_output=True, text=True,
-                          env={"HOME": str(home), "PATH": os.environ["PATH"], **env}, timeout=60)  # fmt: skip
+    return subprocess.run(
+        [sys.executable, source / "install.py", *args],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        env={"HOME": str(home), "PATH": os.environ["PATH"], **env},
+        timeout=60,
+    )
 
 
 @pytest.fixture
@@ -106,7 +114,10 @@ def test_systemd_reads_the_very_paths_that_were_meant(home):
     ]
     state = home / ".claude/automation/lychee/state"
     assert [value.replace("%%", "%") for key, value in values if key == "PathModified"] == [
-        str(state / "wake"), str(state / "tasks.db-wal"), str(state / "spool/notifications")]  # fmt: skip
+        str(state / "wake"),
+        str(state / "tasks.db-wal"),
+        str(state / "spool/notifications"),
+    ]
     (start,) = [value for key, value in values if key == "ExecStart"]
     words = [unquoted(word).replace("$$", "$") for word in start[1:-1].split('" "')]
     assert all(Path(word).exists() for word in words if word.startswith("/"))
@@ -216,8 +227,12 @@ def test_enabling_loads_the_path_and_the_timer_but_starts_no_worker(home):
 
 def test_service_py_and_install_py_service_are_the_same(home):
     shown = run(home, "service", "--dry-run", "--kind", "systemd")
-    ran = subprocess.run([sys.executable, MAIN / "service.py", "--dry-run", "--kind", "systemd"], capture_output=True, text=True,
-                         env={"HOME": str(home), "PATH": os.environ["PATH"]})  # fmt: skip
+    ran = subprocess.run(
+        [sys.executable, MAIN / "service.py", "--dry-run", "--kind", "systemd"],
+        capture_output=True,
+        text=True,
+        env={"HOME": str(home), "PATH": os.environ["PATH"]},
+    )
     assert (ran.returncode, ran.stdout, ran.stderr) == (
         0,
         shown.stdout,
@@ -246,8 +261,21 @@ def test_units_that_were_written_before_still_start_a_worker(job):
     """Those run `install.py work`; an upgrade of the scripts does not rewrite units."""
     home, prefix, _start, put = job
     put("--task-id", "waiting")
-    ran = subprocess.run([sys.executable, "-E", "-s", prefix / "runtime/lib/install.py", "work", prefix, "notifications"], capture_output=True, text=True,
-                         env={"HOME": str(home), "PATH": "/usr/bin:/bin"}, timeout=60)  # fmt: skip
+    ran = subprocess.run(
+        [
+            sys.executable,
+            "-E",
+            "-s",
+            prefix / "runtime/lib/install.py",
+            "work",
+            prefix,
+            "notifications",
+        ],
+        capture_output=True,
+        text=True,
+        env={"HOME": str(home), "PATH": "/usr/bin:/bin"},
+        timeout=60,
+    )
     assert ran.returncode == 0 and (home / "ran").read_text() == "waiting\n", ran.stderr
 
 
@@ -289,8 +317,15 @@ def job(home):
 
     def start():
         began = time.monotonic()
-        ran = subprocess.run(plist["ProgramArguments"], env=plist["EnvironmentVariables"], cwd=plist["WorkingDirectory"],
-                             stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60)  # fmt: skip
+        ran = subprocess.run(
+            plist["ProgramArguments"],
+            env=plist["EnvironmentVariables"],
+            cwd=plist["WorkingDirectory"],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
         assert ran.returncode == 0, ran.stderr
         return ran.stderr, time.monotonic() - began
 
@@ -367,7 +402,9 @@ def test_a_damaged_database_is_said_in_one_line_and_does_not_spin(job):
 
 
 def test_a_task_that_is_seen_a_moment_late_is_not_missed(job):
-    """What starts the service may have seen a write whose commit is visible only afterwards: it looks twice."""
+    """What starts the service may have seen a write whose commit is visible only afterwards: it
+    looks twice.
+    """
     home, _prefix, start, put = job
     from threading import Timer
 

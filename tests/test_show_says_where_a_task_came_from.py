@@ -1,4 +1,6 @@
-"""tasks.py show: a task's times on a clock with its zone, how long it took, where it came from and what it led to."""
+"""tasks.py show: a task's times on a clock with its zone, how long it took, where it came from and
+what it led to.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Trouble with one entry, one queue or one directory is complained of once, and everything else goes on."""
+"""Trouble with one entry, one queue or one directory is complained of once, and everything else
+goes on.
+"""
 
 import os
 import shutil
@@ -100,11 +102,14 @@ def test_a_spool_that_raises_what_nobody_thought_of(installation, queue, monkeyp
         one.supervisor.leave(wait=True)
 
 
-@pytest.mark.parametrize("damage", [
-    "drop table approvals; create table approvals (something integer)",
-    "drop table approvals; create view approvals as select 1 as id",
-    'drop index "approvals.ready"; drop index "approvals.claimed"; alter table approvals rename column status to state',
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "damage",
+    [
+        "drop table approvals; create table approvals (something integer)",
+        "drop table approvals; create view approvals as select 1 as id",
+        'drop index "approvals.ready"; drop index "approvals.claimed"; alter table approvals rename column status to state',
+    ],
+)
 @pytest.mark.parametrize("when", ["before the start", "while it runs"])
 def test_one_queue_is_broken_and_the_other_is_served(installation, damage, when):
     installation.handler("quick", QUICK)
@@ -147,7 +152,9 @@ def test_a_broken_queue_that_nobody_serves_hinders_no_recovery(installation):
 
 @pytest.fixture
 def as_user(installation):
-    """as_user(*args): worker.py, run by a user who is not root, on a copy of the scripts that this user may read."""
+    """as_user(*args): worker.py, run by a user who is not root, on a copy of the scripts that this
+    user may read.
+    """
     if (
         os.geteuid() != 0
         or subprocess.run(["setpriv", "--version"], capture_output=True).returncode

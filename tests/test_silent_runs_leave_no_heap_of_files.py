@@ -1,4 +1,6 @@
-"""What a run printed is kept until clean-up; of one that printed nothing, no file is left unless somebody may still write it."""
+"""What a run printed is kept until clean-up; of one that printed nothing, no file is left unless
+somebody may still write it.
+"""
 
 import pytest
 from conftest import wait_for

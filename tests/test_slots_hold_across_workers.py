@@ -1,4 +1,6 @@
-"""At most N tasks of a queue run at a time, with whatever number of workers and consumers; each place is used."""
+"""At most N tasks of a queue run at a time, with whatever number of workers and consumers; each
+place is used.
+"""
 
 import json
 import multiprocessing

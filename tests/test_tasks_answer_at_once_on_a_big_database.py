@@ -1,4 +1,6 @@
-"""With 1,000,000 waiting and 1,000,000 finished tasks, tasks.py stats and list answer within a second."""
+"""With 1,000,000 waiting and 1,000,000 finished tasks, tasks.py stats and list answer within a
+second.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,9 @@ from n join moments on moment = i / 1000"""
 
 @pytest.fixture(scope="module")
 def big(tmp_path_factory):
-    """The two millions; half of the finished ones ended within the last hour, all of them within the last day."""
+    """The two millions; half of the finished ones ended within the last hour, all of them within
+    the last day.
+    """
     made = Installation(tmp_path_factory.mktemp("big"))
     made.enqueue("notifications", "rare", '{"the": "needle"}', "--task-id", "needle")
     conn, now = sqlite3.connect(made.db, isolation_level=None), time.time()
@@ -58,7 +62,9 @@ def big(tmp_path_factory):
 
 
 def fastest(big, *command: str) -> tuple[float, object, str]:
-    """Of up to five runs, so that what else this machine does counts for little: seconds, the JSON, stderr."""
+    """Of up to five runs, so that what else this machine does counts for little: seconds, the JSON,
+    stderr.
+    """
     took = 1e9
     for _ in range(5):
         began = time.monotonic()

@@ -128,10 +128,17 @@ def test_a_handler_that_outlives_its_worker_is_ended_too(installation, dead):
 
 def test_a_task_that_a_python_process_claimed_itself_is_only_its_own_to_end(installation):
     installation.enqueue("approvals", "review", "{}", "--task-id", "p-1")
-    program = ("import queue_helpers as q, sys; queue = q.get_ack_queue('approvals'); id, text = queue.get(); print(id, flush=True);"
-               "sys.stdin.readline(); print(queue.ack(id), flush=True)")  # fmt: skip
-    consumer = subprocess.Popen([sys.executable, "-c", program], env=installation.env | {"PYTHONPATH": str(Path(__file__).parent.parent)},
-                                stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)  # fmt: skip
+    program = (
+        "import queue_helpers as q, sys; queue = q.get_ack_queue('approvals'); id, text = queue.get(); print(id, flush=True);"
+        "sys.stdin.readline(); print(queue.ack(id), flush=True)"
+    )
+    consumer = subprocess.Popen(
+        [sys.executable, "-c", program],
+        env=installation.env | {"PYTHONPATH": str(Path(__file__).parent.parent)},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
     installation.processes.append(consumer)
     row_id = consumer.stdout.readline()
     done = installation.run("tasks.py", "cancel", "p-1")

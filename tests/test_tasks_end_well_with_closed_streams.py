@@ -1,4 +1,6 @@
-"""Standard streams that are closed, or closed by their reader, and a locale that is not UTF-8: no traceback, the work is done."""
+"""Standard streams that are closed, or closed by their reader, and a locale that is not UTF-8: no
+traceback, the work is done.
+"""
 
 from __future__ import annotations
 
@@ -39,8 +41,15 @@ def with_streams(
 ) -> tuple[int, str]:
     """(exit code, what went to the streams that are left)."""
     line = f'"$@" {redirections}'
-    done = subprocess.run(["bash", "-c", line, "bash", sys.executable, ROOT / command[0], *command[1:]], env=installation.env, check=False,
-                          input=input.encode(), capture_output=True, cwd=installation.directory, timeout=60)  # fmt: skip
+    done = subprocess.run(
+        ["bash", "-c", line, "bash", sys.executable, ROOT / command[0], *command[1:]],
+        env=installation.env,
+        check=False,
+        input=input.encode(),
+        capture_output=True,
+        cwd=installation.directory,
+        timeout=60,
+    )
     return done.returncode, (done.stdout + done.stderr).decode()
 
 
@@ -112,8 +121,11 @@ def test_an_id_on_the_command_line_is_utf8_whatever_the_locale(ended, language):
         ["cancel", "Zwölf-🙂"],
     ):
         done = subprocess.run(
-            [sys.executable, ROOT / "tasks.py", *(os.fsencode(word) for word in command), "--json"], env=ended.env | strange,
-            capture_output=True, check=False)  # fmt: skip
+            [sys.executable, ROOT / "tasks.py", *(os.fsencode(word) for word in command), "--json"],
+            env=ended.env | strange,
+            capture_output=True,
+            check=False,
+        )
         assert done.returncode == 0, (command, done.stderr)
         assert b"Zw\\u00f6lf" in done.stdout, (command, done.stdout)
     target = ended.directory / "Größe.db"
@@ -144,16 +156,25 @@ def test_output_that_is_larger_than_the_memory_is_passed_on(ended):
         resource.setrlimit(resource.RLIMIT_AS, (400 * 2**20, 400 * 2**20))
 
     for command in (["logs", "a-1"], ["logs", "-f", "a-1"]):
-        process = subprocess.Popen([sys.executable, ROOT / "tasks.py", *command], env=ended.env, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                                   preexec_fn=little_memory)  # fmt: skip
+        process = subprocess.Popen(
+            [sys.executable, ROOT / "tasks.py", *command],
+            env=ended.env,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            preexec_fn=little_memory,
+        )
         length = 0
         while piece := process.stdout.read(2**20):
             length += len(piece)
         said = process.stderr.read()
         assert process.wait() == 0 and length == 2**30 and said == b"err\n", said
     os.truncate(output, 200 * 2**20)
-    process = subprocess.Popen([sys.executable, ROOT / "tasks.py", "logs", "a-1", "--json"], env=ended.env, stdout=subprocess.PIPE,
-                               preexec_fn=little_memory)  # fmt: skip
+    process = subprocess.Popen(
+        [sys.executable, ROOT / "tasks.py", "logs", "a-1", "--json"],
+        env=ended.env,
+        stdout=subprocess.PIPE,
+        preexec_fn=little_memory,
+    )
     length = 0
     while piece := process.stdout.read(2**20):
         length += len(piece)

@@ -1,4 +1,6 @@
-"""tasks.py export, import and backup: what goes out comes in, once, and no half file is ever left behind."""
+"""tasks.py export, import and backup: what goes out comes in, once, and no half file is ever left
+behind.
+"""
 
 from __future__ import annotations
 
@@ -18,8 +20,10 @@ from conftest import ROOT, Installation, wait_for
 
 QUEUES = ("approvals", "completions", "notifications")
 LIVE = "id, task_id, task_type, json(data), status, priority, due_at, group_id, attempts, error, timestamp"
-FINISHED = ("queue, row_id, task_id, task_type, status, json(data), priority, group_id, attempts, max_attempts, enqueued_at, started_at, "
-            "completed_at, exit_code, result, log, error")  # fmt: skip
+FINISHED = (
+    "queue, row_id, task_id, task_type, status, json(data), priority, group_id, attempts, max_attempts, enqueued_at, started_at, "
+    "completed_at, exit_code, result, log, error"
+)
 
 
 @pytest.fixture
@@ -209,8 +213,10 @@ def test_bad_lines_are_named_and_the_others_come_in(installation):
 
 def test_an_interrupted_export_leaves_the_old_file_and_no_half_one(installation):
     installation.enqueue("approvals", "review", "--jsonl", input='{"a": "' + "x" * 300 + '"}\n' * 1)
-    installation.sqlite3("with recursive n(i) as (select 1 union all select i + 1 from n where i < 300000) insert into approvals (data) "
-                         "select json_object('n', i, 'more', 'xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx') from n")  # fmt: skip
+    installation.sqlite3(
+        "with recursive n(i) as (select 1 union all select i + 1 from n where i < 300000) insert into approvals (data) "
+        "select json_object('n', i, 'more', 'xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx') from n"
+    )
     target = installation.directory / "export" / "tasks.jsonl"
     target.parent.mkdir()
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -254,8 +260,14 @@ def test_a_full_disk_is_said_and_leaves_nothing(installation):
         ] and target.read_text() == "the old one"
     for target in ("/dev/full", "-"):
         with open("/dev/full", "wb") as full:
-            done = subprocess.run([sys.executable, ROOT / "tasks.py", "export", target], check=False, env=installation.env, stdout=full,
-                                  stderr=subprocess.PIPE, text=True)  # fmt: skip
+            done = subprocess.run(
+                [sys.executable, ROOT / "tasks.py", "export", target],
+                check=False,
+                env=installation.env,
+                stdout=full,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
         assert (
             done.returncode == 1
             and "No space left on device" in done.stderr
@@ -286,8 +298,21 @@ def test_a_small_file_system_that_fills_up_is_said_and_left_clean(installation):
 
 def test_an_export_whose_reader_goes_away_is_not_called_whole(installation):
     installation.enqueue("approvals", "review", "--jsonl", input="{}\n" * 20_000)
-    done = subprocess.run(["bash", "-c", '"$@" | head -1 | wc -l; echo ${PIPESTATUS[0]}', "bash", sys.executable, ROOT / "tasks.py", "export"], check=False,
-                          env=installation.env, capture_output=True, text=True)  # fmt: skip
+    done = subprocess.run(
+        [
+            "bash",
+            "-c",
+            '"$@" | head -1 | wc -l; echo ${PIPESTATUS[0]}',
+            "bash",
+            sys.executable,
+            ROOT / "tasks.py",
+            "export",
+        ],
+        check=False,
+        env=installation.env,
+        capture_output=True,
+        text=True,
+    )
     assert (
         done.stdout.split() == ["1", "1"]
         and "not whole" in done.stderr

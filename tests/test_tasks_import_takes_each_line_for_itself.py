@@ -1,4 +1,6 @@
-"""An import refuses a line by its number and takes the others in; nothing absurd gets into the database."""
+"""An import refuses a line by its number and takes the others in; nothing absurd gets into the
+database.
+"""
 
 from __future__ import annotations
 
@@ -24,12 +26,29 @@ def fields(task: dict, names: tuple[str, ...]) -> list[tuple[dict, str, str]]:
 
 
 NUMBERS = ("id", "attempts")
-CASES = [case for case in [*fields(LIVE, ("enqueued_at", *NUMBERS)), *fields(LIVE | {"status": "scheduled"}, ("due_at",)), *fields(LIVE | {"status": "held"}, ("expires_at",)),
-         *fields(ENDED, ("enqueued_at", "started_at", "completed_at", *NUMBERS, "max_attempts")),
-         *((task, name, value) for task in (LIVE, ENDED) for name in ("priority", "exit_code")[: 1 + (task is ENDED)]
-           for value in ABSURD if value != "-1" and (name, value) != ("exit_code", "-1")),
-         *((task, name, value) for task in (LIVE, ENDED) for name in ("task_id", "group_id", "error", "queue", "status")
-           for value in ("1", "true", "[]", '"\\ud800"'))] if case[1:] != ("id", "253402300800")]  # fmt: skip
+CASES = [
+    case
+    for case in [
+        *fields(LIVE, ("enqueued_at", *NUMBERS)),
+        *fields(LIVE | {"status": "scheduled"}, ("due_at",)),
+        *fields(LIVE | {"status": "held"}, ("expires_at",)),
+        *fields(ENDED, ("enqueued_at", "started_at", "completed_at", *NUMBERS, "max_attempts")),
+        *(
+            (task, name, value)
+            for task in (LIVE, ENDED)
+            for name in ("priority", "exit_code")[: 1 + (task is ENDED)]
+            for value in ABSURD
+            if value != "-1" and (name, value) != ("exit_code", "-1")
+        ),
+        *(
+            (task, name, value)
+            for task in (LIVE, ENDED)
+            for name in ("task_id", "group_id", "error", "queue", "status")
+            for value in ("1", "true", "[]", '"\\ud800"')
+        ),
+    ]
+    if case[1:] != ("id", "253402300800")
+]
 
 
 def line(task: dict, name: str, value: str) -> str:
@@ -82,7 +101,9 @@ def test_data_that_sqlite_cannot_read_is_refused_by_its_line(installation):
 
 
 def test_imported_tasks_run_and_are_recorded(installation):
-    """The bounds are such that the worker and the history can take them: the longest ago, the furthest off, the most."""
+    """The bounds are such that the worker and the history can take them: the longest ago, the
+    furthest off, the most.
+    """
     extreme = [LIVE | {"id": n, "task_id": f"x-{n}", "enqueued_at": at, "priority": priority, "attempts": 0,
                        "data": {"task_id": f"x-{n}", "task_type": "t", "data": {}}}
                for n, (at, priority) in enumerate([(0, 1_000_000), (32503680000, -1_000_000), (1.5, 0)], 1)]  # fmt: skip

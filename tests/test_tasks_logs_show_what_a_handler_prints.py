@@ -14,8 +14,13 @@ def follow(installation, task_id: str) -> subprocess.Popen:
     """tasks.py logs -f, its stdout and stderr in files."""
     out, err = installation.directory / "follow.out", installation.directory / "follow.err"
     with open(out, "wb") as stdout, open(err, "wb") as stderr:
-        process = subprocess.Popen([sys.executable, ROOT / "tasks.py", "logs", "-f", task_id], env=installation.env,
-                                   stdin=subprocess.DEVNULL, stdout=stdout, stderr=stderr)  # fmt: skip
+        process = subprocess.Popen(
+            [sys.executable, ROOT / "tasks.py", "logs", "-f", task_id],
+            env=installation.env,
+            stdin=subprocess.DEVNULL,
+            stdout=stdout,
+            stderr=stderr,
+        )
     process.out, process.err = out, err
     installation.processes.append(process)
     return process

@@ -22,8 +22,11 @@ def full(installation):
 
 
 def content(installation) -> dict:
-    return {path: path.read_bytes() for path in installation.state.rglob("*")
-            if path.is_file() and not path.name.startswith("tasks.db-") and path.suffix != ".exits"}  # fmt: skip
+    return {
+        path: path.read_bytes()
+        for path in installation.state.rglob("*")
+        if path.is_file() and not path.name.startswith("tasks.db-") and path.suffix != ".exits"
+    }
 
 
 def refused(installation, command: str, target, **options) -> None:
@@ -51,8 +54,13 @@ def test_every_file_of_the_state_is_refused_through_links_and_relative_names(ful
 @pytest.mark.parametrize("command", ["export", "backup"])
 def test_new_names_in_the_state_are_refused_too(full, command):
     (full.directory / "there").symlink_to(full.state)
-    for target in (full.state / "tasks.db-journal", full.state / "new", full.state / "spool" / "approvals" / "t.json",
-                   full.directory / "there" / "new", full.state / "logs" / ".." / "new"):  # fmt: skip
+    for target in (
+        full.state / "tasks.db-journal",
+        full.state / "new",
+        full.state / "spool" / "approvals" / "t.json",
+        full.directory / "there" / "new",
+        full.state / "logs" / ".." / "new",
+    ):
         refused(full, command, target)
         assert not target.exists()
 

@@ -1,4 +1,6 @@
-"""No text of a task, a handler or a file's name reaches a terminal or a log but as printable characters."""
+"""No text of a task, a handler or a file's name reaches a terminal or a log but as printable
+characters.
+"""
 
 from __future__ import annotations
 
@@ -11,12 +13,14 @@ import sys
 import pytest
 from conftest import ROOT
 
-# A clipboard (OSC 52), a title, clear-screen, an eight-bit CSI, DEL, a carriage return, reversed text, and a lone surrogate.
+# A clipboard (OSC 52), a title, clear-screen, an eight-bit CSI, DEL, a carriage return, reversed
+# text, and a lone surrogate.
 HOSTILE = "\x1b]52;c;ZXZpbA==\x07\x1b]0;owned\x07\x1b[2J\x9b31m\x7f\rfake\nline\u202egnp\u2066\u200f\u2028"
 RAW = [chr(code) for code in (*range(0x00, 0x0A), *range(0x0B, 0x20), *range(0x7F, 0xA0))] + list(
     "\u202e\u2066\u200f\u2028\u061c\u200e"
 )
-# SQL's words for it: the hook's type, the payload and the error are as a bash hook may have written them.
+# SQL's words for it: the hook's type, the payload and the error are as a bash hook may have written
+# them.
 IN_SQL = " || ".join(f"char({ord(character)})" for character in HOSTILE)
 
 
@@ -26,7 +30,9 @@ def is_clean(text: str) -> bool:
 
 @pytest.fixture
 def hostile(installation):
-    """Hostile types, ids, payloads, errors, results, logs, owners and file names in every state that a task can have."""
+    """Hostile types, ids, payloads, errors, results, logs, owners and file names in every state
+    that a task can have.
+    """
     installation.enqueue("approvals", "review", "{}", "--task-id", "plain")
     envelope = f"json_object('task_id', 'id' || {IN_SQL}, 'task_type', 'type' || {IN_SQL}, 'data', json_object('k', {IN_SQL}))"
     installation.sqlite3(
@@ -39,14 +45,18 @@ def hostile(installation):
     installation.sqlite3(
         f'insert into notifications (data) values (\'{{"hook_event_name": "raw{raw}", "k": "{raw}"}}\')'
     )
-    installation.sqlite3("insert into notifications (data, status, due_at, error) values ("
-                         f"json_object('hook_event_name', 'missing' || {IN_SQL}), 3, 9e9, 'no handler ' || {IN_SQL})")  # fmt: skip
+    installation.sqlite3(
+        "insert into notifications (data, status, due_at, error) values ("
+        f"json_object('hook_event_name', 'missing' || {IN_SQL}), 3, 9e9, 'no handler ' || {IN_SQL})"
+    )
     installation.sqlite3(
         f"insert into completions (data, status, owner, claimed_at, attempts) values ({envelope}, 2, '1-' || {IN_SQL}, 5, 1)"
     )
-    installation.sqlite3("insert into task_history (queue, row_id, task_id, task_type, status, data, enqueued_at, started_at, result, log, error)"
-                         f" values ('approvals', 77, 'ended' || {IN_SQL}, 'type' || {IN_SQL}, 'failed', {envelope}, '2030-01-01 00:00:00.000',"
-                         f" '2030-01-01 00:00:00.000', 'result' || {IN_SQL}, 'log' || {IN_SQL}, 'error' || {IN_SQL})")  # fmt: skip
+    installation.sqlite3(
+        "insert into task_history (queue, row_id, task_id, task_type, status, data, enqueued_at, started_at, result, log, error)"
+        f" values ('approvals', 77, 'ended' || {IN_SQL}, 'type' || {IN_SQL}, 'failed', {envelope}, '2030-01-01 00:00:00.000',"
+        f" '2030-01-01 00:00:00.000', 'result' || {IN_SQL}, 'log' || {IN_SQL}, 'error' || {IN_SQL})"
+    )
     installation.sqlite3(
         "insert into task_controls (queue, paused_at, pause_reason, paused_by) values "
         f"('completions', 1.0, 'why' || {IN_SQL}, 'handler')"
@@ -135,8 +145,13 @@ def test_enqueue_names_what_it_stored_in_printable_characters(installation):
 def on_terminal(installation, *command: str) -> str:
     """What a script writes to a terminal of its own."""
     ours, theirs = pty.openpty()
-    process = subprocess.Popen([sys.executable, ROOT / "tasks.py", *command], stdin=subprocess.DEVNULL, stdout=theirs, stderr=theirs,
-                               env=installation.env | {"TERM": "dumb", "COLUMNS": "200"})  # fmt: skip
+    process = subprocess.Popen(
+        [sys.executable, ROOT / "tasks.py", *command],
+        stdin=subprocess.DEVNULL,
+        stdout=theirs,
+        stderr=theirs,
+        env=installation.env | {"TERM": "dumb", "COLUMNS": "200"},
+    )
     installation.processes.append(process)
     os.close(theirs)
     seen = b""

@@ -1,4 +1,6 @@
-"""tasks.py on a database that is missing, locked, damaged, newer or foreign, and on unknown names: one line, no traceback."""
+"""tasks.py on a database that is missing, locked, damaged, newer or foreign, and on unknown names:
+one line, no traceback.
+"""
 
 from __future__ import annotations
 
@@ -79,8 +81,16 @@ def test_a_locked_database_is_said_after_a_bounded_wait(installation):
     conn.execute("begin immediate")
     try:
         assert installation.run("tasks.py", "list").returncode == 0, "reading waits for nobody"
-        processes = [subprocess.Popen([sys.executable, ROOT / "tasks.py", *command], env=installation.env, stdout=subprocess.PIPE,
-                                      stderr=subprocess.PIPE, text=True) for command in (["pause", "approvals"], ["cancel", "a-1"])]  # fmt: skip
+        processes = [
+            subprocess.Popen(
+                [sys.executable, ROOT / "tasks.py", *command],
+                env=installation.env,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            for command in (["pause", "approvals"], ["cancel", "a-1"])
+        ]
         for process in processes:
             out, err = process.communicate(timeout=20)
             assert (
@@ -159,8 +169,10 @@ def test_an_ambiguous_id_lists_what_it_fits_and_an_exact_one_wins(installation):
     refused(installation.run("tasks.py", "show", "job-11"), 1, "--queue")
     assert installation.run("tasks.py", "show", "job-11", "--queue", "completions").returncode == 0
     assert installation.run("tasks.py", "cancel", "job-1").stdout == "cancelled job-1\n"
-    installation.sqlite3("with recursive n(i) as (select 1 union all select i + 1 from n where i < 30) insert into approvals (data) "
-                         "select json_object('task_id', 'many-' || i, 'task_type', 't', 'data', json('{}')) from n")  # fmt: skip
+    installation.sqlite3(
+        "with recursive n(i) as (select 1 union all select i + 1 from n where i < 30) insert into approvals (data) "
+        "select json_object('task_id', 'many-' || i, 'task_type', 't', 'data', json('{}')) from n"
+    )
     done = installation.run("tasks.py", "show", "many")
     refused(done, 1, "…")
     assert done.stderr.count("(approvals)") == 10
@@ -178,8 +190,20 @@ def test_a_reader_that_closes_the_pipe_is_no_error(installation):
         "stats --prometheus",
     ):
         for reader in ("head -1", "true") if "list" in command else ("head -1",):
-            done = subprocess.run(["bash", "-c", f'set -o pipefail; "$@" {command} | {reader} >/dev/null; echo $?', "bash", sys.executable, ROOT / "tasks.py"], check=False, env=installation.env,
-                                  capture_output=True, text=True)  # fmt: skip
+            done = subprocess.run(
+                [
+                    "bash",
+                    "-c",
+                    f'set -o pipefail; "$@" {command} | {reader} >/dev/null; echo $?',
+                    "bash",
+                    sys.executable,
+                    ROOT / "tasks.py",
+                ],
+                check=False,
+                env=installation.env,
+                capture_output=True,
+                text=True,
+            )
             assert (
                 done.stdout,
                 done.stderr.replace("only the first 3000; --limit N shows more\n", ""),
@@ -190,8 +214,14 @@ def test_a_full_standard_output_is_an_error_of_one_line(installation):
     installation.enqueue("approvals", "review")
     for command in (["list"], ["stats", "--json"], ["stats", "--prometheus"]):
         with open("/dev/full", "wb") as full:
-            done = subprocess.run([sys.executable, ROOT / "tasks.py", *command], check=False, env=installation.env, stdout=full,
-                                  stderr=subprocess.PIPE, text=True)  # fmt: skip
+            done = subprocess.run(
+                [sys.executable, ROOT / "tasks.py", *command],
+                check=False,
+                env=installation.env,
+                stdout=full,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
         assert (
             done.returncode == 1
             and len(done.stderr.splitlines()) == 1
@@ -201,10 +231,16 @@ def test_a_full_standard_output_is_an_error_of_one_line(installation):
 
 def test_a_terminal_of_another_encoding_gets_something_readable(installation):
     installation.state.mkdir()
-    installation.sqlite3("create table notifications (id integer primary key autoincrement, data text not null);"
-                         "insert into notifications (data) values ('{\"hook_event_name\": \"ä🙂\"}')")  # fmt: skip
+    installation.sqlite3(
+        "create table notifications (id integer primary key autoincrement, data text not null);"
+        'insert into notifications (data) values (\'{"hook_event_name": "ä🙂"}\')'
+    )
     for encoding in ("ascii", "latin-1", "utf-8"):
         for command in (["list"], ["list", "--json"], ["stats"], ["show", "notifications-1"]):
-            done = subprocess.run([sys.executable, ROOT / "tasks.py", *command], check=False, env=installation.env | {"PYTHONIOENCODING": encoding},
-                                  capture_output=True)  # fmt: skip
+            done = subprocess.run(
+                [sys.executable, ROOT / "tasks.py", *command],
+                check=False,
+                env=installation.env | {"PYTHONIOENCODING": encoding},
+                capture_output=True,
+            )
             assert done.returncode == 0 and done.stderr == b"", done.stderr

@@ -1,4 +1,6 @@
-"""tasks.py restore: checked first, in one transaction under living workers, and what was there before is kept."""
+"""tasks.py restore: checked first, in one transaction under living workers, and what was there
+before is kept.
+"""
 
 from __future__ import annotations
 
@@ -92,7 +94,9 @@ def test_workers_go_on_with_the_restored_database_and_no_task_is_lost_or_run_twi
 
 
 def test_a_restore_amid_enqueues_keeps_every_acknowledged_task_in_one_of_both(backed_up):
-    """What is enqueued while the restore runs is in the restored database, or in what was kept: never in neither."""
+    """What is enqueued while the restore runs is in the restored database, or in what was kept:
+    never in neither.
+    """
     acknowledged, stop = [], threading.Event()
 
     def enqueue() -> None:
@@ -164,7 +168,9 @@ def test_no_row_id_is_used_again_and_no_queue_that_others_know_is_missing(backed
 
 
 def test_an_old_log_beside_the_database_is_not_applied_to_the_backup(backed_up):
-    """The database is three files: under a reader the log stays, and must not undo what was restored."""
+    """The database is three files: under a reader the log stays, and must not undo what was
+    restored.
+    """
     reader = sqlite3.connect(backed_up.db, isolation_level=None)
     reader.execute("begin")
     reader.execute("select count(*) from approvals").fetchone()
@@ -273,8 +279,10 @@ def test_a_backup_with_its_log_beside_it_is_taken_whole(backed_up, tmp_path, end
 
 
 def test_a_restore_that_is_killed_leaves_all_as_it_was_or_all_restored(backed_up):
-    backed_up.sqlite3("with recursive n(i) as (select 1 union all select i + 1 from n where i < 60000) insert into notifications (data) "
-                      "select json_object('n', i, 'more', 'xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx') from n")  # fmt: skip
+    backed_up.sqlite3(
+        "with recursive n(i) as (select 1 union all select i + 1 from n where i < 60000) insert into notifications (data) "
+        "select json_object('n', i, 'more', 'xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx') from n"
+    )
     big = backed_up.directory / "big"
     assert backed_up.run("tasks.py", "backup", big).returncode == 0
     backed_up.sqlite3("delete from notifications where id > 10")
@@ -316,8 +324,13 @@ def test_a_locked_database_is_said(backed_up, monkeypatch):
 
 
 def test_restoring_needs_no_tasks_py(backed_up):
-    done = subprocess.run([sys.executable, ROOT / "transfer.py", "restore", backed_up.backup], env=backed_up.env, check=False,
-                          capture_output=True, text=True)  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, ROOT / "transfer.py", "restore", backed_up.backup],
+        env=backed_up.env,
+        check=False,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
 
 

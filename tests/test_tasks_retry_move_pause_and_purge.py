@@ -22,8 +22,12 @@ def tasks(installation, *args, code: int = 0, **options) -> object:
 
 
 def statuses(installation) -> dict[str, str]:
-    return {task_id: f"{queue} {status}" for queue, task_id, status in
-            installation.rows("select queue, task_id, status from task_queue")}  # fmt: skip
+    return {
+        task_id: f"{queue} {status}"
+        for queue, task_id, status in installation.rows(
+            "select queue, task_id, status from task_queue"
+        )
+    }
 
 
 @pytest.fixture
@@ -82,8 +86,13 @@ def test_all_dead_letters_of_a_queue_a_type_and_an_age_are_retried_and_no_others
     )
     after = statuses(with_failures)
     assert after.pop("approvals-flaky-1") == "approvals pending"
-    assert after == {"approvals-other-1": "approvals failed", "old-1": "approvals failed", "good-1": "approvals completed",
-                     "completions-flaky-1": "completions failed", "completions-other-1": "completions failed"}  # fmt: skip
+    assert after == {
+        "approvals-other-1": "approvals failed",
+        "old-1": "approvals failed",
+        "good-1": "approvals completed",
+        "completions-flaky-1": "completions failed",
+        "completions-other-1": "completions failed",
+    }
     assert tasks(with_failures, "retry", "--failed")["retried"] == 4
     assert sorted(statuses(with_failures).values()).count("approvals completed") == 1
     assert tasks(with_failures, "retry", "--failed")["retried"] == 0
@@ -163,8 +172,12 @@ def test_a_busy_worker_obeys_a_pause_within_a_second(installation):
     wait_for(lambda: starts.exists() and starts.read_text().count("\n") > 5)
     installation.run("tasks.py", "pause", "approvals")
     paused_at = time.time()
-    left = wait_for(lambda: not installation.rows("select 1 from approvals where status = 2")
-                    and installation.rows("select count(*) from approvals"))  # fmt: skip
+    left = wait_for(
+        lambda: (
+            not installation.rows("select 1 from approvals where status = 2")
+            and installation.rows("select count(*) from approvals")
+        )
+    )
     assert left[0][0] > 0
     assert float(starts.read_text().split()[-1]) < paused_at + 1
 
@@ -215,8 +228,13 @@ def test_purge_asks_first_and_takes_only_a_yes(installation):
     installation.enqueue("approvals", "review", "--jsonl", input="{}\n" * 3)
     for answer, left in (("n", 3), ("", 3), ("y", 0)):
         ours, theirs = pty.openpty()
-        process = subprocess.Popen([sys.executable, ROOT / "tasks.py", "purge", "approvals"], stdin=theirs, stdout=theirs,
-                                   stderr=theirs, env=installation.env)  # fmt: skip
+        process = subprocess.Popen(
+            [sys.executable, ROOT / "tasks.py", "purge", "approvals"],
+            stdin=theirs,
+            stdout=theirs,
+            stderr=theirs,
+            env=installation.env,
+        )
         os.close(theirs)
         seen = b""
         while b"[y/N]" not in seen:
@@ -232,8 +250,13 @@ def test_what_was_approved_while_purge_asked_stays(installation):
     for name in ("held-1", "approved-1"):
         installation.enqueue("approvals", "review", "{}", "--task-id", name, "--hold")
     ours, theirs = pty.openpty()
-    process = subprocess.Popen([sys.executable, ROOT / "tasks.py", "purge", "approvals", "--status", "held"], stdin=theirs,
-                               stdout=theirs, stderr=theirs, env=installation.env)  # fmt: skip
+    process = subprocess.Popen(
+        [sys.executable, ROOT / "tasks.py", "purge", "approvals", "--status", "held"],
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+        env=installation.env,
+    )
     os.close(theirs)
     seen = b""
     while b"[y/N]" not in seen:

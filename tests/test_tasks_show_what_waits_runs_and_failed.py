@@ -258,8 +258,13 @@ def read_until(descriptor: int, wanted: str, seen: str = "") -> str:
 def test_stats_watch_redraws_on_a_terminal_with_a_sparkline_until_ctrl_c(installation):
     filled(installation)
     ours, theirs = pty.openpty()
-    process = subprocess.Popen([sys.executable, ROOT / "tasks.py", "stats", "--watch", "--interval", "0.1"], stdin=theirs,
-                               stdout=theirs, stderr=theirs, env=installation.env | {"TERM": "xterm", "COLUMNS": "140"})  # fmt: skip
+    process = subprocess.Popen(
+        [sys.executable, ROOT / "tasks.py", "stats", "--watch", "--interval", "0.1"],
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+        env=installation.env | {"TERM": "xterm", "COLUMNS": "140"},
+    )
     installation.processes.append(process)
     os.close(theirs)
     seen = read_until(ours, "pending, since this began")

@@ -19,8 +19,14 @@ def bot(installation, tmp_path):
     """The bot, in a chat with us."""
     (tmp_path / "bot.py").write_text(CODE)
     env = {**installation.env, "PYTHONPATH": str(ROOT), "UV_CACHE_DIR": UV_CACHE, "UV_OFFLINE": "1"}
-    process = subprocess.Popen([UV, "run", "--script", tmp_path / "bot.py"], env=env, start_new_session=True,
-                               stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)  # fmt: skip
+    process = subprocess.Popen(
+        [UV, "run", "--script", tmp_path / "bot.py"],
+        env=env,
+        start_new_session=True,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
     process.write = lambda text: (process.stdin.write(text + "\n"), process.stdin.flush())
     yield process
     end(process)

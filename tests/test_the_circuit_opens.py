@@ -1,4 +1,6 @@
-"""A handler that meets a limit pauses its queue for all workers; nothing is counted, and it goes on by itself."""
+"""A handler that meets a limit pauses its queue for all workers; nothing is counted, and it goes on
+by itself.
+"""
 
 import time
 

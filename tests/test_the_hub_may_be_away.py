@@ -120,7 +120,8 @@ raise SystemExit(relay.main(["push", "notifications", "--drain"]))
         assert done.returncode == 0, done.stderr
         [(delay, left)] = here.hub.rows(
             "select extract(epoch from scheduled_at - now())::float, extract(epoch from expires_at - now())::float"
-            " from procrastinate_jobs j join relay_tasks r on r.job_id = j.id")  # fmt: skip
+            " from procrastinate_jobs j join relay_tasks r on r.job_id = j.id"
+        )
         assert 500 < delay <= 600 and 800 < left <= 900
         here.hub.rows("delete from procrastinate_jobs")
         here.hub.rows("delete from relay_tasks")

@@ -121,8 +121,10 @@ def test_priority_delay_group_and_expiry_mean_the_same(machines):
     here.hub.rows(
         "update relay_tasks set expires_at = now() - interval '1 second' where expires_at is not null"
     )
-    [(delay,)] = here.hub.rows("select extract(epoch from scheduled_at - now())::float from procrastinate_jobs"
-                               " where scheduled_at is not null")  # fmt: skip
+    [(delay,)] = here.hub.rows(
+        "select extract(epoch from scheduled_at - now())::float from procrastinate_jobs"
+        " where scheduled_at is not null"
+    )
     assert 3000 < delay < 3600
     assert (
         here.hub.one("select count(*) from procrastinate_jobs where lock = 'notifications/g'") == 2
@@ -250,8 +252,16 @@ def test_a_living_worker_whose_job_was_given_away_ends_its_run(machines):
     wait_for(lambda: runs.exists() and runs.read_text(), what="the first run")
     os.kill(first.pid, signal.SIGSTOP)
     # Another machine, with the same handlers and a state directory of its own.
-    other = here.here.start("relay.py", "work", "notifications", "--stalled-after", 1, "--handlers", there.here.handlers,
-                            env={"HOME": str(there.here.directory)})  # fmt: skip
+    other = here.here.start(
+        "relay.py",
+        "work",
+        "notifications",
+        "--stalled-after",
+        1,
+        "--handlers",
+        there.here.handlers,
+        env={"HOME": str(there.here.directory)},
+    )
     here.start("pull")
     ended = here.finished(task, 30)
     assert (ended["status"], ended["attempts"]) == ("completed", 2)

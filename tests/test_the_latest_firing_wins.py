@@ -1,6 +1,7 @@
 """What --on-duplicate promises, with fifty processes at once: skip, replace or rerun.
 
-Whoever writes notes so in a file before its transaction ends, so the file's order is the order of the commits.
+Whoever writes notes so in a file before its transaction ends, so the file's order is the order of
+the commits.
 """
 
 import json
@@ -14,8 +15,17 @@ ROUNDS = 20
 
 
 def rows(conn) -> list[tuple]:
-    return [(json.loads(data)["data"]["n"], json.loads(again)["data"]["n"] if again else None, status, attempts)
-            for data, again, status, attempts in conn.execute("select data, rerun_data, status, attempts from notifications")]  # fmt: skip
+    return [
+        (
+            json.loads(data)["data"]["n"],
+            json.loads(again)["data"]["n"] if again else None,
+            status,
+            attempts,
+        )
+        for data, again, status, attempts in conn.execute(
+            "select data, rerun_data, status, attempts from notifications"
+        )
+    ]
 
 
 @pytest.mark.timeout(240)
@@ -73,7 +83,8 @@ def test_no_change_is_missed_and_none_piles_up_while_runs_come_and_go(installati
     crowd.wait(10)
     told = crowd.told()
     assert len(told) == PROCESSES * 10 + runs and rows(conn) == []
-    # Each run has the data of the latest firing before it, and the last firing was followed by a run.
+    # Each run has the data of the latest firing before it, and the last firing was followed by a
+    # run.
     assert told[-1][0] == "run"
     assert all(n == latest for (_, latest), (what, n) in pairwise(told) if what == "run")
 
@@ -167,8 +178,11 @@ def test_rerun_ignores_the_window_and_skip_does_not(queue):
         queue.enqueue_task("notifications", "t", {}, how)
         assert len(queue.claim_ready(conn, "notifications")) == 1
         conn.execute("delete from notifications")
-        conn.execute("""insert into task_history (queue, row_id, task_id, task_type, status, data, enqueued_at)
-                        values ('notifications', 1, ?, 't', 'completed', '{}', ?)""", (how, queue.utc(queue.time.time() - 1)))  # fmt: skip
+        conn.execute(
+            """insert into task_history (queue, row_id, task_id, task_type, status, data, enqueued_at)
+                        values ('notifications', 1, ?, 't', 'completed', '{}', ?)""",
+            (how, queue.utc(queue.time.time() - 1)),
+        )
         [stored] = queue.enqueue_tasks(
             "notifications", [queue.new_row("t", {}, how, window=60, on_duplicate=how)]
         )

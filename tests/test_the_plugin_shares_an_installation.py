@@ -1,4 +1,6 @@
-"""The plugin's hooks beside an installation and without one: one state, one worker, and nothing lost when versions differ."""
+"""The plugin's hooks beside an installation and without one: one state, one worker, and nothing
+lost when versions differ.
+"""
 
 from __future__ import annotations
 
@@ -41,16 +43,29 @@ class Firing(Home):
             "session_id": f"s{self.fired}",
             **payload,
         }
-        ran = subprocess.run(command or hook_command(event, self.root), env=self.env, cwd=self.workspace,
-                             input=json.dumps(payload), capture_output=True, text=True, timeout=60)  # fmt: skip
+        ran = subprocess.run(
+            command or hook_command(event, self.root),
+            env=self.env,
+            cwd=self.workspace,
+            input=json.dumps(payload),
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
         assert ran.returncode == code, ran.stderr
         return ran.stdout + ran.stderr if code else ran.stdout
 
     def task_queue(self, *args: str) -> subprocess.CompletedProcess:
         """The command that Claude has on its PATH."""
         env = self.env | {"PATH": f"{self.root}/bin:{self.env['PATH']}"}
-        return subprocess.run(["task-queue", *args], env=env, cwd=self.workspace, capture_output=True, text=True,
-                              timeout=60)  # fmt: skip
+        return subprocess.run(
+            ["task-queue", *args],
+            env=env,
+            cwd=self.workspace,
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
 
     def cmdline(self) -> str:
         (worker,) = self.workers()

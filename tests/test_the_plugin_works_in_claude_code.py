@@ -1,4 +1,6 @@
-"""With the real Claude Code, in a fresh home: the plugin is valid, installed, fired, and updated while a session lives."""
+"""With the real Claude Code, in a fresh home: the plugin is valid, installed, fired, and updated
+while a session lives.
+"""
 
 from __future__ import annotations
 
@@ -32,8 +34,15 @@ class Session(Home):
     def run(self, *args: str, code: int = 0) -> str:
         """Run claude; what it prints."""
         command = [*self.claude.within, self.home / "bin/claude", *args]
-        ran = subprocess.run(command, env=self.env, cwd=self.workspace, stdin=subprocess.DEVNULL, capture_output=True,
-                             text=True, timeout=120)  # fmt: skip
+        ran = subprocess.run(
+            command,
+            env=self.env,
+            cwd=self.workspace,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
         assert ran.returncode == code, ran.stdout + ran.stderr
         return ran.stdout + ran.stderr
 
@@ -146,8 +155,14 @@ def test_it_is_updated_while_a_session_lives(session):
     before = session.installed()
     command = [*session.claude.within, session.home / "bin/claude", "-p", "--verbose",
                "--input-format", "stream-json", "--output-format", "stream-json"]  # fmt: skip
-    living = subprocess.Popen(command, env=session.env, cwd=session.workspace, stdin=subprocess.PIPE,
-                              stdout=subprocess.PIPE, text=True)  # fmt: skip
+    living = subprocess.Popen(
+        command,
+        env=session.env,
+        cwd=session.workspace,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
 
     def prompt(text: str) -> None:
         message = {"role": "user", "content": text}

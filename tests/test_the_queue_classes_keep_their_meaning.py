@@ -1,4 +1,6 @@
-"""What people wrote against persist-queue's classes means the same here: methods, errors, threads, executors, forks."""
+"""What people wrote against persist-queue's classes means the same here: methods, errors, threads,
+executors, forks.
+"""
 
 import asyncio
 import json
@@ -102,8 +104,11 @@ def test_put_takes_a_dict_or_json_text_and_get_returns_the_text(queue):
         and mine.put_nowait({"n": 4}) == 4
     )
     assert [mine.get(), mine.get(block=True), mine.get(block=False), mine.get_nowait()] == [
-        '{"n": 1}', '{"n":   2}', '{"n": 3}', '{"n": 4}',
-    ]  # fmt: skip
+        '{"n": 1}',
+        '{"n":   2}',
+        '{"n": 3}',
+        '{"n": 4}',
+    ]
     for refused in ("[]", "x", "", [1], 7, None, {"n": float("nan")}):
         with pytest.raises(queue.InvalidTask):
             mine.put(refused)
@@ -275,7 +280,9 @@ def test_an_ack_that_found_the_database_locked_can_be_repeated(installation, que
 
 
 def test_another_queue_object_of_the_process_that_holds_a_claim_may_end_it(queue):
-    """A claim is a process's, as README says: get_ack_queue(…).get() here and get_ack_queue(…).ack(id) there."""
+    """A claim is a process's, as README says: get_ack_queue(…).get() here and
+    get_ack_queue(…).ack(id) there.
+    """
     fill(queue, 1)
     row_id, _ = queue.get_ack_queue("notifications").get()
     assert queue.get_ack_queue("notifications").ack(row_id) == row_id
@@ -419,10 +426,17 @@ def until(condition):
 
 def run_forking(installation, code: str):
     """What the code prints, which is JSON. Its children end with it, even those that hang."""
-    # Python 3.12 and later warn of each fork of a process with threads. That such a child can go on is what is tested.
+    # Python 3.12 and later warn of each fork of a process with threads. That such a child can go on
+    # is what is tested.
     silent = ["-W", "ignore:This process:DeprecationWarning"]
-    process = subprocess.Popen([sys.executable, *silent, "-c", FORK + code, ROOT], env=installation.env, start_new_session=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)  # fmt: skip
+    process = subprocess.Popen(
+        [sys.executable, *silent, "-c", FORK + code, ROOT],
+        env=installation.env,
+        start_new_session=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     try:
         said, errors = process.communicate(timeout=30)
     finally:
@@ -435,19 +449,24 @@ def run_forking(installation, code: str):
 
 
 def test_a_child_uses_the_parents_queue_objects(installation):
-    said = run_forking(installation, """
+    said = run_forking(
+        installation,
+        """
 mine, plain = q.get_ack_queue("notifications"), q.get_queue("notifications")
 mine.put({"n": 1}); mine.put({"n": 2}); mine.put({"n": 3})
 def child():
     row, text = mine.get(timeout=5)
     return [row, mine.ack(row), json.loads(plain.get())["n"], mine.qsize(), mine.put({"n": 4}), q.enqueue_task("notifications", "t", {}, "five")]
 print(json.dumps([forked(child), mine.qsize(), mine.unack_count(), mine.acked_count()]))
-""")  # fmt: skip
+""",
+    )
     assert said == [[1, 1, 2, 1, 4, "five"], 3, 0, 2]
 
 
 def test_the_parent_keeps_its_claim_when_the_child_ends(installation):
-    said = run_forking(installation, """
+    said = run_forking(
+        installation,
+        """
 mine = q.get_ack_queue("notifications")
 mine.put({"n": 1})
 row, _ = mine.get()
@@ -455,37 +474,46 @@ owner = q.owner_name()
 child = forked(lambda: [q.recover()[0], q.get_ack_queue("notifications").unack_count(), q.owner_name()])
 recovered = q.recover()
 print(json.dumps([child[:2], child[2] != owner, recovered, owner == q.owner_name(), mine.ack(row)]))
-""")  # fmt: skip
+""",
+    )
     assert said == [[[], 1], True, [[], 0], True, 1]
 
 
 def test_the_child_cannot_end_what_the_parent_claimed(installation):
-    said = run_forking(installation, """
+    said = run_forking(
+        installation,
+        """
 mine = q.get_ack_queue("notifications")
 for n in range(3):
     mine.put({"n": n})
 rows = [mine.get()[0] for _ in range(3)]
 child = forked(lambda: [mine.ack(rows[0]), mine.nack(rows[1]), mine.ack_failed(rows[2])])
 print(json.dumps([child, mine.unack_count(), [mine.ack(row) for row in rows]]))
-""")  # fmt: skip
+""",
+    )
     assert said == [[False, False, False], 3, [1, 2, 3]]
 
 
 def test_what_a_dead_child_claimed_comes_back(installation):
-    said = run_forking(installation, """
+    said = run_forking(
+        installation,
+        """
 mine = q.get_ack_queue("notifications")
 mine.put({"n": 1})
 row = forked(lambda: mine.get()[0])
 began = time.monotonic()
 again = mine.get(timeout=10)[0]
 print(json.dumps([row, again, time.monotonic() - began < 2, mine.ack(again)]))
-""")  # fmt: skip
+""",
+    )
     assert said == [1, 1, True, 1]
 
 
 def test_a_child_keeps_no_owner_alive(installation):
     """A parent that was killed is dead, although its child lives on."""
-    said = run_forking(installation, """
+    said = run_forking(
+        installation,
+        """
 import signal
 q.connect()
 read, write = os.pipe()
@@ -505,12 +533,15 @@ began = time.monotonic()
 row, _ = q.get_ack_queue("notifications").get(timeout=10)
 os.kill(grandchild, signal.SIGKILL)
 print(json.dumps([row, time.monotonic() - began < 2]))
-""")  # fmt: skip
+""",
+    )
     assert said == [1, True]
 
 
 def test_a_sleeper_wakes_in_a_child_of_a_process_that_watches(installation):
-    said = run_forking(installation, """
+    said = run_forking(
+        installation,
+        """
 mine = q.get_queue("notifications")
 mine.put({"n": 0})
 mine.get(timeout=5)
@@ -537,13 +568,16 @@ for n in range(3):
     os.read(read, 3)
 waited = json.loads(os.read(read, 1000))
 print(json.dumps([had - at < 0.5 for had, at in zip(waited, put)]))
-""")  # fmt: skip
+""",
+    )
     assert said == [True, True, True]
 
 
 def test_a_fork_waits_for_the_watch_to_finish_its_look(installation):
     """A fork closes the watch's connection, which crashed the process where the watch was at work."""
-    said = run_forking(installation, """
+    said = run_forking(
+        installation,
+        """
 import queue_wake, subprocess
 queue_wake.OWNER_CLOSED_SECONDS = 1e9  # so that every look recovers, too
 mine = q.get_ack_queue("notifications")
@@ -561,13 +595,16 @@ for _ in range(1000):
 writer.kill()
 writer.wait()
 print(json.dumps([sorted(codes)]))
-""")  # fmt: skip
+""",
+    )
     assert said == [[0]]
 
 
 def test_a_child_keeps_its_parents_connections_where_two_threads_fork_at_once(installation):
     """To close its copies would drop its parent's locks."""
-    said = run_forking(installation, """
+    said = run_forking(
+        installation,
+        """
 import gc, threading
 held, done = threading.Event(), threading.Event()
 
@@ -591,13 +628,18 @@ BEFORE.append(lambda: (second.start(), second.join()))
 fork()
 done.set()
 print(json.dumps(forks))
-""")  # fmt: skip
+""",
+    )
     assert said == [1, 1]
 
 
 def test_a_wake_is_written_into_no_other_file(installation):
-    """Where a thread opens a connection meanwhile, the database may get the number of a descriptor that was closed."""
-    said = run_forking(installation, """
+    """Where a thread opens a connection meanwhile, the database may get the number of a descriptor
+    that was closed.
+    """
+    said = run_forking(
+        installation,
+        """
 import threading
 q.enqueue_task("notifications", "t", {})
 
@@ -615,7 +657,8 @@ os.write, os.pwrite = map(late, really)
 q.wake(q.STATE_DIR)
 os.write, os.pwrite = really
 print(json.dumps([open(q.QUEUE_DB, "rb").read(15).decode()]))
-""")  # fmt: skip
+""",
+    )
     assert said == ["SQLite format 3"]
 
 
@@ -642,8 +685,13 @@ print("put", flush=True)
 until(lambda: not sys.stdin.read(1))
 """
     )
-    process = subprocess.Popen([sys.executable, "-c", code, ROOT, leaves], env=installation.env, stdin=subprocess.PIPE,
-                               stdout=subprocess.PIPE, text=True)  # fmt: skip
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, ROOT, leaves],
+        env=installation.env,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
     with process:
         assert process.stdout.readline() == "put\n"
         ids = installation.sqlite3("select task_id from notifications order by id").splitlines()
@@ -657,7 +705,9 @@ until(lambda: not sys.stdin.read(1))
     reason="SQLite's own locks of the other threads go with the fork; README, Assumptions",
 )
 def test_a_fork_while_other_threads_put_and_sleep(installation):
-    said = run_forking(installation, """
+    said = run_forking(
+        installation,
+        """
 import threading
 mine = q.get_queue("notifications")
 stop = threading.Event()
@@ -678,7 +728,8 @@ for thread in threads:
     thread.join()
 done = q.connect().execute("select count(*) from completions").fetchone()[0]
 print(json.dumps([results, done, q.connect().execute("pragma integrity_check").fetchone()[0]]))
-""")  # fmt: skip
+""",
+    )
     results, done, check = said
     assert results == [[str(n), False] for n in range(15)] and done == 15 and check == "ok"
 

@@ -80,7 +80,8 @@ enqueue_task(
 )
 """
 
-# The class is ours: the one printed there compares with a path that never is, and wants a loop in watchdog's thread.
+# The class is ours: the one printed there compares with a path that never is, and wants a loop in
+# watchdog's thread.
 WATCHER = """from queue_helpers import QueueWatcher, QUEUE_PATH
 from watchdog.observers import Observer
 # Trigger immediate dequeue when queue file changes (WAL writes)
@@ -98,7 +99,8 @@ queue = SQLiteQueue(
 )
 """
 
-# As printed it never commits, and the transaction it leaves open would hold the write lock for an hour.
+# As printed it never commits, and the transaction it leaves open would hold the write lock for an
+# hour.
 CLEANUP = """import asyncio, sqlite3
 from queue_helpers import QUEUE_DB
 async def cleanup_old_tasks():
@@ -140,7 +142,9 @@ def run(snippet: str, **names) -> dict:
 
 @pytest.fixture
 def home(tmp_path):
-    """A HOME with queue_helpers.py where the quick reference has it, a workspace, and no TASK_QUEUE_STATE."""
+    """A HOME with queue_helpers.py where the quick reference has it, a workspace, and no
+    TASK_QUEUE_STATE.
+    """
     library = tmp_path / ".claude/automation/lychee/runtime/lib"
     library.mkdir(parents=True)
     for module in ROOT.glob("queue_*.py"):
@@ -151,8 +155,14 @@ def home(tmp_path):
 
 
 def hook(home, *command) -> subprocess.CompletedProcess:
-    return subprocess.run(command, cwd=home / "workspace", env={"HOME": str(home), "PATH": os.environ["PATH"]},
-                          capture_output=True, text=True, timeout=30)  # fmt: skip
+    return subprocess.run(
+        command,
+        cwd=home / "workspace",
+        env={"HOME": str(home), "PATH": os.environ["PATH"]},
+        capture_output=True,
+        text=True,
+        timeout=30,
+    )
 
 
 def stored(home) -> list:
@@ -288,11 +298,15 @@ class Drain:
 
 def put_and_see(installation, seen: list) -> None:
     """Three writers of three kinds; each is heard well before any tick."""
-    for number, put in enumerate([
-        lambda: installation.enqueue("notifications", "python"),
-        lambda: installation.sqlite3("""INSERT INTO notifications (data) VALUES ('{"hook_event_name": "bash"}')"""),
-        lambda: installation.enqueue("notifications", "again"),
-    ]):  # fmt: skip
+    for number, put in enumerate(
+        [
+            lambda: installation.enqueue("notifications", "python"),
+            lambda: installation.sqlite3(
+                """INSERT INTO notifications (data) VALUES ('{"hook_event_name": "bash"}')"""
+            ),
+            lambda: installation.enqueue("notifications", "again"),
+        ]
+    ):
         put()
         wait_for(lambda number=number: len(seen) == number + 1, 2, f"callback {number}")
     assert seen == ["python", "bash", "again"]
@@ -423,8 +437,13 @@ def test_the_cleanup_deletes_what_finished_more_than_a_day_ago(installation, que
 
 def test_a_claim_survives_the_kill_of_its_process(installation, queue):
     installation.enqueue("approvals", "review", '{"n": 1}')
-    doomed = subprocess.Popen([sys.executable, "-c", CRASHES, str(ROOT)], env=installation.env, text=True,
-                              stdin=subprocess.PIPE, stdout=subprocess.PIPE)  # fmt: skip
+    doomed = subprocess.Popen(
+        [sys.executable, "-c", CRASHES, str(ROOT)],
+        env=installation.env,
+        text=True,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
     with doomed:
         row_id = int(doomed.stdout.readline())
         # Opening takes nothing from processes that run.

@@ -1,4 +1,6 @@
-"""README's blocks are pasted as printed into a HOME that README's first block has filled; its and the reference's tables hold."""
+"""README's blocks are pasted as printed into a HOME that README's first block has filled; its and
+the reference's tables hold.
+"""
 
 from __future__ import annotations
 
@@ -61,8 +63,15 @@ class Home:
 
     def paste(self, text: str, cwd: Path | None = None, timeout: float = 120) -> str:
         """What a new shell prints for a block; each of its commands must succeed."""
-        done = subprocess.run(["bash", "-euo", "pipefail", "-c", text], env=self.env, cwd=cwd or self.directory,
-                              stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=timeout)  # fmt: skip
+        done = subprocess.run(
+            ["bash", "-euo", "pipefail", "-c", text],
+            env=self.env,
+            cwd=cwd or self.directory,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+        )
         assert done.returncode == 0, f"{text}\n{done.stdout}\n{done.stderr}"
         return done.stdout
 
@@ -167,14 +176,22 @@ def test_the_insert_takes_any_payload_and_prints_nothing(home):
         # A pipe, as hooks are given.
         with open(path, "rb") as file:
             feed = subprocess.Popen(["cat"], stdin=file, stdout=subprocess.PIPE)
-            done = subprocess.run(["sh", "-c", as_hook], stdin=feed.stdout, env=home.env, capture_output=True, timeout=20)  # fmt: skip
+            done = subprocess.run(
+                ["sh", "-c", as_hook],
+                stdin=feed.stdout,
+                env=home.env,
+                capture_output=True,
+                timeout=20,
+            )
             feed.wait()
         assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
     stored = [
         json.loads(data) for (data,) in home.rows("select data from notifications order by id")
     ]
     assert stored == [json.loads(path.read_text()) for path in payloads]
-    refused = subprocess.run(["sh", "-c", as_hook], input=b'{"broken', env=home.env, capture_output=True, timeout=20)  # fmt: skip
+    refused = subprocess.run(
+        ["sh", "-c", as_hook], input=b'{"broken', env=home.env, capture_output=True, timeout=20
+    )
     assert refused.returncode != 0 and b"JSON" in refused.stderr
 
 
@@ -225,8 +242,14 @@ def test_the_python_blocks_run(home):
     assert json.loads(printed)["task_type"] == "review"
     assert home.rows("select task_id, status from task_history") == [("review-1", "completed")]
     assert home.rows("select task_type from notifications") == [("link_validation",)]
-    process = subprocess.Popen(["uv", "run", "--quiet", "--script", consumer], cwd=home.directory, stdout=subprocess.PIPE,
-                               text=True, env=home.env | {"PYTHONUNBUFFERED": "1"}, start_new_session=True)  # fmt: skip
+    process = subprocess.Popen(
+        ["uv", "run", "--quiet", "--script", consumer],
+        cwd=home.directory,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=home.env | {"PYTHONUNBUFFERED": "1"},
+        start_new_session=True,
+    )
     try:
         home.paste("""tq add completions done '{"n": 1}' --task-id one""")
         assert process.stdout.readline() == "one done {'n': 1}\n"
@@ -247,8 +270,14 @@ def test_the_hook_is_valid_settings_and_its_worker_checks_the_links(home):
     assert f'runtime/hook" {queue_settings.LINK_CHECK.arguments} ||' in hook["command"]
     payload = json.loads((PAYLOADS / "11_Stop_first.json").read_bytes())
     payload["cwd"] = str(home.directory / "notes")
-    done = subprocess.run(["sh", "-c", hook["command"]], input=json.dumps(payload).encode(), env=home.env, cwd="/",
-                          capture_output=True, timeout=hook["timeout"])  # fmt: skip
+    done = subprocess.run(
+        ["sh", "-c", hook["command"]],
+        input=json.dumps(payload).encode(),
+        env=home.env,
+        cwd="/",
+        capture_output=True,
+        timeout=hook["timeout"],
+    )
     try:
         assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
         wait_for(lambda: home.rows("select 1 from task_history"), 60, "the end of the link check")
@@ -262,15 +291,25 @@ def test_the_hook_is_valid_settings_and_its_worker_checks_the_links(home):
 def test_the_hook_of_readme_exits_1_when_the_queue_is_gone(home, tmp_path):
     [text] = blocks_of(README, "json")
     [hook] = json.loads(text)["hooks"]["Stop"][0]["hooks"]
-    done = subprocess.run(["sh", "-c", hook["command"]], env=home.env | {"HOME": str(tmp_path)}, stdin=subprocess.DEVNULL,
-                          capture_output=True, timeout=20)  # fmt: skip
+    done = subprocess.run(
+        ["sh", "-c", hook["command"]],
+        env=home.env | {"HOME": str(tmp_path)},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        timeout=20,
+    )
     assert (done.returncode, done.stdout) == (1, b"")
 
 
 def test_the_sql_block_runs(home):
     [text] = blocks_of(REFERENCE, "sql")
     home.paste("tq add notifications first")
-    done = subprocess.run(["sqlite3", "-cmd", ".timeout 10000", home.db, text], capture_output=True, text=True, timeout=20)  # fmt: skip
+    done = subprocess.run(
+        ["sqlite3", "-cmd", ".timeout 10000", home.db, text],
+        capture_output=True,
+        text=True,
+        timeout=20,
+    )
     assert done.returncode == 0 and done.stdout.startswith("first|pending|1"), done.stderr
 
 

@@ -1,4 +1,6 @@
-"""The environment and the directory of the session that fires a hook choose no program, no module and no other state."""
+"""The environment and the directory of the session that fires a hook choose no program, no module
+and no other state.
+"""
 
 import json
 import os
@@ -32,8 +34,14 @@ PROGRAMS = ("uv", "python3", "python", "sh", "env", "cat", "date", "mkdir", "mkt
 def home(tmp_path_factory):
     home = tmp_path_factory.mktemp("homes") / "home"
     home.mkdir()
-    ran = subprocess.run([sys.executable, ROOT / "install.py", "install", "--no-warm", "--hook", "yes"], stdin=subprocess.DEVNULL,
-                         env={"HOME": str(home), "PATH": os.environ["PATH"]}, capture_output=True, text=True, timeout=60)  # fmt: skip
+    ran = subprocess.run(
+        [sys.executable, ROOT / "install.py", "install", "--no-warm", "--hook", "yes"],
+        stdin=subprocess.DEVNULL,
+        env={"HOME": str(home), "PATH": os.environ["PATH"]},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
     assert ran.returncode == 0, ran.stderr
     yield home
     for pid in workers(home):
@@ -56,7 +64,9 @@ def workers(home):
 
 @pytest.fixture
 def workspace(tmp_path):
-    """A cloned repository that brings modules and programs of its own, each of which says when it is used."""
+    """A cloned repository that brings modules and programs of its own, each of which says when it
+    is used.
+    """
     workspace = tmp_path / "workspace"
     workspace.mkdir()
     for name in MODULES:
@@ -172,7 +182,9 @@ def test_a_relative_cache_of_uv_is_not_used(home, workspace, way):
 
 
 def test_nothing_of_it_is_run_by_a_command_that_is_typed_there(home, workspace, tmp_path):
-    """uv, which the scripts with dependencies need, is not started there; relative paths mean it all the same."""
+    """uv, which the scripts with dependencies need, is not started there; relative paths mean it
+    all the same.
+    """
     lib, tq = tmp_path / "lib", tmp_path / "tq"
     lib.mkdir()
     # uv chooses a Python for a script that it sees for the first time.
@@ -203,7 +215,9 @@ def test_nothing_of_it_is_run_by_a_command_that_is_typed_there(home, workspace, 
 
 
 def test_what_the_workspace_brings_would_be_used_without_that(workspace):
-    """The test before this one can fail: these modules are what Python imports when the session decides."""
+    """The test before this one can fail: these modules are what Python imports when the session
+    decides.
+    """
     ran = subprocess.run(
         [sys.executable, ROOT / "enqueue.py", "--help"],
         env={"PYTHONPATH": "."},
@@ -274,7 +288,9 @@ def test_a_state_that_cannot_stand_in_a_unit_or_is_relative_is_refused(tmp_path,
 
 
 def test_a_unit_starts_a_worker_with_a_clean_environment(tmp_path):
-    """The user manager of systemd hands its own environment to a unit: what Python and uv obey stays out."""
+    """The user manager of systemd hands its own environment to a unit: what Python and uv obey
+    stays out.
+    """
     sys.path.insert(0, str(ROOT))
     import queue_launch
 
@@ -312,8 +328,13 @@ def test_install_finds_the_same_programs_whatever_the_session_says(tmp_path, nam
         home = tmp_path / str(number)
         home.mkdir()
         env = {"HOME": str(home), "PATH": os.environ["PATH"], **more}
-        ran = subprocess.run([sys.executable, "-E", ROOT / "install.py", "install", "--no-warm", "--hook", "no"], env=env, stdin=subprocess.DEVNULL,
-                             capture_output=True, text=True)  # fmt: skip
+        ran = subprocess.run(
+            [sys.executable, "-E", ROOT / "install.py", "install", "--no-warm", "--hook", "no"],
+            env=env,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+        )
         assert ran.returncode == 0, ran.stderr
         records.append(json.loads((home / ".claude/automation/lychee/installed.json").read_text()))
     assert (
@@ -329,7 +350,9 @@ def test_install_finds_the_same_programs_whatever_the_session_says(tmp_path, nam
     "tasks.py restore {backup}", "transfer.py export", "doctor.py", "dashboard.py --port 0", "report.py",
 ])  # fmt: skip
 def test_no_script_takes_the_usual_state_for_the_one_that_was_meant(installation, command, state):
-    """Whoever has two states and mistypes one must not have the other restored over, pruned or served."""
+    """Whoever has two states and mistypes one must not have the other restored over, pruned or
+    served.
+    """
     usual = installation.directory / ".claude/automation/lychee/state"
     for env in ({"TASK_QUEUE_STATE": str(usual)}, {}):
         installation.enqueue("approvals", "t", "{}", "--task-id", "1", env=env)
@@ -356,8 +379,13 @@ def test_a_relative_home_is_the_accounts(workspace, tmp_path, home):
         "assert os.environ['HOME'] == there and queue_handlers.default_handlers(q.__file__).is_absolute()"
     )
     env = {"HOME": home, "PATH": os.environ["PATH"]}
-    ran = subprocess.run([sys.executable, "-P", "-c", code, ROOT], cwd=workspace, env=env,
-                         capture_output=True, text=True)  # fmt: skip
+    ran = subprocess.run(
+        [sys.executable, "-P", "-c", code, ROOT],
+        cwd=workspace,
+        env=env,
+        capture_output=True,
+        text=True,
+    )
     assert ran.returncode == 0, ran.stderr
 
 
@@ -392,7 +420,13 @@ def test_a_program_that_a_script_runs_is_none_of_the_workspaces(home, workspace,
         ["doctor.py"],
         ["install.py", "install", "--dry-run"],
     ):
-        ran = subprocess.run([sys.executable, ROOT / words[0], *words[1:]], env=env, cwd=workspace,
-                             stdin=subprocess.DEVNULL, capture_output=True, text=True)  # fmt: skip
+        ran = subprocess.run(
+            [sys.executable, ROOT / words[0], *words[1:]],
+            env=env,
+            cwd=workspace,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+        )
         assert "Traceback" not in ran.stderr, ran.stderr
         assert not (workspace.parent / "hijacked").exists(), words

@@ -1,4 +1,6 @@
-"""state/spool/QUEUE, for tasks that cannot reach the database: each is taken in once, and none stops another."""
+"""state/spool/QUEUE, for tasks that cannot reach the database: each is taken in once, and none
+stops another.
+"""
 
 import json
 import multiprocessing
@@ -199,7 +201,8 @@ def test_each_odd_entry_is_one_complaint_and_the_others_are_taken_in(installatio
     assert all(any(word in complaint for complaint in complaints) for word in words), complaints
     assert len(complaints) == len(words)
     assert all(complaint.isprintable() for complaint in complaints)
-    # What can be no task was moved away or removed; the rest needs a person, and a worker may leave meanwhile.
+    # What can be no task was moved away or removed; the rest needs a person, and a worker may leave
+    # meanwhile.
     assert queue.take_in_spool(installation.state, enqueue.hook_row)[0] == 0
     assert queue.spooled_files(installation.state / "spool/notifications") == []
 

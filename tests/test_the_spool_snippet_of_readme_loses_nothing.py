@@ -1,4 +1,6 @@
-"""README's way into the spool, as printed: hooks that run at the same time overwrite nothing, and nobody else reads it."""
+"""README's way into the spool, as printed: hooks that run at the same time overwrite nothing, and
+nobody else reads it.
+"""
 
 import json
 import os
@@ -21,7 +23,9 @@ def snippet() -> str:
 
 @pytest.fixture
 def script(installation):
-    """The snippet, on this installation's state, and with a payload of each process's own in the place of README's."""
+    """The snippet, on this installation's state, and with a payload of each process's own in the
+    place of README's.
+    """
     text = snippet()
     default = "~/.claude/automation/lychee/state/spool/notifications"
     payload = re.search(r"(?<=printf '%s\\n' )'.*}'", text)[0]

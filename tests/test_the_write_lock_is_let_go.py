@@ -1,4 +1,6 @@
-"""Whatever ends a transaction, the write lock and the turn are free afterwards, and the connection goes on."""
+"""Whatever ends a transaction, the write lock and the turn are free afterwards, and the connection
+goes on.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""tasks.py wait: it sleeps until something changes, prints the results, and its exit code says how it ended."""
+"""tasks.py wait: it sleeps until something changes, prints the results, and its exit code says how
+it ended.
+"""
 
 from __future__ import annotations
 

@@ -115,8 +115,10 @@ def test_a_depth_that_is_none_does_no_harm(installation, depth):
     installation.handler("it", '#!/bin/sh\necho "$TASK_DEPTH"\n')
     # This makes the table.
     installation.enqueue("notifications", "it")
-    installation.sqlite3('insert into notifications (data) values '
-                         f"""('{{"task_id": "odd", "task_type": "it", "depth": {depth}, "data": {{}}}}')""")  # fmt: skip
+    installation.sqlite3(
+        "insert into notifications (data) values "
+        f"""('{{"task_id": "odd", "task_type": "it", "depth": {depth}, "data": {{}}}}')"""
+    )
     worker = installation.worker("notifications", "--then", "completions")
     done = installation.finished("odd")
     assert worker.poll() is None, worker.log.read_text()
