@@ -60,6 +60,20 @@ def pytest_configure(config) -> None:
     config.addinivalue_line("markers", "alone: a promise in milliseconds; nothing else runs then")
 
 
+def pytest_ignore_collect(collection_path, config) -> bool | None:
+    """Where few are wanted, other files are not even read: each of pytest's processes reads all that are."""
+    wanted = config.option.markexpr.split(" and ")
+    if not collection_path.name.startswith("test_") or not {"core", "alone"} & {*wanted}:
+        return None
+    stem = collection_path.stem
+    if "core" in wanted and stem not in CORE:
+        return True
+    if "alone" in wanted and stem not in ALONE:
+        text = collection_path.read_text()
+        return not any(name in text for name in ALONE) or None
+    return None
+
+
 def pytest_collection_modifyitems(items) -> None:
     for item in items:
         if item.path.stem in CORE and item.originalname not in LONG:
@@ -231,6 +245,9 @@ def installation(tmp_path):
                 pass
     for process in made.processes:
         end(process)
+    # pytest shows this where the test has failed.
+    for log in sorted(tmp_path.glob("*.log")):
+        print(f"{log.name}:\n{log.read_text(errors='replace')[-4000:]}")
     shutil.rmtree(made.state, ignore_errors=True)
 
 
