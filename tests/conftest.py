@@ -246,7 +246,7 @@ def installation(tmp_path):
     for process in made.processes:
         end(process)
     # pytest shows this where the test has failed.
-    for log in sorted(tmp_path.glob("*.log")):
+    for log in filter(Path.is_file, sorted(tmp_path.glob("*.log"))):
         print(f"{log.name}:\n{log.read_text(errors='replace')[-4000:]}")
     shutil.rmtree(made.state, ignore_errors=True)
 
