@@ -92,7 +92,7 @@ SCHEMA_VERSION = 2
 # How long one wait for the write lock may take.
 BUSY_TIMEOUT_MS = 5_000
 # Who waits for its turn looks this often: the one who is next, and those behind it.
-TURN_POLL_SECONDS, NEXT_POLL_SECONDS = 0.0001, 0.001
+TURN_POLL_SECONDS, NEXT_POLL_SECONDS = 0.0002, 0.003
 # Who did not get its turn in time takes none for this long.
 NO_TURN_SECONDS = 1.0
 # Where writers wait for each other, they leave the lock to those who take no turn: how often, how long.
