@@ -98,6 +98,7 @@ def test_a_hub_that_knows_nothing_of_a_machine_ends_nothing(machines):
     assert here.word("x") == "handed_over"
     done = here.here.run("tasks.py", "purge", "notifications", "--status", "handed_over", "--yes")
     assert done.stdout == "deleted 1 task of notifications\n", done.stderr
+    assert done.stderr == "another machine may still run what is handed over\n"
     assert here.rows("select task_id from notifications") == [("waits",)]
 
 
