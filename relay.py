@@ -21,7 +21,8 @@ handed_over until pull has heard how it ended. While the hub cannot be used, tas
 are. push, pull and work go on until SIGTERM or Ctrl-C; with --drain, they end when there is nothing
 left to do.
 
-exit codes: 0 done or stopped; 1 the hub or the database cannot be used; 64 usage.
+exit codes: 0 done or stopped; 1 the hub or the database cannot be used; 64 usage; 75 the database
+is locked.
 """
 
 if __name__ == "__main__":
