@@ -453,7 +453,7 @@ def remove_reports(state: Path, before: float, report: Report) -> None:
 
 def remove_job_logs(state: Path, before: float, report: Report) -> None:
     """Remove old output of jobs that ran here for other machines: no history of ours knows them."""
-    for directory in cli.logs_directory(state).glob("relay.*"):
+    for directory in cli.logs_directory(state).glob("relay.*/"):
         with left_undone(report, directory):
             for entry in os.scandir(directory):
                 match = RUN_FILE.fullmatch(entry.name)

@@ -71,8 +71,12 @@ OLDEST_READY = f"""
 select count(*), min({ENQUEUED}) from "{{queue}}" where status < 2"""
 OVERDUE = """
 select count(*), min(due_at) from "{queue}" where status = 3 and due_at <= :now"""
+# Not before it is due is a task late on the hub; and bash may have given any of the times a text.
 HANDED_OVER = f"""
-select count(*), min(coalesce(claimed_at, {ENQUEUED})) from "{{queue}}" where status = 5"""
+select count(*), min(since) from (
+  select max(coalesce(iif(typeof(claimed_at) = 'text', null, claimed_at), {ENQUEUED}), coalesce(due_at, 0)) as since
+  from "{{queue}}" where status = 5)
+where since <= :before"""
 HELD = f"""
 select count(*), min({ENQUEUED}) from "{{queue}}" where status = 3 and due_at is null"""
 NO_HANDLER = """
@@ -639,11 +643,12 @@ def check_held(conn: sqlite3.Connection, queue: str, max_wait: float) -> Iterato
 
 def check_handed_over(conn: sqlite3.Connection, queue: str) -> Iterator[Finding]:
     """Tasks of which another machine, or the way back from there, has said nothing for long."""
-    away, oldest = conn.execute(q.on_queue(HANDED_OVER, queue)).fetchone()
-    if oldest is not None and time.time() - oldest > HANDED_OVER_SECONDS:
+    before = {"before": time.time() - HANDED_OVER_SECONDS}
+    away, oldest = conn.execute(q.on_queue(HANDED_OVER, queue), before).fetchone()
+    if away:
         yield note(
-            f'queue "{queue}": {away} handed over to another machine, the oldest since '
-            f"{moment(oldest)} ({span(time.time() - oldest)})",
+            f'queue "{queue}": {away} handed over to another machine for more than a day, the oldest '
+            f"since {moment(oldest)} ({span(time.time() - oldest)})",
             f"is pull running, and does a machine work there? {command('relay status')}",
         )
 

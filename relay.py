@@ -21,7 +21,8 @@ handed_over until pull has heard how it ended. While the hub cannot be used, tas
 are. push, pull and work go on until SIGTERM or Ctrl-C; with --drain, they end when there is nothing
 left to do.
 
-exit codes: 0 done or stopped; 1 the hub or the database cannot be used; 64 usage.
+exit codes: 0 done or stopped; 1 the hub or the database cannot be used; 64 usage; 75 the database
+is locked.
 """
 
 if __name__ == "__main__":
@@ -122,7 +123,11 @@ comment on table relay_tasks is '{HUB_VERSION}'
 CHECK = """
 select to_regclass('procrastinate_jobs') is not null,
   array(select proname::text from pg_proc where proname like 'procrastinate%'),
-  to_regclass('relay_tasks') is not null, obj_description(to_regclass('relay_tasks'), 'pg_class')"""
+  to_regclass('relay_tasks') is not null, obj_description(to_regclass('relay_tasks'), 'pg_class'),
+  coalesce(col_description(to_regclass('relay_tasks'), 1), '')"""
+# A hub's name is random, too. It tells what another hub has from what this one has lost.
+NAME_HUB = """
+comment on column relay_tasks.id is '{name}'"""
 KNOWN = """
 select id from relay_tasks where id = any(%s)"""
 ARRIVE = """
@@ -204,14 +209,15 @@ group by 1, 2 order by 1"""
 # This machine's name on the hub is random: a host's name would tell more than the hub needs to
 # know.
 MACHINE_SCHEMA = "create table if not exists task_machine (id text not null)"
-# The id of a handing over is the row's owner: whoever ends the task later must name it. The time
-# when the hub had the task is claimed_at; until then it is sent again, which the hub notices.
+# The id of a handing over is the row's owner: whoever ends the task later must name it. It begins
+# with the hub's name. The time when the hub had the task is claimed_at; until then it is sent
+# again, which the hub notices.
 TAKE = """
-update "{queue}" set status = 5, owner = 'hub-' || lower(hex(randomblob(12))), claimed_at = null
+update "{queue}" set status = 5, owner = :prefix || lower(hex(randomblob(12))), claimed_at = null
 where id in (select id from "{queue}" where status < 2 order by priority desc, id limit :limit)"""
 # Those of groups wait here for their time: on the hub they would hold up their group until then.
 TAKE_SCHEDULED = """
-update "{queue}" set status = 5, owner = 'hub-' || lower(hex(randomblob(12))), claimed_at = null
+update "{queue}" set status = 5, owner = :prefix || lower(hex(randomblob(12))), claimed_at = null
 where id in (select id from "{queue}" where status = 3 and due_at is not null and group_id is null
              order by due_at limit :limit)"""
 CAN_TAKE = f"""
@@ -223,12 +229,17 @@ select {task}, group_id, due_at, expires_at from "{queue}" where status = 5 and 
 order by priority desc, id"""
 IS_UNSENT = """
 select exists (select 1 from "{queue}" where status = 5 and claimed_at is null)"""
+# What was taken for another hub, and is not known to be there, is this hub's under a name of its own.
+TAKE_OVER = """
+update "{queue}" set owner = :prefix || lower(hex(randomblob(12)))
+where status = 5 and claimed_at is null and owner glob 'hub-*-*' and owner not glob :prefix || '*'"""
 SENT = """
 update "{queue}" set claimed_at = :now where id = :id and owner = :owner and status = 5"""
 UNWANTED = """
 select owner from "{queue}" where status = 5 and cancel_requested"""
 HANDED_OVER = """
-select id, owner from "{queue}" where status = 5 and claimed_at is not null"""
+select owner, id, cancel_requested from "{queue}"
+where status = 5 and claimed_at is not null and owner is not null"""
 COME_HOME = """
 update "{queue}" set attempts = attempts + :attempts, claimed_at = :started_at
 where id = :id and owner = :owner and status = 5 returning {task}"""
@@ -250,6 +261,7 @@ class Hub:
     def __init__(self, url: str) -> None:
         self.url = url
         self.conn: Any = None
+        self.name = ""
         self.listens: tuple[str, ...] = ()
 
     @cached_property
@@ -266,7 +278,7 @@ class Hub:
         self.open()
         try:
             with self.transaction() as conn:
-                jobs, functions, relays, version = conn.execute(CHECK).fetchone()
+                jobs, functions, relays, version, self.name = conn.execute(CHECK).fetchone()
                 for channel in self.listens:
                     conn.execute(f'listen "{channel}"')
             wanted = set(
@@ -329,6 +341,11 @@ class Hub:
                 raise HubRefused(f"the hub refuses it: {words}") from error
             self.close()
             raise HubTrouble(f"the hub cannot be used: {words}") from error
+
+    @property
+    def prefix(self) -> str:
+        """How the ids of what is handed over to this hub begin."""
+        return f"hub-{self.name}-"
 
     def told(self) -> list[str]:
         """What was told on the channels since the last time. Raises HubTrouble."""
@@ -501,6 +518,8 @@ class Push(Relay):
     anywhere, the next push sends again what is not marked, and the hub knows what it has.
     """
 
+    is_new_hub = True
+
     def begin(self, conn: q.Connection) -> None:
         self.machine = machine_id(conn)
         for queue in self.args.queues:
@@ -523,12 +542,24 @@ class Push(Relay):
         if self.changed:
             self.changed = False
             self.take_in_spool()
+        if self.is_new_hub:
+            self.take_over(conn)
         busy = True
         while busy and not self.stops:
             busy = False
             for queue in self.args.queues:
                 busy = self.push(conn, queue) > 0 or busy
         self.is_idle = True
+
+    def connected(self) -> None:
+        """The hub may be another one than that for which tasks were taken."""
+        self.is_new_hub = True
+
+    def take_over(self, conn: q.Connection) -> None:
+        with q.transaction(conn):
+            for queue in self.args.queues:
+                q.execute(conn, TAKE_OVER, queue, prefix=self.hub.prefix)
+        self.is_new_hub = False
 
     def take_in_spool(self) -> None:
         for complaint in q.take_in_spool(self.state, enqueue.hook_row)[1]:
@@ -561,10 +592,12 @@ class Push(Relay):
         with q.transaction(conn):
             q.expire(conn, queue, now)
             q.promote(conn, queue, now)
-            left = BATCH - q.execute(conn, TAKE_SCHEDULED, queue, limit=BATCH // 2).rowcount
+            prefix = self.hub.prefix
+            taken = q.execute(conn, TAKE_SCHEDULED, queue, prefix=prefix, limit=BATCH // 2).rowcount
+            left = BATCH - taken
             # What is taken makes the next one of its group ready.
             while left > 0:
-                taken = q.execute(conn, TAKE, queue, limit=left).rowcount
+                taken = q.execute(conn, TAKE, queue, prefix=prefix, limit=left).rowcount
                 left = left - taken if taken else 0
 
     def unsent(self, conn: q.Connection, queue: str) -> Iterator[tuple]:
@@ -693,36 +726,38 @@ class Pull(Relay):
 
     def end_lost(self, conn: q.Connection) -> None:
         """End the tasks that wait here for a word which the hub will not say: it has said it, or
-        lost them.
+        lost them. What another hub may have is left alone.
         """
         here = {}
         for queue in cli.queues_of(conn):
-            here |= {
-                owner: (queue, row_id) for row_id, owner in q.execute(conn, HANDED_OVER, queue)
-            }
+            rows = q.execute(conn, HANDED_OVER, queue).fetchall()
+            here |= {id: (queue, row_id, is_unwanted) for id, row_id, is_unwanted in rows}
         if not here:
             return
         with self.hub.transaction() as hub:
             known = dict(hub.execute(KNOWN_AND_HOME, (list(here),)).fetchall())
-            if not hub.execute(IS_KNOWN_HERE, (self.machine,)).fetchone()[0]:
-                self.complain(
-                    f"this hub knows no task of this machine, which waits for the end of {len(here)}:"
-                    " check TASK_QUEUE_HUB, or give them up with tasks.py purge QUEUE --status handed_over"
-                )
-                return
+            knows_us = hub.execute(IS_KNOWN_HERE, (self.machine,)).fetchone()[0]
             home = [id for id, is_home in known.items() if is_home]
             endings = hub.execute(ENDINGS, (home,)).fetchall() if home else []
-        why = "the hub does not know it: it was removed there, or that is another hub"
-        endings += [
-            (id, *here[id], "failed", 0, None, None, None, None, why, None, None)
-            for id in here.keys() - known.keys()
-        ]
-        for batch in range(0, len(endings), BATCH):
+        lost = here.keys() - known.keys()
+        if knows_us and self.hub.name:
+            lost_here = {id for id in lost if id.startswith(self.hub.prefix)}
+        else:
+            lost_here = set()
+        if lost - lost_here:
+            queues = ", ".join(sorted({here[id][0] for id in lost - lost_here}))
+            self.complain(
+                f"this hub does not know tasks of {queues} that are handed over: another hub may"
+                " have them. Check TASK_QUEUE_HUB, or give them up with tasks.py purge QUEUE"
+                " --status handed_over"
+            )
+        endings += [lost_ending(id, *here[id]) for id in lost_here]
+        for at in range(0, len(endings), BATCH):
             with q.transaction(conn):
-                reports = [self.bring_home(conn, *told) for told in endings[batch : batch + BATCH]]
-            for report in reports:
-                for line in report:
-                    say(line)
+                reports = [self.bring_home(conn, *told) for told in endings[at : at + BATCH]]
+            q.wake(self.state)
+            for line in sum(reports, []):
+                say(line)
 
     def cancel(self, conn: q.Connection) -> None:
         """Have those jobs ended on the hub whose tasks tasks.py cancel was told to end."""
@@ -802,6 +837,13 @@ class Pull(Relay):
             except (q.InvalidTask, RecursionError) as refused:
                 outcome, error = "failed", f"done, but what should follow was refused: {refused}"
         return outcome if q.finish(conn, task, outcome, error=error, **how) else None, error
+
+
+def lost_ending(id: str, queue: str, row_id: int, is_unwanted: int) -> tuple:
+    """The end of a task that its hub has no more, as a row of ENDINGS."""
+    outcome = "cancelled" if is_unwanted else "failed"
+    why = "the hub does not know it any more"
+    return id, queue, row_id, outcome, 0, None, None, None, None, why, None, None
 
 
 class Job(q.Task):
@@ -1282,11 +1324,13 @@ def init(args: argparse.Namespace) -> int:
     hub.open()
     with hub.transaction() as conn:
         conn.execute("select pg_advisory_xact_lock(hashtext('relay.py init'))")
-        jobs, _, relays, _ = conn.execute(CHECK).fetchone()
+        jobs, _, relays, _, name = conn.execute(CHECK).fetchone()
         if not jobs:
             conn.execute(SchemaManager.get_schema())
         if not relays:
             conn.execute(HUB_SCHEMA)
+        if not name:
+            conn.execute(NAME_HUB.format(name=os.urandom(4).hex()))
     hub.close()
     hub.connect()
     cli.report(args.json, {"ready": True, "made": not jobs}, "the hub is ready")

@@ -914,6 +914,8 @@ def purge(
                 },
             )
         wanted += [(name, row_id) for (row_id,) in found]
+    if "handed_over" in dict(wanted):
+        print("another machine may still run what is handed over", file=sys.stderr)
     if wanted and not yes:
         kinds = ", ".join(
             f"{sum(kind == name for kind, _ in wanted):,} {name}" for name in dict(wanted)
@@ -922,8 +924,7 @@ def purge(
             raise Refused(
                 f"this would delete {kinds} of {queue} for good; add --yes, there is nobody to ask"
             )
-        beware = " Another machine may still run them." if "handed_over" in dict(wanted) else ""
-        print(f"Delete {kinds} of {queue} for good?{beware} [y/N] ", end="", flush=True)
+        print(f"Delete {kinds} of {queue} for good? [y/N] ", end="", flush=True)
         if sys.stdin.readline().strip().lower() not in ("y", "yes"):
             raise Refused("nothing was deleted")
 

@@ -41,15 +41,20 @@ def hub_server():
     server.remove()
 
 
-@pytest.fixture
-def hub(hub_server, request):
-    """An empty database, whose schema is yet to be made; the server runs again afterwards."""
+def new_hub(server: Server) -> Hub:
+    """An empty database, whose schema is yet to be made."""
     import psycopg
 
     name = f"hub_{os.urandom(4).hex()}"
-    with psycopg.connect(hub_server.url(), autocommit=True) as conn:
+    with psycopg.connect(server.url(), autocommit=True) as conn:
         conn.execute(f"create database {name}")
-    yield Hub(hub_server, name)
+    return Hub(server, name)
+
+
+@pytest.fixture
+def hub(hub_server, request):
+    """A new_hub(); the server runs again afterwards."""
+    yield new_hub(hub_server)
     if hub_server.process.poll() is not None:
         hub_server.start()
 
@@ -96,6 +101,14 @@ class Machine:
 def machine(installation, hub):
     """A machine whose hub is yet to be prepared."""
     return Machine(installation, hub)
+
+
+@pytest.fixture
+def other_hub(hub_server, machine):
+    """A second hub, prepared."""
+    made = new_hub(hub_server)
+    machine.relay("init", "--url", made.url)
+    return made
 
 
 @pytest.fixture

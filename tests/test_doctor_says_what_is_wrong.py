@@ -858,4 +858,14 @@ def test_tasks_that_another_machine_has_had_for_long_are_named(home):
     )
     (found,) = [f for f in doctor(home) if "handed over" in f["message"]]
     assert found["level"] == "note" and found["remedy"].endswith("relay.py status")
-    assert "2 handed over to another machine" in found["message"]
+    assert "1 handed over to another machine for more than a day" in found["message"]
+
+
+def test_a_task_that_is_handed_over_is_late_only_after_its_time(home):
+    sent = {"status": 5, "owner": "hub-1", "claimed_at": time.time() - 90_000}
+    put(home, due_at=time.time() + 3_600, **sent)
+    assert not [f for f in doctor(home) if "handed over" in f["message"]]
+    text = {"data": '{"task_id": "text", "task_type": "x", "data": {}}', "claimed_at": "yesterday"}
+    put(home, seconds_ago=90_000, **{**sent, **text})
+    (found,) = [f for f in doctor(home) if "handed over" in f["message"]]
+    assert found["message"].startswith('queue "notifications": 1 handed over')

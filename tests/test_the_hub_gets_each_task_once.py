@@ -94,11 +94,74 @@ def test_a_hub_that_knows_nothing_of_a_machine_ends_nothing(machines):
     here.relay("push", "notifications", "--drain")
     here.hub.rows("delete from relay_tasks")
     said = here.relay("pull", "--drain").stderr
-    assert "this hub knows no task of this machine" in said and "--status handed_over" in said
+    assert "does not know tasks of notifications" in said and "--status handed_over" in said
     assert here.word("x") == "handed_over"
     done = here.here.run("tasks.py", "purge", "notifications", "--status", "handed_over", "--yes")
     assert done.stdout == "deleted 1 task of notifications\n", done.stderr
+    assert done.stderr == "another machine may still run what is handed over\n"
     assert here.rows("select task_id from notifications") == [("waits",)]
+
+
+def test_what_another_hub_has_is_not_ended(machines, other_hub):
+    here, there = machines
+    there.handler("greet", "#!/bin/sh\nexit 0\n")
+    here.put(q.new_row("greet", {}, "one"))
+    here.relay("push", "notifications", "--drain")
+    here.put(q.new_row("greet", {}, "other"), q.new_row("greet", {}, "lost"))
+    here.relay("push", "notifications", "--drain", "--url", other_hub.url)
+    other_hub.rows("delete from relay_tasks where id = %s",
+                   here.rows("select owner from notifications where task_id = 'lost'")[0][0])  # fmt: skip
+    said = here.relay("pull", "--drain", "--url", other_hub.url).stderr
+    assert "another hub may have them" in said
+    assert [here.word(task) for task in ("one", "other")] == ["handed_over"] * 2
+    assert here.history("lost")["status"] == "failed"
+    there.relay("work", "notifications", "--drain", "--handlers", there.here.handlers)
+    here.relay("pull", "--drain")
+    assert here.history("one")["status"] == "completed" and here.word("other") == "handed_over"
+
+
+def test_what_was_taken_for_one_hub_and_went_to_another_is_not_ended_by_the_first(
+    machines, other_hub
+):
+    here, _ = machines
+    here.put(q.new_row("greet", {}, "stays"), q.new_row("greet", {}, "goes"))
+    here.relay("push", "notifications", "--drain")
+    # As after a SIGKILL before the hub had it.
+    taken = here.rows("select owner from notifications where task_id = 'goes'")[0][0]
+    here.hub.rows("delete from relay_tasks where id = %s", taken)
+    here.here.sqlite3("update notifications set claimed_at = null where task_id = 'goes'")
+    here.relay("push", "notifications", "--drain", "--url", other_hub.url)
+    here.relay("pull", "--drain")
+    assert here.word("goes") == "handed_over"
+    assert other_hub.one("select args->'relay'->>'task_id' from procrastinate_jobs") == "goes"
+
+
+def test_a_hub_without_a_name_ends_nothing_until_init_has_given_it_one(machines):
+    here, _ = machines
+    here.hub.rows("comment on column relay_tasks.id is null")
+    here.put(*(q.new_row("greet", {}, task) for task in ("old", "there")))
+    here.relay("push", "notifications", "--drain")
+    here.hub.rows("delete from relay_tasks where id = %s",
+                  here.rows("select owner from notifications where task_id = 'old'")[0][0])  # fmt: skip
+    here.relay("pull", "--drain")
+    here.relay("init")
+    name = "select col_description('relay_tasks'::regclass, 1)"
+    named = here.hub.one(name)
+    here.relay("init")
+    assert named and here.hub.one(name) == named
+    here.relay("pull", "--drain")
+    assert here.word("old") == "handed_over"
+
+
+def test_a_lost_task_that_somebody_cancelled_ends_as_cancelled(machines):
+    here, _ = machines
+    here.put(q.new_row("greet", {}, "lost"), q.new_row("greet", {}, "there"))
+    here.relay("push", "notifications", "--drain")
+    here.hub.rows("delete from relay_tasks where id = %s",
+                  here.rows("select owner from notifications where task_id = 'lost'")[0][0])  # fmt: skip
+    here.here.run("tasks.py", "cancel", "lost")
+    here.relay("pull", "--drain")
+    assert here.history("lost")["status"] == "cancelled"
 
 
 def test_a_second_push_of_a_queue_is_refused(machines):

@@ -1,9 +1,12 @@
 """Whatever is the matter with the hub: a clear line, and no task is lost, counted or sent twice."""
 
 import json
+import sqlite3
 import subprocess
 import sys
+from contextlib import closing
 
+import pytest
 from conftest import ROOT, wait_for
 
 import queue_helpers as q
@@ -173,3 +176,13 @@ def test_a_worker_that_has_lost_its_hub_can_be_stopped_and_the_next_one_goes_on(
     here.relay("pull", "--drain")
     assert (here.history("x")["status"], here.history("x")["attempts"]) == ("completed", 1)
     assert runs.read_text() == "run\nrun\n"
+
+
+@pytest.mark.parametrize("command", ["push notifications", "pull", "status"])
+def test_a_locked_database_is_a_code_of_its_own(machines, command):
+    here, _ = machines
+    here.put(q.new_row("greet", {}, "x"))
+    with closing(sqlite3.connect(here.here.db, isolation_level=None)) as conn:
+        conn.execute("begin exclusive")
+        done = here.here.run("relay.py", *command.split())
+    assert done.returncode == 75 and "is locked by another process" in done.stderr
