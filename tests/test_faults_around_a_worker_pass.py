@@ -400,7 +400,7 @@ def test_no_file_events_could_be_had(installation, limit):
             stderr=file,
         )
     installation.processes.append(worker)
-    wait_for(lambda: "no file events" in log.read_text(), what="a word on it")
+    wait_for(lambda: "no file events" in log.read_text(), 60, "a word on it")
     for _ in range(4):
         task = installation.enqueue("notifications", "quick")
         began = time.monotonic()
