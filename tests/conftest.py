@@ -84,7 +84,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 
-def wait_for(condition, seconds: float = 15.0, what: str = "the condition"):
+def wait_for(condition, seconds: float = 30.0, what: str = "the condition"):
     """The first true value of condition(), looked for every few milliseconds; fails after
     `seconds`.
     """
@@ -220,7 +220,7 @@ class Installation:
         rows = self.rows(f"select {', '.join(names)} from task_history where task_id = ?", task_id)
         return dict(zip(names, rows[0], strict=True)) if rows else None
 
-    def finished(self, task_id: str, seconds: float = 15.0) -> dict:
+    def finished(self, task_id: str, seconds: float = 30.0) -> dict:
         """The finished task's row, once there is one."""
         return wait_for(lambda: self.history(task_id), seconds, f"the end of task {task_id}")
 
