@@ -220,6 +220,8 @@ class Worker:
                 self.exchange()
                 if self.dead and time.monotonic() >= self.tell_dead_at:
                     self.tell_dead()
+            # A task that has just been taken back is no longer waited for, and yet to be counted.
+            watch.leave()
             self.say_goodbye()
         finally:
             if self.dead:
@@ -259,6 +261,8 @@ class Worker:
         if self.stops:
             say("the supervisor of handlers was killed; the next worker sees to their tasks")
             os._exit(1)
+        if self.dead:
+            self.tell_dead()
         self.handlers.start_afresh()
 
     def end_overdue(self) -> None:
