@@ -746,9 +746,9 @@ def check_claims(conn: sqlite3.Connection, state: Path) -> Iterator[Finding]:
         if owners.is_dead(state, task.owner) and not owners.look_at_run(state, task)[1]:
             dead.setdefault((queue, task.owner or q.NOBODY), []).append(task)
     for (queue, owner), tasks in sorted(dead.items()):
-        since = min(
-            (task.claimed_at for task in tasks if task.claimed_at is not None), default=None
-        )
+        # A shell may have written a text there.
+        times = [task.claimed_at for task in tasks if isinstance(task.claimed_at, float)]
+        since = min(times, default=None)
         by = (
             f"by {owner}, which has died"
             if owner != q.NOBODY

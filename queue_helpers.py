@@ -454,8 +454,8 @@ class Task(_Task):
     @property
     def run_name(self) -> str:
         """What the files of this run in STATE_DIR/logs are called, before their endings."""
-        claimed_at = int((self.claimed_at or 0) * 1e6)
-        return f"{self.queue}/{self.id}-{self.attempts}-{self.owner}-{claimed_at}"
+        at = self.claimed_at if isinstance(self.claimed_at, (int, float)) else 0
+        return f"{self.queue}/{self.id}-{self.attempts}-{self.owner}-{int(min(max(at, 0), LAST_SECOND) * 1e6)}"
 
     def unreadable(self) -> str | None:
         """Why the JSON cannot be read: SQLite takes some that Python does not."""

@@ -28,6 +28,8 @@ import queue_runs as runs
 ANSWERS_OWED = 6
 # One that takes no more orders for so long is stuck, too.
 SEND_SECONDS = 10.0
+# poll() takes no number of milliseconds that is larger than an int of C: that is 24 days.
+LONGEST_POLL_SECONDS = 86_400.0
 # The signals that a handler begins with at their defaults, whatever the worker was started with.
 RESET_SIGNALS = sorted(signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP})
 
@@ -155,8 +157,9 @@ class Supervisor:
         while self.alive or self.runs:
             if self.alive:
                 poll.register(self.worker, select.POLLIN | (select.POLLOUT if self.unsent else 0))
-            due = [run.signal_at for run in self.runs.values() if run.signal_at is not None]
-            ready = dict(poll.poll(max(0.0, min(due) - time.monotonic()) * 1000 if due else None))
+            now = time.monotonic()
+            due = [run.signal_at - now for run in self.runs.values() if run.signal_at is not None]
+            ready = dict(poll.poll(max(0.0, min([LONGEST_POLL_SECONDS, *due])) * 1000))
             if wakeup in ready:
                 os.read(wakeup, 65536)
             if self.alive and self.worker.fileno() in ready:

@@ -43,6 +43,9 @@ SLOW_COMMIT_SECONDS = 5.0
 # before the lock is free.
 OWNER_CLOSED_SECONDS = 0.3
 
+# A process that ends waits so long for what its watch takes back at this moment.
+LEAVE_SECONDS = 1.0
+
 # The pauses between the looks that follow an event, 85 ms in all; only the first is not cut short
 # by another event.
 LOOK_AGAIN_SECONDS = (0.001, 0.004, 0.016, 0.032, 0.032)
@@ -210,6 +213,13 @@ class Watch(threading.Thread):
         for listener in list(self.listeners):
             listener.set()
 
+    def leave(self) -> None:
+        """Have no more tasks taken back. A look that is under way reports first, if it does so soon.
+
+        For the end of a process: its watch does not go on.
+        """
+        self._looking.acquire(timeout=LEAVE_SECONDS)
+
     def dispatch(self, event) -> bool:
         """Take one of watchdog's events, in one of its threads; False when there are too many."""
         try:
@@ -306,8 +316,9 @@ class Watch(threading.Thread):
                 self._seen, self._written = version, written
                 self.notify()
             recovered = self._recover() if self._is_time_to_recover() else []
-        for report in recovered:
-            self.on_recovered(*report)
+            # Within the lock: who leaves this watch has been told of all that it took back.
+            for report in recovered:
+                self.on_recovered(*report)
         if recovered:
             self.notify()
         return changed

@@ -22,7 +22,7 @@ is the task's result; stdout and stderr are kept in state/logs. Its exit code de
 SIGTERM or Ctrl-C: claim no more, let handlers finish for --grace seconds, then end them; their
 tasks go back uncounted. A second one ends them at once.
 
-exit codes: 0 stopped, drained, idle, or another worker has the queue (--single); 1 the database
+exit codes: 0 stopped, drained, idle, or others serve all its queues (--single); 1 the database
 cannot be used; 64 usage: no such program, no such directory of handlers, a relative
 TASK_QUEUE_STATE.
 """
@@ -129,7 +129,7 @@ def add_options(add: Callable) -> None:
     add("--idle-exit", metavar="DURATION", type=duration,
         help="leave when nothing waited, ran or was scheduled for this long")
     add("--single", action="store_true",
-        help="leave at once if another worker serves one of the queues")
+        help="leave a queue to another worker while that one serves it; end at once if others serve all of them")
 # fmt: on
 
 
@@ -198,8 +198,8 @@ class Worker:
         for queue in (*self.args.queues, *([self.args.then] if self.args.then else [])):
             self.prepare(conn, queue)
         q.make_private(self.state / "logs")
-        if not self.serve() and self.args.single:
-            say(f"another worker serves {' or '.join(self.args.queues)}; leaving (--single)")
+        if not self.serve():
+            say(f"another worker serves {' and '.join(self.args.queues)}; leaving (--single)")
             return 0
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             # A process that was started by nohup ignores SIGHUP, and goes on doing so.
@@ -211,7 +211,7 @@ class Worker:
         watch.on_deaf = say
         watch.listeners.add(self)
         self.set()
-        say(f"worker {q.owner_name(self.state)} serves {', '.join(self.args.queues)}")
+        say(f"worker {q.owner_name(self.state)} serves {', '.join(self.usable())}")
         try:
             while not self.may_leave():
                 self.sleep()
@@ -220,6 +220,8 @@ class Worker:
                 self.exchange()
                 if self.dead and time.monotonic() >= self.tell_dead_at:
                     self.tell_dead()
+            # A task that has just been taken back is no longer waited for, and yet to be counted.
+            watch.leave()
             self.say_goodbye()
         finally:
             if self.dead:
@@ -259,6 +261,8 @@ class Worker:
         if self.stops:
             say("the supervisor of handlers was killed; the next worker sees to their tasks")
             os._exit(1)
+        if self.dead:
+            self.tell_dead()
         self.handlers.start_afresh()
 
     def end_overdue(self) -> None:
@@ -451,7 +455,7 @@ class Worker:
         database's.
         """
         self.broken[queue] = time.monotonic() + RETRY_SECONDS[-1]
-        if all(self.broken.get(other, 0.0) > time.monotonic() for other in self.args.queues):
+        if all(self.broken.get(other, 0.0) > time.monotonic() for other in self.own()):
             self.broken.clear()
             raise error
         self.complain(f"queue {queue}: {error}; the other queues go on")
@@ -461,7 +465,7 @@ class Worker:
         free = 0 if self.stops else self.args.concurrency - len(self.runs)
         if free <= 0:
             return []
-        queues = [queue for queue in self.args.queues if self.prepare(conn, queue)]
+        queues = [queue for queue in self.own() if self.prepare(conn, queue)]
         ready = [queue for queue in queues if self.ask(conn, queue, q.has_ready)]
         if not ready:
             return []
@@ -522,9 +526,10 @@ class Worker:
         return reports
 
     def serve(self) -> bool:
-        """Hold the locks that say that these queues have a worker: alone with --single. False if
-        not had.
+        """Hold the locks that say that these queues have a worker; with --single those that nobody
+        else holds. False when there is none of these.
         """
+        single = self.args.single
         self.served_at = time.monotonic()
         for queue in self.args.queues:
             path = q.make_private(self.state / "workers") / f"serving.{queue}"
@@ -534,18 +539,23 @@ class Worker:
                     continue
             except OSError:
                 pass
+            if fd is not None:
+                os.close(self.serving.pop(queue))
+            elif single and len(self.runs) >= self.args.concurrency:
+                # Its tasks would wait here, while a hook that finds no worker starts one.
+                continue
             # Whoever wants to be the only one outwaits those who only look whether the lock is
-            # held.
-            patience = q.PROBE_SECONDS if self.args.single else 0
-            fd = q.lock_file(path, shared=not self.args.single, patience=patience)
-            if fd is None:
-                if self.args.single:
-                    self.leave()
-                return False
-            if queue in self.serving:
-                os.close(self.serving[queue])
-            self.serving[queue] = fd
-        return True
+            # held. The locks that are still wanted are tried again anyway.
+            patience = q.PROBE_SECONDS if single and not self.serving else 0
+            fd = q.lock_file(path, shared=not single, patience=patience)
+            if fd is not None:
+                self.serving[queue] = fd
+        return bool(self.serving) or not single
+
+    def own(self) -> list[str]:
+        """The queues that this worker serves: all, but with --single those that others serve."""
+        single = self.args.single
+        return [queue for queue in self.args.queues if not single or queue in self.serving]
 
     def leave(self) -> None:
         for fd in self.serving.values():
@@ -585,7 +595,7 @@ class Worker:
 
     def usable(self) -> list[str]:
         """The queues that have no trouble of their own."""
-        return [queue for queue in self.args.queues if queue not in self.broken]
+        return [queue for queue in self.own() if queue not in self.broken]
 
     def tick(self) -> None:
         """Now and then: look again, see that supervisor and locks are still there, and keep the WAL
@@ -595,9 +605,12 @@ class Worker:
         self.supervisor.ask()
         # What is in the way here is met by exchange() as well, and said there.
         try:
-            if not self.serve() and self.args.single and not self.stops:
+            before = self.own()
+            if not self.serve() and not self.stops:
                 say("another worker serves the queue by now; leaving (--single)")
                 self.stop()
+            if more := set(self.own()).difference(before):
+                say(f"serves {', '.join(sorted(more))} from now on: nobody else does")
             # Where the database is a symbolic link, the log lies beside its target.
             wal = f"{os.path.realpath(self.state / 'tasks.db')}-wal"
             if os.stat(wal).st_size > q.WAL_BYTES:
@@ -629,12 +642,13 @@ class Worker:
             conn = self.connect()
             if self.args.drain:
                 return not any(self.busy(conn, queue) for queue in self.usable())
-            if self.wanted(conn):
+            queues = self.usable()
+            if self.wanted(conn, queues):
                 self.idle_since = time.monotonic()
             elif time.monotonic() >= self.idle_since + idle:
                 # From here on, whoever enqueues starts another worker; so look once more.
                 self.leave()
-                if not self.wanted(conn) or not self.serve() and self.args.single:
+                if not self.wanted(conn, queues) or not self.serve():
                     say(f"idle for {idle:g} s; leaving")
                     return True
                 self.idle_since = time.monotonic()
@@ -643,9 +657,9 @@ class Worker:
             pass
         return False
 
-    def wanted(self, conn: q.Connection) -> bool:
+    def wanted(self, conn: q.Connection, queues: list[str]) -> bool:
         """Whether anything waits, runs or is scheduled."""
-        return any(self.busy(conn, queue) or q.next_due(conn, queue) for queue in self.usable())
+        return any(self.busy(conn, queue) or q.next_due(conn, queue) for queue in queues)
 
     def waiting(self, conn: q.Connection, queue: str) -> bool:
         # What take_in_spool() complains of is not waited for.

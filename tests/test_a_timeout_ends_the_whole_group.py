@@ -84,6 +84,13 @@ def test_a_timed_out_task_is_tried_again(installation):
     )
 
 
+def test_a_month_is_a_timeout_like_any_other(installation):
+    """It has more milliseconds than an int of C holds."""
+    done = run(installation, 'echo $TASK_ATTEMPT >>"$HOME/runs"; sleep 0.3', "--timeout", "30d")
+    assert done["status"] == "completed", done["error"]
+    assert lines(installation.directory / "runs") == ["1"]
+
+
 def test_others_go_on_while_one_is_ended(installation):
     installation.handler("ignores_term", "#!/bin/sh\ntrap '' TERM\nwhile :; do sleep 0.05; done\n")
     installation.handler("fine", "#!/bin/sh\n")

@@ -2,9 +2,10 @@
 
 import json
 import signal
+import subprocess
 import sys
 
-from conftest import wait_for
+from conftest import ROOT, wait_for
 
 
 def letters(installation) -> list[list[dict]]:
@@ -45,6 +46,34 @@ def test_all_dead_letters_of_a_minute_are_told_at_once(installation):
         "broken" in letter["error"] and letter["queue"] == "notifications" for letter in told
     )
     assert len(letters(installation)) <= 2
+
+
+def test_so_is_one_that_a_worker_buries_for_a_dead_one_before_it_leaves(installation):
+    """The database knows of it a little before the worker does."""
+    installation.enqueue("notifications", "any", "{}", "--task-id", "lost")
+    installation.sqlite3(
+        "update notifications set status = 2, owner = '1-dead', claimed_at = 5.5, attempts = 4"
+    )
+    slowly = (
+        "import sys, time, queue_helpers as q, worker; recover = q.recover\n"
+        "def slow(*args, **how):\n"
+        "    found = recover(*args, **how)\n"
+        "    if found[0]:\n"
+        "        q.Watch.of().notify()\n"
+        "        time.sleep(0.3)\n"
+        "    return found\n"
+        "q.recover = slow; sys.exit(worker.main(sys.argv[1:]))"
+    )
+    options = ("--handlers", installation.handlers, "--drain", "--on-dead", teller(installation))
+    done = subprocess.run(
+        [sys.executable, "-c", slowly, "notifications", *options],
+        env=installation.env | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert "1 failed" in done.stderr, done.stderr
+    told = wait_for(lambda: letters(installation), what="the dead letter")
+    assert [letter["task_id"] for letter in sum(told, [])] == ["lost"]
 
 
 def test_the_command_has_its_signals_as_a_shell_would_give_them(installation):

@@ -494,6 +494,26 @@ def test_a_row_was_claimed_by_somebody_who_leaves_no_name(installation):
     os.killpg(int(lines(installation.directory / "runs")[1]), signal.SIGKILL)
 
 
+@pytest.mark.parametrize("moment", ["datetime('now')", "9e999", "-9e999"])
+def test_a_row_was_claimed_by_a_shell_with_a_time_that_is_none(installation, moment):
+    """approvals comes first, and a recovery that stops there never comes to notifications."""
+    installation.handler("quick", QUICK)
+    for queue in ("approvals", "approvals", "notifications"):
+        installation.enqueue(queue, "quick")
+    installation.sqlite3(
+        "update approvals set status = 2, claimed_at = 5.5;"
+        "update notifications set status = 2, claimed_at = 5.5, owner = '1-dead';"
+        f"update approvals set claimed_at = {moment} where id = 1"
+    )
+    doctor = installation.run("doctor.py")
+    assert "2 claimed at" in doctor.stdout and doctor.stderr == ""
+    queues = ("notifications", "approvals")
+    worker = installation.worker(*queues, "--drain", ready=False)
+    assert worker.wait(20) == 0 and "Traceback" not in worker.log.read_text()
+    done = installation.rows("select status, count(*) from task_history group by status")
+    assert done == [("completed", 3)]
+
+
 def test_the_state_directory_was_replaced_again_and_again(installation):
     installation.handler("quick", QUICK)
     worker = installation.worker("notifications")

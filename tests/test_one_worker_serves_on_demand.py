@@ -82,12 +82,39 @@ def test_the_kernel_decides_among_many(installation):
     assert "serves" in successor.log.read_text() and successor.poll() is None
 
 
-def test_one_for_several_queues_needs_them_all(installation):
-    installation.worker("completions", "--single")
-    loser = installation.worker("notifications", "completions", "--single", ready=False)
-    assert loser.wait(10) == 0
-    # The one that left has let go of the other lock.
-    assert installation.worker("notifications", "--single").poll() is None
+def test_one_for_several_queues_leaves_those_that_another_serves_to_that_one(installation):
+    """A hook's worker stays while anything is scheduled: the others' tasks cannot wait for that."""
+    installation.handler("quick", "#!/bin/sh\n")
+    another = installation.worker("completions", "--single")
+    one = installation.worker("completions", "notifications", "--single")
+    assert "serves notifications\n" in one.log.read_text()
+    task = installation.enqueue("notifications", "quick")
+    assert installation.finished(task)["status"] == "completed"
+    another.send_signal(signal.SIGSTOP)
+    task = installation.enqueue("completions", "quick")
+    waits = [(task, 1)]
+    ready = "select task_id, status from completions"
+    assert stays_true(lambda: installation.rows(ready) == waits, 0.3)
+    another.kill()
+    assert installation.finished(task)["status"] == "completed" and one.poll() is None
+
+
+def test_one_without_a_free_place_takes_no_other_queue(installation, queue):
+    """A hook that finds no worker starts one, and its task need not wait."""
+    import worker
+
+    another = installation.worker("completions", "--single")
+    one = worker.Worker(worker.parse(["notifications", "completions", "--single"]))
+    try:
+        assert one.serve() and one.own() == ["notifications"]
+        another.kill()
+        another.wait()
+        one.runs["its only place"] = None
+        assert one.serve() and one.own() == ["notifications"]
+        one.runs.clear()
+        assert one.serve() and one.own() == ["notifications", "completions"]
+    finally:
+        one.leave()
 
 
 def test_single_leaves_where_an_ordinary_worker_serves(installation):
