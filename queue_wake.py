@@ -46,9 +46,10 @@ OWNER_CLOSED_SECONDS = 0.3
 # A process that ends waits so long for what its watch takes back at this moment.
 LEAVE_SECONDS = 1.0
 
-# The pauses between the looks that follow an event, 85 ms in all; only the first is not cut short
-# by another event.
-LOOK_AGAIN_SECONDS = (0.001, 0.004, 0.016, 0.032, 0.032)
+# The pauses between the looks that follow an event, half a second in all; only the first is not cut
+# short by another event. The last ones are for a slow disk: a change that was found may be that of
+# an earlier commit, while the one that was heard is still being synced.
+LOOK_AGAIN_SECONDS = (0.001, 0.004, 0.016, 0.032, 0.032, 0.064, 0.128, 0.256)
 
 # While a change is expected, pauses grow up to this one of them; after a change was found, they
 # begin again with it.
