@@ -245,6 +245,65 @@ class TestAnotherSession:
         process.wait()
         went_on(claude, task)
 
+    def test_it_gets_the_prompt_once_where_a_retry_by_hand_goes_on_after_a_spent_budget(
+        self, claude, earlier
+    ):
+        task = claude.task(resume=earlier, permission_mode="bypassPermissions", max_budget_usd=1e-6)
+        task.envelope["task_id"] = "t-2"
+        claude.answer("tool", commands=["echo red >>painted", "echo red >>painted"])
+        assert task.run().returncode == 65
+        del task.envelope["data"]["max_budget_usd"]
+        claude.answer("fine")
+        assert task.run().returncode == 0
+        words = words_of(claude.requests()[-1])
+        assert (words.count(PROMPT), words.count(GO_ON)) == (1, 1)
+        assert not list(task.state.rglob("*.json"))
+
+    @pytest.mark.parametrize("spelled", [str.upper, "{{{}}}".format, "urn:uuid:{}".format])
+    def test_however_its_id_is_spelled(self, claude, earlier, spelled):
+        task = claude.task(resume=spelled(earlier))
+        task.envelope["task_id"] = "t-2"
+        done = task.run()
+        assert done.returncode == 0 and json.loads(done.stdout)["session_id"] == earlier
+        assert "4711" in words_of(claude.requests()[-1])
+
+    def test_of_two_at_once_one_is_put_back_and_the_session_knows_both(self, claude, earlier):
+        tasks = [claude.task(resume=earlier, prompt=f"Paint number {n}.") for n in (1, 2)]
+        for number, task in enumerate(tasks):
+            task.envelope["task_id"] = f"at-once-{number}"
+        before = len(claude.requests())
+        claude.answer("hang")
+        first = tasks[0].start()
+        wait_for(lambda: len(claude.requests()) > before, 30, "the first one's request")
+        try:
+            second = tasks[1].run()
+            assert second.returncode == 75 and second.stdout.count("\n") == 1, second.stderr
+            assert json.loads(second.stdout).keys() == {"retry_after", "reason"}
+            # Another session has nothing to do with it; nor has the first one once it has ended.
+            claude.answer("fine")
+            other = claude.task()
+            other.envelope["task_id"] = "other"
+            assert other.run().returncode == 0
+            assert first.wait(60) == 0
+        finally:
+            end(first)
+        assert tasks[1].run().returncode == 0
+        assert session_of(claude.requests()[-1]) == earlier
+        words = words_of(claude.requests()[-1])
+        assert words.count("Paint number 1.") == words.count("Paint number 2.") == 1
+
+    @pytest.mark.parametrize("left", [0, 1, 2])
+    def test_one_that_a_kill_left_without_a_conversation_is_started(self, claude, earlier, left):
+        (session,) = claude.sessions()
+        lines = session.read_text().splitlines(keepends=True)
+        unknown = str(uuid.uuid4())
+        begun = session.with_stem(unknown)
+        begun.write_text("".join(lines[:left]).replace(earlier, unknown))
+        done = claude.task(resume=unknown).run()
+        assert done.returncode == 0, done.stderr
+        assert json.loads(done.stdout)["session_id"] == unknown
+        assert PROMPT in words_of(claude.requests()[-1])
+
     def test_one_that_is_unknown_is_started(self, claude):
         task = claude.task(resume=str(uuid.uuid4()))
         done = task.run()

@@ -76,6 +76,19 @@ def test_so_is_one_that_a_worker_buries_for_a_dead_one_before_it_leaves(installa
     assert [letter["task_id"] for letter in sum(told, [])] == ["lost"]
 
 
+def test_so_is_one_that_waits_for_its_minute_when_the_worker_starts_afresh(installation):
+    installation.handler("bad", "#!/bin/sh\nexit 65\n")
+    installation.handler("kills_its_parent", "#!/bin/sh\nkill -9 $PPID\n")
+    installation.worker("notifications", "--max-attempts", 1, "--on-dead", teller(installation))
+    installation.enqueue("notifications", "bad", "{}", "--task-id", "first")
+    wait_for(lambda: letters(installation), what="the first letter")
+    installation.enqueue("notifications", "bad", "{}", "--task-id", "second")
+    installation.finished("second")
+    installation.enqueue("notifications", "kills_its_parent")
+    told = wait_for(lambda: letters(installation)[1:], what="the second letter")
+    assert [letter["task_id"] for letter in told[0]] == ["second"]
+
+
 def test_the_command_has_its_signals_as_a_shell_would_give_them(installation):
     """Python ignores SIGPIPE, and so does what it starts, unless that is undone."""
     installation.handler("bad", "#!/bin/sh\nexit 65\n")
