@@ -322,9 +322,11 @@ def tidy_state(state: Path, report: Report) -> None:
                         path.chmod(stat.S_IMODE(found.st_mode) & 0o700)
         if Path(top) == state:
             for name in [name for name in directories if name.startswith(".restore-")]:
-                is_old = time.time() - Path(top, name).stat().st_mtime > LEFT_BEHIND_SECONDS
-                if is_old and not report.dry_run:
-                    shutil.rmtree(Path(top, name), ignore_errors=True)
+                # A restore that ends at this moment removes its own.
+                with left_undone(report, Path(top, name)):
+                    is_old = time.time() - Path(top, name).stat().st_mtime > LEFT_BEHIND_SECONDS
+                    if is_old and not report.dry_run:
+                        shutil.rmtree(Path(top, name), ignore_errors=True)
 
 
 @contextmanager

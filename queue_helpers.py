@@ -1580,7 +1580,7 @@ _LATER = {
     "queue_outcome": "settle tail signal_name pause resume limit controls STOPPED CANCELLED TIMED_OUT"
     " EX_DATAERR EX_TEMPFAIL OUTPUT_BYTES RESULT_BYTES",
     "queue_spool": "spool_directories spooled_files take_in_spool",
-    "queue_owners": "recover redrive not_held log_is_lost OWNERS CANCEL_REQUESTED FORGET",
+    "queue_owners": "recover redrive not_held log_is_lost OWNERS CANCEL_REQUESTED",
     "queue_wake": "Watch WakeEvent QueueWatcher look_again data_version is_wake sleep_seconds",
     "queue_persist": "get_queue get_ack_queue dequeue_task SQLiteQueue SQLiteAckQueue Empty COUNT_READY",
     "queue_asyncio": "consume Delivery",

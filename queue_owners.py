@@ -24,7 +24,8 @@ select owner, claimed_at, attempts from "{queue}" where id = :id"""
 # step.
 REDRIVE = f"""
 insert or ignore into "{{queue}}" (id, data, priority, group_id)
-select row_id, data, priority, group_id from task_history where id = :history_id and {q.IS_OBJECT}"""
+select row_id, data, priority, group_id from task_history where id = :history_id and {q.IS_OBJECT}
+  and typeof(row_id) = 'integer'"""
 FORGET = """
 delete from task_history where id = :history_id"""
 

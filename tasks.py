@@ -40,6 +40,7 @@ import math
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -117,6 +118,8 @@ RETRYING = """
 select id, coalesce(task_id, '{queue}-' || id) from "{queue}"
 where status = 3 and released_at is not null and (:task_type is null or task_type = :task_type)
 order by released_at, id"""
+IS_DEAD_LETTER = """
+select exists (select 1 from task_history where id = :id and queue = :queue and task_id = :task_id and status = 'failed')"""
 STATUS = f"""
 select {q.STATUS_WORD} from "{{queue}}" where id = :id"""
 
@@ -134,15 +137,15 @@ select id from "{queue}" where {{condition}} and (:task_type is null or task_typ
   and (:before is null or timestamp <= :before)
 order by id"""
 FINISHED_IDS = """
-select id from task_history where status = :status and queue = :queue and completed_at <= :before
-  and (:task_type is null or task_type = :task_type)"""
+select id, completed_at from task_history where status = :status and queue = :queue
+  and (:before is null or completed_at <= :before) and (:task_type is null or task_type = :task_type)"""
 DELETE_WAITING = """
 delete from "{queue}" where id = :id and status not in (2, 5)"""
-# One that was approved while purge asked is held no more, and stays; so does one that came home.
-DELETE_HELD = """
-delete from "{queue}" where id = :id and status = 3 and due_at is null"""
-DELETE_HANDED_OVER = """
-delete from "{queue}" where id = :id and status = 5"""
+# What is no more as it was found, since a person approved or retried it while purge asked, stays.
+DELETE_LIVE = """
+delete from "{queue}" where id = :id and ({{condition}})"""
+DELETE_FINISHED = """
+delete from task_history where id = :id and queue = :queue and completed_at = :completed_at"""
 
 
 # ------------------------------------------------------------------------------------- command line
@@ -683,24 +686,38 @@ def retry(
     else:
         wanted = [find(conn, ident, queue) for ident in ids]
 
-    def put_back(found: Found) -> str | None:
-        row_id = live_id(conn, found.queue, found.task_id)
-        history_id = ended.get(found) or next(iter(history_ids(conn, found)), None)
-        if row_id is None and history_id and q.redrive(conn, found.queue, history_id):
-            return None
-        if row_id is None and history_id in history_ids(conn, found):
-            return f"its data is no JSON object any more: {cli.command('show')} {found.task_id}"
-        if row_id is None:
-            return "it was retried already, purged or pruned"
-        if found not in ended and q.execute(conn, START_NOW, found.queue, id=row_id).rowcount == 1:
-            return None
-        (word,) = q.execute(conn, STATUS, found.queue, id=row_id).fetchone()
-        if word == "held":
-            return f"it is held for a person: {cli.command('approve')} {found.task_id}"
-        return f"a task of this id is waiting or running already ({word})"
+    def change(found: Found) -> str | None:
+        return put_back(conn, found, ended.get(found))
 
-    outcomes = change_each(conn, "retried", wanted, put_back)
+    outcomes = change_each(conn, "retried", wanted, change)
     return tell("retry", "retried", outcomes, as_json, None if ids else "")
+
+
+def put_back(conn: q.Connection, found: Found, dead_letter: int | None) -> str | None:
+    """None when the task is back in its queue, or ready now, else why not. `dead_letter` is the
+    record that is to be retried; None for a task of any end, or one that waits.
+    """
+    if found.queue not in cli.queues_of(conn):
+        return "its queue is gone"
+    row_id = live_id(conn, found.queue, found.task_id)
+    if row_id is None:
+        if found.row_id is not None:
+            return "it has run or gone meanwhile"
+        record = dead_letter or next(iter(history_ids(conn, found)), None)
+        told = {"id": record, "queue": found.queue, "task_id": found.task_id}
+        # Where somebody else was faster, its record is gone, and another's may have the id by now.
+        if record is None or dead_letter and not conn.execute(IS_DEAD_LETTER, told).fetchone()[0]:
+            return "it was retried already, purged or pruned"
+        if q.redrive(conn, found.queue, record):
+            return None
+        why = "its data is no JSON object any more, or its row another task's"
+        return f"{why}: {cli.command('show')} {found.task_id}"
+    if not dead_letter and q.execute(conn, START_NOW, found.queue, id=row_id).rowcount == 1:
+        return None
+    (word,) = q.execute(conn, STATUS, found.queue, id=row_id).fetchone()
+    if word == "held":
+        return f"it is held for a person: {cli.command('approve')} {found.task_id}"
+    return f"a task of this id is waiting or running already ({word})"
 
 
 def cancel(ids: list[str], queue: str | None, wait: float, as_json: bool) -> int:
@@ -898,42 +915,43 @@ def purge(
     conn = cli.open_queue()
     cli.check_known(conn, [queue])
     newest = None if before is None else time.time() - before
-    wanted: list[tuple[str, int]] = []
-    for name in statuses or [name for name in LIVE if name not in NOT_HERE]:
+    statuses = list(dict.fromkeys(statuses or [name for name in LIVE if name not in NOT_HERE]))
+    wanted: list[tuple] = []
+    for name in statuses:
+        which = {"task_type": task_type, "before": newest}
         if name in LIVE:
             statement = q.on_queue(WAITING_IDS, queue).format(condition=LIVE[name])
-            found = conn.execute(statement, {"task_type": task_type, "before": newest})
         else:
-            found = conn.execute(
-                FINISHED_IDS,
-                {
-                    "task_type": task_type,
-                    "before": q.utc(q.LAST_SECOND if newest is None else newest),
-                    "status": name,
-                    "queue": queue,
-                },
-            )
-        wanted += [(name, row_id) for (row_id,) in found]
-    if "handed_over" in dict(wanted):
+            statement = FINISHED_IDS
+            which |= {"status": name, "queue": queue}
+            which["before"] = None if newest is None else q.utc(newest)
+        wanted += [(name, *row) for row in conn.execute(statement, which)]
+    kinds = Counter(name for name, *_ in wanted)
+    if "handed_over" in kinds:
         print("another machine may still run what is handed over", file=sys.stderr)
     if wanted and not yes:
-        kinds = ", ".join(
-            f"{sum(kind == name for kind, _ in wanted):,} {name}" for name in dict(wanted)
-        )
+        these = ", ".join(f"{number:,} {name}" for name, number in kinds.items())
         if as_json or not sys.stdin.isatty():
             raise Refused(
-                f"this would delete {kinds} of {queue} for good; add --yes, there is nobody to ask"
+                f"this would delete {these} of {queue} for good; add --yes, there is nobody to ask"
             )
-        print(f"Delete {kinds} of {queue} for good? [y/N] ", end="", flush=True)
+        print(f"Delete {these} of {queue} for good? [y/N] ", end="", flush=True)
         if sys.stdin.readline().strip().lower() not in ("y", "yes"):
             raise Refused("nothing was deleted")
 
-    def delete(item: tuple[str, int]) -> int:
-        if item[0] in LIVE:
-            only = {"held": DELETE_HELD, "handed_over": DELETE_HANDED_OVER}
-            statement = only.get(item[0], DELETE_WAITING)
-            return q.execute(conn, statement, queue, id=item[1]).rowcount
-        return conn.execute(q.FORGET, {"history_id": item[1]}).rowcount
+    # A blocked task becomes pending when the one before it is deleted.
+    others = [name for name in statuses if name in LIVE and name not in ("held", "handed_over")]
+    still = {name: " or ".join(LIVE[each] for each in others) for name in others}
+    still |= {name: LIVE[name] for name in ("held", "handed_over")}
+
+    def delete(item: tuple) -> int:
+        name, row_id, *ended = item
+        if ended:
+            # Another task may have its record's id by now.
+            told = {"id": row_id, "queue": queue, "completed_at": ended[0]}
+            return conn.execute(DELETE_FINISHED, told).rowcount
+        statement = q.on_queue(DELETE_LIVE, queue).format(condition=still[name])
+        return conn.execute(statement, {"id": row_id}).rowcount
 
     deleted = sum(cli.in_steps(conn, wanted, delete))
     cli.report(

@@ -13,9 +13,9 @@
 tasks.py export, import, backup and restore are the same commands. Every command has --help, and
 --json for scripts.
 
-exit codes: 0 fine; 1 not possible, or the database cannot be used; 64 usage; 65 lines of an import
-were refused (they are named, the others are in); 75 the database is locked, try again; 130
-interrupted.
+exit codes: 0 fine; 1 not possible, or the database cannot be used; 64 usage; 65 lines or
+files of an import were refused (they are named, the others are in); 75 the database is locked, try
+again; 130 interrupted.
 """
 
 if __name__ == "__main__":
@@ -45,7 +45,7 @@ from typing import BinaryIO, NamedTuple
 
 import queue_cli as cli
 import queue_helpers as q
-from queue_cli import EX_DATAERR, EX_FAILED, Refused, sh
+from queue_cli import EX_DATAERR, Refused, sh
 
 # An import reads and checks so many lines before it stores them.
 LINES_AT_A_TIME = 500
@@ -701,7 +701,7 @@ def import_(file: str | None, legacy: Path | None, task_type: str | None, as_jso
     cli.report(as_json, told, says)
     if not faults:
         return 0
-    return EX_FAILED if legacy is not None else EX_DATAERR
+    return EX_DATAERR
 
 
 # The columns of a task that an import takes over as they are.

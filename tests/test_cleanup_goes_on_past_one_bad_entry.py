@@ -128,6 +128,18 @@ def test_modes_are_mended_and_what_is_no_part_of_the_state_keeps_its_own(filled)
     assert outside.stat().st_mode & 0o777 == 0o644
 
 
+def test_a_restore_that_ends_at_this_moment_hinders_nothing(filled, monkeypatch, capsys):
+    """Its directory was listed, and is gone when it is looked at."""
+    import cleanup
+    import queue_helpers as q
+
+    monkeypatch.setattr(q, "STATE_DIR", filled.state)
+    listed = [(str(filled.state), [".restore-00000001"], [])]
+    monkeypatch.setattr(cleanup.os, "walk", lambda top: listed)
+    assert cleanup.main(["--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["recovered"] == 1
+
+
 def test_what_a_killed_restore_left_is_removed_after_a_day(filled):
     old, new = filled.state / ".restore-00000001", filled.state / ".restore-00000002"
     for directory in (old, new):

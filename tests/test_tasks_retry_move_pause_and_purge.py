@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pty
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -12,6 +13,8 @@ import time
 
 import pytest
 from conftest import ROOT, wait_for
+
+import queue_runs
 
 
 def tasks(installation, *args, code: int = 0, **options) -> object:
@@ -127,6 +130,58 @@ def test_a_dead_letter_that_no_queue_takes_is_named_and_holds_no_other_back(with
         "completions pending"
     ] * 2
     assert [now[name] for name in broken] == ["approvals failed"] * 3
+
+
+def test_a_dead_letter_whose_queue_is_gone_is_named_and_holds_no_other_back(with_failures):
+    with_failures.sqlite3(
+        "update task_history set queue = 'dropped' where task_id = 'old-1';"
+        "update task_history set row_id = 'first' where task_id = 'approvals-other-1'"
+    )
+    done = with_failures.run("tasks.py", "retry", "--failed")
+    assert done.returncode == 1 and done.stdout == "retried 3 tasks\n", done.stderr
+    assert "task old-1 of dropped was not retried: its queue is gone" in done.stderr
+    assert "task approvals-other-1 of approvals was not retried" in done.stderr
+    assert len(done.stderr.splitlines()) == 2
+
+
+@pytest.mark.parametrize("now", ["", ", queue = 'approvals', task_id = 'good-2'"], ids=["it", "another"])  # fmt: skip
+def test_what_somebody_else_has_retried_meanwhile_is_not_run_again(with_failures, now):
+    """It has completed in between; or another task's record has the id that its own had."""
+    holder = sqlite3.connect(with_failures.db, isolation_level=None)
+    holder.execute("begin immediate")
+    process = with_failures.start("tasks.py", "retry", "--failed", "--queue", "completions")
+    # Who waits for the lock has its turn, and knows by now what it is to put back.
+    wait_for(lambda: queue_runs.is_held(with_failures.state / "turn/turn"), what="a writer's turn")
+    holder.execute(
+        f"update task_history set status = 'completed'{now} where task_id = 'completions-other-1'"
+    )
+    completed = "select * from task_history where status = 'completed'"
+    before = holder.execute(completed).fetchall()
+    holder.execute("commit")
+    assert process.wait(30) == 1
+    assert holder.execute(completed).fetchall() == before
+    holder.close()
+    assert "completions-other-1 of completions was not retried" in process.log.read_text()
+    assert with_failures.rows("select task_id from completions") == [("completions-flaky-1",)]
+
+
+def test_a_retry_that_has_run_meanwhile_is_not_run_again(installation):
+    """It waited for its next attempt when it was looked for, and has completed since."""
+    installation.enqueue("approvals", "flaky", "{}", "--task-id", "flaky-1", "--delay", "1h")
+    installation.sqlite3("update approvals set released_at = due_at - 3600")
+    holder = sqlite3.connect(installation.db, isolation_level=None)
+    holder.execute("begin immediate")
+    process = installation.start("tasks.py", "retry", "--scheduled")
+    wait_for(lambda: queue_runs.is_held(installation.state / "turn/turn"), what="a writer's turn")
+    holder.execute(
+        "insert into task_history (queue, row_id, task_id, task_type, status, data, enqueued_at) "
+        "select 'approvals', id, task_id, task_type, 'completed', data, datetime('now') from approvals"
+    )
+    holder.execute("delete from approvals")
+    holder.execute("commit")
+    holder.close()
+    assert process.wait(30) == 1 and "it has run or gone meanwhile" in process.log.read_text()
+    assert statuses(installation) == {"flaky-1": "approvals completed"}
 
 
 def test_a_scheduled_task_is_retried_now(installation):
@@ -246,12 +301,11 @@ def test_purge_asks_first_and_takes_only_a_yes(installation):
         assert installation.rows("select count(*) from approvals") == [(left,)]
 
 
-def test_what_was_approved_while_purge_asked_stays(installation):
-    for name in ("held-1", "approved-1"):
-        installation.enqueue("approvals", "review", "{}", "--task-id", name, "--hold")
+def purge_that_asks(installation, status: str, meanwhile) -> None:
+    """purge approvals --status, where a person does something before the answer, which is yes."""
     ours, theirs = pty.openpty()
     process = subprocess.Popen(
-        [sys.executable, ROOT / "tasks.py", "purge", "approvals", "--status", "held"],
+        [sys.executable, ROOT / "tasks.py", "purge", "approvals", "--status", status],
         stdin=theirs,
         stdout=theirs,
         stderr=theirs,
@@ -261,11 +315,48 @@ def test_what_was_approved_while_purge_asked_stays(installation):
     seen = b""
     while b"[y/N]" not in seen:
         seen += os.read(ours, 1000)
-    assert installation.run("tasks.py", "approve", "approved-1").returncode == 0
+    meanwhile()
     os.write(ours, b"y\n")
     assert process.wait(10) == 0
     os.close(ours)
-    assert installation.rows("select task_id from approvals") == [("approved-1",)]
+
+
+@pytest.mark.parametrize(
+    ("status", "how", "verb"),
+    [("held", ["--hold"], "approve"), ("scheduled", ["--delay", "1h"], "retry")],
+)
+def test_what_was_approved_or_retried_while_purge_asked_stays(installation, status, how, verb):
+    for name in ("waits-1", "runs-1"):
+        installation.enqueue("approvals", "review", "{}", "--task-id", name, *how)
+    purge_that_asks(installation, status, lambda: tasks(installation, verb, "runs-1"))
+    assert installation.rows("select task_id from approvals") == [("runs-1",)]
+
+
+def test_what_was_retried_and_has_completed_while_purge_asked_stays(installation):
+    """Its record has the id that the dead letter had."""
+    installation.handler("flaky", '#!/bin/sh\n[ -e "$HOME/mended" ] && exit 0\nexit 65\n')
+    installation.enqueue("approvals", "flaky", "{}", "--task-id", "flaky-1")
+
+    def drain() -> list[tuple]:
+        work = ("worker.py", "approvals", "--handlers", installation.handlers, "--drain")
+        assert installation.run(*work).returncode == 0
+        return installation.rows("select id, status from task_history")
+
+    def meanwhile() -> None:
+        (installation.directory / "mended").touch()
+        tasks(installation, "retry", "flaky-1")
+        assert drain() == [(1, "completed")]
+
+    assert drain() == [(1, "failed")]
+    purge_that_asks(installation, "failed", meanwhile)
+    assert installation.rows("select id, status from task_history") == [(1, "completed")]
+
+
+def test_purge_takes_a_group_whole_although_its_next_task_becomes_ready(installation):
+    for _ in range(3):
+        installation.enqueue("approvals", "review", "{}", "--group", "g")
+    assert tasks(installation, "purge", "approvals", "--yes")["deleted"] == 3
+    assert installation.rows("select count(*) from approvals") == [(0,)]
 
 
 def test_purge_refuses_when_there_is_nobody_to_ask(installation):
