@@ -467,7 +467,7 @@ def page_size_of(state: Path) -> int | None:
             # It is read with the first page, and not before.
             conn.execute("select 1 from sqlite_master").fetchone()
             return conn.execute("pragma page_size").fetchone()[0]
-    except sqlite3.Error:
+    except (OSError, sqlite3.Error):
         return None
 
 
@@ -501,7 +501,7 @@ def copy_of_backup(file: Path, target: Path) -> None:
     os.close(os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
     try:
         with (
-            closing(open_backup(file, target.parent)) as source,
+            closing(cli.open_to_read(file, target.parent)) as source,
             closing(sqlite3.connect(target, isolation_level=None)) as copy,
         ):
             source.backup(copy)
@@ -519,22 +519,6 @@ def copy_of_backup(file: Path, target: Path) -> None:
         raise Refused(f"{file} is damaged or not a database, and was not restored: {fault}")
     if not tables:
         raise Refused(f"{file} is not a task queue's database: it is empty")
-
-
-def open_backup(file: Path, directory: Path) -> sqlite3.Connection:
-    """Open a backup to read it, with what its write-ahead log holds.
-
-    Where the log was copied without its index, SQLite makes that anew: in the directory, so that
-    nothing appears beside the backup.
-    """
-    real = Path(os.path.realpath(file))
-    log = Path(f"{real}-wal")
-    if cli.is_in_use(real) or not (log.is_file() and log.stat().st_size):
-        return cli.open_to_read(file)
-    copy = directory / "with-its-log.db"
-    shutil.copyfile(real, copy)
-    shutil.copyfile(log, f"{copy}-wal")
-    return sqlite3.connect(copy, isolation_level=None)
 
 
 def bring_to_page_size(copy: Path, page_size: int, file: Path) -> None:

@@ -269,6 +269,22 @@ def test_a_database_that_is_written_to_is_read_as_it_is_now(home):
     conn.close()
 
 
+def test_a_log_that_lost_its_index_is_read(home, tmp_path):
+    """As a copy of the files has it that leaves tasks.db-shm out."""
+    state, temporary = home / PREFIX / "state", tmp_path / "temporary"
+    temporary.mkdir()
+    # While somebody has read, the last to write does not write the log back.
+    holder = database(home)
+    holder.execute("select count(*) from notifications").fetchone()
+    put(home, seconds_ago=1000)
+    shutil.copytree(state, tmp_path / "copy", ignore=shutil.ignore_patterns("tasks.db-shm"))
+    holder.close()
+    shutil.rmtree(state)
+    (tmp_path / "copy").rename(state)
+    assert "1 waiting" in the_problem(home, env={"TMPDIR": str(temporary)})
+    assert not (state / "tasks.db-shm").exists() and not list(temporary.iterdir())
+
+
 # ----------------------------------------------------------------------------------------------------------------- tasks
 
 
