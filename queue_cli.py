@@ -520,17 +520,22 @@ def payload(text: str | None) -> object:
         return text
 
 
-def seconds_of(moment: float | str | None) -> float | None:
-    """Unix seconds of a time of the database's: a number, or UTC text. None for none."""
-    if not isinstance(moment, str):
+def seconds_of(moment: object) -> float | None:
+    """Unix seconds of a time of the database's: a number, or text, which is UTC where it names no
+    zone. None for what is neither: a shell may have written anything.
+    """
+    if isinstance(moment, int | float):
         return moment
-    from calendar import timegm
+    from datetime import UTC, datetime
 
-    whole = timegm(time.strptime(moment[:19], "%Y-%m-%d %H:%M:%S"))
-    return whole + float(f"0{moment[19:]}")
+    try:
+        at = datetime.fromisoformat(str(moment))
+        return (at if at.tzinfo else at.replace(tzinfo=UTC)).timestamp()
+    except (ValueError, OverflowError):
+        return None
 
 
-def seconds_since(moment: float | str | None) -> float | None:
+def seconds_since(moment: object) -> float | None:
     at = seconds_of(moment)
     return None if at is None else time.time() - at
 

@@ -75,8 +75,8 @@ select json_object('queue', '{{queue}}', 'id', id, 'task_id', coalesce(task_id, 
                    'priority', priority, 'group_id', group_id, 'attempts', attempts, 
                    'due_at', iif(due_at is null, null, json(printf('%!.17g', due_at))),
                    'expires_at', iif(expires_at is null, null, json(printf('%!.17g', expires_at))),
-                   'enqueued_at', json(printf('%!.17g', iif(typeof(timestamp) = 'text',
-                     coalesce((julianday(timestamp) - 2440587.5) * 86400.0, 0), timestamp))), 'error', error), 1,
+                   'enqueued_at', json(printf('%!.17g', min(max(iif(typeof(timestamp) = 'real', timestamp,
+                     coalesce((julianday(timestamp) - 2440587.5) * 86400.0, 0)), 0), {q.LAST_SECOND}))), 'error', error), 1,
                    coalesce(rerun_data, data)
 from "{{queue}}" order by id"""
 

@@ -665,6 +665,12 @@ def test_a_time_that_is_no_time_is_told_and_not_a_traceback(home):
     assert "1 waiting" in the_problem(home)
 
 
+@pytest.mark.parametrize("status", [1, 3])
+def test_a_time_that_is_a_blob_stops_no_check(home, status):
+    put(home, timestamp=b"2001", status=status)
+    assert of_level(doctor(home, "--max-wait", "0"), "problem") == []
+
+
 def test_a_time_that_is_a_text_is_counted_by_everybody(home):
     """As a shell writes it that fills the column itself: datetime('now')."""
     put(home, timestamp="2001-01-01 12:00:00")
