@@ -66,7 +66,7 @@ NETWORK_FILE_SYSTEMS = set(
 NOT_FOR_THE_QUEUE = "WorktreeCreate"
 
 # bash may have given a row a time that is no number: it is counted, and is never the oldest.
-ENQUEUED = "iif(typeof(timestamp) = 'text', null, timestamp)"
+ENQUEUED = "iif(typeof(timestamp) = 'real', timestamp, null)"
 OLDEST_READY = f"""
 select count(*), min({ENQUEUED}) from "{{queue}}" where status < 2"""
 OVERDUE = """
@@ -74,7 +74,7 @@ select count(*), min(due_at) from "{queue}" where status = 3 and due_at <= :now"
 # Not before it is due is a task late on the hub; and bash may have given any of the times a text.
 HANDED_OVER = f"""
 select count(*), min(since) from (
-  select max(coalesce(iif(typeof(claimed_at) = 'text', null, claimed_at), {ENQUEUED}), coalesce(due_at, 0)) as since
+  select max(coalesce(iif(typeof(claimed_at) = 'real', claimed_at, null), {ENQUEUED}), coalesce(due_at, 0)) as since
   from "{{queue}}" where status = 5)
 where since <= :before"""
 HELD = f"""

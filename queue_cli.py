@@ -20,7 +20,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, TextIO
@@ -520,17 +520,22 @@ def payload(text: str | None) -> object:
         return text
 
 
-def seconds_of(moment: float | str | None) -> float | None:
-    """Unix seconds of a time of the database's: a number, or UTC text. None for none."""
-    if not isinstance(moment, str):
+def seconds_of(moment: object) -> float | None:
+    """Unix seconds of a time of the database's: a number, or text, which is UTC where it names no
+    zone. None for what is neither: a shell may have written anything.
+    """
+    if isinstance(moment, int | float):
         return moment
-    from calendar import timegm
+    from datetime import UTC, datetime
 
-    whole = timegm(time.strptime(moment[:19], "%Y-%m-%d %H:%M:%S"))
-    return whole + float(f"0{moment[19:]}")
+    try:
+        at = datetime.fromisoformat(str(moment))
+        return (at if at.tzinfo else at.replace(tzinfo=UTC)).timestamp()
+    except (ValueError, OverflowError):
+        return None
 
 
-def seconds_since(moment: float | str | None) -> float | None:
+def seconds_since(moment: object) -> float | None:
     at = seconds_of(moment)
     return None if at is None else time.time() - at
 
@@ -593,20 +598,45 @@ class Reader(sqlite3.Connection):
     state: Path
 
 
-def open_to_read(db: Path) -> Reader:
+def open_to_read(db: Path, directory: Path | None = None) -> Reader:
     """A connection that changes nothing: not even the sidecar files are made, as they are by an
     ordinary reader.
-    """
-    from urllib.parse import quote
 
-    real = os.path.realpath(db)
-    # The name is quoted as the bytes that it is on disk, whatever the locale.
-    uri = (
-        f"file:{quote(os.fsencode(real))}?mode=ro{'' if is_in_use(Path(real)) else '&immutable=1'}"
-    )
-    conn = sqlite3.connect(uri, uri=True, timeout=2.0, isolation_level=None, factory=Reader)
+    Where the write-ahead log has lost its index, which SQLite would make anew, a copy is read. It
+    takes room in the directory (default: the system's for temporary files) until it is closed.
+    """
+    real, conn = Path(os.path.realpath(db)), None
+    # Its last user may be closing it at this moment, and then the log goes.
+    with suppress(FileNotFoundError):
+        if not is_in_use(real) and os.path.getsize(f"{real}-wal"):
+            conn = _open_copy(real, directory)
+    if conn is None:
+        conn = _open_unchanged(real, "" if is_in_use(real) else "&immutable=1")
     conn.state = db.parent
     conn.text_factory = lambda raw: raw.decode("utf-8", "replace")
+    return conn
+
+
+def _open_unchanged(real: Path, how: str = "") -> Reader:
+    from urllib.parse import quote
+
+    # The name is quoted as the bytes that it is on disk, whatever the locale.
+    uri = f"file:{quote(os.fsencode(real))}?mode=ro{how}"
+    return sqlite3.connect(uri, uri=True, timeout=2.0, isolation_level=None, factory=Reader)
+
+
+def _open_copy(real: Path, directory: Path | None) -> Reader:
+    """A copy of a database and its log, which has no name any more when this returns."""
+    from tempfile import TemporaryDirectory
+
+    with TemporaryDirectory(dir=directory) as made:
+        copy = Path(made, "copy.db")
+        for ending in ("", "-wal"):
+            shutil.copyfile(f"{real}{ending}", f"{copy}{ending}")
+        conn = _open_unchanged(copy)
+        # The log is opened by the first read. What is wrong is the reader's to hear.
+        with suppress(sqlite3.Error):
+            conn.execute("select 1 from sqlite_master").fetchone()
     return conn
 
 

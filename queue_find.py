@@ -213,7 +213,7 @@ def follow_ups(conn: q.Connection, record: dict) -> list[dict]:
         older = 0
         for number, (queue, task_id, status, at, source) in enumerate(conn.execute(statement)):
             # A second for the clock: the rows are stored just before the end is.
-            older += at < ended - 1
+            older += isinstance(at, float) and at < ended - 1
             if older > OLDER_ROWS or number % 256 == 255 and time.monotonic() > give_up:
                 break
             named = json.loads(source) if isinstance(source, str) and source[:1] == "{" else None
@@ -347,8 +347,9 @@ def matching_rows(conn: q.Connection, wanted: Wanted, scan: Scan) -> Iterator[di
         which |= {
             "statuses": json.dumps(finished),
             "queues": json.dumps(queues) if queues else None,
-            "since": q.utc(max(oldest, 0)),
-            "before": q.utc(min(newest, q.LAST_SECOND)),
+            "since": q.utc(oldest) if math.isfinite(oldest) else "",
+            # Behind any text.
+            "before": q.utc(newest) if math.isfinite(newest) else "\U0010ffff",
         }
         statement = LIST_FINISHED.format(match="1" if like is None else FINISHED_MATCHES)
         for row in scan.matches(conn.execute(statement, which)):

@@ -289,7 +289,7 @@ NEXT_TIMES = f"""
 select (select min(due_at) from "{{queue}}" where status = 3),
   (select min(expires_at) from "{{queue}}" where expires_at is not null and status not in (2, 5)),
   exists (select 1 from "{{queue}}" where status < 2), {OPEN_SLOTS.replace(":limit", "1")} > 0,
-  {IS_PAUSED}, (select paused_until from task_controls where queue = '{{queue}}')"""
+  {IS_PAUSED}, (select iif(typeof(paused_until) = 'real', paused_until, null) from task_controls where queue = '{{queue}}')"""
 COUNT_CLAIMED = """
 select count(*) from "{queue}" where status = 2"""
 

@@ -384,6 +384,8 @@ def controls(conn: q.Connection) -> dict[str, Control]:
     except sqlite3.Error as error:
         raise q.explain(error, conn.state) from error
     for queue, paused_at, until, reason, by, slots in rows:
+        # Any text is later than now for SQLite, too: only a person ends such a pause.
+        until = until if isinstance(until, float) else None
         paused = paused_at is not None and (until is None or until > now)
         told = (until, reason, by) if paused else (None, None, None)
         if paused or slots is not None:

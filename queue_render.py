@@ -362,23 +362,27 @@ def fields_of(task: dict) -> Iterable[tuple[str, str]]:
     for name, value in task.items():
         if name in NOT_FIELDS or value is None:
             continue
-        if name in TIMES:
+        if name in TIMES and cli.seconds_of(value) is not None:
             value = f"{cli.clock(value, whole=True)}, {cli.ago(value)}"
         yield name, str(value)
         if name == "status" and value == "held":
             yield "", f"until {cli.command('approve')} or {cli.command('reject')}"
         if name == "status" and value == "failed":
             yield "", f"runs again after {cli.command('retry')} {cli.sh(task['task_id'])}"
-    enqueued, started, ended = (
-        cli.seconds_of(task[name]) for name in ("enqueued_at", "started_at", "completed_at")
-    )
-    if started is not None:
-        yield "waited", cli.span(started - (enqueued or 0.0))
-        ran = cli.seconds_since(task["started_at"]) if ended is None else ended - started
-        yield "ran" if ended is not None else "has run", cli.span(ran)
+    is_over = task["completed_at"] is not None
+    if task["started_at"] is not None:
+        until = task["completed_at"] if is_over else time.time()
+        yield "waited", cli.span(between(task["enqueued_at"], task["started_at"]))
+        yield "ran" if is_over else "has run", cli.span(between(task["started_at"], until))
     for name, label in (("came_from", "came from"), ("led_to", "led to")):
         for other in task[name]:
             yield label, f"{other['queue']} {other['task_id']} ({other['status']})"
+
+
+def between(begin: object, end: object) -> float | None:
+    """Seconds from one time of the database's to another; None where one of them is no time."""
+    first, last = cli.seconds_of(begin), cli.seconds_of(end)
+    return None if first is None or last is None else last - first
 
 
 def history_table(history: list[dict]):

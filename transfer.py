@@ -75,8 +75,8 @@ select json_object('queue', '{{queue}}', 'id', id, 'task_id', coalesce(task_id, 
                    'priority', priority, 'group_id', group_id, 'attempts', attempts, 
                    'due_at', iif(due_at is null, null, json(printf('%!.17g', due_at))),
                    'expires_at', iif(expires_at is null, null, json(printf('%!.17g', expires_at))),
-                   'enqueued_at', json(printf('%!.17g', iif(typeof(timestamp) = 'text',
-                     coalesce((julianday(timestamp) - 2440587.5) * 86400.0, 0), timestamp))), 'error', error), 1,
+                   'enqueued_at', json(printf('%!.17g', min(max(iif(typeof(timestamp) = 'real', timestamp,
+                     coalesce((julianday(timestamp) - 2440587.5) * 86400.0, 0)), 0), {q.LAST_SECOND}))), 'error', error), 1,
                    coalesce(rerun_data, data)
 from "{{queue}}" order by id"""
 
@@ -467,7 +467,7 @@ def page_size_of(state: Path) -> int | None:
             # It is read with the first page, and not before.
             conn.execute("select 1 from sqlite_master").fetchone()
             return conn.execute("pragma page_size").fetchone()[0]
-    except sqlite3.Error:
+    except (OSError, sqlite3.Error):
         return None
 
 
@@ -501,7 +501,7 @@ def copy_of_backup(file: Path, target: Path) -> None:
     os.close(os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
     try:
         with (
-            closing(open_backup(file, target.parent)) as source,
+            closing(cli.open_to_read(file, target.parent)) as source,
             closing(sqlite3.connect(target, isolation_level=None)) as copy,
         ):
             source.backup(copy)
@@ -519,22 +519,6 @@ def copy_of_backup(file: Path, target: Path) -> None:
         raise Refused(f"{file} is damaged or not a database, and was not restored: {fault}")
     if not tables:
         raise Refused(f"{file} is not a task queue's database: it is empty")
-
-
-def open_backup(file: Path, directory: Path) -> sqlite3.Connection:
-    """Open a backup to read it, with what its write-ahead log holds.
-
-    Where the log was copied without its index, SQLite makes that anew: in the directory, so that
-    nothing appears beside the backup.
-    """
-    real = Path(os.path.realpath(file))
-    log = Path(f"{real}-wal")
-    if cli.is_in_use(real) or not (log.is_file() and log.stat().st_size):
-        return cli.open_to_read(file)
-    copy = directory / "with-its-log.db"
-    shutil.copyfile(real, copy)
-    shutil.copyfile(log, f"{copy}-wal")
-    return sqlite3.connect(copy, isolation_level=None)
 
 
 def bring_to_page_size(copy: Path, page_size: int, file: Path) -> None:

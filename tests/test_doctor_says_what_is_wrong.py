@@ -269,6 +269,22 @@ def test_a_database_that_is_written_to_is_read_as_it_is_now(home):
     conn.close()
 
 
+def test_a_log_that_lost_its_index_is_read(home, tmp_path):
+    """As a copy of the files has it that leaves tasks.db-shm out."""
+    state, temporary = home / PREFIX / "state", tmp_path / "temporary"
+    temporary.mkdir()
+    # While somebody has read, the last to write does not write the log back.
+    holder = database(home)
+    holder.execute("select count(*) from notifications").fetchone()
+    put(home, seconds_ago=1000)
+    shutil.copytree(state, tmp_path / "copy", ignore=shutil.ignore_patterns("tasks.db-shm"))
+    holder.close()
+    shutil.rmtree(state)
+    (tmp_path / "copy").rename(state)
+    assert "1 waiting" in the_problem(home, env={"TMPDIR": str(temporary)})
+    assert not (state / "tasks.db-shm").exists() and not list(temporary.iterdir())
+
+
 # ----------------------------------------------------------------------------------------------------------------- tasks
 
 
@@ -647,6 +663,12 @@ def test_rows_of_persist_queues_own_making_are_told(home):
 def test_a_time_that_is_no_time_is_told_and_not_a_traceback(home):
     put(home, timestamp=-1e300)
     assert "1 waiting" in the_problem(home)
+
+
+@pytest.mark.parametrize("status", [1, 3])
+def test_a_time_that_is_a_blob_stops_no_check(home, status):
+    put(home, timestamp=b"2001", status=status)
+    assert of_level(doctor(home, "--max-wait", "0"), "problem") == []
 
 
 def test_a_time_that_is_a_text_is_counted_by_everybody(home):

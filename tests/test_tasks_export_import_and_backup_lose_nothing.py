@@ -171,6 +171,21 @@ def test_a_finished_task_is_known_whatever_its_time(installation, queue):
     }
 
 
+def test_a_task_of_an_impossible_time_is_exported_and_comes_in_again(installation):
+    """As a shell writes it: milliseconds, or what its arithmetic makes of nothing."""
+    installation.enqueue("approvals", "good", "{}", "--task-id", "good-1")
+    moments = ("9e999", "-9e999", "-5", "978350400000", "'soon'")
+    for moment in moments:
+        installation.sqlite3(f"insert into approvals (data, timestamp) values ('{{}}', {moment})")
+    text = exported(installation)
+    installation.sqlite3("delete from approvals")
+    assert imported(installation, text) == {
+        "imported": len(moments) + 1,
+        "already_there": 0,
+        "refused": [],
+    }
+
+
 def test_a_queue_that_has_other_tasks_takes_all_of_them_in(installation, other):
     filled(installation)
     other.enqueue("approvals", "mine", "--jsonl", input='{"mine": 1}\n' * 5)

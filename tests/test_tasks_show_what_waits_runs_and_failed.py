@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 
+import pytest
 from conftest import ROOT, wait_for
 
 WORDS = ("pending", "scheduled", "blocked", "in_progress")
@@ -334,6 +335,33 @@ def test_a_task_of_the_far_future_or_past_is_listed_counted_and_purged(installat
     assert installation.run("tasks.py", "list").returncode == 0
     assert installation.run("tasks.py", "stats").returncode == 0
     assert tasks(installation, "purge", "notifications", "--yes")["deleted"] == 4
+
+
+@pytest.mark.parametrize(
+    "moment", ["2001-01-31T12:00:00Z", "2001-01-31 12:00:00+00:00", "2001-01-31", "soon", "", "980942400"]
+)  # fmt: skip
+def test_a_finished_task_whose_times_a_shell_has_written_hides_no_other(installation, moment):
+    # It makes the database.
+    installation.enqueue("notifications", "note")
+    for name in ("review", "by_hand"):
+        finished(installation, "approvals", name, "completed", 10, 1, 1)
+    ((by_hand, good),) = installation.rows("select max(task_id), min(task_id) from task_history")
+    # What came of a task is looked for among all rows, waiting ones, too.
+    installation.sqlite3(
+        f"update task_history set enqueued_at = '{moment}', started_at = '{moment}', completed_at = '{moment}' "
+        "where task_type = 'by_hand';"
+        "insert into approvals (data, timestamp) values ('{}', '2001-01-31 12:00:00')"
+    )
+    for args in ([], ["--sort", "newest"], ["--sort", "oldest"]):
+        listed = installation.run("tasks.py", "list", *args)
+        assert listed.returncode == 0 and by_hand in listed.stdout, listed.stderr
+    for args in (["show", by_hand], ["show", good], ["list", "--since", "1h"], ["stats"], ["export", "--history"]):  # fmt: skip
+        done = installation.run("tasks.py", *args)
+        assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
+    assert tasks(installation, "show", by_hand)["completed_at"] == moment
+    assert (
+        tasks(installation, "purge", "approvals", "--status", "completed", "--yes")["deleted"] == 2
+    )
 
 
 def test_an_empty_list_says_so_and_stays_an_empty_list(installation):
