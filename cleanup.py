@@ -46,10 +46,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import enqueue
-import queue_cli as cli
 import queue_helpers as q
-import queue_owners as owners
-from queue_cli import EX_FAILED, plural, size
+from taskqueue import cli
+from taskqueue import recovery as owners
+from taskqueue.cli import EX_FAILED, plural, size
 
 # SQLite's busy handler looks again after 1, 3, 8, 18, 33 … ms. A lock held for less than 7 ms and
 # then left alone for 10 ms is therefore had at the third look; without the pause somebody unlucky

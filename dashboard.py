@@ -54,10 +54,10 @@ from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import parse_qsl, urlsplit
 
-import queue_cli as cli
 import queue_helpers as q
-import queue_stats
-from queue_cli import LIVE
+from taskqueue import cli
+from taskqueue import stats as queue_stats
+from taskqueue.cli import LIVE
 
 PORT = 8765
 # How pages call the script that acts on tasks.

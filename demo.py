@@ -39,7 +39,7 @@ import uuid
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import queue_cli as cli
+from taskqueue import cli
 
 HERE = Path(__file__).resolve().parent
 # Each step may take so long.

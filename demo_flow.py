@@ -38,8 +38,8 @@ import uuid
 from collections.abc import Sequence
 from pathlib import Path
 
-import queue_cli as cli
 from demo import HERE, STEP_SECONDS, Demo, Failed, perform
+from taskqueue import cli
 
 STAND_IN = HERE / "tests/claude_stub/api.py"
 # What the model is told to do, by the stand-in.

@@ -38,7 +38,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import queue_cli as cli
+from taskqueue import cli
 
 HERE = Path(__file__).resolve().parent
 # The server may take so long to start on a busy machine.

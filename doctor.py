@@ -35,16 +35,16 @@ from contextlib import closing
 from pathlib import Path
 from typing import NamedTuple
 
-import queue_cli as cli
 import queue_helpers as q
-import queue_installation
-import queue_owners as owners
-from queue_cli import command, sh, span
-from queue_handlers import fault_of
-from queue_outcome import NO_HANDLER as NO_HANDLER_BEGINS
-from queue_outcome import Control
-from queue_settings import hooks_in, our_hooks
-from queue_spool import MOST_BYTES, is_utf8
+from taskqueue import cli
+from taskqueue import installation as queue_installation
+from taskqueue import recovery as owners
+from taskqueue.cli import command, sh, span
+from taskqueue.handlers import fault_of
+from taskqueue.outcome import NO_HANDLER as NO_HANDLER_BEGINS
+from taskqueue.outcome import Control
+from taskqueue.settings import hooks_in, our_hooks
+from taskqueue.spool import MOST_BYTES, is_utf8
 
 MAX_WAIT_SECONDS = 600.0
 # A worker takes spooled tasks in at once.

@@ -264,7 +264,7 @@ def fail(code: int, message: object, *, hook: bool = False) -> int:
     if sys.stderr is not None:
         line = " ".join(f"enqueue.py: {message}".split())
         if not hook:
-            import queue_cli
+            from taskqueue import cli as queue_cli
 
             line = queue_cli.remedies_as_typed(line)
         try:
@@ -298,7 +298,7 @@ def say(text: str) -> None:
 def start_worker(queue: str, directory: str | None) -> None:
     """Start a worker for the stored task; that none can be started is no failure."""
     try:
-        import queue_launch
+        from taskqueue import launch as queue_launch
 
         queue_launch.start_worker(queue, directory)
     except (ImportError, OSError, ValueError, q.QueueError) as error:

@@ -46,9 +46,9 @@ from pathlib import Path
 # A dry run writes nothing, compiled modules included.
 sys.dont_write_bytecode |= "--dry-run" in sys.argv
 
-import queue_cli as cli  # noqa: E402
-import queue_settings  # noqa: E402
-from queue_installation import (  # noqa: E402
+from taskqueue import cli  # noqa: E402
+from taskqueue import settings as queue_settings  # noqa: E402
+from taskqueue.installation import (  # noqa: E402
     Installation,
     Trouble,
     WrongUse,
@@ -59,7 +59,7 @@ from queue_installation import (  # noqa: E402
     digest_there,
     only_one,
 )
-from queue_installation import complain as complain_of  # noqa: E402
+from taskqueue.installation import complain as complain_of  # noqa: E402
 
 # Long enough for one script's packages to be downloaded.
 WARM_SECONDS = 600.0
@@ -195,7 +195,7 @@ def scripts() -> list[Path]:
 
     A script is a Python file with a PEP 723 header; all else beside this file stays where it is.
     """
-    modules = sorted(HERE.glob("queue_*.py"), key=lambda path: path.stem != "queue_helpers")
+    modules = [HERE / "queue_helpers.py", *sorted(HERE.glob("taskqueue/*.py"))]
     others = [path for path in sorted(HERE.glob("*.py")) if path not in modules]
     return modules + [path for path in others if is_script(path.read_bytes())]
 
@@ -212,8 +212,8 @@ def plan(place: Installation) -> list[tuple[Path, bytes, int, str]]:
     """
     wanted = []
     for path in scripts():
-        mode = 0o600 if path.name.startswith("queue_") else 0o700
-        wanted.append((place.lib / path.name, path.read_bytes(), mode))
+        mode = 0o700 if is_script(path.read_bytes()) else 0o600
+        wanted.append((place.lib / path.relative_to(HERE), path.read_bytes(), mode))
     for path in sorted(HERE.glob("*.sh")):
         # Whoever installs from the installed copy needs them.
         wanted.append((place.lib / path.name, path.read_bytes(), 0o600))
@@ -225,7 +225,7 @@ def plan(place: Installation) -> list[tuple[Path, bytes, int, str]]:
     files = [(*file, action_for(place, *file)) for file in wanted]
     before = {place.prefix / name for name in place.record["files"]} - {path for path, *_ in wanted}
     for path in sorted(before):
-        if path.parent == place.lib and digest_there(path) in place.known(path):
+        if path.is_relative_to(place.lib) and digest_there(path) in place.known(path):
             files.append((path, b"", 0, "remove"))
     return files
 
@@ -255,9 +255,15 @@ def put_in_order(place: Installation, files: list[tuple[Path, bytes, int, str]])
         begun(path).unlink(missing_ok=True)
     new = [file[:3] for file in files if file[3] in ("add", "update")]
     # Python makes the last one with the umask of whoever runs a script first.
-    for directory in (place.lib.parent, place.lib, place.lib / "__pycache__"):
+    package = place.lib / "taskqueue"
+    for directory in (
+        place.lib.parent,
+        place.lib,
+        package,
+        *(lib / "__pycache__" for lib in (place.lib, package)),
+    ):
         q.make_private(directory, parents=True)
-    modules = [file for file in new if file[0].name.startswith("queue_")]
+    modules = [file for file in new if not is_script(file[1]) and file[0].suffix == ".py"]
     rest = [file for file in new if file not in modules]
     if goes_back(place, modules):
         # The hook first: it may give options that an older enqueue.py does not know.
@@ -284,7 +290,8 @@ def goes_back(place: Installation, modules: list[tuple[Path, bytes, int]]) -> bo
 
 def names_in(directory: Path) -> set[bytes]:
     """All words of the modules in a directory."""
-    modules = [path.read_bytes() for path in directory.glob("queue_*.py")]
+    paths = [directory / "queue_helpers.py", *directory.glob("taskqueue/*.py")]
+    modules = [path.read_bytes() for path in paths if path.is_file()]
     return set(re.findall(rb"\w+", b" ".join(modules)))
 
 
@@ -572,7 +579,9 @@ def uninstall(place: Installation, args: argparse.Namespace) -> int:
     if units:
         tell_service("reload", units)
     remove_compiled(place)
-    remove_empty(place.lib / "__pycache__", place.lib, place.lib.parent, place.handlers)
+    package = place.lib / "taskqueue"
+    remove_empty(package / "__pycache__", package, place.lib / "__pycache__", place.lib)
+    remove_empty(place.lib.parent, place.handlers)
     # The record goes last: whoever is killed before that can begin again.
     if failed:
         place.record = {**place.record, "files": {}, "units": []}
@@ -595,7 +604,7 @@ def tell_service(verb: str, units: list[str]) -> None:
 def remove_compiled(place: Installation) -> None:
     """What Python made of our files goes with them."""
     ours = {Path(name).stem for name in place.record["files"] if name.startswith("runtime/lib/")}
-    for compiled in (place.lib / "__pycache__").glob("*.pyc"):
+    for compiled in place.lib.rglob("__pycache__/*.pyc"):
         if compiled.name.partition(".")[0] in ours:
             compiled.unlink(missing_ok=True)
 

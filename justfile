@@ -147,6 +147,6 @@ pictures:
 lint:
     uvx 'ruff>=0.8,<1' check .
     uvx 'ruff>=0.8,<1' format --check .
-    uv run --no-project {{ python_deps }} --with 'rich>=13,<16' --with 'pyright>=1.1.390,<2' pyright --level error queue_*.py
+    uv run --no-project {{ python_deps }} --with 'rich>=13,<16' --with 'pyright>=1.1.390,<2' pyright --level error queue_helpers.py taskqueue
     for script in hook.sh tq.sh places.sh bin/task-queue; do sh -n "$script"; done
     if command -v shellcheck >/dev/null; then shellcheck hook.sh tq.sh places.sh bin/task-queue; fi

@@ -818,7 +818,7 @@ def _log_is_lost(conn: Connection) -> bool:
     # From now on each thread asks for another connection.
     for each in _process.of(conn.state):
         each.file = ()
-    _module("queue_owners").log_is_lost(conn.db)
+    _module("taskqueue.recovery").log_is_lost(conn.db)
     return True
 
 
@@ -865,7 +865,7 @@ def _open(state: Path, db: str, busy_timeout_ms: int, migrate: bool) -> Connecti
         (version,) = conn.execute("pragma user_version").fetchone()
         tables = table_names(conn)
         if version != SCHEMA_VERSION and (version or tables):
-            _module("queue_migrate").check(conn, version, migrate)
+            _module("taskqueue.migrate").check(conn, version, migrate)
         elif version and "task_history" not in tables:
             raise QueueUnavailable(f"{db} is not a task queue's database; check TASK_QUEUE_STATE")
         conn.execute("commit")
@@ -913,14 +913,14 @@ def table_names(conn: Connection) -> list[str]:
 
 
 def _make_schema(conn: Connection) -> None:
-    """Make the schema in an empty database; one that is not empty is queue_migrate's business."""
+    """Make the schema in an empty database; one that is not empty is taskqueue/migrate.py's business."""
     with transaction(conn):
         (version,) = conn.execute("pragma user_version").fetchone()
         if version == SCHEMA_VERSION:
             # It was made while we waited for the lock.
             return
         if table_names(conn):
-            _module("queue_migrate").migrate(conn, version)
+            _module("taskqueue.migrate").migrate(conn, version)
         else:
             create_all(conn, DEFAULT_QUEUES)
         conn.execute(f"pragma user_version = {SCHEMA_VERSION}")
@@ -974,7 +974,7 @@ def ensure_queue(conn: Connection, queue: str) -> bool:
             wanted = "use an existing one"
             raise InvalidTask(f"queue {queue!r} would be number {MAX_QUEUES + 1}: {wanted}")
         if queue in table_names(conn):
-            _module("queue_migrate").adopt(conn, queue)
+            _module("taskqueue.migrate").adopt(conn, queue)
         else:
             create_queue(conn, queue)
         create_view(conn)
@@ -1577,13 +1577,13 @@ os.register_at_fork(before=_before_fork, after_in_child=_after_fork)
 # ------------------------------------------------------------------------------------------------ the modules beside it
 
 _LATER = {
-    "queue_outcome": "settle tail signal_name pause resume limit controls STOPPED CANCELLED TIMED_OUT"
+    "taskqueue.outcome": "settle tail signal_name pause resume limit controls STOPPED CANCELLED TIMED_OUT"
     " EX_DATAERR EX_TEMPFAIL OUTPUT_BYTES RESULT_BYTES",
-    "queue_spool": "spool_directories spooled_files take_in_spool",
-    "queue_owners": "recover redrive not_held log_is_lost OWNERS CANCEL_REQUESTED",
-    "queue_wake": "Watch WakeEvent QueueWatcher look_again data_version is_wake sleep_seconds",
-    "queue_persist": "get_queue get_ack_queue dequeue_task SQLiteQueue SQLiteAckQueue Empty COUNT_READY",
-    "queue_asyncio": "consume Delivery",
+    "taskqueue.spool": "spool_directories spooled_files take_in_spool",
+    "taskqueue.recovery": "recover redrive not_held log_is_lost OWNERS CANCEL_REQUESTED",
+    "taskqueue.wake": "Watch WakeEvent QueueWatcher look_again data_version is_wake sleep_seconds",
+    "taskqueue.persist": "get_queue get_ack_queue dequeue_task SQLiteQueue SQLiteAckQueue Empty COUNT_READY",
+    "taskqueue.aio": "consume Delivery",
 }
 
 
@@ -1594,11 +1594,11 @@ def _module(name: str):
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
-        if error.name != name:
+        if error.name not in (name, "taskqueue"):
             raise
-        here = os.path.dirname(os.path.abspath(__file__))
+        here, file = os.path.dirname(os.path.abspath(__file__)), name.replace(".", "/")
         raise ImportError(
-            f"{name}.py is missing in {here}: put it beside queue_helpers.py", name=name
+            f"{file}.py is missing in {here}: put taskqueue/ beside queue_helpers.py", name=name
         ) from None
 
 

@@ -51,12 +51,11 @@ from pathlib import Path
 from typing import Any
 
 import enqueue
-import queue_cli as cli
 import queue_helpers as q
-import queue_outcome as outcomes
-import queue_owners as owners
-import queue_runs as runs
-from queue_handlers import (
+from taskqueue import cli, runs
+from taskqueue import outcome as outcomes
+from taskqueue import recovery as owners
+from taskqueue.handlers import (
     Handlers,
     Unstarted,
     add_run_options,
@@ -64,7 +63,7 @@ from queue_handlers import (
     say,
     start_clean,
 )
-from queue_supervisor import wakeup_pipe
+from taskqueue.supervisor import wakeup_pipe
 
 # Tasks, and bytes of them, that one transaction carries at most.
 BATCH, BATCH_BYTES = 200, 8 * 2**20

@@ -144,7 +144,7 @@ def fail(code: int, message: object, *, hook: bool = False) -> int:
     """Say what is wrong in one line; the code. A person is told commands as people type them."""
     line = " ".join(f"report.py: {message}".split())
     if not hook:
-        import queue_cli
+        from taskqueue import cli as queue_cli
 
         line = queue_cli.remedies_as_typed(line)
     try:
@@ -319,7 +319,7 @@ def report(conn, rows: list[int]) -> str:
         line += f": {quoted(text, TEXT_CHARACTERS)}" if text else ""
         lines.append(f"{line} (task {shown(task_id, NAME_CHARACTERS)})")
     if len(rows) > TASKS:
-        from queue_cli import command
+        from taskqueue.cli import command
 
         lines.append(
             f"{len(rows) - TASKS} earlier ones ended as well; {command('list')} shows them."

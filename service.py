@@ -37,8 +37,8 @@ from pathlib import Path
 # A dry run writes nothing, compiled modules included.
 sys.dont_write_bytecode |= "--dry-run" in sys.argv
 
-import queue_cli as cli  # noqa: E402
-from queue_installation import (  # noqa: E402
+from taskqueue import cli  # noqa: E402
+from taskqueue.installation import (  # noqa: E402
     Installation,
     Trouble,
     WrongUse,
@@ -49,8 +49,8 @@ from queue_installation import (  # noqa: E402
     is_plain,
     only_one,
 )
-from queue_installation import complain as complain_of  # noqa: E402
-from queue_launch import become_worker  # noqa: E402
+from taskqueue.installation import complain as complain_of  # noqa: E402
+from taskqueue.launch import become_worker  # noqa: E402
 
 # Between the two looks of a run that found nothing at first; it also keeps a service that is
 # started for nothing from spinning.

@@ -44,14 +44,13 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-import queue_cli as cli
 import queue_helpers as q
-import queue_logs
-import queue_outcome
-import queue_render as render
-import queue_stats as numbers_of
-from queue_cli import EX_FAILED, EX_TEMPFAIL, EX_USAGE, LIVE, STATUSES, Refused
-from queue_find import (
+from taskqueue import cli, render
+from taskqueue import logs as queue_logs
+from taskqueue import outcome as queue_outcome
+from taskqueue import stats as numbers_of
+from taskqueue.cli import EX_FAILED, EX_TEMPFAIL, EX_USAGE, LIVE, STATUSES, Refused
+from taskqueue.find import (
     FINISHED_ROW,
     LIVE_ROW,
     Found,
@@ -791,7 +790,7 @@ def ask_to_end(conn: q.Connection, task: q.Task) -> None:
 
 def why_not_ended(conn: q.Connection, task: q.Task) -> str:
     """What is known of a run that was to end, and has not."""
-    import queue_owners as owners
+    from taskqueue import recovery as owners
 
     if owners.is_dead(conn.state, task.owner):
         return (

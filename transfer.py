@@ -43,9 +43,9 @@ from itertools import islice
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-import queue_cli as cli
 import queue_helpers as q
-from queue_cli import EX_DATAERR, Refused, sh
+from taskqueue import cli
+from taskqueue.cli import EX_DATAERR, Refused, sh
 
 # An import reads and checks so many lines before it stores them.
 LINES_AT_A_TIME = 500

@@ -52,10 +52,10 @@ from typing import NoReturn
 
 import enqueue
 import queue_helpers as q
-import queue_owners as owners
-import queue_runs as runs
-from queue_cli import as_typed, duration, make_parser, printable, remedies_as_typed
-from queue_handlers import (
+from taskqueue import recovery as owners
+from taskqueue import runs
+from taskqueue.cli import as_typed, duration, make_parser, printable, remedies_as_typed
+from taskqueue.handlers import (
     Handlers,
     Unstarted,
     add_run_options,
@@ -66,7 +66,7 @@ from queue_handlers import (
     stdin_file,
     with_remedy,
 )
-from queue_supervisor import RESET_SIGNALS, wakeup_pipe
+from taskqueue.supervisor import RESET_SIGNALS, wakeup_pipe
 
 SCRIPT = os.path.abspath(__file__)
 # How long to wait between two tries while the database cannot be used.

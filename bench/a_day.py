@@ -41,7 +41,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import queue_cli as cli  # noqa: E402
+from taskqueue import cli  # noqa: E402
 
 STAND_IN = ROOT / "tests/claude_stub/api.py"
 COLUMNS, ROWS = 80, 40

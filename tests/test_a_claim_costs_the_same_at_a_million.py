@@ -111,7 +111,7 @@ def plan(conn, statement: str, values: dict) -> list[str]:
 @pytest.mark.parametrize("name", STATEMENTS)
 def test_each_statement_searches_an_index_and_sorts_nothing(queue, name):
     conn = queue.connect()
-    import queue_owners
+    from taskqueue import recovery as queue_owners
 
     statement = getattr(queue, name, None) or getattr(queue_owners, name)
     statement = queue.on_queue(statement, "notifications") if "{queue}" in statement else statement

@@ -11,7 +11,7 @@ import sys
 import pytest
 from conftest import ROOT
 
-from queue_cli import find_uv
+from taskqueue.cli import find_uv
 
 HANDLERS = sorted(
     path for path in (ROOT / "handlers").iterdir() if b"uv run" in path.read_bytes()[:4096]

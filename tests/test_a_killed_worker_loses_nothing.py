@@ -198,7 +198,7 @@ def test_a_death_between_two_looks_is_heard_too(installation, queue, monkeypatch
     from watchdog.events import FileClosedEvent
 
     installation.enqueue("notifications", "any")
-    import queue_wake
+    from taskqueue import wake as queue_wake
 
     look_again, looks, died = queue_wake.look_again, [], []
 

@@ -163,7 +163,7 @@ def test_a_supervisor_that_does_not_answer_is_killed(installation, monkeypatch):
     """As when a debugger holds it, and it does not go on when it is told to. The worker then starts
     afresh.
     """
-    import queue_supervisor
+    from taskqueue import supervisor as queue_supervisor
 
     monkeypatch.setattr(queue_supervisor, "ANSWERS_OWED", 1)
     supervisor = queue_supervisor.SupervisorProcess(dict(os.environ))
@@ -178,7 +178,7 @@ def test_a_supervisor_that_does_not_answer_is_killed(installation, monkeypatch):
 
 
 def test_one_that_answers_is_not(installation):
-    import queue_supervisor
+    from taskqueue import supervisor as queue_supervisor
 
     supervisor = queue_supervisor.SupervisorProcess(dict(os.environ))
     for _ in range(3 * queue_supervisor.ANSWERS_OWED):
@@ -248,7 +248,7 @@ def test_what_is_on_record_stays_small(installation):
 
 
 def test_taking_many_tasks_back_lets_others_write_in_between(installation, queue, monkeypatch):
-    import queue_owners
+    from taskqueue import recovery as queue_owners
 
     installation.enqueue("notifications", "any", "--jsonl", input='{"n": 1}\n' * 500)
     with queue.transaction(conn := queue.connect()):
@@ -321,7 +321,7 @@ def test_doctor_and_a_dry_run_say_what_recovery_does(installation, orphan):
 
 
 def test_of_an_owner_that_cannot_be_looked_at_nobody_says_that_it_is_dead(installation):
-    import queue_owners
+    from taskqueue import recovery as queue_owners
 
     assert queue_owners.is_dead(installation.state, "of nobody")
     workers = installation.state / "workers"

@@ -215,7 +215,7 @@ def test_an_exit_status_outlives_a_failed_attempt_to_record_it(installation, que
     """Two orphans of one worker; recording the second fails at first, as on a full disk: all of it
     is rolled back.
     """
-    import queue_outcome
+    from taskqueue import outcome as queue_outcome
 
     installation.handler("wait", WAIT)
     tasks = [installation.enqueue("notifications", "wait") for _ in range(2)]

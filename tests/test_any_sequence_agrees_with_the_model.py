@@ -25,8 +25,8 @@ from hypothesis.stateful import (
 )
 
 import queue_helpers as q
-import queue_outcome
-import queue_owners
+from taskqueue import outcome as queue_outcome
+from taskqueue import recovery as queue_owners
 
 QUEUE = "notifications"
 START = 1_800_000_000

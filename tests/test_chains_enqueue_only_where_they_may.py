@@ -270,7 +270,7 @@ def test_then_hold_makes_results_that_wait_for_a_person(installation, queue):
     assert installation.sqlite3("select status from task_queue where queue = 'approvals'") == "held"
     conn = queue.connect()
     assert queue.claim_ready(conn, "approvals") == []
-    import queue_outcome
+    from taskqueue import outcome as queue_outcome
 
     with queue.transaction(conn):
         assert queue_outcome.approve(conn, "approvals", 1) and not queue_outcome.approve(
@@ -280,7 +280,7 @@ def test_then_hold_makes_results_that_wait_for_a_person(installation, queue):
 
 
 def test_what_a_person_rejects_ends_as_cancelled(installation, queue):
-    import queue_outcome
+    from taskqueue import outcome as queue_outcome
 
     conn = queue.connect()
     queue.enqueue_task("approvals", "t", {}, "one", hold=True)

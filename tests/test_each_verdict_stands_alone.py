@@ -102,7 +102,7 @@ def test_a_row_that_no_history_takes_holds_up_no_other(installation, beside):
 
 
 def test_what_a_verdict_raises_buries_its_task_alone(installation, queue):
-    import queue_owners
+    from taskqueue import recovery as queue_owners
 
     for number in range(3):
         installation.enqueue("notifications", "any", "--task-id", f"t-{number}")
@@ -133,7 +133,7 @@ def test_what_a_verdict_raises_buries_its_task_alone(installation, queue):
 
 @pytest.mark.parametrize("trouble", ["QueueBusy", "QueueUnavailable"])
 def test_the_databases_own_trouble_is_tried_again(installation, queue, trouble):
-    import queue_owners
+    from taskqueue import recovery as queue_owners
 
     installation.enqueue("notifications", "any", "--task-id", "it")
     owner, conn = queue.owner_name(), queue.connect()
@@ -152,7 +152,7 @@ def test_the_databases_own_trouble_is_tried_again(installation, queue, trouble):
 
 
 def test_a_dead_workers_tasks_stand_alone_too(installation, queue, monkeypatch):
-    import queue_owners
+    from taskqueue import recovery as queue_owners
 
     for number in range(3):
         installation.enqueue("notifications", "any", "--task-id", f"t-{number}")

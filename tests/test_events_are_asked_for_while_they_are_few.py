@@ -32,7 +32,7 @@ def watch(installation, queue, monkeypatch):
     """A watch that listens, and to which FEW events are few: a loaded machine has no more in so
     short a time.
     """
-    import queue_wake
+    from taskqueue import wake as queue_wake
 
     monkeypatch.setattr(queue_wake, "BUSY_EVENTS", FEW)
     queue.connect()
@@ -161,7 +161,7 @@ def test_a_state_directory_that_was_deleted_is_watched_again(installation, queue
 
 def test_watchdog_reports_no_error_when_an_event_comes_after_the_stop(installation, queue, caplog):
     """An emitter that is stopped between two events asks once more."""
-    import queue_wake
+    from taskqueue import wake as queue_wake
 
     queue.connect()
     observer = queue_wake.new_observer(queue.Watch(installation.state))

@@ -197,7 +197,7 @@ def test_installing_again_from_the_installed_copy_takes_over_no_handler_of_yours
 def test_one_answers_whether_it_is_installed_and_where(source, home, monkeypatch):
     monkeypatch.setenv("HOME", str(home))
     monkeypatch.syspath_prepend(MAIN)
-    from queue_installation import installed
+    from taskqueue.installation import installed
 
     assert installed() is None and installed(source / "tasks.py") is None
     install(source, home)

@@ -309,8 +309,8 @@ def job(home):
     record = json.loads((prefix / "installed.json").read_text())
     (prefix / "installed.json").write_text(json.dumps({**record, "uv": None}))
     lib = prefix / "runtime/lib"
-    launch = (lib / "queue_launch.py").read_text()
-    (lib / "queue_launch.py").write_text(
+    launch = (lib / "taskqueue/launch.py").read_text()
+    (lib / "taskqueue/launch.py").write_text(
         launch.replace("IDLE_EXIT_SECONDS = 60", "IDLE_EXIT_SECONDS = 0")
     )
     plist = plist_of(home)

@@ -140,7 +140,7 @@ def test_an_id_on_the_command_line_is_utf8_whatever_the_locale(ended, language):
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_every_script_says_its_version(installation, script):
-    import queue_cli
+    from taskqueue import cli as queue_cli
 
     done = installation.run(script, "--version")
     assert (done.returncode, done.stdout, done.stderr) == (0, f"{script} {queue_cli.VERSION}\n", "")

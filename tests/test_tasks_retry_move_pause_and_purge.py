@@ -14,7 +14,7 @@ import time
 import pytest
 from conftest import ROOT, wait_for
 
-import queue_runs
+from taskqueue import runs as queue_runs
 
 
 def tasks(installation, *args, code: int = 0, **options) -> object:

@@ -13,19 +13,20 @@ import pytest
 from conftest import ROOT
 
 FILES = {path.stem: path for path in sorted(ROOT.glob("*.py"))}
-MODULES = {name for name in FILES if name.startswith("queue_")}
+FILES |= {f"taskqueue.{path.stem}": path for path in sorted(ROOT.glob("taskqueue/[!_]*.py"))}
+MODULES = {name for name in FILES if name == "queue_helpers" or name.startswith("taskqueue.")}
 SCRIPTS = FILES.keys() - MODULES
 # What each third-party import is called in a header.
 PACKAGES = {"persistqueue": "persist-queue"}
 # The only module that may import it.
-ONLY_IN = {"persistqueue": "queue_persist", "watchdog": "queue_wake"}
+ONLY_IN = {"persistqueue": "taskqueue.persist", "watchdog": "taskqueue.wake"}
 
 # What a process has once: all module-level state that changes while it runs, and why.
 STATE = {
     "queue_helpers._process": "connections and ownership; a forked child begins anew",
     "queue_helpers._inherited": "what a forked child must neither close nor collect",
-    "queue_persist._claims": "the claims of this process's ack queues; a forked child has none",
-    "queue_cli.closed_streams": "which of the standard streams were closed when the script began",
+    "taskqueue.persist._claims": "the claims of this process's ack queues; a forked child has none",
+    "taskqueue.cli.closed_streams": "which of the standard streams were closed when the script began",
 }
 
 
@@ -54,14 +55,20 @@ def imports(name: str, deferred: bool, optional: bool = False) -> set[str]:
         if not deferred and isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
             return
         if isinstance(node, ast.Import):
-            found.update(alias.name.partition(".")[0] for alias in node.names)
+            found.update(top_or_ours(alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module == "taskqueue":
+            found.update(f"taskqueue.{alias.name}" for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.module:
-            found.add(node.module.partition(".")[0])
+            found.add(top_or_ours(node.module))
         for child in ast.iter_child_nodes(node):
             visit(child)
 
     visit(tree(name))
     return found - {name}
+
+
+def top_or_ours(name: str) -> str:
+    return name if name in FILES else name.partition(".")[0]
 
 
 @functools.cache
@@ -103,10 +110,10 @@ def loads(name: str, deferred: bool) -> set[str]:
 
 
 def test_there_is_something_to_read():
-    assert {"queue_helpers", "queue_persist", "queue_wake"} <= MODULES
+    assert {"queue_helpers", "taskqueue.persist", "taskqueue.wake"} <= MODULES
     assert {"enqueue", "worker", "tasks"} <= SCRIPTS
-    assert "persistqueue" in imports("queue_persist", deferred=False)
-    assert "queue_wake" in loads("worker", deferred=False)
+    assert "persistqueue" in imports("taskqueue.persist", deferred=False)
+    assert "taskqueue.wake" in loads("worker", deferred=False)
 
 
 @pytest.mark.parametrize("name", sorted(MODULES))
@@ -131,7 +138,7 @@ def test_queue_helpers_needs_the_standard_library_alone():
     calls = [
         ast.unparse(node) for node in ast.walk(tree("queue_helpers")) if isinstance(node, ast.Call)
     ]
-    named = {m[1] for call in calls if (m := re.fullmatch(r"_module\('(\w+)'\)", call))}
+    named = {m[1] for call in calls if (m := re.fullmatch(r"_module\('([\w.]+)'\)", call))}
     assert named and named <= MODULES
 
 
@@ -196,7 +203,7 @@ def test_the_classes_rely_on_the_private_names_that_they_list():
 
     import persistqueue
 
-    module = tree("queue_persist")
+    module = tree("taskqueue.persist")
     text = ast.get_docstring(module)
     listed = {
         kind: set(re.search(rf"(?m)^ *{kind} +(.*)$", text)[1].split())
@@ -249,7 +256,7 @@ def test_queue_helpers_alone_enqueues_claims_and_acks(installation, tmp_path):
                 assert verb(conn, task, **told)
         q.spool("reviews", "{}")
         q.resign()
-        assert [name for name in sys.modules if name.startswith("queue_")] == ["queue_helpers"]
+        assert [name for name in sys.modules if name.startswith(("queue_", "taskqueue"))] == ["queue_helpers"]
         for ask in (lambda: q.get_ack_queue("reviews"), lambda: q.consume, lambda: q.recover()):
             try:
                 ask()
@@ -263,16 +270,17 @@ def test_queue_helpers_alone_enqueues_claims_and_acks(installation, tmp_path):
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    modules = ("queue_persist", "queue_asyncio", "queue_owners")
+    modules = ("persist", "aio", "recovery")
     assert done.stdout.splitlines() == [
-        f"{module}.py is missing in {alone}: put it beside queue_helpers.py" for module in modules
+        f"taskqueue/{module}.py is missing in {alone}: put taskqueue/ beside queue_helpers.py"
+        for module in modules
     ]
     history = installation.rows("select status from task_history order by id")
     assert history == [("completed",), ("failed",)]
     assert installation.rows("select count(*) from reviews") == [(2,)]
 
 
-@pytest.mark.parametrize("name", ["queue_helpers", "queue_persist"])
+@pytest.mark.parametrize("name", ["queue_helpers", "taskqueue.persist"])
 def test_pyright_is_content(name):
     if not shutil.which("pyright"):
         pytest.skip("pyright is not installed")

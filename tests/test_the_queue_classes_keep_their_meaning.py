@@ -578,7 +578,7 @@ def test_a_fork_waits_for_the_watch_to_finish_its_look(installation):
     said = run_forking(
         installation,
         """
-import queue_wake, subprocess
+from taskqueue import wake as queue_wake, subprocess
 queue_wake.OWNER_CLOSED_SECONDS = 1e9  # so that every look recovers, too
 mine = q.get_ack_queue("notifications")
 mine.put({"n": 1})

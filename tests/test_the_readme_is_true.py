@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, wait_for
 
-import queue_settings
+from taskqueue import settings as queue_settings
 
 README = (ROOT / "README.md").read_text()
 REFERENCE = (ROOT / "docs/reference.md").read_text()

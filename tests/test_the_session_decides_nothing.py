@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, wait_for
 
-from queue_cli import find_uv
+from taskqueue.cli import find_uv
 
 STOP = b'{"session_id": "s1", "cwd": "/", "hook_event_name": "Stop"}'
 MODULES = (
@@ -292,7 +292,7 @@ def test_a_unit_starts_a_worker_with_a_clean_environment(tmp_path):
     stays out.
     """
     sys.path.insert(0, str(ROOT))
-    import queue_launch
+    from taskqueue import launch as queue_launch
 
     kept = {
         "HOME": "/home/user",

@@ -11,8 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import queue_helpers as q
-import queue_outcome as outcomes
-import queue_runs as runs
+from taskqueue import outcome as outcomes
+from taskqueue import runs
 
 OWNERS = """
 select distinct owner from "{queue}" where status = 2"""
@@ -362,7 +362,7 @@ def errors_explained(conn: q.Connection):
 
 def log_is_lost(db: str) -> None:
     """Say that the write-ahead log was removed while it was in use."""
-    from queue_cli import command
+    from taskqueue.cli import command
 
     logging.getLogger(__name__).error(
         "%s-wal was removed while it was in use: what was committed since it was last written back "

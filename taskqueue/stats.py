@@ -8,10 +8,10 @@ import time
 from collections.abc import Iterator
 from contextlib import nullcontext
 
-import queue_cli as cli
 import queue_helpers as q
-from queue_cli import FINISHED, LIVE
-from queue_outcome import Control
+from taskqueue import cli
+from taskqueue.cli import FINISHED, LIVE
+from taskqueue.outcome import Control
 
 HOUR, DAY = 3_600, 86_400
 # Medians and percentiles are made of so many finished tasks of a queue, type and status, the

@@ -14,9 +14,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
-import queue_cli as cli
 import queue_helpers as q
-from queue_cli import FINISHED, LIVE, Refused
+from taskqueue import cli
+from taskqueue.cli import FINISHED, LIVE, Refused
 
 # An ambiguous ID lists so many of the tasks that it fits.
 MATCHES = 10

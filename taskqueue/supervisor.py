@@ -5,7 +5,7 @@ them ended.
        └── a socket, lines of JSON ──┘
 
 A supervisor outlives its worker for as long as a handler runs: so the exit code of an orphan is
-known, and its timeout holds. What it writes down is in queue_runs. It serves whoever has handlers
+known, and its timeout holds. What it writes down is in runs. It serves whoever has handlers
 to run and files for their output: worker.py is one, and need not be the only one.
 """
 
@@ -21,7 +21,7 @@ import time
 from collections import deque
 from collections.abc import Collection, Mapping, Sequence
 
-import queue_runs as runs
+from taskqueue import runs
 
 # A supervisor that has left so many questions in a row without an answer, one each safety tick, is
 # stuck.

@@ -13,9 +13,9 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 
-import queue_cli as cli
-from queue_cli import LIVE
-from queue_outcome import Control
+from taskqueue import cli
+from taskqueue.cli import LIVE
+from taskqueue.outcome import Control
 
 COLOURS = {
     "failed": "red",

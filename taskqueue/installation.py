@@ -50,7 +50,7 @@ def answer_for(script: str, work: Callable[[], int]) -> int:
 
 
 def complain(script: str, message: object) -> int:
-    import queue_cli as cli
+    from taskqueue import cli
 
     return cli.complain(1, script, message)
 

@@ -23,11 +23,11 @@ from pathlib import Path
 from typing import NamedTuple, NoReturn
 
 import queue_helpers as q
-import queue_installation
-import queue_outcome as outcomes
-import queue_runs as runs
-from queue_cli import duration, printable, remedies_as_typed, sh
-from queue_supervisor import SupervisorProcess, handler_environment
+from taskqueue import installation as queue_installation
+from taskqueue import outcome as outcomes
+from taskqueue import runs
+from taskqueue.cli import duration, printable, remedies_as_typed, sh
+from taskqueue.supervisor import SupervisorProcess, handler_environment
 
 # A task without a handler that can be started is tried again after so many seconds. Each time is a
 # failed attempt, so that it ends as a dead letter, which people are told of.

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 
-from queue_installation import Installation, Trouble, digest, digest_there, only_one, write_file
+from taskqueue.installation import Installation, Trouble, digest, digest_there, only_one, write_file
 
 HOOK_TIMEOUT_SECONDS = 10
 

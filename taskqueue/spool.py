@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import queue_helpers as q
-from queue_cli import printable
+from taskqueue.cli import printable
 
 SPOOLED = """
 insert or ignore into task_spooled (file) values (:file)"""

@@ -26,10 +26,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, TextIO
 
 import queue_helpers as q
-import queue_runs as runs
+from taskqueue import runs
 
 if TYPE_CHECKING:
-    from queue_outcome import Control
+    from taskqueue.outcome import Control
 
 # Before a script looks at the paths that a person gave it.
 q.go_back()
@@ -204,10 +204,10 @@ def _typed(found: re.Match) -> str:
 @lru_cache(1)
 def installed_command() -> str | None:
     """The name under which install.py has put tq on PATH; None in a checkout, or where it is not."""
-    import queue_installation
+    from taskqueue import installation as queue_installation
 
     try:
-        place = queue_installation.installed(__file__)
+        place = queue_installation.installed(q.__file__)
     except (OSError, queue_installation.WrongUse):
         return None
     path = place.record.get("command") if place else None

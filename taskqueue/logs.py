@@ -11,9 +11,9 @@ import time
 from codecs import getincrementaldecoder
 from typing import BinaryIO, NamedTuple
 
-import queue_cli as cli
 import queue_helpers as q
-from queue_find import Found, newest_record
+from taskqueue import cli
+from taskqueue.find import Found, newest_record
 
 # How often a file that a handler writes is looked at.
 LOOK_SECONDS = 0.1

@@ -56,7 +56,7 @@ def start_worker(queue: str, directory: str | None = None) -> None:
     except OSError:
         # Nobody ever served it.
         pass
-    lib = Path(directory) if directory else Path(__file__).resolve().parent
+    lib = Path(directory) if directory else Path(__file__).resolve().parent.parent
     command = worker_command(lib, [queue])
     environment = worker_environment(os.environ, q.STATE_DIR)
     log = q.make_private(q.STATE_DIR / "logs") / f"worker.{queue}.log"

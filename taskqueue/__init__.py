@@ -1,0 +1,1 @@
+"""The modules that the scripts share, one subject a file."""
