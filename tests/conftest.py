@@ -84,6 +84,14 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 
+def copy_scripts(directory: Path, *scripts: str) -> None:
+    """Put scripts, and the modules that they share, into a directory as they lie here."""
+    modules = [path.relative_to(ROOT) for path in ROOT.glob("taskqueue/*.py")]
+    (directory / "taskqueue").mkdir(parents=True, exist_ok=True)
+    for name in ("queue_helpers.py", *modules, *scripts):
+        shutil.copy2(ROOT / name, directory / name)
+
+
 def wait_for(condition, seconds: float = 30.0, what: str = "the condition"):
     """The first true value of condition(), looked for every few milliseconds; fails after
     `seconds`.

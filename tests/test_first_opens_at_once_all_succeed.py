@@ -136,7 +136,7 @@ def test_an_open_that_is_overtaken_half_way_by_another_first_open(
         )
     elif moment in ("has_bare_queue", "is_bare_queue"):
         pytest.skip("it is asked of tables")
-    module = queue if hasattr(queue, moment) else importlib.import_module("queue_migrate")
+    module = queue if hasattr(queue, moment) else importlib.import_module("taskqueue.migrate")
     real, overtakings = getattr(module, moment), []
 
     def overtaken(*args, **options):

@@ -23,10 +23,16 @@ STOP = b'{"session_id": "s", "cwd": "/", "hook_event_name": "Stop"}'
 def checkout(directory, mark):
     """A copy of the project in which each file says which version it is."""
     (directory / "handlers").mkdir(parents=True)
+    (directory / "taskqueue").mkdir()
     scripts = [
         MAIN / name for name in ("install.py", "enqueue.py", "cleanup.py", "hook.sh", "tq.sh")
     ]
-    for source in [*scripts, *MAIN.glob("queue_*.py"), *MAIN.glob("handlers/*")]:
+    for source in [
+        *scripts,
+        MAIN / "queue_helpers.py",
+        *MAIN.glob("taskqueue/*.py"),
+        *MAIN.glob("handlers/*"),
+    ]:
         if source.is_file():
             target = directory / source.relative_to(MAIN)
             target.write_text(source.read_text() + f"\n# {mark}\n")

@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+from conftest import copy_scripts
 
 MAIN = Path(__file__).resolve().parent.parent
 CACHE = subprocess.run(
@@ -134,15 +135,8 @@ def test_upgrading_under_a_running_worker_loses_and_repeats_nothing(home):
             if number % 8 == 4:
                 changed = (MAIN / "queue_helpers.py").read_text() + f"# {number}\n"
                 source = home / "checkout"
-                source.mkdir(exist_ok=True)
-                for path in [
-                    *(
-                        MAIN / name
-                        for name in ("install.py", "enqueue.py", "worker.py", "hook.sh", "tq.sh")
-                    ),
-                    *MAIN.glob("queue_*.py"),
-                ]:
-                    (source / path.name).write_bytes(path.read_bytes())
+                names = ("install.py", "enqueue.py", "worker.py", "hook.sh", "tq.sh")
+                copy_scripts(source, *names)
                 (source / "queue_helpers.py").write_text(changed)
                 ran = subprocess.run(
                     [sys.executable, source / "install.py", "install", "--no-warm", "--hook", "no"],

@@ -173,7 +173,8 @@ def test_what_is_no_script_is_not_installed(source, home):
     install(source, home)
     installed = files(home / ".claude/automation/lychee/runtime/lib")
     assert not {"conftest.py", "notes.txt"} & installed
-    assert {path.name for path in source.glob("queue_*.py")} | {
+    assert {str(path.relative_to(source)) for path in source.glob("taskqueue/*.py")} | {
+        "queue_helpers.py",
         "hook.sh",
         "service.py",
         "worker.py",

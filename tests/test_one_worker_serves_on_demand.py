@@ -2,7 +2,6 @@ import json
 import os
 import random
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -10,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, wait_for
+from conftest import copy_scripts, wait_for
 from processes import lines, lives, stays_true
 
 # `uv run … --script`, but of this Python.
@@ -28,9 +27,7 @@ def installed(installation):
     end with the test.
     """
     lib = installation.directory / "runtime" / "lib"
-    lib.mkdir(parents=True)
-    for script in ("enqueue.py", "worker.py", *(path.name for path in ROOT.glob("queue_*.py"))):
-        shutil.copy2(ROOT / script, lib)
+    copy_scripts(lib, "enqueue.py", "worker.py")
     uv = installation.directory / ".local" / "bin" / "uv"
     uv.parent.mkdir(parents=True)
     uv.write_text(UV)

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, wait_for
+from conftest import copy_scripts, wait_for
 from processes import stays_true
 
 QUICK = "#!/bin/sh\n"
@@ -166,8 +166,7 @@ def as_user(installation):
     public.chmod(0o755)
     lib, home = public / "lib", public / "home"
     (lib / "handlers").mkdir(parents=True)
-    for script in ("worker.py", "enqueue.py", *(path.name for path in ROOT.glob("queue_*.py"))):
-        shutil.copy(ROOT / script, lib)
+    copy_scripts(lib, "worker.py", "enqueue.py")
     (lib / "handlers" / "quick").write_text(QUICK)
     (lib / "handlers" / "quick").chmod(0o755)
     home.mkdir()

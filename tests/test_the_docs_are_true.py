@@ -22,7 +22,7 @@ DOCUMENTS = [
 ]
 # A script has a PEP 723 header; a module has none.
 SCRIPTS = sorted(path.name for path in ROOT.glob("*.py") if "\n# /// script\n" in path.read_text())
-MODULES = sorted(path.name for path in ROOT.glob("*.py") if path.name not in SCRIPTS)
+MODULES = sorted(ROOT.glob("taskqueue/[!_]*.py"))
 # What shows the queue at work in a throw-away state, and has no options.
 DEMOS = [name for name in SCRIPTS if name.startswith("demo")]
 # Commands that another script does, which has a section of its own.
@@ -134,9 +134,10 @@ def test_the_state_directory_and_the_handlers_are_named():
 
 def test_the_map_of_the_modules_is_the_directory():
     [drawn] = re.findall(r"^## The modules\n+```text\n(.*?)^```$", HOW, re.MULTILINE | re.DOTALL)
-    names = set(re.findall(r"[a-z_]+\.py\b|\bqueue_[a-z]+", drawn))
-    assert {name for name in names if name.endswith(".py")} == set(SCRIPTS)
-    assert {f"{name}.py" for name in names if name.startswith("queue_")} == set(MODULES)
+    scripts, modules = drawn.split("taskqueue/")
+    assert set(re.findall(r"[a-z_]+\.py\b", scripts)) == set(SCRIPTS)
+    columns = re.findall(r"(?m)^  ([a-z]+) {2,}|  {2,}([a-z]+) {2,}", modules.split("core\n")[0])
+    assert {a or b for a, b in columns} == {path.stem for path in MODULES}
 
 
 def test_every_test_that_a_document_names_is_there():

@@ -3,7 +3,6 @@
 import asyncio
 import json
 import os
-import shutil
 import signal
 import sqlite3
 import subprocess
@@ -13,7 +12,7 @@ import threading
 import time
 
 import pytest
-from conftest import ROOT, wait_for
+from conftest import ROOT, copy_scripts, wait_for
 
 OPTION_A = """#!/usr/bin/env -S uv run
 from pathlib import Path
@@ -146,9 +145,7 @@ def home(tmp_path):
     TASK_QUEUE_STATE.
     """
     library = tmp_path / ".claude/automation/lychee/runtime/lib"
-    library.mkdir(parents=True)
-    for module in ROOT.glob("queue_*.py"):
-        shutil.copy(module, library)
+    copy_scripts(library)
     (tmp_path / "workspace").mkdir()
     (tmp_path / "hook.py").write_text(OPTION_A)
     return tmp_path
