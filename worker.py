@@ -37,6 +37,7 @@ if __name__ == "__main__":
     sys.path[:] = [os.path.dirname(os.path.realpath(__file__)), *sys.path[own:]]
 
 import argparse
+import importlib.util
 import json
 import os
 import select
@@ -52,8 +53,8 @@ from typing import NoReturn
 
 import enqueue
 import queue_helpers as q
+from taskqueue import environment, runs
 from taskqueue import recovery as owners
-from taskqueue import runs
 from taskqueue.cli import as_typed, duration, make_parser, printable, remedies_as_typed
 from taskqueue.handlers import (
     Handlers,
@@ -94,6 +95,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add_options(parser.add_argument)
     args = parser.parse_args(argv)
     try:
+        if args.environment:
+            environment.enter(args.environment, q.STATE_DIR)
         check_run_options(args, command)
         if q.state_complaint:
             raise ValueError(q.state_complaint)
@@ -130,6 +133,8 @@ def add_options(add: Callable) -> None:
         help="leave when nothing waited, ran or was scheduled for this long")
     add("--single", action="store_true",
         help="leave a queue to another worker while that one serves it; end at once if others serve all of them")
+    add("--environment", metavar="FILE", type=os.path.abspath,
+        help="take every variable from this file, and none from the caller; hooks and units say so")
 # fmt: on
 
 
@@ -137,10 +142,22 @@ def main(argv: list[str] | None = None) -> int:
     start_clean()
     args = parse(argv)
     try:
+        if args.environment:
+            start_with_packages(sys.argv[1:] if argv is None else argv)
         return Worker(args).run()
     except (q.QueueError, OSError) as error:
         say(f"{as_typed('worker.py')}: {with_remedy(error, q.STATE_DIR)}")
         return 1
+
+
+def start_with_packages(argv: list[str]) -> None:
+    """Become this worker under uv, where the Python that a hook or a unit started has no watchdog."""
+    uv = environment.find_uv(os.environ)
+    if uv and importlib.util.find_spec("watchdog") is None:
+        try:
+            os.execv(uv, [uv, "run", "-qq", "--no-config", "--script", SCRIPT, *argv])
+        except OSError as error:
+            raise q.QueueError(f"{uv} cannot be started: {error.strerror}") from None
 
 
 class Worker:

@@ -1,41 +1,22 @@
-"""Starting a worker that nobody waits for: what `enqueue.py --start-worker` and the service's units
-do.
+"""Start a worker that nobody waits for: `enqueue.py --start-worker`, and the service's units.
 
 The session that fires a hook, and the manager that starts a unit, have an environment and a working
-directory of their own, which may be those of a workspace. Neither decides what is run here.
+directory of their own, which may be those of a workspace. The worker takes neither: it is started
+from nothing, and reads the file that taskqueue.environment describes.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import re
-import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import queue_helpers as q
+from taskqueue import environment
+from taskqueue.installation import default_prefix
 
 IDLE_EXIT_SECONDS = 60
-
-# uv looks for a .venv in its working directory and above, and runs the Python in there.
-WORKING_DIRECTORY = "/"
-
-# What a worker is told of the environment that it is started from: a person's account, desktop and
-# network, and the families of names that set up `claude` and its providers. All else may come from
-# a session's workspace, and decide what Python or uv run. Of the CLAUDE_ names, the worker itself
-# keeps from handlers those that name a session.
-TOLD = re.compile(
-    "HOME|USER|LOGNAME|SHELL|LANG|LANGUAGE|LC_[A-Z]+|TZ|TMPDIR|XDG_[A-Z_]+|DISPLAY|WAYLAND_DISPLAY"
-    "|SSH_AUTH_SOCK|DBUS_SESSION_BUS_ADDRESS|(HTTPS?|ALL|NO)_PROXY|(https?|all|no)_proxy"
-    "|SSL_CERT_(FILE|DIR)|NODE_EXTRA_CA_CERTS|UV_(CACHE_DIR|OFFLINE)|LYCHEE_[A-Z]+"
-    "|(ANTHROPIC|CLAUDE|AWS|GOOGLE|GCLOUD|VERTEX|CLOUD_ML|DISABLE|MAX|MCP|OTEL)_[A-Z0-9_]+"
-)
-# A relative one of these would mean the workspace.
-PATHS = re.compile(
-    "HOME|SHELL|TMPDIR|XDG_[A-Z_]+_(HOME|DIR)|SSL_CERT_(FILE|DIR)|NODE_EXTRA_CA_CERTS|UV_CACHE_DIR"
-    "|CLAUDE_CONFIG_DIR|CLAUDE_CODE_(TMPDIR|SHELL)"
-)
 
 
 def start_worker(queue: str, directory: str | None = None) -> None:
@@ -58,7 +39,6 @@ def start_worker(queue: str, directory: str | None = None) -> None:
         pass
     lib = Path(directory) if directory else Path(__file__).resolve().parent.parent
     command = worker_command(lib, [queue])
-    environment = worker_environment(os.environ, q.STATE_DIR)
     log = q.make_private(q.STATE_DIR / "logs") / f"worker.{queue}.log"
     fd = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
     try:
@@ -68,8 +48,8 @@ def start_worker(queue: str, directory: str | None = None) -> None:
             stdout=fd,
             stderr=fd,
             start_new_session=True,
-            env=environment,
-            cwd=WORKING_DIRECTORY,
+            env=bare_environment(q.STATE_DIR),
+            cwd="/",
         )
     finally:
         os.close(fd)
@@ -77,41 +57,35 @@ def start_worker(queue: str, directory: str | None = None) -> None:
 
 def become_worker(lib: Path, queues: Sequence[str], state: Path) -> None:
     """Turn this process into a worker."""
-    command, environment = worker_command(lib, queues), worker_environment(os.environ, state)
-    os.chdir(WORKING_DIRECTORY)
-    os.execve(command[0], command, environment)
+    command = worker_command(lib, queues)
+    os.chdir("/")
+    os.execve(command[0], command, bare_environment(state))
 
 
 def worker_command(lib: Path, queues: Sequence[str]) -> list[str]:
     """How the worker beside the scripts in lib is started, one that leaves when it is idle."""
-    uv = find_uv(lib)
-    start = [uv, "run", "--no-config", "--script"] if uv else [sys.executable, "-E", "-s"]
-    how = ["--single", "--idle-exit", str(IDLE_EXIT_SECONDS)]
-    return [*start, str(lib / "worker.py"), *queues, *how]
+    file = environment_file(lib)
+    how = ["--environment", str(file), "--single", "--idle-exit", str(IDLE_EXIT_SECONDS)]
+    return [*interpreter(lib), str(lib / "worker.py"), *queues, *how]
 
 
-def find_uv(lib: Path) -> str | None:
-    """The uv that install.py recorded, or in a checkout one in an absolute place; None without one."""
+def interpreter(lib: Path) -> list[str]:
+    """What runs a script in lib: the Python that install.py recorded, else its uv, else this one."""
     record = lib.parent.parent / "installed.json"
-    if record.is_file():
-        places = [str(json.loads(record.read_bytes()).get("uv") or "")]
-    else:
-        home, path = os.path.expanduser("~"), os.environ.get("PATH", "").split(os.pathsep)
-        usual = [f"{home}/.local/bin", f"{home}/.cargo/bin", "/opt/homebrew/bin", "/usr/local/bin"]
-        places = [f"{place}/uv" for place in (*usual, *path)]
-    return next((uv for uv in places if os.path.isabs(uv) and os.access(uv, os.X_OK)), None)
+    recorded = json.loads(record.read_bytes()) if record.is_file() else {}
+    python, uv = recorded.get("python") or "", recorded.get("uv") or ""
+    if not os.access(python, os.X_OK) and os.access(uv, os.X_OK):
+        return [uv, "run", "-qq", "--no-config", "--script"]
+    return [python if os.access(python, os.X_OK) else environment.own_python(), "-E", "-s"]
 
 
-def worker_environment(environ: Mapping[str, str], state: Path) -> dict[str, str]:
-    """The clean, named set of variables that a worker is started with; no relative paths."""
-    told = {
-        name: value
-        for name, value in environ.items()
-        if TOLD.fullmatch(name) and (os.path.isabs(value) or not PATHS.fullmatch(name))
-    }
-    path = [entry for entry in environ.get("PATH", "").split(os.pathsep) if os.path.isabs(entry)]
-    return {
-        **told,
-        "PATH": os.pathsep.join(path or ["/usr/bin", "/bin"]),
-        "TASK_QUEUE_STATE": str(state),
-    }
+def environment_file(lib: Path) -> Path:
+    """The environment file for the scripts in lib: their installation's, else the usual place's."""
+    prefix = lib.parent.parent
+    return (prefix if (prefix / "installed.json").is_file() else default_prefix()) / "environment"
+
+
+def bare_environment(state: Path) -> dict[str, str]:
+    """All that a worker needs to find its state and its environment file."""
+    home = os.environ.get("HOME") or environment.account().pw_dir
+    return {"HOME": home, "PATH": os.defpath, "TASK_QUEUE_STATE": str(state)}

@@ -297,7 +297,7 @@ def test_a_bare_environment_is_enough(installed):
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
     wait_for((home / "ran").exists, what="the task's run")
-    assert "worker.py notifications --single" in (home / "uv.log").read_text()
+    assert "worker.py notifications --environment" in (home / "uv.log").read_text()
     assert len(workers(state)) == 1
 
 
@@ -319,6 +319,7 @@ def test_without_uv_the_same_python_runs_the_worker(installed):
 def test_a_worker_that_cannot_be_started_costs_no_task(installed):
     # An executable of a format that the kernel does not know.
     installed.uv.write_bytes(b"\x7fELF")
+    (installed.directory / "installed.json").write_text(json.dumps({"python": str(installed.uv)}))
     done = start_worker(installed, "quick")
     assert done.returncode == 0 and done.stdout.startswith("queued")
     assert done.stderr.count("\n") == 1 and "no worker could be started" in done.stderr
@@ -327,7 +328,7 @@ def test_a_worker_that_cannot_be_started_costs_no_task(installed):
 
 def test_the_session_does_not_choose_uv(installed, tmp_path):
     """Not by UV, not by a relative entry of PATH, not by what lies in its directory."""
-    installed.handler("quick", "#!/bin/sh\n")
+    installed.handler("quick", "#!/bin/sh\nenv\n")
     workspace = tmp_path / "workspace"
     (workspace / ".venv/bin").mkdir(parents=True)
     for place in ("uv", "python3", ".venv/bin/python", ".venv/bin/python3"):
@@ -342,37 +343,35 @@ def test_the_session_does_not_choose_uv(installed, tmp_path):
     done = start_worker(installed, "quick", env=env, cwd=workspace)
     installed.finished(done.stdout.split()[1])
     assert not (tmp_path / "hijacked").exists()
-    (pid,) = workers(installed.state)
-    told = dict(
-        line.split("=", 1)
-        for line in Path(f"/proc/{pid}/environ").read_text().split("\0")
-        if "=" in line
-    )
-    assert (
-        os.readlink(f"/proc/{pid}/cwd") == "/"
-        and not {"UV", "VIRTUAL_ENV", "PYTHONPATH"} & told.keys()
-    )
-    assert all(map(os.path.isabs, told["PATH"].split(":"))) and told["TASK_QUEUE_STATE"] == str(
-        installed.state
-    )
+    told = installed.finished(done.stdout.split()[1])["result"].splitlines()
+    named = dict(variable.split("=", 1) for variable in told)
+    assert named["UV"] == str(installed.uv) and str(workspace) not in "".join(told)
+    assert all(map(os.path.isabs, named["PATH"].split(":")))
+    assert named["TASK_QUEUE_STATE"] == str(installed.state)
 
 
-def test_the_recorded_uv_is_taken_and_no_other(installed):
+def test_the_environments_uv_is_taken_and_no_other(installed):
     installed.handler("quick", "#!/bin/sh\n")
     mine = installed.directory / "my uv"
     mine.write_text(UV.replace("uv.log", "my.log"))
     mine.chmod(0o755)
-    record = installed.directory / "installed.json"
-    for uv, log in ((str(mine), "my.log"), (None, None)):
-        record.write_text(json.dumps({"uv": uv}))
-        done = start_worker(
-            installed, "quick", env={"TASK_QUEUE_STATE": str(installed.directory / f"state {log}")}
-        )
-        installed.states.append(installed.directory / f"state {log}")
-        assert done.stderr == ""
-        wait_for(lambda: workers(installed.states[-1]), what="a worker")
-        assert log is None or (installed.directory / log).exists()
+    file = installed.directory / "environment"
+    file.write_text(f"UV={mine}\n")
+    file.chmod(0o600)
+    (installed.directory / "installed.json").write_text("{}")
+    start_worker(installed, "quick")
+    wait_for(lambda: workers(installed.state), what="a worker")
+    assert (installed.directory / "my.log").exists()
     assert not (installed.directory / "uv.log").exists()
+
+
+def test_a_uv_that_cannot_be_started_is_one_line_in_the_workers_log(installed):
+    installed.uv.write_bytes(b"\x7fELF")
+    start_worker(installed, "quick")
+    wait_for(lambda: log(installed.state), what="a line")
+    assert log(installed.state).count("\n") == 1 and f"{installed.uv} cannot" in log(
+        installed.state
+    )
 
 
 def test_one_started_by_a_handler_outlives_it(installed):

@@ -1,0 +1,181 @@
+"""The environment of workers that hooks and the service start: the file PREFIX/environment.
+
+Its lines are NAME=value, taken as they stand. The worker reads it itself, after `env -i`, and adds
+what follows from the user id. Nothing else reaches such a worker, so no session and no workspace
+decides what its handlers run, or under which account.
+"""
+
+from __future__ import annotations
+
+import os
+import pwd
+import re
+import shutil
+import sys
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+STANDARD_PATH = ("/usr/local/bin", "/usr/local/sbin", "/usr/bin", "/bin", "/usr/sbin", "/sbin")
+
+# What decides whose account a handler works under, and how it reaches the network.
+DECISIVE = re.compile(
+    "(ANTHROPIC|AWS)_[A-Z0-9_]+|CLAUDE_CONFIG_DIR|CLAUDE_CODE_(OAUTH_TOKEN|USE_[A-Z0-9_]+)"
+    "|(HTTPS?|ALL|NO)_PROXY|(https?|all|no)_proxy|SSL_CERT_(FILE|DIR)|NODE_EXTRA_CA_CERTS"
+)
+
+HEAD = """\
+# The environment of workers that hooks and `tq service` start. A line is NAME=value, taken as it
+# stands: no quotes, no $NAME, no continuation. USER, XDG_RUNTIME_DIR and DBUS_SESSION_BUS_ADDRESS
+# are added; nothing of a Claude Code session is. The next worker that starts obeys a change.
+"""
+EXAMPLES = """\
+# What handlers need goes here. Take away the # to use a line:
+#ANTHROPIC_API_KEY=sk-ant-...
+#CLAUDE_CONFIG_DIR=/home/me/.claude-work
+#HTTPS_PROXY=http://proxy.example:3128
+#AWS_PROFILE=work
+#UV_DEFAULT_INDEX=https://pypi.example/simple
+#LYCHEE_ONLINE=1
+"""
+
+
+class Unfit(ValueError):
+    """The file cannot be used; the message says which line, why, and what to do."""
+
+
+def enter(file: Path, state: Path) -> None:
+    """Make the file's environment this process's, and go home."""
+    environ = of_worker(file) | {"TASK_QUEUE_STATE": str(state)}
+    os.environ.clear()
+    os.environ.update(environ)
+    os.chdir(environ["HOME"] if os.path.isdir(environ["HOME"]) else "/")
+
+
+def of_worker(file: Path) -> dict[str, str]:
+    """The whole environment of a worker: the defaults, the file's lines, what the user id gives."""
+    home = os.environ.get("HOME") or account().pw_dir
+    return defaults(home) | read(file) | of_the_account()
+
+
+def read(file: Path) -> dict[str, str]:
+    """The variables in the file; none where there is no file. Raises Unfit."""
+    try:
+        with open(file, "rb") as opened:
+            status, text = os.fstat(opened.fileno()), os.fsdecode(opened.read())
+    except FileNotFoundError:
+        return {}
+    except OSError as error:
+        raise Unfit(f"{file} cannot be read: {error.strerror}") from None
+    if status.st_uid != os.geteuid() or status.st_mode & 0o077:
+        raise Unfit(f"{file} is not yours alone: chown it to yourself, and chmod 600 it")
+    return parse(text, file)
+
+
+def parse(text: str, file: Path) -> dict[str, str]:
+    """The variables in the text of such a file. Raises Unfit."""
+    found = {}
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip() or line.startswith("#"):
+            continue
+        name, equals, value = line.partition("=")
+        if not equals or not re.fullmatch("[A-Za-z_][A-Za-z0-9_]*", name):
+            raise Unfit(f"{file}: line {number} is not NAME=value: mend it, or begin it with #")
+        if re.search("[\x00-\x1f\x7f]", value):
+            raise Unfit(f"{file}: line {number} has a control character in the value of {name}")
+        if len(value) > 1 and value[0] == value[-1] and value[0] in "'\"":
+            raise Unfit(
+                f"{file}: line {number}: the quotes would be a part of {name}: take them away"
+            )
+        found[name] = value
+    return found
+
+
+def account() -> pwd.struct_passwd:
+    """The password database's entry for this user; a made-up one for a number without an entry."""
+    try:
+        return pwd.getpwuid(os.getuid())
+    except KeyError:
+        uid = os.getuid()
+        return pwd.struct_passwd((str(uid), "", uid, os.getgid(), "", "/", "/bin/sh"))
+
+
+def of_the_account() -> dict[str, str]:
+    """USER, and where the user's session bus is, which notify-send needs."""
+    found, runtime = {"USER": account().pw_name}, f"/run/user/{os.getuid()}"
+    if is_ours(runtime):
+        found["XDG_RUNTIME_DIR"] = runtime
+    if os.path.exists(f"{runtime}/bus"):
+        found["DBUS_SESSION_BUS_ADDRESS"] = f"unix:path={runtime}/bus"
+    return found
+
+
+def defaults(home: str) -> dict[str, str]:
+    """The environment where nothing was installed, and of the file's missing lines."""
+    path = search_path([], home, None)
+    return {
+        "HOME": home,
+        "LANG": "C.UTF-8",
+        "PATH": path,
+        "UV": shutil.which("uv", path=path) or "",
+        "UV_PYTHON": own_python(),
+    }
+
+
+def search_path(entries: Iterable[str], home: str, uv: str | None) -> str:
+    """A PATH of directories that are root's or ours; that of the real uv is first."""
+    usual = (f"{home}/.local/bin", f"{home}/.cargo/bin", "/opt/homebrew/bin", *STANDARD_PATH)
+    # uv's environment of the present script is no place for a handler's programs.
+    own = {os.path.dirname(sys.executable)} - {*STANDARD_PATH}
+    wanted = [*([os.path.dirname(uv)] if uv else []), *(e for e in entries if e not in own), *usual]
+    return os.pathsep.join(entry for entry in dict.fromkeys(wanted) if is_ours(entry))
+
+
+def is_ours(directory: str) -> bool:
+    """Whether a path is absolute, fits a line, and is a directory of root's or ours."""
+    if not os.path.isabs(directory) or re.search("[\x00-\x1f\x7f]", directory):
+        return False
+    try:
+        return os.path.isdir(directory) and os.stat(directory).st_uid in (0, os.getuid())
+    except OSError:
+        return False
+
+
+def own_python() -> str:
+    """The interpreter that runs this, outside of any virtual environment."""
+    return os.path.realpath(getattr(sys, "_base_executable", None) or sys.executable)
+
+
+def find_uv(environ: Mapping[str, str]) -> str | None:
+    """The uv of an environment: the one it names, else the first on its PATH."""
+    named = environ.get("UV") or ""
+    if os.path.isabs(named) and os.access(named, os.X_OK):
+        return named
+    found = shutil.which("uv", path=environ.get("PATH", ""))
+    return found if found and os.path.isabs(found) else None
+
+
+# -------------------------------------------------------------------------------- install and doctor
+
+
+def text_of(variables: Mapping[str, str]) -> str:
+    """A new file with these variables, and examples of more."""
+    return HEAD + lines_of(variables) + EXAMPLES
+
+
+def lines_of(variables: Mapping[str, str]) -> str:
+    return "".join(f"{name}={value}\n" for name, value in variables.items() if value)
+
+
+def decisive(environ: Mapping[str, str]) -> dict[str, str]:
+    """The variables that decide about account and network, those that can stand in the file."""
+    return {
+        name: value
+        for name, value in sorted(environ.items())
+        if DECISIVE.fullmatch(name) and value and not re.search("[\x00-\x1f\x7f]", value)
+    }
+
+
+def differences(file: Path, environ: Mapping[str, str]) -> list[str]:
+    """The names of decisive variables that differ between the file and the environment given."""
+    here, there = decisive(environ), decisive(read(file))
+    return sorted(name for name in here.keys() | there.keys() if here.get(name) != there.get(name))
