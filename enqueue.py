@@ -47,6 +47,9 @@ like 2026-12-01T09:00: it is local time unless it names a zone.
   --hook                Stdin is a hook's payload and becomes the task's data, with workspace_path
                         from its cwd and project_dir from CLAUDE_PROJECT_DIR. TASK_TYPE is the name
                         of the event unless it is given.
+  --data JSON           These fields are added to the payload's, and win over them. Of a hook's task,
+                        a handler takes rights (like permission_mode) from here, never from the
+                        payload.
   --once-per KEY        KEY says what makes two firings of a hook one task: the same session,
                         workspace or content. (default: everything in the payload)
   --group-by KEY        The group is the hook's workspace, project or session.
@@ -104,6 +107,7 @@ OPTIONS = {
     "on-duplicate": str,
     "window": q.parse_duration,
     "wait": q.parse_duration,
+    "data": lambda text: parse_object(text.encode("utf-8", "surrogateescape"))[0],
     "once-per": str,
     "group-by": str,
     "worker-from": str,
@@ -167,6 +171,8 @@ class Arguments:
     worker_from: str | None = None
     hook = jsonl = hold = new = start_worker = nested = version = help = False
 
+    granted: dict | None = None
+
     def __init__(self, argv: list[str]) -> None:
         try:
             found, words = getopt.gnu_getopt(argv, "h", [*FLAGS, *(f"{name}=" for name in OPTIONS)])
@@ -174,7 +180,8 @@ class Arguments:
             raise ValueError(error) from None
         for option, text in found:
             name = {"-h": "help"}.get(option, option[2:])
-            setattr(self, name.replace("-", "_"), read_option(name, text))
+            attribute = "granted" if name == "data" else name.replace("-", "_")
+            setattr(self, attribute, read_option(name, text))
         if not (self.help or self.version):
             self.take_words(words)
             self.check()
@@ -196,8 +203,8 @@ class Arguments:
             )
         if self.hook and self.jsonl:
             raise ValueError("--hook goes without --jsonl")
-        if (self.once_per or self.group_by) and not self.hook:
-            raise ValueError("--once-per and --group-by go with --hook")
+        if (self.once_per or self.group_by or self.granted is not None) and not self.hook:
+            raise ValueError("--once-per, --group-by and --data go with --hook")
         if self.group is not None and self.group_by:
             raise ValueError("--group and --group-by both name the group: give one of them")
         if bool(self.delay) + (self.at is not None) + self.hold > 1:
@@ -468,7 +475,9 @@ def row_of_firing(
             "the new path on its stdout: take it out of the settings; no task was stored"
         )
     task_type = args.task_type or type_of_event(data, args.queue)
-    terms = args.terms()
+    granted = args.granted or {}
+    data |= granted
+    terms = {**args.terms(), "granted": granted}
     if args.group_by:
         terms["group"] = group_of(data, args.group_by)
     if args.on_duplicate != "skip":

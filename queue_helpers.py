@@ -437,8 +437,11 @@ class Task(_Task):
         stored = read_task(self.text)[0]
         names = {"task_id": self.task_id, "task_type": self.task_type}
         is_envelope = isinstance(stored.get("data"), dict) and names.keys() <= stored.keys()
+        # A hook's payload may look like an envelope: it must not grant itself anything.
+        is_envelope = is_envelope and "hook_event_name" not in stored
         shell = stored if is_envelope and stored["task_id"] == self.task_id else {"data": stored}
-        return {**names, "enqueued_at": utc(self.enqueued_at), **shell, **names}
+        granted = {"granted": {}} if "hook_event_name" in shell["data"] else {}
+        return {**names, "enqueued_at": utc(self.enqueued_at), **granted, **shell, **names}
 
     @property
     def data(self) -> dict:
@@ -1089,6 +1092,9 @@ OPTIONS = {
     # How many handlers stand before it (default: TASK_DEPTH), and which task it comes from.
     "depth": None,
     "source": None,
+    # Data is a hook's payload, and these of its fields are from the hook's command line. A payload
+    # grants no rights: a handler takes those from here alone.
+    "granted": None,
     # The JSON text that data was read from, if any.
     "text": None,
 }
@@ -1154,7 +1160,12 @@ def new_row(task_type: str, data: dict, task_id: str | None = None, **options) -
     status = SCHEDULED if told["hold"] or due_at is not None else READY
     head = f'"task_id": {_quote(task_id)}, "task_type": {_quote(task_type)}, "enqueued_at": "{utc(now)}"'
     for name, value in {**told, "depth": depth}.items() if depth or options else ():
-        if value and name in ("depth", "source", "firing"):
+        if (
+            name in ("depth", "source", "firing")
+            and value
+            or name == "granted"
+            and value is not None
+        ):
             head += f', "{name}": {to_json(value)}'
     body = to_json(data) if told["text"] is None else told["text"]
     return Row(

@@ -261,7 +261,8 @@ def next_row(task: q.Task, stdout: str, size: int) -> q.Row:
 def _descent(task: q.Task) -> dict:
     """What a task that follows from this one says of that."""
     source = {"queue": task.queue, "task_id": task.task_id}
-    return {"depth": task.depth + 1, "source": source}
+    # What a payload may not do, its follow-ups may not either.
+    return {"depth": task.depth + 1, "source": source, "granted": task.envelope.get("granted")}
 
 
 def _as_object(text: str) -> dict | None:
