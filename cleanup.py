@@ -50,6 +50,7 @@ import queue_helpers as q
 from taskqueue import cli
 from taskqueue import recovery as owners
 from taskqueue.cli import EX_FAILED, plural, size
+from taskqueue.text import visible
 
 # SQLite's busy handler looks again after 1, 3, 8, 18, 33 … ms. A lock held for less than 7 ms and
 # then left alone for 10 ms is therefore had at the third look; without the pause somebody unlucky
@@ -177,9 +178,7 @@ def clean_and_tell(args: argparse.Namespace, stop: Stop) -> tuple[int, tuple[str
         return cli.code_of(error), (str(error),)
     try:
         text = (
-            json.dumps(asdict(report))
-            if args.json
-            else "\n".join(map(cli.printable, sentences(report)))
+            json.dumps(asdict(report)) if args.json else "\n".join(map(visible, sentences(report)))
         )
         print(
             text.encode(sys.stdout.encoding, "backslashreplace").decode(sys.stdout.encoding),

@@ -58,6 +58,7 @@ import queue_helpers as q
 from taskqueue import cli
 from taskqueue import stats as queue_stats
 from taskqueue.cli import LIVE
+from taskqueue.text import visible
 
 PORT = 8765
 # How pages call the script that acts on tasks.
@@ -815,6 +816,11 @@ def clock(seconds: float) -> str:
     return time.strftime("%H:%M", time.localtime(seconds))
 
 
+def seen(value: object) -> object:
+    """Make each text that a template prints visible."""
+    return visible(value, keep="\n\t") if isinstance(value, str) else value
+
+
 @lru_cache(1)
 def templates():
     from jinja2 import DictLoader, Environment, StrictUndefined
@@ -825,6 +831,7 @@ def templates():
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
+        finalize=seen,
     )
     made.filters |= {"word": word, "css": known, "span": span, "moment": Moment, "clock": clock}
     made.globals |= {"finished_chart": finished_chart, "waiting_chart": waiting_chart}

@@ -45,6 +45,7 @@ from taskqueue.outcome import NO_HANDLER as NO_HANDLER_BEGINS
 from taskqueue.outcome import Control
 from taskqueue.settings import hooks_in, our_hooks
 from taskqueue.spool import MOST_BYTES, is_utf8
+from taskqueue.text import visible
 
 MAX_WAIT_SECONDS = 600.0
 # A worker takes spooled tasks in at once.
@@ -171,9 +172,9 @@ def say(findings: list[tuple[str, Finding]], state: Path, as_json: bool) -> None
     ]
     lines = []
     for name, finding in findings:
-        lines.append(f"{finding.level:<8} {name}: {cli.printable(finding.what)}")
+        lines.append(f"{finding.level:<8} {name}: {visible(finding.what)}")
         if finding.remedy:
-            lines.append(f"         -> {cli.printable(finding.remedy)}")
+            lines.append(f"         -> {visible(finding.remedy)}")
     total = ", ".join(
         cli.plural(number, noun) if number else f"no {noun}s"
         for number, noun in ((problems, "problem"), (notes, "note"))

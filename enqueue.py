@@ -269,23 +269,18 @@ def fail(code: int, message: object, *, hook: bool = False) -> int:
     """Say what is wrong in one line; the code. A person is told commands as people type them."""
     # print() would take stdout where there is no stderr.
     if sys.stderr is not None:
+        from taskqueue.text import visible
+
         line = " ".join(f"enqueue.py: {message}".split())
         if not hook:
             from taskqueue import cli as queue_cli
 
             line = queue_cli.remedies_as_typed(line)
         try:
-            print(printable(line), file=sys.stderr)
+            print(visible(line), file=sys.stderr)
         except OSError:
             pass
     return code
-
-
-def printable(text: str) -> str:
-    """Text that a terminal only shows: a word or a file's name may hold control sequences."""
-    if text.isprintable():
-        return text
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def say(text: str) -> None:
@@ -317,13 +312,15 @@ def start_worker(queue: str, directory: str | None) -> None:
 
 def enqueue(args: Arguments) -> int:
     """Store the tasks of the command line or of stdin, all or none, and say what became of each."""
+    from taskqueue.text import visible
+
     q.check_queue_name(args.queue)
     rows = tasks_of_lines(args) if args.jsonl else [task_of_command_line(args)]
     wait = None if args.wait is None else milliseconds(args.wait)
     made = q.ensure_queue(q.connect(busy_timeout_ms=wait), args.queue)
     stored = q.enqueue_tasks(args.queue, rows, busy_timeout_ms=wait)
     lines = [
-        f"{'queued' if is_new else 'duplicate' if row.on_duplicate == 'skip' else 'updated'} {printable(task_id)}"
+        f"{'queued' if is_new else 'duplicate' if row.on_duplicate == 'skip' else 'updated'} {visible(task_id)}"
         for row, (task_id, is_new) in zip(rows, stored, strict=True)
     ]
     if made and lines and not args.new:

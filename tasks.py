@@ -66,6 +66,7 @@ from taskqueue.find import (
     remember,
     source_of,
 )
+from taskqueue.text import visible
 
 # `list --text` looks for so long, unless --all is given.
 SCAN_SECONDS = 0.4
@@ -565,8 +566,8 @@ def wait(ids: list[str], queue: str | None, timeout: float | None, as_json: bool
         for record in records:
             if record["completed_at"] is not None:
                 why = f": {record['error']}" if record["error"] else ""
-                print(cli.printable(f"{record['task_id']} {record['status']}{why}"))
-                print(cli.printable_lines(record["result"] or ""), end="")
+                print(visible(f"{record['task_id']} {record['status']}{why}"))
+                print(cli.visible_lines(record["result"] or ""), end="")
     sys.stdout.flush()
     if waiting:
         total = cli.plural(len(records), "task")

@@ -46,6 +46,7 @@ from typing import BinaryIO, NamedTuple
 import queue_helpers as q
 from taskqueue import cli
 from taskqueue.cli import EX_DATAERR, Refused, sh
+from taskqueue.text import visible
 
 # An import reads and checks so many lines before it stores them.
 LINES_AT_A_TIME = 500
@@ -306,7 +307,7 @@ def export(file: str, queues: list[str] | None, history: bool, as_json: bool) ->
         with whole_file(Path(file)) as temporary, open(temporary, "wb") as out:
             exported = write_lines(conn, out, queues, history)
     says = f"exported {cli.plural(exported, 'task')} to {file}"
-    says = json.dumps({"exported": exported, "file": file}) if as_json else cli.printable(says)
+    says = json.dumps({"exported": exported, "file": file}) if as_json else visible(says)
     print(says, file=sys.stderr if file == "-" else sys.stdout)
     return 0
 

@@ -55,7 +55,7 @@ import enqueue
 import queue_helpers as q
 from taskqueue import environment, runs
 from taskqueue import recovery as owners
-from taskqueue.cli import as_typed, duration, make_parser, printable, remedies_as_typed
+from taskqueue.cli import as_typed, duration, make_parser, remedies_as_typed
 from taskqueue.handlers import (
     Handlers,
     Unstarted,
@@ -68,6 +68,7 @@ from taskqueue.handlers import (
     with_remedy,
 )
 from taskqueue.supervisor import RESET_SIGNALS, wakeup_pipe
+from taskqueue.text import visible
 
 SCRIPT = os.path.abspath(__file__)
 # How long to wait between two tries while the database cannot be used.
@@ -108,7 +109,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         elif args.then_hold:
             raise ValueError("--then-hold goes with --then")
     except ValueError as error:
-        parser.error(printable(str(error)))
+        parser.error(visible(str(error)))
     return args
 
 

@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, BinaryIO, TextIO
 
 import queue_helpers as q
 from taskqueue import runs
+from taskqueue.text import visible
 
 if TYPE_CHECKING:
     from taskqueue.outcome import Control
@@ -114,7 +115,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str):
         me = as_typed(self.prog)
-        self.exit(EX_USAGE, f"{me}: {printable(message)}; see {me} --help\n")
+        self.exit(EX_USAGE, f"{me}: {visible(message)}; see {me} --help\n")
 
 
 def make_parser(script: str, description: str | None) -> Parser:
@@ -289,7 +290,7 @@ def complain(code: int, who: str, error: object) -> int:
     """Say one line on stderr, and return code."""
     try:
         line = f"{as_typed(who)}: {' '.join(str(error).split())}"
-        print(printable(line), file=sys.stderr, flush=True)
+        print(visible(line), file=sys.stderr, flush=True)
     except OSError:
         mute(2)
     return code
@@ -393,24 +394,10 @@ def works_alone(command: Sequence[str]) -> bool:
 
 # ---------------------------------------------------------------------------------- text for people
 
-_UNPRINTABLE = re.compile(
-    "[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff]"
-)
 
-
-def printable(text: str) -> str:
-    """Text that a terminal or a log only shows, on one line.
-
-    A task's type or payload, a handler's output or a file's name may hold control sequences, which
-    set the title or the clipboard of a terminal, or marks that reverse what follows. Each such
-    character is written as an escape.
-    """
-    return _UNPRINTABLE.sub(lambda found: repr(found[0])[1:-1], text)
-
-
-def printable_lines(text: str) -> str:
-    """The same, its lines kept; a tab becomes four spaces."""
-    return "\n".join(printable(line.replace("\t", "    ")) for line in text.split("\n"))
+def visible_lines(text: str) -> str:
+    """Return the text made visible, its lines kept; a tab becomes four spaces."""
+    return visible(text.replace("\t", "    "), keep="\n")
 
 
 # What may be larger than the memory is copied in such pieces.
@@ -428,7 +415,7 @@ class Printer:
 
     def write(self, piece: bytes) -> None:
         if self.on_terminal:
-            self.stream.write(printable_lines(self.decoder.decode(piece)))
+            self.stream.write(visible_lines(self.decoder.decode(piece)))
         else:
             self.stream.flush()
             self.stream.buffer.write(piece)
@@ -457,7 +444,7 @@ def report(as_json: bool, value: object, text: str) -> None:
     if as_json:
         put_json(value)
     else:
-        print(printable_lines(text))
+        print(visible_lines(text))
 
 
 def short(text: str | None, longest: int = 200) -> str:
@@ -470,7 +457,7 @@ def sh(word: object) -> str:
     again.
     """
     text = str(word)
-    if printable(text) == text:
+    if visible(text) == text:
         return shlex.quote(text)
     plain = (
         chr(byte) if 0x20 <= byte < 0x7F and byte not in b"'\\" else f"\\x{byte:02x}"
@@ -581,7 +568,7 @@ def pause_in_words(control: Control) -> str:
     until = "until a person resumes it"
     if control.until is not None:
         until = f"until {clock(control.until)} ({ago(control.until)})"
-    return f"paused {until}{f': {printable(control.reason)}' if control.reason else ''}"
+    return f"paused {until}{f': {visible(control.reason)}' if control.reason else ''}"
 
 
 # -------------------------------------------------------------------------------- reading the queue

@@ -26,8 +26,9 @@ import queue_helpers as q
 from taskqueue import installation as queue_installation
 from taskqueue import outcome as outcomes
 from taskqueue import runs
-from taskqueue.cli import duration, printable, remedies_as_typed, sh
+from taskqueue.cli import duration, remedies_as_typed, sh
 from taskqueue.supervisor import SupervisorProcess, handler_environment
+from taskqueue.text import visible
 
 # A task without a handler that can be started is tried again after so many seconds. Each time is a
 # failed attempt, so that it ends as a dead letter, which people are told of.
@@ -398,9 +399,7 @@ def say(line: str) -> None:
     try:
         os.write(
             2,
-            (
-                time.strftime("%Y-%m-%d %H:%M:%S ") + printable(" ".join(line.split())) + "\n"
-            ).encode(),
+            (time.strftime("%Y-%m-%d %H:%M:%S ") + visible(" ".join(line.split())) + "\n").encode(),
         )
     except OSError:
         pass

@@ -14,6 +14,7 @@ from typing import BinaryIO, NamedTuple
 import queue_helpers as q
 from taskqueue import cli
 from taskqueue.find import Found, newest_record
+from taskqueue.text import visible
 
 # How often a file that a handler writes is looked at.
 LOOK_SECONDS = 0.1
@@ -92,7 +93,7 @@ def follow_logs(conn: q.Connection, found: Found) -> int:
             return 0
         if not runs and not waited:
             waited = True
-            task_id = cli.printable(found.task_id)
+            task_id = visible(found.task_id)
             print(
                 f"task {task_id} has not run yet ({record['status']}); waiting for it",
                 file=sys.stderr,

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Sequence
 from taskqueue import cli
 from taskqueue.cli import LIVE
 from taskqueue.outcome import Control
+from taskqueue.text import visible
 
 COLOURS = {
     "failed": "red",
@@ -79,7 +80,7 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[Cell]], bold: Iterable
 
 def _styled(cell: Cell) -> tuple[str, str]:
     text, style = (cell, COLOURS.get(cell, "")) if isinstance(cell, str) else cell
-    return cli.printable(text), style
+    return visible(text), style
 
 
 def widths_of(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[int]:
@@ -96,7 +97,7 @@ def middle(text: str, longest: int) -> str:
     """A text without its middle, which is where ids that begin alike differ least."""
     from rich.cells import cell_len
 
-    text = cli.printable(text)
+    text = visible(text)
     if cell_len(text) <= longest:
         return text
     # Three characters say what kind of an id it is.
@@ -324,15 +325,15 @@ def note_of(row: dict, controls: dict[str, Control]) -> str:
 
 def task_text(task: dict) -> str:
     """Everything about a task, as tasks.py show has put it together."""
-    lines = [field(name, cli.printable(value)) for name, value in fields_of(task)]
+    lines = [field(name, visible(value)) for name, value in fields_of(task)]
     data = task["data"]
-    lines += ["", "data", cli.printable_lines(data if isinstance(data, str) else indented(data))]
+    lines += ["", "data", cli.visible_lines(data if isinstance(data, str) else indented(data))]
     for name, column in (("stdout", "result"), ("stderr", "log")):
         text = (task.get(column) or "").rstrip("\n")
         if text:
             value = cli.payload(text) if text.lstrip().startswith(("{", "[")) else text
             shown = text if isinstance(value, str) else indented(value)
-            lines += ["", name, cli.printable_lines(shown)]
+            lines += ["", name, cli.visible_lines(shown)]
     return "\n".join(lines)
 
 
@@ -404,4 +405,4 @@ def history_table(history: list[dict]):
 
 def output_files(runs: list[dict]) -> str:
     files = (f"{run['path']}{ending}" for run in runs for ending in (".out", ".err"))
-    return "".join(f"{cli.printable(file)}\n" for file in files if os.path.exists(file))
+    return "".join(f"{visible(file)}\n" for file in files if os.path.exists(file))

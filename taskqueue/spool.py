@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import queue_helpers as q
-from taskqueue.cli import printable
+from taskqueue.text import visible
 
 SPOOLED = """
 insert or ignore into task_spooled (file) values (:file)"""
@@ -105,7 +105,7 @@ def take_in_spool(
                     taken += outcome
     if taken:
         q.wake(state)
-    return taken, [printable(complaint) for complaint in complaints]
+    return taken, [visible(complaint) for complaint in complaints]
 
 
 def _entries(state: Path, complaints: list[str]) -> list[Path]:

@@ -12,6 +12,7 @@ import queue_helpers as q
 from taskqueue import cli
 from taskqueue.cli import FINISHED, LIVE
 from taskqueue.outcome import Control
+from taskqueue.text import visible
 
 HOUR, DAY = 3_600, 86_400
 # Medians and percentiles are made of so many finished tasks of a queue, type and status, the
@@ -149,7 +150,7 @@ def percentile(ordered: list[float], share: float) -> float:
 
 def label(text: str) -> str:
     """A label's value, escaped. The format has newlines, and no control characters."""
-    text = "\n".join(cli.printable(line) for line in text.split("\n"))
+    text = "\n".join(visible(line) for line in text.split("\n"))
     return text.replace("\\", "\\\\").replace("\n", "\\n").replace('"', '\\"')
 
 

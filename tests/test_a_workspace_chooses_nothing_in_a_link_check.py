@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from conftest import wait_for
+from conftest import ROOT, wait_for
 from link_check import HANDLER, UV, UV_CACHE, broken, check, git, report, workspace, write  # noqa: F401
 from test_links_are_checked_by_the_real_lychee import in_the_environment_of_the_handler, web_server
 
@@ -63,6 +63,7 @@ def check_anew(tmp_path, check):
     path = tmp_path / "handlers" / "link_validation"
     path.parent.mkdir()
     handler = Path(shutil.copy(HANDLER, path))
+    shutil.copytree(ROOT / "taskqueue", tmp_path / "taskqueue")
     subprocess.run(
         [UV, "run", "--script", HANDLER, "--help"],
         env={**os.environ, "UV_CACHE_DIR": UV_CACHE},
@@ -742,12 +743,10 @@ def test_what_would_steer_a_terminal_never_reaches_it(workspace, check):
     (workspace / f"latin{STEERING}.md").write_bytes(b"caf\xe9")
     (workspace / "lychee.toml").write_text("cache = true\n")
     done = check()
-    assert (
-        done.summary["broken"][0]["file"] == f"{name}.md" and "\\u001b" in done.summary["summary"]
-    )
+    assert done.summary["broken"][0]["file"] == f"{name}.md" and "\\x1b" in done.summary["summary"]
     (workspace / "lychee.toml").write_text(f'{json.dumps(STEERING)} = 1\nexclude = ["("]\n')
     wrong = check()
-    assert wrong.returncode == 1 and "\\u001b" in wrong.words
+    assert wrong.returncode == 1 and "\\x1b" in wrong.words
     refused = check({"workspace_path": f"/nowhere{STEERING}"})
     assert refused.returncode == 65
     for text in (done.stdout.decode(), done.words, wrong.words, refused.words):

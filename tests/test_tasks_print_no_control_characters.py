@@ -13,11 +13,18 @@ import sys
 import pytest
 from conftest import ROOT
 
+from taskqueue.text import visible
+
+# Read by Claude, and seen by nobody: zero width, a soft hyphen, fillers, variation selectors, tags.
+UNSEEN = "\u200b\u2060\u00ad\u034f\u3164\uffa0\ufe0f\U000e0041\U000e0101\u2800\ufeff"
 # A clipboard (OSC 52), a title, clear-screen, an eight-bit CSI, DEL, a carriage return, reversed
-# text, and a lone surrogate.
-HOSTILE = "\x1b]52;c;ZXZpbA==\x07\x1b]0;owned\x07\x1b[2J\x9b31m\x7f\rfake\nline\u202egnp\u2066\u200f\u2028"
+# text, and what is unseen.
+HOSTILE = (
+    "\x1b]52;c;ZXZpbA==\x07\x1b]0;owned\x07\x1b[2J\x9b31m\x7f\rfake\nline\u202egnp\u2066\u200f\u2028"
+    + UNSEEN
+)
 RAW = [chr(code) for code in (*range(0x00, 0x0A), *range(0x0B, 0x20), *range(0x7F, 0xA0))] + list(
-    "\u202e\u2066\u200f\u2028\u061c\u200e"
+    "\u202e\u2066\u200f\u2028\u061c\u200e" + UNSEEN
 )
 # SQL's words for it: the hook's type, the payload and the error are as a bash hook may have written
 # them.
@@ -194,4 +201,12 @@ def test_a_character_that_is_cut_in_two_between_reads_is_whole_on_a_terminal(ins
     assert (
         json.loads(installation.run("tasks.py", "logs", "l-1", "--json").stdout)["stdout"]
         == "a" + "äöü" * 30000
+    )
+
+
+def test_what_is_seen_stays_as_it_is():
+    seen = "Grüße an den Hafen – 漢字, naïve “quotes”, e\u0301, 🚢 and a b"
+    assert visible(seen) == seen
+    assert visible(UNSEEN + "\udcff", keep="\u200b") == "\u200b" + "".join(
+        ascii(character)[1:-1] for character in UNSEEN[1:] + "\udcff"
     )
