@@ -93,11 +93,6 @@ cleanup *args:
 relay *args:
     @uv run --script relay.py "$@"
 
-# A web page on the live database, loopback only
-[no-exit-message]
-dashboard *args:
-    @uv run --script dashboard.py "$@"
-
 # Fill uv's cache, so that no hook ever downloads
 [no-exit-message]
 warm:
@@ -137,10 +132,10 @@ soak-hub tasks="5000":
 bench name *args:
     uv run --script bench/{{ name }}.py {{ args }}
 
-# Draw docs/dashboard-*.png: the page on day one and on day thirty
+# Draw docs/page-*.png: the page on day one and on day thirty
 [no-exit-message]
 pictures:
-    uv run --script bench/dashboard_pictures.py
+    uv run --script bench/page_pictures.py
 
 # What ruff, pyright and shellcheck have to say
 [no-exit-message]

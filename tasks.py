@@ -1,7 +1,7 @@
 #!/usr/bin/env -S sh -c 'export TASK_QUEUE_CWD="$PWD"; unset VIRTUAL_ENV CONDA_PREFIX PYTHONPATH PYTHONHOME; me=$(realpath "$0") && cd / && exec uv run --script "$me" "$@"'
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["rich>=13,<16", "watchdog>=4,<8"]
+# dependencies = ["jinja2>=3.1,<4", "rich>=13,<16", "watchdog>=4,<8"]
 # ///
 """See what waits, runs, failed and why, and act on it.
 
@@ -290,6 +290,18 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     age(add, "--before", "enqueued, or finished, at least this long ago")
     add("--yes", action="store_true", help="do not ask")
 
+    add = command(page)
+    add("file", metavar="FILE", nargs="?", help="(default: page.html in the state directory)")
+    add("--open", dest="open_it", action="store_true", help="show it in the browser")
+    add("--watch", action="store_true", help="write it again after each change, until Ctrl-C")
+    add(
+        "--interval",
+        metavar="DURATION",
+        type=cli.duration,
+        default=30.0,
+        help="how often a browser reads it again with --watch (default 30 s)",
+    )
+
     for name, says in HANDED_OVER.items():
         commands.add_parser(name, help=says, add_help=False)
 
@@ -325,6 +337,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else list(argv)
     if argv and argv[0] in HANDED_OVER:
         return hand_over(argv)
+    if argv[:1] == ["dashboard"]:
+        return cli.complain(
+            EX_USAGE, "tasks.py dashboard", f"{cli.command('page --open')} replaced it"
+        )
     args = vars(parse(argv))
     run, name = args.pop("run"), args.pop("command")
     return cli.run(f"tasks.py {name}", lambda: run(**args))
@@ -410,6 +426,17 @@ def watch_stats(interval: float, as_json: bool) -> int:
                 time.sleep(pause)
     except KeyboardInterrupt:
         return 0
+
+
+# --------------------------------------------------------------------------------------------- page
+
+
+def page(file: str | None, open_it: bool, watch: bool, interval: float, as_json: bool) -> int:
+    """Write all this as one HTML file, which a browser reads without a server, and print its path."""
+    from taskqueue import page as page_of
+
+    refresh = max(round(interval), 1) if watch else None
+    return page_of.page(file, open_it, refresh, as_json)
 
 
 # --------------------------------------------------------------------------- list, show, logs, wait

@@ -29,7 +29,7 @@ usage: $name COMMAND [ARGUMENTS]
   pause, resume, limit          hold a queue back
   doctor                        what is wrong, and what to do about it
   report                        what became of the tasks of this directory
-  dashboard                     a page on the live database
+  page                          all of it as an HTML page
   cleanup                       prune the history
   export, import                tasks as JSON lines
   backup, restore               the whole database
@@ -56,7 +56,7 @@ install | uninstall) script=install ;;
 *)
     if [ -n "$script" ] && [ -r "$lib/$script.py" ]; then
         shift
-    elif [ -n "$script" ] && usage | grep -qwF "$script"; then
+    elif [ -n "$script" ] && { usage && echo dashboard; } | grep -qwF "$script"; then
         script=tasks
     else
         echo "$name: there is no such command; see $name --help" >&2

@@ -34,7 +34,6 @@ import termios
 import textwrap
 import threading
 import time
-import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 
@@ -219,29 +218,6 @@ class Day:
         self.where = Path(marker.read_text().rstrip("\n"))
         return printed
 
-    def page(self) -> None:
-        """Start the dashboard, ask for its page, and end it with Ctrl-C."""
-        child = subprocess.Popen(
-            ["tq", "dashboard", "--port", "0"],
-            env=self.env,
-            cwd=self.where,
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-        self.children.append(child)
-        line = child.stdout.readline()
-        address = re.search(r"http://\S+", line)
-        if not address:
-            raise Failed(f"the dashboard said {line!r}")
-        with urllib.request.urlopen(address[0], timeout=30) as answer:
-            if answer.status != 200 or b"<html" not in answer.read():
-                raise Failed("the dashboard has no page")
-        os.killpg(child.pid, signal.SIGINT)
-        child.wait(30)
-        self.text.append(f"```console\n{self.as_shown('$ tq dashboard' + chr(10) + line)}\n```\n")
-
     # ------------------------------------------------------------------------------------- Claude and its model
 
     def make_claude(self) -> None:
@@ -419,9 +395,9 @@ def the_day(day: Day) -> None:
 
     day.say("## Evening")
     day.run("tq stats", "tq backup ~/tasks.backup", "tq cleanup --keep 0s", "tq doctor | tail -n 1")
-    day.say("And the page. Its address has a key, and Ctrl-C ends it:")
-    day.page()
-    day.say("![The page on its first day](dashboard-day-one.png)")
+    day.say("And all of it as a page, which `--open` shows in the browser:")
+    day.run("tq page")
+    day.say("![The page on its first day](page-day-one.png)")
 
 
 def main(argv: list[str]) -> int:

@@ -1,18 +1,15 @@
-"""What the tests of the dashboard share: its process, a real Chromium, and realistic tasks."""
+"""What the tests of the page share: a real Chromium, and realistic tasks."""
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import urllib.request
 from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
-from conftest import ROOT, wait_for
+from conftest import wait_for
 
 NAUGHTY = "<img src=x onerror=alert(1)>"
 
@@ -29,13 +26,6 @@ select case when n % 3 then 'notifications' else 'approvals' end, n + 1000, 'tas
 from n"""
 
 
-def uv(installation, **env: str) -> tuple[list, dict]:
-    """The command that runs dashboard.py as people do, and an environment with uv's cache."""
-    cache = subprocess.run(["uv", "cache", "dir"], capture_output=True, text=True, check=True)
-    kept = {**os.environ, **installation.env, "UV_CACHE_DIR": cache.stdout.strip(), **env}
-    return ["uv", "run", "--script", ROOT / "dashboard.py"], kept
-
-
 def fill(installation) -> None:
     places = [installation.directory / f"docs {n}" for n in range(7)]
     for place in places:
@@ -48,49 +38,13 @@ def fill(installation) -> None:
     installation.sqlite3(HISTORY)
 
 
-def start(installation, command: list | None = None, **env: str) -> subprocess.Popen:
-    """A dashboard on any free port; its stderr goes to dashboard.err."""
-    usual, env = uv(installation, **env)
-    with open(installation.directory / "dashboard.err", "wb") as err:
-        process = subprocess.Popen(
-            [*(command or usual), "--port", "0"],
-            env=env,
-            start_new_session=True,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=err,
-            text=True,
-        )
-    installation.processes.append(process)
-    return process
-
-
-def start_with(installation, statements: str, **env: str) -> subprocess.Popen:
-    """The same with statements of a test's before it: other limits, or a log of requests."""
-    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import dashboard\n{statements}\nraise SystemExit(dashboard.main())"
-    needs = next(
-        line
-        for line in (ROOT / "dashboard.py").read_text().splitlines()
-        if line.startswith("# dependencies")
-    )
-    needs = json.loads(needs.partition("=")[2])
-    options = [word for need in needs for word in ("--with", need)]
-    return start(installation, ["uv", "run", "--no-project", *options, "python", "-c", code], **env)
-
-
-def address(process: subprocess.Popen) -> str:
-    """Where the front page is; what it prints is that and nothing else."""
-    page = process.stdout.readline().strip()
-    assert page.startswith("http://127.0.0.1:") and page.endswith("/"), page
-    return page
-
-
-def get(url: str, **headers: str) -> str:
-    """The page, fetched by what is no browser."""
-    with urllib.request.urlopen(
-        urllib.request.Request(url, headers=headers), timeout=20
-    ) as response:
-        return response.read().decode()
+def write_page(installation, **env: str) -> str:
+    """The address of the page, which `tasks.py page` has written."""
+    done = installation.run("tasks.py", "page", env=env)
+    assert (done.returncode, done.stderr) == (0, ""), done.stderr
+    page = Path(done.stdout.removesuffix("\n"))
+    assert page == installation.state / "page.html" and page.stat().st_mode & 0o777 == 0o600
+    return page.as_uri()
 
 
 @contextmanager
@@ -145,7 +99,7 @@ def complaints(browser) -> list[str]:
 
 
 def hosts_asked(browser) -> set[str]:
-    """Whom the pages wanted something from."""
+    """The hosts from which the page wanted something."""
     messages = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
     urls = [
         m["params"]["request"]["url"]

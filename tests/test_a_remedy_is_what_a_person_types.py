@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 import subprocess
 import sys
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, copy_scripts
 
 SCRIPTS = sorted(path.stem for path in ROOT.glob("*.py") if "\n# /// script\n" in path.read_text())
 
@@ -19,8 +18,7 @@ def installed(installation):
     """The scripts as install.py puts them, with tq on PATH; a function that runs one."""
     lib = installation.directory / "prefix/runtime/lib"
     lib.mkdir(parents=True)
-    for file in [*ROOT.glob("*.py"), ROOT / "tq.sh"]:
-        shutil.copy(file, lib)
+    copy_scripts(lib, *(path.name for path in ROOT.glob("*.py")), "tq.sh")
     tq = installation.directory / "bin/tq"
     tq.parent.mkdir()
     tq.write_text(
@@ -74,7 +72,7 @@ def test_remedies_are_typed_as_tq(installation, installed):
         (["enqueue.py", "approvals", "t"], "tq add"),
         (["report.py"], "tq report"),
         (["cleanup.py"], "tq cleanup"),
-        (["dashboard.py"], "tq dashboard"),
+        (["tasks.py", "page"], "tq page"),
         (["transfer.py", "export"], "tq export"),
         (["relay.py", "status"], "tq relay"),
     ):
@@ -88,7 +86,7 @@ def test_wrong_use_is_told_as_it_was_typed(installed):
         (["enqueue.py"], "tq add: QUEUE and TASK_TYPE are required; see tq add --help\n"),
         (["worker.py"], "tq work: the following arguments are required: QUEUE; see tq work --help\n"),
         (["report.py", "--x"], "tq report: '--x' is not known; see tq report --help\n"),
-        (["dashboard.py", "--x"], "tq dashboard: unrecognized arguments: --x; see tq dashboard --help\n"),
+        (["tasks.py", "dashboard"], "tq dashboard: tq page --open replaced it\n"),
         (["doctor.py", "--x"], "tq doctor: unrecognized arguments: --x; see tq doctor --help\n"),
         (["transfer.py", "import"], "tq import: give FILE, or --legacy DIR; see tq import --help\n"),
         (["install.py", "install", "--x"], "tq install: unrecognized arguments: --x; see tq install --help\n"),

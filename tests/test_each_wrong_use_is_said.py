@@ -60,7 +60,7 @@ def test_a_wrong_command_line(installation, command):
 @pytest.mark.parametrize("script, command, words", [
     ("doctor.py", "--max-wait soon", IS_A_DURATION), ("doctor.py", "more", "unrecognized arguments: more"),
     ("cleanup.py", "--keep all", IS_A_DURATION), ("cleanup.py", "--every 0.5", "is less than a second"),
-    ("dashboard.py", "--port http", "'http' is not a port"), ("service.py", "--kind upstart", "invalid choice: 'upstart'"),
+    ("service.py", "--kind upstart", "invalid choice: 'upstart'"),
     ("install.py", "", "the following arguments are required: COMMAND"),
     ("install.py", "install --event WorktreeCreate", "no worktree could be made any more")])  # fmt: skip
 def test_a_wrong_command_line_of_the_others(installation, script, command, words):

@@ -164,6 +164,8 @@ def test_it_hands_over_to_the_scripts(home):
     for word in ("no-such-command", "lost", "--nope", ".", "doc"):
         ran = tq(home, word)
         assert (ran.returncode, ran.stderr) == (64, "tq: there is no such command; see tq --help\n")
+    ran = tq(home, "dashboard", "--port", "0")
+    assert ran.returncode == 64 and "page --open replaced it" in ran.stderr
     assert tq(home, "service", "--dry-run", "--kind", "systemd").stdout.startswith("# ")
     usage = tq(home).stdout
     assert "usage" in usage and tq(home, "--help").stdout == usage
@@ -176,7 +178,7 @@ def test_it_hands_over_to_the_scripts(home):
         [sys.executable, ROOT / "tasks.py", "--help"], capture_output=True, text=True
     ).stdout
     listed = re.findall(r"^    ([a-z]+)(?:\s|$)", told.partition("  COMMAND\n")[2], re.MULTILINE)
-    scripts = "add work cleanup dashboard report relay service install uninstall".split()
+    scripts = "add work cleanup report relay service install uninstall".split()
     assert len(listed) > 10 and named == {*listed, *scripts}
 
 

@@ -1,14 +1,14 @@
 #!/usr/bin/env -S uv run --script
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["jinja2>=3.1,<4", "selenium>=4.20,<5"]
+# dependencies = ["jinja2>=3.1,<4"]
 # ///
-"""Draw docs/dashboard-*.png: the page on day one and on day thirty.
+"""Draw docs/page-*.png: the page of `tq page` on day one and on day thirty.
 
-    python bench/dashboard_pictures.py [DIRECTORY]
+    uv run --script bench/page_pictures.py [DIRECTORY]
 
-It needs uv, and Chromium (chromium or google-chrome on PATH). The tasks are made up, in a
-throw-away state. Times are those of now.
+It needs Chromium (chromium or google-chrome on PATH). The tasks are made up, in a throw-away
+state. Times are those of now.
 """
 
 from __future__ import annotations
@@ -17,18 +17,17 @@ import json
 import os
 import random
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
 import time
-from contextlib import contextmanager
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import queue_helpers as q  # noqa: E402
+from taskqueue.page import page_of  # noqa: E402
 
 MINUTE, HOUR, DAY = 60, 3_600, 86_400
 REASONS = {
@@ -61,11 +60,13 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as scratch:
         for name, fill, size in PICTURES:
             state = Path(scratch) / name
-            fill(q.connect(state), random.Random(30))
-            with page(state) as address:
-                draw(directory / f"dashboard-{name}.png", address, size)
-                if fill is day_thirty:
-                    draw(directory / "dashboard-dark.png", address, size, dark=True)
+            conn = q.connect(state)
+            fill(conn, random.Random(30))
+            page = Path(scratch) / f"{name}.html"
+            page.write_text(page_of(conn, None))
+            draw(directory / f"page-{name}.png", page.as_uri(), size)
+            if fill is day_thirty:
+                draw(directory / "page-dark.png", page.as_uri(), size, dark=True)
     return 0
 
 
@@ -140,19 +141,6 @@ def wait(conn: q.Connection, queue: str, task_type: str, claimed: float | None =
 def insert(conn: q.Connection, table: str, values: dict) -> None:
     names, places = ", ".join(values), ", ".join(f":{name}" for name in values)
     conn.execute(f'insert into "{table}" ({names}) values ({places})', values)
-
-
-@contextmanager
-def page(state: Path):
-    """The address of a dashboard of this state, while the block runs."""
-    command = [os.environ.get("UV", "uv"), "run", "--script", ROOT / "dashboard.py", "--port", "0"]
-    environment = {**os.environ, "TASK_QUEUE_STATE": str(state)}
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
-    try:
-        yield process.stdout.readline().strip()
-    finally:
-        process.send_signal(signal.SIGTERM)
-        process.wait()
 
 
 def draw(file: Path, address: str, size: str, dark: bool = False) -> None:

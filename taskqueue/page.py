@@ -1,0 +1,353 @@
+"""Write the queue as one HTML file: what failed lately and why, what runs, charts, numbers.
+
+The file needs no server, no script and no network. Text from outside becomes visible and is
+escaped in one place: the environment's `finalize` and `autoescape`.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import os
+import sqlite3
+import sys
+import tempfile
+import threading
+import time
+import webbrowser
+from collections.abc import Iterable
+from datetime import UTC, datetime
+from functools import lru_cache
+from pathlib import Path
+from typing import NamedTuple
+
+import queue_helpers as q
+from taskqueue import cli, render
+from taskqueue import stats as numbers_of
+from taskqueue.cli import FINISHED, LIVE, Refused
+from taskqueue.find import FINISHED_ROW, LIVE_ROW
+from taskqueue.template import STYLE, TEMPLATE
+
+# With --watch, the page is not written more often than this.
+PAUSE_SECONDS = 1.0
+# Ages on the page grow even where nothing changes.
+REWRITE_SECONDS = 30.0
+# The most tasks of a section, and the most characters of one text.
+ROWS = 50
+BOX_CHARS, LINE_CHARS = 8_000, 300
+DAY = 86_400
+BARS = 24
+# The width of a bar: the first with which all that finished in the last day fits.
+BAR_SECONDS = (300, 900, 3_600)
+# The tiles, in the order in which a person needs them; those in ALWAYS stand there even when 0.
+TILES = ("failed", "held", "in_progress", "pending", "blocked", "scheduled", "handed_over")
+TILES += ("completed", "cancelled", "expired")
+ALWAYS = {"failed", "in_progress", "pending", "scheduled", "completed"}
+WAITING = ("held", "pending", "blocked", "scheduled", "handed_over")
+# Where a payload says what its task is about.
+ABOUT = ("prompt", "file", "path", "summary", "message", "text")
+
+# --------------------------------------------------------------------------------------- statements
+
+ORDER = {
+    "in_progress": "claimed_at",
+    "pending": "-priority",
+    "scheduled": "due_at",
+    "held": "id",
+    "blocked": "id",
+    "handed_over": "claimed_at",
+}
+LIVE_IDS = """
+select {key}, id from "{queue}" where {condition} order by 1, 2 limit :rows"""
+FINISHED_IDS = """
+select completed_at, id from task_history where status = :status
+order by completed_at desc limit :rows"""
+EACH_MINUTE = """
+select substr(completed_at, 1, 16) as minute, status, count(*), count(started_at),
+       total(max((julianday(started_at) - julianday(enqueued_at)) * 86400.0, 0))
+from task_history where completed_at >= :day_ago group by 1, 2 order by 1"""
+
+# ---------------------------------------------------------------------------------------- the files
+
+
+def page(file: str | None, open_it: bool, refresh: int | None, as_json: bool) -> int:
+    """Write the page; with `refresh` go on writing it, and a browser reads it again so often."""
+    conn = cli.open_queue()
+    path = Path(file).absolute() if file else conn.state / "page.html"
+    write(path, page_of(conn, refresh))
+    cli.report(as_json, {"file": str(path)}, str(path))
+    sys.stdout.flush()
+    if open_it and not webbrowser.open(path.as_uri()):
+        raise Refused(f"no browser could be started; open {path} yourself")
+    if refresh:
+        write_again(conn.state, path, refresh)
+    return 0
+
+
+def write_again(state: Path, path: Path, refresh: int) -> None:
+    """Write the page after each change, until a signal ends it: then the page says so no more."""
+    changed = threading.Event()
+    q.Watch.of(state).listeners.add(changed)
+    try:
+        with cli.ending_by_signal():
+            while True:
+                changed.wait(REWRITE_SECONDS)
+                changed.clear()
+                write(path, page_of(cli.open_queue(), refresh))
+                time.sleep(PAUSE_SECONDS)
+    except KeyboardInterrupt:
+        write(path, page_of(cli.open_queue(), None))
+
+
+def write(path: Path, text: str) -> None:
+    """Put a whole file, for its owner alone, into the place of `path`."""
+    temporary = None
+    try:
+        fd, temporary = tempfile.mkstemp(prefix=".page.", dir=path.parent)
+        with open(fd, "w", encoding="utf-8", errors="replace") as file:
+            file.write(text)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise Refused(f"{path} was not written: {error.strerror}") from None
+    finally:
+        if temporary:
+            Path(temporary).unlink(missing_ok=True)
+
+
+# ----------------------------------------------------------------------------------------- the page
+
+
+def page_of(conn: q.Connection, refresh: int | None) -> str:
+    """The HTML of one state of the database."""
+    now = time.time()
+    with cli.snapshot(conn):
+        controls = q.controls(conn)
+        numbers = numbers_of.gather(conn)
+        bars = bars_of(conn, now)
+        tasks = {status: tasks_of(conn, status, controls) for status in cli.STATUSES}
+    queues = numbers["queues"]
+    totals = {status: sum(n[count_name(status)] for n in queues.values()) for status in TILES}
+    section = {"failed": "failed", "in_progress": "running"}
+    section |= {status: "waiting" for status in WAITING}
+    ended = [task for status in FINISHED if status != "failed" for task in tasks[status]]
+    ended.sort(key=lambda task: task["completed_at"], reverse=True)
+    return template().render(
+        refresh=refresh,
+        now=time.strftime("%H:%M:%S"),
+        zone=time.strftime("%Z (UTC%z)"),
+        notes=[*unserved(numbers), *paused(queues)],
+        tiles=[
+            (status, totals[status], section.get(status, "ended"))
+            for status in TILES
+            if totals[status] or status in ALWAYS
+        ],
+        failed=part(tasks["failed"], 6, "list --status failed"),
+        running=part(tasks["in_progress"], 6, "list --status in_progress"),
+        waiting=part([task for status in WAITING for task in tasks[status]], 12, "list"),
+        ended=part(ended, 12, "list"),
+        bars=bars,
+        finished=chart([bar.tasks for bar in bars], bars, str),
+        waited=chart([{"pending": bar.waited or 0} for bar in bars], bars, cli.span),
+        counts=[row for queue, n in queues.items() for row in count_rows(queue, n)],
+    )
+
+
+def part(tasks: list[dict], shown: int, see: str) -> dict:
+    """The tasks that are shown, those folded in below them, and where the others are."""
+    more = f"These are the first {ROWS}. More: {cli.command(see)}" if len(tasks) > ROWS else ""
+    return {"shown": tasks[:shown], "folded": tasks[shown:ROWS], "more": more}
+
+
+def unserved(numbers: dict) -> Iterable[str]:
+    """Say where tasks wait and nobody runs them."""
+    for queue, n in numbers["queues"].items():
+        if n["pending"] and not n["paused"] and queue not in numbers["serving"]:
+            tasks = f"{cli.plural(n['pending'], 'task')} of {queue}"
+            yield f"No worker runs the {tasks}. Start one: {cli.command('work')} {queue}"
+
+
+def paused(queues: dict) -> Iterable[str]:
+    for queue, n in queues.items():
+        if n["paused"]:
+            control = render.Control(True, n["paused_until"], n["pause_reason"], None, None)
+            words = cli.pause_in_words(control)
+            yield f"{queue} is {words}. Go on now: {cli.command('resume')} {queue}"
+
+
+def count_name(status: str) -> str:
+    return status if status in LIVE else f"{status}_day"
+
+
+def count_rows(queue: str, total: dict) -> Iterable[tuple]:
+    """(queue, type, numbers by status, seconds) of a queue, then of each of its types."""
+    for task_type, n in (("", total), *total["types"].items()):
+        counts = {status: n[count_name(status)] for status in TILES}
+        medians = [n[name] and n[name]["median"] for name in ("wait_seconds", "run_seconds")]
+        labels = ("oldest pending", "waited (median)", "ran (median)")
+        seconds = zip(labels, (n["oldest_pending_seconds"], *medians), strict=True)
+        yield queue, task_type, counts, list(seconds)
+
+
+# ---------------------------------------------------------------------------------------- the tasks
+
+
+def tasks_of(conn: q.Connection, status: str, controls: dict) -> list[dict]:
+    """The first tasks of a status: waiting ones in the order of claims, finished ones newest first."""
+    if status in FINISHED:
+        ids = conn.execute(FINISHED_IDS, {"status": status, "rows": ROWS + 1}).fetchall()
+        rows = [cli.as_dict(conn.execute(FINISHED_ROW, {"id": id})) for _, id in ids]
+    else:
+        found = []
+        for queue in cli.queues_of(conn):
+            statement = LIVE_IDS.format(queue=queue, key=ORDER[status], condition=LIVE[status])
+            found += [(*row, queue) for row in conn.execute(statement, {"rows": ROWS + 1})]
+        rows = [
+            cli.as_dict(q.execute(conn, LIVE_ROW, queue, id=id))
+            for _, id, queue in sorted(found)[: ROWS + 1]
+        ]
+    return [task_of(row, controls) for row in rows]
+
+
+def task_of(row: dict, controls: dict) -> dict:
+    """A task as the template shows it."""
+    moment = row["completed_at"] or row["due_at"] or row["started_at"] or row["enqueued_at"]
+    stored = cli.payload_text(row["data"])
+    note = render.note_of(row, controls)
+    about = about_of(stored)
+    texts = (("stdout", row.get("result")), ("stderr", row.get("log")), ("data", indented(stored)))
+    fields = render.fields_of(row | {"came_from": (), "led_to": ()})
+    return {
+        "status": row["status"],
+        "task_id": row["task_id"],
+        "task_type": row["task_type"],
+        "completed_at": row["completed_at"] or "",
+        "about": about,
+        "moment": cli.clock(moment, whole=True),
+        "when": cli.ago(moment),
+        "note": "" if note == stored else cli.short(note, LINE_CHARS),
+        "fields": [(name, cut(value)) for name, value in fields if name != "status"],
+        "boxes": [(name, cut(text)) for name, text in texts if (text or "").strip()],
+        "command": f"{cli.command('show')} {cli.sh(row['task_id'])}",
+    }
+
+
+def about_of(stored: str) -> str:
+    """What a task is about: its prompt, file or summary, else its workspace's name."""
+    payload = cli.payload(stored)
+    if not isinstance(payload, dict):
+        return ""
+    texts = [payload[name] for name in ABOUT if isinstance(payload.get(name), str)]
+    place = payload.get("workspace_path")
+    project = os.path.basename(place.rstrip("/")) if isinstance(place, str) else ""
+    return cli.short(next(filter(str.strip, texts), project), 80)
+
+
+def indented(stored: str) -> str:
+    value = cli.payload(stored) if len(stored) <= BOX_CHARS else stored
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, indent=2)
+
+
+def cut(text: str | None) -> str:
+    more = len(text or "") - BOX_CHARS
+    return text or "" if more <= 0 else f"{text[:BOX_CHARS]} … ({more:,} more characters)"
+
+
+# --------------------------------------------------------------------------------------- the charts
+
+
+class Bar(NamedTuple):
+    """What finished between two moments: tasks by status, and the mean seconds that they waited."""
+
+    since: float
+    until: float
+    tasks: dict[str, int]
+    waited: float | None
+
+
+def bars_of(conn: sqlite3.Connection, now: float) -> list[Bar]:
+    """The last hours in BARS parts; none when nothing has finished in the last day."""
+    found = conn.execute(EACH_MINUTE, {"day_ago": q.utc(now - DAY)}).fetchall()
+    minutes = [(minute_of(row[0]), *row[1:]) for row in found if minute_of(row[0])]
+    if not minutes:
+        return []
+    # Bars begin at full hours of the local clock, which are not those of UTC everywhere.
+    offset = datetime.fromtimestamp(now).astimezone().utcoffset().total_seconds()
+    for width in BAR_SECONDS:
+        begin = ((now + offset) // width + 1) * width - offset - BARS * width
+        if minutes[0][0] >= begin:
+            break
+    tasks: list[dict[str, int]] = [{} for _ in range(BARS)]
+    waits, started = [0.0] * BARS, [0] * BARS
+    for minute, status, count, with_start, waited in minutes:
+        # A day's bars end with the next full hour, so the day's first minutes may have none.
+        number = int((minute - begin) // width)
+        if 0 <= number < BARS:
+            tasks[number][status] = tasks[number].get(status, 0) + count
+            waits[number] += waited
+            started[number] += with_start
+    means = [wait / number if number else None for wait, number in zip(waits, started, strict=True)]
+    starts = [begin + number * width for number in range(BARS)]
+    return [Bar(at, at + width, *of) for at, *of in zip(starts, tasks, means, strict=True)]
+
+
+def minute_of(text: object) -> float | None:
+    try:
+        return datetime.fromisoformat(str(text)).replace(tzinfo=UTC).timestamp()
+    except ValueError:
+        return None
+
+
+class Chart(NamedTuple):
+    """The highest column, and for each column what it says and its blocks."""
+
+    most: float
+    columns: list[tuple[str, list[dict]]]
+
+
+def chart(values: list[dict[str, float]], bars: list[Bar], words) -> Chart:
+    """Stack each column's values by status, in hundredths of the highest column."""
+    most = max((sum(column.values()) for column in values), default=0)
+    columns = []
+    for column, bar in zip(values, bars, strict=True):
+        top, blocks = 100.0, []
+        for status in sorted(column, key=lambda status: (status == "failed", status)):
+            height = 100 * column[status] / (most or 1)
+            top -= height
+            blocks.append({"status": status, "y": round(top, 2), "height": round(height, 2)})
+        says = ", ".join(f"{words(value)} {word(status)}" for status, value in column.items())
+        columns.append((f"{clock(bar.since)} to {clock(bar.until)}: {says or 'nothing'}", blocks))
+    return Chart(most, columns)
+
+
+# -------------------------------------------------------------------------------------- the template
+
+
+def word(status: str) -> str:
+    return status.replace("_", " ")
+
+
+def clock(seconds: float) -> str:
+    return time.strftime("%H:%M", time.localtime(seconds))
+
+
+@lru_cache(1)
+def template():
+    from jinja2 import Environment, StrictUndefined
+    from markupsafe import Markup
+
+    def visible(value: object) -> object:
+        """What the template prints: text from outside without characters that hide or reorder."""
+        return value if isinstance(value, Markup) else cli.visible_lines(str(value))
+
+    made = Environment(
+        autoescape=True,
+        finalize=visible,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    made.filters |= {"word": word, "span": cli.span, "clock": clock}
+    style_hash = base64.b64encode(hashlib.sha256(STYLE.encode()).digest()).decode()
+    made.globals |= {"style": Markup(STYLE), "style_hash": style_hash, "live": LIVE}
+    return made.from_string(TEMPLATE)
