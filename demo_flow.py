@@ -1,4 +1,4 @@
-#!/usr/bin/env -S sh -c 'export TASK_QUEUE_CWD="$PWD"; unset VIRTUAL_ENV CONDA_PREFIX PYTHONPATH PYTHONHOME; me=$(realpath "$0") && cd / && exec uv run --script "$me" "$@"'
+#!/usr/bin/env -S uv run --script
 # /// script
 # requires-python = ">=3.11"
 # dependencies = []
@@ -17,15 +17,6 @@ examples:
 
 exit codes: 0 every step happened; 1 one did not, within 30 s; 64 usage.
 """
-
-if __name__ == "__main__":
-    import os
-    import sys
-
-    # Modules come from beside this file and from Python itself, since PYTHONPATH may name a
-    # workspace. os and sys are there already; even __future__ would be looked for.
-    own = sys.path.index(os.path.dirname(os.__file__))
-    sys.path[:] = [os.path.dirname(os.path.realpath(__file__)), *sys.path[own:]]
 
 import json
 import os

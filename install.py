@@ -1,4 +1,4 @@
-#!/usr/bin/env -S sh -c 'export TASK_QUEUE_CWD="$PWD"; unset VIRTUAL_ENV CONDA_PREFIX PYTHONPATH PYTHONHOME; me=$(realpath "$0") && cd / && exec uv run --script "$me" "$@"'
+#!/usr/bin/env -S uv run --script
 # /// script
 # requires-python = ">=3.11"
 # dependencies = []
@@ -19,15 +19,6 @@ and service.py put in, never the state and nothing that you changed.
 exit codes: 0 done; 1 something was left undone, and the message says what; 64 usage.
 """
 
-if __name__ == "__main__":
-    import os
-    import sys
-
-    # Modules come from beside this file and from Python itself, since PYTHONPATH may name a
-    # workspace. os and sys are there already; even __future__ would be looked for.
-    own = sys.path.index(os.path.dirname(os.__file__))
-    sys.path[:] = [os.path.dirname(os.path.realpath(__file__)), *sys.path[own:]]
-
 import argparse
 import json
 import os
@@ -37,7 +28,6 @@ import shutil
 import stat
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -46,7 +36,7 @@ from pathlib import Path
 # A dry run writes nothing, compiled modules included.
 sys.dont_write_bytecode |= "--dry-run" in sys.argv
 
-from taskqueue import cli  # noqa: E402
+from taskqueue import cli, environment  # noqa: E402
 from taskqueue import settings as queue_settings  # noqa: E402
 from taskqueue.installation import (  # noqa: E402
     Installation,
@@ -57,15 +47,14 @@ from taskqueue.installation import (  # noqa: E402
     default_prefix,
     digest,
     digest_there,
+    is_plain,
     only_one,
+    write_file,
 )
 from taskqueue.installation import complain as complain_of  # noqa: E402
 
 # Long enough for one script's packages to be downloaded.
 WARM_SECONDS = 600.0
-
-# How long a hook may take between reading its script and importing its module.
-HOOK_LOADS_SECONDS = 2.0
 
 HERE = Path(__file__).resolve().parent
 QUEUES = ("notifications", "approvals", "completions")
@@ -90,6 +79,7 @@ def parser() -> cli.Parser:
     add("--hook", choices=("yes", "no"), help=f"add the hook that checks links, {ask}")
     add("--event", metavar="NAME", type=event, default="Stop", help="which fires it (default Stop)")
     add("--report", choices=("yes", "no"), help=f"add the hook that tells what was found, {ask}")
+    add("--environment", choices=("yes", "no"), help=f"give workers what is set here, {ask}")
     add("--command", metavar="NAME", type=program, help="put it into ~/.local/bin as NAME (or ask)")
     add("--no-command", action="store_true", help="put no command there")
     add("--yes", action="store_true", help="answer yes to every question")
@@ -152,7 +142,8 @@ complain = partial(complain_of, "install.py")
 
 
 def install(place: Installation, args: argparse.Namespace) -> int:
-    if not all((HERE / name).is_file() for name in ("queue_helpers.py", "enqueue.py", "hook.sh")):
+    needed = [HERE / "queue_helpers.py", HERE / "enqueue.py", template("hook.sh")]
+    if not all(path.is_file() for path in needed):
         raise Trouble(f"{HERE} lacks queue_helpers.py, enqueue.py or hook.sh: use a whole checkout")
     uv, python = cli.find_uv(), find_python()
     place.record.update(state=str(place.state), uv=uv, python=python)
@@ -166,6 +157,8 @@ def install(place: Installation, args: argparse.Namespace) -> int:
     else:
         put_in_order(place, files)
         failed |= make_state(place)
+    failed |= write_environment(place, args)
+    if not args.dry_run:
         failed |= warm(place, uv) if uv and not args.no_warm else 0
     if not uv:
         failed |= complain("uv was not found, and workers need it: python3 -m pip install uv")
@@ -214,10 +207,11 @@ def plan(place: Installation) -> list[tuple[Path, bytes, int, str]]:
     for path in scripts():
         mode = 0o700 if is_script(path.read_bytes()) else 0o600
         wanted.append((place.lib / path.relative_to(HERE), path.read_bytes(), mode))
-    for path in sorted(HERE.glob("*.sh")):
+    for path in sorted([*HERE.glob("*.sh"), *HERE.glob("bin/*.sh")]):
         # Whoever installs from the installed copy needs them.
-        wanted.append((place.lib / path.name, path.read_bytes(), 0o600))
+        wanted.append((place.lib / path.relative_to(HERE), path.read_bytes(), 0o600))
     wanted.append((place.hook, filled_in(place, "hook.sh"), 0o700))
+    wanted.append((place.hook.with_name("tq"), filled_in(place, "tq.sh"), 0o700))
     for path in sorted((HERE / "handlers").glob("[!._]*")):
         if path.is_file():
             mode = 0o700 if os.access(path, os.X_OK) else 0o600
@@ -242,12 +236,7 @@ def action_for(place: Installation, path: Path, content: bytes, mode: int) -> st
 
 
 def put_in_order(place: Installation, files: list[tuple[Path, bytes, int, str]]) -> None:
-    """Write the files so that no hook runs a script with a module that lacks what it uses.
-
-    An old script works with newer modules, so these come first. When an older version goes over a
-    newer one, it is the other way round: the scripts come first, and the modules when every hook
-    that had read a newer script has imported them.
-    """
+    """Write the files, the modules first: an old script works with newer modules."""
     import queue_helpers as q
 
     for path in (place.settings, *(path for path, *_ in files)):
@@ -265,13 +254,7 @@ def put_in_order(place: Installation, files: list[tuple[Path, bytes, int, str]])
         q.make_private(directory, parents=True)
     modules = [file for file in new if not is_script(file[1]) and file[0].suffix == ".py"]
     rest = [file for file in new if file not in modules]
-    if goes_back(place, modules):
-        # The hook first: it may give options that an older enqueue.py does not know.
-        place.put(sorted(rest, key=lambda file: file[0] != place.hook))
-        time.sleep(HOOK_LOADS_SECONDS)
-        place.put(modules)
-    else:
-        place.put(modules + rest)
+    place.put(modules + rest)
     for path, _, _, action in files:
         if action == "remove":
             path.unlink(missing_ok=True)
@@ -279,20 +262,10 @@ def put_in_order(place: Installation, files: list[tuple[Path, bytes, int, str]])
     place.save()
 
 
-def goes_back(place: Installation, modules: list[tuple[Path, bytes, int]]) -> bool:
-    """Whether the installed enqueue.py uses a name that only the installed modules have."""
-    script = place.lib / "enqueue.py"
-    if not modules or not script.is_file():
-        return False
-    used = set(re.findall(rb"\bq\.(\w+)", script.read_bytes()))
-    return not used & names_in(place.lib) <= names_in(HERE)
-
-
-def names_in(directory: Path) -> set[bytes]:
-    """All words of the modules in a directory."""
-    paths = [directory / "queue_helpers.py", *directory.glob("taskqueue/*.py")]
-    modules = [path.read_bytes() for path in paths if path.is_file()]
-    return set(re.findall(rb"\w+", b" ".join(modules)))
+def template(name: str) -> Path:
+    """The sh script whose paths install fills in."""
+    path = HERE / "bin" / name
+    return path if path.is_file() else HERE / name
 
 
 def filled_in(place: Installation, name: str) -> bytes:
@@ -300,10 +273,79 @@ def filled_in(place: Installation, name: str) -> bytes:
     uv, python = place.record.get("uv"), place.record.get("python")
     values = {"lib": place.lib, "python": python or "", "uv": uv or ""}
     values |= {"TASK_QUEUE_STATE": place.state, "state": place.state}
-    text = (HERE / name).read_text()
+    text = template(name).read_text()
     for key, value in values.items():
         text = text.replace(f"\n{key}=\n", f"\n{key}={shlex.quote(str(value))}\n", 1)
     return text.encode()
+
+
+def write_environment(place: Installation, args: argparse.Namespace) -> int:
+    """Write the environment of workers, or add to yours what is set now, if that is wanted."""
+    path = place.prefix / "environment"
+    try:
+        there = environment.read(path)
+    except environment.Unfit as error:
+        return complain(error)
+    offered = environment.decisive(os.environ).items() - there.items()
+    offered = {name: value for name, value in sorted(offered) if name not in there}
+    added = offered if offered and wants_variables(path, args, list(offered)) else {}
+    if path.exists():
+        text = path.read_text("utf-8", "surrogateescape")
+        new = environment.with_lines(text, programs(place, there) | added)
+    else:
+        new = environment.text_of(first_variables(place) | added)
+    content = new.encode("utf-8", "surrogateescape")
+    old = digest_there(path)
+    action = "add" if old is None else "unchanged" if old == digest(content) else "update"
+    print(f"{action:<10} {place.name(path)}: what workers have that hooks and the service start")
+    if args.dry_run or action == "unchanged":
+        return 0
+    if old is None or old in place.known(path):
+        place.put([(path, content, 0o600)])
+    else:
+        # It has lines of yours: uninstall leaves it.
+        write_file(path, content, 0o600)
+    return 0
+
+
+def wants_variables(path: Path, args: argparse.Namespace, names: list[str]) -> bool:
+    """Whether variables that are set here go into the environment of workers."""
+    which = ", ".join(names)
+    if args.environment or args.yes:
+        return args.environment != "no"
+    if args.dry_run or not sys.stdin.isatty():
+        print(f"workers get none of what is set here ({which}): say --environment yes")
+        return False
+    return agrees(f"Set here: {which}. Add them to {path}, for workers? [Y/n] ")
+
+
+def first_variables(place: Installation) -> dict[str, str]:
+    home = str(Path.home())
+    entries = os.environ.get("PATH", "").split(os.pathsep)
+    cache = os.environ.get("UV_CACHE_DIR", "")
+    found = {
+        "HOME": home,
+        "LANG": os.environ.get("LANG") or "C.UTF-8",
+        "PATH": environment.search_path(entries, home, place.record["uv"]),
+        "UV": place.record["uv"] or "",
+        "UV_CACHE_DIR": cache if os.path.isabs(cache) else "",
+        "UV_PYTHON": place.record["python"] or "",
+    }
+    if not all(map(is_plain, found.values())):
+        raise WrongUse(
+            "HOME or PATH has control characters or is not UTF-8: workers need plain ones"
+        )
+    return found
+
+
+def programs(place: Installation, there: dict[str, str]) -> dict[str, str]:
+    """The lines for uv and Python whose programs are gone, as they are now."""
+    now = {"UV": place.record["uv"], "UV_PYTHON": place.record["python"]}
+    return {
+        name: path
+        for name, path in now.items()
+        if path and not os.access(there.get(name, ""), os.X_OK)
+    }
 
 
 def make_state(place: Installation) -> int:
@@ -347,7 +389,7 @@ def warm(place: Installation, uv: str) -> int:
             if is_handler
             else [uv, "run", "--script", str(path), "--help"]
         )
-        why = why_not(command, timeout=WARM_SECONDS, cwd=place.prefix, env=environment())
+        why = why_not(command, timeout=WARM_SECONDS, cwd=place.prefix, env=warm_environment(place))
         if why:
             failed |= complain(
                 f"{place.name(path)} does not run yet: {why};"
@@ -356,12 +398,10 @@ def warm(place: Installation, uv: str) -> int:
     return failed
 
 
-def environment() -> dict[str, str]:
-    """This one, without what chooses another Python or other modules."""
-    chooses = re.compile(
-        "PYTHON.*|VIRTUAL_ENV|UV|UV_(PYTHON|PROJECT|ENV_FILE|CONFIG_FILE|WORKING_DIR.*)"
-    )
-    return {name: value for name, value in os.environ.items() if not chooses.fullmatch(name)}
+def warm_environment(place: Installation) -> dict[str, str]:
+    """This one, with the Python that workers and handlers will have."""
+    python = place.record["python"]
+    return {**os.environ, **({"UV_PYTHON": python} if python else {})}
 
 
 def why_not(command: list[str], **options) -> str:
@@ -580,7 +620,8 @@ def uninstall(place: Installation, args: argparse.Namespace) -> int:
         tell_service("reload", units)
     remove_compiled(place)
     package = place.lib / "taskqueue"
-    remove_empty(package / "__pycache__", package, place.lib / "__pycache__", place.lib)
+    remove_empty(place.lib / "bin", package / "__pycache__", package)
+    remove_empty(place.lib / "__pycache__", place.lib)
     remove_empty(place.lib.parent, place.handlers)
     # The record goes last: whoever is killed before that can begin again.
     if failed:

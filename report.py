@@ -1,4 +1,4 @@
-#!/usr/bin/env -S sh -c 'export TASK_QUEUE_CWD="$PWD"; unset VIRTUAL_ENV CONDA_PREFIX PYTHONPATH PYTHONHOME; me=$(realpath "$0") && cd / && exec uv run --script "$me" "$@"'
+#!/usr/bin/env -S uv run --script
 # /// script
 # requires-python = ">=3.11"
 # dependencies = []
@@ -22,15 +22,6 @@ day. It takes nothing from any queue. What handlers printed is quoted, since it 
 exit codes: 0 told, or nothing to tell; 1 the database cannot be used; 64 usage; 75 the database
 is locked, try again. Never 2, which would block Claude Code.
 """
-
-if __name__ == "__main__":
-    import os
-    import sys
-
-    # Modules come from beside this file and from Python itself, since PYTHONPATH may name a
-    # workspace. os and sys are there already; even __future__ would be looked for.
-    own = sys.path.index(os.path.dirname(os.__file__))
-    sys.path[:] = [os.path.dirname(os.path.realpath(__file__)), *sys.path[own:]]
 
 import errno
 import functools

@@ -1,4 +1,4 @@
-#!/usr/bin/env -S sh -c 'export TASK_QUEUE_CWD="$PWD"; unset VIRTUAL_ENV CONDA_PREFIX PYTHONPATH PYTHONHOME; me=$(realpath "$0") && cd / && exec uv run --script "$me" "$@"'
+#!/usr/bin/env -S uv run --script
 # /// script
 # requires-python = ">=3.11"
 # dependencies = []
@@ -14,15 +14,6 @@ tasks that have become due. Run install.py first. install.py uninstall takes the
 
 exit codes: 0 done; 1 something was left undone, and the message says what; 64 usage.
 """
-
-if __name__ == "__main__":
-    import os
-    import sys
-
-    # Modules come from beside this file and from Python itself, since PYTHONPATH may name a
-    # workspace. os and sys are there already; even __future__ would be looked for.
-    own = sys.path.index(os.path.dirname(os.__file__))
-    sys.path[:] = [os.path.dirname(os.path.realpath(__file__)), *sys.path[own:]]
 
 import argparse
 import os

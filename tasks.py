@@ -1,4 +1,4 @@
-#!/usr/bin/env -S sh -c 'export TASK_QUEUE_CWD="$PWD"; unset VIRTUAL_ENV CONDA_PREFIX PYTHONPATH PYTHONHOME; me=$(realpath "$0") && cd / && exec uv run --script "$me" "$@"'
+#!/usr/bin/env -S uv run --script
 # /// script
 # requires-python = ">=3.11"
 # dependencies = ["jinja2>=3.1,<4", "rich>=13,<16", "watchdog>=4,<8"]
@@ -24,15 +24,6 @@ files of an import were refused (they are named, the others are in); 75 the data
 again; 130 interrupted. Of wait: 0 all completed; 1 one ended otherwise; 64 an id that is not known,
 or of several tasks; 75 the time-out.
 """
-
-if __name__ == "__main__":
-    import os
-    import sys
-
-    # Modules come from beside this file and from Python itself, since PYTHONPATH may name a
-    # workspace. os and sys are there already; even __future__ would be looked for.
-    own = sys.path.index(os.path.dirname(os.__file__))
-    sys.path[:] = [os.path.dirname(os.path.realpath(__file__)), *sys.path[own:]]
 
 import argparse
 import heapq

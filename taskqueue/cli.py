@@ -32,9 +32,6 @@ from taskqueue.text import visible
 if TYPE_CHECKING:
     from taskqueue.outcome import Control
 
-# Before a script looks at the paths that a person gave it.
-q.go_back()
-
 VERSION = q.VERSION
 
 # The exit codes of every script, beside 0. Those above 63 are named in sysexits.h.

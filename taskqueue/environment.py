@@ -11,8 +11,10 @@ import os
 import pwd
 import re
 import shutil
+import subprocess
 import sys
 from collections.abc import Iterable, Mapping
+from functools import lru_cache
 from pathlib import Path
 
 STANDARD_PATH = ("/usr/local/bin", "/usr/local/sbin", "/usr/bin", "/bin", "/usr/sbin", "/sbin")
@@ -154,12 +156,67 @@ def find_uv(environ: Mapping[str, str]) -> str | None:
     return found if found and os.path.isabs(found) else None
 
 
+# ------------------------------------------------------------------------------- a handler's Python
+
+
+def python_for(program: str, environ: Mapping[str, str]) -> str:
+    """The absolute path of a Python that fits a handler's own requires-python. Raises LookupError.
+
+    Told it as UV_PYTHON, uv does not look for one in the workspace. uv only warns where that Python
+    does not fit, so this sees to it that it does.
+    """
+    try:
+        changed = os.stat(program).st_mtime_ns
+    except OSError:
+        # That it cannot be started is said elsewhere.
+        return own_python()
+    return _python_for(program, changed, find_uv(environ), environ.get("HOME", "/"))
+
+
+@lru_cache(256)
+def _python_for(program: str, changed: int, uv: str | None, home: str) -> str:
+    wanted = requires_python(program)
+    at_least = re.fullmatch(r">=\s*3\.(\d+)", wanted)
+    if not wanted or uv is None or at_least and sys.version_info >= (3, int(at_least[1])):
+        return own_python()
+    command = [uv, "python", "find", "--no-config", "--system", wanted]
+    env = {"HOME": home, "PATH": search_path([], home, uv)}
+    found = subprocess.run(
+        command, check=False, cwd="/", env=env, stdin=subprocess.DEVNULL, capture_output=True
+    )
+    python = os.fsdecode(found.stdout).strip()
+    if found.returncode or not os.path.isabs(python):
+        raise LookupError(
+            f"{program} requires Python {wanted}, and none is here: install one (uv python install),"
+            " then retry the task"
+        )
+    return python
+
+
+def requires_python(program: str) -> str:
+    """The requires-python of a script's PEP 723 header; "" without one."""
+    with open(program, "rb") as file:
+        head = file.read(65536).decode("utf-8", "replace")
+    block = re.search(r"^# /// script$(.*?)^# ///$", head, re.MULTILINE | re.DOTALL)
+    found = block and re.search(r"^# requires-python\s*=\s*[\"'](.*?)[\"']", block[1], re.MULTILINE)
+    return found[1] if found else ""
+
+
 # -------------------------------------------------------------------------------- install and doctor
 
 
 def text_of(variables: Mapping[str, str]) -> str:
     """A new file with these variables, and examples of more."""
     return HEAD + lines_of(variables) + EXAMPLES
+
+
+def with_lines(text: str, variables: Mapping[str, str]) -> str:
+    """The file's text with these variables: a line is replaced, or added at the end."""
+    for name, value in variables.items():
+        line = f"{name}={value}"
+        new, count = re.subn(f"^{name}=.*$", lambda _, line=line: line, text, flags=re.MULTILINE)
+        text = new if count else f"{text.rstrip()}\n{line}\n"
+    return text
 
 
 def lines_of(variables: Mapping[str, str]) -> str:

@@ -23,9 +23,9 @@ from pathlib import Path
 from typing import NamedTuple, NoReturn
 
 import queue_helpers as q
+from taskqueue import environment, runs
 from taskqueue import installation as queue_installation
 from taskqueue import outcome as outcomes
-from taskqueue import runs
 from taskqueue.cli import duration, remedies_as_typed, sh
 from taskqueue.supervisor import SupervisorProcess, handler_environment
 from taskqueue.text import visible
@@ -75,14 +75,11 @@ class Handlers:
         self.state, self.logs, self.directory = state, f"{state}/logs", os.path.abspath(directory)
         self.timeout, self.kill_after = timeout, kill_after
         self.overdue = f"{q.TIMED_OUT} {timeout:g}"
-        self.command, self.path = command, env["PATH"]
+        self.command, self.env = command, env
         try:
             self.cwd = os.getcwd()
         # The working directory was removed while this process was in it.
         except OSError:
-            self.cwd = "/"
-        # Hooks and units start a worker in /, since uv obeys what lies in its working directory.
-        if self.cwd == "/":
             self.cwd = os.path.expanduser("~")
         # What runs, by run name.
         self.runs: dict[str, q.Task] = {}
@@ -93,6 +90,7 @@ class Handlers:
         try:
             envelope, command = task.envelope, self.command_for(task.task_type)
             workspace, text = envelope["data"].get("workspace_path"), json.dumps(envelope)
+            env = self.environment(task, command[0])
         except LookupError as error:
             return Unstarted("retry", str(error), NO_HANDLER_SECONDS)
         # Whatever a writer that checks nothing has stored is that task's matter.
@@ -107,7 +105,7 @@ class Handlers:
                 "retry", f"cannot run in {workspace!r}: workspace_path is not a directory"
             )
         order = {"run": task.run_name, "command": command, "cwd": directories, "timeout": self.timeout,
-                 "env": self.environment(task), "kill_after": self.kill_after, "overdue": self.overdue,
+                 "env": env, "kill_after": self.kill_after, "overdue": self.overdue,
                  "record": runs.run_file(self.state, task)}  # fmt: skip
         fds: list[int] = []
         try:
@@ -148,9 +146,11 @@ class Handlers:
             )
         return [handler]
 
-    def environment(self, task: q.Task) -> dict[str, str]:
+    def environment(self, task: q.Task, program: str) -> dict[str, str]:
+        """What a handler is told beside the worker's environment. LookupError: no Python fits it."""
         values = (task.task_id, task.task_type, task.queue, task.attempts, task.depth + 1)
-        return dict(zip(TOLD, map(str, (*values, self.state)), strict=True))
+        told = dict(zip(TOLD, map(str, (*values, self.state)), strict=True))
+        return told | {"UV_PYTHON": environment.python_for(program, self.env)}
 
     def hear(self) -> list[tuple[q.Task, dict | Unstarted]]:
         """The tasks whose handlers have ended, with {"code", "why", "seconds"}, or were not
@@ -181,7 +181,7 @@ class Handlers:
         if self.command is not None or not (not_found or told.get("do") == "put back"):
             return None
         try:
-            fault = fault_of(f"{self.directory}/{task.task_type}", self.path)
+            fault = fault_of(f"{self.directory}/{task.task_type}", self.env["PATH"])
         except OSError:
             return None
         return fault and f"its handler {fault[0]}; {fault[1]}"

@@ -54,7 +54,7 @@ def handler_environment(
     """The environment for handlers, without what names a session, uv's run of the worker, or a
     relative place.
 
-    And without the names given, which each handler is told for itself.
+    And without the names given, which each handler is told for itself. uv obeys no uv.toml there.
 
     An empty or relative entry of PATH or PYTHONPATH would be looked for in the workspace, which is
     somebody else's.
@@ -65,6 +65,7 @@ def handler_environment(
         if name not in without and not _names_a_session(name)
     }
     env.pop("UV_RUN_RECURSION_DEPTH", None)
+    env["UV_NO_CONFIG"] = "1"
     ours = os.path.join(env.pop("VIRTUAL_ENV", "/dev/null"), "bin")
     path = [entry for entry in absolute_entries(env.get("PATH", "")) if entry != ours]
     env["PATH"] = os.pathsep.join(path) or os.defpath

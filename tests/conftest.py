@@ -89,6 +89,7 @@ def copy_scripts(directory: Path, *scripts: str) -> None:
     modules = [path.relative_to(ROOT) for path in ROOT.glob("taskqueue/*.py")]
     (directory / "taskqueue").mkdir(parents=True, exist_ok=True)
     for name in ("queue_helpers.py", *modules, *scripts):
+        (directory / name).parent.mkdir(exist_ok=True)
         shutil.copy2(ROOT / name, directory / name)
 
 

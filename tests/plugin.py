@@ -32,7 +32,12 @@ def give_uv(home: Path) -> dict[str, str]:
     """Put uv where its installer puts it; the variables that keep it off the network."""
     (home / ".local/bin").mkdir(parents=True, exist_ok=True)
     (home / ".local/bin/uv").symlink_to(UV)
-    return {"UV_CACHE_DIR": UV_CACHE, "UV_OFFLINE": "1"}
+    told = {"UV_CACHE_DIR": UV_CACHE, "UV_OFFLINE": "1"}
+    file = home / ".claude/automation/lychee/environment"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.touch(0o600)
+    file.write_text("".join(f"{name}={value}\n" for name, value in told.items()))
+    return told
 
 
 def hook_command(event: str, root: Path) -> list[str]:

@@ -18,11 +18,11 @@ def installed(installation):
     """The scripts as install.py puts them, with tq on PATH; a function that runs one."""
     lib = installation.directory / "prefix/runtime/lib"
     lib.mkdir(parents=True)
-    copy_scripts(lib, *(path.name for path in ROOT.glob("*.py")), "tq.sh")
+    copy_scripts(lib, *(path.name for path in ROOT.glob("*.py")), "bin/tq.sh")
     tq = installation.directory / "bin/tq"
     tq.parent.mkdir()
     tq.write_text(
-        (ROOT / "tq.sh")
+        (ROOT / "bin/tq.sh")
         .read_text()
         .replace("\nlib=\n", f"\nlib='{lib}'\n")
         .replace("\npython=\n", f"\npython='{sys.executable}'\n")

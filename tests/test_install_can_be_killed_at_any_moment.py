@@ -24,8 +24,9 @@ def checkout(directory, mark):
     """A copy of the project in which each file says which version it is."""
     (directory / "handlers").mkdir(parents=True)
     (directory / "taskqueue").mkdir()
+    (directory / "bin").mkdir()
     scripts = [
-        MAIN / name for name in ("install.py", "enqueue.py", "cleanup.py", "hook.sh", "tq.sh")
+        MAIN / name for name in ("install.py", "enqueue.py", "cleanup.py", "hook.sh", "bin/tq.sh")
     ]
     for source in [
         *scripts,

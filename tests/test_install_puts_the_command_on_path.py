@@ -211,6 +211,6 @@ def test_after_everything_was_removed_by_hand_it_says_so(home):
 
 def test_the_launcher_is_a_shell_script_without_fault():
     ran = subprocess.run(
-        ["shellcheck", "--shell=sh", ROOT / "tq.sh"], capture_output=True, text=True
+        ["shellcheck", "--shell=sh", ROOT / "bin/tq.sh"], capture_output=True, text=True
     )
     assert (ran.returncode, ran.stdout) == (0, "")

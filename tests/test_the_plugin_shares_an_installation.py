@@ -74,7 +74,8 @@ class Firing(Home):
 
     def no_worker(self) -> None:
         """Have nobody serve: what hooks hand over stays where it is."""
-        self.env["UV_CACHE_DIR"] = str(self.home / "an empty cache")
+        file = self.home / ".claude/automation/lychee/environment"
+        file.write_text(f"UV_CACHE_DIR={self.home / 'an empty cache'}\nUV_OFFLINE=1\n")
 
 
 @pytest.fixture

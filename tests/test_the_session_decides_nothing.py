@@ -11,9 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, wait_for
-
-from taskqueue.cli import find_uv
+from conftest import ROOT
 
 STOP = b'{"session_id": "s1", "cwd": "/", "hook_event_name": "Stop"}'
 MODULES = (
@@ -181,80 +179,6 @@ def test_a_relative_cache_of_uv_is_not_used(home, workspace, way):
     assert [path.name for path in workspace.iterdir() if path.is_dir()] == [".venv"]
 
 
-def test_nothing_of_it_is_run_by_a_command_that_is_typed_there(home, workspace, tmp_path):
-    """uv, which the scripts with dependencies need, is not started there; relative paths mean it
-    all the same.
-    """
-    lib, tq = tmp_path / "lib", tmp_path / "tq"
-    lib.mkdir()
-    # uv chooses a Python for a script that it sees for the first time.
-    for script in ROOT.glob("*.py"):
-        shutil.copy(script, lib)
-    text = (ROOT / "tq.sh").read_text().replace("\nlib=\n", f"\nlib='{lib}'\n")
-    tq.write_text(text.replace("\nuv=\n", f"\nuv='{find_uv()}'\n"))
-    (workspace / "run.sh").write_text("#!/bin/sh\necho of the person\n")
-    (workspace / "run.sh").chmod(0o755)
-    cache = subprocess.run(["uv", "cache", "dir"], capture_output=True, text=True, check=True)
-    env = {"HOME": str(home), "UV_CACHE_DIR": cache.stdout.strip(), "UV_OFFLINE": "1"}
-    env |= {"PATH": "/usr/bin:/bin", "TASK_QUEUE_STATE": str(tmp_path / "its state")}
-    said = ""
-    for words in (
-        "add approvals t",
-        "export --queue approvals all.jsonl",
-        "import all.jsonl",
-        "work approvals --drain -- ./run.sh",
-        "list --status completed",
-    ):
-        ran = subprocess.run(
-            ["/bin/sh", tq, *words.split()], env=env, cwd=workspace, capture_output=True, text=True
-        )
-        assert ran.returncode == 0, (words, ran.stderr)
-        said = ran.stdout
-    assert "of the person" in said and (workspace / "all.jsonl").stat().st_size > 0, said
-    assert not (tmp_path / "hijacked").exists()
-
-
-def test_what_the_workspace_brings_would_be_used_without_that(workspace):
-    """The test before this one can fail: these modules are what Python imports when the session
-    decides.
-    """
-    ran = subprocess.run(
-        [sys.executable, ROOT / "enqueue.py", "--help"],
-        env={"PYTHONPATH": "."},
-        cwd=workspace,
-        capture_output=True,
-    )
-    assert (workspace.parent / "hijacked").exists(), ran.stderr
-
-
-def test_the_worker_that_a_hook_starts_runs_nothing_of_the_workspace(home, workspace):
-    handler = home / ".claude/automation/lychee/handlers/told"
-    handler.write_text(
-        f'#!/bin/sh\nunset TWO_LINES; env >"{home}/told.new"; mv "{home}/told.new" "{home}/told"\n'
-    )
-    handler.chmod(0o755)
-    fire(
-        home,
-        workspace,
-        "notifications told --start-worker",
-        ANTHROPIC_API_KEY="mine",
-        CLAUDE_CONFIG_DIR="/mine",
-    )
-    told = wait_for(
-        lambda: (home / "told").exists() and (home / "told").read_text(), 30, "the handler"
-    )
-    assert not (workspace.parent / "hijacked").exists()
-    told = dict(line.split("=", 1) for line in told.splitlines() if "=" in line)
-    assert told["ANTHROPIC_API_KEY"] == "mine" and told["CLAUDE_CONFIG_DIR"] == "/mine"
-    assert told["TASK_QUEUE_STATE"] == f"{home}/.claude/automation/lychee/state"
-    assert not [
-        name
-        for name in told
-        if name.startswith(("PYTHON", "UV_PYTHON", "UV_ENV", "UV_CONFIG", "UV_PROJECT"))
-    ]
-    assert all(entry.startswith("/") for entry in told["PATH"].split(":"))
-
-
 @pytest.mark.parametrize(
     "command", [["install", "--no-warm"], ["uninstall"], ["service"], ["service", "--dry-run"]]
 )
@@ -285,40 +209,6 @@ def test_a_state_that_cannot_stand_in_a_unit_or_is_relative_is_refused(tmp_path,
         ran.returncode == 64 and ran.stderr.count("\n") == 1 and "TASK_QUEUE_STATE" in ran.stderr
     ), ran.stderr
     assert {path: path.lstat().st_mtime_ns for path in tmp_path.rglob("*")} == before
-
-
-def test_a_unit_starts_a_worker_with_a_clean_environment(tmp_path):
-    """The user manager of systemd hands its own environment to a unit: what Python and uv obey
-    stays out.
-    """
-    sys.path.insert(0, str(ROOT))
-    from taskqueue import launch as queue_launch
-
-    kept = {
-        "HOME": "/home/user",
-        "LANG": "C.UTF-8",
-        "LC_ALL": "C",
-        "XDG_RUNTIME_DIR": "/run/user/1",
-        "https_proxy": "http://proxy",
-        "ANTHROPIC_BASE_URL": "https://x",
-        "CLAUDE_CODE_OAUTH_TOKEN": "t",
-        "CLAUDE_CODE_USE_BEDROCK": "1",
-        "UV_CACHE_DIR": "/cache",
-    }
-    dropped = {
-        "TMPDIR": "tmp",
-        "XDG_CONFIG_HOME": ".config",
-        "CLAUDE_CONFIG_DIR": "relative",
-        "CLAUDECODE": "1",
-        "LD_PRELOAD": "x.so",
-        "BASH_ENV": "x",
-        "ENV": "x",
-        "GIT_DIR": ".git",
-        "NODE_OPTIONS": "--require x",
-        "TASK_DEPTH": "3",
-    }
-    told = queue_launch.worker_environment(hostile(tmp_path) | kept | dropped, Path("/state"))
-    assert told == kept | {"PATH": "/usr/bin:/bin", "TASK_QUEUE_STATE": "/state"}
 
 
 @pytest.mark.parametrize("name", ["UV_PYTHON", "PYTHONPATH", "UV", "VIRTUAL_ENV"])
@@ -387,24 +277,6 @@ def test_a_relative_home_is_the_accounts(workspace, tmp_path, home):
         text=True,
     )
     assert ran.returncode == 0, ran.stderr
-
-
-def test_a_variable_of_ours_moves_nobody(installation, workspace):
-    """TASK_QUEUE_CWD says where tq was typed; it is tq itself that goes to / and comes back."""
-    here = installation.directory / "here"
-    here.mkdir()
-    for directory, said in ((here, "person"), (workspace, "workspace")):
-        (directory / "run.sh").write_text(f"#!/bin/sh\necho of the {said}\n")
-        (directory / "run.sh").chmod(0o755)
-    session = {"cwd": here, "env": {"TASK_QUEUE_CWD": str(workspace)}}
-    task = installation.enqueue("approvals", "t", **session)
-    done = installation.run("worker.py", "approvals", "--drain", "--", "./run.sh", **session)
-    assert done.returncode == 0, done.stderr
-    assert installation.finished(task)["result"] == "of the person\n"
-    installation.run("enqueue.py", "--hook", "notifications", "t", input=b"{}", **session)
-    assert installation.rows(
-        "select json_extract(data, '$.data.workspace_path') from notifications"
-    ) == [(str(here),)]
 
 
 @pytest.mark.parametrize("entries", [".", "", ".:", "relative:."])

@@ -1,21 +1,28 @@
 #!/bin/sh
 # The task queue's command: tq add, tq work, tq list ... hands over to the scripts.
-# install.py copies this file to ~/.local/bin and fills in the four paths below. The plugin's bin/task-queue
-# runs it as it stands, with an installation's scripts where there is one.
+# install.py copies this file to PREFIX/runtime/tq and ~/.local/bin, and fills in the four paths below. The
+# plugin's bin/task-queue runs it as it stands, and an installation's where there is one.
 lib=
 python=
 uv=
 state=
 name=${0##*/}
 if [ -z "$lib" ]; then
-    name=task-queue here=${0%/*} asked=${TASK_QUEUE_STATE:-}
-    # shellcheck source=places.sh disable=SC1091
-    . "$here/places.sh"
-    lib=${worker:-$here} state=$TASK_QUEUE_STATE TASK_QUEUE_STATE=$asked
-    case $lib in /*) ;; *) lib=$PWD/$lib ;; esac
+    name=task-queue installed=${HOME:-}/.claude/automation/lychee/runtime/tq
+    if [ -r "$installed" ]; then exec /bin/sh "$installed" "$@"; fi
+    lib=$(cd "${0%/*}/.." && pwd -P) || exit 1
+    # A name with a version needs no start to see whether it is new enough.
+    for place in "${HOME:-}/.local/bin" /usr/local/bin /opt/homebrew/bin /usr/bin; do
+        for version in 3.14 3.13 3.12 3.11; do
+            [ -x "$python" ] || python=$place/python$version
+        done
+    done
+    [ -x "$python" ] || python=
+    for place in "${HOME:-}/.local/bin" "${HOME:-}/.cargo/bin" /opt/homebrew/bin /usr/local/bin /usr/bin; do
+        [ -x "$uv" ] || uv=$place/uv
+    done
 fi
-export TASK_QUEUE_STATE="${TASK_QUEUE_STATE:-$state}"
-
+if [ -n "${TASK_QUEUE_STATE:-$state}" ]; then export TASK_QUEUE_STATE="${TASK_QUEUE_STATE:-$state}"; fi
 usage() {
     cat <<END
 usage: $name COMMAND [ARGUMENTS]
@@ -71,12 +78,10 @@ if [ ! -r "$lib/$script.py" ]; then
 fi
 # Scripts without dependencies start faster without uv.
 if [ -x "$uv" ] && ! { [ -x "$python" ] && grep -q '^# dependencies = \[\]$' "$lib/$script.py"; }; then
-    unset PYTHONPATH PYTHONHOME PYTHONSAFEPATH VIRTUAL_ENV CONDA_PREFIX \
-        UV_PYTHON UV_PROJECT UV_ENV_FILE UV_CONFIG_FILE UV_WORKING_DIR
-    # uv runs the interpreter of a .venv in its working directory or above, which may be a workspace's.
-    # The script goes back to where this was typed.
-    export TASK_QUEUE_CWD="$PWD"
-    cd / && exec "$uv" run --quiet --no-config --script "$lib/$script.py" "$@"
+    # With an absolute Python, uv runs none that lies in the working directory or above, which may be a
+    # workspace's; and no uv.toml there has a say.
+    if [ -n "$python" ]; then export UV_PYTHON="$python"; fi
+    exec "$uv" run --quiet --no-config --script "$lib/$script.py" "$@"
 fi
 if [ -x "$python" ]; then exec "$python" -E -s "$lib/$script.py" "$@"; fi
 echo "$name: neither Python nor uv is where install found it; install uv, then run just install again" >&2
