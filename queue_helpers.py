@@ -497,16 +497,29 @@ def parse_duration(text: str) -> float:
     return seconds
 
 
-def parse_time(text: str) -> float:
-    """Unix seconds of 2026-12-01T09:00, local time or with a zone. ValueError for anything else."""
-    from datetime import datetime
+def parse_time(text: str, now: float | None = None) -> float:
+    """Unix seconds of 2026-12-01T09:00, of 23:30, which is the next one, or of tomorrow 9:00.
 
+    Local time unless the text names a zone. Raises ValueError for anything else.
+    """
+    from datetime import datetime, timedelta
+
+    now = time.time() if now is None else now
+    clock = re.fullmatch(r"(today|tomorrow|)[ T]*(\d?\d):(\d\d)(?::(\d\d))?", text.strip().lower())
     try:
-        seconds = datetime.fromisoformat(text.strip()).timestamp()
+        if clock:
+            today = datetime.fromtimestamp(now).replace(microsecond=0)
+            hour, minute, second = (int(part or 0) for part in clock.groups()[1:])
+            at = today.replace(hour=hour, minute=minute, second=second, fold=0)
+            if clock[1] == "tomorrow" or not clock[1] and at.timestamp() <= now:
+                at += timedelta(days=1)
+        else:
+            at = datetime.fromisoformat(text.strip())
+        seconds = at.timestamp()
     except (ValueError, OverflowError, OSError):
         seconds = -1
     if not 0 <= seconds <= LAST_SECOND:
-        raise ValueError(f"{text!r} is not a time like 2026-12-01T09:00")
+        raise ValueError(f"{text!r} is not a time like 23:30, tomorrow 9:00 or 2026-12-01T09:00")
     return seconds
 
 

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, TextIO
 
 import queue_helpers as q
-from taskqueue import runs
+from taskqueue import serving
 from taskqueue.text import visible
 
 if TYPE_CHECKING:
@@ -77,11 +77,6 @@ def database_files(state: Path) -> list[Path]:
     """The database and its sidecar files, those that are there."""
     db = database_file(state)
     return [path for path in (db, *(Path(f"{db}{ending}") for ending in SIDECARS)) if path.exists()]
-
-
-def serving_lock(state: Path, queue: str) -> Path:
-    """The lock file that the workers of a queue share."""
-    return state / "workers" / f"serving.{queue}"
 
 
 def run_file(state: Path, run_name: str, ending: str) -> Path:
@@ -705,4 +700,4 @@ def claims(conn: sqlite3.Connection) -> Iterator[tuple[str, q.Task]]:
 
 def served(state: Path, queues: Iterable[str]) -> list[str]:
     """Those queues that a worker serves now."""
-    return [queue for queue in queues if runs.is_held(serving_lock(state, queue))]
+    return [queue for queue in queues if serving.is_served(state, queue)]

@@ -277,7 +277,8 @@ def _not_now(told: dict) -> Verdict:
     reason = said.get("reason")
     reason = f": {' '.join(reason.split())[:200]}" if isinstance(reason, str) and reason else ""
     if "pause" in said and (said["pause"] is None or seconds_in(said["pause"]) is not None):
-        error = f"not now (exit 75), and its queue is paused{reason}"
+        # Nothing here says that the queue is paused: the row outlives the pause.
+        error = f"not now (exit 75){reason}"
         return Verdict("put back", error, 0.0, (seconds_in(said["pause"]), reason[2:]))
     seconds = seconds_in(said.get("retry_after"))
     delay = NOT_NOW_SECONDS if seconds is None else seconds
