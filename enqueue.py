@@ -202,7 +202,7 @@ class Arguments:
         if bool(self.delay) + (self.at is not None) + self.hold > 1:
             raise ValueError("--delay, --at and --hold each say when: give one of them")
         # A hook's firing may be taken in later than it was meant to run.
-        if self.at is not None and self.at < time.time() and not self.hook:
+        if self.at is not None and self.at <= time.time() and not self.hook:
             when = time.strftime("%Y-%m-%d %H:%M %Z", time.localtime(self.at))
             raise ValueError(f"--at: {when} has passed; give a time to come, or leave out --at")
 

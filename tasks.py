@@ -627,7 +627,9 @@ def why_waiting(conn: q.Connection, records: Sequence[dict]) -> list[str]:
     for record in records:
         queue, control = record["queue"], controls.get(record["queue"])
         if record["status"] == "held":
-            lines.append(f"{record['task_id']} is held: {cli.command('approve')} {record['task_id']}")
+            lines.append(
+                f"{record['task_id']} is held: {cli.command('approve')} {record['task_id']}"
+            )
         if record["status"] in serving.WAITING:
             waiting.setdefault(queue, set()).add(record["task_type"])
             if control and control.paused:

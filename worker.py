@@ -48,6 +48,7 @@ from taskqueue import environment, runs, serving
 from taskqueue import recovery as owners
 from taskqueue.cli import (
     LIVE,
+    ago,
     as_typed,
     duration,
     make_parser,
@@ -387,7 +388,7 @@ class Worker:
                 if not states:
                     continue
                 due = found["scheduled"][1]
-                when = "" if due is None else f", the next in {max(0.0, due - time.time()):.0f} s"
+                when = "" if due is None else f", the next {ago(due)}"
                 left.append(f"{', '.join(states)} in {queue}{when}{self.pause_of(queue)}")
         except q.QueueError:
             pass
@@ -591,7 +592,9 @@ class Worker:
             if fd is not None:
                 self.serving[queue] = fd
                 # Whoever enqueues looks there for the handlers.
-                names = serving.ANY_TYPE if self.args.command else os.path.abspath(self.args.handlers)
+                names = (
+                    serving.ANY_TYPE if self.args.command else os.path.abspath(self.args.handlers)
+                )
                 os.ftruncate(fd, 0)
                 os.pwrite(fd, os.fsencode(names), 0)
         return bool(self.serving) or not single

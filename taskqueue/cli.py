@@ -155,6 +155,7 @@ def whole_number(text: str) -> int:
     return int(text)
 
 
+PLUGIN_COMMAND = "task-queue"
 # What a command is called whose script is not called like it; all others are tasks.py's.
 SCRIPTS = {"add": "enqueue.py", "work": "worker.py", "cleanup": "cleanup.py"}
 SCRIPTS |= {"service": "service.py", "relay": "relay.py"}
@@ -196,17 +197,30 @@ def _typed(found: re.Match) -> str:
 
 @lru_cache(1)
 def installed_command() -> str | None:
-    """The name under which install.py has put tq on PATH; None in a checkout, or where it is not."""
+    """The name of our command on the reader's PATH: what install.py put there, or the plugin's.
+
+    None in a checkout, where the scripts are called by their names.
+    """
     from taskqueue import installation as queue_installation
 
+    here = Path(q.__file__).resolve().parent
     try:
         place = queue_installation.installed(q.__file__)
     except (OSError, queue_installation.WrongUse):
         return None
-    path = place.record.get("command") if place else None
-    name = os.path.basename(path) if isinstance(path, str) else ""
-    found = shutil.which(name) if name else None
-    return name if found and os.path.realpath(found) == os.path.realpath(str(path)) else None
+    path = str(place.record.get("command") or "") if place else ""
+    if path and _is_on_path(os.path.basename(path), [Path(path)]):
+        return os.path.basename(path)
+    # Claude Code puts a plugin's bin on the PATH of its shell, though not of its hooks.
+    plugins = [plugin.resolve() for plugin in queue_installation.plugins().values()]
+    commands = [plugin / "bin/task-queue" for plugin in (here, *plugins)]
+    return PLUGIN_COMMAND if here in plugins or _is_on_path(PLUGIN_COMMAND, commands) else None
+
+
+def _is_on_path(name: str, files: Iterable[Path]) -> bool:
+    """Whether a person who types the name runs one of these files."""
+    found = shutil.which(name)
+    return found is not None and os.path.realpath(found) in map(os.path.realpath, files)
 
 
 def run(who: str, work: Callable[[], int]) -> int:

@@ -28,8 +28,8 @@ COLOURS = {
     "held": "magenta",
 }
 SPARKS = "▁▂▃▄▅▆▇█"
-# A screen's lines that are no rows of a list: its head, what is said below it, and the prompt.
-OTHER_LINES = 5
+# A screen's lines that are no rows of a list: its head, the remarks below it, and the prompt.
+OTHER_LINES = 7
 # What a list leaves of each at least, before its queues and types are shortened further. A row's
 # number names its task as well, so ids are shortened first.
 LEAST_NOTE, LEAST_ID, LEAST_NAME = 20, 8, 6

@@ -27,6 +27,7 @@ select distinct owner from "{queue}" where status = 2"""
 IS_WAITING = "(status < 2 or status = 3 and due_at is not null or status = 4)"
 WAITING_TYPES = f"""
 select coalesce(task_type, '{{queue}}'), count(*) from "{{queue}}" where {IS_WAITING} group by 1"""
+UNTRIED_TYPES = WAITING_TYPES.replace(" group by", " and attempts = 0 group by")
 WAITS = f"""
 select exists (select 1 from "{{queue}}" where {IS_WAITING})"""
 
@@ -196,7 +197,9 @@ def hooks(state: Path) -> set[str]:
     if settings.get("disableAllHooks") is True:
         return set()
     enabled = settings.get("enabledPlugins")
-    off = {name for name, is_on in enabled.items() if not is_on} if isinstance(enabled, dict) else ()
+    off = (
+        {name for name, is_on in enabled.items() if not is_on} if isinstance(enabled, dict) else ()
+    )
     plugins = [path for name, path in installation.plugins().items() if name not in off]
     sources = [settings, *(read(path / "hooks/hooks.json") for path in plugins)]
     return {queue for source in sources for queue in _started_by(source)}
@@ -207,7 +210,9 @@ def _started_by(source: dict) -> Iterable[str]:
     from taskqueue.settings import hooks_in
 
     for _, _, _, words in hooks_in(source):
-        programs = [at for at, word in enumerate(words) if word.endswith(("hook", "hook.sh", "enqueue.py"))]
+        programs = [
+            at for at, word in enumerate(words) if word.endswith(("hook", "hook.sh", "enqueue.py"))
+        ]
         if programs and "--start-worker" in words:
             yield from [word for word in words[programs[-1] + 1 :] if word != "--hook"][:1]
 
@@ -242,12 +247,19 @@ def unhandled_types(types: Collection[str], runner: Runner) -> list[str]:
     directory = runner.handlers
     if directory is None or not directory.is_dir():
         return []
-    return [unhandled(name, directory) for name in sorted(types) if not has_handler(directory, name)]
+    return [
+        unhandled(name, directory) for name in sorted(types) if not has_handler(directory, name)
+    ]
 
 
 def waiting_types(conn: sqlite3.Connection, queue: str) -> dict[str, int]:
     """How many tasks of each type wait in a queue, but for held ones."""
     return dict(conn.execute(q.on_queue(WAITING_TYPES, queue)).fetchall())
+
+
+def untried_types(conn: sqlite3.Connection, queue: str) -> list[str]:
+    """The types of waiting tasks that have had no attempt."""
+    return [name for name, _ in conn.execute(q.on_queue(UNTRIED_TYPES, queue))]
 
 
 def have_run(conn: q.Connection, queues: Iterable[str]) -> list[str]:
