@@ -159,6 +159,13 @@ create table if not exists task_marks (          -- the last row of the history 
   workspace     text primary key,
   history_id    integer not null
 );
+create table if not exists task_told (           -- the last result that was reported
+  workspace     text not null,
+  task_type     text not null,
+  directory     text not null,
+  told          text not null,
+  primary key (workspace, task_type, directory)
+);
 create table if not exists task_spooled (
   file          text primary key                 -- taken in, and perhaps not yet removed
 );
@@ -1389,10 +1396,17 @@ def finish(conn: Connection, task: Task, outcome: str, **told) -> bool:
     values["started_at"] = None if task.claimed_at is None else utc(task.claimed_at)
     if execute(conn, ARCHIVE, task.queue, **values).rowcount != 1:
         return False
+    end_quiet(conn.state)
     [(rerun_data, priority, group)] = execute(conn, REMOVE, task.queue, id=task.id).fetchall()
     if rerun_data is not None:
         conn.execute(on_queue(INSERT, task.queue), (rerun_data, READY, None, priority, group, None))
     return True
+
+
+def end_quiet(state: Path) -> None:
+    """Tell report.py that a task ends, within the transaction that records it."""
+    with suppress(OSError):
+        os.unlink(f"{state}/quiet")
 
 
 def _fence(task: Task) -> dict:

@@ -897,6 +897,7 @@ def import_finished(conn: q.Connection, row: dict, ids: dict[str, Ids]) -> bool:
         return False
     row["id"] = own_id(conn, row, ids)
     conn.execute(IMPORT_FINISHED, row)
+    q.end_quiet(conn.state)
     return True
 
 

@@ -260,9 +260,17 @@ def next_row(task: q.Task, stdout: str, size: int) -> q.Row:
 
 def _descent(task: q.Task) -> dict:
     """What a task that follows from this one says of that."""
+    envelope = task.envelope
+    # Whose workspace it is, the first of a chain says, and no handler's output.
+    first = envelope["source"] if isinstance(envelope.get("source"), dict) else envelope["data"]
     source = {"queue": task.queue, "task_id": task.task_id}
+    for name, value in (
+        ("workspace_path", first.get("workspace_path") or first.get("cwd")),
+        ("project_dir", first.get("project_dir")),
+    ):
+        source |= {name: value} if isinstance(value, str) else {}
     # What a payload may not do, its follow-ups may not either.
-    return {"depth": task.depth + 1, "source": source, "granted": task.envelope.get("granted")}
+    return {"depth": task.depth + 1, "source": source, "granted": envelope.get("granted")}
 
 
 def _as_object(text: str) -> dict | None:
