@@ -19,8 +19,8 @@ that this terminal has shown last. DURATION is like 30, 90m, 5min, 1.5h or 2d. E
 handed_over, completed, failed, cancelled or expired. None but import makes a database where there
 is none.
 
-exit codes: 0 fine; 1 not found, not possible, or the database cannot be used; 64 usage; 65 lines or
-files of an import were refused (they are named, the others are in); 75 the database is locked, try
+exit codes: 0 fine; 1 not found, not possible, or the database cannot be used; 64 usage; 65 lines of
+an import were refused (they are named, the others are in); 75 the database is locked, try
 again; 130 interrupted. Of wait: 0 all completed; 1 one ended otherwise; 64 an id that is not known,
 or of several tasks; 75 the time-out.
 """
@@ -33,10 +33,11 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import queue_helpers as q
-from taskqueue import cli, render, serving
+from taskqueue import backup, cli, jsonlines, render
 from taskqueue import logs as queue_logs
 from taskqueue import outcome as queue_outcome
 from taskqueue import stats as numbers_of
@@ -64,22 +65,12 @@ SCAN_SECONDS = 0.4
 # How many rows list shows where there is no screen to fill.
 ROWS = 50
 POLL_SECONDS = 0.02
-# wait says that nobody runs its tasks after this time.
-STARTING_SECONDS = 2.0
 RECOVER_SECONDS = 0.25
 # A worker has made its run's output file by then.
 CONSUMER_SECONDS = 1.0
 CANCEL_SECONDS = 30.0
 SPARK_MINUTES = 60
 
-# Commands that other scripts have.
-HANDED_OVER = {
-    "export": "Write tasks as JSON lines (transfer.py)",
-    "import": "Take in an export, or the files of a file-based queue (transfer.py)",
-    "backup": "Copy the database while workers go on (transfer.py)",
-    "restore": "Put a backup into the place of the database (transfer.py)",
-    "doctor": "Say what is wrong, each with its remedy (doctor.py)",
-}
 # A worker, or another machine, has these.
 NOT_HERE = {"in_progress", "handed_over"}
 # Words that people use for a status.
@@ -295,8 +286,15 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         help="how often a browser reads it again with --watch (default 30 s)",
     )
 
-    for name, says in HANDED_OVER.items():
-        commands.add_parser(name, help=says, add_help=False)
+    add = command(jsonlines.export)
+    add("file", metavar="FILE", nargs="?", default="-", help="(default: stdout)")
+    add("--queue", dest="queues", metavar="QUEUE", type=cli.utf8, **often)
+    add("--history", action="store_true", help="finished tasks, too")
+    command(jsonlines.import_)("file", metavar="FILE", help="of export; - for stdin")
+    command(backup.backup)("file", metavar="FILE", type=Path)
+    command(backup.restore)("file", metavar="FILE", type=Path, help="of backup")
+
+    commands.add_parser("doctor", help="Say what is wrong, each with its remedy", add_help=False)
 
     args = parser.parse_args(argv)
     fault = fault_in(args)
@@ -328,8 +326,10 @@ def fault_in(args: argparse.Namespace) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else list(argv)
-    if argv and argv[0] in HANDED_OVER:
-        return hand_over(argv)
+    if argv[:1] == ["doctor"]:
+        import doctor
+
+        return doctor.main(argv[1:])
     if argv[:1] == ["dashboard"]:
         return cli.complain(
             EX_USAGE, "tasks.py dashboard", f"{cli.command('page --open')} replaced it"
@@ -337,17 +337,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = vars(parse(argv))
     run, name = args.pop("run"), args.pop("command")
     return cli.run(f"tasks.py {name}", lambda: run(**args))
-
-
-def hand_over(argv: list[str]) -> int:
-    """Run doctor.py or transfer.py, which are scripts of their own."""
-    if argv[0] == "doctor":
-        import doctor
-
-        return doctor.main(argv[1:])
-    import transfer
-
-    return transfer.main(argv)
 
 
 # -------------------------------------------------------------------------------------------- stats
@@ -477,8 +466,6 @@ def list_(
         if on_screen:
             remember(conn.state, rows)
     sys.stdout.flush()
-    if not as_json:
-        say_who_waits(conn, rows)
     if not rows and not scan.stopped:
         print("no task is like that", file=sys.stderr)
     if more:
@@ -490,20 +477,6 @@ def list_(
             file=sys.stderr,
         )
     return 0
-
-
-def say_who_waits(conn: q.Connection, rows: Iterable[dict]) -> None:
-    """Name on stderr what keeps waiting tasks from being run: no worker, or no handler."""
-    waiting: dict[str, set[str]] = {}
-    for row in rows:
-        if row["status"] in serving.WAITING:
-            waiting.setdefault(row["queue"], set()).add(row["task_type"])
-    say_all(serving.remarks(conn, conn.state, waiting))
-
-
-def say_all(lines: Iterable[str]) -> None:
-    for line in lines:
-        print(visible(line), file=sys.stderr, flush=True)
 
 
 def first(number: int, rows: Iterable[dict]) -> list[dict]:
@@ -585,24 +558,16 @@ def wait(ids: list[str], queue: str | None, timeout: float | None, as_json: bool
     # Set by the watch on the database whenever there is reason to look.
     changed = threading.Event()
     q.Watch.of(conn.state).listeners.add(changed)
-    # A worker that was started a moment ago may still be starting.
-    tell_at, told = began + STARTING_SECONDS, set()
     while True:
         changed.clear()
         conn = cli.open_queue()
         with cli.snapshot(conn):
             records = [newest_of(conn, found) for found in tasks]
         waiting = [record["task_id"] for record in records if record["completed_at"] is None]
-        now = time.monotonic()
-        left = math.inf if timeout is None else timeout - (now - began)
-        if waiting and (now >= tell_at or left <= 0):
-            lines = [] if as_json else why_waiting(conn, records)
-            say_all(line for line in lines if line not in told)
-            told.update(lines)
-            tell_at = now + q.SAFETY_TICK_SECONDS
+        left = math.inf if timeout is None else timeout - (time.monotonic() - began)
         if not waiting or left <= 0:
             break
-        changed.wait(min(left, max(0.0, tell_at - now), threading.TIMEOUT_MAX))
+        changed.wait(min(left, threading.TIMEOUT_MAX))
     results = [result_of(record) for record in records]
     if as_json:
         cli.put_json(results[0] if len(results) == 1 else results)
@@ -619,22 +584,6 @@ def wait(ids: list[str], queue: str | None, timeout: float | None, as_json: bool
         error = f"{len(waiting)} of {total} had not ended after {cli.span(timeout)}: {names}"
         return cli.complain(EX_TEMPFAIL, "tasks.py wait", error)
     return 0 if all(record["status"] == "completed" for record in records) else EX_FAILED
-
-
-def why_waiting(conn: q.Connection, records: Sequence[dict]) -> list[str]:
-    """Name what tasks wait for beside their turn: a person, the end of a pause, a worker."""
-    lines, controls, waiting = [], q.controls(conn), {}
-    for record in records:
-        queue, control = record["queue"], controls.get(record["queue"])
-        if record["status"] == "held":
-            lines.append(
-                f"{record['task_id']} is held: {cli.command('approve')} {record['task_id']}"
-            )
-        if record["status"] in serving.WAITING:
-            waiting.setdefault(queue, set()).add(record["task_type"])
-            if control and control.paused:
-                lines.append(f"{queue} is {cli.pause_in_words(control)}")
-    return list(dict.fromkeys([*lines, *serving.remarks(conn, conn.state, waiting)]))
 
 
 def result_of(record: dict) -> dict:
@@ -668,13 +617,6 @@ def tell(
     return 0 if number == len(outcomes) else EX_FAILED
 
 
-def have_run(conn: q.Connection, queues: Iterable[str], as_json: bool) -> None:
-    """Have the tasks that this command made ready run: start a worker, or say how to start one."""
-    sys.stdout.flush()
-    lines = serving.have_run(conn, queues)
-    say_all([] if as_json else lines)
-
-
 def change_each(conn: q.Connection, done: str, items: Iterable, change: Callable) -> list[dict]:
     """The outcome of change(found), None or why not, for each task; who sleeps is woken."""
     outcomes = []
@@ -706,10 +648,7 @@ def approve(ids: list[str], queue: str | None, as_json: bool) -> int:
         return why_not_held(conn, found)
 
     wanted = [find(conn, ident, queue) for ident in ids]
-    outcomes = change_each(conn, "approved", wanted, let_run)
-    code = tell("approve", "approved", outcomes, as_json)
-    have_run(conn, [task["queue"] for task in outcomes if task["approved"]], as_json)
-    return code
+    return tell("approve", "approved", change_each(conn, "approved", wanted, let_run), as_json)
 
 
 def reject(ids: list[str], queue: str | None, reason: str | None, as_json: bool) -> int:
@@ -760,9 +699,7 @@ def retry(
         return put_back(conn, found, ended.get(found))
 
     outcomes = change_each(conn, "retried", wanted, change)
-    code = tell("retry", "retried", outcomes, as_json, None if ids else "")
-    have_run(conn, [task["queue"] for task in outcomes if task["retried"]], as_json)
-    return code
+    return tell("retry", "retried", outcomes, as_json, None if ids else "")
 
 
 def put_back(conn: q.Connection, found: Found, dead_letter: int | None) -> str | None:
@@ -903,11 +840,10 @@ def pause(queues: list[str], seconds: float | None, reason: str | None, as_json:
 
 def resume(queues: list[str], as_json: bool) -> int:
     """Let a paused queue's tasks be claimed again."""
-    conn, changed = change_queues(queues, q.resume)
+    _, changed = change_queues(queues, q.resume)
     told = [{"queue": name, "paused": False, "changed": changed[name]} for name in queues]
     lines = [f"resumed {name}" if changed[name] else f"{name} was not paused" for name in queues]
     cli.report(as_json, told, "\n".join(lines))
-    have_run(conn, queues, as_json)
     return 0
 
 
@@ -954,9 +890,7 @@ def move(ids: list[str], to: str, source: str | None, task_type: str | None, as_
         outcomes.extend(cli.in_steps(conn, wanted, lambda found: move_task(conn, found, to)))
     finally:
         q.wake(conn.state)
-    code = tell("move", "moved", outcomes, as_json, f" to {to}")
-    have_run(conn, [to] if any(task["moved"] for task in outcomes) else [], as_json)
-    return code
+    return tell("move", "moved", outcomes, as_json, f" to {to}")
 
 
 def move_task(conn: q.Connection, found: Found, to: str) -> dict:

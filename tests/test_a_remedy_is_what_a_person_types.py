@@ -73,7 +73,7 @@ def test_remedies_are_typed_as_tq(installation, installed):
         (["report.py"], "tq report"),
         (["cleanup.py"], "tq cleanup"),
         (["tasks.py", "page"], "tq page"),
-        (["transfer.py", "export"], "tq export"),
+        (["tasks.py", "export"], "tq export"),
         (["relay.py", "status"], "tq relay"),
     ):
         done = installed(*args, env={"TASK_QUEUE_HUB": "postgresql://nobody@127.0.0.1:1/none"})
@@ -88,7 +88,7 @@ def test_wrong_use_is_told_as_it_was_typed(installed):
         (["report.py", "--x"], "tq report: '--x' is not known; see tq report --help\n"),
         (["tasks.py", "dashboard"], "tq dashboard: tq page --open replaced it\n"),
         (["doctor.py", "--x"], "tq doctor: unrecognized arguments: --x; see tq doctor --help\n"),
-        (["transfer.py", "import"], "tq import: give FILE, or --legacy DIR; see tq import --help\n"),
+        (["tasks.py", "import"], "tq import: the following arguments are required: FILE; see tq import --help\n"),
         (["install.py", "install", "--x"], "tq install: unrecognized arguments: --x; see tq install --help\n"),
         (["install.py", "uninstall", "--x"], "tq uninstall: unrecognized arguments: --x; see tq uninstall --help\n"),
         (["service.py", "--x"], "tq service: unrecognized arguments: --x; see tq service --help\n"),

@@ -1,4 +1,4 @@
-"""Each kind of wrong use of tasks.py, transfer.py, doctor.py and cleanup.py: one line that says
+"""Each kind of wrong use of tasks.py, doctor.py and cleanup.py: one line that says
 what is wrong, and what is right.
 """
 
@@ -41,8 +41,8 @@ WRONG = {
     "move approvals": "give the IDs to move, or --from",
     "move x approvals --type t": "--type goes with --from and no ID",
     "purge approvals --status running": "a running task is not purged: tasks.py cancel ID",
-    "import": "give FILE, or --legacy DIR",
-    "import - --legacy d": "give FILE, or --legacy DIR",
+    "import": "the following arguments are required: FILE",
+    "import - --legacy d": "unrecognized arguments: --legacy d",
     "export a b": "unrecognized arguments: b",
     "backup": "the following arguments are required: FILE",
 }

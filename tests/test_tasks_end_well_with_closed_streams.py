@@ -14,7 +14,7 @@ import sys
 import pytest
 from conftest import ROOT
 
-SCRIPTS = ("tasks.py", "transfer.py", "doctor.py", "cleanup.py")
+SCRIPTS = ("tasks.py", "doctor.py", "cleanup.py")
 COMMANDS = [
     ["tasks.py", "stats"], ["tasks.py", "stats", "--json"], ["tasks.py", "stats", "--prometheus"], ["tasks.py", "list"], ["tasks.py", "show", "a-1"],
     ["tasks.py", "logs", "a-1"], ["tasks.py", "pause", "approvals"], ["tasks.py", "retry", "nothing"], ["tasks.py", "purge", "completions"],
@@ -78,10 +78,10 @@ def test_nothing_that_is_said_gets_into_a_file_that_is_opened_meanwhile(ended):
 def test_what_cannot_be_had_from_a_closed_stream_is_refused(ended):
     assert with_streams(ended, ">&-", ["tasks.py", "export"]) == (
         1,
-        "transfer.py export: standard output is closed: give a file's name\n",
+        "tasks.py export: standard output is closed: give a file's name\n",
     )
     assert with_streams(ended, "<&-", ["tasks.py", "import", "-"])[1].startswith(
-        "transfer.py import: standard input is closed"
+        "tasks.py import: standard input is closed"
     )
 
 

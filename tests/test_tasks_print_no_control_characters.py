@@ -132,11 +132,6 @@ def test_a_line_of_an_import_is_refused_in_printable_characters(hostile):
         assert done.returncode == 65 and is_clean(done.stdout) and is_clean(done.stderr), ascii(
             done.stderr
         )
-    legacy = hostile.directory / "legacy"
-    legacy.mkdir()
-    (legacy / f"notify_{HOSTILE}.json").write_text("no json")
-    done = hostile.run("tasks.py", "import", "--legacy", legacy)
-    assert done.returncode == 65 and is_clean(done.stderr) and len(done.stderr.splitlines()) == 1
 
 
 def test_enqueue_names_what_it_stored_in_printable_characters(installation):

@@ -105,7 +105,7 @@ def test_a_locked_database_is_said_after_a_bounded_wait(installation):
 
 @pytest.mark.parametrize("command", [
     ["list", "--status", "odd"], ["list", "--limit", "0"], ["list", "--since", "yesterday"], ["list", "--text", ""], ["list", "--nope"],
-    ["retry"], ["retry", "x", "--failed"], ["move", "approvals"], ["import"], ["import", "-", "--legacy", "d"], ["export", "a", "b"],
+    ["retry"], ["retry", "x", "--failed"], ["move", "approvals"], ["import"], ["export", "a", "b"],
     ["purge", "approvals", "--status", "running"], ["stats", "--prometheus", "--json"], ["stats", "--interval", "-1"], ["nope"], [],
     ["cancel"], ["pause"], ["backup"], ["show"],
     *([command, ""] for command in ("show", "logs", "wait", "approve", "reject", "retry", "cancel")), ["move", "", "approvals"]], ids=" ".join)  # fmt: skip
@@ -243,4 +243,4 @@ def test_a_terminal_of_another_encoding_gets_something_readable(installation):
                 env=installation.env | {"PYTHONIOENCODING": encoding},
                 capture_output=True,
             )
-            assert done.returncode == 0 and b"Error" not in done.stderr, done.stderr
+            assert done.returncode == 0 and done.stderr == b"", done.stderr

@@ -1,16 +1,15 @@
-"""tasks.py restore: checked first, in one transaction under living workers, and what was there
-before is kept.
+"""tasks.py restore: checked first, in one transaction while nothing runs, and what was there before
+is kept.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import sqlite3
-import subprocess
-import sys
 import threading
 
 import pytest
@@ -75,24 +74,6 @@ def test_people_are_told_where_the_state_before_is_and_what_is_missing(backed_up
     assert "not in the backup: 1 task that waited or ran, and 1 that had finished" in said
 
 
-def test_workers_go_on_with_the_restored_database_and_no_task_is_lost_or_run_twice(backed_up):
-    backed_up.handler("count", '#!/bin/sh\necho "$TASK_ID" >> "$HOME/ran"\n')
-    backed_up.enqueue("approvals", "count", "--jsonl", input="{}\n" * 200)
-    assert backed_up.run("tasks.py", "backup", backed_up.backup).returncode == 0
-    worker = backed_up.worker("approvals", "completions", "--concurrency", "2")
-    wait_for(lambda: (backed_up.directory / "ran").exists())
-    restore(backed_up, backed_up.backup)
-    wait_for(
-        lambda: not backed_up.rows("select 1 from approvals"), what="the end of all restored tasks"
-    )
-    backed_up.enqueue("approvals", "good", "{}", "--task-id", "later")
-    assert backed_up.finished("later")["status"] == "completed"
-    assert worker.poll() is None
-    assert backed_up.rows(
-        "select count(*) from task_history where task_type = 'count' and status = 'completed'"
-    ) == [(200,)]
-
-
 def test_a_restore_amid_enqueues_keeps_every_acknowledged_task_in_one_of_both(backed_up):
     """What is enqueued while the restore runs is in the restored database, or in what was kept:
     never in neither.
@@ -126,8 +107,34 @@ def test_a_restore_amid_enqueues_keeps_every_acknowledged_task_in_one_of_both(ba
     assert set(acknowledged) <= found
 
 
-def test_claims_in_the_backup_are_a_dead_owners_even_when_that_owner_lives(backed_up):
-    backed_up.handler("sleeper", "#!/bin/sh\necho begun\nsleep 600\n")
+def test_a_worker_that_lives_refuses_it_and_is_named(backed_up):
+    worker = backed_up.worker("approvals", "completions", "--idle-exit", "1h")
+    before = ids(backed_up)
+    said = restore(backed_up, backed_up.backup, code=1)["said"]
+    assert said.count("\n") == 1 and "nothing may run during a restore" in said
+    pid = re.search(r"kill (\d+)$", said.rstrip())[1]
+    assert ids(backed_up) >= before - {"waits-after", "waited-before"}
+    os.kill(int(pid), signal.SIGTERM)
+    assert worker.wait(20) == 0
+    restore(backed_up, backed_up.backup)
+
+
+def test_a_handler_that_outlives_its_worker_refuses_it_and_is_named(backed_up):
+    backed_up.handler("sleeper", '#!/bin/sh\necho $$ >"$HOME/pid"\nexec sleep 600\n')
+    worker = backed_up.worker("approvals")
+    backed_up.enqueue("approvals", "sleeper", "{}", "--task-id", "runs on")
+    pid = backed_up.directory / "pid"
+    wait_for(lambda: pid.exists() and pid.read_text(), what="the handler")
+    worker.send_signal(signal.SIGKILL)
+    worker.wait()
+    said = restore(backed_up, backed_up.backup, code=1)["said"]
+    assert "the handler of task runs on does" in said and "tasks.py cancel 'runs on'" in said
+    os.kill(int(pid.read_text()), signal.SIGKILL)
+    wait_for(lambda: backed_up.run("tasks.py", "restore", backed_up.backup).returncode == 0)
+
+
+def test_a_task_that_ran_at_the_backup_runs_again(backed_up):
+    backed_up.handler("sleeper", "#!/bin/sh\nexec sleep 600\n")
     worker = backed_up.worker("approvals")
     backed_up.enqueue("approvals", "sleeper", "{}", "--task-id", "ran-then")
     wait_for(
@@ -135,27 +142,12 @@ def test_claims_in_the_backup_are_a_dead_owners_even_when_that_owner_lives(backe
     )
     assert backed_up.run("tasks.py", "backup", backed_up.backup).returncode == 0
     assert backed_up.run("tasks.py", "cancel", "ran-then").returncode == 0
-    assert backed_up.run("tasks.py", "pause", "approvals").returncode == 0
-    # Before the restore: the worker starts it again at once.
+    worker.terminate()
+    worker.wait()
+    restore(backed_up, backed_up.backup)
     backed_up.handler("sleeper", "#!/bin/sh\n")
-    restore(backed_up, backed_up.backup)
-    assert worker.poll() is None
-    assert backed_up.finished("ran-then")["attempts"] == 2
-
-
-def test_a_task_that_still_runs_as_the_backup_says_stays_with_its_worker(backed_up):
-    gate = backed_up.directory / "gate"
-    os.mkfifo(gate)
-    backed_up.handler("gated", f'#!/bin/sh\necho run >> "$HOME/runs"\nread line < "{gate}"\n')
     backed_up.worker("approvals")
-    backed_up.enqueue("approvals", "gated", "{}", "--task-id", "runs-on")
-    wait_for(lambda: (backed_up.directory / "runs").exists())
-    assert backed_up.run("tasks.py", "backup", backed_up.backup).returncode == 0
-    restore(backed_up, backed_up.backup)
-    assert backed_up.run("cleanup.py").returncode == 0
-    gate.write_text("go\n")
-    assert backed_up.finished("runs-on")["attempts"] == 1
-    assert (backed_up.directory / "runs").read_text() == "run\n"
+    assert backed_up.finished("ran-then")["attempts"] == 2
 
 
 def test_no_row_id_is_used_again_and_no_queue_that_others_know_is_missing(backed_up):
@@ -309,57 +301,26 @@ def test_a_restore_that_is_killed_leaves_all_as_it_was_or_all_restored(backed_up
 
 def test_a_locked_database_is_said(backed_up, monkeypatch):
     import queue_helpers
-    import transfer
+    import tasks
+    from taskqueue import backup
 
-    monkeypatch.setattr(transfer, "RESTORE_BUSY_SECONDS", 0.2)
+    monkeypatch.setattr(backup, "RESTORE_BUSY_SECONDS", 0.2)
     monkeypatch.setattr(queue_helpers, "STATE_DIR", backed_up.state)
     before = ids(backed_up)
     conn = sqlite3.connect(backed_up.db, isolation_level=None)
     conn.execute("begin immediate")
     try:
-        assert transfer.main(["restore", str(backed_up.backup)]) == 75
+        assert tasks.main(["restore", str(backed_up.backup)]) == 75
     finally:
         conn.close()
     assert ids(backed_up) == before and not list(backed_up.state.glob("tasks.db.before*"))
 
 
-def test_restoring_needs_no_tasks_py(backed_up):
-    done = subprocess.run(
-        [sys.executable, ROOT / "transfer.py", "restore", backed_up.backup],
-        env=backed_up.env,
-        check=False,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-
-
-@pytest.mark.parametrize("page_size", (1024, 8192))
-def test_a_backup_with_pages_of_another_size_is_restored(backed_up, page_size):
-    (now,) = backed_up.rows("pragma page_size")[0]
-    other = backed_up.directory / "other"
-    with sqlite3.connect(backed_up.backup, isolation_level=None) as conn:
-        conn.execute(f"pragma page_size = {page_size}")
-        conn.execute("vacuum")
-        assert conn.execute("pragma page_size").fetchone() == (page_size,) != (now,)
-    conn.close()
-    shutil.copy(backed_up.backup, other)
-    restore(backed_up, backed_up.backup)
-    assert ids(backed_up) == {"done-before", "waited-before"}
-    assert backed_up.rows("pragma page_size") == [(now,)] and backed_up.rows(
-        "pragma auto_vacuum"
-    ) == [(2,)]
-    assert backed_up.sqlite3("pragma integrity_check") == "ok"
-    # The file itself is left as it is.
-    assert backed_up.backup.read_bytes() == other.read_bytes()
-
-
 def test_a_backup_of_version_1_is_restored_under_a_database_of_today(backed_up):
-    """Its pages are of another size, and its tables are brought to the present schema on the way."""
+    """Its tables are brought to the present schema on the way."""
     schema = (ROOT / "tests/schema_1.sql").read_text()
     old = backed_up.directory / "old"
     with sqlite3.connect(old, isolation_level=None) as conn:
-        conn.execute("pragma page_size = 8192")
         conn.execute("pragma auto_vacuum = incremental")
         conn.executescript(f"begin; {schema}; pragma user_version = 1; commit")
         tables = [

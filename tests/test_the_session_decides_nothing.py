@@ -237,7 +237,7 @@ def test_install_finds_the_same_programs_whatever_the_session_says(tmp_path, nam
 @pytest.mark.parametrize("state", ["state", "~nosuchuser/state", "/tmp/a\nb"])
 @pytest.mark.parametrize("command", [
     "enqueue.py approvals t", "worker.py approvals --drain", "cleanup.py", "tasks.py list", "tasks.py purge approvals --yes",
-    "tasks.py restore {backup}", "transfer.py export", "doctor.py", "tasks.py page", "report.py",
+    "tasks.py restore {backup}", "tasks.py export", "doctor.py", "tasks.py page", "report.py",
 ])  # fmt: skip
 def test_no_script_takes_the_usual_state_for_the_one_that_was_meant(installation, command, state):
     """Whoever has two states and mistypes one must not have the other restored over, pruned or
