@@ -160,11 +160,9 @@ def part(tasks: list[dict], shown: int, see: str) -> dict:
 
 
 def unserved(numbers: dict) -> Iterable[str]:
-    """Say where tasks wait and nobody runs them."""
-    for queue, n in numbers["queues"].items():
-        if n["pending"] and not n["paused"] and queue not in numbers["serving"]:
-            tasks = f"{cli.plural(n['pending'], 'task')} of {queue}"
-            yield f"No worker runs the {tasks}. Start one: {cli.command('work')} {queue}"
+    """Say what keeps waiting tasks from being run, as the commands do."""
+    for line in numbers["remarks"]:
+        yield f"{line[0].upper()}{line[1:]}."
 
 
 def paused(queues: dict) -> Iterable[str]:
