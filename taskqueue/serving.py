@@ -1,0 +1,281 @@
+"""Tell who will run a queue's tasks, and which handlers there are: a line where nobody will or none is.
+
+A live worker holds the serving lock of its queues. Where none does, a unit that is loaded or a hook
+with --start-worker may start one. All commands that show waiting tasks ask here.
+"""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+from collections import namedtuple
+from collections.abc import Collection, Iterable, Mapping
+from pathlib import Path
+
+import queue_helpers as q
+
+# What a worker writes into its serving lock when one command runs all task types.
+ANY_TYPE = "*"
+# A service manager that does not answer within this time has not loaded anything.
+MANAGER_SECONDS = 2.0
+# The statuses of tasks that need a worker; a held task needs its person first.
+WAITING = ("pending", "scheduled", "blocked")
+
+OWNERS = """
+select distinct owner from "{queue}" where status = 2"""
+IS_WAITING = "(status < 2 or status = 3 and due_at is not null or status = 4)"
+WAITING_TYPES = f"""
+select coalesce(task_type, '{{queue}}'), count(*) from "{{queue}}" where {IS_WAITING} group by 1"""
+UNTRIED_TYPES = WAITING_TYPES.replace(" group by", " and attempts = 0 group by")
+WAITS = f"""
+select exists (select 1 from "{{queue}}" where {IS_WAITING})"""
+
+
+# Who runs a queue's tasks: `kind` is worker, consumer, service, hook, or "" for nobody. `handlers` is
+# the directory that they come from; None where the type does not matter.
+Runner = namedtuple("Runner", "kind handlers")
+
+
+# ------------------------------------------------------------------------------------- the handlers
+
+
+def default_handlers(script: str | Path) -> Path:
+    """Where handlers lie: where install.py puts them, else beside the script.
+
+    A checkout takes those of the installation, which are a person's own, if there is one.
+    """
+    from taskqueue import installation
+
+    here = Path(script).resolve().parent
+    for prefix in (here.parent.parent, installation.default_prefix()):
+        record = prefix / "installed.json"
+        if (prefix / "handlers").is_dir() and (record.exists() or not (here / "handlers").is_dir()):
+            return prefix / "handlers"
+    return here / "handlers"
+
+
+def handlers_in(directory: Path) -> list[str]:
+    """Return the task types that have a handler in a directory."""
+    try:
+        names = sorted(os.listdir(directory))
+    except OSError:
+        return []
+    return [name for name in names if has_handler(directory, name)]
+
+
+def has_handler(directory: Path, task_type: str) -> bool:
+    if "/" in task_type or task_type.startswith("."):
+        return False
+    handler = f"{directory}/{task_type}"
+    return os.path.isfile(handler) and os.access(handler, os.X_OK)
+
+
+def unhandled(task_type: str, directory: Path) -> str:
+    """Say that no handler has this name, and name those there are, the nearest first."""
+    from difflib import SequenceMatcher
+
+    def likeness(name: str) -> float:
+        return -SequenceMatcher(None, name, task_type).ratio()
+
+    names = ", ".join(sorted(handlers_in(directory), key=likeness)) or "none"
+    return f"no handler is called {task_type}; there are {names}"
+
+
+# -------------------------------------------------------------------------------------- who runs it
+
+
+def lock_file(state: Path, queue: str) -> Path:
+    """The lock file that the workers of a queue share."""
+    return state / "workers" / f"serving.{queue}"
+
+
+def is_served(state: Path, queue: str) -> bool:
+    """Whether a worker serves the queue now."""
+    from taskqueue import runs
+
+    return runs.is_held(lock_file(state, queue))
+
+
+def runner_of(conn: sqlite3.Connection, state: Path, queue: str) -> Runner:
+    """Say who runs this queue's tasks. The usual case, a live worker, costs one look at its lock."""
+    if is_served(state, queue):
+        told = lock_file(state, queue).read_text("utf-8", "surrogateescape").strip()
+        return Runner("worker", None if told == ANY_TYPE or not told else Path(told))
+    # Results wait there for a program of the person's own.
+    if queue == q.TASK_QUEUE_COMPLETION or _is_consumed(conn, state, queue):
+        return Runner("consumer", None)
+    kind = "hook" if queue in hooks(state) else ""
+    kind = "service" if has_loaded_unit(state, queue) else kind
+    return Runner(kind, default_handlers(q.__file__))
+
+
+def _is_consumed(conn: sqlite3.Connection, state: Path, queue: str) -> bool:
+    """Whether a live process has claimed tasks of the queue: a consumer takes no serving lock."""
+    owners = conn.execute(q.on_queue(OWNERS, queue)).fetchall()
+    if not owners:
+        return False
+    from taskqueue import recovery
+
+    return any(not recovery.is_dead(state, owner) for (owner,) in owners)
+
+
+def _place(state: Path):
+    """The installation whose hooks and units look after this state; None without one."""
+    from taskqueue import installation
+
+    try:
+        place = installation.installed(q.__file__) or installation.installed()
+    except installation.WrongUse:
+        return None
+    its_state = place and (place.record.get("state") or place.prefix / "state")
+    return place if its_state and os.path.realpath(its_state) == os.path.realpath(state) else None
+
+
+def has_loaded_unit(state: Path, queue: str) -> bool:
+    """Whether systemd or launchd starts a worker for the queue."""
+    place = _place(state)
+    units = map(Path, place.record.get("units", ()) if place else ())
+    return any(queue in queues_of_unit(unit) and _is_loaded(unit) for unit in units)
+
+
+def queues_of_unit(unit: Path) -> set[str]:
+    """The queues that a unit's command names after `work PREFIX`; none for other files."""
+    try:
+        raw = unit.read_bytes()
+    except OSError:
+        return set()
+    if unit.suffix == ".plist":
+        import plistlib
+
+        words = plistlib.loads(raw)["ProgramArguments"]
+    else:
+        import shlex
+
+        lines = [line for line in raw.decode().splitlines() if line.startswith("ExecStart=")]
+        words = shlex.split(lines[-1].partition("=")[2]) if lines else []
+    named = words[words.index("work") + 2 :] if "work" in words else []
+    end = next((at for at, word in enumerate(named) if word.startswith("-")), len(named))
+    return set(named[:end])
+
+
+def _is_loaded(unit: Path) -> bool:
+    """Ask the service manager whether it starts this unit by itself."""
+    import subprocess
+
+    if unit.suffix == ".plist":
+        command = ["launchctl", "print", f"gui/{os.getuid()}/{unit.stem}"]
+    else:
+        watching = [f"{unit.stem}.path", f"{unit.stem}.timer"]
+        command = ["systemctl", "--user", "is-active", "--quiet", *watching]
+    quiet = {name: subprocess.DEVNULL for name in ("stdin", "stdout", "stderr")}
+    try:
+        ran = subprocess.run(command, check=False, timeout=MANAGER_SECONDS, **quiet)
+    except (OSError, subprocess.TimeoutExpired):
+        return False
+    return ran.returncode == 0
+
+
+def hooks(state: Path) -> set[str]:
+    """The queues for which a hook of the user's settings, or of the plugin, starts a worker."""
+    import json
+
+    from taskqueue import installation
+
+    def read(path: Path) -> dict:
+        try:
+            found = json.loads(path.read_bytes())
+        except (OSError, ValueError):
+            return {}
+        return found if isinstance(found, dict) else {}
+
+    usual = os.path.realpath(installation.default_prefix() / "state")
+    if not _place(state) and os.path.realpath(state) != usual:
+        return set()
+    settings = read(installation.settings_file())
+    if settings.get("disableAllHooks") is True:
+        return set()
+    enabled = settings.get("enabledPlugins")
+    off = (
+        {name for name, is_on in enabled.items() if not is_on} if isinstance(enabled, dict) else ()
+    )
+    plugins = [path for name, path in installation.plugins().items() if name not in off]
+    sources = [settings, *(read(path / "hooks/hooks.json") for path in plugins)]
+    return {queue for source in sources if source for queue in _started_by(source)}
+
+
+def _started_by(source: dict) -> Iterable[str]:
+    """The queues of those hooks that carry --start-worker."""
+    from taskqueue.settings import hooks_in
+
+    for _, _, _, words in hooks_in(source):
+        programs = [
+            at for at, word in enumerate(words) if word.endswith(("hook", "hook.sh", "enqueue.py"))
+        ]
+        if programs and "--start-worker" in words:
+            yield from [word for word in words[programs[-1] + 1 :] if word != "--hook"][:1]
+
+
+# ----------------------------------------------------------------------------- what a person is told
+
+
+def remark(queue: str, kind: str) -> str:
+    """Say that no worker serves a queue, and the command that starts one; "" where one will come."""
+    if kind not in ("", "hook"):
+        return ""
+    from taskqueue.cli import command
+
+    until, now = (" until a hook starts one", " now") if kind else ("", "")
+    return f"no worker serves {queue}{until}; start one{now}: {command(f'work {queue}')}"
+
+
+def remarks(
+    conn: sqlite3.Connection, state: Path, waiting: Mapping[str, Collection[str]]
+) -> list[str]:
+    """Name what keeps waiting tasks, {queue: types}, from being run: a line each."""
+    lines = []
+    for queue, types in waiting.items():
+        runner = runner_of(conn, state, queue)
+        lines.append(remark(queue, runner.kind))
+        lines += unhandled_types(types, runner)
+    return [line for line in dict.fromkeys(lines) if line]
+
+
+def unhandled_types(types: Collection[str], runner: Runner) -> list[str]:
+    """A line for each task type that no handler serves."""
+    directory = runner.handlers
+    if directory is None or not directory.is_dir():
+        return []
+    return [
+        unhandled(name, directory) for name in sorted(types) if not has_handler(directory, name)
+    ]
+
+
+def waiting_types(conn: sqlite3.Connection, queue: str) -> dict[str, int]:
+    """How many tasks of each type wait in a queue, but for held ones."""
+    return dict(conn.execute(q.on_queue(WAITING_TYPES, queue)).fetchall())
+
+
+def untried_types(conn: sqlite3.Connection, queue: str) -> list[str]:
+    """The types of waiting tasks that have had no attempt."""
+    return [name for name, _ in conn.execute(q.on_queue(UNTRIED_TYPES, queue))]
+
+
+def have_run(conn: q.Connection, queues: Iterable[str]) -> list[str]:
+    """Start a worker for each queue of which a hook may; a line for each queue that gets none."""
+    from taskqueue import launch
+
+    lines = []
+    for queue in dict.fromkeys(queues):
+        kind = runner_of(conn, conn.state, queue).kind if _waits(conn, queue) else "consumer"
+        if kind == "hook":
+            try:
+                launch.start_worker(queue)
+            except (OSError, ValueError) as error:
+                lines.append(f"no worker could be started ({error}): {remark(queue, '')}")
+        else:
+            lines.append(remark(queue, kind))
+    return [line for line in lines if line]
+
+
+def _waits(conn: sqlite3.Connection, queue: str) -> bool:
+    return bool(conn.execute(q.on_queue(WAITS, queue)).fetchone()[0])
