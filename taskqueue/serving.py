@@ -1,4 +1,4 @@
-"""Tell who will run a queue's tasks, and which handlers there are: a line where nobody will or none is.
+"""Tell who will run a queue's tasks, and which handlers there are.
 
 A live worker holds the serving lock of its queues. Where none does, a unit that is loaded or a hook
 with --start-worker may start one. All commands that show waiting tasks ask here.
