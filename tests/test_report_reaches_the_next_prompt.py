@@ -11,6 +11,8 @@ import pytest
 from claude_stub.client import ClaudeCode
 from conftest import ROOT
 
+from taskqueue.settings import SESSION_STARTS
+
 SUMMARY = "1 broken link: README.md:4 → pier.md"
 
 
@@ -38,7 +40,9 @@ def flow(installation, claude):
                 "hooks": {
                     "Stop": hook("enqueue.py --hook notifications link_validation"),
                     "UserPromptSubmit": hook("report.py --hook"),
-                    "SessionStart": hook("report.py --hook"),
+                    "SessionStart": [
+                        {**group, "matcher": SESSION_STARTS} for group in hook("report.py --hook")
+                    ],
                 }
             }
         )
@@ -49,9 +53,11 @@ def flow(installation, claude):
     return installation
 
 
-def prompt(claude, text: str) -> str:
+def prompt(claude, text: str, *options: str) -> str:
     """Give Claude a prompt; all that it was told by then."""
-    command = [*claude.within, claude.home / "bin/claude", "-p", "--setting-sources=project", text]
+    command = [
+        *claude.within, claude.home / "bin/claude", "-p", "--setting-sources=project", *options, text
+    ]  # fmt: skip
     done = subprocess.run(
         command,
         env=claude.env,
@@ -62,6 +68,7 @@ def prompt(claude, text: str) -> str:
         timeout=60,
     )
     assert done.returncode == 0, done.stdout + done.stderr
+    claude.said = done.stdout
     return last_request(claude)
 
 
@@ -88,3 +95,21 @@ def test_a_handlers_own_claude_is_told_nothing_and_enqueues_nothing(flow, claude
     assert SUMMARY not in last_request(claude)
     assert flow.rows("select * from notifications") == []
     assert SUMMARY in prompt(claude, "And about the pier.")
+
+
+def test_the_hooks_of_a_session_fire_as_they_are_meant_to(flow, claude):
+    """A start tells, a resumption does not, and the person's line is taken beside the context."""
+    as_json = ("--output-format", "stream-json", "--verbose", "--include-hook-events")
+    prompt(claude, "Write about the harbour.")
+    flow.worker("notifications", "--drain", ready=False).wait(30)
+    # Nothing but the start of the session tells.
+    settings = claude.workspace / ".claude/settings.json"
+    hooks = json.loads(settings.read_text())["hooks"]
+    settings.write_text(json.dumps({"hooks": {"SessionStart": hooks["SessionStart"]}}))
+    assert SUMMARY not in prompt(claude, "And about the pier.", "--continue", *as_json)
+    assert "SessionStart:resume" not in claude.said
+    assert prompt(claude, "And about the lighthouse.", *as_json).count(SUMMARY) == 1
+    events = [json.loads(line) for line in claude.said.splitlines()]
+    [ended] = [event for event in events if event.get("subtype") == "hook_response"]
+    assert ended["hook_name"] == "SessionStart:startup" and ended["outcome"] == "success"
+    assert json.loads(ended["stdout"])["systemMessage"].startswith("Claude was told: ")
