@@ -41,6 +41,7 @@ import queue_helpers as q
 from taskqueue import cli
 from taskqueue import recovery as owners
 from taskqueue.cli import EX_FAILED, plural, size
+from taskqueue.report import DIRECTORIES, IS_NEWS, make_is_told
 from taskqueue.text import visible
 
 # SQLite's busy handler looks again after 1, 3, 8, 18, 33 … ms. A lock held for less than 7 ms and
@@ -56,6 +57,8 @@ MOST_PER_STEP = 5_000
 LONG_WORK = 20_000
 # This share of the database's pages stays free: tomorrow's tasks need them.
 SPARE_SHARE = 0.1
+# So long the history keeps what report.py has not told.
+UNTOLD_SECONDS = 7 * 86_400.0
 # A lock file this young may not be locked yet.
 NEWBORN_SECONDS = 60.0
 # What a restore that was killed left behind is removed after this time.
@@ -66,8 +69,10 @@ RUN_FILE = re.compile(r"(?P<run>(?P<id>\d+)-\d+-.+)\.(?:out|err)", re.DOTALL)
 
 # --------------------------------------------------------------------------------------- statements
 
-EXPIRED_IF = """
-completed_at < case status when 'failed' then :failed_before else :finished_before end"""
+# Within a week, what report.py has yet to tell stays, too.
+EXPIRED_IF = f"""
+completed_at < case status when 'failed' then :failed_before else :finished_before end
+and (completed_at < :untold_before or not {IS_NEWS} or not json_valid(data) or is_told(id, {DIRECTORIES}))"""
 COUNT_EXPIRED = f"""
 select status, count(*) from task_history
 where completed_at < max(:finished_before, :failed_before) and {EXPIRED_IF} group by status"""
@@ -236,6 +241,9 @@ def clean(
     conn = q.connect(state, create=False)
     report = Report(str(state), dry_run, bytes_before=size_of(state, "", "-wal"))
     limits = {"finished_before": q.utc(now - keep), "failed_before": q.utc(now - keep_failed)}
+    # Whoever keeps nothing means it.
+    limits["untold_before"] = q.utc(now - (UNTOLD_SECONDS if keep else 0.0))
+    conn.create_function("is_told", 3, make_is_told(conn))
     with errors_explained(state):
         if dry_run:
             report.spooled = sum(1 for _ in spool_files(state))
@@ -262,11 +270,14 @@ def clean(
             pacer = Pacer(conn, stop)
             expire(conn, pacer, report)
             prune(conn, limits, pacer, report)
-            remove_logs(conn, {"finished_before": "", "failed_before": ""}, stop, report)
+            remove_logs(conn, dict.fromkeys(limits, ""), stop, report)
             remove_locks(conn, report)
             give_back(conn, pacer, report)
             checkpoint(conn)
         remove_reports(state, now - keep, report)
+        if not dry_run:
+            # Only a cache, of one name for each session's directory.
+            shutil.rmtree(state / "told", ignore_errors=True)
         remove_job_logs(state, now - keep_failed, report)
         page_size = conn.execute("pragma page_size").fetchone()[0]
         report.free_bytes = conn.execute("pragma freelist_count").fetchone()[0] * page_size

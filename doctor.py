@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import queue_helpers as q
-from taskqueue import cli
+from taskqueue import cli, serving
 from taskqueue import installation as queue_installation
 from taskqueue import recovery as owners
 from taskqueue.cli import command, sh, span
@@ -600,11 +600,13 @@ def check_tasks(state: Path, handlers: Path, max_wait: float) -> Iterator[Findin
         queues = cli.queues_of(conn)
         served, controls = cli.served(state, queues), q.controls(conn)
         for queue in queues:
-            yield from check_waiting(conn, queue, max_wait, queue in served, controls.get(queue))
+            runner = serving.runner_of(conn, state, queue)
+            yield from check_waiting(conn, queue, max_wait, runner, controls.get(queue))
             yield from check_held(conn, queue, max_wait)
             yield from check_handed_over(conn, queue)
             since = {"queue": queue, "since": q.utc(time.time() - 86_400)}
-            yield from check_without_handler(conn, queue, since, handlers)
+            yield from check_without_handler(conn, queue, since, runner.handlers or handlers)
+            yield from check_types(conn, queue, runner)
             failed = conn.execute(FAILED_LATELY, since).fetchone()[0]
             if failed:
                 yield note(
@@ -615,9 +617,7 @@ def check_tasks(state: Path, handlers: Path, max_wait: float) -> Iterator[Findin
         if not served:
             yield from check_claims(conn, state)
         yield ok(
-            f"workers serve: {', '.join(served)}"
-            if served
-            else "no worker runs now; hooks and the service start one",
+            f"workers serve: {', '.join(served)}" if served else "no worker runs now",
         )
 
 
@@ -649,10 +649,11 @@ def check_waiting(
     conn: sqlite3.Connection,
     queue: str,
     max_wait: float,
-    has_worker: bool,
+    runner: serving.Runner,
     control: Control | None,
 ) -> Iterator[Finding]:
-    now = time.time()
+    now, has_worker = time.time(), runner.kind == "worker"
+    start = f"{command('work')} {queue}; or have it started: {command('service')} --enable --queue {queue}"
     ready, oldest = conn.execute(q.on_queue(OLDEST_READY, queue)).fetchone()
     overdue, due = conn.execute(q.on_queue(OVERDUE, queue), {"now": now}).fetchone()
     waiting, since = ready + overdue, min((t for t in (oldest, due) if t is not None), default=now)
@@ -660,6 +661,14 @@ def check_waiting(
         f'queue "{queue}": {waiting} waiting, the oldest since {moment(since)} '
         f"({span(now - since)})"
     )
+    coming = sum(serving.waiting_types(conn, queue).values())
+    later = f'queue "{queue}": {coming} scheduled or blocked'
+    if coming and not runner.kind:
+        yield problem(
+            f"{how_long if waiting else later}; no worker "
+            "serves it, no unit is loaded for it, and no hook starts a worker for it",
+            f"start one: {start}",
+        )
     if waiting and control and control.paused:
         yield note(
             f"{how_long}; the queue is {cli.pause_in_words(control)}",
@@ -678,12 +687,10 @@ def check_waiting(
             f"see what it does: {command('list')} --queue {queue}, and its log in state/logs; "
             f"more at a time: {command('work')} --concurrency N",
         )
-    elif waiting and now - since > max_wait:
+    elif waiting and now - since > max_wait and runner.kind:
         yield problem(
             f"{how_long}, and no worker serves it",
-            f"start one: {command('work')} {queue}; or have it started: "
-            f"{command('service')} --enable --queue {queue}; "
-            "or see to whoever else should take them",
+            f"start one: {start}; or see to whoever else should take them",
         )
 
 
@@ -693,11 +700,11 @@ def check_without_handler(
     """Tasks that wait or failed lately since no handler serves their type, while none does."""
     told = {**since, "begins": NO_HANDLER_BEGINS}
     for name, waiting, dead, error in conn.execute(q.on_queue(NO_HANDLER, queue), told).fetchall():
-        if has_handler(handlers, name):
+        if serving.has_handler(handlers, name):
             continue
         which = f"{queue} --type {sh(name)}"
         remedies = [
-            f"there are handlers for: {', '.join(executables(handlers)) or 'nothing'}",
+            f"there are handlers for: {', '.join(serving.handlers_in(handlers)) or 'nothing'}",
             f"put an executable of that name into {handlers}, or have a worker that serves {queue} "
             f"run one command for all: {command('work')} {queue} -- COMMAND",
             f"to see them: {command('list')} --queue {which}",
@@ -717,17 +724,14 @@ def check_without_handler(
         )
 
 
-def executables(handlers: Path) -> list[str]:
-    """The types of task that have a handler."""
-    if not handlers.is_dir():
-        return []
-    return sorted(path.name for path in handlers.iterdir() if has_handler(handlers, path.name))
-
-
-def has_handler(handlers: Path, task_type: str) -> bool:
-    if "/" in task_type or task_type.startswith("."):
-        return False
-    return (handlers / task_type).is_file() and os.access(handlers / task_type, os.X_OK)
+def check_types(conn: sqlite3.Connection, queue: str, runner: serving.Runner) -> Iterator[Finding]:
+    """Waiting tasks, not tried yet, whose type has no handler."""
+    for line in serving.unhandled_types(set(serving.untried_types(conn, queue)), runner):
+        yield problem(
+            f'queue "{queue}": {line}',
+            f"put an executable of that name into {runner.handlers}, or end the tasks: "
+            f"{command('list')} --queue {queue}, then {command('cancel')} ID",
+        )
 
 
 def check_claims(conn: sqlite3.Connection, state: Path) -> Iterator[Finding]:

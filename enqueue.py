@@ -18,7 +18,8 @@ handler. This prints `queued ID`. Where a task with that id waits or runs alread
 `duplicate ID`, or with --on-duplicate `updated ID`. With --hook it prints nothing.
 
 A DURATION is a number of seconds, or a number with a unit like 90m, 5min, 1.5h or 2d. A TIME is
-like 2026-12-01T09:00: it is local time unless it names a zone.
+like 23:30 (the next one), "tomorrow 9:00" or 2026-12-01T09:00: it is local time unless it names a
+zone. A time that has passed is refused.
 
   --task-id ID          The id is unique among the queue's waiting and running tasks. (default: random)
   --delay DURATION      The task is not started before this long from now.
@@ -200,6 +201,10 @@ class Arguments:
             raise ValueError("--group and --group-by both name the group: give one of them")
         if bool(self.delay) + (self.at is not None) + self.hold > 1:
             raise ValueError("--delay, --at and --hold each say when: give one of them")
+        # A hook's firing may be taken in later than it was meant to run.
+        if self.at is not None and self.at <= time.time() and not self.hook:
+            when = time.strftime("%Y-%m-%d %H:%M %Z", time.localtime(self.at))
+            raise ValueError(f"--at: {when} has passed; give a time to come, or leave out --at")
 
     def terms(self) -> dict:
         """What new_row() is told of each task."""
@@ -308,16 +313,42 @@ def enqueue(args: Arguments) -> int:
     q.check_queue_name(args.queue)
     rows = tasks_of_lines(args) if args.jsonl else [task_of_command_line(args)]
     wait = None if args.wait is None else milliseconds(args.wait)
-    made = q.ensure_queue(q.connect(busy_timeout_ms=wait), args.queue)
+    conn = q.connect(busy_timeout_ms=wait)
+    made = q.ensure_queue(conn, args.queue)
     stored = q.enqueue_tasks(args.queue, rows, busy_timeout_ms=wait)
     lines = [
         f"{'queued' if is_new else 'duplicate' if row.on_duplicate == 'skip' else 'updated'} {visible(task_id)}"
         for row, (task_id, is_new) in zip(rows, stored, strict=True)
     ]
-    if made and lines and not args.new:
-        lines[0] += f" (a new queue: {args.queue})"
+    if lines:
+        notes = [f"a new queue: {args.queue}"] if made and not args.new else []
+        notes += notes_on(args, conn, rows)
+        lines[0] += f" ({'; '.join(notes)})" if notes else ""
     say("".join(f"{line}\n" for line in lines))
     return 0
+
+
+def notes_on(args: Arguments, conn: q.Connection, rows: list[q.Row]) -> list[str]:
+    """Say when the tasks start, and what keeps them from it: no worker, or no handler."""
+    from taskqueue import serving
+    from taskqueue.text import visible
+
+    notes = []
+    if args.at is not None:
+        from taskqueue.cli import ago, clock
+
+        notes.append(f"starts at {clock(args.at)}, {ago(args.at)}")
+    runner = serving.runner_of(conn, conn.state, args.queue)
+    is_held = all(row.status == q.SCHEDULED and row.due_at is None for row in rows)
+    if not (args.start_worker or is_held):
+        notes.append(serving.remark(args.queue, runner.kind))
+    types = {args.task_type} if args.task_type else {type_in(row.data) for row in rows}
+    notes += serving.unhandled_types(types, runner)
+    return [visible(note) for note in notes if note]
+
+
+def type_in(envelope: str) -> str:
+    return json.loads(envelope)["task_type"]
 
 
 def milliseconds(seconds: float) -> int:

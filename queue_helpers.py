@@ -159,6 +159,13 @@ create table if not exists task_marks (          -- the last row of the history 
   workspace     text primary key,
   history_id    integer not null
 );
+create table if not exists task_told (           -- the last result that was reported
+  workspace     text not null,
+  task_type     text not null,
+  directory     text not null,
+  told          text not null,
+  primary key (workspace, task_type, directory)
+);
 create table if not exists task_spooled (
   file          text primary key                 -- taken in, and perhaps not yet removed
 );
@@ -497,16 +504,29 @@ def parse_duration(text: str) -> float:
     return seconds
 
 
-def parse_time(text: str) -> float:
-    """Unix seconds of 2026-12-01T09:00, local time or with a zone. ValueError for anything else."""
-    from datetime import datetime
+def parse_time(text: str, now: float | None = None) -> float:
+    """Unix seconds of 2026-12-01T09:00, of 23:30, which is the next one, or of tomorrow 9:00.
 
+    Local time unless the text names a zone. Raises ValueError for anything else.
+    """
+    from datetime import datetime, timedelta
+
+    now = time.time() if now is None else now
+    clock = re.fullmatch(r"(today|tomorrow|)[ T]*(\d?\d):(\d\d)(?::(\d\d))?", text.strip().lower())
     try:
-        seconds = datetime.fromisoformat(text.strip()).timestamp()
+        if clock:
+            today = datetime.fromtimestamp(now).replace(microsecond=0)
+            hour, minute, second = (int(part or 0) for part in clock.groups()[1:])
+            at = today.replace(hour=hour, minute=minute, second=second, fold=0)
+            if clock[1] == "tomorrow" or not clock[1] and at.timestamp() <= now:
+                at += timedelta(days=1)
+        else:
+            at = datetime.fromisoformat(text.strip())
+        seconds = at.timestamp()
     except (ValueError, OverflowError, OSError):
         seconds = -1
     if not 0 <= seconds <= LAST_SECOND:
-        raise ValueError(f"{text!r} is not a time like 2026-12-01T09:00")
+        raise ValueError(f"{text!r} is not a time like 23:30, tomorrow 9:00 or 2026-12-01T09:00")
     return seconds
 
 
@@ -1376,10 +1396,17 @@ def finish(conn: Connection, task: Task, outcome: str, **told) -> bool:
     values["started_at"] = None if task.claimed_at is None else utc(task.claimed_at)
     if execute(conn, ARCHIVE, task.queue, **values).rowcount != 1:
         return False
+    end_quiet(conn.state)
     [(rerun_data, priority, group)] = execute(conn, REMOVE, task.queue, id=task.id).fetchall()
     if rerun_data is not None:
         conn.execute(on_queue(INSERT, task.queue), (rerun_data, READY, None, priority, group, None))
     return True
+
+
+def end_quiet(state: Path) -> None:
+    """Tell report.py that a task ends, within the transaction that records it."""
+    with suppress(OSError):
+        os.unlink(f"{state}/quiet")
 
 
 def _fence(task: Task) -> dict:

@@ -37,7 +37,7 @@ from pathlib import Path
 from typing import Any
 
 import queue_helpers as q
-from taskqueue import backup, cli, jsonlines, render
+from taskqueue import backup, cli, jsonlines, render, serving
 from taskqueue import logs as queue_logs
 from taskqueue import outcome as queue_outcome
 from taskqueue import stats as numbers_of
@@ -65,6 +65,8 @@ SCAN_SECONDS = 0.4
 # How many rows list shows where there is no screen to fill.
 ROWS = 50
 POLL_SECONDS = 0.02
+# wait says that nobody runs its tasks after this time.
+STARTING_SECONDS = 2.0
 RECOVER_SECONDS = 0.25
 # A worker has made its run's output file by then.
 CONSUMER_SECONDS = 1.0
@@ -466,6 +468,8 @@ def list_(
         if on_screen:
             remember(conn.state, rows)
     sys.stdout.flush()
+    if not as_json:
+        say_who_waits(conn, rows)
     if not rows and not scan.stopped:
         print("no task is like that", file=sys.stderr)
     if more:
@@ -477,6 +481,20 @@ def list_(
             file=sys.stderr,
         )
     return 0
+
+
+def say_who_waits(conn: q.Connection, rows: Iterable[dict]) -> None:
+    """Name on stderr what keeps waiting tasks from being run: no worker, or no handler."""
+    waiting: dict[str, set[str]] = {}
+    for row in rows:
+        if row["status"] in serving.WAITING:
+            waiting.setdefault(row["queue"], set()).add(row["task_type"])
+    say_all(serving.remarks(conn, conn.state, waiting))
+
+
+def say_all(lines: Iterable[str]) -> None:
+    for line in lines:
+        print(visible(line), file=sys.stderr, flush=True)
 
 
 def first(number: int, rows: Iterable[dict]) -> list[dict]:
@@ -558,16 +576,24 @@ def wait(ids: list[str], queue: str | None, timeout: float | None, as_json: bool
     # Set by the watch on the database whenever there is reason to look.
     changed = threading.Event()
     q.Watch.of(conn.state).listeners.add(changed)
+    # A worker that was started a moment ago may still be starting.
+    tell_at, told = began + STARTING_SECONDS, set()
     while True:
         changed.clear()
         conn = cli.open_queue()
         with cli.snapshot(conn):
             records = [newest_of(conn, found) for found in tasks]
         waiting = [record["task_id"] for record in records if record["completed_at"] is None]
-        left = math.inf if timeout is None else timeout - (time.monotonic() - began)
+        now = time.monotonic()
+        left = math.inf if timeout is None else timeout - (now - began)
+        if waiting and (now >= tell_at or left <= 0):
+            lines = [] if as_json else why_waiting(conn, records)
+            say_all(line for line in lines if line not in told)
+            told.update(lines)
+            tell_at = now + q.SAFETY_TICK_SECONDS
         if not waiting or left <= 0:
             break
-        changed.wait(min(left, threading.TIMEOUT_MAX))
+        changed.wait(min(left, max(0.0, tell_at - now), threading.TIMEOUT_MAX))
     results = [result_of(record) for record in records]
     if as_json:
         cli.put_json(results[0] if len(results) == 1 else results)
@@ -584,6 +610,22 @@ def wait(ids: list[str], queue: str | None, timeout: float | None, as_json: bool
         error = f"{len(waiting)} of {total} had not ended after {cli.span(timeout)}: {names}"
         return cli.complain(EX_TEMPFAIL, "tasks.py wait", error)
     return 0 if all(record["status"] == "completed" for record in records) else EX_FAILED
+
+
+def why_waiting(conn: q.Connection, records: Sequence[dict]) -> list[str]:
+    """Name what tasks wait for beside their turn: a person, the end of a pause, a worker."""
+    lines, controls, waiting = [], q.controls(conn), {}
+    for record in records:
+        queue, control = record["queue"], controls.get(record["queue"])
+        if record["status"] == "held":
+            lines.append(
+                f"{record['task_id']} is held: {cli.command('approve')} {record['task_id']}"
+            )
+        if record["status"] in serving.WAITING:
+            waiting.setdefault(queue, set()).add(record["task_type"])
+            if control and control.paused:
+                lines.append(f"{queue} is {cli.pause_in_words(control)}")
+    return list(dict.fromkeys([*lines, *serving.remarks(conn, conn.state, waiting)]))
 
 
 def result_of(record: dict) -> dict:
@@ -617,6 +659,13 @@ def tell(
     return 0 if number == len(outcomes) else EX_FAILED
 
 
+def have_run(conn: q.Connection, queues: Iterable[str], as_json: bool) -> None:
+    """Have the tasks that this command made ready run: start a worker, or say how to start one."""
+    sys.stdout.flush()
+    lines = serving.have_run(conn, queues)
+    say_all([] if as_json else lines)
+
+
 def change_each(conn: q.Connection, done: str, items: Iterable, change: Callable) -> list[dict]:
     """The outcome of change(found), None or why not, for each task; who sleeps is woken."""
     outcomes = []
@@ -648,7 +697,10 @@ def approve(ids: list[str], queue: str | None, as_json: bool) -> int:
         return why_not_held(conn, found)
 
     wanted = [find(conn, ident, queue) for ident in ids]
-    return tell("approve", "approved", change_each(conn, "approved", wanted, let_run), as_json)
+    outcomes = change_each(conn, "approved", wanted, let_run)
+    code = tell("approve", "approved", outcomes, as_json)
+    have_run(conn, [task["queue"] for task in outcomes if task["approved"]], as_json)
+    return code
 
 
 def reject(ids: list[str], queue: str | None, reason: str | None, as_json: bool) -> int:
@@ -699,7 +751,9 @@ def retry(
         return put_back(conn, found, ended.get(found))
 
     outcomes = change_each(conn, "retried", wanted, change)
-    return tell("retry", "retried", outcomes, as_json, None if ids else "")
+    code = tell("retry", "retried", outcomes, as_json, None if ids else "")
+    have_run(conn, [task["queue"] for task in outcomes if task["retried"]], as_json)
+    return code
 
 
 def put_back(conn: q.Connection, found: Found, dead_letter: int | None) -> str | None:
@@ -840,10 +894,11 @@ def pause(queues: list[str], seconds: float | None, reason: str | None, as_json:
 
 def resume(queues: list[str], as_json: bool) -> int:
     """Let a paused queue's tasks be claimed again."""
-    _, changed = change_queues(queues, q.resume)
+    conn, changed = change_queues(queues, q.resume)
     told = [{"queue": name, "paused": False, "changed": changed[name]} for name in queues]
     lines = [f"resumed {name}" if changed[name] else f"{name} was not paused" for name in queues]
     cli.report(as_json, told, "\n".join(lines))
+    have_run(conn, queues, as_json)
     return 0
 
 
@@ -890,7 +945,9 @@ def move(ids: list[str], to: str, source: str | None, task_type: str | None, as_
         outcomes.extend(cli.in_steps(conn, wanted, lambda found: move_task(conn, found, to)))
     finally:
         q.wake(conn.state)
-    return tell("move", "moved", outcomes, as_json, f" to {to}")
+    code = tell("move", "moved", outcomes, as_json, f" to {to}")
+    have_run(conn, [to] if any(task["moved"] for task in outcomes) else [], as_json)
+    return code
 
 
 def move_task(conn: q.Connection, found: Found, to: str) -> dict:

@@ -38,15 +38,23 @@ import sqlite3
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NoReturn
 
 import enqueue
 import queue_helpers as q
-from taskqueue import environment, runs
+from taskqueue import environment, runs, serving
 from taskqueue import recovery as owners
-from taskqueue.cli import as_typed, duration, make_parser, remedies_as_typed
+from taskqueue.cli import (
+    LIVE,
+    ago,
+    as_typed,
+    duration,
+    make_parser,
+    pause_in_words,
+    remedies_as_typed,
+)
 from taskqueue.handlers import (
     Handlers,
     Unstarted,
@@ -72,8 +80,10 @@ GROUP_SECONDS = 0.01
 BUSY_TIMEOUT_MS = 1_000
 WAL_WARN_BYTES = 4 * q.WAL_BYTES
 
-SCHEDULED = """
-select count(*) from "{queue}" where status in (0, 1, 3, 4)"""
+COUNT = """
+select count(*), min(due_at) from "{{queue}}" where {}"""
+# The states that the last line names.
+LEFT = ("pending", "scheduled", "held", "blocked")
 
 # Records how a run ended, in a transaction, and returns (outcome, error).
 Verdict = Callable[[q.Connection], tuple]
@@ -89,10 +99,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     try:
         if args.environment:
             environment.enter(args.environment, q.STATE_DIR)
+        args.queues = list(dict.fromkeys(map(q.check_queue_name, args.queues)))
         check_run_options(args, command)
         if q.state_complaint:
             raise ValueError(q.state_complaint)
-        args.queues = list(dict.fromkeys(map(q.check_queue_name, args.queues)))
         if args.on_dead is not None:
             args.on_dead = resolve(shlex.split(args.on_dead), args.env["PATH"])
         if args.then:
@@ -167,8 +177,10 @@ class Worker:
         self.record_at = 0.0
         # Whether a run among these may have paused its queue.
         self.may_pause = False
-        # How many runs ended how, and the dead letters that --on-dead is yet to be told.
+        # How many tasks ended how; how the last run ended of those that have not; and the dead
+        # letters that --on-dead is yet to be told.
         self.counts: Counter[str] = Counter()
+        self.unended: dict[tuple[str, int], str] = {}
         self.dead: list[dict] = []
         self.tell_dead_at = 0.0
         # Whether others may have changed the database or the spool since we looked.
@@ -250,6 +262,8 @@ class Worker:
         unstarted = self.handlers.start(task)
         if unstarted:
             self.end_unstarted(task, unstarted)
+        else:
+            say(f"{task.queue} {task.task_type} {task.task_id} started attempt {task.attempts}")
 
     def reap(self) -> None:
         """Give each handler that has ended its verdict."""
@@ -307,13 +321,26 @@ class Worker:
         if outcome is None:
             error = "it was no longer this worker's: its lock file or the state was removed"
         if outcome != "put back" or f"{task.task_type} {error}" not in self.said:
-            say(f"{line}: {error}" if error else line)
+            say(f"{line}: {error}{self.pause_of(task.queue)}" if error else line)
         if outcome == "put back":
             self.said.add(f"{task.task_type} {error}")
 
+    def pause_of(self, queue: str) -> str:
+        """Say that a queue is paused now, after how a run ended."""
+        try:
+            control = q.controls(self.connect()).get(queue)
+        except q.QueueError:
+            return ""
+        return f"; {queue} is {pause_in_words(control)}" if control and control.paused else ""
+
     def count(self, task: q.Task, outcome: str | None, error: str | None) -> None:
-        """Count how a task's run ended, and remember a dead letter for --on-dead."""
-        self.counts[outcome or "lost"] += 1
+        """Count a task that has ended, once, and remember a dead letter for --on-dead."""
+        which = (task.queue, task.id)
+        if outcome in ("completed", "failed", "cancelled"):
+            self.unended.pop(which, None)
+            self.counts[outcome] += 1
+        else:
+            self.unended[which] = outcome or "lost"
         if outcome == "failed" and self.args.on_dead:
             told = {"queue": task.queue, "task_id": task.task_id, "task_type": task.task_type}
             self.dead.append({**told, "attempts": task.attempts, "error": error})
@@ -342,33 +369,27 @@ class Worker:
             say(f"--on-dead could not be run: {error}")
 
     def say_goodbye(self) -> None:
-        """Say how many tasks ended how, and what --drain leaves."""
+        """Say how many tasks ended how, and what is left in each queue."""
         words = {"completed": "done", "failed": "failed", "cancelled": "cancelled",
                  "scheduled": "to be tried again", "put back": "put back", "lost": "lost"}  # fmt: skip
-        ended = [
-            f"{self.counts[outcome]} {word}"
-            for outcome, word in words.items()
-            if self.counts[outcome]
-        ]
-        left = self.left_behind() if self.args.drain else []
-        say("; ".join([", ".join(ended) or "no task was run", *left]))
+        counts = self.counts + Counter(self.unended.values())
+        ended = [f"{counts[outcome]} {word}" for outcome, word in words.items() if counts[outcome]]
+        say("; ".join([", ".join(ended) or "no task was run", *self.left_behind()]))
 
     def left_behind(self) -> list[str]:
-        """What waits for its time, in each queue, in words."""
+        """Name what waits in each queue, by its state."""
         left = []
         try:
             conn = self.connect()
             for queue in self.usable():
-                due, waiting = (
-                    q.next_due(conn, queue),
-                    q.execute(conn, SCHEDULED, queue).fetchone()[0],
-                )
-                if waiting and due is not None:
-                    left.append(
-                        f"{waiting} left in {queue}, the next in {max(0.0, due - time.time()):.0f} s"
-                    )
-                elif waiting:
-                    left.append(f"{waiting} left in {queue}, held or paused")
+                found = {name: q.execute(conn, COUNT.format(LIVE[name]), queue).fetchone()
+                         for name in LEFT}  # fmt: skip
+                states = [f"{count} {name}" for name, (count, _) in found.items() if count]
+                if not states:
+                    continue
+                due = found["scheduled"][1]
+                when = "" if due is None else f", the next {ago(due)}"
+                left.append(f"{', '.join(states)} in {queue}{when}{self.pause_of(queue)}")
         except q.QueueError:
             pass
         return left
@@ -474,28 +495,38 @@ class Worker:
         free = 0 if self.stops else self.args.concurrency - len(self.runs)
         if free <= 0:
             return []
-        queues = [queue for queue in self.own() if self.prepare(conn, queue)]
+        queues = [queue for queue in self.own() if self.room(queue) and self.prepare(conn, queue)]
         ready = [queue for queue in queues if self.ask(conn, queue, q.has_ready)]
         if not ready:
             return []
-        tasks, owner = [], q.owner_name(self.state)
-        args = self.args
+        tasks, owner, args = [], q.owner_name(self.state), self.args
         how = dict(max_attempts=args.max_attempts, backoff=args.backoff, then_queue=args.then)
         how |= dict(then_hold=args.then_hold, chain=args.chain)
         with q.transaction(conn, durable=False):
-            while ready and free > 0:
+            while ready:
                 queue = ready.pop(0)
-                limit = 1 if ready else free
-                claimed = self.ask(conn, queue, q.claim, owner, limit=limit, **how) or []
-                tasks += claimed
-                free -= len(claimed)
-                if len(claimed) == limit:
+                room = self.room(queue, tasks)
+                limit = min(room, 1 if ready else room)
+                claimed = self.ask(conn, queue, q.claim, owner, limit=limit, **how) if room else []
+                tasks += claimed or []
+                if room and len(claimed or []) == limit:
                     ready.append(queue)
         # The queue after the last one served is first next time.
         if tasks:
             turn = self.args.queues.index(tasks[-1].queue) + 1
             self.args.queues = self.args.queues[turn:] + self.args.queues[:turn]
         return tasks
+
+    def room(self, queue: str, claimed: Sequence[q.Task] = ()) -> int:
+        """How many more tasks of a queue may start: a place is kept for each queue that has none
+        running, so that no queue waits behind another. `claimed` is about to start.
+        """
+        running = Counter(task.queue for task in (*self.runs.values(), *claimed))
+        places, queues = self.args.concurrency, self.own()
+        kept = [other for other in queues if other != queue and not running[other]]
+        # Where a person wants fewer places than queues, the queues take turns.
+        kept = kept if places >= len(queues) else []
+        return max(0, places - running.total() - len(kept))
 
     def ask(self, conn: q.Connection, queue: str, question: Callable, *args, **options):
         """What a function answers about one queue; None where the queue has trouble of its own."""
@@ -541,7 +572,8 @@ class Worker:
         single = self.args.single
         self.served_at = time.monotonic()
         for queue in self.args.queues:
-            path = q.make_private(self.state / "workers") / f"serving.{queue}"
+            q.make_private(self.state / "workers")
+            path = serving.lock_file(self.state, queue)
             fd = self.serving.get(queue)
             try:
                 if fd is not None and os.stat(path).st_ino == os.fstat(fd).st_ino:
@@ -559,6 +591,12 @@ class Worker:
             fd = q.lock_file(path, shared=not single, patience=patience)
             if fd is not None:
                 self.serving[queue] = fd
+                # Whoever enqueues looks there for the handlers.
+                names = (
+                    serving.ANY_TYPE if self.args.command else os.path.abspath(self.args.handlers)
+                )
+                os.ftruncate(fd, 0)
+                os.pwrite(fd, os.fsencode(names), 0)
         return bool(self.serving) or not single
 
     def own(self) -> list[str]:
@@ -589,7 +627,8 @@ class Worker:
             # Trouble here is what exchange() will meet, and say.
             try:
                 conn = self.connect()
-                until.append(now + q.sleep_seconds(conn, self.usable()))
+                queues = [queue for queue in self.usable() if self.room(queue)]
+                until.append(now + q.sleep_seconds(conn, queues))
             except q.QueueError:
                 pass
         if self.args.idle_exit is not None:

@@ -24,9 +24,9 @@ from typing import NamedTuple, NoReturn
 
 import queue_helpers as q
 from taskqueue import environment, runs
-from taskqueue import installation as queue_installation
 from taskqueue import outcome as outcomes
 from taskqueue.cli import duration, remedies_as_typed, sh
+from taskqueue.serving import default_handlers
 from taskqueue.supervisor import SupervisorProcess, handler_environment
 from taskqueue.text import visible
 
@@ -265,8 +265,8 @@ def add_run_options(add: Callable, script: str) -> None:
     """The options of whoever runs handlers."""
     add("--handlers", metavar="DIR", type=Path, default=default_handlers(script),
         help="executables named after task types (default: %(default)s)")
-    add("--concurrency", metavar="N", type=count, default=1,
-        help="tasks at a time, all queues together (default 1)")
+    add("--concurrency", metavar="N", type=count,
+        help="tasks at a time, all queues together; each queue has a place of its own (default: one for each queue)")
     add("--max-attempts", metavar="N", type=count, default=q.MAX_ATTEMPTS,
         help="then it is a dead letter (default %(default)s)")
     add("--backoff", metavar="DURATION", type=duration, default=q.BACKOFF_SECONDS,
@@ -289,21 +289,9 @@ def check_run_options(
     """
     args.env = handler_environment(os.environ, without=(*TOLD, *without))
     args.command = None if command is None else resolve(command, args.env["PATH"])
+    args.concurrency = args.concurrency or len(args.queues)
     if command is None and not args.handlers.is_dir():
         raise ValueError(f"--handlers {args.handlers}: there is no such directory")
-
-
-def default_handlers(script: str) -> Path:
-    """Where handlers lie: where install.py puts them, else beside the script.
-
-    A checkout takes those of the installation, which are a person's own, if there is one.
-    """
-    here = Path(script).resolve().parent
-    for prefix in (here.parent.parent, queue_installation.default_prefix()):
-        record = prefix / "installed.json"
-        if (prefix / "handlers").is_dir() and (record.exists() or not (here / "handlers").is_dir()):
-            return prefix / "handlers"
-    return here / "handlers"
 
 
 def resolve(command: list[str], path: str) -> list[str]:

@@ -364,6 +364,7 @@ def import_finished(conn: q.Connection, task: dict) -> bool:
     row["row_id"] = conn.execute(LAST_ID, {"queue": queue}).fetchone()[0] + 1
     use_ids(conn, queue, row["row_id"])
     insert(conn, "task_history", row)
+    q.end_quiet(conn.state)
     return True
 
 

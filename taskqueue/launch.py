@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import queue_helpers as q
-from taskqueue import environment
+from taskqueue import environment, serving
 from taskqueue.installation import default_prefix
 
 IDLE_EXIT_SECONDS = 60
@@ -30,7 +30,7 @@ def start_worker(queue: str, directory: str | None = None) -> None:
     import subprocess
 
     try:
-        fd = q.lock_file(q.STATE_DIR / "workers" / f"serving.{queue}", probe=True)
+        fd = q.lock_file(serving.lock_file(q.STATE_DIR, queue), probe=True)
         if fd is None:
             return
         os.close(fd)

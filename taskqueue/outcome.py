@@ -260,9 +260,17 @@ def next_row(task: q.Task, stdout: str, size: int) -> q.Row:
 
 def _descent(task: q.Task) -> dict:
     """What a task that follows from this one says of that."""
+    envelope = task.envelope
+    # Whose workspace it is, the first of a chain says, and no handler's output.
+    first = envelope["source"] if isinstance(envelope.get("source"), dict) else envelope["data"]
     source = {"queue": task.queue, "task_id": task.task_id}
+    for name, value in (
+        ("workspace_path", first.get("workspace_path") or first.get("cwd")),
+        ("project_dir", first.get("project_dir")),
+    ):
+        source |= {name: value} if isinstance(value, str) else {}
     # What a payload may not do, its follow-ups may not either.
-    return {"depth": task.depth + 1, "source": source, "granted": task.envelope.get("granted")}
+    return {"depth": task.depth + 1, "source": source, "granted": envelope.get("granted")}
 
 
 def _as_object(text: str) -> dict | None:
@@ -277,7 +285,8 @@ def _not_now(told: dict) -> Verdict:
     reason = said.get("reason")
     reason = f": {' '.join(reason.split())[:200]}" if isinstance(reason, str) and reason else ""
     if "pause" in said and (said["pause"] is None or seconds_in(said["pause"]) is not None):
-        error = f"not now (exit 75), and its queue is paused{reason}"
+        # Nothing here says that the queue is paused: the row outlives the pause.
+        error = f"not now (exit 75){reason}"
         return Verdict("put back", error, 0.0, (seconds_in(said["pause"]), reason[2:]))
     seconds = seconds_in(said.get("retry_after"))
     delay = NOT_NOW_SECONDS if seconds is None else seconds

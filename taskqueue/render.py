@@ -28,8 +28,8 @@ COLOURS = {
     "held": "magenta",
 }
 SPARKS = "▁▂▃▄▅▆▇█"
-# A screen's lines that are no rows of a list: its head, what is said below it, and the prompt.
-OTHER_LINES = 5
+# A screen's lines that are no rows of a list: its head, the remarks below it, and the prompt.
+OTHER_LINES = 7
 # What a list leaves of each at least, before its queues and types are shortened further. A row's
 # number names its task as well, so ids are shortened first.
 LEAST_NOTE, LEAST_ID, LEAST_NAME = 20, 8, 6
@@ -230,9 +230,10 @@ def _stats_lines(numbers: dict) -> Iterable[str]:
             told = Control(True, n["paused_until"], n["pause_reason"], n["paused_by"], n["slots"])
             yield f"{name} is {cli.pause_in_words(told)}; see: {cli.command('resume')} {name}"
         if n["slots"]:
-            yield f"{name} has {cli.plural(n['slots'], 'slot')}: so many of its tasks run at a time"
+            yield f"{name} runs at most {cli.plural(n['slots'], 'task')} at a time"
     serving = numbers["serving"]
     yield f"workers serve: {', '.join(serving)}" if serving else "no worker runs now"
+    yield from map(visible, numbers["remarks"])
     if not any(n[name] for n in numbers["queues"].values() for name in LIVE):
         yield "no task waits or runs"
 

@@ -23,6 +23,8 @@ from pathlib import Path
 from taskqueue.installation import Installation, Trouble, digest, digest_there, only_one, write_file
 
 HOOK_TIMEOUT_SECONDS = 10
+# A resumed session drops what equals an earlier context: its first prompt tells it.
+SESSION_STARTS = "startup|clear|compact"
 
 
 @dataclass(frozen=True)
@@ -132,14 +134,17 @@ def hook_command(place: Installation, offer: Offer) -> str:
     return f"test ! -r {hook} || /bin/sh {hook} {offer.arguments} || exit 1"
 
 
-def hook_group(place: Installation, offer: Offer) -> dict:
+def hook_group(place: Installation, offer: Offer, event: str) -> dict:
+    """A group of "hooks" that fires for the event."""
     command = hook_command(place, offer)
-    return {"hooks": [{"type": "command", "command": command, "timeout": HOOK_TIMEOUT_SECONDS}]}
+    matcher = {"matcher": SESSION_STARTS} if event == "SessionStart" else {}
+    hook = {"type": "command", "command": command, "timeout": HOOK_TIMEOUT_SECONDS}
+    return {**matcher, "hooks": [hook]}
 
 
 def hook_groups(place: Installation, offer: Offer) -> dict:
     """What has to be in "hooks" for the offered hook."""
-    return {event: [hook_group(place, offer)] for event in offer.events}
+    return {event: [hook_group(place, offer, event)] for event in offer.events}
 
 
 def recorded_commands(place: Installation) -> list[str]:
@@ -175,7 +180,7 @@ def with_hook_of(text: str, place: Installation, offer: Offer, event: str) -> tu
         if calls(words, place.prefix):
             return text, "the hook is there, and yours"
     hooks = settings.setdefault("hooks", {})
-    hooks.setdefault(event, []).append(hook_group(place, offer))
+    hooks.setdefault(event, []).append(hook_group(place, offer, event))
     return with_value(text, "hooks", hooks), "added"
 
 

@@ -10,8 +10,10 @@ from contextlib import nullcontext
 
 import queue_helpers as q
 from taskqueue import cli
+from taskqueue import serving as serving_of
 from taskqueue.cli import FINISHED, LIVE
 from taskqueue.outcome import Control
+from taskqueue.serving import WAITING
 from taskqueue.text import visible
 
 HOUR, DAY = 3_600, 86_400
@@ -41,10 +43,11 @@ select count(*) from task_history where completed_at >= :since and completed_at 
 
 
 def gather(conn: q.Connection | cli.Reader) -> dict:
-    """{"at", "serving": [queue, …], "queues": {queue: {…numbers, what holds it back,
-    "types": {type: {…numbers}}}}}, of one state of the database.
+    """{"at", "serving": [queue, …], "remarks": [line, …], "queues": {queue: {…numbers, what holds it
+    back, "types": {type: {…numbers}}}}}, of one state of the database.
 
-    "serving" are the queues that a worker serves. Raises sqlite3.Error.
+    "serving" are the queues that a worker serves; "remarks" name the waiting tasks that nobody will
+    run. Raises sqlite3.Error.
     """
     with nullcontext() if conn.in_transaction else cli.snapshot(conn):
         return _gather(conn, time.time())
@@ -101,7 +104,12 @@ def _gather(conn: q.Connection | cli.Reader, now: float) -> dict:
             **held_back(controls.get(queue)),
             "types": dict(sorted(types[queue].items())),
         }
-    return {"at": q.utc(now), "serving": serving, "queues": queues}
+    waiting = {
+        queue: [name for name, n in numbers["types"].items() if any(n[each] for each in WAITING)]
+        for queue, numbers in queues.items()
+    }
+    remarks = serving_of.remarks(conn, conn.state, {k: v for k, v in waiting.items() if v})
+    return {"at": q.utc(now), "serving": serving, "remarks": remarks, "queues": queues}
 
 
 def as_name(value: object) -> str:

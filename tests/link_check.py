@@ -4,8 +4,13 @@ with a task on stdin.
 
 import json
 import os
+import re
 import shutil
+import signal
+import socket
 import subprocess
+import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -46,23 +51,21 @@ def check(tmp_path, workspace):
     home = tmp_path / "home"
     home.mkdir()
 
-    def run(data=None, *, task=None, path=(), env=None, handler=HANDLER, **options):
+    def run(data=None, *, task=None, path=(), env=None, handler=None, **options):
         payload = {"workspace_path": str(workspace)} if data is None else data
         if task is None:
-            task = json.dumps(
-                {"task_id": "t1", "task_type": "link_validation", "data": payload}
-            ).encode()
-        places = os.pathsep.join(
-            [*map(str, path), os.path.dirname(UV), "/usr/local/bin", "/usr/bin", "/bin"]
-        )
+            task = json.dumps({"task_id": "t1", "data": payload}).encode()
+        places = [*map(str, path), os.path.dirname(UV), "/usr/local/bin", "/usr/bin", "/bin"]
         environment = {
-            "PATH": places,
+            "PATH": os.pathsep.join(places),
             "HOME": str(home),
             "UV_CACHE_DIR": UV_CACHE,
             "TASK_QUEUE_STATE": str(tmp_path / "state"),
         }
+        # The tests' Python has what the handler needs, and starts sooner than uv.
+        command = [handler] if handler else [sys.executable, HANDLER]
         done = subprocess.run(
-            [handler],
+            command,
             input=task,
             env=environment | (env or {}),
             cwd=workspace,
@@ -77,6 +80,74 @@ def check(tmp_path, workspace):
         return done
 
     return run
+
+
+@pytest.fixture
+def with_limits(tmp_path):
+    """with_limits(WALK_SECONDS=1, …) is a copy of the handler with other values of its constants."""
+
+    def copy(**limits):
+        source = HANDLER.read_text().replace(
+            "WALK_SECONDS, CHECK_SECONDS = 60, 120", "WALK_SECONDS = 60\nCHECK_SECONDS = 120"
+        )
+        for name, value in limits.items():
+            source, found = re.subn(
+                rf"^{name} = .*", f"{name} = {value}", source, flags=re.MULTILINE
+            )
+            assert found == 1, name
+        path = tmp_path / "handlers" / "link_validation"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(source.replace(source.splitlines()[0], f"#!{sys.executable}", 1))
+        path.chmod(0o755)
+        shutil.copytree(ROOT / "taskqueue", tmp_path / "taskqueue", dirs_exist_ok=True)
+        return path
+
+    return copy
+
+
+@contextmanager
+def waiting_lychee(workspace, tmp_path, data=None, env=None):
+    """A check whose lychee waits for a server: (the process, finish() -> its output and log)."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.settimeout(30)
+        write(workspace, waits=f"[x](http://127.0.0.1:{server.getsockname()[1]}/) [y](missing.md)")
+        environment = {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "LYCHEE_ONLINE": "1",
+                       "TASK_QUEUE_STATE": str(tmp_path / "state"), **(env or {})}  # fmt: skip
+        handler = subprocess.Popen(
+            [sys.executable, HANDLER],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            cwd=workspace,
+            start_new_session=True,
+            env=environment,
+        )
+        try:
+            task = {"data": {"workspace_path": str(workspace), **(data or {})}}
+            handler.stdin.write(json.dumps(task).encode())
+            handler.stdin.close()
+            handler.stdin = None
+            # From here on, lychee is at work.
+            connection, _ = server.accept()
+
+            def finish():
+                with connection:
+                    connection.recv(65536)
+                    connection.sendall(
+                        b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
+                    )
+                return handler.communicate(timeout=30)
+
+            with connection:
+                yield handler, finish, connection
+        finally:
+            try:
+                os.killpg(handler.pid, signal.SIGKILL)
+            except ProcessLookupError:
+                pass
+            handler.wait()
+            for pipe in (handler.stdout, handler.stderr):
+                pipe.close()
 
 
 def write(folder, **files):
@@ -99,6 +170,14 @@ def git(workspace, *words):
 def report(done):
     """The whole report that a summary names."""
     return json.loads(Path(done.summary["results_file"]).read_text())
+
+
+def skipped(done):
+    return {skipped["file"]: skipped["reason"] for skipped in done.summary["skipped"]}
+
+
+def not_obeyed(done):
+    return {setting["setting"]: setting["reason"] for setting in done.summary["not_obeyed"]}
 
 
 def broken(done):

@@ -174,7 +174,9 @@ def test_slots_hold_and_are_shown(installation):
     installation.worker("approvals", "--concurrency", "4")
     running = "select count(*) from approvals where status = 2"
     wait_for(lambda: installation.rows(running) == [(2,)], what="two running tasks")
-    assert "approvals has 2 slots" in installation.run("tasks.py", "stats").stdout
+    assert (
+        "approvals runs at most 2 tasks at a time" in installation.run("tasks.py", "stats").stdout
+    )
     assert (
         'task_queue_slots{queue="approvals"} 2\n'
         in installation.run("tasks.py", "stats", "--prometheus").stdout

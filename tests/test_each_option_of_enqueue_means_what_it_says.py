@@ -4,6 +4,7 @@ refused in one line.
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import threading
 import time
 
 import pytest
+from conftest import ROOT
 from crowd import PROCESSES, Crowd
 
 COLUMNS = "status, due_at, priority, group_id, expires_at"
@@ -23,7 +25,14 @@ def row(installation, columns: str = COLUMNS):
 def put(installation, *args, **options) -> str:
     done = installation.run("enqueue.py", "notifications", *args, **options)
     assert done.returncode == 0 and done.stderr == "", done.stderr
-    return done.stdout
+    return without_remarks(done.stdout)
+
+
+def without_remarks(said: str) -> str:
+    """What enqueue.py printed, but for the worker and the handler that are not there."""
+    return re.sub(
+        r"( \(|; )no (worker|handler) .*\)$", lambda m: ")" * (m[1] == "; "), said, flags=re.M
+    )
 
 
 # --------------------------------------------------------------------------------- one option at a time
@@ -106,7 +115,7 @@ def test_a_new_queue_is_remarked_on_unless_that_is_known(installation):
         (["--hook", "third", "t"], ""),
     ):
         done = installation.run("enqueue.py", *args, input="{}" if "--hook" in args else None)
-        assert (done.returncode, done.stdout, done.stderr) == (0, text, "")
+        assert (done.returncode, without_remarks(done.stdout), done.stderr) == (0, text, "")
 
 
 def test_the_version(installation):
@@ -141,18 +150,14 @@ def test_json_in_utf_8_is_stored_right_whatever_the_locale(installation, tmp_pat
         text=True,
     )
     assert probe.stdout == "'\\xc3\\xbc'\n", "so this test can fail"
-    done = installation.run(
-        "enqueue.py",
-        "notifications",
-        "prüfen",
-        '{"wörter": "漁港"}',
-        "--task-id",
-        "id",
-        "--group",
-        "ß",
-        env=env,
+    words = ["notifications", "prüfen", '{"wörter": "漁港"}', "--task-id", "id", "--group", "ß"]
+    done = subprocess.run(
+        [sys.executable, ROOT / "enqueue.py", *words],
+        env=installation.env | env,
+        capture_output=True,
     )
-    assert (done.returncode, done.stdout, done.stderr) == (0, "queued id\n", "")
+    # What it prints is Latin-1, too.
+    assert (done.returncode, done.stdout[:9], done.stderr) == (0, b"queued id", b"")
     [(task_type, task_id, group, data)] = installation.rows(
         "select task_type, task_id, group_id, data from notifications"
     )

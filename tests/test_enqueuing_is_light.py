@@ -1,5 +1,6 @@
 """A hook pays for the standard library alone, and has its task on disk when the call returns."""
 
+import fcntl
 import json
 import signal
 import subprocess
@@ -76,13 +77,18 @@ def test_nor_does_enqueue_py(installation, args):
         os._exit = tell
         runpy.run_path(script, run_name="__main__")
     """
-    done = subprocess.run(
-        [sys.executable, "-I", "-S", "-c", code, ROOT / "enqueue.py", *args],
-        env=installation.env,
-        input='{"a": 1}',
-        capture_output=True,
-        text=True,
-    )
+    # A worker serves the queue, as it usually does.
+    lock = installation.state / "workers/serving.notifications"
+    lock.parent.mkdir(parents=True)
+    with open(lock, "w") as held:
+        fcntl.flock(held, fcntl.LOCK_SH)
+        done = subprocess.run(
+            [sys.executable, "-I", "-S", "-c", code, ROOT / "enqueue.py", *args],
+            env=installation.env,
+            input='{"a": 1}',
+            capture_output=True,
+            text=True,
+        )
     assert done.returncode == 0
     loaded = done.stderr.split()
     assert "queue_helpers" in loaded

@@ -13,6 +13,12 @@ from terminal import on_terminal
 LONG = "link_validation_8b1a9953c4611296a827abf8c478_s{:04d}"
 
 
+def listed(installation, *args, **options) -> list[str]:
+    """The lines of a list on a terminal, but for the remarks below it."""
+    lines = on_terminal(installation, "tasks.py", "list", *args, **options)
+    return [line for line in lines if not line.startswith(("no worker", "no handler"))]
+
+
 def ended(
     installation, task_id: str, status: str, result: str = "", error: str | None = None
 ) -> None:
@@ -46,7 +52,7 @@ def filled(installation) -> None:
 @pytest.mark.parametrize("columns", (80, 120))
 def test_columns_stand_and_nothing_is_wider_than_the_screen(installation, columns):
     filled(installation)
-    head, rule, *rows = on_terminal(installation, "tasks.py", "list", columns=columns)
+    head, rule, *rows = listed(installation, columns=columns)
     assert len(rows) == 7, rows
     assert all(cell_len(line.rstrip()) <= columns for line in (head, rule, *rows))
     # Every row begins its last column where the head does.
@@ -60,10 +66,7 @@ def test_columns_stand_and_nothing_is_wider_than_the_screen(installation, column
 
 def test_each_says_what_came_of_it(installation):
     filled(installation)
-    shown = {
-        row.split()[3]: row
-        for row in on_terminal(installation, "tasks.py", "list", columns=140)[2:]
-    }
+    shown = {row.split()[3]: row for row in listed(installation, columns=140)[2:]}
     assert "2 broken links: README.md:4" in shown["with-summary"]
     assert "first line" in shown["with-lines"] and "second line" not in shown["with-lines"]
     assert "refused by its handler (exit 65): no prompt" in shown["refused"]
@@ -85,15 +88,15 @@ def test_a_paused_queue_says_until_when_and_why(installation):
         ).returncode
         == 0
     )
-    (row,) = on_terminal(installation, "tasks.py", "list", columns=140)[2:]
+    (row,) = listed(installation, columns=140)[2:]
     assert "paused until " in row and "usage limit" in row and "(in 90 m)" in row
 
 
 def test_as_many_rows_as_the_screen_has(installation):
     installation.enqueue("approvals", "review", "--jsonl", input="{}\n" * 60)
-    shown = on_terminal(installation, "tasks.py", "list", rows=20)
+    shown = listed(installation, rows=20)
     assert 12 <= len(shown) < 20 and "--limit N shows more" in shown[-1]
-    assert len(on_terminal(installation, "tasks.py", "list", rows=50)) > 40
+    assert len(listed(installation, rows=50)) > 40
 
 
 def test_what_runs_is_first_and_never_scrolls_away(installation):
@@ -101,14 +104,14 @@ def test_what_runs_is_first_and_never_scrolls_away(installation):
     installation.sqlite3(
         "update approvals set status = 2, owner = 'x', claimed_at = timestamp where id = 30"
     )
-    assert "in_progress" in on_terminal(installation, "tasks.py", "list", rows=20)[2]
-    long = on_terminal(installation, "tasks.py", "list", "--limit", "60", rows=20)
+    assert "in_progress" in listed(installation, rows=20)[2]
+    long = listed(installation, "--limit", "60", rows=20)
     assert len(long) == 62 and "in_progress" in long[-1]
 
 
 def test_a_row_is_named_by_the_number_that_this_terminal_was_shown(installation):
     filled(installation)
-    rows = on_terminal(installation, "tasks.py", "list", columns=140)[2:]
+    rows = listed(installation, columns=140)[2:]
     for row in rows:
         number, _, queue, shown_id = row.split()[:4]
         task = json.loads(installation.run("tasks.py", "show", number, "--json").stdout)
@@ -124,7 +127,7 @@ def test_a_row_is_named_by_the_number_that_this_terminal_was_shown(installation)
 def test_an_exact_id_wins_over_a_row_number_and_a_task_that_went_is_said(installation):
     installation.enqueue("approvals", "review", "{}", "--task-id", "2")
     installation.enqueue("approvals", "review", "{}", "--task-id", "other")
-    on_terminal(installation, "tasks.py", "list")
+    listed(installation)
     assert json.loads(installation.run("tasks.py", "show", "2", "--json").stdout)["task_id"] == "2"
     installation.sqlite3("delete from approvals where task_id = '2'")
     done = installation.run("tasks.py", "show", "1")
@@ -133,7 +136,7 @@ def test_an_exact_id_wins_over_a_row_number_and_a_task_that_went_is_said(install
 
 def test_another_terminals_list_names_nothing_here(installation):
     installation.enqueue("approvals", "review", "{}", "--task-id", "only")
-    on_terminal(installation, "tasks.py", "list")
+    listed(installation)
     done = installation.run("tasks.py", "show", "1", start_new_session=True)
     assert done.returncode == 1 and "no task has the id" in done.stderr
 
@@ -171,7 +174,7 @@ def test_queues_and_types_stand_whole_before_ids_do(installation, columns):
     installation.sqlite3(
         "update approvals set status = 2, owner = 'x', claimed_at = timestamp where id = 3"
     )
-    shown = on_terminal(installation, "tasks.py", "list", columns=columns, rows=40)
+    shown = listed(installation, columns=columns, rows=40)
     assert all(cell_len(line) <= columns for line in shown)
     (link,) = (line.split() for line in shown if "link" in line)
     assert link[1:3] == ["pending", "notifications"] and link[4] == "link_validation"
@@ -216,7 +219,7 @@ def test_show_keeps_values_in_their_column_and_paths_whole(installation, columns
 def test_an_empty_list_says_so(installation):
     installation.enqueue("approvals", "review", "{}", "--task-id", "a")
     installation.run("tasks.py", "purge", "approvals", "--yes")
-    assert on_terminal(installation, "tasks.py", "list") == ["no task is like that"]
+    assert listed(installation) == ["no task is like that"]
     assert "no task waits or runs" in on_terminal(installation, "tasks.py", "stats")
 
 
@@ -263,12 +266,12 @@ def test_colours_are_left_out_where_nobody_wants_them(installation):
 
 def test_the_lists_that_terminals_were_shown_are_private_and_go_after_a_day(installation):
     filled(installation)
-    on_terminal(installation, "tasks.py", "list")
+    listed(installation)
     directory = installation.state / "listed"
     (file,) = directory.iterdir()
     assert directory.stat().st_mode & 0o777 == 0o700 and file.stat().st_mode & 0o777 == 0o600
     old = directory / "1"
     old.write_text("[]")
     os.utime(old, (1, 1))
-    on_terminal(installation, "tasks.py", "list")
+    listed(installation)
     wait_for(lambda: not old.exists(), what="the end of an old list")

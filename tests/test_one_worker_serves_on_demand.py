@@ -101,7 +101,9 @@ def test_one_without_a_free_place_takes_no_other_queue(installation, queue):
     import worker
 
     another = installation.worker("completions", "--single")
-    one = worker.Worker(worker.parse(["notifications", "completions", "--single"]))
+    one = worker.Worker(
+        worker.parse(["notifications", "completions", "--single", "--concurrency", "1"])
+    )
     try:
         assert one.serve() and one.own() == ["notifications"]
         another.kill()

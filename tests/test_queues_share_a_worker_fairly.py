@@ -29,12 +29,17 @@ def at_once(runs: list[str]) -> list[int]:
 
 
 def test_one_of_each_in_turn(installation):
+    """Where there are fewer places than queues."""
     installation.handler("it", RECORD)
     for queue, count in (("approvals", 30), ("completions", 10), ("notifications", 5)):
         fill(installation, queue, count)
     assert (
         installation.worker(
-            "approvals", "completions", "notifications", "--drain", ready=False
+            *("approvals", "completions", "notifications"),
+            "--concurrency",
+            1,
+            "--drain",
+            ready=False,
         ).wait(20)
         == 0
     )

@@ -141,7 +141,7 @@ def test_a_dead_letter_whose_queue_is_gone_is_named_and_holds_no_other_back(with
     assert done.returncode == 1 and done.stdout == "retried 3 tasks\n", done.stderr
     assert "task old-1 of dropped was not retried: its queue is gone" in done.stderr
     assert "task approvals-other-1 of approvals was not retried" in done.stderr
-    assert len(done.stderr.splitlines()) == 2
+    assert len([line for line in done.stderr.splitlines() if "was not retried" in line]) == 2
 
 
 @pytest.mark.parametrize("now", ["", ", queue = 'approvals', task_id = 'good-2'"], ids=["it", "another"])  # fmt: skip

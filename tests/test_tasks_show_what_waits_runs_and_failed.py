@@ -6,14 +6,13 @@ import json
 import os
 import pty
 import select
-import shutil
 import signal
 import subprocess
 import sys
 import time
 
 import pytest
-from conftest import ROOT, wait_for
+from conftest import ROOT, copy_scripts, wait_for
 
 WORDS = ("pending", "scheduled", "blocked", "in_progress")
 
@@ -298,9 +297,7 @@ def test_scripts_get_their_json_without_the_table_library(installation):
     filled(installation)
     # A copy of the scripts has it beside them, since PYTHONPATH decides nothing.
     lib = installation.directory / "lib"
-    lib.mkdir()
-    for script in ROOT.glob("*.py"):
-        shutil.copy(script, lib)
+    copy_scripts(lib, *(script.name for script in ROOT.glob("*.py")))
     (lib / "rich.py").write_text("raise ImportError('rich was imported')")
 
     def run(*args):

@@ -147,7 +147,7 @@ def test_the_settings_hook_and_the_plugins_make_one_task_of_a_firing_and_tell_on
     both("Stop")
     assert firing.rows("select count(*) from notifications") == [(0,)]
     assert len(firing.ended()) == 1
-    assert both("UserPromptSubmit").count("README.md:1") == 1 and both("SessionStart") == ""
+    assert both("UserPromptSubmit").count("additionalContext") == 1 and both("SessionStart") == ""
 
 
 @pytest.mark.parametrize("older", ["plugin", "installation"])
