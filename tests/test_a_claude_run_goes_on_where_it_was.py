@@ -47,6 +47,15 @@ def interrupted(claude):
     end(process)
 
 
+def kill(process) -> None:
+    """Kill a handler and its Claude."""
+    (program,) = children(process.pid)
+    os.kill(program, signal.SIGKILL)
+    process.kill()
+    process.wait()
+    wait_for(lambda: not lives(program), 10, "the end of claude")
+
+
 def went_on(claude: ClaudeCode, task: Task) -> dict:
     """Run the task again; its result, when that went on with the same session and did nothing
     twice.
@@ -96,16 +105,48 @@ def test_a_run_that_is_not_disturbed_prints_its_result_and_its_steps(claude):
     assert not list(task.state.rglob("*.json"))
 
 
-def test_the_session_follows_from_the_queue_the_task_and_its_time(claude):
+def test_the_session_follows_from_the_task_and_its_time(claude):
     one = claude.task()
     first = json.loads(one.run().stdout)["session_id"]
     other = claude.task()
     other.envelope["enqueued_at"] = "2026-11-26 10:00:00.000"
     second = json.loads(other.run().stdout)["session_id"]
     third = claude.task()
-    third.env["TASK_QUEUE"] = "others"
+    third.envelope["task_id"] = "t-3"
     assert len({first, second, json.loads(third.run().stdout)["session_id"]}) == 3
     assert GO_ON not in "".join(map(words_of, claude.requests()))
+
+
+def test_a_task_that_was_moved_goes_on_in_its_session(claude, interrupted):
+    task, process = interrupted
+    kill(process)
+    task.env["TASK_QUEUE"] = "others"
+    went_on(claude, task)
+
+
+def test_a_completed_task_that_is_retried_gets_its_prompt(installation, claude):
+    handler = shlex.join([*claude.within, sys.executable, str(ROOT / "handlers/claude")])
+    installation.handler("claude", f"#!/bin/sh\nexec {handler}\n")
+    data = json.dumps({"prompt": PROMPT, "workspace_path": str(claude.workspace)})
+    task = installation.enqueue("approvals", "claude", data)
+    for _ in range(2):
+        installation.run("worker.py", "approvals", "--drain", "--handlers", installation.handlers,
+                         env=claude.env)  # fmt: skip
+        assert installation.history(task)["status"] == "completed"
+        assert installation.run("tasks.py", "retry", task).returncode == 0
+    words = words_of(claude.requests()[-1])
+    assert words.count(PROMPT) == 2 and GO_ON not in words
+    assert len({session_of(request) for request in claude.requests()}) == 1
+
+
+def test_one_whose_end_was_not_recorded_does_not_begin_again(claude):
+    """Its worker and supervisor were killed: the next attempt is the second."""
+    task = claude.task()
+    assert task.run().returncode == 0
+    task.env["TASK_ATTEMPT"] = "2"
+    assert task.run().returncode == 0
+    words = words_of(claude.requests()[-1])
+    assert (words.count(PROMPT), words.count(GO_ON)) == (1, 1)
 
 
 @pytest.mark.parametrize("victim", ["handler", "handler and claude", "claude"])
@@ -113,7 +154,7 @@ def test_a_run_that_was_killed_goes_on_in_its_session(claude, interrupted, victi
     task, process = interrupted
     (program,) = children(process.pid)
     if victim == "handler and claude":
-        os.killpg(process.pid, signal.SIGKILL)
+        kill(process)
     else:
         os.kill(process.pid if victim == "handler" else program, signal.SIGKILL)
     process.wait(30)
@@ -179,8 +220,7 @@ def test_a_kill_in_the_first_milliseconds_does_not_spoil_the_session(claude, int
     first prompt.
     """
     task, process = interrupted
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    kill(process)
     (session,) = claude.sessions()
     lines = session.read_text().splitlines(keepends=True)
     assert '"user"' not in "".join(lines[:2]) and '"type":"user"' in lines[2]
@@ -197,8 +237,7 @@ def test_a_kill_in_the_first_milliseconds_does_not_spoil_the_session(claude, int
 def test_a_session_that_is_there_although_its_file_was_not_found_is_resumed(claude, interrupted):
     """Claude Code says that the session is in use; the other way is tried once."""
     task, process = interrupted
-    process.kill()
-    process.wait()
+    kill(process)
     claude.answer("fine")
     (session,) = claude.sessions()
     # A claude with a configuration of its own, which the handler knows nothing about.
@@ -241,8 +280,7 @@ class TestAnotherSession:
         claude.answer("tool", commands=["echo red >>painted"], then_hang=True)
         process = task.start()
         wait_for(lambda: len(claude.requests()) == before + 2, 30, "the second request")
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        kill(process)
         went_on(claude, task)
 
     def test_it_gets_the_prompt_once_where_a_retry_by_hand_goes_on_after_a_spent_budget(
@@ -292,21 +330,18 @@ class TestAnotherSession:
         words = words_of(claude.requests()[-1])
         assert words.count("Paint number 1.") == words.count("Paint number 2.") == 1
 
-    @pytest.mark.parametrize("left", [0, 1, 2])
-    def test_one_that_a_kill_left_without_a_conversation_is_started(self, claude, earlier, left):
-        (session,) = claude.sessions()
-        lines = session.read_text().splitlines(keepends=True)
+    @pytest.mark.parametrize("left", [None, 0, 1, 2])
+    def test_one_that_is_gone_is_a_dead_letter_and_not_started_without_context(
+        self, claude, earlier, left
+    ):
+        """A kill leaves a file without a conversation."""
         unknown = str(uuid.uuid4())
-        begun = session.with_stem(unknown)
-        begun.write_text("".join(lines[:left]).replace(earlier, unknown))
+        if left is not None:
+            (session,) = claude.sessions()
+            lines = session.read_text().splitlines(keepends=True)
+            session.with_stem(unknown).write_text("".join(lines[:left]).replace(earlier, unknown))
+        before = len(claude.requests())
         done = claude.task(resume=unknown).run()
-        assert done.returncode == 0, done.stderr
-        assert json.loads(done.stdout)["session_id"] == unknown
-        assert PROMPT in words_of(claude.requests()[-1])
-
-    def test_one_that_is_unknown_is_started(self, claude):
-        task = claude.task(resume=str(uuid.uuid4()))
-        done = task.run()
-        assert done.returncode == 0, done.stderr
-        assert json.loads(done.stdout)["session_id"] == task.envelope["data"]["resume"]
-        assert PROMPT in words_of(claude.requests()[-1])
+        assert done.returncode == 65, done.stderr
+        assert f"the session to resume is gone: {unknown}" in done.stderr.splitlines()[-1]
+        assert len(claude.requests()) == before

@@ -10,6 +10,8 @@ import time
 import pytest
 from claude_stub.client import ClaudeCode, session_of, words_of
 
+GO_ON = "Go on; what you had done stands."
+
 
 @pytest.fixture
 def claude(tmp_path):
@@ -66,10 +68,9 @@ def test_a_limit_so_short_that_claude_waits_for_it_is_no_pause(claude):
 
 
 @pytest.mark.parametrize("kind, reason", [("auth", "not logged in"), ("credit", "no credit")])
-def test_what_only_a_person_can_mend_pauses_without_end_at_the_first_sign(claude, kind, reason):
-    """Claude Code by itself would try again for minutes after a 401, and say nothing."""
+def test_what_only_a_person_can_mend_pauses_without_end(claude, kind, reason):
     claude.answer(kind)
-    done = claude.task().run(timeout=60)
+    done = claude.task().run(claude.env | {"CLAUDE_CODE_MAX_RETRIES": "1"})
     assert done.returncode == 75, done.stderr
     assert told(done)["pause"] is None and reason in told(done)["reason"]
     assert len(claude.requests()) <= 2
@@ -113,10 +114,137 @@ def test_a_busy_api_and_a_broken_network_delay_the_task_ever_longer(claude, kind
     assert told(task.run(env))["retry_after"] == 30
 
 
-def test_a_spent_budget_is_a_dead_letter_and_not_spent_again(claude):
+@pytest.mark.parametrize(
+    "bound", [{"max_budget_usd": 0.000001}, {"args": ["--max-turns", "1"]}], ids=["budget", "turns"]
+)
+def test_a_spent_bound_is_a_dead_letter_that_tells_cost_and_session(claude, bound):
     claude.answer("tool", commands=["echo 1", "echo 2", "echo 3"])
-    done = claude.task(permission_mode="bypassPermissions", max_budget_usd=0.000001).run()
-    assert (done.returncode, done.stdout) == (65, "") and "used up" in done.stderr.splitlines()[-1]
+    done = claude.task(permission_mode="bypassPermissions", **bound).run()
+    assert done.returncode == 65 and "used up" in done.stderr.splitlines()[-1]
+    (session,) = claude.sessions()
+    result = told(done)
+    assert result["session_id"] == session.stem and result["cost_usd"] > 0
+    assert "used up" in result["summary"] and "Reached maximum" in result["result"]
+
+
+def test_a_401_that_passes_pauses_nothing(claude):
+    claude.answer("auth", first=1)
+    done = claude.task().run()
+    assert done.returncode == 0, done.stderr
+    assert "authentication_failed, status 401" in done.stderr
+    assert [request["kind"] for request in claude.requests()] == ["auth", "fine"]
+
+
+# Claude Code shortens a conversation that is longer than that before it goes on.
+COMPACTING = {"CLAUDE_CODE_AUTO_COMPACT_WINDOW": "100000", "CLAUDE_CODE_MAX_RETRIES": "0"}
+
+
+def compacts(claude, kind: str) -> dict:
+    claude.answer(
+        "tool", commands=["echo 1", "echo 2"], tokens=199_500, compacting=kind, seconds=7200
+    )
+    return {"model": "claude-sonnet-4-5", "permission_mode": "bypassPermissions"}
+
+
+@pytest.mark.parametrize("login", ["subscription", "key"])
+def test_a_limit_during_compaction_pauses_the_queue(claude, login):
+    task, began = claude.task(**compacts(claude, "limit")), time.time()
+    env = claude.subscription() if login == "subscription" else claude.env
+    done = task.run(env | COMPACTING)
+    assert done.returncode == 75, done.stderr
+    seconds = 7200 if login == "subscription" else 1800
+    assert seconds - 1 <= told(done)["pause"] - began + time.time() <= seconds + 60
+    # The conversation is in the session.
+    claude.answer("fine")
+    assert told(task.run(env))["session_id"] == session_of(claude.requests()[0])
+
+
+@pytest.mark.parametrize("kind", ["overload", "broken"])
+def test_a_busy_api_during_compaction_delays_the_task(claude, kind):
+    done = claude.task(**compacts(claude, kind)).run(claude.env | COMPACTING)
+    assert done.returncode == 75, done.stderr
+    assert told(done) == {"retry_after": 30}
+
+
+@pytest.mark.parametrize("kind, reason", [("auth", "not logged in"), ("credit", "no credit")])
+def test_so_does_a_refused_account_pause_the_queue(claude, kind, reason):
+    done = claude.task(**compacts(claude, kind)).run(claude.env | COMPACTING)
+    assert done.returncode == 75, done.stderr
+    assert told(done)["pause"] is None and reason in told(done)["reason"]
+
+
+def test_a_conversation_that_no_compaction_makes_short_enough_is_a_dead_letter(claude):
+    done = claude.task(**compacts(claude, "too_long")).run(claude.env | COMPACTING)
+    assert done.returncode == 65 and "too long" in done.stderr.splitlines()[-1], done.stderr
+
+
+@pytest.mark.parametrize(
+    "kind, reason",
+    [
+        ("too_long", "the prompt is too long: Prompt is too long"),
+        ("no_model", "no such model: There's an issue with the selected model"),
+        ("refusal", "Claude refuses it: API Error: "),
+    ],
+)
+def test_what_no_retry_helps_is_a_dead_letter_at_once_with_the_reason(claude, kind, reason):
+    claude.answer(kind)
+    done = claude.task().run()
+    assert done.returncode == 65, done.stderr
+    assert done.stderr.splitlines()[-1].startswith(reason)
+    assert told(done)["summary"].startswith(reason)
+
+
+def test_an_answer_that_breaks_off_at_a_tool_is_a_failed_attempt(claude):
+    claude.answer("nothing")
+    done = claude.task().run()
+    assert done.returncode == 1 and "could not be parsed" in done.stderr.splitlines()[-1]
+
+
+class TestDenied:
+    """Claude Code says `success` where it was not allowed to do the work."""
+
+    COMMANDS = ["git push", "rm README.md"]
+
+    def test_it_is_a_dead_letter_that_says_what_and_which_option_allows_it(self, claude):
+        claude.answer("tool", commands=self.COMMANDS, text="I could not push.")
+        done = claude.task().run()
+        assert done.returncode == 65, done.stderr
+        error = done.stderr.splitlines()[-1]
+        assert "Claude was denied: Bash git push, Bash rm README.md" in error
+        assert '"allowed_tools": ["Bash(git push)", "Bash(rm README.md)"]' in error
+        result = told(done)
+        assert result["summary"].startswith("Claude was denied: Bash git push")
+        assert result["result"] == "I could not push." and result["session_id"]
+
+    def test_what_it_names_does_allow_it(self, claude):
+        (claude.workspace / "README.md").write_text("words")
+        claude.answer("tool", commands=["rm README.md"], text="Removed.")
+        task = claude.task()
+        task.envelope["data"] |= told(task.run())["to_allow"]
+        claude.answer("tool", commands=["true", "rm README.md"], text="Removed.")
+        done = task.run()
+        assert done.returncode == 0, done.stderr
+        assert not (claude.workspace / "README.md").exists()
+        assert GO_ON in words_of(claude.requests()[-1])
+
+    def test_an_edit_wants_acceptEdits_and_has_it(self, claude):
+        edit = {"file_path": str(claude.workspace / "a.md"), "content": "words"}
+        claude.answer("tool", commands=[{"name": "Write", "input": edit}])
+        task = claude.task()
+        done = task.run()
+        assert done.returncode == 65, done.stderr
+        assert f"denied: Write {edit['file_path']}" in done.stderr
+        assert done.stderr.rstrip().endswith('to allow it: "permission_mode": "acceptEdits"')
+        task.envelope["data"]["permission_mode"] = "acceptEdits"
+        claude.answer("tool", commands=[None, {"name": "Write", "input": edit}])
+        assert task.run().returncode == 0
+        assert (claude.workspace / "a.md").read_text() == "words"
+
+    def test_who_accepts_it_has_a_completed_task_that_names_it(self, claude):
+        claude.answer("tool", commands=["git push"], text="All but the push.")
+        done = claude.task(on_denied="accept").run()
+        assert done.returncode == 0, done.stderr
+        assert told(done)["summary"] == "(Claude was denied: Bash git push) All but the push."
 
 
 def test_any_other_end_is_a_failed_attempt_that_says_what_claude_said(claude):

@@ -5,13 +5,20 @@ usage: python api.py PORT DIRECTORY
 answer.json is read again for each request, {"kind": …} with:
 
     fine       a short text, or the `text` given
-    tool       the `commands` given, a Bash call each, and the text after the last; with `then_hang` none instead
+    tool       the `commands` given, a Bash call each (or {name, input}), and the text after the last; with `then_hang` none instead
     limit      429 from the `after`-th conversation on, until `seconds` after the first such answer; then fine
-    auth       401
+    auth       401; with `first`, only so many times, then fine
     overload   529
+    too_long   400, the prompt is too long
+    no_model   404, no such model
+    refusal    an answer that stops with a refusal
+    nothing    an answer without content that stops for a tool_use
     credit     400, no credit
     broken     the connection is closed without an answer
     hang       no answer
+
+With `tokens`, an answer says that the conversation has so many; `compacting` is the kind of answer to
+a request that would make it shorter.
 
 Each request for a model's answer is a line of requests.jsonl: its body, its time, and how it was answered.
 """
@@ -59,8 +66,14 @@ class Handler(BaseHTTPRequestHandler):
         body = json.loads(raw or b"{}")
         answer = plan()
         kind = answer["kind"]
+        if "compacting" in answer and "summary of the conversation" in json.dumps(body["messages"]):
+            kind = answer["compacting"]
         if kind == "limit":
             kind = self.limited(body, answer)
+        if "first" in answer:
+            with LOCK:
+                Limit.asked += 1
+                kind = kind if Limit.asked <= answer["first"] else "fine"
         entry = {"time": time.time(), "kind": kind, "headers": dict(self.headers), "body": body}
         with LOCK, open(DIRECTORY / "requests.jsonl", "a") as file:
             file.write(json.dumps(entry) + "\n")
@@ -71,10 +84,7 @@ class Handler(BaseHTTPRequestHandler):
             # Whoever asked was killed meanwhile.
             self.close_connection = True
             return
-        getattr(
-            self,
-            f"answer_{kind if kind in ('auth', 'overload', 'credit', 'limit', 'broken') else 'fine'}",
-        )(body, answer)
+        getattr(self, f"answer_{kind}", self.answer_fine)(body, answer)
 
     def limited(self, body: dict, answer: dict) -> str:
         with LOCK:
@@ -97,6 +107,19 @@ class Handler(BaseHTTPRequestHandler):
     def answer_credit(self, *_) -> None:
         message = "Your credit balance is too low to access the Anthropic API."
         self.error(400, "invalid_request_error", message)
+
+    def answer_too_long(self, *_) -> None:
+        message = "prompt is too long: 250000 tokens > 200000 maximum"
+        self.error(400, "invalid_request_error", message)
+
+    def answer_no_model(self, body: dict, *_) -> None:
+        self.error(404, "not_found_error", f"model: {body.get('model')}")
+
+    def answer_refusal(self, body: dict, *_) -> None:
+        self.message(body, [{"type": "text", "text": "I"}], "refusal")
+
+    def answer_nothing(self, body: dict, *_) -> None:
+        self.message(body, [], "tool_use")
 
     def answer_limit(self, body: dict, answer: dict) -> None:
         resets_at = int(Limit.resets_at) + 1
@@ -122,11 +145,11 @@ class Handler(BaseHTTPRequestHandler):
         if answer["kind"] == "tool" and is_main(body):
             done = sum(has_tool_result(message) for message in body["messages"])
             if done < len(answer["commands"]):
-                call = {"command": answer["commands"][done], "description": "a step"}
-                blocks = [
-                    {"type": "tool_use", "id": f"toolu_{done}", "name": "Bash", "input": call}
-                ]
-        self.message(body, blocks)
+                command = answer["commands"][done]
+                call = {"command": command, "description": "a step"}
+                tool = command if isinstance(command, dict) else {"name": "Bash", "input": call}
+                blocks = [{"type": "tool_use", "id": f"toolu_{done}", **tool}]
+        self.message(body, blocks, tokens=answer.get("tokens", 3))
 
     # ------------------------------------------------------------------------------------------------------ sending
 
@@ -137,8 +160,9 @@ class Handler(BaseHTTPRequestHandler):
             headers,
         )
 
-    def message(self, body: dict, blocks: list[dict]) -> None:
-        reason = "tool_use" if blocks[-1]["type"] == "tool_use" else "end_turn"
+    def message(self, body: dict, blocks: list[dict], reason: str = "", tokens: int = 3) -> None:
+        last = blocks[-1]["type"] if blocks else None
+        reason = reason or ("tool_use" if last == "tool_use" else "end_turn")
         message = {
             "id": f"msg_{time.time_ns()}",
             "type": "message",
@@ -147,7 +171,7 @@ class Handler(BaseHTTPRequestHandler):
             "content": [],
             "stop_reason": None,
             "stop_sequence": None,
-            "usage": {"input_tokens": 3, "output_tokens": 1},
+            "usage": {"input_tokens": tokens, "output_tokens": 1},
         }
         if not body.get("stream"):
             message |= {"content": blocks, "stop_reason": reason}
