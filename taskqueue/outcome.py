@@ -255,7 +255,11 @@ def next_row(task: q.Task, stdout: str, size: int) -> q.Row:
             data |= {"result_is_cut": True, "result_bytes": size}
     head = task.task_id.encode()[:470].decode("utf-8", "ignore")
     task_id = f"{head}.{os.urandom(5).hex()}"
-    return q.new_row(task.task_type, data, task_id, hold=bool(task.then_hold), **_descent(task))
+    # A payload that a handler passes on may not do more than the payload itself.
+    granted = task.envelope.get("granted")
+    return q.new_row(
+        task.task_type, data, task_id, hold=bool(task.then_hold), granted=granted, **_descent(task)
+    )
 
 
 def _descent(task: q.Task) -> dict:
@@ -269,8 +273,7 @@ def _descent(task: q.Task) -> dict:
         ("project_dir", first.get("project_dir")),
     ):
         source |= {name: value} if isinstance(value, str) else {}
-    # What a payload may not do, its follow-ups may not either.
-    return {"depth": task.depth + 1, "source": source, "granted": envelope.get("granted")}
+    return {"depth": task.depth + 1, "source": source}
 
 
 def _as_object(text: str) -> dict | None:

@@ -58,7 +58,7 @@ def test_what_a_person_must_mend_pauses_the_queue_until_they_resume_it(
 ):
     claude.answer(kind)
     tasks = [approvals(f"Paint boat {number}.") for number in range(3)]
-    installation.worker("approvals", env=claude.env)
+    installation.worker("approvals", env=claude.env | {"CLAUDE_CODE_MAX_RETRIES": "1"})
     paused = "select 1 from task_controls where queue = 'approvals' and paused_at is not null and paused_until is null"
     wait_for(lambda: installation.rows(paused), 60, "the pause")
     sessions = {session_of(request) for request in claude.requests()}

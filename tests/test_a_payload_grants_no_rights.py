@@ -43,8 +43,6 @@ def asked(installation, tmp_path):
     )
     program.chmod(0o755)
     installation.handler("claude", f"#!/bin/sh\nexec {sys.executable} {ROOT}/handlers/claude\n")
-    # It hands on what it was given, as a chain and as its result.
-    installation.handler("pass-on", PASS_ON)
 
     def asked(*options: str) -> str:
         env = {"PATH": f"{program.parent}:{os.environ['PATH']}"}
@@ -58,12 +56,13 @@ def asked(installation, tmp_path):
     return asked
 
 
+# What it was given, as a chain: whole, and as an entry that it wrote itself.
 PASS_ON = f"""#!{sys.executable}
 import json, sys
 data = json.load(sys.stdin)["data"]
-del data["hook_event_name"]
 print(json.dumps({{"enqueue": [{{"queue": "approvals", "task_type": "claude", "data": data}}]}}))
 """
+OWN_WORDS = PASS_ON.replace("print(", 'data = {"prompt": data["prompt"], "model": "haiku"}\nprint(')
 PLAIN = "-p --output-format stream-json --verbose --session-id="
 
 
@@ -123,12 +122,36 @@ def test_bash_grants_nothing_to_a_payload(installation, queue, asked, row, way):
     assert asked().startswith(PLAIN)
 
 
-@pytest.mark.parametrize("grant", [{}, GRANT], ids=["nothing", "something"])
-def test_a_chain_carries_on_what_was_granted_and_no_more(installation, asked, grant):
+def test_a_chain_that_carries_a_payload_on_grants_nothing(installation, asked):
+    installation.handler("pass-on", PASS_ON)
     installation.enqueue("approvals", "t", "--hold")
-    fire(installation, "notifications", "pass-on", "--data", json.dumps(grant))
+    fire(installation, "notifications", "pass-on")
+    assert asked("--chain").startswith(PLAIN)
+
+
+def test_a_chain_that_a_handler_of_yours_writes_grants_what_it_writes(installation, asked):
+    installation.handler("pass-on", OWN_WORDS)
+    installation.enqueue("approvals", "t", "--hold")
+    fire(installation, "notifications", "pass-on")
     given = asked("--chain")
-    assert given.startswith(PLAIN) if not grant else "--model=haiku" in given
+    assert "--model=haiku" in given and "Bash" not in given
+
+
+@pytest.mark.parametrize("grant", [{}, GRANT], ids=["nothing", "something"])
+def test_a_result_that_becomes_a_task_has_the_grant_of_its_source(installation, asked, grant):
+    """Even where the handler leaves out what says that it is a payload."""
+    text = "import json, sys\nd = json.load(sys.stdin)['data']\ndel d['hook_event_name']\nprint(json.dumps(d))"
+    installation.handler("claude-first", f"#!{sys.executable}\n{text}\n")
+    claude = installation.handlers / "claude"
+    handler = claude.read_text()
+    first = installation.handlers / "claude-first"
+    claude.write_text(
+        f'#!/bin/sh\nif [ "$TASK_QUEUE" = notifications ]; then exec "{first}"; fi\n'
+        + handler.partition("\n")[2]
+    )
+    fire(installation, "notifications", "claude", "--data", json.dumps(grant))
+    given = asked("--then", "approvals")
+    assert ("--model=haiku" in given) == bool(grant)
     assert not any(word in given for word in ("dangerously", "Bash", "Obey", "1000", "resume"))
 
 
