@@ -84,7 +84,7 @@ def test_a_restore_amid_enqueues_keeps_every_acknowledged_task_in_one_of_both(ba
         while not stop.is_set():
             done = backed_up.run("enqueue.py", "notifications", "note", "{}")
             if done.returncode == 0:
-                acknowledged.append(done.stdout.split()[-1])
+                acknowledged.append(done.stdout.split()[1])
 
     threads = [threading.Thread(target=enqueue) for _ in range(2)]
     for thread in threads:
