@@ -55,15 +55,15 @@ def markdown_files(workspace: str, skip: Callable[[str, str], None]) -> dict[str
             if is_folder:
                 waiting.append((path, levels))
             elif name.lower().endswith(SUFFIXES) and entry.is_file(follow_symlinks=False):
-                if reason := why_not_checked(entry):
+                if reason := why_not_checked(entry, path[len(prefix) :]):
                     skip(path[len(prefix) :], reason)
                 else:
                     files[path[len(prefix) :]] = entry.stat(follow_symlinks=False).st_size
     return files
 
 
-def why_not_checked(entry: os.DirEntry) -> str | None:
-    if not is_utf8(entry.path):
+def why_not_checked(entry: os.DirEntry, path: str) -> str | None:
+    if os.fsencode(path).decode("utf-8", "replace") != path:
         return "its name is not UTF-8"
     if not os.access(entry.path, os.R_OK):
         return "Permission denied"
@@ -150,10 +150,6 @@ def is_ignored(path: str, levels: Levels | None) -> bool:
 def in_bytes(path: str) -> str:
     """Return one character for each byte, because git's patterns are about bytes."""
     return os.fsencode(path).decode("latin-1")
-
-
-def is_utf8(path: str) -> bool:
-    return os.fsencode(path).decode("utf-8", "replace") == path
 
 
 def read_plain(path: str, limit: int) -> bytes | None:

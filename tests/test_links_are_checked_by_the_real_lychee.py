@@ -212,9 +212,10 @@ def web_server():
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
             asked.append(self.path)
-            code = self.path.strip("/")
+            code = self.path.strip("/").partition("?")[0]
             self.send_response(int(code) if code.isdigit() else 200 if code == "ok" else 404, "x")
-            self.send_header("Retry-After", "3600")
+            if code == "429":
+                self.send_header("Retry-After", "3600")
             self.end_headers()
 
         do_HEAD = do_GET
@@ -264,6 +265,17 @@ def test_a_server_that_refuses_leaves_a_link_unchecked_not_broken(workspace, che
     assert done.summary["summary"].endswith(", 6 could not be checked")
 
 
+def test_a_server_that_wants_to_be_waited_for_keeps_no_other_link_from_its_check(
+    workspace, check, with_limits
+):
+    with web_server() as (url, _):
+        links = [f"[x]({url}/429?{n})" for n in range(30)]
+        write(workspace, README=" ".join([*links, "[y](missing.md)"]))
+        done = check(env={"LYCHEE_ONLINE": "1"}, handler=with_limits(CHECK_SECONDS=8))
+    assert (broken(done), done.summary["excluded"]) == ([("README.md", "missing.md")], 30)
+    assert skipped(done) == {} and "the network took too long" in done.words
+
+
 # ------------------------------------------------------------------------------------------------- awkward workspaces
 
 AWKWARD = ("sp ace", "-dash", "--help", "#hash", "~home", "umläut ☃", "quote'\"", "back\\slash", "new\nline", "br[1]",
@@ -297,12 +309,13 @@ def test_a_name_that_is_not_utf8_is_skipped_and_said_so(workspace, check):
     assert done.summary["skipped"] == [{"file": "caf\\udce9.md", "reason": "its name is not UTF-8"}]
 
 
-def test_a_workspace_path_may_have_any_name(tmp_path, check):
-    folder = tmp_path / 'it\'s "a" [work]\nspace ü'
+@pytest.mark.parametrize("name", ['it\'s "a" [work]\nspace ü', os.fsdecode(b"caf\xe9")])
+def test_a_workspace_path_may_have_any_name(tmp_path, check, name):
+    folder = tmp_path / name
     folder.mkdir()
-    write(folder, README="[x](missing.md) [y](README.md)")
+    write(folder, README="[x](missing.md) [y](README.md) [z](/README.md)")
     done = check({"workspace_path": str(folder)})
-    assert (done.summary["successful"], done.summary["failed"]) == (1, 1)
+    assert (done.summary["successful"], done.summary["failed"]) == (2, 1)
 
 
 def test_content_that_is_not_utf8_is_skipped_and_the_rest_checked(workspace, check):
@@ -511,6 +524,17 @@ def test_old_results_stay_whole_when_new_ones_cannot_be_written(workspace, check
     assert sorted(os.listdir(workspace)) == ["README.md", "links.json"]
 
 
+def test_a_hooks_payload_chooses_the_workspace_and_nothing_else(workspace, check):
+    write(workspace, README="[x](README.md#gone)")
+    rest = {"results_file": "links.json", "include_fragments": True}
+    for granted, failed, files in ((None, 1, 2), (rest, 1, 2), ({}, 0, 1)):
+        data = {"workspace_path": str(workspace), **({} if granted else rest)}
+        task = {"data": data} if granted is None else {"data": data, "granted": granted}
+        assert check(task=json.dumps(task).encode()).summary["failed"] == failed
+        assert len(os.listdir(workspace)) == files
+        (workspace / "links.json").unlink(missing_ok=True)
+
+
 def test_results_are_replaced_not_rewritten(tmp_path, workspace, check):
     write(workspace, README="x")
     precious = tmp_path / "precious"
@@ -622,7 +646,10 @@ def test_a_pattern_that_lychee_refuses_is_a_failed_attempt_that_says_why(workspa
     done = check()
     assert (done.returncode, done.stdout) == (1, b"")
     last = done.words.strip().splitlines()[-1]
-    assert last.startswith("link_validation: lychee failed in ") and "unclosed group" in last
+    assert (
+        last.startswith(f"link_validation: lychee failed in {workspace}")
+        and "unclosed group" in last
+    )
 
 
 def test_a_stopped_check_leaves_nothing_behind(tmp_path, workspace):
