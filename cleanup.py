@@ -36,7 +36,6 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-import enqueue
 import queue_helpers as q
 from taskqueue import cli
 from taskqueue import recovery as owners
@@ -259,7 +258,7 @@ def clean(
         else:
             tidy_state(state, report)
             with left_undone(report, "the spool"):
-                report.spooled, report.complaints = q.take_in_spool(state, enqueue.hook_row)
+                report.spooled, report.complaints = q.take_in_spool(state)
                 if report.complaints and any(spool_files(state)):
                     report.left_undone += report.complaints
             with left_undone(report, "tasks of dead owners"):

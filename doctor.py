@@ -35,10 +35,12 @@ from taskqueue.handlers import fault_of
 from taskqueue.outcome import NO_HANDLER as NO_HANDLER_BEGINS
 from taskqueue.outcome import Control
 from taskqueue.settings import hooks_in, our_hooks
-from taskqueue.spool import MOST_BYTES, is_utf8
+from taskqueue.spool import is_utf8, why_set_aside
 from taskqueue.text import visible
 
 MAX_WAIT_SECONDS = 600.0
+# So many firings and files that are no tasks are named one by one.
+MALFORMED_SHOWN = 5
 # A worker takes spooled tasks in at once.
 SPOOL_TOO_OLD_SECONDS = 60.0
 HANDED_OVER_SECONDS = 86_400.0
@@ -833,11 +835,18 @@ def check_spool_of(directory: Path) -> tuple[int, list[Finding]]:
             )
         )
     malformed = sorted((directory / "malformed").glob("*"))
-    if malformed:
+    for path in malformed[:MALFORMED_SHOWN]:
+        why = why_set_aside(path) or "it could not be taken in; it could be now"
         found.append(
             problem(
-                f"{len(malformed)} in {directory / 'malformed'} could not be taken in: a task is a "
-                f"JSON object of at most {MOST_BYTES >> 20} MiB",
+                f"{path} is no task: {visible(why)}",
+                f"mend the hook that wrote it; then mend the file and mv it to {sh(directory)}, or remove it",
+            )
+        )
+    if len(malformed) > MALFORMED_SHOWN:
+        found.append(
+            problem(
+                f"{len(malformed) - MALFORMED_SHOWN} more in {directory / 'malformed'} are no tasks",
                 "mend them and mv them one directory up, or remove them",
             )
         )

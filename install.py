@@ -269,10 +269,10 @@ def template(name: str) -> Path:
 
 
 def filled_in(place: Installation, name: str) -> bytes:
-    """hook.sh or tq.sh with its paths, each in the line that has its name."""
+    """bin/hook.sh or tq.sh with its paths, each in the line that has its name."""
     uv, python = place.record.get("uv"), place.record.get("python")
     values = {"lib": place.lib, "python": python or "", "uv": uv or ""}
-    values |= {"TASK_QUEUE_STATE": place.state, "state": place.state}
+    values |= {"state": place.state, "home": Path.home()}
     text = template(name).read_text()
     for key, value in values.items():
         text = text.replace(f"\n{key}=\n", f"\n{key}={shlex.quote(str(value))}\n", 1)

@@ -143,5 +143,5 @@ lint:
     uvx 'ruff>=0.8,<1' check .
     uvx 'ruff>=0.8,<1' format --check .
     uv run --no-project {{ python_deps }} --with 'rich>=13,<16' --with 'pyright>=1.1.390,<2' pyright --level error queue_helpers.py taskqueue
-    for script in hook.sh places.sh bin/tq.sh bin/task-queue; do sh -n "$script"; done
-    if command -v shellcheck >/dev/null; then shellcheck hook.sh places.sh bin/tq.sh bin/task-queue; fi
+    for script in bin/*.sh bin/task-queue; do sh -n "$script"; done
+    if command -v shellcheck >/dev/null; then shellcheck bin/*.sh bin/task-queue; fi

@@ -264,7 +264,7 @@ from "{queue}" union all
 QUEUES = """
 select i.tbl_name from sqlite_master i where i.type = 'index' and i.name = i.tbl_name || '.ready' order by i.tbl_name"""
 INSERT = """
-insert into "{queue}" (data, status, due_at, priority, group_id, expires_at) values (?, ?, ?, ?, ?, ?)"""
+insert into "{queue}" (data, status, due_at, priority, group_id, expires_at, timestamp) values (?, ?, ?, ?, ?, ?, ?)"""
 # A waiting task takes the latest firing's data; one that runs, here or elsewhere, keeps it for when
 # its run ends. A waiting one has all its attempts then.
 REPLACE = """
@@ -278,7 +278,7 @@ where task_id = :task_id
                       and coalesce(json_extract(rerun_data, '$.firing'), '') <> :firing)"""
 FINISHED_SINCE = """
 select exists (select 1 from task_history where task_id = :task_id and queue = :queue
-  and enqueued_at > :since and enqueued_at <= :now and (:firing is null or json_extract(data, '$.firing') = :firing))"""
+  and enqueued_at > :since and enqueued_at < :until and (:firing is null or json_extract(data, '$.firing') = :firing))"""
 
 IS_PAUSED = """exists (select 1 from task_controls where queue = '{queue}' and paused_at is not null
   and (paused_until is null or paused_until > :now))"""
@@ -703,6 +703,8 @@ class Connection(sqlite3.Connection):
     log: int
     check_at: float
     queues: set[str]
+    # When the spool of a queue last changed, where it was empty then.
+    spools: dict[str, int]
     durable: bool | None
     turn: _Turn
     busy_timeout_ms: int
@@ -876,6 +878,7 @@ def _open(state: Path, db: str, busy_timeout_ms: int, migrate: bool) -> Connecti
     conn = sqlite3.connect(db, busy_timeout_ms / 1000, factory=Connection, **how)
     try:
         conn.state, conn.db, conn.queues, conn.turn = state, db, set(), _Turn(state)
+        conn.spools = {}
         conn.lock, conn.opened = threading.RLock(), _process.connections
         conn.durable, conn.busy_timeout_ms = None, busy_timeout_ms
         # bash may have cast any bytes to text.
@@ -1115,13 +1118,16 @@ OPTIONS = {
     # Data is a hook's payload, and these of its fields are from the hook's command line. A payload
     # grants no rights: a handler takes those from here alone.
     "granted": None,
+    # When a hook fired, in Unix seconds: the times above count from then.
+    "now": None,
     # The JSON text that data was read from, if any.
     "text": None,
 }
 
-# A task that has passed new_row(); the first six of its columns are INSERT's.
+# A task that has passed new_row(); the first seven of its columns are INSERT's.
 Row = namedtuple(
-    "Row", "data status due_at priority group_id expires_at task_id window on_duplicate firing"
+    "Row",
+    "data status due_at priority group_id expires_at timestamp task_id window on_duplicate firing",
 )
 Stored = namedtuple("Stored", "task_id is_new")
 
@@ -1175,7 +1181,7 @@ def new_row(task_type: str, data: dict, task_id: str | None = None, **options) -
     if depth > MAX_DEPTH:
         what = f"its chain of handlers is more than {MAX_DEPTH} deep (TASK_DEPTH)"
         raise InvalidTask(f"the task was refused: {what}")
-    now = time.time()
+    now = time.time() if told["now"] is None else told["now"]
     due_at = now + told["delay"] if told["at"] is None and told["delay"] else told["at"]
     status = SCHEDULED if told["hold"] or due_at is not None else READY
     head = f'"task_id": {_quote(task_id)}, "task_type": {_quote(task_type)}, "enqueued_at": "{utc(now)}"'
@@ -1195,6 +1201,7 @@ def new_row(task_type: str, data: dict, task_id: str | None = None, **options) -
         told["priority"],
         told["group"],
         None if told["ttl"] is None else now + told["ttl"],
+        now,
         task_id,
         told["window"],
         told["on_duplicate"],
@@ -1209,7 +1216,13 @@ def _check_options(options: dict) -> dict:
     if type(priority) is not int or abs(priority) > 1_000_000:
         wanted = "it is a whole number from -1000000 to 1000000"
         raise InvalidTask(f"priority {priority!r} was refused: {wanted}")
-    for what, most in ("delay", 1e9), ("window", 1e9), ("ttl", 1e9), ("at", LAST_SECOND):
+    for what, most in (
+        ("delay", 1e9),
+        ("window", 1e9),
+        ("ttl", 1e9),
+        ("at", LAST_SECOND),
+        ("now", LAST_SECOND),
+    ):
         value = told[what]
         if value is not None and not (type(value) in (int, float) and 0 <= value < most):
             raise InvalidTask(f"{what} {value!r} was refused: it is a number of seconds")
@@ -1256,12 +1269,14 @@ def insert(conn: Connection, queue: str, row: Row) -> bool:
     """Insert a row within a transaction; whether it is new. False, too, when a task has taken its data."""
     # Within the window a firing is only a duplicate of itself, and a rerun ignores it otherwise.
     if row.window and (row.firing or row.on_duplicate != "rerun"):
-        now = time.time()
         told = {"queue": queue, "task_id": row.task_id, "firing": row.firing}
-        told |= {"since": utc(now - row.window), "now": utc(now)}
+        told |= {
+            "since": utc(row.timestamp - row.window),
+            "until": utc(row.timestamp + row.window),
+        }
         if conn.execute(FINISHED_SINCE, told).fetchone()[0]:
             return False
-    if conn.execute(on_queue(INSERT, queue), row[:6]).rowcount == 1:
+    if conn.execute(on_queue(INSERT, queue), row[:7]).rowcount == 1:
         return True
     if row.on_duplicate != "skip":
         conn.execute(on_queue(REPLACE, queue), row._asdict())
@@ -1285,8 +1300,36 @@ def wake(state: Path) -> None:
         pass
 
 
+def take_in(conn: Connection, queue: str) -> None:
+    """Take in what hooks have left for the queue. An empty spool costs one stat. Raises a QueueError."""
+    try:
+        directory = f"{conn.state}/spool/{queue}"
+        if os.stat(directory).st_mtime_ns == conn.spools.get(queue) or conn.in_transaction:
+            return
+        spool = _module("taskqueue.spool")
+    except OSError:
+        return
+    except ImportError as error:
+        if any(not name.startswith(".") for name in os.listdir(directory)):
+            _say_once(f"{directory} is left alone: {error}")
+        return
+    with suppress(QueueBusy, OSError):
+        spool.take_in(conn, queue)
+
+
+@lru_cache(8)
+def _say_once(message: str) -> None:
+    import logging
+
+    logging.getLogger(__name__).warning(message)
+
+
 def look(conn: Connection, queue: str) -> tuple[bool, bool]:
-    """(whether a claim would find something, whether tasks have become due or expired)."""
+    """(whether a claim would find something, whether tasks have become due or expired).
+
+    What hooks have left is taken in first.
+    """
+    take_in(conn, queue)
     ready, overdue, is_open = execute(conn, LOOK, queue, now=time.time()).fetchone()
     return bool((ready or overdue) and is_open), bool(overdue)
 
@@ -1399,7 +1442,10 @@ def finish(conn: Connection, task: Task, outcome: str, **told) -> bool:
     end_quiet(conn.state)
     [(rerun_data, priority, group)] = execute(conn, REMOVE, task.queue, id=task.id).fetchall()
     if rerun_data is not None:
-        conn.execute(on_queue(INSERT, task.queue), (rerun_data, READY, None, priority, group, None))
+        conn.execute(
+            on_queue(INSERT, task.queue),
+            (rerun_data, READY, None, priority, group, None, time.time()),
+        )
     return True
 
 
@@ -1461,21 +1507,24 @@ def backoff_delay(task: Task) -> float:
 # ------------------------------------------------------------------------------------ the spool
 
 
-def spool(queue: str, text: str, state: Path | None = None) -> Path:
+def spool(
+    queue: str, content: str | bytes, state: Path | None = None, suffix: str = ".json"
+) -> Path:
     """Write a task that could not reach the database to state/spool/QUEUE.
 
-    It is on disk when this returns. `text` is what would be a row's data. Raises OSError,
-    InvalidTask. A shell can do the same: write a file elsewhere on the disk, and mv it there.
+    It is on disk when this returns. `content` is what would be a row's data, or with ".hook" what
+    bin/hook.sh writes. Raises OSError, InvalidTask. A shell can do the same: write a file elsewhere
+    on the disk, and mv it there.
     """
     state = state or STATE_DIR
     make_private(state, parents=True)
     directory = make_private(make_private(state / "spool") / check_queue_name(queue))
-    name = f"{time.time_ns()}-{os.urandom(4).hex()}.json"
+    name = f"{time.time_ns()}-{os.urandom(4).hex()}{suffix}"
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
     fd = os.open(directory / f".{name}", flags, 0o600)
     try:
-        with open(fd, "w", encoding="utf-8") as file:
-            file.write(text)
+        with open(fd, "wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(fd)
         os.rename(directory / f".{name}", directory / name)

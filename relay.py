@@ -41,7 +41,6 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-import enqueue
 import queue_helpers as q
 from taskqueue import cli, runs
 from taskqueue import outcome as outcomes
@@ -552,7 +551,7 @@ class Push(Relay):
         self.is_new_hub = False
 
     def take_in_spool(self) -> None:
-        for complaint in q.take_in_spool(self.state, enqueue.hook_row)[1]:
+        for complaint in q.take_in_spool(self.state)[1]:
             self.complain(f"spool: {complaint}")
 
     def push(self, conn: q.Connection, queue: str) -> int:

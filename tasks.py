@@ -37,7 +37,7 @@ from pathlib import Path
 from typing import Any
 
 import queue_helpers as q
-from taskqueue import backup, cli, jsonlines, render, serving
+from taskqueue import backup, cli, jsonlines, render, serving, spool
 from taskqueue import logs as queue_logs
 from taskqueue import outcome as queue_outcome
 from taskqueue import stats as numbers_of
@@ -276,6 +276,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     age(add, "--before", "enqueued, or finished, at least this long ago")
     add("--yes", action="store_true", help="do not ask")
 
+    command(take_in)
     add = command(page)
     add("file", metavar="FILE", nargs="?", help="(default: page.html in the state directory)")
     add("--open", dest="open_it", action="store_true", help="show it in the browser")
@@ -338,7 +339,26 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
     args = vars(parse(argv))
     run, name = args.pop("run"), args.pop("command")
-    return cli.run(f"tasks.py {name}", lambda: run(**args))
+
+    def work() -> int:
+        # What hooks left before a restore is for the database that it puts in place.
+        if run not in (take_in, backup.restore):
+            spool.take_in_first()
+        return run(**args)
+
+    return cli.run(f"tasks.py {name}", work)
+
+
+def take_in(as_json: bool) -> int:
+    """Take in what hooks have left. A shell that reads the tables itself runs this first."""
+    taken, complaints = spool.take_in_spool()
+    if as_json:
+        cli.put_json({"taken_in": taken, "complaints": complaints})
+    else:
+        print(f"{cli.plural(taken, 'task')} taken in")
+    for complaint in () if as_json else complaints:
+        cli.complain(EX_FAILED, "tasks.py take-in", complaint)
+    return EX_FAILED if complaints else 0
 
 
 # -------------------------------------------------------------------------------------------- stats

@@ -42,7 +42,6 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NoReturn
 
-import enqueue
 import queue_helpers as q
 from taskqueue import environment, runs, serving
 from taskqueue import recovery as owners
@@ -456,7 +455,7 @@ class Worker:
     def take_in_spool(self) -> None:
         """Take in what waits in the spool. Whatever happens there is no reason not to claim."""
         try:
-            for complaint in q.take_in_spool(self.state, enqueue.hook_row)[1]:
+            for complaint in q.take_in_spool(self.state)[1]:
                 self.complain(f"spool: {complaint}")
         except q.QueueBusy:
             self.changed = True

@@ -34,6 +34,7 @@ usage: $name COMMAND [ARGUMENTS]
   approve, reject               let a held task run, or end it
   retry, cancel, move, purge    act on tasks
   pause, resume, limit          hold a queue back
+  take-in                       what hooks have left becomes tasks; other commands do that first
   doctor                        what is wrong, and what to do about it
   report                        what became of the tasks of this directory
   page                          all of it as an HTML page
@@ -55,7 +56,7 @@ case ${1:-} in
 --version) exec sed -n "s/^VERSION = \"\(.*\)\"\$/$name \1/p" "$lib/queue_helpers.py" ;;
 add) script=enqueue ;;
 work) script=worker ;;
-*[!a-z]*) script= ;;
+*[!a-z-]*) script= ;;
 *) script=$1 ;;
 esac
 case $script in
@@ -63,7 +64,7 @@ install | uninstall) script=install ;;
 *)
     if [ -n "$script" ] && [ -r "$lib/$script.py" ]; then
         shift
-    elif [ -n "$script" ] && { usage && echo dashboard; } | grep -qwF "$script"; then
+    elif [ -n "$script" ] && { usage && echo dashboard; } | grep -qwF -- "$script"; then
         script=tasks
     else
         echo "$name: there is no such command; see $name --help" >&2

@@ -127,7 +127,7 @@ def add_command(commands, run: Callable[..., int]) -> Parser:
     help.
     """
     says = " ".join((run.__doc__ or "").split())
-    name = run.__name__.rstrip("_")
+    name = run.__name__.rstrip("_").replace("_", "-")
     entry = commands.add_parser(name, help=says.split(". ")[0].rstrip("."), description=says)
     entry.add_argument("--json", dest="as_json", action="store_true", help="for scripts")
     entry.set_defaults(run=run)

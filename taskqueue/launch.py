@@ -19,10 +19,8 @@ from taskqueue.installation import default_prefix
 IDLE_EXIT_SECONDS = 60
 
 
-def start_worker(queue: str, directory: str | None = None) -> None:
+def start_worker(queue: str) -> None:
     """Start a detached worker unless one serves the queue. Raises OSError, ValueError.
-
-    It is that of the scripts in the directory, by default of those beside this one.
 
     Of ten that are started at once, those that do not get the queue's lock leave.
     """
@@ -37,7 +35,7 @@ def start_worker(queue: str, directory: str | None = None) -> None:
     except OSError:
         # Nobody ever served it.
         pass
-    lib = Path(directory) if directory else Path(__file__).resolve().parent.parent
+    lib = Path(__file__).resolve().parent.parent
     command = worker_command(lib, [queue])
     log = q.make_private(q.STATE_DIR / "logs") / f"worker.{queue}.log"
     fd = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)

@@ -124,7 +124,9 @@ class SharedTable(_Base):
         return f'"{q.check_queue_name(self.name)}"'
 
     def _count(self) -> int:
-        return q.execute(self._conn, COUNT_READY, self.name, now=time.time()).fetchone()[0]
+        conn = self._conn
+        q.take_in(conn, self.name)
+        return q.execute(conn, COUNT_READY, self.name, now=time.time()).fetchone()[0]
 
     def empty(self) -> bool:
         return not q.has_ready(self._conn, self.name)
@@ -137,7 +139,8 @@ class SharedTable(_Base):
         q.ensure_queue(conn, self.name)
         with q.transaction(conn):
             cursor = conn.execute(
-                q.on_queue(q.INSERT, self.name), (text, q.READY, None, 0, None, None)
+                q.on_queue(q.INSERT, self.name),
+                (text, q.READY, None, 0, None, None, time.time()),
             )
             row_id = cursor.lastrowid if cursor.rowcount == 1 else None
         q.wake(self.state)

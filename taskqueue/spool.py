@@ -1,18 +1,21 @@
-"""The spool: tasks that could not reach the database, each a file in state/spool/QUEUE, are taken
-in.
+"""Take in the spool: firings of hooks, and tasks that could not reach the database.
 
-Nothing in there stops anything else. What cannot be a task is moved to spool/QUEUE/malformed, what
-cannot be read stays where it is, and each is named in a complaint.
+Each is a file in state/spool/QUEUE. Nothing in there stops anything else. What cannot be a task is
+moved to spool/QUEUE/malformed, what cannot be read stays where it is, and each is named in a
+complaint.
 """
 
 from __future__ import annotations
 
 import os
+import sqlite3
 import stat
-from collections.abc import Callable, Iterator
+import time
+from contextlib import suppress
 from pathlib import Path
 
 import queue_helpers as q
+from taskqueue import hook
 from taskqueue.text import visible
 
 SPOOLED = """
@@ -23,10 +26,10 @@ delete from task_spooled where file = :file"""
 # A larger file is no task that a hook wrote.
 MOST_BYTES = 64 * 2**20
 SET_ASIDE = "malformed"
-
-# Makes the row of what hook.sh left: the hook's arguments, its payload, its directory, its
-# project's directory, and how deep in handlers it was fired. A text says why there is no task.
-HookRow = Callable[[list[str], bytes, str, str, int], "q.Row | str"]
+# So many files are taken in by one transaction.
+BATCH = 200
+# A directory that changed within this time may change again without another mtime.
+SETTLED_NS = 2 * 10**9
 
 
 class NotATask(Exception):
@@ -84,28 +87,36 @@ def take_back(path: Path | str) -> str:
     return f"if it should be yours: sudo chown -R $USER '{path}'"
 
 
-def take_in_spool(
-    state: Path | None = None, hook_row: HookRow | None = None
-) -> tuple[int, list[str]]:
-    """Move spooled tasks into the database, oldest first, each exactly once: (how many,
-    complaints).
+def take_in_spool(state: Path | None = None) -> tuple[int, list[str]]:
+    """Move all spooled tasks into the database, oldest first, each exactly once.
 
-    hook_row is enqueue.hook_row; without it, what a hook without Python left is left for another.
-    Raises QueueBusy, and QueueUnavailable where there is no database to be had.
+    Returns how many, and complaints. Raises QueueBusy, and QueueUnavailable where there is no
+    database to be had.
     """
     state, taken, complaints = state or q.STATE_DIR, 0, []
     for directory in _entries(state, complaints):
         files = _tasks_in(directory, complaints)
         if files:
-            conn = q.connect(state)
-            for outcome in _take_in_directory(conn, directory, files, hook_row):
-                if isinstance(outcome, str):
-                    complaints.append(outcome)
-                else:
-                    taken += outcome
-    if taken:
-        q.wake(state)
+            taken += _take_in_files(q.connect(state), directory, files, complaints)
     return taken, [visible(complaint) for complaint in complaints]
+
+
+def take_in_first() -> None:
+    """Take in what hooks have left, before a command looks; doctor says what hinders that."""
+    with suppress(q.QueueError, sqlite3.Error, OSError):
+        take_in_spool()
+
+
+def take_in(conn: q.Connection, queue: str) -> None:
+    """Move one queue's spooled tasks into the database; remember when there were none."""
+    directory = conn.state / "spool" / queue
+    seen = os.stat(directory).st_mtime_ns
+    complaints: list[str] = []
+    files = _tasks_in(directory, complaints)
+    if files:
+        _take_in_files(conn, directory, files, complaints)
+    elif not complaints and time.time_ns() - seen > SETTLED_NS:
+        conn.spools[queue] = seen
 
 
 def _entries(state: Path, complaints: list[str]) -> list[Path]:
@@ -140,63 +151,109 @@ def _tasks_in(directory: Path, complaints: list[str]) -> list[tuple[int, str, in
     return []
 
 
-def _take_in_directory(
-    conn: q.Connection, directory: Path, files: list, hook_row: HookRow | None
-) -> Iterator[bool | str]:
-    """Take in a queue's files: for each whether it was a new task, or a complaint."""
+def _take_in_files(conn: q.Connection, directory: Path, files: list, complaints: list[str]) -> int:
+    """Take in files of a queue's directory; how many were new tasks. Raises QueueBusy."""
+    taken = 0
     try:
         q.ensure_queue(conn, directory.name)
+        for at in range(0, len(files), BATCH):
+            taken += _take_in_batch(conn, directory, files[at : at + BATCH], complaints)
     except q.QueueBusy:
         raise
-    except Exception as error:
-        yield f"{directory}: the queue cannot be used: {error}"
-        return
+    except (q.QueueError, sqlite3.Error) as error:
+        complaints.append(f"{directory}: the queue cannot be used: {error}")
+    if taken:
+        q.wake(conn.state)
+    return taken
+
+
+def _take_in_batch(conn: q.Connection, directory: Path, files: list, complaints: list[str]) -> int:
+    """Take in files with one transaction.
+
+    Their identities are stored in the transaction that stores the tasks, and forgotten after the
+    files are removed: a crash in between, or another process at the same time, takes nothing in
+    twice.
+    """
+    taken, stored, refused = 0, [], []
+    rows = _rows(directory, files, complaints)
+    with q.transaction(conn):
+        for path, found, identity, row in rows:
+            conn.execute("savepoint spooled")
+            try:
+                # Another process may have taken it in, and forgotten it.
+                if same_file(path) == found:
+                    if conn.execute(SPOOLED, identity).rowcount == 1:
+                        taken += q.insert(conn, directory.name, row)
+                    stored.append((path, identity))
+            except FileNotFoundError:
+                pass
+            except (sqlite3.Error, OverflowError) as error:
+                if not _is_refused(error, conn):
+                    raise
+                conn.execute("rollback to spooled")
+                refused.append((path, found[0], error))
+            conn.execute("release spooled")
+    complaints += [_set_aside(*why) for why in refused]
+    _forget(conn, stored, complaints)
+    return taken
+
+
+def same_file(path: Path) -> tuple[int, int]:
+    """What tells a file from another one of the same name."""
+    found = path.lstat()
+    return found.st_ino, found.st_mtime_ns
+
+
+def _is_refused(error: Exception, conn: q.Connection) -> bool:
+    """Whether the database refused this row, and can go on with others."""
+    return not isinstance(error, sqlite3.Error) or isinstance(
+        q.explain(error, conn.state), q.InvalidTask
+    )
+
+
+def _rows(directory: Path, files: list, complaints: list[str]) -> list[tuple]:
+    """(path, (inode, mtime), identity, row) of the files that are tasks."""
+    rows = []
     for mtime, name, inode in files:
         path = directory / name
         try:
-            yield _take_in(conn, path, inode, mtime, hook_row)
+            identity = {"file": f"{directory.name}/{name}:{inode}:{mtime}"}
+            rows.append((path, (inode, mtime), identity, spooled_row(path, mtime / 1e9)))
         except FileNotFoundError:
-            # Another worker took it.
+            # Another process took it in.
             continue
-        except q.InvalidTask as error:
-            yield _set_aside(path, inode, error)
-        except q.QueueBusy:
-            raise
-        except q.QueueError as error:
-            yield f"{directory}: the queue cannot be used: {error}"
-            return
         except OSError as error:
-            yield f"{path}: {error.strerror}; it cannot be read or removed; {take_back(path.parent)}"
-        except Exception as error:
-            yield _set_aside(path, inode, error)
+            complaints.append(
+                f"{path}: {error.strerror}; it cannot be read; {take_back(directory)}"
+            )
+        except (NotATask, hook.NoTask, q.InvalidTask) as error:
+            complaints.append(_set_aside(path, inode, error))
+    return rows
 
 
-def _take_in(
-    conn: q.Connection, path: Path, inode: int, mtime: int, hook_row: HookRow | None
-) -> bool | str:
-    """Whether this file was a new task, or a complaint.
-
-    Its identity is stored in the transaction that stores the task, and forgotten after the file is
-    removed: a crash in between, or another worker at the same time, takes nothing in twice.
-    """
-    queue, is_new = path.parent.name, False
-    row = spooled_row(path, hook_row)
-    if row is None:
-        return f"{path}: a hook without Python left it; it waits for a worker or cleanup.py"
-    if isinstance(row, str):
-        path.unlink()
-        return f"{path} was removed: {row}"
-    identity = {"file": f"{queue}/{path.name}:{inode}:{mtime}"}
-    with q.transaction(conn):
-        if path.lstat().st_ino != inode:
-            raise FileNotFoundError(path)
-        if conn.execute(SPOOLED, identity).rowcount == 1:
-            is_new = q.insert(conn, queue, row)
-    path.unlink(missing_ok=True)
+def _forget(conn: q.Connection, stored: list[tuple], complaints: list[str]) -> None:
+    """Remove the files that were taken in, then their identities."""
+    removed = []
+    for path, identity in stored:
+        try:
+            path.unlink(missing_ok=True)
+            removed.append(identity)
+        except OSError as error:
+            complaints.append(
+                f"{path}: {error.strerror}; it cannot be removed; {take_back(path.parent)}"
+            )
     # To lose this costs a line in the table, no task.
     with q.transaction(conn, durable=False):
-        conn.execute(UNSPOOLED, identity)
-    return is_new
+        conn.executemany(UNSPOOLED, removed)
+
+
+def why_set_aside(path: Path) -> str:
+    """Why a file in a malformed directory is no task; "" where it would be taken in."""
+    try:
+        spooled_row(path, time.time())
+        return ""
+    except (NotATask, hook.NoTask, q.InvalidTask, OSError) as error:
+        return str(error)
 
 
 def _set_aside(path: Path, inode: int, why: Exception) -> str:
@@ -209,13 +266,11 @@ def _set_aside(path: Path, inode: int, why: Exception) -> str:
         return f"{path}: {why}; nor can it be set aside: {error.strerror}"
 
 
-def spooled_row(path: Path, hook_row: HookRow | None = None) -> q.Row | str | None:
-    """The row of a spooled task, why it is none, or None when it takes hook_row to know.
+def spooled_row(path: Path, at: float) -> q.Row:
+    """The row of a spooled task that was left at that time.
 
-    Raises NotATask, InvalidTask, OSError.
+    Raises NotATask, NoTask, InvalidTask, OSError.
     """
-    if path.suffix == ".hook" and hook_row is None:
-        return None
     fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     with open(fd, "rb") as file:
         found = os.fstat(fd)
@@ -224,32 +279,20 @@ def spooled_row(path: Path, hook_row: HookRow | None = None) -> q.Row | str | No
         if found.st_size > MOST_BYTES:
             raise NotATask(f"it has {found.st_size:,} bytes, and a task {MOST_BYTES:,} at most")
         raw = file.read(MOST_BYTES)
+    # The clock may have been set back since.
+    at = max(0.0, min(at, time.time()))
     try:
-        return (
-            row_of_hook(raw, hook_row) if path.suffix == ".hook" and hook_row else row_of_text(raw)
-        )
+        return hook.row_of(hook.read(raw, at)) if path.suffix == ".hook" else row_of_text(raw, at)
+    except q.InvalidTask:
+        raise
     except (ValueError, OverflowError, RecursionError) as error:
         raise NotATask(str(error)) from None
 
 
-def row_of_hook(raw: bytes, hook_row: HookRow) -> q.Row | str:
-    """The row of what hook.sh writes where it finds no Python.
+def row_of_text(raw: bytes, at: float) -> q.Row:
+    """The row of what would be a row's data: a bare payload, or an envelope.
 
-    That is fields that end with a NUL (how many arguments the hook was given, the arguments, its
-    directory, CLAUDE_PROJECT_DIR, TASK_DEPTH), then the payload.
-    """
-    count, rest = raw.split(b"\0", 1)
-    parts = rest.split(b"\0", int(count) + 3)
-    if int(count) < 1 or len(parts) != int(count) + 4:
-        raise NotATask("not as a hook writes it")
-    fields = [part.decode("utf-8", "surrogateescape") for part in parts[:-1]]
-    *words, directory, project, depth = fields
-    return hook_row(words, parts[-1], directory, project, int(depth) if depth.isdecimal() else 0)
-
-
-def row_of_text(raw: bytes) -> q.Row:
-    """The row of what would be a row's data: a bare payload, an envelope, or with the columns that
-    a hook adds.
+    Hooks of an older version added the columns that are not in there.
     """
     text = raw.decode("utf-8-sig")
     columns = {
@@ -264,7 +307,9 @@ def row_of_text(raw: bytes) -> q.Row:
     told = stored.get("spooled_row") if isinstance(stored, dict) else None
     if isinstance(told, dict) and told.keys() == columns.keys():
         columns = stored.pop("spooled_row")
+        if not isinstance(columns["window"], (int, float)):
+            raise ValueError(f"window {columns['window']!r} is no number")
         text = q.to_json(stored)
     elif odd:
         text = q.to_json(stored)
-    return q.Row(text, **columns)
+    return q.Row(text, timestamp=at, **columns)

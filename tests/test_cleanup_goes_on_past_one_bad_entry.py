@@ -83,7 +83,7 @@ def test_with_every_a_complaint_is_said_once(filled, monkeypatch, capsys):
 
     monkeypatch.setattr(q, "STATE_DIR", filled.state)
 
-    def refused(state, hook_row):
+    def refused(state):
         raise PermissionError(13, "Permission denied", str(state / "spool"))
 
     monkeypatch.setattr(q, "take_in_spool", refused)

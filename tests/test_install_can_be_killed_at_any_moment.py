@@ -26,7 +26,8 @@ def checkout(directory, mark):
     (directory / "taskqueue").mkdir()
     (directory / "bin").mkdir()
     scripts = [
-        MAIN / name for name in ("install.py", "enqueue.py", "cleanup.py", "hook.sh", "bin/tq.sh")
+        MAIN / name
+        for name in ("install.py", "enqueue.py", "cleanup.py", "bin/hook.sh", "bin/tq.sh")
     ]
     for source in [
         *scripts,

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+import queue_helpers
+
 MAIN = Path(__file__).resolve().parent.parent
 STOP = b'{"session_id": "s1", "cwd": "/", "hook_event_name": "Stop", "stop_hook_active": false}'
 SHELLS = [shell for shell in ("sh", "bash", "dash", "zsh") if shutil.which(shell)]
@@ -68,6 +70,8 @@ def fire(home, command, shell="sh", payload=STOP, env=None, cwd="/", **options):
 
 
 def rows(prefix):
+    """What is there once the spool was taken in."""
+    queue_helpers.take_in_spool(prefix / "state")
     conn = sqlite3.connect(prefix / "state/tasks.db")
     try:
         return conn.execute("select task_type, data from notifications order by id").fetchall()
@@ -108,45 +112,9 @@ def change_hook(prefix, **values):
     hook.write_text("".join(lines))
 
 
-@pytest.mark.parametrize("python", ["/nowhere/python3", "/bin/false-python", "''"])
-def test_without_that_python_uv_runs_it(place, python):
+def test_inside_a_handler_it_stores_nothing(place):
     home, prefix, command = place
-    change_hook(prefix, python=python)
-    assert_quiet(fire(home, command, env={"HOME": str(home)}))
-    assert len(rows(prefix)) == 1
-
-
-@pytest.mark.parametrize(
-    "program",
-    ["#!/nowhere/interpreter\n", "#!/bin/sh\necho broken >&2; exit 127\n", "#!/bin/sh\nexit 2\n"],
-)
-def test_a_python_that_does_not_start_is_stood_in_for_with_stdin_unread(place, tmp_path, program):
-    home, prefix, command = place
-    broken = tmp_path / "python3"
-    broken.write_text(program)
-    broken.chmod(0o755)
-    change_hook(prefix, python=broken)
-    ran = fire(home, command)
-    assert (ran.returncode, ran.stdout) == (0, b"")
-    assert json.loads(rows(prefix)[0][1])["data"]["session_id"] == "s1"
-
-
-def test_uv_is_not_disturbed_by_what_lies_in_the_workspace(place, tmp_path):
-    home, prefix, command = place
-    change_hook(prefix, python="''")
-    (tmp_path / "uv.toml").write_text("nonsense = [")
-    (tmp_path / "pyproject.toml").write_text("nonsense = [")
-    (tmp_path / ".python-version").write_text("2.7\n")
-    assert_quiet(fire(home, command, cwd=tmp_path))
-    assert len(rows(prefix)) == 1
-
-
-def test_inside_a_handler_it_stores_nothing_even_without_python(place):
-    home, prefix, command = place
-    for python in (None, "''"):
-        if python:
-            change_hook(prefix, python=python, uv=python)
-        assert_quiet(fire(home, command, env={"HOME": str(home), "TASK_DEPTH": "1"}))
+    assert_quiet(fire(home, command, env={"HOME": str(home), "TASK_DEPTH": "1"}))
     assert rows(prefix) == [] and spooled(prefix) == []
 
 
@@ -159,8 +127,8 @@ def test_when_everything_was_removed_by_hand_it_ends_well_and_silently(place, sh
 
 def test_where_nothing_can_be_stored_it_exits_1_and_says_why(place):
     home, prefix, command = place
-    change_hook(prefix, python="''", uv="''")
-    ran = fire(home, command, env={"HOME": str(home), "TASK_QUEUE_STATE": "/proc/nowhere"})
+    change_hook(prefix, state="/proc/nowhere")
+    ran = fire(home, command)
     assert (ran.returncode, ran.stdout) == (1, b"") and b"was not stored" in ran.stderr
     # A shell itself answers this with 2.
     (prefix / "runtime/hook").write_text("if then\n")
@@ -170,9 +138,8 @@ def test_where_nothing_can_be_stored_it_exits_1_and_says_why(place):
 
 def test_a_refused_queue_name_is_not_2_either(place):
     home, _, command = place
-    for bad in ("No-Queue", "notifications --nonsense", "notifications a b c"):
-        ran = fire(home, command.replace("notifications link_validation", bad))
-        assert (ran.returncode, ran.stdout) == (1, b"") and ran.stderr
+    ran = fire(home, command.replace("notifications link_validation", "No-Queue"))
+    assert (ran.returncode, ran.stdout) == (1, b"") and ran.stderr
 
 
 def test_twenty_at_once_store_twenty_tasks(place):
@@ -192,7 +159,7 @@ def test_twenty_at_once_store_twenty_tasks(place):
         process.stdin.write(STOP.replace(b'"/"', b'"/%d"' % number))
         process.stdin.close()
     assert [(process.wait(30), process.stdout.read()) for process in started] == [(0, b"")] * 20
-    assert len(rows(prefix)) + len(spooled(prefix)) == 20
+    assert len(rows(prefix)) == 20
 
 
 @pytest.mark.parametrize(
@@ -229,19 +196,3 @@ def test_a_closed_stdin_does_not_hold_it(place):
     )
     assert_quiet(ran)
     assert len(rows(prefix)) == 1
-
-
-@pytest.mark.parametrize("uv", ["''", "/nowhere/uv"])
-def test_a_program_that_lies_in_the_workspace_is_never_run(place, tmp_path, uv):
-    """No empty entry, which means the working directory, gets onto PATH."""
-    home, prefix, command = place
-    change_hook(prefix, uv=uv)
-    for name in ("uv", "python3", "sh", "date", "cat"):
-        (tmp_path / name).write_text('#!/bin/sh\ntouch "$HOME/hijacked"\n')
-        (tmp_path / name).chmod(0o755)
-    for python in (None, "''"):
-        if python:
-            change_hook(prefix, python=python)
-        for env in ({"HOME": str(home)}, {"HOME": str(home), "PATH": "/usr/bin"}):
-            assert_quiet(fire(home, command, env=env, cwd=tmp_path))
-    assert not (home / "hijacked").exists()

@@ -135,7 +135,7 @@ def test_upgrading_under_a_running_worker_loses_and_repeats_nothing(home):
             if number % 8 == 4:
                 changed = (MAIN / "queue_helpers.py").read_text() + f"# {number}\n"
                 source = home / "checkout"
-                names = ("install.py", "enqueue.py", "worker.py", "hook.sh", "bin/tq.sh")
+                names = ("install.py", "enqueue.py", "worker.py", "bin/hook.sh", "bin/tq.sh")
                 copy_scripts(source, *names)
                 (source / "queue_helpers.py").write_text(changed)
                 ran = subprocess.run(

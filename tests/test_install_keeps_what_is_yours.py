@@ -175,7 +175,7 @@ def test_what_is_no_script_is_not_installed(source, home):
     assert not {"conftest.py", "notes.txt"} & installed
     assert {str(path.relative_to(source)) for path in source.glob("taskqueue/*.py")} | {
         "queue_helpers.py",
-        "hook.sh",
+        "bin/hook.sh",
         "service.py",
         "worker.py",
     } <= installed

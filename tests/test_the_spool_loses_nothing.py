@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from conftest import wait_for
 
-import enqueue
+import queue_helpers
 
 
 def put(installation, name: str, text: str | bytes, queue: str = "notifications"):
@@ -162,7 +162,7 @@ def test_while_the_database_is_locked_the_file_stays(installation, queue, monkey
     assert queue.take_in_spool(installation.state) == (1, [])
 
 
-HOOK = b"3\0notifications\0link_validation\0--priority=3\0/tmp\0/project\0000\0"
+HOOK = b"hook-2\0003\0notifications\0link_validation\0--priority=3\0/tmp\0/project\0001\0000\0"
 
 
 def odd_entries(installation) -> dict:
@@ -187,8 +187,10 @@ def odd_entries(installation) -> dict:
 
 
 def spooled_text(**columns) -> str:
-    row = enqueue.q.new_row("t", {}, "an id")._replace(**columns)
-    return enqueue.for_the_spool(row)
+    """What a hook of an older version left."""
+    row = queue_helpers.new_row("t", {}, "an id")._asdict() | columns
+    kept = {name: row[name] for name in row if name not in ("data", "timestamp")}
+    return f'{row["data"][:-1]}, "spooled_row": {json.dumps(kept)}}}'
 
 
 def test_each_odd_entry_is_one_complaint_and_the_others_are_taken_in(installation, queue):
@@ -196,14 +198,14 @@ def test_each_odd_entry_is_one_complaint_and_the_others_are_taken_in(installatio
     put(installation, "zz.json", '{"n": 1}')
     put(installation, "aa.hook", HOOK + b'{"n": 2}')
     put(installation, "task.json", '{"n": 3}', queue="approvals")
-    taken, complaints = queue.take_in_spool(installation.state, enqueue.hook_row)
+    taken, complaints = queue.take_in_spool(installation.state)
     assert taken == 3, complaints
     assert all(any(word in complaint for complaint in complaints) for word in words), complaints
     assert len(complaints) == len(words)
     assert all(complaint.isprintable() for complaint in complaints)
     # What can be no task was moved away or removed; the rest needs a person, and a worker may leave
     # meanwhile.
-    assert queue.take_in_spool(installation.state, enqueue.hook_row)[0] == 0
+    assert queue.take_in_spool(installation.state)[0] == 0
     assert queue.spooled_files(installation.state / "spool/notifications") == []
 
 
@@ -238,7 +240,7 @@ def test_one_queues_trouble_is_not_the_others(installation, queue, broken):
 
 def taken_in_by_somebody(state: Path, user: int) -> tuple[int, list[str]]:
     """take_in_spool() in a process of another user."""
-    assert enqueue.q.spooled_files(state / "nothing") == []
+    assert queue_helpers.spooled_files(state / "nothing") == []
     read, write = os.pipe()
     pid = os.fork()
     if pid == 0:
@@ -247,7 +249,7 @@ def taken_in_by_somebody(state: Path, user: int) -> tuple[int, list[str]]:
                 os.setgroups([])
                 os.setgid(user)
                 os.setuid(user)
-            os.write(write, json.dumps(enqueue.q.take_in_spool(state)).encode())
+            os.write(write, json.dumps(queue_helpers.take_in_spool(state)).encode())
         except BaseException as error:
             os.write(write, json.dumps(repr(error)).encode())
         finally:
@@ -292,13 +294,6 @@ def test_a_spool_that_others_can_read_is_made_private(installation, queue):
     assert queue.take_in_spool(installation.state) == (1, [])
     for directory in (installation.state / "spool", installation.state / "spool/notifications"):
         assert stat.S_IMODE(directory.stat().st_mode) == 0o700
-
-
-def test_without_its_script_a_hooks_file_waits_for_whoever_has_it(installation, queue):
-    path = put(installation, "task.hook", HOOK + b"{}")
-    taken, complaints = queue.take_in_spool(installation.state)
-    assert taken == 0 and len(complaints) == 1 and path.exists()
-    assert queue.take_in_spool(installation.state, enqueue.hook_row) == (1, [])
 
 
 def test_it_is_on_the_disk_when_spool_returns(installation, queue, monkeypatch):

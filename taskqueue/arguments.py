@@ -1,0 +1,135 @@
+"""The command line of enqueue.py, which is also that of hooks."""
+
+from __future__ import annotations
+
+import getopt
+import time
+
+import queue_helpers as q
+
+# The same firing, told by two hooks, comes within this time.
+HOOK_WINDOW_SECONDS = 10.0
+
+
+def parse_object(raw: bytes) -> tuple[dict, str]:
+    """A JSON object and its text. Raises InvalidTask."""
+    try:
+        text = raw.decode().removeprefix("\ufeff").strip(" \t\r\n")
+        value = q.parse_json(text)[0]
+    except UnicodeDecodeError as error:
+        raise q.InvalidTask(f"not UTF-8: {error}") from None
+    except (ValueError, RecursionError) as error:
+        raise q.InvalidTask(f"not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise q.InvalidTask(f"a JSON {type(value).__name__}, not an object like {{}}")
+    return value, text
+
+
+FLAGS = ("hook", "jsonl", "hold", "new", "start-worker", "nested", "version", "help")
+OPTIONS = {
+    "task-id": str,
+    "delay": q.parse_duration,
+    "at": q.parse_time,
+    "ttl": q.parse_duration,
+    "priority": int,
+    "group": str,
+    "on-duplicate": str,
+    "window": q.parse_duration,
+    "wait": q.parse_duration,
+    "data": lambda text: parse_object(text.encode("utf-8", "surrogateescape"))[0],
+    "once-per": str,
+    "group-by": str,
+}
+CHOICES = {
+    "on-duplicate": ("skip", "replace", "rerun"),
+    "once-per": ("session", "workspace", "content"),
+    "group-by": ("workspace", "project", "session"),
+}
+# What a line of --jsonl may say of its task; these three are read like the options.
+LINE_KEYS = {
+    *("task_type", "data", "task_id", "delay", "at", "hold", "ttl", "priority", "group"),
+    *("on_duplicate", "window"),
+}
+LINE_TIMES = {"delay": q.parse_duration, "ttl": q.parse_duration, "window": q.parse_duration}
+LINE_TIMES["at"] = q.parse_time
+
+
+class Arguments:
+    """The command line. Raises ValueError for wrong use."""
+
+    task_type: str | None = None
+    data: str | None = None
+    task_id: str | None = None
+    delay = 0.0
+    at: float | None = None
+    ttl: float | None = None
+    priority = 0
+    group: str | None = None
+    on_duplicate = "skip"
+    window: float | None = None
+    wait: float | None = None
+    once_per: str | None = None
+    group_by: str | None = None
+    granted: dict | None = None
+    hook = jsonl = hold = new = start_worker = nested = version = help = False
+
+    def __init__(self, argv: list[str]) -> None:
+        try:
+            found, words = getopt.gnu_getopt(argv, "h", [*FLAGS, *(f"{name}=" for name in OPTIONS)])
+        except getopt.GetoptError as error:
+            raise ValueError(error) from None
+        for option, text in found:
+            name = {"-h": "help"}.get(option, option[2:])
+            attribute = "granted" if name == "data" else name.replace("-", "_")
+            setattr(self, attribute, read_option(name, text))
+        if not (self.help or self.version):
+            self.take_words(words)
+            self.check()
+
+    def take_words(self, words: list[str]) -> None:
+        if len(words) < (1 if self.hook or self.jsonl else 2):
+            raise ValueError("QUEUE and TASK_TYPE are required")
+        if len(words) > 3:
+            raise ValueError(f"{words[3]!r} is one word too many")
+        self.queue = words[0]
+        self.task_type = words[1] if len(words) > 1 else None
+        self.data = words[2] if len(words) > 2 else None
+
+    def check(self) -> None:
+        """Refuse what cannot be meant together."""
+        if (self.hook or self.jsonl) and (self.data is not None or self.task_id is not None):
+            raise ValueError(
+                "with --hook or --jsonl the tasks come on stdin: no DATA, no --task-id"
+            )
+        if self.hook and self.jsonl:
+            raise ValueError("--hook goes without --jsonl")
+        if (self.once_per or self.group_by or self.granted is not None) and not self.hook:
+            raise ValueError("--once-per, --group-by and --data go with --hook")
+        if self.group is not None and self.group_by:
+            raise ValueError("--group and --group-by both name the group: give one of them")
+        if bool(self.delay) + (self.at is not None) + self.hold > 1:
+            raise ValueError("--delay, --at and --hold each say when: give one of them")
+        # A hook's firing may be taken in later than it was meant to run.
+        if self.at is not None and self.at <= time.time() and not self.hook:
+            when = time.strftime("%Y-%m-%d %H:%M %Z", time.localtime(self.at))
+            raise ValueError(f"--at: {when} has passed; give a time to come, or leave out --at")
+
+    def terms(self) -> dict:
+        """What new_row() is told of each task."""
+        names = ("delay", "at", "ttl", "priority", "group", "hold", "on_duplicate")
+        default = HOOK_WINDOW_SECONDS if self.hook else 0.0
+        window = default if self.window is None else self.window
+        return {**{name: getattr(self, name) for name in names}, "window": window}
+
+
+def read_option(name: str, text: str) -> object:
+    """The value of an option. Raises ValueError."""
+    if name not in OPTIONS:
+        return True
+    if name in CHOICES and text not in CHOICES[name]:
+        raise ValueError(f"--{name} takes {' or '.join(CHOICES[name])}, not {text!r}")
+    try:
+        return OPTIONS[name](text)
+    except ValueError as error:
+        why = f"{text!r} is not a whole number" if OPTIONS[name] is int else error
+        raise ValueError(f"--{name}: {why}") from None

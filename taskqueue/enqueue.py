@@ -1,0 +1,266 @@
+"""Put tasks into a queue: what enqueue.py does. The options are in taskqueue/arguments.py."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import sys
+import time
+
+import queue_helpers as q
+from taskqueue import hook as hooks
+from taskqueue.arguments import LINE_KEYS, LINE_TIMES, Arguments, parse_object
+from taskqueue.text import visible
+
+if q.TYPE_CHECKING:
+    from typing import NoReturn
+
+EX_FAILED, EX_USAGE, EX_DATAERR, EX_TEMPFAIL = 1, 64, 65, 75
+# How long a hook waits for the database, and for its payload.
+HOOK_WAIT_SECONDS, STDIN_SECONDS = 1.0, 0.75
+# No more of a payload is read.
+MOST_BYTES = 64 * 2**20
+
+
+def main(argv: list[str] | None = None, help_text: str | None = None) -> int:
+    q.go_back()
+    argv = command_line() if argv is None else argv
+    try:
+        args = Arguments(argv)
+    except ValueError as error:
+        return fail(EX_USAGE, f"{error}; see enqueue.py --help")
+    if args.help or args.version:
+        say(str(help_text) if args.help else f"enqueue.py {q.VERSION}\n")
+        return 0
+    if q.state_complaint and not args.hook:
+        return fail(EX_USAGE, q.state_complaint)
+    try:
+        words = [word for word in argv if word != "--hook"]
+        code = hook(args, words) if args.hook else enqueue(args)
+        if args.start_worker and code == 0:
+            start_worker(args.queue)
+        return code
+    except q.InvalidTask as error:
+        return fail(EX_DATAERR, error, hook=args.hook)
+    except q.QueueBusy as error:
+        return fail(EX_TEMPFAIL, error, hook=args.hook)
+    except q.QueueError as error:
+        return fail(EX_FAILED, error, hook=args.hook)
+
+
+def command_line() -> list[str]:
+    """The arguments as UTF-8, whatever encoding the locale has."""
+    return [hooks.from_bytes(os.fsencode(word)) for word in sys.argv[1:]]
+
+
+def fail(code: int, message: object, *, hook: bool = False) -> int:
+    """Say what is wrong in one line; the code. A person is told commands as people type them."""
+    # print() would take stdout where there is no stderr.
+    if sys.stderr is not None:
+        line = " ".join(f"enqueue.py: {message}".split())
+        if not hook:
+            from taskqueue import cli as queue_cli
+
+            line = queue_cli.remedies_as_typed(line)
+        try:
+            print(visible(line), file=sys.stderr)
+        except OSError:
+            pass
+    return code
+
+
+def say(text: str) -> None:
+    """Write to stdout, if it is there; what its encoding lacks is escaped."""
+    if sys.stdout is None:
+        return
+    try:
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(errors="backslashreplace")
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except OSError:
+        # The reader has gone; the tasks are stored.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+
+
+def start_worker(queue: str) -> None:
+    """Start a worker for the stored task; that none can be started is no failure."""
+    try:
+        from taskqueue import launch as queue_launch
+
+        queue_launch.start_worker(queue)
+    except (ImportError, OSError, ValueError, q.QueueError) as error:
+        fail(0, f"the task is stored, but no worker could be started: {error}", hook=True)
+
+
+# ---------------------------------------------------------------------------------- the command line
+
+
+def enqueue(args: Arguments) -> int:
+    """Store the tasks of the command line or of stdin, all or none, and say what became of each."""
+    q.check_queue_name(args.queue)
+    rows = tasks_of_lines(args) if args.jsonl else [task_of_command_line(args)]
+    wait = None if args.wait is None else milliseconds(args.wait)
+    made, stored = store(args.queue, rows, wait)
+    lines = [
+        f"{'queued' if is_new else 'duplicate' if row.on_duplicate == 'skip' else 'updated'} {visible(task_id)}"
+        for row, (task_id, is_new) in zip(rows, stored, strict=True)
+    ]
+    if lines:
+        notes = [f"a new queue: {args.queue}"] if made and not args.new else []
+        notes += notes_on(args, rows)
+        lines[0] += f" ({'; '.join(notes)})" if notes else ""
+    say("".join(f"{line}\n" for line in lines))
+    return 0
+
+
+def notes_on(args: Arguments, rows: list[q.Row]) -> list[str]:
+    """Say when the tasks start, and what keeps them from it: no worker, or no handler."""
+    from taskqueue import serving
+
+    notes, conn = [], q.connect()
+    if args.at is not None:
+        from taskqueue.cli import ago, clock
+
+        notes.append(f"starts at {clock(args.at)}, {ago(args.at)}")
+    runner = serving.runner_of(conn, conn.state, args.queue)
+    is_held = all(row.status == q.SCHEDULED and row.due_at is None for row in rows)
+    if not (args.start_worker or is_held):
+        notes.append(serving.remark(args.queue, runner.kind))
+    types = {args.task_type} if args.task_type else {type_in(row.data) for row in rows}
+    notes += serving.unhandled_types(types, runner)
+    return [visible(note) for note in notes if note]
+
+
+def type_in(envelope: str) -> str:
+    return json.loads(envelope)["task_type"]
+
+
+def milliseconds(seconds: float) -> int:
+    """A time to wait, within what SQLite takes."""
+    return max(20, min(int(seconds * 1000), 3_600_000))
+
+
+def task_of_command_line(args: Arguments) -> q.Row:
+    if args.data == "-":
+        raw = stdin().read()
+    else:
+        raw = b"{}" if args.data is None else args.data.encode("utf-8", "surrogateescape")
+    data, text = parse_object(raw)
+    return q.new_row(args.task_type or "", data, args.task_id, text=text, **args.terms())
+
+
+def tasks_of_lines(args: Arguments) -> list[q.Row]:
+    rows, terms = [], {**args.terms(), "depth": q.task_depth()}
+    for number, line in enumerate(stdin(), 1):
+        if line.isspace():
+            continue
+        try:
+            task, text = parse_object(line)
+            if args.task_type is None:
+                rows.append(q.new_row(**{**terms, "data": {}, **terms_of_line(task)}))
+            else:
+                rows.append(q.new_row(args.task_type, task, text=text, **terms))
+        except q.InvalidTask as error:
+            raise q.InvalidTask(f"line {number}: {error}; nothing was stored") from None
+    return rows
+
+
+def terms_of_line(task: dict) -> dict:
+    """What a whole task in a line says, its times read like the options."""
+    if "task_type" not in task or not task.keys() <= LINE_KEYS:
+        odd = sorted(task.keys() - LINE_KEYS)
+        why = f"{odd[0]!r} is not known" if odd else "task_type is missing"
+        raise q.InvalidTask(f"{why}: without TASK_TYPE a line is an object; see enqueue.py --help")
+    if type(task.get("hold", False)) is not bool:
+        raise q.InvalidTask(f"hold {task['hold']!r} was refused: it is true or false")
+    if task.get("hold") and (task.get("delay") or task.get("at") is not None):
+        raise q.InvalidTask("delay, at and hold each say when: give one of them")
+    try:
+        times = {
+            name: read(task[name])
+            for name, read in LINE_TIMES.items()
+            if isinstance(task.get(name), str)
+        }
+    except ValueError as error:
+        raise q.InvalidTask(error) from None
+    return {**task, **times}
+
+
+def stdin() -> io.BufferedIOBase:
+    """Stdin, in bytes; an empty one where it is closed."""
+    return io.BytesIO() if sys.stdin is None else sys.stdin.buffer
+
+
+# ---------------------------------------------------------------------------------------------- hook
+
+
+def hook(args: Arguments, words: list[str]) -> int:
+    """Store one task for one firing: in the database, else in the spool, as bin/hook.sh does."""
+    if q.task_depth() and not args.nested:
+        # A handler's own run fired it: work must not start itself again.
+        return 0
+    q.check_queue_name(args.queue)
+    if q.state_complaint:
+        fail(0, f"{q.state_complaint}; until then the task goes to {q.STATE_DIR}", hook=True)
+        q.state_complaint = None
+    firing = hooks.firing_here(words, read_stdin())
+    try:
+        row = hooks.row_of(firing, args)
+    except hooks.NoTask as why:
+        return fail(0, why, hook=True)
+    try:
+        store(
+            args.queue, [row], milliseconds(HOOK_WAIT_SECONDS if args.wait is None else args.wait)
+        )
+    except q.InvalidTask:
+        raise
+    except q.QueueError as error:
+        try:
+            q.spool(args.queue, hooks.write(firing), suffix=".hook")
+        except OSError as spool_error:
+            raise q.QueueUnavailable(
+                f"{error}; and the spool: {spool_error.strerror}; the task is lost"
+            ) from None
+    return 0
+
+
+def store(queue: str, rows: list[q.Row], wait: int | None) -> tuple[bool, list[q.Stored]]:
+    """Store rows behind what hooks left before: (whether the queue is new, what became of each)."""
+    conn = q.connect(busy_timeout_ms=wait)
+    made = q.ensure_queue(conn, queue)
+    q.take_in(conn, queue)
+    return made, q.enqueue_tasks(queue, rows, busy_timeout_ms=wait)
+
+
+def read_stdin() -> bytes:
+    """What comes on stdin until its end, for a second at most: it may never be closed."""
+    import select
+
+    raw, deadline = bytearray(), time.monotonic() + STDIN_SECONDS
+    try:
+        while not os.isatty(0) and len(raw) < MOST_BYTES:
+            left = deadline - time.monotonic()
+            if left <= 0 or not select.select([0], [], [], left)[0]:
+                break
+            chunk = os.read(0, 2**20)
+            raw += chunk
+            if not chunk:
+                break
+    except (OSError, ValueError):
+        # It is closed, or not readable.
+        pass
+    return bytes(raw)
+
+
+def leave(code: int) -> NoReturn:
+    """End the process: all is on disk, and neither Python's own end nor SQLite's clean-up is worth a hook's time."""
+    try:
+        for stream in (sys.stdout, sys.stderr):
+            if stream is not None:
+                stream.flush()
+    except OSError:
+        pass
+    finally:
+        os._exit(code)
