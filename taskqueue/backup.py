@@ -207,6 +207,7 @@ def restore(file: Path, as_json: bool) -> int:
             if not is_damage(error):
                 raise
             was_there, loss = True, replace_damaged(backed_up, state, kept)
+    q.end_quiet(state)
     q.wake(state)
     told = {"file": str(file), "kept": str(kept) if was_there else None, "missing": loss._asdict()}
     cli.report(as_json, told, "\n".join(sentences(file, kept if was_there else None, loss)))

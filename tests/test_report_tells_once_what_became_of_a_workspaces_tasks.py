@@ -896,3 +896,16 @@ class TestTheMarker:
         history.gain()
         assert "task-1" in history.tell(options=["--marker", str(marker)])
         assert not marker.parent.joinpath(".told").exists() or name.startswith("told/x")
+
+    def test_is_not_there_after_a_restore(self, installation, history):
+        """The backup may be from before the report."""
+        marker = self.marker(history)
+        history.gain()
+        backup = installation.directory / "backup.db"
+        assert installation.run("tasks.py", "backup", backup).returncode == 0
+        assert "task-1" in history.tell(options=["--marker", str(marker)])
+        assert self.is_quiet(history, marker)
+        history.conn.close()
+        assert installation.run("tasks.py", "restore", backup).returncode == 0
+        assert not self.is_quiet(history, marker)
+        assert "task-1" in history.tell(options=["--marker", str(marker)])
