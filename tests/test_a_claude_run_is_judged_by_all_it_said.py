@@ -79,8 +79,9 @@ def test_a_success_that_broke_off_is_a_failed_attempt(fake, result):
 
 
 @pytest.mark.parametrize("order", [1, -1])
-def test_of_two_limits_the_later_reset_counts(fake, order):
-    windows = [window("five_hour", HOUR), window("seven_day", 48 * HOUR)][::order]
+@pytest.mark.parametrize("kind", ["five_hour", "seven_day"])
+def test_of_two_limits_the_later_reset_counts(fake, order, kind):
+    windows = [window(kind, HOUR), window("seven_day", 48 * HOUR)][::order]
     done = run(fake, *windows, error("rate_limit"), FAILED)
     assert 47.9 * HOUR < pause_of(done) <= 48 * HOUR
 
@@ -132,6 +133,26 @@ def test_a_status_429_is_a_limit(fake, lines):
 def test_a_busy_api_is_one_wherever_it_is_met(fake, lines):
     done = run(fake, ANSWER, *lines)
     assert (done.returncode, json.loads(done.stdout)) == (75, {"retry_after": 30}), done.stderr
+
+
+@pytest.mark.parametrize(
+    "line, reason",
+    [
+        (FAILED | {"api_error_status": 413}, "the prompt is too long"),
+        (FAILED | {"api_error_status": 404}, "no such model"),
+        (FAILED | {"stop_reason": "refusal"}, "Claude refuses it"),
+        (DONE | {"stop_reason": "refusal"}, "Claude refuses it"),
+    ],
+)
+def test_what_no_retry_helps_is_a_dead_letter(fake, line, reason):
+    done = run(fake, error("unknown"), line)
+    assert done.returncode == 65 and reason in done.stderr.splitlines()[-1], done.stderr
+
+
+def test_a_session_that_is_gone_is_one_where_only_stderr_says_so(fake):
+    fake.says(errors=b"No conversation found with session ID: 0d6e2f0a\n")
+    done = fake.task(resume="0d6e2f0a-5a0a-4c56-9a8e-6f7a3a4b5c6d").run()
+    assert done.returncode == 65 and len(fake.calls()) == 1, done.stderr
 
 
 def test_a_compaction_that_fails_otherwise_is_a_failed_attempt(fake):
