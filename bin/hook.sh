@@ -100,7 +100,7 @@ run_report() {
         ${TASK_DEPTH:+TASK_DEPTH="$TASK_DEPTH"} \
         ${CLAUDE_PROJECT_DIR:+CLAUDE_PROJECT_DIR="$CLAUDE_PROJECT_DIR"} \
         ${CLAUDE_CODE_SESSION_ATTENDED:+CLAUDE_CODE_SESSION_ATTENDED="$CLAUDE_CODE_SESSION_ATTENDED"} \
-        "$@" "$lib/report.py" --hook
+        "$@" "$lib/report.py" --hook ${told:+--marker "$told"}
     code=$?
     # These come from an interpreter that did not get as far as the script: stdin is unread.
     case $code in 2 | 126 | 127) ;; *) exit $code ;; esac
@@ -149,6 +149,13 @@ fi
 [ -z "${TASK_QUEUE_STATE:-}" ] || choose_state
 
 if [ "${1:-}" = --report ]; then
+    # While no task has ended since this session was told, both are one file (taskqueue/report.py).
+    case ${CLAUDE_CODE_SESSION_ATTENDED:-} in 0) attended=0 ;; *) attended=1 ;; esac
+    told=$state/told${CLAUDE_PROJECT_DIR:-}/.$attended$PWD/.told
+    case $told in */../* | */./*) told= ;; esac
+    # dash, bash, busybox, mksh and zsh have -ef.
+    # shellcheck disable=SC3013
+    [ ! "$told" -ef "$state/quiet" ] || exit 0
     find_programs
     cd / || exit 1
     [ ! -x "$python" ] || run_report "$python" -E -s
