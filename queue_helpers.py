@@ -1300,21 +1300,22 @@ def wake(state: Path) -> None:
         pass
 
 
-def take_in(conn: Connection, queue: str) -> None:
-    """Take in what hooks have left for the queue. An empty spool costs one stat. Raises a QueueError."""
+def take_in(conn: Connection, queue: str) -> bool:
+    """Take in what hooks have left for the queue; whether there was anything. An empty spool costs one stat."""
     try:
         directory = f"{conn.state}/spool/{queue}"
         if os.stat(directory).st_mtime_ns == conn.spools.get(queue) or conn.in_transaction:
-            return
+            return False
         spool = _module("taskqueue.spool")
     except OSError:
-        return
+        return False
     except ImportError as error:
         if any(not name.startswith(".") for name in os.listdir(directory)):
             _say_once(f"{directory} is left alone: {error}")
-        return
+        return False
     with suppress(QueueBusy, OSError):
-        spool.take_in(conn, queue)
+        return spool.take_in(conn, queue)
+    return False
 
 
 @lru_cache(8)

@@ -107,16 +107,19 @@ def take_in_first() -> None:
         take_in_spool()
 
 
-def take_in(conn: q.Connection, queue: str) -> None:
-    """Move one queue's spooled tasks into the database; remember when there were none."""
+def take_in(conn: q.Connection, queue: str) -> bool:
+    """Move one queue's spooled tasks into the database, or remember that there are none; whether
+    there were any.
+    """
     directory = conn.state / "spool" / queue
     seen = os.stat(directory).st_mtime_ns
     complaints: list[str] = []
     files = _tasks_in(directory, complaints)
     if files:
-        _take_in_files(conn, directory, files, complaints)
-    elif not complaints and time.time_ns() - seen > SETTLED_NS:
+        return _take_in_files(conn, directory, files, complaints) > 0
+    if not complaints and time.time_ns() - seen > SETTLED_NS:
         conn.spools[queue] = seen
+    return False
 
 
 def _entries(state: Path, complaints: list[str]) -> list[Path]:

@@ -502,8 +502,12 @@ class QueueWatcher(_Handler):
 
     def _look(self) -> bool:
         try:
-            version = data_version(q.connect(self.queue_path, create=False))
-            changed = version != self._seen
+            conn = q.connect(self.queue_path, create=False)
+            directories = q.spool_directories(self.queue_path)
+            # What this connection takes in does not change its own version of the data.
+            came = [directory for directory in directories if q.take_in(conn, directory.name)]
+            version = data_version(conn)
+            changed = bool(came) or version != self._seen
             self._seen = version
             if changed:
                 self._call()

@@ -484,6 +484,37 @@ def test_a_blocking_get_hears_it(installation, queue, one_hook):
     assert json.loads(got[0][1])["task_type"] == "Stop"
 
 
+def test_a_queue_watcher_calls_back(installation, queue, one_hook):
+    from watchdog.observers import Observer
+
+    called = threading.Event()
+    observer = Observer()
+    watcher = queue.QueueWatcher(installation.state, called.set)
+    (installation.state / "spool/notifications").mkdir(parents=True)
+    observer.schedule(watcher, str(installation.state))
+    observer.start()
+    try:
+        assert one_hook.fire("notifications") == (0, b"", "")
+        assert called.wait(30)
+    finally:
+        observer.stop()
+        observer.join()
+    assert installation.rows("select task_type from notifications") == [("Stop",)]
+
+
+def test_consume_takes_in_first(queue, one_hook):
+    import asyncio
+
+    assert one_hook.fire("notifications") == (0, b"", "")
+
+    async def first() -> str:
+        async for task in queue.consume("notifications"):
+            async with task:
+                return task.task_type
+
+    assert asyncio.run(first()) == "Stop"
+
+
 @pytest.mark.parametrize(
     "command",
     ["list", "show {id}", "stats", "export", "backup {file}", "move {id} approvals", "take-in"],
@@ -504,6 +535,28 @@ def test_every_command_of_tq_takes_in_first(installation, one_hook, command):
         or "move" in command
         or (task_id in done.stdout or "notifications" in done.stdout)
     )
+
+
+def test_the_report_asks_no_python_while_nothing_has_ended(installation, queue, one_hook):
+    """It has none here: with one, report.py makes the two files one."""
+    payload = json.dumps({"hook_event_name": "UserPromptSubmit", "cwd": str(one_hook.workspace)})
+    text = one_hook.path.read_text()
+    seen = installation.directory / "python"
+    seen.write_text(
+        f"#!/bin/sh\necho >>'{installation.directory}/asked'\nexec {sys.executable} \"$@\""
+    )
+    seen.chmod(0o755)
+    one_hook.path.write_text(text.replace("\npython=\n", f"\npython='{seen}'\n"))
+    asked = installation.directory / "asked"
+    queue.connect()
+    for count in (1, 1, 2, 2):
+        if count == 2 and len(asked.read_text()) == 1:
+            installation.handler("Stop", "#!/bin/sh\necho done\n")
+            assert one_hook.fire("notifications", "Stop", payload=payload.encode())[0] == 0
+            installation.worker("notifications", "--drain", ready=False).wait(20)
+        code, out, err = one_hook.fire("--report", payload=payload.encode())
+        assert (code, err) == (0, ""), err
+        assert len(asked.read_text()) == count
 
 
 def test_alone_the_module_leaves_a_hooks_file_and_says_so_once(installation, one_hook):

@@ -181,15 +181,62 @@ def test_with_different_schema_versions_hooks_spool_and_doctor_says_which_to_upd
     assert found["remedy"] == remedy
 
 
-def test_without_python_or_uv_the_firing_goes_to_the_spool_of_the_state(firing):
+def test_without_python_or_uv_the_firing_is_kept_and_said_so(firing):
     (firing.home / ".local/bin/uv").unlink()
-    places = firing.root / "places.sh"
-    text = places.read_text()
-    places.write_text(text.replace("/usr/bin", "/nowhere").replace("/usr/local/bin", "/nowhere"))
-    assert places.read_text() != text
+    script = firing.root / "bin/hook.sh"
+    text = script.read_text()
+    script.write_text(
+        text.replace("/usr/local/bin", "/nowhere").replace(" /usr/bin;", " /nowhere;")
+    )
+    assert script.read_text() != text
     firing.fire("Stop")
     assert len(firing.spooled()) == 1
     assert "no Python 3.11" in firing.fire("UserPromptSubmit", code=1)
+
+
+@pytest.mark.parametrize(
+    "home",
+    ["/proc/self/cwd", "{workspace}", "{workspace}/.home", "{link}", "{open}", "rel", ".", ""],
+)
+@pytest.mark.parametrize("directory", ["workspace", "workspace/sub"])
+def test_a_home_that_cannot_be_trusted_is_the_accounts(firing, tmp_path, home, directory):
+    """Nothing of such a home is read, run or written."""
+    account, open_to_all = tmp_path / "account", tmp_path / "open"
+    places = [firing.workspace / "sub", firing.workspace / ".home", open_to_all, account]
+    for place in places:
+        place.mkdir()
+    open_to_all.chmod(0o777)
+    (tmp_path / "link").symlink_to(firing.workspace)
+    for place in (firing.workspace, firing.workspace / "sub", *places[1:3]):
+        hook = place / ".claude/automation/lychee/runtime/hook"
+        hook.parent.mkdir(parents=True)
+        hook.write_text(f"touch '{tmp_path}/hijacked'\nstate=$(touch '{tmp_path}/hijacked')\n")
+    script = firing.root / "bin/hook.sh"
+    text = script.read_text()
+    # The account's home is another one here.
+    assert text.count('"home=~$user"') == 1
+    script.write_text(text.replace('eval "home=~$user"', f"home='{account}'"))
+    named = home.format(workspace=firing.workspace, link=tmp_path / "link", open=open_to_all)
+    env = {"HOME": named, "CLAUDE_PROJECT_DIR": str(firing.workspace), "PATH": "/proc/self/cwd"}
+    ran = subprocess.run(
+        ["/bin/sh", script, "notifications", "t"],
+        env=env,
+        cwd=tmp_path / directory,
+        input=b"{}",
+        capture_output=True,
+    )
+    assert (ran.returncode, ran.stdout, ran.stderr) == (0, b"", b"")
+    spool = account / ".claude/automation/lychee/state/spool/notifications"
+    assert len(list(spool.glob("*.hook"))) == 1 and not (tmp_path / "hijacked").exists()
+
+
+def test_without_any_home_it_says_so_in_one_line(firing):
+    script = firing.root / "bin/hook.sh"
+    script.write_text(script.read_text().replace('eval "home=~$user"', "home="))
+    ran = subprocess.run(
+        ["/bin/sh", script, "notifications"], env={}, input=b"{}", capture_output=True
+    )
+    assert (ran.returncode, ran.stdout, ran.stderr.count(b"\n")) == (1, b"", 1)
 
 
 def test_the_skills_commands_work_as_printed(firing):
