@@ -7,14 +7,13 @@
 
     install.py install               into ~/.claude/automation/lychee; asks about the hooks
     install.py install --dry-run     shows what would be done, and the change to settings.json
-    install.py service --enable      a worker that runs only when there is work: service.py
 
 install copies the scripts to PREFIX/runtime/lib and the example handlers to PREFIX/handlers.
 Handlers that you changed stay yours. It makes PREFIX/state (or TASK_QUEUE_STATE) with its queues,
 fills uv's cache so that no hook ever downloads, and offers two hooks for settings.json: a link
 check when Claude has answered, and a report of what tasks have found, which goes with your next
 prompt. Run it again to upgrade: running workers are not disturbed. uninstall takes out what install
-and service.py put in, never the state and nothing that you changed.
+and `tq service` put in, never the state and nothing that you changed.
 
 exit codes: 0 done; 1 something was left undone, and the message says what; 64 usage.
 """
@@ -36,7 +35,7 @@ from pathlib import Path
 # A dry run writes nothing, compiled modules included.
 sys.dont_write_bytecode |= "--dry-run" in sys.argv
 
-from taskqueue import cli, environment  # noqa: E402
+from taskqueue import cli, environment, service  # noqa: E402
 from taskqueue import settings as queue_settings  # noqa: E402
 from taskqueue.installation import (  # noqa: E402
     Installation,
@@ -44,7 +43,6 @@ from taskqueue.installation import (  # noqa: E402
     WrongUse,
     answer_for,
     begun,
-    default_prefix,
     digest,
     digest_there,
     is_plain,
@@ -84,8 +82,7 @@ def parser() -> cli.Parser:
     add("--no-command", action="store_true", help="put no command there")
     add("--yes", action="store_true", help="answer yes to every question")
     add("--no-warm", action="store_true", help="leave uv's cache alone; a first run may download")
-    verb("uninstall", "take out what install and service.py put in, never the state")
-    verbs.add_parser("service", help="start a worker whenever there is work; see service.py --help")
+    verb("uninstall", "take out what install and `tq service` put in, never the state")
     return top
 
 
@@ -110,11 +107,6 @@ def program(name: str) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
-    if argv[:1] in (["service"], ["work"]):
-        # Units that were written before service.py was there run `install.py work`.
-        import service
-
-        return service.main(argv[1:] if argv[0] == "service" else argv)
     args = parser().parse_args(argv)
     # What is made on the way is its owner's alone, whatever umask the session has.
     os.umask(0o077)
@@ -159,6 +151,7 @@ def install(place: Installation, args: argparse.Namespace) -> int:
         failed |= make_state(place)
     failed |= write_environment(place, args)
     if not args.dry_run:
+        failed |= service.rewrite(place)
         failed |= warm(place, uv) if uv and not args.no_warm else 0
     if not uv:
         failed |= complain("uv was not found, and workers need it: python3 -m pip install uv")
@@ -167,20 +160,8 @@ def install(place: Installation, args: argparse.Namespace) -> int:
     failed |= offer_hooks(place, args)
     failed |= offer_command(place, args)
     if not args.dry_run:
-        print(f"installed in {place.prefix}; check it with: {typed(place)} doctor")
+        print(f"installed in {place.prefix}; check it with: {place.typed()} doctor")
     return failed
-
-
-def typed(place: Installation) -> str:
-    """How a person calls what was installed here: tq, or by a path what PATH has not."""
-    path = place.record.get("command")
-    if path:
-        found = shutil.which(Path(path).name)
-        is_on_path = found and os.path.realpath(found) == os.path.realpath(path)
-        return Path(path).name if is_on_path else shlex.quote(path)
-    usual = place.state == default_prefix() / "state"
-    where = "" if usual else f"TASK_QUEUE_STATE={shlex.quote(str(place.state))} "
-    return f"{where}{shlex.quote(str(place.lib / 'tasks.py'))}"
 
 
 def scripts() -> list[Path]:
@@ -601,7 +582,7 @@ def uninstall(place: Installation, args: argparse.Namespace) -> int:
     failed = withdraw_hooks(place, args.dry_run)
     units = place.record.get("units", [])
     if units and not args.dry_run:
-        tell_service("unload", units)
+        service.unload(units)
     for name, digests in sorted(place.record["files"].items()):
         # Units are recorded with their absolute path.
         path = place.prefix / name
@@ -617,7 +598,7 @@ def uninstall(place: Installation, args: argparse.Namespace) -> int:
     for path in (place.settings, place.record_file):
         begun(path).unlink(missing_ok=True)
     if units:
-        tell_service("reload", units)
+        service.reload(units)
     remove_compiled(place)
     package = place.lib / "taskqueue"
     remove_empty(place.lib / "bin", package / "__pycache__", package)
@@ -633,13 +614,6 @@ def uninstall(place: Installation, args: argparse.Namespace) -> int:
     if place.state.exists():
         print(f"{'keep':<10} {place.state}: the queues")
     return failed
-
-
-def tell_service(verb: str, units: list[str]) -> None:
-    """Have service.py unload or reload units; where there are none, that file may be gone."""
-    import service
-
-    getattr(service, verb)(units)
 
 
 def remove_compiled(place: Installation) -> None:

@@ -115,7 +115,7 @@ uninstall *args:
 # Write the units that start a worker when there is work (--enable loads them)
 [no-exit-message]
 service *args:
-    @uv run --script service.py "$@"
+    @uv run --script tasks.py service "$@"
 
 # N workers, a killer, and the proof that nothing was lost: just soak 300
 [no-exit-message]

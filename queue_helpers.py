@@ -67,17 +67,6 @@ def _find_state() -> tuple[Path, str | None]:
     return prefix / "state", complaint
 
 
-def go_back() -> None:
-    """Go to where hook.sh or tq.sh was started: it has uv start in /, where no workspace chooses a Python."""
-    there = os.environ.pop("TASK_QUEUE_CWD", "")
-    try:
-        # Nobody else is moved by what a session's environment says.
-        os.chdir(there if there and os.getcwd() == "/" else ".")
-    except OSError:
-        # It was removed.
-        pass
-
-
 STATE_DIR, state_complaint = _find_state()
 QUEUE_DB = STATE_DIR / "tasks.db"
 # What QueueWatcher and watchdog are given.

@@ -298,6 +298,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     command(backup.restore)("file", metavar="FILE", type=Path, help="of backup")
 
     commands.add_parser("doctor", help="Say what is wrong, each with its remedy", add_help=False)
+    says = "Have a worker started whenever there is work, by systemd or launchd"
+    commands.add_parser("service", help=says, add_help=False)
 
     args = parser.parse_args(argv)
     fault = fault_in(args)
@@ -333,6 +335,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         import doctor
 
         return doctor.main(argv[1:])
+    if argv[:1] == ["service"]:
+        from taskqueue import service
+
+        return service.main(argv[1:])
     if argv[:1] == ["dashboard"]:
         return cli.complain(
             EX_USAGE, "tasks.py dashboard", f"{cli.command('page --open')} replaced it"

@@ -43,7 +43,7 @@ from functools import partial
 from typing import NoReturn
 
 import queue_helpers as q
-from taskqueue import environment, runs, serving
+from taskqueue import environment, runs, service, serving
 from taskqueue import recovery as owners
 from taskqueue.cli import (
     LIVE,
@@ -134,6 +134,8 @@ def add_options(add: Callable) -> None:
         help="leave when nothing waited, ran or was scheduled for this long")
     add("--single", action="store_true",
         help="leave a queue to another worker while that one serves it; end at once if others serve all of them")
+    add("--when-work", action="store_true",
+        help="end at once where nothing waits and no dead worker's task is to be taken back; units say so")
     add("--environment", metavar="FILE", type=os.path.abspath,
         help="take every variable from this file, and none from the caller; hooks and units say so")
 # fmt: on
@@ -143,6 +145,8 @@ def main(argv: list[str] | None = None) -> int:
     start_clean()
     args = parse(argv)
     try:
+        if args.when_work and service.no_work(args.queues):
+            return 0
         if args.environment:
             start_with_packages(sys.argv[1:] if argv is None else argv)
         return Worker(args).run()

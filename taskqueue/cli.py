@@ -158,7 +158,7 @@ def whole_number(text: str) -> int:
 PLUGIN_COMMAND = "task-queue"
 # What a command is called whose script is not called like it; all others are tasks.py's.
 SCRIPTS = {"add": "enqueue.py", "work": "worker.py", "cleanup": "cleanup.py"}
-SCRIPTS |= {"service": "service.py", "relay": "relay.py"}
+SCRIPTS |= {"relay": "relay.py"}
 
 
 def command(words: str) -> str:

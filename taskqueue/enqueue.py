@@ -24,7 +24,6 @@ MOST_BYTES = 64 * 2**20
 
 
 def main(argv: list[str] | None = None, help_text: str | None = None) -> int:
-    q.go_back()
     argv = command_line() if argv is None else argv
     try:
         args = Arguments(argv)
@@ -87,9 +86,9 @@ def say(text: str) -> None:
 def start_worker(queue: str) -> None:
     """Start a worker for the stored task; that none can be started is no failure."""
     try:
-        from taskqueue import launch as queue_launch
+        from taskqueue import service
 
-        queue_launch.start_worker(queue)
+        service.start_worker(queue)
     except (ImportError, OSError, ValueError, q.QueueError) as error:
         fail(0, f"the task is stored, but no worker could be started: {error}", hook=True)
 

@@ -1,7 +1,7 @@
 """What install.py put where: the installation's directories, its record, and its hooks in
 settings.json.
 
-install.py, service.py and doctor.py ask here whether something is installed, and where. The record
+install.py, doctor.py and `tq service` ask here whether something is installed, and where. The record
 is PREFIX/installed.json: the digest of each file that was put there, so that what a person changed
 is told from what is ours, and the paths of the state, of Python and of uv.
 """
@@ -12,6 +12,8 @@ import hashlib
 import json
 import os
 import re
+import shlex
+import shutil
 import stat
 import time
 from collections.abc import Callable, Iterator
@@ -145,6 +147,14 @@ class Installation:
         if isinstance(found, dict) and isinstance(found.get("files"), dict):
             return found
         return {"files": {}}
+
+    def typed(self) -> str:
+        """How a person calls what is installed here: tq where that is on PATH, else by its path."""
+        path = self.record.get("command")
+        found = shutil.which(Path(path).name) if path else None
+        if found and os.path.realpath(found) == os.path.realpath(path):
+            return Path(path).name
+        return shlex.quote(path or str(self.hook.with_name("tq")))
 
     def save(self) -> None:
         write_file(

@@ -114,7 +114,6 @@ def main(args: list[str]) -> int:
 
 def run(hook: bool, peek: bool, marker: str | None) -> int:
     """Tell Claude, or a person: the exit code."""
-    q.go_back()
     if q.state_complaint:
         fail(EX_USAGE, q.state_complaint, hook=hook)
     if q.state_complaint and not hook:

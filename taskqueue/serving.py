@@ -138,12 +138,12 @@ def has_loaded_unit(state: Path, queue: str) -> bool:
     return any(queue in queues_of_unit(unit) and _is_loaded(unit) for unit in units)
 
 
-def queues_of_unit(unit: Path) -> set[str]:
-    """The queues that a unit's command names after `work PREFIX`; none for other files."""
+def queues_of_unit(unit: Path) -> list[str]:
+    """The queues that a unit's command names: after worker.py, or in older ones after `work PREFIX`."""
     try:
         raw = unit.read_bytes()
     except OSError:
-        return set()
+        return []
     if unit.suffix == ".plist":
         import plistlib
 
@@ -153,9 +153,11 @@ def queues_of_unit(unit: Path) -> set[str]:
 
         lines = [line for line in raw.decode().splitlines() if line.startswith("ExecStart=")]
         words = shlex.split(lines[-1].partition("=")[2]) if lines else []
-    named = words[words.index("work") + 2 :] if "work" in words else []
+    begins = [at + 1 for at, word in enumerate(words) if word.endswith("/worker.py")]
+    begins += [at + 2 for at, word in enumerate(words) if word == "work"]
+    named = words[begins[0] :] if begins else []
     end = next((at for at, word in enumerate(named) if word.startswith("-")), len(named))
-    return set(named[:end])
+    return named[:end]
 
 
 def _is_loaded(unit: Path) -> bool:
@@ -262,14 +264,14 @@ def untried_types(conn: sqlite3.Connection, queue: str) -> list[str]:
 
 def have_run(conn: q.Connection, queues: Iterable[str]) -> list[str]:
     """Start a worker for each queue of which a hook may; a line for each queue that gets none."""
-    from taskqueue import launch
+    from taskqueue import service
 
     lines = []
     for queue in dict.fromkeys(queues):
         kind = runner_of(conn, conn.state, queue).kind if _waits(conn, queue) else "consumer"
         if kind == "hook":
             try:
-                launch.start_worker(queue)
+                service.start_worker(queue)
             except (OSError, ValueError) as error:
                 lines.append(f"no worker could be started ({error}): {remark(queue, '')}")
         else:

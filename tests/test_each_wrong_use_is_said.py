@@ -60,11 +60,11 @@ def test_a_wrong_command_line(installation, command):
 @pytest.mark.parametrize("script, command, words", [
     ("doctor.py", "--max-wait soon", IS_A_DURATION), ("doctor.py", "more", "unrecognized arguments: more"),
     ("cleanup.py", "--keep all", IS_A_DURATION), ("cleanup.py", "--every 0.5", "is less than a second"),
-    ("service.py", "--kind upstart", "invalid choice: 'upstart'"),
+    ("tasks.py service", "--kind upstart", "invalid choice: 'upstart'"),
     ("install.py", "", "the following arguments are required: COMMAND"),
     ("install.py", "install --event WorktreeCreate", "no worktree could be made any more")])  # fmt: skip
 def test_a_wrong_command_line_of_the_others(installation, script, command, words):
-    done = installation.run(script, *command.split())
+    done = installation.run(*f"{script} {command}".split())
     assert done.returncode == 64 and done.stdout == "" and len(done.stderr.splitlines()) == 1, (
         done.stderr
     )

@@ -176,7 +176,6 @@ def test_what_is_no_script_is_not_installed(source, home):
     assert {str(path.relative_to(source)) for path in source.glob("taskqueue/*.py")} | {
         "queue_helpers.py",
         "bin/hook.sh",
-        "service.py",
         "worker.py",
     } <= installed
 
@@ -243,7 +242,7 @@ def test_a_state_that_cannot_be_used_is_said_and_the_rest_installed(source, home
     assert (state.parent / "runtime/lib/enqueue.py").is_file()
 
 
-@pytest.mark.parametrize("command", ["install", "uninstall", "service"])
+@pytest.mark.parametrize("command", ["install", "uninstall"])
 def test_a_prefix_that_cannot_be_used_is_one_line_and_1(source, home, command):
     (home / "file").write_text("")
     for prefix in (home / "file", home / "file/below", Path("/proc/nowhere")):

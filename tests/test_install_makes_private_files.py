@@ -13,7 +13,12 @@ from conftest import ROOT
 
 def run(home, *args, umask=0, **env):
     return subprocess.run(
-        [sys.executable, "-B", ROOT / "install.py", *args],
+        [
+            sys.executable,
+            "-B",
+            ROOT / ("tasks.py" if args[0] == "service" else "install.py"),
+            *args,
+        ],
         env={"HOME": str(home), "PATH": os.environ["PATH"], **env},
         stdin=subprocess.DEVNULL,
         capture_output=True,

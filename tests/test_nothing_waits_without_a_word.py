@@ -20,7 +20,7 @@ import enqueue
 import queue_helpers
 import tasks
 import worker
-from taskqueue import cli, launch, serving
+from taskqueue import cli, service, serving
 
 NOBODY = "no worker serves approvals; start one: worker.py approvals"
 
@@ -183,7 +183,7 @@ def test_a_hook_that_starts_a_worker_is_named_and_started_by_approve(house, monk
     house.settings(**house.hook("notifications", "--start-worker"))
     house.add("notifications", "link_validation", "--task-id", "h", "--hold")
     # The tests' Python has what a worker needs.
-    monkeypatch.setattr(launch, "interpreter", lambda lib: [sys.executable])
+    monkeypatch.setattr(service, "interpreter", lambda lib: [sys.executable])
     try:
         assert house.tell("approve", "h") == []
         wait_for(ran.exists, what="the approved task's run")
@@ -210,7 +210,9 @@ def test_the_plugins_hook_counts_while_it_is_enabled(house, enabled, is_told):
     assert is_told in said and "task-queue work notifications" in said
 
 
-UNIT = '[Service]\nExecStart="/usr/bin/python3" "/lib/service.py" "work" "{prefix}" "approvals" "other"\n'
+UNIT = (
+    '[Service]\nExecStart="/usr/bin/python3" "{prefix}/worker.py" "approvals" "other" "--single"\n'
+)
 
 
 @pytest.mark.parametrize(("code", "is_told"), [(0, False), (3, True)])
@@ -233,7 +235,7 @@ def test_a_launchd_job_names_its_queues(tmp_path):
 
     job = {"ProgramArguments": ["/py", "/lib/service.py", "work", "/prefix", "a", "b", "--x"]}
     (tmp_path / "job.plist").write_bytes(plistlib.dumps(job))
-    assert serving.queues_of_unit(tmp_path / "job.plist") == {"a", "b"}
+    assert serving.queues_of_unit(tmp_path / "job.plist") == ["a", "b"]
 
 
 # ------------------------------------------------------------------------------------- what handles it

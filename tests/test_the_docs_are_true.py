@@ -27,8 +27,7 @@ MODULES = sorted(ROOT.glob("taskqueue/[!_]*.py"))
 DEMOS = [name for name in SCRIPTS if name.startswith("demo")]
 # Commands that another script does, which has a section of its own.
 HANDED_OVER = {
-    "tasks.py": ("export", "import", "backup", "restore", "doctor"),
-    "install.py": ("service",),
+    "tasks.py": ("export", "import", "backup", "restore", "doctor", "service"),
 }
 CODES = ("0", "1", "64", "65", "75")
 

@@ -180,16 +180,22 @@ def test_a_relative_cache_of_uv_is_not_used(home, workspace, way):
 
 
 @pytest.mark.parametrize(
-    "command", [["install", "--no-warm"], ["uninstall"], ["service"], ["service", "--dry-run"]]
+    "command",
+    [
+        ["install.py", "install", "--no-warm"],
+        ["install.py", "uninstall"],
+        ["tasks.py", "service"],
+        ["tasks.py", "service", "--dry-run"],
+    ],
 )
 @pytest.mark.parametrize("state", ["/tmp/a\nExecStart=/bin/false", "/tmp/a\r", "relative", "."])
 def test_a_state_that_cannot_stand_in_a_unit_or_is_relative_is_refused(tmp_path, command, state):
     """Nothing is written then, not even where an installation is."""
     env = {"HOME": str(tmp_path), "PATH": os.environ["PATH"]}
-    run = [sys.executable, "-B", ROOT / "install.py"]
+    run, install = [sys.executable, "-B"], ROOT / "install.py"
     assert (
         subprocess.run(
-            [*run, "install", "--no-warm", "--hook", "no"],
+            [*run, install, "install", "--no-warm", "--hook", "no"],
             env=env,
             stdin=subprocess.DEVNULL,
             capture_output=True,
@@ -198,7 +204,7 @@ def test_a_state_that_cannot_stand_in_a_unit_or_is_relative_is_refused(tmp_path,
     )
     before = {path: path.lstat().st_mtime_ns for path in tmp_path.rglob("*")}
     ran = subprocess.run(
-        [*run, *command],
+        [*run, ROOT / command[0], *command[1:]],
         env=env | {"TASK_QUEUE_STATE": state},
         cwd=tmp_path,
         stdin=subprocess.DEVNULL,
@@ -263,10 +269,10 @@ def test_a_relative_home_is_the_accounts(workspace, tmp_path, home):
     (place / "handlers").mkdir(parents=True)
     (place / "installed.json").write_text('{"files": {}}')
     code = (
-        "import os, sys; sys.path.insert(0, sys.argv[1]); import queue_helpers as q, queue_handlers, pwd; "
+        "import os, sys; sys.path.insert(0, sys.argv[1]); import queue_helpers as q, pwd; from taskqueue import handlers; "
         "there = pwd.getpwuid(os.getuid()).pw_dir; "
         "assert str(q.STATE_DIR).startswith(f'{there}/') and not q.state_complaint, q.STATE_DIR; "
-        "assert os.environ['HOME'] == there and queue_handlers.default_handlers(q.__file__).is_absolute()"
+        "assert os.environ['HOME'] == there and handlers.default_handlers(q.__file__).is_absolute()"
     )
     env = {"HOME": home, "PATH": os.environ["PATH"]}
     ran = subprocess.run(
@@ -288,7 +294,7 @@ def test_a_program_that_a_script_runs_is_none_of_the_workspaces(home, workspace,
         (workspace / name).chmod(0o755)
     env = {"HOME": str(home), "PATH": entries}
     for words in (
-        ["service.py", "--kind", "systemd", "--enable"],
+        ["tasks.py", "service", "--kind", "systemd", "--enable"],
         ["doctor.py"],
         ["install.py", "install", "--dry-run"],
     ):
