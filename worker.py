@@ -324,17 +324,20 @@ class Worker:
         if outcome is None:
             error = "it was no longer this worker's: its lock file or the state was removed"
         if outcome != "put back" or f"{task.task_type} {error}" not in self.said:
-            say(f"{line}: {error}{self.pause_of(task.queue)}" if error else line)
+            say(f"{line}: {error}{self.pause_of(task.queue, error)}" if error else line)
         if outcome == "put back":
             self.said.add(f"{task.task_type} {error}")
 
-    def pause_of(self, queue: str) -> str:
-        """Say that a queue is paused now, after how a run ended."""
+    def pause_of(self, queue: str, told: str = "") -> str:
+        """Say that a queue is paused now; without the reason where `told` has it."""
         try:
             control = q.controls(self.connect()).get(queue)
         except q.QueueError:
             return ""
-        return f"; {queue} is {pause_in_words(control)}" if control and control.paused else ""
+        if not control or not control.paused:
+            return ""
+        reason = None if control.reason and control.reason in told else control.reason
+        return f"; {queue} is {pause_in_words(control._replace(reason=reason))}"
 
     def count(self, task: q.Task, outcome: str | None, error: str | None) -> None:
         """Count a task that has ended, once, and remember a dead letter for --on-dead."""

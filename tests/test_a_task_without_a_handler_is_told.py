@@ -39,7 +39,7 @@ def test_what_bash_has_put_ends_as_a_dead_letter_and_is_retried(installation, pu
     put(installation)
     for attempt in (1, 2, 3):
         said = drain(installation)
-        assert "1 to be tried again; 1 left in notifications, the next in " in said
+        assert "1 to be tried again; 1 scheduled in notifications, the next in " in said
         assert installation.rows(
             "select status, attempts, round(due_at - released_at) from notifications"
         ) == [(3, attempt, 60)]

@@ -145,7 +145,7 @@ def test_a_worker_says_what_it_did_and_what_a_drain_leaves(installation):
     )
     last = done.stderr.splitlines()[-1]
     assert "2 done, 1 failed, 1 to be tried again" in last
-    assert "1 left in notifications, the next in" in last
+    assert "1 scheduled in notifications, the next in" in last
 
 
 def test_an_idle_worker_says_that_no_task_was_run(installation):
