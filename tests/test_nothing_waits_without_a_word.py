@@ -107,7 +107,7 @@ def test_lines_are_told_once_for_all(house, monkeypatch):
     import io
 
     lines = "".join(f'{{"task_type": "claude", "task_id": "{n}"}}\n' for n in range(3))
-    monkeypatch.setattr(enqueue, "stdin", lambda: io.BytesIO(lines.encode()))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(lines.encode())))
     assert house.add("approvals", "--jsonl") == f"queued 0 ({NOBODY})\nqueued 1\nqueued 2"
 
 
@@ -336,7 +336,7 @@ def test_python_and_lines_take_a_time_that_has_passed_as_now(house, monkeypatch)
     import io
 
     line = b'{"task_type": "claude", "task_id": "l", "at": "2020-01-01T09:00"}\n'
-    monkeypatch.setattr(enqueue, "stdin", lambda: io.BytesIO(line))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(line)))
     house.add("approvals", "--jsonl")
     queue_helpers.enqueue_task("approvals", "claude", {}, "p", at=time.time() - 60)
     got = [queue_helpers.dequeue_task("approvals")["task_id"] for _ in range(2)]
