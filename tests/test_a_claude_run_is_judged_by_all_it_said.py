@@ -5,10 +5,12 @@ of the real client that it cannot be brought to say quickly.
 from __future__ import annotations
 
 import json
+import sys
 import time
 
 import pytest
 from claude_stub.fake import DONE, INIT, Fake
+from conftest import ROOT
 
 
 @pytest.fixture
@@ -211,3 +213,48 @@ def test_an_error_names_the_option_however_long_the_command(fake):
     ]
     error = run(fake, DONE | {"permission_denials": denials}).stderr.splitlines()[-1]
     assert len(error) <= 200 and error.endswith("; to allow it: allowed_tools")
+
+
+class TestThroughAWorker:
+    @pytest.fixture
+    def drain(self, installation, fake):
+        handler = f"#!/bin/sh\nexec {sys.executable} {ROOT}/handlers/claude\n"
+        installation.handler("claude", handler)
+
+        def drain(queue: str) -> None:
+            done = installation.run("worker.py", queue, "--drain", "--handlers",
+                                    installation.handlers, env={"PATH": fake.env["PATH"]})  # fmt: skip
+            assert done.returncode == 0, done.stderr
+
+        return drain
+
+    def test_a_denial_is_the_error_of_the_task_and_its_cost_is_recorded(
+        self, installation, fake, drain
+    ):
+        denial = {"tool_name": "Bash", "tool_input": {"command": "git push"}}
+        fake.says(INIT, DONE | {"permission_denials": [denial]})
+        task = installation.enqueue("approvals", "claude", '{"prompt": "Do it."}')
+        drain("approvals")
+        ended = installation.history(task)
+        assert (ended["status"], ended["attempts"]) == ("failed", 1)
+        assert (
+            'denied: Bash git push; to allow it: "allowed_tools": ["Bash(git push)"]'
+            in (ended["error"])
+        )
+        assert json.loads(ended["result"])["cost_usd"] == 0.5
+
+    def test_a_task_that_is_moved_keeps_its_session(self, installation, fake, drain):
+        fake.says(INIT, error("overloaded"), FAILED)
+        task = installation.enqueue("approvals", "claude", '{"prompt": "Do it."}')
+        drain("approvals")
+        assert not installation.history(task)
+        moved = installation.run("tasks.py", "move", task, "notifications")
+        assert moved.returncode == 0, moved.stderr
+        fake.says(INIT, DONE)
+        installation.sqlite3("update notifications set status = 1, due_at = null")
+        drain("notifications")
+        left = installation.rows("select task_id, status, due_at from notifications")
+        assert not left and installation.history(task)["status"] == "completed"
+        assert len(fake.calls()) == 2
+        sessions = {call[0][-1].partition("=")[2] for call in fake.calls()}
+        assert len(sessions) == 1
