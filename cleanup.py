@@ -374,9 +374,9 @@ def expire(conn: q.Connection, pacer: Pacer, report: Report) -> None:
     served.
     """
     for queue in cli.queues_of(conn):
-        if pacer.stop.is_set():
-            return
-        if q.execute(conn, COUNT_EXPIRING, queue, now=time.time()).fetchone()[0]:
+        while q.execute(conn, COUNT_EXPIRING, queue, now=time.time()).fetchone()[0]:
+            if pacer.stop.is_set():
+                return
             with pacer.step():
                 report.expired += q.expire(conn, queue, time.time())
 

@@ -25,12 +25,14 @@ zone. A time that has passed is refused.
   --delay DURATION      The task is not started before this long from now.
   --at TIME             The task is not started before this time.
   --hold                The task waits until a person approves it.
-  --ttl DURATION        A task that is not started by then ends as expired.
+  --ttl DURATION        A task that is not started this long after it is due ends as expired.
   --priority N          Tasks with a higher number are started first. (default 0)
   --group KEY           Tasks of one group of the queue run one at a time, in order.
   --on-duplicate WHAT   This says what becomes of a task whose id waits or runs already. With skip,
-                        the default, nothing. With replace and rerun the waiting task takes the new
-                        data, and with --delay the new time; a running one runs once more with it.
+                        the default, nothing. With replace and rerun a waiting task becomes this one,
+                        with all its terms, and a running one is followed by it. A held or approved
+                        task does not change: this one is a duplicate, but a rerun over an approved
+                        task that runs is held when the run ends.
                         rerun looks at --window only where the same firing of a hook is told twice.
   --window DURATION     A task with this id that was enqueued this recently and is finished makes
                         this one a duplicate, too. (default 0, and 10 with --hook)

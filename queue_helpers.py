@@ -77,7 +77,7 @@ TASK_QUEUE_APPROVAL = "approvals"
 TASK_QUEUE_COMPLETION = "completions"
 DEFAULT_QUEUES = (TASK_QUEUE_NOTIFICATION, TASK_QUEUE_APPROVAL, TASK_QUEUE_COMPLETION)
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 # How long one wait for the write lock may take.
 BUSY_TIMEOUT_MS = 5_000
 # Who waits for its turn looks this often: the one who is next, and those behind it.
@@ -100,6 +100,8 @@ WAL_BYTES = 16 * 2**20
 SAFETY_TICK_SECONDS = 5.0
 # Who wants a lock waits this long for those who only look whether it is held.
 PROBE_SECONDS = 0.2
+# How many tasks that expire or become due one transaction takes, so that nobody waits for long.
+AT_ONCE = 200
 # Times in the database lie between 1970 and the year 3000.
 LAST_SECOND = 32_503_680_000
 # The owner of a row that was marked as claimed by hand.
@@ -124,6 +126,7 @@ create table if not exists task_history (
   group_id      text,
   attempts      integer not null default 0,
   max_attempts  integer,
+  approval      text check (approval in ('held', 'approved')),  -- null: it needed none
   enqueued_at   text not null,                   -- times are UTC: YYYY-MM-DD HH:MM:SS.SSS
   started_at    text,                            -- of the last attempt
   completed_at  text not null default (strftime('%Y-%m-%d %H:%M:%f', 'now')),
@@ -138,10 +141,10 @@ create index if not exists "task_history.task_id" on task_history (task_id);
 create index if not exists "task_history.failed" on task_history (queue, completed_at) where status = 'failed';
 create table if not exists task_controls (       -- what holds a queue back; no row: nothing
   queue         text primary key,
-  paused_at     real,                            -- Unix seconds; null: not paused
-  paused_until  real,                            -- null: until a person resumes it
+  paused_at     real check (paused_at between 0 and {last_second}),     -- Unix seconds; null: not paused
+  paused_until  real check (paused_until between 0 and {last_second}),  -- null: until a person resumes it
   pause_reason  text,
-  paused_by     text,                            -- 'person' or 'handler'
+  paused_by     text check (paused_by in ('person', 'handler')),
   slots         integer check (slots is null or typeof(slots) = 'integer' and slots > 0)  -- that run at a time
 );
 create table if not exists task_marks (          -- the last row of the history that was reported
@@ -160,64 +163,74 @@ create table if not exists task_spooled (
 );
 """
 
-# task_id and task_type are read out of data by SQLite itself, so that no writer, bash included, can
-# forget or fake them. A bare payload has no task_id of its own (null, and nulls never collide): it is
-# called <queue>-<id>.
+# Every column that steers has a CHECK; for SQLite any text is greater than any number. task_id and
+# task_type are read out of data by SQLite itself, so that no writer can forget or fake them. A bare
+# payload has no task_id of its own (null, and nulls never collide): it is called <queue>-<id>.
 QUEUE_SCHEMA = """
 create table "{queue}" (
   id            integer primary key autoincrement,
   data          text not null constraint data_must_be_a_json_object check ({is_object}),
-  timestamp     real not null default ((julianday('now') - 2440587.5) * 86400.0),  -- enqueued, Unix seconds
-  status        integer not null default 1,      -- 0, 1 ready, 2 claimed, 3 scheduled or held, 4 blocked, 5 handed over
+  timestamp     real not null default ((julianday('now') - 2440587.5) * 86400.0)  -- enqueued, Unix seconds
+                check (timestamp between 0 and {last_second}),
+  status        integer not null default 1       -- 0, 1 ready, 2 claimed, 3 scheduled or held, 4 blocked, 5 handed over
+                check (status in (0, 1, 2, 3, 4, 5) and (status <> 4 or group_id is not null)),
   priority      integer not null default 0,      -- higher first
   due_at        real,                            -- a scheduled task becomes ready then; null: it is held
   group_id      text,                            -- tasks of one group run one at a time
   expires_at    real,                            -- not claimed by then, it ends as expired; Unix seconds
-  attempts      integer not null default 0,      -- counted at the claim
-  owner         text,                            -- who claimed it: a file in STATE_DIR/workers
-  claimed_at    real,                            -- Unix seconds
-  released_at   real,                            -- when it was put back for later: it keeps its group's turn
-  max_attempts  integer,                         -- these five: what the claimer wants done when the run ends,
-  backoff       real,                            --   whoever records that
+  attempts      integer not null default 0       -- counted at the claim
+                check (typeof(attempts) = 'integer' and attempts between 0 and 1000000000),
+  owner         text check (owner is null or typeof(owner) = 'text'),  -- who claimed it: a file in STATE_DIR/workers
+  claimed_at    real check (claimed_at between 0 and {last_second}),
+  delayed_at    real check (delayed_at between 0 and {last_second}),   -- due_at is a delay from then; null: a moment
+  released_at   real check (released_at between 0 and {last_second}),  -- put back for later: it keeps its group's turn
+  approved      integer not null default 0 check (approved in (0, 1)), -- by a person: it takes no new data
+  max_attempts  integer                          -- these five: what the claimer wants done when the run ends,
+                check (max_attempts is null or typeof(max_attempts) = 'integer' and max_attempts > 0),
+  backoff       real check (backoff between 0 and {last_second}),      -- whoever records that
   then_queue    text,
-  then_hold     integer not null default 0,
-  chain         integer not null default 0,
-  cancel_requested integer not null default 0,   -- the owner ends the run
-  rerun_data    text check (rerun_data is null or json_valid(rerun_data)),  -- enqueued when the run ends
+  then_hold     integer not null default 0 check (then_hold in (0, 1)),
+  chain         integer not null default 0 check (chain in (0, 1)),
+  cancel_requested integer not null default 0 check (cancel_requested in (0, 1)),  -- the owner ends the run
+  rerun         text                             -- a later firing, for when the run ends: INSERT's values
+                check (json_array_length(rerun) = 8 and json_type(json_extract(rerun, '$[0]')) = 'object'),
   error         text,                            -- of the last failed attempt
   task_id       text generated always as (case when {is_envelope} then nullif(json_extract(data, '$.task_id'), '') end)
                 stored unique on conflict ignore,
-  task_type     text generated always as (case when {is_envelope} then json_extract(data, '$.task_type')
-                when json_type(data, '$.hook_event_name') = 'text' then json_extract(data, '$.hook_event_name')
-                else '{queue}' end) stored,
+  task_type     text generated always as (coalesce(nullif(case when {is_envelope} then json_extract(data, '$.task_type')
+                when json_type(data, '$.hook_event_name') = 'text' then json_extract(data, '$.hook_event_name') end, ''),
+                '{queue}')) stored,
   constraint priority_must_be_a_whole_number_within_a_million
     check (typeof(priority) = 'integer' and abs(priority) <= 1000000),
   constraint due_at_and_expires_at_must_be_unix_seconds
-    check (typeof(coalesce(due_at, 0.0)) = 'real' and coalesce(due_at, 0) between 0 and {last_second}
-           and typeof(coalesce(expires_at, 0.0)) = 'real' and coalesce(expires_at, 0) between 0 and {last_second}),
+    check (coalesce(due_at, 0) between 0 and {last_second} and coalesce(expires_at, 0) between 0 and {last_second}),
   constraint group_id_must_be_a_text_of_500_characters_at_most
     check (group_id is null or typeof(group_id) = 'text' and length(group_id) between 1 and 500)
 );
 create index "{queue}.ready" on "{queue}" (priority desc, id, task_type, timestamp) where status < 2;
 create index "{queue}.claimed" on "{queue}" (owner) where status = 2;
 create index "{queue}.scheduled" on "{queue}" (due_at) where status = 3;
+create index "{queue}.delayed" on "{queue}" (2 * delayed_at - due_at) where status = 3 and delayed_at is not null;
 create index "{queue}.handed_over" on "{queue}" (claimed_at) where status = 5;
-create index "{queue}.retrying" on "{queue}" (released_at) where status = 3 and released_at is not null;
 create index "{queue}.expiring" on "{queue}" (expires_at) where expires_at is not null;
 create index "{queue}.group" on "{queue}" (group_id, status, released_at, priority desc, id) where group_id is not null;
 create trigger "{queue}.waits at insert" after insert on "{queue}"
-  when new.status < 2 and (new.due_at is not null or new.group_id is not null)
-  begin update "{queue}" set status = iif(due_at is null, 4, 3)
-    where id = new.id and (due_at is not null or {group_is_busy}); end;
-create trigger "{queue}.blocked at update" after update of status on "{queue}"
-  when new.group_id is not null and new.status < 2 and old.status > 2 and {group_is_busy}
-  begin update "{queue}" set status = 4 where id = new.id; end;
-create trigger "{queue}.next at update" after update of status on "{queue}"
-  when old.group_id is not null and old.status < 3 and new.status > 2 and new.released_at is null
+  when new.status in (0, 1, 4) and (new.due_at is not null or new.group_id is not null)
+  begin update "{queue}" set status = iif(due_at is not null, 3, iif({group_is_busy}, 4, 1))
+    where id = new.id and (due_at is not null or status = 4 or {group_is_busy}); end;
+create trigger "{queue}.waits at update" after update of status, group_id on "{queue}"
+  when new.group_id is not null and (new.status < 2 and old.status > 2
+    or new.status in (0, 1, 4) and new.group_id is not old.group_id)
+  begin update "{queue}" set status = iif({group_is_busy}, 4, 1) where id = new.id; end;
+create trigger "{queue}.next at update" after update of status, group_id on "{queue}"
+  when old.group_id is not null and {old_has_turn} and not ({new_has_turn} and new.group_id is old.group_id)
   begin {next_of_group}; end;
 create trigger "{queue}.next at delete" after delete on "{queue}"
-  when old.group_id is not null and (old.status < 3 or old.released_at is not null)
-  begin {next_of_group}; end
+  when old.group_id is not null and {old_has_turn}
+  begin {next_of_group}; end;
+create trigger "{queue}.approved at update" after update of status on "{queue}"
+  when old.status = 3 and old.due_at is null and new.status < 2
+  begin update "{queue}" set approved = 1 where id = new.id; end
 """
 IS_OBJECT = "typeof(data) = 'text' and instr(data, char(0)) = 0 and json_valid(data) and json_type(data) = 'object'"
 IS_ENVELOPE = (
@@ -225,14 +238,14 @@ IS_ENVELOPE = (
     " and json_type(data, '$.task_id') = 'text'"
 )
 # A group's turn belongs to its ready or claimed task, or to one that waits for its retry.
+HAS_TURN = "({row}.status < 3 or {row}.status = 3 and {row}.released_at is not null)"
 GROUP_IS_BUSY = """(
     exists (select 1 from "{queue}" where group_id = new.group_id and status < 3 and id <> new.id)
-    or exists (select 1 from "{queue}" where group_id = new.group_id and status = 3 and released_at > 0 and id <> new.id))"""
+    or exists (select 1 from "{queue}" where group_id = new.group_id and status = 3 and released_at >= 0 and id <> new.id))"""
 NEXT_OF_GROUP = """update "{queue}" set status = 1 where id = (
-      select b.id from "{queue}" b where b.group_id = {group} and b.status = 4 and b.released_at is null
-      order by b.priority desc, b.id limit 1)
+      select b.id from "{queue}" b where b.group_id = {group} and b.status = 4 order by b.priority desc, b.id limit 1)
     and not exists (select 1 from "{queue}" where group_id = {group} and status < 3)
-    and not exists (select 1 from "{queue}" where group_id = {group} and status = 3 and released_at > 0)"""
+    and not exists (select 1 from "{queue}" where group_id = {group} and status = 3 and released_at >= 0)"""
 
 # A row's status, in words.
 STATUS_WORD = """case status when 2 then 'in_progress' when 4 then 'blocked' when 5 then 'handed_over'
@@ -253,31 +266,35 @@ from "{queue}" union all
 QUEUES = """
 select i.tbl_name from sqlite_master i where i.type = 'index' and i.name = i.tbl_name || '.ready' order by i.tbl_name"""
 INSERT = """
-insert into "{queue}" (data, status, due_at, priority, group_id, expires_at, timestamp) values (?, ?, ?, ?, ?, ?, ?)"""
-# A waiting task takes the latest firing's data; one that runs, here or elsewhere, keeps it for when
-# its run ends. A waiting one has all its attempts then.
-REPLACE = """
-update "{queue}"
-set data = iif(status in (2, 5), data, :data), rerun_data = iif(status in (2, 5), :data, null),
-    status = iif(:due_at is null or status in (2, 5) or status = 3 and due_at is null, status, 3),
-    due_at = iif(:due_at is null or status in (2, 5) or status = 3 and due_at is null, due_at, :due_at),
-    attempts = iif(status in (2, 5), attempts, 0)
-where task_id = :task_id
-  and (:firing is null or coalesce(json_extract(data, '$.firing'), '') <> :firing
-                      and coalesce(json_extract(rerun_data, '$.firing'), '') <> :firing)"""
+insert into "{queue}" (data, status, due_at, priority, group_id, expires_at, timestamp, delayed_at) values (?, ?, ?, ?, ?, ?, ?, ?)"""
+# Not the same firing, told once more.
+IS_NEWS = """(:firing is null or coalesce(json_extract(data, '$.firing'), '') <> :firing
+  and coalesce(json_extract(json_extract(rerun, '$[0]'), '$.firing'), '') <> :firing)"""
+# A waiting task becomes the later firing, with all its terms. One that is held, or was approved, does not change.
+REPLACE = f"""
+update "{{queue}}"
+set data = :data, status = :status, due_at = :due_at, priority = :priority, group_id = :group_id, expires_at = :expires_at,
+    timestamp = :timestamp, delayed_at = :delayed_at, released_at = null, attempts = 0, error = null, rerun = null
+where task_id = :task_id and not approved and (status in (0, 1, 4) or status = 3 and due_at is not null) and {IS_NEWS}"""
+# One that runs, here or elsewhere, keeps it for when its run ends; an approved one's rerun is held then.
+RERUN = f"""
+update "{{queue}}"
+set rerun = json_array(:data, iif(approved, 3, :status), iif(approved, null, :due_at), :priority, :group_id, :expires_at,
+                       :timestamp, iif(approved, null, :delayed_at))
+where task_id = :task_id and status in (2, 5) and (not approved or :on_duplicate = 'rerun') and {IS_NEWS}"""
 FINISHED_SINCE = """
 select exists (select 1 from task_history where task_id = :task_id and queue = :queue
   and enqueued_at > :since and enqueued_at < :until and (:firing is null or json_extract(data, '$.firing') = :firing))"""
 
+# A delay or a pause that has more than twice as long to go as it was asked for is over: the clock was set back.
 IS_PAUSED = """exists (select 1 from task_controls where queue = '{queue}' and paused_at is not null
-  and (paused_until is null or paused_until > :now))"""
+  and (paused_until is null or paused_until > :now and 2 * paused_at - paused_until <= :now + 1))"""
 # How many of :limit tasks may be claimed now.
 OPEN_SLOTS = f"""coalesce((select case when {IS_PAUSED} then 0 when slots is null then :limit
     else max(0, min(:limit, slots - (select count(*) from "{{queue}}" where status = 2))) end
   from task_controls where queue = '{{queue}}'), :limit)"""
-# A retry is due, too, when the clock was set back to before its release.
 DUE = """select id from "{queue}" where status = 3 and due_at <= :now
-  union all select id from "{queue}" where status = 3 and released_at is not null and released_at > :now + 1"""
+  union all select id from "{queue}" where status = 3 and delayed_at is not null and 2 * delayed_at - due_at > :now + 1"""
 IS_OVERDUE = f"""(exists ({DUE}) or exists (select 1 from "{{queue}}" where expires_at <= :now and status not in (2, 5)))"""
 LOOK = f"""
 select exists (select 1 from "{{queue}}" where status < 2), {IS_OVERDUE}, {OPEN_SLOTS.replace(":limit", "1")} > 0"""
@@ -285,17 +302,17 @@ NEXT_TIMES = f"""
 select (select min(due_at) from "{{queue}}" where status = 3),
   (select min(expires_at) from "{{queue}}" where expires_at is not null and status not in (2, 5)),
   exists (select 1 from "{{queue}}" where status < 2), {OPEN_SLOTS.replace(":limit", "1")} > 0,
-  {IS_PAUSED}, (select iif(typeof(paused_until) = 'real', paused_until, null) from task_controls where queue = '{{queue}}')"""
+  {IS_PAUSED}, (select paused_until from task_controls where queue = '{{queue}}')"""
 COUNT_CLAIMED = """
 select count(*) from "{queue}" where status = 2"""
 
 PROMOTE = f"""
 update "{{queue}}"
-set status = iif(group_id is null or released_at is not null, 1, 4), due_at = null, released_at = null
-where id in ({DUE}) returning group_id"""
+set status = iif(group_id is null or released_at is not null, 1, 4), due_at = null, delayed_at = null, released_at = null
+where id in ({DUE} limit {AT_ONCE}) returning group_id"""
 UNBLOCK = NEXT_OF_GROUP.replace("{group}", ":group_id")
-EXPIRED = """
-select {task} from "{queue}" where expires_at <= :now and status not in (2, 5)"""
+EXPIRED = f"""
+select {{task}} from "{{queue}}" where expires_at <= :now and status not in (2, 5) limit {AT_ONCE}"""
 CLAIM = f"""
 update "{{queue}}"
 set status = 2, owner = :owner, claimed_at = :now, attempts = attempts + 1, expires_at = null, max_attempts = :max_attempts,
@@ -310,19 +327,19 @@ FENCE = "where id = :id and owner is :owner and attempts = :attempts and claimed
 # A row's id is greater than every mark: rows go, and an id that came again would be one told already.
 ARCHIVE = f"""
 insert into task_history (id, queue, row_id, task_id, task_type, status, data, priority, group_id, attempts, max_attempts,
-                          enqueued_at, started_at, completed_at, exit_code, result, log, error)
+                          approval, enqueued_at, started_at, completed_at, exit_code, result, log, error)
 select (select max(coalesce(max(id), 0), (select coalesce(max(history_id), 0) from task_marks)) + 1 from task_history),
-       '{{queue}}', id, coalesce(task_id, '{{queue}}-' || id), coalesce(task_type, '{{queue}}'), :outcome, data, priority,
-       group_id, attempts, max_attempts, :enqueued_at, :started_at, :completed_at, :exit_code, :result, :log, :error
+       '{{queue}}', id, coalesce(task_id, '{{queue}}-' || id), task_type, :outcome, data, priority,
+       group_id, attempts, max_attempts, case when status = 3 and due_at is null then 'held' when approved then 'approved' end,
+       :enqueued_at, :started_at, :completed_at, :exit_code, :result, :log, :error
 from "{{queue}}" {FENCE}"""
-REMOVE = """delete from "{queue}" where id = :id returning rerun_data, priority, group_id"""
-# Put back, to be tried again: with the latest firing's data, where there is one.
+REMOVE = """delete from "{queue}" where id = :id returning rerun"""
 RELEASE = f"""
 update "{{queue}}"
-set status = iif(:delay > 0, 3, 1), due_at = iif(:delay > 0, :now + :delay, null), released_at = iif(:delay > 0, :now, null),
-    owner = null, claimed_at = null, cancel_requested = 0, attempts = iif(rerun_data is null, attempts - :uncounted, 0),
-    error = coalesce(:error, error), data = coalesce(rerun_data, data), rerun_data = null
-{FENCE}"""
+set status = iif(:delay > 0, 3, 1), due_at = iif(:delay > 0, :now + :delay, null), delayed_at = iif(:delay > 0, :now, null),
+    released_at = iif(:delay > 0, :now, null), owner = null, claimed_at = null, cancel_requested = 0,
+    attempts = max(attempts - :uncounted, 0), error = coalesce(:error, error)
+{FENCE} returning task_id, rerun"""
 
 TASK_COLUMNS = """id, task_id, task_type, data, timestamp, priority, attempts, max_attempts, backoff, then_queue,
   then_hold, chain, owner, claimed_at"""
@@ -425,7 +442,7 @@ class Task(_Task):
     @classmethod
     def from_row(cls, queue: str, row: tuple) -> Task:
         """The task of a row with TASK_COLUMNS."""
-        return cls(queue, row[0], row[1] or f"{queue}-{row[0]}", row[2] or queue, *row[3:])
+        return cls(queue, row[0], row[1] or f"{queue}-{row[0]}", *row[2:])
 
     @property
     def envelope(self) -> dict:
@@ -453,8 +470,8 @@ class Task(_Task):
     @property
     def run_name(self) -> str:
         """What the files of this run in STATE_DIR/logs are called, before their endings."""
-        at = self.claimed_at if isinstance(self.claimed_at, (int, float)) else 0
-        return f"{self.queue}/{self.id}-{self.attempts}-{self.owner}-{int(min(max(at, 0), LAST_SECOND) * 1e6)}"
+        at = int((self.claimed_at or 0) * 1e6)
+        return f"{self.queue}/{self.id}-{self.attempts}-{self.owner}-{at}"
 
     def unreadable(self) -> str | None:
         """Why the JSON cannot be read: SQLite takes some that Python does not."""
@@ -468,11 +485,9 @@ class Task(_Task):
 def utc(seconds: float) -> str:
     """Unix seconds as YYYY-MM-DD HH:MM:SS.SSS, UTC: what the database holds, and what sorts.
 
-    What is no number becomes 0, and what lies outside of 1970 to 3000 the nearest of the two.
+    A time outside of 1970 to 3000 becomes the nearest of the two.
     """
-    is_number = isinstance(seconds, (int, float)) and seconds == seconds
-    bounded = min(max(seconds, 0), LAST_SECOND) if is_number else 0
-    whole, milliseconds = divmod(round(bounded * 1000), 1000)
+    whole, milliseconds = divmod(round(min(max(seconds, 0), LAST_SECOND) * 1000), 1000)
     return f"{_whole_seconds(whole)}.{milliseconds:03d}"
 
 
@@ -687,9 +702,10 @@ class Connection(sqlite3.Connection):
 
     state: Path
     db: str
-    # The device and inode of the database, and the inode of its write-ahead log, as they were opened.
+    # The device and inode of the database, and the inodes of the sidecars beside its real path, as they were opened.
     file: tuple | None
-    log: int
+    real: str
+    sidecars: tuple[int, int]
     check_at: float
     queues: set[str]
     # When the spool of a queue last changed, where it was empty then.
@@ -770,15 +786,12 @@ _process = _Process()
 
 
 def connect(
-    state: Path | None = None,
-    create: bool = True,
-    busy_timeout_ms: int | None = None,
-    migrate: bool = True,
+    state: Path | None = None, create: bool = True, busy_timeout_ms: int | None = None
 ) -> Connection:
     """This thread's connection to STATE_DIR/tasks.db, opened or reopened as needed.
 
-    Its schema is made, or brought to the present version unless `migrate` is false. A deleted or
-    replaced database is noticed here. With create=False a missing one raises QueueUnavailable.
+    Its schema is made, or brought to the present version. A deleted or replaced database or sidecar
+    is noticed here. With create=False a missing database raises QueueUnavailable.
     """
     if state is None:
         if state_complaint:
@@ -791,7 +804,7 @@ def connect(
     try:
         found = os.stat(db)
         is_same = conn and conn.file in (None, (found.st_dev, found.st_ino))
-        if conn and is_same and not _log_is_lost(conn) and conn.file:
+        if conn and is_same and not _sidecar_is_lost(conn) and conn.file:
             if conn.busy_timeout_ms != busy_timeout_ms:
                 conn.set_busy_timeout(busy_timeout_ms)
             return conn
@@ -802,7 +815,7 @@ def connect(
     if conn:
         close(conn)
     try:
-        conn = _open(state, db, busy_timeout_ms, migrate)
+        conn = _open(state, db, busy_timeout_ms)
     except sqlite3.Error as error:
         raise explain(error, state) from error
     except OSError as error:
@@ -813,26 +826,24 @@ def connect(
     return conn
 
 
-def _log_file(db: str) -> os.stat_result:
-    """The write-ahead log, which lies beside the file itself, not beside a symbolic link to it."""
-    return os.stat(f"{os.path.realpath(db)}-wal")
+def _inodes(real: str) -> tuple[int, int]:
+    """The inodes of the write-ahead log and its shared memory."""
+    return os.stat(f"{real}-wal").st_ino, os.stat(f"{real}-shm").st_ino
 
 
-def _log_is_lost(conn: Connection) -> bool:
-    """Whether the write-ahead log was removed under a connection; looked at once a second."""
+def _sidecar_is_lost(conn: Connection) -> bool:
+    """Whether the shared memory or, looked at once a second, the write-ahead log was removed under a connection."""
     now = time.monotonic()
-    if now < conn.check_at:
-        return False
-    conn.check_at = now + 1.0
     try:
-        if _log_file(conn.db).st_ino == conn.log:
-            return False
+        if os.stat(f"{conn.real}-shm").st_ino == conn.sidecars[1]:
+            if now < conn.check_at:
+                return False
+            conn.check_at = now + 1.0
+            if _inodes(conn.real) == conn.sidecars:
+                return False
     except OSError:
         pass
-    # From now on each thread asks for another connection.
-    for each in _process.of(conn.state):
-        each.file = ()
-    _module("taskqueue.recovery").log_is_lost(conn.db)
+    _module("taskqueue.recovery").sidecar_is_lost(conn)
     return True
 
 
@@ -856,7 +867,7 @@ def make_private(directory: Path, parents: bool = False) -> Path:
     return directory
 
 
-def _open(state: Path, db: str, busy_timeout_ms: int, migrate: bool) -> Connection:
+def _open(state: Path, db: str, busy_timeout_ms: int) -> Connection:
     """Open the database, and make or check its schema."""
     make_private(state, parents=True)
     for other in _process.of(state):
@@ -880,7 +891,7 @@ def _open(state: Path, db: str, busy_timeout_ms: int, migrate: bool) -> Connecti
         (version,) = conn.execute("pragma user_version").fetchone()
         tables = table_names(conn)
         if version != SCHEMA_VERSION and (version or tables):
-            _module("taskqueue.migrate").check(conn, version, migrate)
+            _module("taskqueue.migrate").check(conn, version)
         elif version and "task_history" not in tables:
             raise QueueUnavailable(f"{db} is not a task queue's database; check TASK_QUEUE_STATE")
         conn.execute("commit")
@@ -897,8 +908,8 @@ def _open(state: Path, db: str, busy_timeout_ms: int, migrate: bool) -> Connecti
         # A read opens the write-ahead log where WAL was already on.
         table_names(conn)
         found = os.stat(db)
-        conn.file, conn.log = (found.st_dev, found.st_ino), _log_file(db).st_ino
-        conn.check_at = time.monotonic() + 1.0
+        conn.file, conn.real = (found.st_dev, found.st_ino), os.path.realpath(db)
+        conn.sidecars, conn.check_at = _inodes(conn.real), time.monotonic() + 1.0
         return conn
     except BaseException:
         conn.close()
@@ -935,7 +946,7 @@ def _make_schema(conn: Connection) -> None:
             # It was made while we waited for the lock.
             return
         if table_names(conn):
-            _module("taskqueue.migrate").migrate(conn, version)
+            _module("taskqueue.migrate").rebuild(conn)
         else:
             create_all(conn, DEFAULT_QUEUES)
         conn.execute(f"pragma user_version = {SCHEMA_VERSION}")
@@ -943,7 +954,7 @@ def _make_schema(conn: Connection) -> None:
 
 def create_all(conn: Connection, queues: Iterable[str]) -> None:
     """Make the history, the queues' tables and the view, within a transaction."""
-    run_statements(conn, HISTORY_SCHEMA)
+    run_statements(conn, HISTORY_SCHEMA.format(last_second=LAST_SECOND))
     for queue in queues:
         create_queue(conn, queue)
     create_view(conn)
@@ -954,6 +965,7 @@ def create_queue(conn: Connection, queue: str) -> None:
     parts = {"is_object": IS_OBJECT, "is_envelope": IS_ENVELOPE, "last_second": LAST_SECOND}
     parts["group_is_busy"] = on_queue(GROUP_IS_BUSY, queue)
     parts["next_of_group"] = NEXT_OF_GROUP.format(queue=queue, group="old.group_id")
+    parts |= {f"{row}_has_turn": HAS_TURN.format(row=row) for row in ("old", "new")}
     run_statements(conn, QUEUE_SCHEMA.format(queue=queue, **parts))
 
 
@@ -1092,10 +1104,12 @@ OPTIONS = {
     "group": None,
     # Whether it waits until a person approves it.
     "hold": False,
-    # Seconds; not claimed by then, it ends as expired.
+    # Seconds from when it is due; not claimed by then, it ends as expired.
     "ttl": None,
-    # Where a task with this id waits or runs, "skip" adds nothing. With "replace" and "rerun" that one
-    # takes the new data, or runs once more with it when it runs already.
+    # Where a task with this id waits or runs, "skip" adds nothing. With "replace" and "rerun" a waiting
+    # one becomes this one, and a running one is followed by it. What a person decides on does not change:
+    # over a held or approved task this is a duplicate, but for a rerun over an approved one that runs,
+    # which is held when that run ends.
     "on_duplicate": "skip",
     # What tells two firings of a hook apart, where they mean the same task.
     "firing": None,
@@ -1113,12 +1127,18 @@ OPTIONS = {
     "text": None,
 }
 
-# A task that has passed new_row(); the first seven of its columns are INSERT's.
+# A task that has passed new_row(); the first eight of its columns are INSERT's.
 Row = namedtuple(
     "Row",
-    "data status due_at priority group_id expires_at timestamp task_id window on_duplicate firing",
+    "data status due_at priority group_id expires_at timestamp delayed_at task_id window on_duplicate firing",
 )
-Stored = namedtuple("Stored", "task_id is_new")
+
+
+class Stored(namedtuple("Stored", "task_id is_new")):
+    """What became of a row. One that is neither new nor updated is a duplicate."""
+
+    # Whether a task that was there has taken its data.
+    is_updated = False
 
 
 def enqueue_task(
@@ -1141,7 +1161,7 @@ def enqueue_task(
 
 
 def enqueue_tasks(queue_name: str, tasks: Iterable[dict | Row], **how) -> list[Stored]:
-    """Store many tasks in one transaction, all or none: (task_id, is_new) of each, in their order.
+    """Store many tasks in one transaction, all or none: what became of each, in their order.
 
     A task is a dict of enqueue_task's arguments: {"task_type": …, "data": …, "task_id": …}, or a
     new_row(). `how` goes to connect(). Raises InvalidTask, QueueBusy, QueueUnavailable.
@@ -1150,7 +1170,7 @@ def enqueue_tasks(queue_name: str, tasks: Iterable[dict | Row], **how) -> list[S
     conn = connect(**how)
     ensure_queue(conn, queue_name)
     with transaction(conn):
-        stored = [Stored(row.task_id, insert(conn, queue_name, row)) for row in rows]
+        stored = [store(conn, queue_name, row) for row in rows]
     wake(conn.state)
     return stored
 
@@ -1171,7 +1191,8 @@ def new_row(task_type: str, data: dict, task_id: str | None = None, **options) -
         what = f"its chain of handlers is more than {MAX_DEPTH} deep (TASK_DEPTH)"
         raise InvalidTask(f"the task was refused: {what}")
     now = time.time() if told["now"] is None else told["now"]
-    due_at = now + told["delay"] if told["at"] is None and told["delay"] else told["at"]
+    delayed_at = now if told["delay"] and told["at"] is None and not told["hold"] else None
+    due_at = now + told["delay"] if delayed_at else None if told["hold"] else told["at"]
     status = SCHEDULED if told["hold"] or due_at is not None else READY
     head = f'"task_id": {_quote(task_id)}, "task_type": {_quote(task_type)}, "enqueued_at": "{utc(now)}"'
     for name, value in {**told, "depth": depth}.items() if depth or options else ():
@@ -1186,11 +1207,12 @@ def new_row(task_type: str, data: dict, task_id: str | None = None, **options) -
     return Row(
         f'{{{head}, "data": {body}}}',
         status,
-        None if told["hold"] else due_at,
+        due_at,
         told["priority"],
         told["group"],
-        None if told["ttl"] is None else now + told["ttl"],
+        None if told["ttl"] is None else max(now, due_at or 0) + told["ttl"],
         now,
+        delayed_at,
         task_id,
         told["window"],
         told["on_duplicate"],
@@ -1255,7 +1277,13 @@ def task_depth() -> int:
 
 
 def insert(conn: Connection, queue: str, row: Row) -> bool:
-    """Insert a row within a transaction; whether it is new. False, too, when a task has taken its data."""
+    """Store a row within a transaction; whether it is new."""
+    return store(conn, queue, row).is_new
+
+
+def store(conn: Connection, queue: str, row: Row) -> Stored:
+    """Store a row within a transaction, unless it is a duplicate of a task that is there."""
+    stored = Stored(row.task_id, False)
     # Within the window a firing is only a duplicate of itself, and a rerun ignores it otherwise.
     if row.window and (row.firing or row.on_duplicate != "rerun"):
         told = {"queue": queue, "task_id": row.task_id, "firing": row.firing}
@@ -1264,12 +1292,15 @@ def insert(conn: Connection, queue: str, row: Row) -> bool:
             "until": utc(row.timestamp + row.window),
         }
         if conn.execute(FINISHED_SINCE, told).fetchone()[0]:
-            return False
-    if conn.execute(on_queue(INSERT, queue), row[:7]).rowcount == 1:
-        return True
+            return stored
+    if conn.execute(on_queue(INSERT, queue), row[:8]).rowcount == 1:
+        return Stored(row.task_id, True)
     if row.on_duplicate != "skip":
-        conn.execute(on_queue(REPLACE, queue), row._asdict())
-    return False
+        stored.is_updated = any(
+            conn.execute(on_queue(statement, queue), row._asdict()).rowcount == 1
+            for statement in (REPLACE, RERUN)
+        )
+    return stored
 
 
 def wake(state: Path) -> None:
@@ -1371,13 +1402,15 @@ def claim(
 ) -> list[Task]:
     """Claim up to `limit` ready tasks, or one given row, for owner, within a transaction.
 
-    [] when nothing is ready, or the queue is paused or has no free slot. `terms` are some of TERMS:
-    they are kept with the task, so that whoever ends it does the same: this process, or another
-    that finds this one dead. `overdue` as look() says; when in doubt, true.
+    [] when nothing is ready, or the queue is paused or has no free slot; also while more tasks have
+    expired than one transaction takes: look() again says so. `terms` are some of TERMS: they are kept
+    with the task, so that whoever ends it does the same: this process, or another that finds this one
+    dead. `overdue` as look() says; when in doubt, true.
     """
     now = time.time()
     if overdue:
-        expire(conn, queue, now)
+        if expire(conn, queue, now) == AT_ONCE:
+            return []
         promote(conn, queue, now)
     values = {**_told(TERMS, terms), "owner": owner, "now": now, "limit": limit, "id": row_id}
     statement = CLAIM if row_id is None else CLAIM_ROW
@@ -1388,7 +1421,7 @@ def claim(
 
 
 def promote(conn: Connection, queue: str, now: float) -> None:
-    """Make the scheduled tasks ready whose time has come; of a group only the first.
+    """Make scheduled tasks ready whose time has come, AT_ONCE at most; of a group only the first.
 
     Within a transaction.
     """
@@ -1398,7 +1431,7 @@ def promote(conn: Connection, queue: str, now: float) -> None:
 
 
 def expire(conn: Connection, queue: str, now: float) -> int:
-    """Move tasks whose time is over to the history, within a transaction; how many."""
+    """Move tasks whose time is over to the history, AT_ONCE at most, within a transaction; how many."""
     rows = execute(conn, EXPIRED, queue, now=now).fetchall()
     error = "it was not started before its time was over"
     return sum(finish(conn, Task.from_row(queue, row), "expired", error=error) for row in rows)
@@ -1406,12 +1439,15 @@ def expire(conn: Connection, queue: str, now: float) -> int:
 
 def claim_ready(conn: Connection, queue: str, **how) -> list[Task]:
     """Claim for this process, in a transaction of its own. A look that finds nothing takes no lock."""
-    found, overdue = look(conn, queue)
-    if not found:
-        return []
-    owner = owner_name(conn.state)
-    with transaction(conn, durable=False):
-        return claim(conn, queue, owner, overdue=overdue, **how)
+    while True:
+        found, overdue = look(conn, queue)
+        if not found:
+            return []
+        owner = owner_name(conn.state)
+        with transaction(conn, durable=False):
+            tasks = claim(conn, queue, owner, overdue=overdue, **how)
+        if tasks or not overdue:
+            return tasks
 
 
 # How a run ended: the handler's exit code, the ends of its stdout and stderr, and what went wrong.
@@ -1430,12 +1466,9 @@ def finish(conn: Connection, task: Task, outcome: str, **told) -> bool:
     if execute(conn, ARCHIVE, task.queue, **values).rowcount != 1:
         return False
     end_quiet(conn.state)
-    [(rerun_data, priority, group)] = execute(conn, REMOVE, task.queue, id=task.id).fetchall()
-    if rerun_data is not None:
-        conn.execute(
-            on_queue(INSERT, task.queue),
-            (rerun_data, READY, None, priority, group, None, time.time()),
-        )
+    [(rerun,)] = execute(conn, REMOVE, task.queue, id=task.id).fetchall()
+    if rerun is not None:
+        conn.execute(on_queue(INSERT, task.queue), json.loads(rerun))
     return True
 
 
@@ -1480,9 +1513,17 @@ def nack(
 def release(
     conn: Connection, task: Task, *, delay: float = 0, error: str | None = None, uncounted: int = 1
 ) -> bool:
-    """Put the claimed task back for `delay` seconds: this attempt does not count. False when not held."""
+    """Put the claimed task back for `delay` seconds: this attempt does not count. False when not held.
+
+    Where a later firing waits for the end of this run, the task becomes that one.
+    """
     told = {"delay": delay, "error": error, "uncounted": uncounted, "now": time.time()}
-    return execute(conn, RELEASE, task.queue, **_fence(task), **told).rowcount == 1
+    rows = execute(conn, RELEASE, task.queue, **_fence(task), **told).fetchall()
+    for task_id, rerun in rows:
+        if rerun is not None:
+            later = dict(zip(Row._fields, json.loads(rerun), strict=False))
+            execute(conn, REPLACE, task.queue, **later, task_id=task_id, firing=None)
+    return bool(rows)
 
 
 def backoff_delay(task: Task) -> float:
@@ -1657,7 +1698,7 @@ _LATER = {
     "taskqueue.outcome": "settle tail signal_name pause resume limit controls STOPPED CANCELLED TIMED_OUT"
     " EX_DATAERR EX_TEMPFAIL OUTPUT_BYTES RESULT_BYTES",
     "taskqueue.spool": "spool_directories spooled_files take_in_spool",
-    "taskqueue.recovery": "recover redrive not_held log_is_lost OWNERS CANCEL_REQUESTED",
+    "taskqueue.recovery": "recover redrive not_held sidecar_is_lost OWNERS CANCEL_REQUESTED",
     "taskqueue.wake": "Watch WakeEvent QueueWatcher look_again data_version is_wake sleep_seconds",
     "taskqueue.persist": "get_queue get_ack_queue dequeue_task SQLiteQueue SQLiteAckQueue Empty COUNT_READY",
     "taskqueue.aio": "consume Delivery",

@@ -90,11 +90,11 @@ SORTS: dict[str, Callable[[dict], Any]] = {
 CLAIMED_TASK = """
 select status, {task} from "{queue}" where id = :id"""
 REQUEST_CANCEL = """
-update "{queue}" set cancel_requested = 1
-where id = :id and status in (2, 5) and owner is :owner and attempts = :attempts"""
+update "{queue}" set cancel_requested = 1, rerun = null
+where id = :id and owner is :owner and attempts = :attempts"""
 # It may wait as long as it likes then.
 START_NOW = """
-update "{queue}" set status = 1, due_at = null, released_at = null, expires_at = null
+update "{queue}" set status = 1, due_at = null, delayed_at = null, released_at = null, expires_at = null
 where id = :id and status = 3 and due_at is not null"""
 FAILED = """
 select id, queue, task_id from task_history
@@ -111,13 +111,14 @@ select {q.STATUS_WORD} from "{{queue}}" where id = :id"""
 
 # A blocked task is put as a ready one: the other queue's groups decide.
 MOVED = """
-insert into "{queue}" (data, timestamp, status, priority, due_at, group_id, expires_at, attempts, error)
-values (:data, :timestamp, :status, :priority, :due_at, :group_id, :expires_at, :attempts, :error)"""
+insert into "{queue}" (data, timestamp, status, priority, due_at, delayed_at, released_at, group_id, expires_at, attempts,
+                       approved, rerun, error)
+values (:data, :timestamp, :status, :priority, :due_at, :delayed_at, :released_at, :group_id, :expires_at, :attempts,
+        :approved, :rerun, :error)"""
 WAITING_ROW = """
-select data, timestamp, iif(status = 4, 1, status) as status, priority, due_at, group_id, expires_at,
-       attempts, error, task_id, task_type
+select data, timestamp, iif(status = 4, 1, status) as status, priority, due_at, delayed_at, released_at, group_id,
+       expires_at, attempts, approved, rerun, error, task_id, task_type
 from "{queue}" where id = :id and status not in (2, 5)"""
-# Without --before a row whose time is no number counts, too.
 WAITING_IDS = """
 select id from "{queue}" where {{condition}} and (:task_type is null or task_type = :task_type)
   and (:before is null or timestamp <= :before)
@@ -752,7 +753,7 @@ def retry(
     as_json: bool,
 ) -> int:
     """Put finished tasks back into their queue, attempts at zero; a scheduled one becomes ready
-    now. Neither expires any more.
+    now. Neither expires any more. One that ended while it was held is held again.
     """
     conn = cli.open_queue()
     if queue is not None:
@@ -778,6 +779,12 @@ def retry(
 
     outcomes = change_each(conn, "retried", wanted, change)
     code = tell("retry", "retried", outcomes, as_json, None if ids else "")
+    for found, outcome in zip(wanted, outcomes, strict=True):
+        row_id = outcome["retried"] and live_id(conn, found.queue, found.task_id)
+        row = row_id and q.execute(conn, STATUS, found.queue, id=row_id).fetchone()
+        if row and row[0] == "held":
+            held = f"task {found.task_id} is held again, as it was"
+            print(f"{held}: {cli.command('approve')} {found.task_id}", file=sys.stderr)
     have_run(conn, [task["queue"] for task in outcomes if task["retried"]], as_json)
     return code
 
@@ -842,7 +849,9 @@ def cancel_task(conn: q.Connection, found: Found, deadline: float) -> str | None
                 f"another machine has it; {cli.as_typed('relay.py pull')} has that machine end it"
             )
         if row[0] != q.CLAIMED:
+            told = {"id": task.id, "owner": task.owner, "attempts": task.attempts}
             with q.transaction(conn):
+                q.execute(conn, REQUEST_CANCEL, task.queue, **told)
                 done = q.finish(conn, task, "cancelled", error="cancelled while it waited")
             if done:
                 q.wake(conn.state)
@@ -920,7 +929,7 @@ def pause(queues: list[str], seconds: float | None, reason: str | None, as_json:
 
 def resume(queues: list[str], as_json: bool) -> int:
     """Let a paused queue's tasks be claimed again."""
-    conn, changed = change_queues(queues, q.resume)
+    conn, changed = change_queues(queues, q.resume, create=False)
     told = [{"queue": name, "paused": False, "changed": changed[name]} for name in queues]
     lines = [f"resumed {name}" if changed[name] else f"{name} was not paused" for name in queues]
     cli.report(as_json, told, "\n".join(lines))
@@ -937,11 +946,19 @@ def limit(queues: list[str], slots: int | None, as_json: bool) -> int:
     return 0
 
 
-def change_queues(queues: list[str], change: Callable) -> tuple[q.Connection, dict]:
-    """What change(conn, queue) returned for each queue, in one transaction; who sleeps is woken."""
-    conn = cli.open_queue()
-    cli.check_known(conn, queues)
+def change_queues(
+    queues: list[str], change: Callable, create: bool = True
+) -> tuple[q.Connection, dict]:
+    """Call change(conn, queue) for each queue in one transaction, wake who sleeps, and return what it said.
+
+    Before its first task a queue is made, so that the first one finds what holds it back.
+    """
+    conn = q.connect(create=create)
+    if not create:
+        cli.check_known(conn, queues)
     with q.transaction(conn):
+        for queue in queues:
+            q.ensure_queue(conn, queue)
         changed = {queue: change(conn, queue) for queue in queues}
     q.wake(conn.state)
     return conn, changed
@@ -984,9 +1001,7 @@ def move_task(conn: q.Connection, found: Found, to: str) -> dict:
         return outcome | {"why": "it is running, handed over, or gone"}
     if row.pop("task_id") is None:
         # A bare payload is called after its queue: an envelope keeps its name.
-        row["data"] = cli.envelope_of(
-            task_id, row["task_type"] or found.queue, row["timestamp"], row["data"]
-        )
+        row["data"] = cli.envelope_of(task_id, row["task_type"], row["timestamp"], row["data"])
     del row["task_type"]
     if q.execute(conn, MOVED, to, **row).rowcount != 1:
         return outcome | {"why": f"a task of this id is waiting or running in {to}"}

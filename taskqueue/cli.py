@@ -64,6 +64,8 @@ SIDECARS = ("-wal", "-shm", "-journal")
 class Refused(q.QueueError):
     """What was asked for cannot be done; the message says why and what to do."""
 
+    exit_code = EX_FAILED
+
 
 # ---------------------------------------------------------- where things lie in the state directory
 
@@ -234,7 +236,7 @@ def run(who: str, work: Callable[[], int]) -> int:
     try:
         return _told(work)
     except Refused as error:
-        return complain(EX_FAILED, who, error)
+        return complain(error.exit_code, who, error)
     except (q.QueueError, sqlite3.Error) as error:
         told = q.explain(error, q.STATE_DIR) if isinstance(error, sqlite3.Error) else error
         return complain(code_of(told), who, remedies_as_typed(str(told)))

@@ -103,8 +103,8 @@ def enqueue(args: Arguments) -> int:
     wait = None if args.wait is None else milliseconds(args.wait)
     made, stored = store(args.queue, rows, wait)
     lines = [
-        f"{'queued' if is_new else 'duplicate' if row.on_duplicate == 'skip' else 'updated'} {visible(task_id)}"
-        for row, (task_id, is_new) in zip(rows, stored, strict=True)
+        f"{'queued' if task.is_new else 'updated' if task.is_updated else 'duplicate'} {visible(task.task_id)}"
+        for task in stored
     ]
     if lines:
         notes = [f"a new queue: {args.queue}"] if made and not args.new else []
@@ -174,7 +174,7 @@ def terms_of_line(task: dict) -> dict:
         raise q.InvalidTask(f"{why}: without TASK_TYPE a line is an object; see enqueue.py --help")
     if type(task.get("hold", False)) is not bool:
         raise q.InvalidTask(f"hold {task['hold']!r} was refused: it is true or false")
-    if task.get("hold") and (task.get("delay") or task.get("at") is not None):
+    if bool(task.get("delay")) + (task.get("at") is not None) + bool(task.get("hold")) > 1:
         raise q.InvalidTask("delay, at and hold each say when: give one of them")
     try:
         times = {

@@ -18,6 +18,8 @@ import queue_helpers as q
 from taskqueue import cli
 from taskqueue.cli import FINISHED, LIVE, Refused
 
+# A row's number in a list.
+ROW = r"[1-9]\d{0,3}"
 # An ambiguous ID lists so many of the tasks that it fits.
 MATCHES = 10
 # What a list printed may be named by its row for so long.
@@ -95,6 +97,12 @@ select queue, task_id, status, (julianday(completed_at) - 2440587.5) * 86400.0,
 from task_history order by id desc"""
 
 
+class Ambiguous(Refused):
+    """An ID that names a row of the list and another task; the message names both."""
+
+    exit_code = cli.EX_USAGE
+
+
 class Found(NamedTuple):
     """A task that an ID named. row_id is its row, None when it is in the history alone."""
 
@@ -106,10 +114,10 @@ class Found(NamedTuple):
 def find(
     conn: q.Connection, ident: str, queue: str | None = None, option: str = "--queue"
 ) -> Found:
-    """The task of this id, or of this row of the list that was printed last, or else the only one
-    whose id begins so.
+    """Return the task of this id, or of this row of the list that was printed last, or else the
+    only one whose id begins so. A number is never taken for the beginning of an id.
 
-    `option` is the command's option that names the queue. Raises Refused.
+    `option` is the command's option that names the queue. Raises Refused, Ambiguous.
     """
     if queue is not None:
         cli.check_known(conn, [queue])
@@ -118,11 +126,18 @@ def find(
     matches |= {
         (name, ident) for (name,) in conn.execute(FINISHED_ID, {"task_id": ident}) if name in queues
     }
-    numbered = None if matches else listed(conn.state, ident)
-    if numbered and queue in (None, numbered[0]):
-        queues, ident = [numbered[0]], numbered[1]
-        matches = {numbered}
-    if not matches:
+    numbered = listed(conn.state, ident)
+    if numbered and queue not in (None, numbered.queue):
+        numbered = None
+    if numbered and matches - {numbered[:2]}:
+        raise Ambiguous(
+            f"{ident!r} names two tasks: {numbered.task_id} ({numbered.queue}), row {ident} of the list shown last, "
+            f"and {', '.join(f'{found} ({name})' for name, found in sorted(matches))}, by its id: give the whole id "
+            f"of the first; for the other, show a list whose row {ident} is that task: {cli.command('list')}"
+        )
+    if numbered:
+        matches = {numbered[:2]}
+    if not matches and not re.fullmatch(ROW, ident):
         limit = {"limit": MATCHES + 1}
         for name in queues:
             matches |= {
@@ -149,6 +164,11 @@ def find(
     row_id = live_id(conn, name, found)
     if numbered and row_id is None and not history_ids(conn, Found(name, found, None)):
         raise Refused(f"task {found} of {name} is gone: it was purged, pruned or moved meanwhile")
+    if numbered and row_id not in (None, numbered.row_id):
+        raise Refused(
+            f"row {ident} was task {found} of {name}, which has ended; a later task has its id now: "
+            f"{cli.command('show')} {found}"
+        )
     return Found(name, found, row_id)
 
 
@@ -167,19 +187,19 @@ def remember(state: Path, rows: Sequence[dict]) -> None:
             0o600,
         )
         with open(fd, "w", encoding="utf-8") as file:
-            json.dump([(row["queue"], row["task_id"]) for row in rows], file)
+            json.dump([(row["queue"], row["task_id"], row["id"]) for row in rows], file)
 
 
-def listed(state: Path, ident: str) -> tuple[str, str] | None:
-    """(queue, task id) of a row of the list that this terminal has shown last."""
-    if not re.fullmatch(r"[1-9]\d{0,3}", ident):
+def listed(state: Path, ident: str) -> Found | None:
+    """The task of a row of the list that this terminal has shown last, as it was then."""
+    if not re.fullmatch(ROW, ident):
         return None
     file = state / "listed" / str(os.getsid(0))
     try:
         if time.time() - file.stat().st_mtime > LISTED_SECONDS:
             return None
-        queue, task_id = json.loads(file.read_text("utf-8"))[int(ident) - 1]
-        return q.check_queue_name(queue), task_id
+        queue, task_id, row_id = json.loads(file.read_text("utf-8"))[int(ident) - 1]
+        return Found(q.check_queue_name(queue), task_id, row_id)
     except (OSError, ValueError, TypeError, LookupError):
         return None
 
@@ -315,7 +335,6 @@ def matching_rows(conn: q.Connection, wanted: Wanted, scan: Scan) -> Iterator[di
     queues, statuses, task_type, oldest, newest, text = wanted
     like = None if text is None else "%" + re.sub(r"([\\%_])", r"\\\1", text) + "%"
     which = {"task_type": task_type, "since": oldest, "before": newest, "text": like}
-    # bash may have given a row a time that is no number: it has no place between two others.
     is_bounded = math.isfinite(oldest) or math.isfinite(newest)
     in_time = "timestamp between :since and :before" if is_bounded else "1"
     for name, condition in LIVE.items():
@@ -357,5 +376,4 @@ def matching_rows(conn: q.Connection, wanted: Wanted, scan: Scan) -> Iterator[di
 
 
 def in_order(queue: str, rows: Iterator[tuple]) -> Iterator[tuple]:
-    # A time that was written by hand may be a text.
-    return ((key if isinstance(key, (int, float)) else 0, row_id, queue) for row_id, _, key in rows)
+    return ((key, row_id, queue) for row_id, _, key in rows)

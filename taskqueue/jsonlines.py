@@ -37,7 +37,7 @@ select queue, row_id as id, task_id, coalesce(nullif(task_type, ''), queue) as t
 from task_history where :queues is null or queue in (select value from json_each(:queues)) order by id"""
 EXPORT_LIVE = f"""
 select '{{queue}}' as queue, id, coalesce(task_id, '{{queue}}-' || id) as task_id,
-       coalesce(nullif(task_type, ''), '{{queue}}') as task_type, {q.STATUS_WORD} as status,
+       task_type, {q.STATUS_WORD} as status,
        timestamp as enqueued_at, {{columns}}, data
 from "{{queue}}" order by id"""
 INSERT = """
@@ -295,7 +295,7 @@ def parse_line(conn: q.Connection, line: bytes) -> tuple[dict, list[str]]:
         raise q.InvalidTask("its data is not a JSON object")
     check(task, "id", whole(1, 2**53), required=True)
     check(task, "task_id", is_text, required=True)
-    for name in ("task_type", "group_id", "error", "result", "log"):
+    for name in ("task_type", "group_id", "approval", "rerun", "error", "result", "log"):
         check(task, name, is_text)
     check(task, "priority", whole(-1_000_000, 1_000_000))
     check(task, "attempts", whole(0, MOST_ATTEMPTS))
@@ -309,7 +309,9 @@ def parse_line(conn: q.Connection, line: bytes) -> tuple[dict, list[str]]:
         task.pop("completed_at", None)
         check(task, "due_at", is_seconds, required=task["status"] == "scheduled")
         check(task, "expires_at", is_seconds)
+        check(task, "delayed_at", is_seconds)
         check(task, "released_at", is_seconds)
+        check(task, "approved", whole(0, 1))
     task["task_type"] = task.get("task_type") or queue
     # SQLite gives the numbers as they stand; Python would round some.
     stored = conn.execute(DATA_OF, {"line": text}).fetchone()[0]
@@ -390,7 +392,7 @@ def import_live(conn: q.Connection, task: dict) -> bool:
     row = {name: task[name] for name in columns_of(conn, queue) if name in task}
     is_later = task["status"] in ("scheduled", "held")
     if task["status"] != "scheduled":
-        row |= {name: None for name in ("due_at", "released_at") if name in row}
+        row |= {name: None for name in ("due_at", "delayed_at", "released_at") if name in row}
     row |= {"data": task["data"], "timestamp": float(task["enqueued_at"])}
     row["status"] = q.SCHEDULED if is_later else q.READY
     return insert(conn, queue, row) == 1

@@ -1,153 +1,118 @@
-"""Bringing a database to the present schema: bare tables that bash made, and databases of earlier
-versions.
+"""Bring a database to the present schema: one of an earlier version, or bare tables that bash made.
 
-Loaded by queue_helpers when a database needs it, and never otherwise.
+There is one way: each table is made anew, and its rows are copied. Loaded by queue_helpers when a
+database needs it, and never otherwise.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import sqlite3
 import time
 
 import queue_helpers as q
 
+# A rebuild of this many rows is worth a line.
+TELL_FROM_ROWS = 50_000
 LAST_ID = """
 select max(id) from (
-  select max(seq) as id from sqlite_sequence where name in (select value from json_each(:names))
+  select max(seq) as id from sqlite_sequence where name in (:queue, :queue || '.old')
   union all select max(id) from "{queue}.old")"""
+# First what has its group's turn, then in order.
+COPY = """
+insert or ignore into {table} ({columns}) select {values} from {old} where {which} order by {order}"""
+TURNS_FIRST = "status is not 2, released_at is null, id"
+LEFT_OUT = f"""
+select * from "{{queue}}.old" where id not in (select id from "{{queue}}") and case when {q.IS_OBJECT} then 1 end"""
+HOLD = """
+insert or ignore into "{queue}" (id, data, status, error) values (:id, :data, 3, :error)"""
+BURY = """
+insert into task_history (queue, row_id, task_id, task_type, status, data, enqueued_at, error)
+select '{queue}', id, '{queue}-' || id, '{queue}', 'failed', coalesce(cast(data as text), ''),
+       strftime('%Y-%m-%d %H:%M:%f', 'now'), :error
+from "{queue}.old" where id not in (select id from "{queue}")"""
 REFUSED = "was not a JSON object when its table was taken over, or another task had its task_id"
+# Columns that had another name or form before.
+RERUN_BEFORE = "iif(rerun_data is null, null, json_array(rerun_data, 1, null, priority, group_id, null, timestamp, null))"
+# In version 1, a person had set these aside.
+SET_ASIDE_BEFORE = {
+    "status": "iif(status = 4, 3, status)",
+    "due_at": "iif(status = 4, null, due_at)",
+}
+SHARED = ("task_history", "task_controls")
+PAUSED_BEFORE = """
+insert into task_controls (queue, paused_at, paused_by)
+select queue, coalesce((julianday(paused_at) - 2440587.5) * 86400.0, 0.0), 'person' from task_paused"""
+PAUSED_ODDLY = """
+insert or ignore into task_controls (queue, paused_at, pause_reason, paused_by)
+select queue, (julianday('now') - 2440587.5) * 86400.0, 'its pause or its slots could not be read', 'person'
+from "task_controls.old" """
 
 
-def has_bare_queue(conn: q.Connection) -> bool:
-    """Whether a hook made one of the tables before any Python ran."""
-    return any(is_bare_queue(conn, name) for name in q.table_names(conn))
-
-
-def check(conn: q.Connection, version: int, may_migrate: bool) -> None:
-    """Raise QueueUnavailable unless a database that is not of the present version can be brought to
-    it.
-    """
+def check(conn: q.Connection, version: int) -> None:
+    """Raise QueueUnavailable unless a database of another version can be brought to the present one."""
     db = conn.state / "tasks.db"
     if version > q.SCHEMA_VERSION:
         raise q.QueueUnavailable(
             f"{db} has schema version {version}, these scripts know {q.SCHEMA_VERSION}: update them"
         )
     tables = q.table_names(conn)
-    if not (has_bare_queue(conn) if version == 0 else "task_history" in tables):
+    is_ours = "task_history" in tables if version else any(is_bare(conn, name) for name in tables)
+    if not is_ours:
         raise q.QueueUnavailable(f"{db} is not a task queue's database; check TASK_QUEUE_STATE")
-    if version and not may_migrate:
-        raise q.QueueUnavailable(
-            f"{db} has schema version {version}, and a hook does not wait for its migration to version "
-            f"{q.SCHEMA_VERSION}: the next worker does it"
-        )
 
 
-def migrate(conn: q.Connection, version: int) -> None:
-    """Bring a database to the present schema, within a transaction that has seen its version."""
-    if version == 0:
-        adopt_all(conn)
-    else:
-        from_1_to_2(conn)
-
-
-def adopt_all(conn: q.Connection) -> None:
-    """Adopt the bare tables of a database that no Python has opened."""
-    bare = [name for name in q.table_names(conn) if is_bare_queue(conn, name)]
-    q.create_all(conn, sorted({*q.DEFAULT_QUEUES} - {*bare}))
-    for queue in bare:
-        adopt(conn, queue)
-    q.create_view(conn)
-
-
-# What a queue's table of version 1 has, and how version 2 stores it. Version 1 checked none of
-# these: a task whose time is none that can come, and one that somebody had set aside as blocked,
-# are held, so that a person sees them.
-COLUMNS_OF_1 = """id, data, timestamp, status, priority, due_at, group_id, attempts, owner, claimed_at,
-  max_attempts, backoff, then_queue, cancel_requested, error"""
-VALUES_OF_1 = f"""id, data, timestamp, iif(status = 4, 3, status),
-  max(-1000000, min(1000000, cast(priority as integer))),
-  iif(status <> 4 and typeof(due_at) = 'real' and due_at <= {q.LAST_SECOND}, max(due_at, 0.0), null),
-  iif(typeof(group_id) = 'text' and length(group_id) between 1 and 500, group_id, null), attempts, owner,
-  claimed_at, max_attempts, backoff, then_queue, cancel_requested, error"""
-HISTORY_OF_1 = """id, queue, row_id, task_id, task_type, status, data, priority, group_id, attempts, max_attempts,
-  enqueued_at, started_at, completed_at, exit_code, result, log, error"""
-PAUSED_OF_1 = """
-insert into task_controls (queue, paused_at, paused_by)
-select queue, coalesce((julianday(paused_at) - 2440587.5) * 86400.0, 0.0), 'person' from task_paused"""
-# A migration of this many rows is worth a line.
-TELL_FROM_ROWS = 50_000
-
-
-def from_1_to_2(conn: q.Connection) -> None:
-    """Groups, expiry, held tasks, slots; task_id and task_type are stored, and fewer indexes."""
+def rebuild(conn: q.Connection) -> None:
+    """Bring a database to the present schema, within a transaction."""
     queues, began = [queue for (queue,) in conn.execute(q.QUEUES)], time.monotonic()
-    rows = sum(count_rows(conn, name) for name in (*queues, "task_history"))
+    tables = q.table_names(conn)
+    shared = [name for name in SHARED if name in tables]
+    bare = [name for name in tables if is_bare(conn, name)]
+    rows = sum(
+        conn.execute(f'select count(*) from "{name}"').fetchone()[0] for name in queues + shared
+    )
     tell = logging.getLogger(__name__).warning if rows >= TELL_FROM_ROWS else lambda *_: None
     tell(
-        "bringing %s to schema version 2: %s rows are written anew, which takes a minute for some "
+        "bringing %s to schema version %d: %s rows are written anew, which takes a minute for some "
         "millions; it happens once, and what is enqueued meanwhile waits or goes to the spool",
-        conn.state / "tasks.db",
-        f"{rows:,}",
+        *(conn.state / "tasks.db", q.SCHEMA_VERSION, f"{rows:,}"),
     )
     conn.execute("drop view if exists task_queue")
-    for index in ("completed_at", "type", "task_id", "failed"):
-        conn.execute(f'drop index if exists "task_history.{index}"')
-    conn.execute("alter table task_history rename to task_history_1")
-    q.run_statements(conn, q.HISTORY_SCHEMA)
-    conn.execute(f"""insert into task_history ({HISTORY_OF_1})
-                     select {HISTORY_OF_1} from task_history_1 order by id""")
-    conn.execute("drop table task_history_1")
-    for queue in queues:
+    for table in shared:
+        set_aside(conn, table)
+    q.run_statements(conn, q.HISTORY_SCHEMA.format(last_second=q.LAST_SECOND))
+    for queue in {*q.DEFAULT_QUEUES} - {*queues, *bare}:
+        q.create_queue(conn, queue)
+    for table in shared:
+        copy(conn, table, "rowid")
+    if "task_controls" in shared:
+        conn.execute(PAUSED_ODDLY)
+    for table in shared:
+        conn.execute(f'drop table "{table}.old"')
+    if "task_paused" in tables:
+        conn.execute(PAUSED_BEFORE)
+        conn.execute("drop table task_paused")
+    for queue in (*queues, *bare):
         rebuild_queue(conn, queue)
-    conn.execute(PAUSED_OF_1)
-    conn.execute("drop table task_paused")
     q.create_view(conn)
     tell("the rows are written anew after %.1f s", time.monotonic() - began)
 
 
-def count_rows(conn: q.Connection, table: str) -> int:
-    return conn.execute(f'select count(*) from "{table}"').fetchone()[0]
+def adopt(conn: q.Connection, queue: str) -> None:
+    """Make the bare table that a hook made a queue's, within a transaction: rows and ids are kept.
 
-
-def rebuild_queue(conn: q.Connection, queue: str) -> None:
-    """Copy a queue's table of version 1 into one of the present version."""
-    for index in ("ready", "type", "claimed", "scheduled", "blocked"):
-        conn.execute(f'drop index if exists "{queue}.{index}"')
-    conn.execute(f'alter table "{queue}" rename to "{queue}.old"')
-    q.create_queue(conn, queue)
-    # First what runs: it has its group's turn.
-    copy_rows(conn, queue, COLUMNS_OF_1, VALUES_OF_1, "status = 2")
-    copy_rows(conn, queue, COLUMNS_OF_1, VALUES_OF_1, "status is not 2")
-    drop_old(conn, queue)
-
-
-def copy_rows(conn: q.Connection, queue: str, columns: str, values: str, which: str) -> None:
-    """Copy rows of QUEUE.old into QUEUE, but what its constraints refuse: see drop_old()."""
-    conn.execute(f"""insert or ignore into "{queue}" ({columns}) select {values} from "{queue}.old"
-                     where {which} and case when {q.IS_OBJECT} then 1 end order by id""")
-
-
-def drop_old(conn: q.Connection, queue: str) -> None:
-    """Drop QUEUE.old, whose rows are copied; what is not in QUEUE goes to the history as failed.
-
-    The next row's id follows the last one that the old table gave.
+    Raises QueueUnavailable when the table is none of ours.
     """
-    conn.execute(f"""insert into task_history (queue, row_id, task_id, task_type, status, data, enqueued_at, error)
-                     select '{queue}', id, '{queue}-' || id, '{queue}', 'failed', coalesce(cast(data as text), ''),
-                            strftime('%Y-%m-%d %H:%M:%f', 'now'), '{REFUSED}'
-                     from "{queue}.old" where id not in (select id from "{queue}")""")
-    names = json.dumps([queue, f"{queue}.old"])
-    (last_id,) = conn.execute(LAST_ID.format(queue=queue), {"names": names}).fetchone()
-    conn.execute(f'drop table "{queue}.old"')
-    conn.execute("delete from sqlite_sequence where name = ?", (queue,))
-    conn.execute("insert into sqlite_sequence (name, seq) values (?, ?)", (queue, last_id or 0))
+    if not is_bare(conn, queue):
+        raise q.QueueUnavailable(
+            f"table {queue} in {conn.state / 'tasks.db'} is not a queue: use another queue name"
+        )
+    rebuild_queue(conn, queue)
 
 
-def is_bare_queue(conn: q.Connection, table: str) -> bool:
-    """Whether a hook made this table before any Python ran: id and data, and a name that a queue
-    may have.
-    """
+def is_bare(conn: q.Connection, table: str) -> bool:
+    """Whether a hook made this table before any Python ran: id and data, and a queue's name."""
     try:
         q.check_queue_name(table)
     except q.InvalidTask:
@@ -155,17 +120,66 @@ def is_bare_queue(conn: q.Connection, table: str) -> bool:
     return [row[1] for row in conn.execute(f'pragma table_info("{table}")')] == ["id", "data"]
 
 
-def adopt(conn: q.Connection, queue: str) -> None:
-    """Make the bare table that a hook made a queue's: rows and ids are kept.
+def rebuild_queue(conn: q.Connection, queue: str) -> None:
+    """Make a queue's table anew, rows and ids kept, and the next row's id, too.
 
-    Rows that are no JSON object go to the history as failed. Raises QueueUnavailable when the table
-    is none of ours.
+    A row that breaks a CHECK is held, and its error says why; one that is no task goes to the history.
     """
-    if not is_bare_queue(conn, queue):
-        raise q.QueueUnavailable(
-            f"table {queue} in {conn.state / 'tasks.db'} is not a queue: use another queue name"
-        )
-    conn.execute(f'alter table "{queue}" rename to "{queue}.old"')
+    set_aside(conn, queue)
     q.create_queue(conn, queue)
-    copy_rows(conn, queue, "id, data", "id, data", "true")
-    drop_old(conn, queue)
+    columns = copy(conn, queue, TURNS_FIRST, f"case when {q.IS_OBJECT} then 1 end")
+    refused = conn.execute(LEFT_OUT.format(queue=queue))
+    names = [column[0] for column in refused.description]
+    for row in refused.fetchall():
+        hold(conn, queue, columns, dict(zip(names, row, strict=True)))
+    conn.execute(BURY.format(queue=queue), {"error": REFUSED})
+    (last_id,) = conn.execute(LAST_ID.format(queue=queue), {"queue": queue}).fetchone()
+    conn.execute(f'drop table "{queue}.old"')
+    conn.execute("delete from sqlite_sequence where name = ?", (queue,))
+    conn.execute("insert into sqlite_sequence (name, seq) values (?, ?)", (queue, last_id or 0))
+
+
+def set_aside(conn: q.Connection, table: str) -> None:
+    """Rename a table to TABLE.old, without its indexes and triggers, whose names are wanted."""
+    parts = conn.execute(
+        "select type, name from sqlite_master where tbl_name = ? and type in ('index', 'trigger') and sql is not null",
+        (table,),
+    ).fetchall()
+    for kind, name in parts:
+        conn.execute(f'drop {kind} "{name}"')
+    conn.execute(f'alter table "{table}" rename to "{table}.old"')
+
+
+def copy(conn: q.Connection, table: str, order: str, which: str = "true") -> dict[str, str]:
+    """Copy the rows of TABLE.old, but what the schema refuses; {column: value} that was copied."""
+    old = settable(conn, f"{table}.old")
+    columns = {name: name for name in settable(conn, table) if name in old}
+    if "rerun_data" in old:
+        columns |= {"rerun": RERUN_BEFORE, "delayed_at": "released_at"}
+    elif "status" in old and table not in SHARED:
+        columns |= SET_ASIDE_BEFORE
+    # A column that the old table does not have orders nothing.
+    order = ", ".join(part for part in order.split(", ") if part.split()[0] in {*old, "rowid"})
+    parts = {"columns": ", ".join(columns), "values": ", ".join(columns.values()), "which": which}
+    conn.execute(COPY.format(table=f'"{table}"', old=f'"{table}.old"', order=order, **parts))
+    return columns
+
+
+def settable(conn: q.Connection, table: str) -> list[str]:
+    """The columns of a table but the generated ones."""
+    return [row[1] for row in conn.execute(f'pragma table_xinfo("{table}")') if not row[6]]
+
+
+def hold(conn: q.Connection, queue: str, columns: dict[str, str], row: dict) -> None:
+    """Store a row that the schema refuses as a held task, if it is not a duplicate; its error says why."""
+    names = [name for name in columns if name in row]
+    statement = (
+        f'insert into "{queue}" ({", ".join(names)}) values ({", ".join(f":{n}" for n in names)})'
+    )
+    try:
+        conn.execute(statement, row)
+    except sqlite3.IntegrityError as error:
+        odd = {name: value for name, value in row.items() if value and name in names[2:]}
+        why = f"held, since an earlier version stored what is refused now ({error}): {json.dumps(odd, default=repr)}"
+        told = {"id": row["id"], "data": row["data"], "error": why}
+        conn.execute(HOLD.format(queue=queue), told)

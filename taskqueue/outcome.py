@@ -48,7 +48,7 @@ insert into task_controls (queue, paused_at, paused_until, pause_reason, paused_
 values (:queue, :now, :until, :reason, :by)
 on conflict (queue) do update set paused_at = excluded.paused_at, paused_until = excluded.paused_until,
   pause_reason = excluded.pause_reason, paused_by = excluded.paused_by
-where paused_at is null or paused_until <= :now or paused_until is not null
+where paused_at is null or paused_until <= :now or 2 * paused_at - paused_until > :now + 1 or paused_until is not null
   and (excluded.paused_until is null or excluded.paused_until > paused_until)"""
 RESUME = """
 update task_controls set paused_at = null, paused_until = null, pause_reason = null, paused_by = null
@@ -397,9 +397,9 @@ def controls(conn: q.Connection) -> dict[str, Control]:
     except sqlite3.Error as error:
         raise q.explain(error, conn.state) from error
     for queue, paused_at, until, reason, by, slots in rows:
-        # Any text is later than now for SQLite, too: only a person ends such a pause.
-        until = until if isinstance(until, float) else None
-        paused = paused_at is not None and (until is None or until > now)
+        paused = paused_at is not None and (
+            until is None or until > now and 2 * paused_at - until <= now + 1
+        )
         told = (until, reason, by) if paused else (None, None, None)
         if paused or slots is not None:
             found[queue] = Control(paused, *told, slots)

@@ -140,7 +140,7 @@ class SharedTable(_Base):
         with q.transaction(conn):
             cursor = conn.execute(
                 q.on_queue(q.INSERT, self.name),
-                (text, q.READY, None, 0, None, None, time.time()),
+                (text, q.READY, None, 0, None, None, time.time(), None),
             )
             row_id = cursor.lastrowid if cursor.rowcount == 1 else None
         q.wake(self.state)
@@ -182,17 +182,20 @@ class SQLiteQueue(SharedTable, persistqueue.SQLiteQueue):
 
     def _pop(self, rowid: int | None = None, raw: bool = False):
         conn = self._conn
-        found, overdue = q.look(conn, self.name)
-        if not found:
-            return None
-        with q.transaction(conn):
-            while tasks := q.claim(conn, self.name, "get", row_id=rowid, overdue=overdue):
-                error = tasks[0].unreadable() if getattr(self._as_task, "wanted", False) else None
-                if error is None:
-                    q.ack(conn, tasks[0])
-                    break
-                q.bury(conn, tasks[0], error=error)
-        return self._hand_over(tasks[0] if tasks else None, raw)
+        while True:
+            found, overdue = q.look(conn, self.name)
+            if not found:
+                return None
+            with q.transaction(conn):
+                while tasks := q.claim(conn, self.name, "get", row_id=rowid, overdue=overdue):
+                    wanted = getattr(self._as_task, "wanted", False)
+                    error = tasks[0].unreadable() if wanted else None
+                    if error is None:
+                        q.ack(conn, tasks[0])
+                        return self._hand_over(tasks[0], raw)
+                    q.bury(conn, tasks[0], error=error)
+            if not overdue:
+                return None
 
 
 class SQLiteAckQueue(SharedTable, persistqueue.SQLiteAckQueue):

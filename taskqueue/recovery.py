@@ -23,8 +23,8 @@ select owner, claimed_at, attempts from "{queue}" where id = :id"""
 # What no queue's table would take is left where it is: a failing statement would end the whole
 # step.
 REDRIVE = f"""
-insert or ignore into "{{queue}}" (id, data, priority, group_id)
-select row_id, data, priority, group_id from task_history where id = :history_id and {q.IS_OBJECT}
+insert or ignore into "{{queue}}" (id, data, priority, group_id, status, approved)
+select row_id, data, priority, group_id, iif(approval is 'held', 3, 1), approval is 'approved' from task_history where id = :history_id and {q.IS_OBJECT}
   and typeof(row_id) = 'integer'"""
 FORGET = """
 delete from task_history where id = :history_id"""
@@ -360,13 +360,24 @@ def errors_explained(conn: q.Connection):
         raise q.explain(error, conn.state) from error
 
 
-def log_is_lost(db: str) -> None:
-    """Say that the write-ahead log was removed while it was in use."""
+def sidecar_is_lost(conn: q.Connection) -> None:
+    """Say that the write-ahead log or its shared memory was removed, and have each thread open another connection."""
     from taskqueue.cli import command
 
+    try:
+        lost = "-wal" if q._inodes(conn.real)[0] != conn.sidecars[0] else "-shm"
+    except FileNotFoundError as error:
+        lost = os.fspath(error.filename)[-4:]
+    for each in q._process.of(conn.state):
+        each.file = ()
+        # Without the shared memory, this connection does not know all that is in the log: it must not
+        # write a part of it back, and remove the rest. Python 3.11 cannot tell SQLite so.
+        if lost == "-shm" and hasattr(each, "setconfig"):
+            each.setconfig(sqlite3.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE)
     logging.getLogger(__name__).error(
-        "%s-wal was removed while it was in use: what was committed since it was last written back "
+        "%s%s was removed while it was in use: what was committed since the log was last written back "
         "may be lost; see %s",
-        db,
+        conn.db,
+        lost,
         command("doctor"),
     )

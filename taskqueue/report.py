@@ -174,7 +174,7 @@ def tell_claude(peek: bool, marker: str | None) -> int:
     # What nobody attends takes no report away: it has a mark of its own.
     if os.environ.get("CLAUDE_CODE_SESSION_ATTENDED") == "0":
         reader = reader._replace(name=f"unattended:{reader.name}")
-    tell(reader, show, peek, deadline, migrate=False, marker=marker)
+    tell(reader, show, peek, deadline, marker=marker)
     return 0
 
 
@@ -207,7 +207,7 @@ def tell_a_person(peek: bool) -> int:
     def show(news: list[Ended], more: int) -> None:
         write_wrapped(report(news, more))
 
-    if not tell(session("", cwd), show, peek, deadline, migrate=True):
+    if not tell(session("", cwd), show, peek, deadline):
         write_wrapped(f"Nothing new for {shown(cwd)}.")
     return 0
 
@@ -249,7 +249,6 @@ def tell(
     peek: bool,
     deadline: float,
     *,
-    migrate: bool,
     marker: str | None = None,
 ) -> bool:
     """Show what the reader has not been told, then mark it as told; whether there was anything.
@@ -258,7 +257,7 @@ def tell(
     twice rather than never.
     """
     patience = max(100, int((deadline - time.monotonic()) * 1000))
-    conn = q.connect(create=False, busy_timeout_ms=patience, migrate=migrate)
+    conn = q.connect(create=False, busy_timeout_ms=patience)
     if peek:
         _, _, rows = look(conn, reader)
         news, _ = changes(conn, reader, rows)

@@ -304,12 +304,14 @@ def row_of_text(raw: bytes, at: float) -> q.Row:
         "priority": 0,
         "group_id": None,
         "expires_at": None,
+        "delayed_at": None,
     }
     columns |= {"task_id": None, "window": 0.0, "on_duplicate": "skip", "firing": None}
     stored, odd = q.read_task(text)
     told = stored.get("spooled_row") if isinstance(stored, dict) else None
-    if isinstance(told, dict) and told.keys() == columns.keys():
-        columns = stored.pop("spooled_row")
+    # They knew no delayed_at.
+    if isinstance(told, dict) and {*told, "delayed_at"} == columns.keys():
+        columns |= stored.pop("spooled_row")
         if not isinstance(columns["window"], (int, float)):
             raise ValueError(f"window {columns['window']!r} is no number")
         text = q.to_json(stored)

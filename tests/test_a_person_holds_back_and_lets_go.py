@@ -135,23 +135,6 @@ def test_a_pause_ends_by_itself(installation):
     assert tasks(installation, "stats")["queues"]["approvals"]["paused"] is False
 
 
-def test_a_pause_whose_end_a_shell_wrote_as_a_text_lasts_until_a_person_ends_it(installation):
-    installation.handler("review", "#!/bin/sh\n")
-    installation.enqueue("approvals", "review", "{}", "--task-id", "p-1")
-    installation.sqlite3(
-        "insert into task_controls (queue, paused_at, paused_until) values ('approvals', 1, datetime('now', '+1 hour'))"
-    )
-    worker = installation.worker("approvals")
-    for command in (["stats"], ["stats", "--prometheus"], ["list"]):
-        done = installation.run("tasks.py", *command)
-        assert done.returncode == 0, done.stderr
-    assert "until a person resumes it" in installation.run("tasks.py", "list").stdout
-    assert "could not be checked" not in installation.run("doctor.py").stdout
-    assert tasks(installation, "resume", "approvals")[0]["changed"] is True
-    assert installation.finished("p-1")["status"] == "completed"
-    assert worker.poll() is None
-
-
 def test_the_later_end_wins_and_the_shorter_one_is_told_so(installation):
     installation.enqueue("approvals", "review")
     tasks(installation, "pause", "approvals", "--for", "2h")

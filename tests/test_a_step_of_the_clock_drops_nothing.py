@@ -99,3 +99,33 @@ def test_a_back_off_is_an_hour_at_most(queue, installation, attempts):
             assert queue.nack(conn, task, error="no") == "scheduled"
     waits = [due - now for (due,) in installation.rows("select due_at from notifications")]
     assert len(waits) == 20 and all(1799 < wait < 3600 + 60 for wait in waits), waits
+
+
+@pytest.mark.parametrize("hours", [-24, -1])
+def test_a_clock_that_was_set_back_leaves_no_delay_and_no_pause_in_force_for_so_long(
+    queue, clock, hours
+):
+    """A person's --at and a pause without an end stay as they are."""
+    from taskqueue import outcome
+
+    queue.enqueue_task("notifications", "t", {}, "delayed", delay=1.0)
+    queue.enqueue_task("notifications", "t", {}, "at", at=time.time() + 60.0)
+    conn = queue.connect()
+    with queue.transaction(conn):
+        outcome.pause(conn, "notifications", time.time() + 2.0, "limit", by="handler")
+    assert queue.claim_ready(conn, "notifications") == []
+    clock[0] += hours * HOURS
+    assert [t.task_id for t in queue.claim_ready(conn, "notifications", limit=9)] == ["delayed"]
+    assert outcome.controls(conn) == {}
+    with queue.transaction(conn):
+        # A pause that is over is no later one.
+        assert outcome.pause(conn, "notifications", time.time() + 1.0, None, by="handler")
+        assert outcome.pause(conn, "approvals", None, None, by="person")
+    clock[0] += hours * HOURS
+    assert outcome.controls(conn)["approvals"].paused
+
+
+def test_a_small_step_back_starts_nothing_early(queue, clock):
+    queue.enqueue_task("notifications", "t", {}, delay=8 * HOURS)
+    clock[0] -= 60.0
+    assert queue.claim_ready(queue.connect(), "notifications") == []

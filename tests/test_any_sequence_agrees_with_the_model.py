@@ -76,6 +76,7 @@ class Model:
         hold=False,
         expires=None,
         firing=None,
+        delayed=None,
     ):
         task = Waiting(
             id=row_id,
@@ -88,20 +89,26 @@ class Model:
             firing=firing,
             rerun=None,
             again=False,
+            approved=False,
+            delayed=delayed,
             attempts=0,
             owner=None,
             state="held",
         )
         self.tasks[row_id] = task
+        self.arrive(task, due, hold)
+        return task
+
+    def arrive(self, task, due, hold) -> None:
+        task.due, task.state = due, "held" if hold else "scheduled"
         if not hold and due is None:
             self.come(task)
-        elif due is not None:
-            task.state = "scheduled"
 
     def come(self, task) -> None:
         """It may run as soon as its group's turn is its own."""
         mine = task.group is None or self.turns.setdefault(task.group, task.id) == task.id
         task.state, task.due, task.again = "ready" if mine else "blocked", None, False
+        task.delayed = None
 
     def pass_on(self, task) -> None:
         """If it had its group's turn, the next in line has it now: the highest priority, then the
@@ -116,50 +123,69 @@ class Model:
         if line and group not in self.turns:
             self.come(min(line, key=lambda t: (-t.priority, t.id)))
 
-    def on_duplicate(self, task, how, n, due, firing) -> None:
-        """A waiting task takes what is new; a running one keeps it for when its run ends."""
-        told_before = firing in {task.firing, task.rerun and task.rerun[1]} - {None}
-        if how == "skip" or told_before:
-            return
+    def on_duplicate(self, task, how, n, due, firing, **terms) -> str:
+        """A waiting task becomes the later one; a running one keeps it for when its run ends. What a
+        person decides on does not change. The word that is told.
+        """
+        told_before = firing in {task.firing, task.rerun and task.rerun["firing"]} - {None}
+        if how == "skip" or told_before or task.state == "held":
+            return "duplicate"
+        later = {"n": n, "due": due, "firing": firing, **terms}
         if task.state == "running":
-            task.rerun = (n, firing)
+            if task.approved and how == "replace":
+                return "duplicate"
+            held = {"hold": True, "due": None, "delayed": None} if task.approved else {}
+            task.rerun = later | held
+            return "updated"
+        if task.approved:
+            return "duplicate"
+        self.become(task, **later)
+        return "updated"
+
+    def become(self, task, n, due, firing, hold, priority, group, expires, delayed) -> None:
+        """It keeps its row, and its group's turn where it can run at once."""
+        task.n, task.firing, task.attempts, task.again, task.rerun = n, firing, 0, False, None
+        task.priority, task.expires, task.delayed, was_in = priority, expires, delayed, task.group
+        if was_in == group and task.state == "ready" and not hold and due is None:
             return
-        task.n, task.firing, task.attempts = n, firing, 0
-        if due is not None and task.state != "held":
-            task.state, task.due = "scheduled", due
-            if not task.again:
-                self.pass_on(task)
+        had_turn = was_in is not None and self.turns.get(was_in) == task.id
+        task.group, task.state, task.due = group, "held" if hold else "scheduled", due
+        if not hold and due is None and had_turn and was_in == group:
+            self.come(task)
+            return
+        if had_turn:
+            del self.turns[was_in]
+        if not hold and due is None:
+            self.come(task)
+        if had_turn:
+            self.call_next(was_in)
 
     def end(self, task, outcome, new_id) -> None:
-        self.history[task.id] = (task.task_id, outcome, task.n, task.priority, task.group)
+        approval = "held" if task.state == "held" else "approved" if task.approved else None
+        told = (task.task_id, outcome, task.n, task.priority, task.group, approval)
+        self.history[task.id] = told
         self.remove(task)
         if task.rerun:
-            n, firing = task.rerun
-            self.add(
-                new_id(task.task_id),
-                task.task_id,
-                n,
-                priority=task.priority,
-                group=task.group,
-                firing=firing,
-            )
+            self.add(new_id(task.task_id), task.task_id, **task.rerun)
 
     def remove(self, task) -> None:
         del self.tasks[task.id]
         self.pass_on(task)
 
     def put_back(self, task, delay, counted) -> None:
-        """It keeps its group's turn; with a newer firing's data it starts anew."""
+        """It keeps its group's turn; where a later firing waits, it becomes that one."""
         task.state, task.owner, task.again = ("scheduled" if delay else "ready"), None, bool(delay)
-        task.due = self.now + delay if delay else None
+        task.due, task.delayed = (self.now + delay, self.now) if delay else (None, None)
         task.attempts -= not counted
-        if task.rerun:
-            (task.n, task.firing), task.rerun, task.attempts = task.rerun, None, 0
+        if task.rerun and not task.approved:
+            self.become(task, **task.rerun)
 
     def is_due(self, task) -> bool:
-        """Also after the clock was set back to before it was put back: see tick()."""
+        """Also where the clock was set back, and it would wait more than twice as long as it was told."""
         return task.state == "scheduled" and (
-            task.due <= self.now or task.again and task.released > self.now + 1
+            task.due <= self.now
+            or task.delayed is not None
+            and 2 * task.delayed - task.due > self.now + 1
         )
 
     def overdue(self) -> list:
@@ -180,12 +206,15 @@ class Model:
             if task.group is None or task.again:
                 self.come(task)
             else:
-                task.state, task.due = "blocked", None
+                task.state, task.due, task.delayed = "blocked", None, None
         for group in {t.group for t in due} - {None}:
             self.call_next(group)
 
     def paused(self) -> bool:
-        return self.pause is not None and (self.pause[0] is None or self.pause[0] > self.now)
+        if self.pause is None or self.pause[0] is None:
+            return self.pause is not None
+        until, _, at = self.pause
+        return until > self.now and 2 * at - until <= self.now + 1
 
     def running(self) -> list:
         return [t for t in self.tasks.values() if t.state == "running"]
@@ -268,22 +297,22 @@ class Queue(RuleBasedStateMachine):
         row = q.new_row("t", {"n": self.n}, task_id, delay=float(delay), **options)
         there = self.model.find(task_id)
         due = self.model.now + delay if delay and not hold else None
-        assert self.write(q.insert, QUEUE, row) == (there is None)
+        terms = {
+            "group": group,
+            "priority": priority,
+            "due": due,
+            "hold": hold,
+            "expires": None if ttl is None else (due or self.model.now) + ttl,
+            "firing": firing,
+            "delayed": None if due is None else self.model.now,
+        }
+        stored = self.write(q.store, QUEUE, row)
+        said = "queued" if stored.is_new else "updated" if stored.is_updated else "duplicate"
         if there is not None:
-            self.model.on_duplicate(there, how, self.n, due, firing)
+            assert said == self.model.on_duplicate(there, how, self.n, **terms)
         else:
-            expires = None if ttl is None else self.model.now + ttl
-            self.model.add(
-                self.new_id(row.task_id),
-                row.task_id,
-                self.n,
-                group=group,
-                priority=priority,
-                due=due,
-                hold=hold,
-                expires=expires,
-                firing=firing,
-            )
+            assert said == "queued"
+            self.model.add(self.new_id(row.task_id), row.task_id, self.n, **terms)
 
     @rule(
         group=groups,
@@ -418,7 +447,9 @@ class Queue(RuleBasedStateMachine):
             self.model.end(task, "cancelled", self.new_id)
         elif how == "approve":
             assert self.write(queue_outcome.approve, QUEUE, task.id) == (task.state == "held")
-            task.state == "held" and self.model.come(task)
+            if task.state == "held":
+                task.approved = True
+                self.model.come(task)
         else:
             assert self.write(queue_outcome.reject, QUEUE, task.id, "too late") == (
                 task.state == "held"
@@ -430,7 +461,7 @@ class Queue(RuleBasedStateMachine):
         if not self.model.history:
             return
         row_id = sorted(self.model.history)[which % len(self.model.history)]
-        task_id, _, n, priority, group = self.model.history[row_id]
+        task_id, _, n, priority, group, approval = self.model.history[row_id]
         [(history_id,)] = self.bash.execute(
             "select id from task_history where row_id = ?", (row_id,)
         ).fetchall()
@@ -441,7 +472,9 @@ class Queue(RuleBasedStateMachine):
             firing = self.bash.execute(
                 f"select data ->> '$.firing' from {QUEUE} where id = ?", (row_id,)
             ).fetchone()[0]
-            self.model.add(row_id, task_id, n, priority=priority, group=group, firing=firing)
+            told = {"priority": priority, "group": group, "firing": firing}
+            task = self.model.add(row_id, task_id, n, hold=approval == "held", **told)
+            task.approved = approval == "approved"
 
     @rule(seconds=st.sampled_from([None, 0, 5, 20]), by=st.sampled_from(["person", "handler"]))
     def pause(self, seconds, by) -> None:
@@ -453,7 +486,7 @@ class Queue(RuleBasedStateMachine):
         wins = not self.model.paused() or ends[1] > ends[0]
         assert self.write(queue_outcome.pause, QUEUE, until, "why", by=by) == wins
         if wins:
-            self.model.pause = (until, by)
+            self.model.pause = (until, by, self.model.now)
 
     @rule()
     def resume(self) -> None:
@@ -476,11 +509,11 @@ class Queue(RuleBasedStateMachine):
     def it_holds_what_the_model_holds(self) -> None:
         word = q.STATUS_WORD.replace("'pending'", "'ready'").replace("'in_progress'", "'running'")
         rows = self.bash.execute(f"""select id, {word}, task_id, coalesce(data ->> '$.data.n', data ->> '$.n'), priority,
-          group_id, due_at, expires_at, attempts, owner, rerun_data ->> '$.data.n', released_at is not null
+          group_id, due_at, expires_at, attempts, owner, rerun ->> '$[0]' ->> '$.data.n', approved, released_at is not null
           from {QUEUE}""").fetchall()
         assert sorted(rows) == sorted(
             (t.id, t.state, t.task_id, t.n, t.priority, t.group, t.due, t.expires, t.attempts, t.owner,
-             t.rerun and t.rerun[0], t.again) for t in self.model.tasks.values())  # fmt: skip
+             t.rerun and t.rerun["n"], t.approved, t.again) for t in self.model.tasks.values())  # fmt: skip
         finished = self.bash.execute("select row_id, status from task_history").fetchall()
         assert sorted(finished) == sorted(
             (row_id, told[1]) for row_id, told in self.model.history.items()
@@ -490,7 +523,7 @@ class Queue(RuleBasedStateMachine):
     def each_group_has_one_turn_and_nobody_waits_for_nothing(self) -> None:
         """Read from the database alone."""
         counted = self.bash.execute(f"""
-          select group_id, sum(status = 2), sum(status < 3 or released_at is not null), sum(status = 4) from {QUEUE}
+          select group_id, sum(status = 2), sum(status < 3 or status = 3 and released_at is not null), sum(status = 4) from {QUEUE}
           where group_id is not null group by group_id""").fetchall()
         for group, running, turns, blocked in counted:
             assert running <= 1 and turns <= 1, group
@@ -519,7 +552,7 @@ class Queue(RuleBasedStateMachine):
         model = self.model
         assert (control is not None and control.paused) == model.paused()
         if model.paused():
-            assert (control.until, control.by) == model.pause
+            assert (control.until, control.by) == model.pause[:2]
         assert (control and control.slots) == model.slots
 
 

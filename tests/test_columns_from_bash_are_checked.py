@@ -27,6 +27,21 @@ NONSENSE = {
         "zeroblob(1000000)",
     ],
 }
+MOMENTS = ["'tomorrow'", "'2026-12-01'", "1764547200000", "-1", "9e999", "x'01'"]
+NONSENSE |= {name: MOMENTS for name in ("timestamp", "claimed_at", "released_at", "delayed_at")}
+NONSENSE |= {
+    "status": ["'held'", "99", "-1", "6", "1.5", "4", "null", "x'01'"],
+    "attempts": ["'many'", "-1", "1.5", "null", "9e999"],
+    "approved": ["'yes'", "2", "-1", "null"],
+    "cancel_requested": ["'yes'", "2", "null"],
+    "then_hold": ["'yes'", "2", "null"],
+    "chain": ["'yes'", "2", "null"],
+    "max_attempts": ["0", "-1", "'few'", "1.5"],
+    "backoff": ["'long'", "-1", "9e999"],
+    "owner": ["x'01'"],
+    "rerun": ["'{'", "'[]'", "'[1,2,3,4,5,6,7]'"],
+}
+# What is said names the column in any case; of these, the constraint is named.
 CONSTRAINT = {
     "priority": "priority_must_be_a_whole_number_within_a_million",
     "due_at": "due_at_and_expires_at_must_be_unix_seconds",
@@ -51,10 +66,36 @@ def test_nonsense_is_refused_by_name(installation, queue, column):
             f"insert into approvals (data, {column}) values ('{{}}', {value})",
             f"update approvals set {column} = {value}",
         ):
-            assert CONSTRAINT[column] in refused(installation, statement), statement
-    assert installation.rows(
-        f"select count(*), {'0' if column == 'priority' else 'null'} is {column} from approvals"
-    ) == [(1, 1)]
+            said = refused(installation, statement)
+            assert CONSTRAINT.get(column, column) in said or column == "rerun", said
+    assert installation.rows("select count(*) from approvals where status = 1") == [(1,)]
+
+
+@pytest.mark.parametrize("column", ["paused_at", "paused_until", "slots", "paused_by"])
+def test_a_pause_that_would_not_end_or_not_hold_is_refused_by_name(installation, queue, column):
+    queue.connect()
+    nonsense = {"slots": ["0", "-1", "'two'", "1.5"], "paused_by": ["'nobody'"]}
+    for value in nonsense.get(column, MOMENTS):
+        statement = f"insert into task_controls (queue, {column}) values ('approvals', {value})"
+        assert column in refused(installation, statement)
+
+
+def test_what_bash_blocks_or_moves_to_another_group_is_not_left_there(installation, queue):
+    """A row that says that it is blocked waits for its group's turn like any other."""
+    conn = queue.connect()
+    installation.sqlite3("insert into approvals (data, status, group_id) values ('{}', 4, 'free')")
+    assert len(queue.claim_ready(conn, "approvals")) == 1
+    installation.sqlite3(
+        "insert into approvals (data, group_id) values ('{}', 'a'), ('{}', 'a'), ('{}', 'b')"
+    )
+    # The blocked one goes where nobody is, and the head of the one group to the end of the other.
+    installation.sqlite3("update approvals set group_id = 'c' where id = 3")
+    installation.sqlite3("update approvals set group_id = 'b' where id = 2")
+    assert installation.rows("select id, status from approvals where id > 1") == [
+        (2, 4),
+        (3, 1),
+        (4, 1),
+    ]
 
 
 def test_what_is_no_json_object_is_refused_whatever_else_it_has(installation, queue):
@@ -96,7 +137,7 @@ def test_one_bad_row_of_many_stores_none_of_them(installation, queue):
         ("status", "3", {"hold": True}),
         ("status, group_id", "3, 'a'", {"hold": True, "group": "a"}),
         ("expires_at", "unixepoch() + 600", {"ttl": 600}),
-        ("due_at, expires_at", "unixepoch() + 600, unixepoch() + 900", {"delay": 600, "ttl": 900}),
+        ("due_at, expires_at", "unixepoch() + 600, unixepoch() + 900", {"delay": 600, "ttl": 300}),
     ],
 )
 def test_the_columns_mean_what_the_options_mean(installation, queue, columns, values, options):

@@ -18,12 +18,12 @@ def rows(conn) -> list[tuple]:
     return [
         (
             json.loads(data)["data"]["n"],
-            json.loads(again)["data"]["n"] if again else None,
+            json.loads(json.loads(again)[0])["data"]["n"] if again else None,
             status,
             attempts,
         )
         for data, again, status, attempts in conn.execute(
-            "select data, rerun_data, status, attempts from notifications"
+            "select data, rerun, status, attempts from notifications"
         )
     ]
 
@@ -99,7 +99,7 @@ def test_a_task_keeps_its_row_and_place_and_a_delay_moves_its_time(installation,
     assert [(task.id, task.data) for task in queue.claim_ready(conn, "notifications", limit=1)] == [
         (1, {"n": 2})
     ]
-    for n, delay in ((3, 50.0), (4, 5_000.0), (5, 0.0)):
+    for n, delay in ((3, 50.0), (4, 0.0), (5, 5_000.0)):
         queue.enqueue_task(
             "notifications", "t", {"n": n}, "two", delay=delay, on_duplicate="replace"
         )
@@ -187,3 +187,63 @@ def test_rerun_ignores_the_window_and_skip_does_not(queue):
             "notifications", [queue.new_row("t", {}, how, window=60, on_duplicate=how)]
         )
         assert stored.is_new == (how == "rerun")
+
+
+TERMS = "select due_at - :now > 3000, expires_at - due_at, priority, group_id, data ->> '$.data.n', attempts, released_at from notifications"
+
+
+@pytest.mark.parametrize("waits", ["ready", "scheduled", "retrying", "running"])
+@pytest.mark.parametrize("how", ["replace", "rerun"])
+def test_the_later_firing_brings_its_own_terms(queue, how, waits):
+    conn = queue.connect()
+    first = {"ttl": 2.0, "priority": 5, "group": "old"}
+    first |= {"delay": 60.0} if waits == "scheduled" else {}
+    queue.enqueue_task("notifications", "t", {"n": 1}, "one", **first)
+    if waits in ("retrying", "running"):
+        (task,) = queue.claim_ready(conn, "notifications")
+    if waits == "retrying":
+        with queue.transaction(conn):
+            queue.nack(conn, task, error="no", delay=60)
+    later = {"delay": 3_600.0, "ttl": 60.0, "priority": -1, "group": "new", "on_duplicate": how}
+    queue.enqueue_task("notifications", "t", {"n": 2}, "one", **later)
+    if waits == "running":
+        with queue.transaction(conn):
+            queue.ack(conn, task)
+    rows = conn.execute(TERMS, {"now": queue.time.time()}).fetchall()
+    assert rows == [(1, pytest.approx(60.0, abs=1e-3), -1, "new", 2, 0, None)]
+    # And none of the earlier one's are left: without terms it has none, and runs now.
+    queue.enqueue_task("notifications", "t", {"n": 3}, "one", on_duplicate=how)
+    columns = "due_at, expires_at, delayed_at, priority, group_id, status"
+    assert conn.execute(f"select {columns} from notifications").fetchall() == [
+        (None, None, None, 0, None, 1)
+    ]
+
+
+def test_a_head_that_is_replaced_with_a_delay_or_another_group_gives_its_turn_to_the_next(queue):
+    conn = queue.connect()
+    for options in ({"delay": 7 * 86_400.0, "group": "g"}, {"group": "other"}, {"hold": True}):
+        for name in ("head", "next"):
+            queue.enqueue_task("notifications", "t", {}, name, group="g")
+        (task,) = queue.claim_ready(conn, "notifications", limit=9)
+        with queue.transaction(conn):
+            queue.nack(conn, task, error="no", delay=3_600)
+        assert queue.claim_ready(conn, "notifications") == []
+        queue.enqueue_task("notifications", "t", {}, "head", on_duplicate="replace", **options)
+        claimed = [task.task_id for task in queue.claim_ready(conn, "notifications", limit=9)]
+        assert "next" in claimed and ("head" in claimed) == (options == {"group": "other"})
+        conn.execute("delete from notifications")
+
+
+def test_a_ttl_counts_from_when_the_task_is_due(queue):
+    conn, now = queue.connect(), queue.time.time()
+    for name, options in {
+        "delay": {"delay": 60.0},
+        "at": {"at": now + 60},
+        "now": {},
+        "hold": {"hold": True},
+    }.items():
+        queue.enqueue_task("notifications", "t", {}, name, ttl=10.0, **options)
+    left = dict(conn.execute("select task_id, expires_at from notifications"))
+    assert {name: round((at - now) / 5) * 5 for name, at in left.items()} == {
+        "delay": 70, "at": 70, "now": 10, "hold": 10,
+    }  # fmt: skip
