@@ -3,17 +3,22 @@
 # requires-python = ">=3.11"
 # dependencies = []
 # ///
-"""What a hook costs, whole processes in turn: enqueue.py --hook against a script that inserts one
-row, and the sqlite3 command on our table against a bare INSERT into a plain table. Goals: at most
-1.5 times each.
+"""Measure what a hook costs, and how soon its handler starts: whole processes, in turn.
 
-    bench/hook_start.py [ROUNDS] [CHECKOUT]      default 60; with CHECKOUT also against the enqueue.py there
+The installed hook runs against the sqlite3 one-liner, a bare Python script in a file that inserts
+one row, and an sh that does nothing. Then a worker waits, and each firing is timed until its
+handler starts, warm; and with no worker there, cold. With CHECKOUT the hook of another version is
+measured as well. The goal: at most twice the one-liner.
+
+    bench/hook_start.py [ROUNDS] [CHECKOUT]      default 40
 """
 
 from __future__ import annotations
 
 import os
 import shutil
+import signal
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -21,96 +26,127 @@ import time
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent.parent
-PLAIN = """# /// script
-# requires-python = ">=3.11"
-# dependencies = []
-# ///
-import json, sqlite3, sys
+PLAIN = """import json, sqlite3, sys
 conn = sqlite3.connect("{db}")
+conn.execute("pragma synchronous = full")
 conn.execute("insert into plain (data) values (?)", (json.dumps(json.load(sys.stdin)),))
 conn.commit()
 """
-PAYLOAD = '{"session_id": "%d", "cwd": "/home/user/code/harbor-docs", "hook_event_name": "Stop", "stop_hook_active": false}'
+PAYLOAD = '{"session_id": "%s", "cwd": "/", "hook_event_name": "Stop", "stop_hook_active": false}'
+COLD_ROUNDS = 7
+
+
+class Installed:
+    """A version of the queue, installed into a home of its own."""
+
+    def __init__(self, checkout: Path, home: Path) -> None:
+        self.home, self.prefix = home, home / ".claude/automation/lychee"
+        home.mkdir()
+        self.env = {"HOME": str(home), "PATH": "/usr/bin:/bin"}
+        # An older version hands the session's environment on, this one has a file.
+        cache = os.environ.get("UV_CACHE_DIR") or f"{Path.home()}/.cache/uv"
+        self.env |= {"UV_CACHE_DIR": cache, "UV_OFFLINE": "1"}
+        install = [sys.executable, checkout / "install.py", "install", "--no-warm", "--hook", "no"]
+        env = {"HOME": str(home), "PATH": os.environ["PATH"]}
+        subprocess.run(
+            install, env=env, check=True, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL
+        )
+        with open(self.prefix / "environment", "a") as file:
+            file.write(f"UV_CACHE_DIR={cache}\nUV_OFFLINE=1\n")
+        handler = self.prefix / "handlers/quick"
+        handler.write_text(f"#!/bin/sh\nmkdir '{home}/started'\n")
+        handler.chmod(0o755)
+
+    def command(self, *words: str) -> list:
+        return ["/bin/sh", self.prefix / "runtime/hook", "notifications", "quick", *words]
+
+    def fire(self, number: object, *words: str) -> None:
+        run(self.command(*words), number, self.env)
+
+    def until_started(self, number: object) -> float:
+        """Seconds from the firing to the start of its handler."""
+        began = time.perf_counter()
+        self.fire(number, "--start-worker")
+        while not (self.home / "started").exists():
+            time.sleep(0.0002)
+        took = time.perf_counter() - began
+        (self.home / "started").rmdir()
+        return took
+
+    def end_worker(self) -> None:
+        """Kill the worker that the hook started, and have the next firing find none."""
+        for cmdline in Path("/proc").glob("[0-9]*/cmdline"):
+            try:
+                if f"{self.prefix}/runtime/lib/worker.py".encode() in cmdline.read_bytes():
+                    os.kill(int(cmdline.parent.name), signal.SIGKILL)
+            except OSError:
+                continue
+        time.sleep(0.3)
+
+
+def run(command: list, number: object, env: dict) -> None:
+    payload = (PAYLOAD % number).encode()
+    subprocess.run(command, input=payload, env=env, check=True, stdout=subprocess.DEVNULL)
+
+
+def medians(commands: dict[str, tuple[list, dict]], rounds: int) -> dict[str, float]:
+    """The median milliseconds of each command, run in turn."""
+    times: dict[str, list[float]] = {name: [] for name in commands}
+    for number in range(-3, rounds):
+        for name, (command, env) in list(commands.items())[:: 1 if number % 2 else -1]:
+            began = time.perf_counter()
+            run(command, number, env)
+            # The first rounds warm the caches.
+            if number >= 0:
+                times[name].append(time.perf_counter() - began)
+    return {name: statistics.median(values) * 1000 for name, values in times.items()}
 
 
 def main() -> int:
-    rounds, other = int((sys.argv + ["60"])[1]), sys.argv[2] if len(sys.argv) > 2 else None
-    uv = os.environ.get("UV") or shutil.which("uv")
+    rounds = int((sys.argv + ["40"])[1])
     with tempfile.TemporaryDirectory() as directory:
-        env = os.environ | {"TASK_QUEUE_STATE": f"{directory}/state"}
-        plain_db, ours = f"{directory}/plain.db", f"{directory}/state/tasks.db"
-        subprocess.run(
-            [
-                "sqlite3",
-                plain_db,
-                "pragma journal_mode=wal; create table plain (id integer primary key, data text)",
-            ],
-            check=True,
-            stdout=subprocess.DEVNULL,
-        )
-        Path(directory, "plain.py").write_text(PLAIN.format(db=plain_db))
-        # What README gives for bash: stdin as hexadecimal digits, so that nothing needs quoting.
-        insert = """{{ printf "insert into {table} (data) values (cast(x'"; od -An -v -tx1 | tr -d ' \\n'
-            printf "' as text));"; }} | sqlite3 -cmd '.timeout 5000' '{db}'"""
+        installed = {"hook": Installed(HERE, Path(directory, "home"))}
+        if len(sys.argv) > 2:
+            other = Installed(Path(sys.argv[2]), Path(directory, "other"))
+            installed["hook of CHECKOUT"] = other
+        plain = f"{directory}/plain.db"
+        make = "pragma journal_mode = wal; create table plain (id integer primary key, data text)"
+        subprocess.run(["sqlite3", plain, make], check=True, stdout=subprocess.DEVNULL)
+        script = Path(directory, "plain.py")
+        script.write_text(PLAIN.format(db=plain))
+        one_liner = ["sqlite3", plain, f"insert into plain (data) values ('{PAYLOAD % 1}')"]
+        env = {"HOME": directory, "PATH": "/usr/bin:/bin"}
         commands = {
-            "uv run --script plain.py": [uv, "run", "--script", f"{directory}/plain.py"],
-            "uv run --script enqueue.py --hook": [
-                uv,
-                "run",
-                "--script",
-                HERE / "enqueue.py",
-                "--hook",
-                "notifications",
-            ],
-            "python3 plain.py": [sys.executable, f"{directory}/plain.py"],
-            "python3 enqueue.py --hook": [
-                sys.executable,
-                HERE / "enqueue.py",
-                "--hook",
-                "notifications",
-            ],
-            "sqlite3 INSERT INTO plain": [
-                "/bin/sh",
-                "-c",
-                insert.format(table="plain", db=plain_db),
-            ],
-            "sqlite3 INSERT INTO notifications": [
-                "/bin/sh",
-                "-c",
-                insert.format(table="notifications", db=ours),
-            ],
+            "sh that does nothing": (["/bin/sh", "-c", ":"], env),
+            "sqlite3 one-liner": (["/bin/sh", "-c", '"$@"', "sh", *one_liner], env),
         }
-        if other:
-            hook = [sys.executable, f"{other}/enqueue.py", "--hook", "notifications"]
-            commands |= {
-                "python3 CHECKOUT/enqueue.py --hook": [
-                    "/usr/bin/env",
-                    f"TASK_QUEUE_STATE={directory}/other",
-                    *hook,
-                ],
-                "python3 enqueue.py --hook, again": [
-                    "/usr/bin/env",
-                    *commands["python3 enqueue.py --hook"],
-                ],
-            }
-        times: dict[str, list[float]] = {name: [] for name in commands}
-        # The first rounds warm the caches.
-        for number in range(-3, rounds):
-            for name, command in (
-                list(commands.items())[:: 1 if number % 2 else -1]
-                if number > -3
-                else commands.items()
-            ):
-                began = time.perf_counter()
-                subprocess.run(command, input=(PAYLOAD % number).encode(), env=env, check=True)
-                if number >= 0:
-                    times[name].append(time.perf_counter() - began)
-        medians = {name: sorted(values)[len(values) // 2] * 1000 for name, values in times.items()}
-        names = list(medians)
-        for base, ours in zip(names[::2], names[1::2], strict=True):
-            print(
-                f"{base:34} {medians[base]:6.1f} ms\n{ours:34} {medians[ours]:6.1f} ms   {medians[ours] / medians[base]:.2f} times"
-            )
+        pyenv = shutil.which("python3")
+        for python in dict.fromkeys(["/usr/bin/python3", os.path.realpath(sys.executable), pyenv]):
+            if python and os.access(python, os.X_OK):
+                commands[f"{python} plain.py"] = (
+                    [python, script],
+                    env | {"PATH": os.environ["PATH"]},
+                )
+        for name, each in installed.items():
+            commands[name] = (each.command(), each.env)
+        found = medians(commands, rounds)
+        for name, milliseconds in found.items():
+            times = milliseconds / found["sqlite3 one-liner"]
+            print(f"{name:50} {milliseconds:7.1f} ms   {times:5.2f} times the one-liner")
+        for name, each in installed.items():
+            try:
+                each.fire("first", "--start-worker")
+                shutil.rmtree(each.home / "started", ignore_errors=True)
+                cold = []
+                for number in range(COLD_ROUNDS):
+                    each.end_worker()
+                    shutil.rmtree(each.home / "started", ignore_errors=True)
+                    cold.append(each.until_started(f"cold {number}"))
+                warm = [each.until_started(f"warm {number}") for number in range(rounds)]
+            finally:
+                each.end_worker()
+            print(f"{name}: fired to handler, cold {statistics.median(cold) * 1000:.0f} ms")
+            print(f"{name}: fired to handler, warm {statistics.median(warm) * 1000:.1f} ms")
     return 0
 
 
