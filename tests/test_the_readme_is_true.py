@@ -315,7 +315,7 @@ def test_the_sql_block_runs(home):
 
 def test_every_command_of_tq_that_is_named_exists(home):
     texts = [README, REFERENCE, *(path.read_text() for path in (ROOT / "docs").glob("*.md"))]
-    named = {name for text in texts for name in re.findall(r"\btq ([a-z]+)", text)}
+    named = {name for text in texts for name in re.findall(r"\btq ([a-z]+(?:-[a-z]+)*)", text)}
     assert len(named) > 10
     for name in sorted(named):
         home.paste(f"tq {name} --help")
