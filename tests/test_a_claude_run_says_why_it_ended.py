@@ -233,7 +233,7 @@ class TestDenied:
         task = claude.task()
         done = task.run()
         assert done.returncode == 65, done.stderr
-        assert f"denied: Write {edit['file_path']}" in done.stderr
+        assert "Claude was denied: Write a.md; " in done.stderr
         assert done.stderr.rstrip().endswith('to allow it: "permission_mode": "acceptEdits"')
         task.envelope["data"]["permission_mode"] = "acceptEdits"
         claude.answer("tool", commands=[None, {"name": "Write", "input": edit}])
