@@ -80,14 +80,6 @@ def test_not_now_without_a_time_waits_a_minute(installation, beside):
     assert 50 < installation.rows("select due_at - unixepoch() from notifications")[0][0] <= 61
 
 
-@pytest.mark.parametrize("enqueued", ["1e300", "-1e300", "1e18"])
-def test_a_time_that_no_calendar_has(installation, beside, enqueued):
-    """As an import may bring it along."""
-    update = f"update notifications set timestamp = {enqueued} where task_type = 'odd'"
-    beside("#!/bin/sh\n", setup=lambda: installation.sqlite3(update))
-    assert wait_for(lambda: installation.history("odd-1"), what="the end of the odd one")
-
-
 def test_a_row_that_no_history_takes_holds_up_no_other(installation, beside):
     """A constraint that one row breaks is that row's matter; it is kept, out of everybody's way."""
     trigger = "create trigger no before insert on task_history when new.task_id = 'odd-1' begin select raise(abort, 'not this one'); end"

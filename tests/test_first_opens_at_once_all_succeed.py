@@ -115,8 +115,7 @@ def test_twenty_rounds(tmp_path, kind):
     "moment",
     [
         "table_names",
-        "has_bare_queue",
-        "is_bare_queue",
+        "is_bare",
         "_switch_to_wal",
         "_make_schema",
         "transaction",
@@ -134,7 +133,7 @@ def test_an_open_that_is_overtaken_half_way_by_another_first_open(
         installation.sqlite3(
             "CREATE TABLE notifications (id INTEGER PRIMARY KEY AUTOINCREMENT, data TEXT NOT NULL)"
         )
-    elif moment in ("has_bare_queue", "is_bare_queue"):
+    elif moment == "is_bare":
         pytest.skip("it is asked of tables")
     module = queue if hasattr(queue, moment) else importlib.import_module("taskqueue.migrate")
     real, overtakings = getattr(module, moment), []
