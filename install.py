@@ -565,6 +565,7 @@ def offer_hook(
             return
     queue_settings.edit(
         place,
+        place.settings,
         lambda text: queue_settings.with_hook(text, place, offer)[0],
         commands=[queue_settings.hook_command(place, offer)],
     )
@@ -634,42 +635,47 @@ def remove_empty(*directories: Path) -> None:
 
 
 def withdraw_hooks(place: Installation, dry_run: bool) -> int:
-    """Take our hooks out of settings.json; one that a person changed stays, and is named."""
+    """Take our hooks out of each settings.json that got one, and look at the present one."""
+    paths = dict.fromkeys([*queue_settings.recorded(place), str(place.settings)])
+    return max([withdraw_from(place, Path(path), dry_run) for path in paths])
+
+
+def withdraw_from(place: Installation, path: Path, dry_run: bool) -> int:
+    """Take our hooks out of one settings.json; one that a person changed stays, and is named."""
     try:
-        text = queue_settings.read(place.settings)
+        text = queue_settings.read(path)
         if text is None:
             return 0
-        before = partial(queue_settings.settings_before, place)
-        new = before(text)
+        new = queue_settings.without_hooks(text, place, path)
         if new != text:
-            print("".join(queue_settings.difference(text, new, place.settings)), end="")
-        left = queue_settings.our_hooks(json.loads(new or "{}"), place.prefix)
+            print("".join(queue_settings.difference(text, new, path)), end="")
+        left = list(queue_settings.our_hooks(json.loads(new or "{}"), place.prefix))
         if not dry_run and new != text:
-            if new is None:
-                place.settings.unlink()
-            else:
-                queue_settings.edit(place, before, remember=False)
-        return name_left(place, left)
+            queue_settings.edit(
+                place, path, lambda text: text and queue_settings.without_hooks(text, place, path)
+            )
+        return name_left(path, left)
     except Trouble as trouble:
-        if "hook" not in place.record:
+        commands = queue_settings.recorded_commands(place, path)
+        if not commands:
             return 0
-        commands = " and with: ".join(queue_settings.recorded_commands(place))
-        return complain(f"{trouble}; it was left alone. Remove by hand the hook with: {commands}")
+        by_hand = " and with: ".join(commands)
+        return complain(f"{trouble}; it was left alone. Remove by hand the hook with: {by_hand}")
 
 
-def name_left(place: Installation, left: Iterable[tuple]) -> int:
+def name_left(path: Path, left: Iterable[tuple]) -> int:
     """Name the hooks that stay and call this installation; 1 if one of them now disturbs Claude."""
     failed = 0
     for event, _, hook, words in left:
         script = next((word for word in words if word.endswith(("enqueue.py", "report.py"))), None)
         if script:
             failed = complain(
-                f"the {event} hook in {place.settings} calls {script},"
+                f"the {event} hook in {path} calls {script},"
                 " which is gone: Python then exits 2, and that blocks Claude."
                 " Take this hook out by hand: " + json.dumps(hook, ensure_ascii=False)
             )
         else:
-            print(f"{'keep yours':<10} {place.settings}: you changed the {event} hook")
+            print(f"{'keep yours':<10} {path}: you changed the {event} hook")
     return failed
 
 

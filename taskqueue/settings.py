@@ -1,9 +1,8 @@
 """Claude Code's settings.json: which hooks are in it, which of them are ours, and how ours are
 added and taken out.
 
-install.py and doctor.py use this. A person's settings keep every byte outside of "hooks", a backup
-is made before each change, and when nobody has written to the file since, taking our hooks out
-gives the very file back.
+install.py and doctor.py use this. Claude Code writes the file as JSON with two spaces; so does this,
+with a backup beside it.
 """
 
 from __future__ import annotations
@@ -147,80 +146,90 @@ def hook_groups(place: Installation, offer: Offer) -> dict:
     return {event: [hook_group(place, offer, event)] for event in offer.events}
 
 
-def recorded_commands(place: Installation) -> list[str]:
-    """The commands of the hooks that were added. An older version had one, and recorded it alone."""
-    recorded = place.record.get("hook", {})
-    return recorded.get("commands") or [recorded[key] for key in ("command",) if key in recorded]
+def recorded(place: Installation) -> dict[str, dict]:
+    """What was added where: {settings.json: {"commands": [...], "made": whether the file was made}}.
+
+    CLAUDE_CONFIG_DIR may have been another one at each install. An older version recorded one file.
+    """
+    found = dict(place.record.get("hooks", {}))
+    old = place.record.get("hook")
+    if old and str(place.settings) not in found:
+        commands = old.get("commands") or [old[key] for key in ("command",) if key in old]
+        found[str(place.settings)] = {"commands": commands, "made": old.get("backup", "") is None}
+    return found
+
+
+def recorded_commands(place: Installation, path: Path) -> list[str]:
+    """The commands of the hooks that were added to a settings.json."""
+    return recorded(place).get(str(path), {}).get("commands", [])
 
 
 def with_hook(text: str | None, place: Installation, offer: Offer) -> tuple[str, str]:
     """The settings with the hook, and what was done: added, updated, or why nothing needs to be."""
-    text = "{}\n" if text is None else text
-    done = []
-    for event in offer.events:
-        text, action = with_hook_of(text, place, offer, event)
-        done.append(action)
-    return text, next((action for action in ("added", "updated") if action in done), done[0])
+    settings = json.loads(text or "{}")
+    done = [with_hook_of(settings, place, offer, event) for event in offer.events]
+    action = next((action for action in ("added", "updated") if action in done), "")
+    return (dumped(settings), action) if action else (text or "{}\n", done[0])
 
 
-def with_hook_of(text: str, place: Installation, offer: Offer, event: str) -> tuple[str, str]:
-    """with_hook() for one event."""
-    settings = json.loads(text)
-    command, recorded = hook_command(place, offer), recorded_commands(place)
+def with_hook_of(settings: dict, place: Installation, offer: Offer, event: str) -> str:
+    """Put the hook into the settings for one event: what was done."""
+    command = hook_command(place, offer)
+    ours = recorded_commands(place, place.settings)
     for found, _, hook, words in hooks_in(settings):
         if found != event:
             continue
         if hook["command"] == command:
-            return text, "the hook is there"
+            return "the hook is there"
         if not offer.is_like(words):
             continue
-        if hook["command"] in recorded:
+        if hook["command"] in ours:
             hook["command"] = command
-            return with_value(text, "hooks", settings["hooks"]), "updated"
+            return "updated"
         if calls(words, place.prefix):
-            return text, "the hook is there, and yours"
-    hooks = settings.setdefault("hooks", {})
-    hooks.setdefault(event, []).append(hook_group(place, offer, event))
-    return with_value(text, "hooks", hooks), "added"
+            return "the hook is there, and yours"
+    settings.setdefault("hooks", {}).setdefault(event, []).append(hook_group(place, offer, event))
+    return "added"
 
 
-def without_hooks(text: str, place: Installation) -> str:
-    """The settings without our hooks, and without what was made for them; a changed one is left."""
-    settings, recorded = json.loads(text), recorded_commands(place)
+def without_hooks(text: str, place: Installation, path: Path) -> str | None:
+    """The settings without our hooks, and without what was made for them; a changed one is left.
+
+    None where install made the file, and nothing else is in it.
+    """
+    settings, ours = json.loads(text), recorded_commands(place, path)
     found = [
         (event, listed, hook)
         for event, listed, hook, _ in hooks_in(settings)
-        if hook["command"] in recorded
+        if hook["command"] in ours
     ]
     for event, listed, hook in found:
         listed.remove(hook)
         groups = settings["hooks"][event]
+        # Only the group that was made for it goes.
         groups[:] = [
             group
             for group in groups
-            if group.get("hooks") != [] or group.keys() - {"hooks", "matcher"}
+            if group.get("hooks") is not listed or listed or group.keys() - {"hooks", "matcher"}
         ]
         if not groups:
             del settings["hooks"][event]
-    return with_value(text, "hooks", settings["hooks"] or None) if found else text
-
-
-def settings_before(place: Installation, text: str | None) -> str | None:
-    """The settings as they would be had no hook of ours been added; None if there would be none.
-
-    When nobody has written to them since, they are what they were, byte for byte.
-    """
-    recorded = place.record.get("hook")
-    if recorded is None or text is None:
+    if not found:
         return text
-    backup = recorded.get("backup")
-    if recorded.get("written") == digest(text.encode()) and (
-        backup is None or os.path.isfile(backup)
-    ):
-        # A backup that was made between our two hooks has the first of them.
-        return None if backup is None else without_hooks(Path(backup).read_bytes().decode(), place)
-    new = without_hooks(text, place)
-    return None if "backup" in recorded and backup is None and json.loads(new) == {} else new
+    if not settings["hooks"]:
+        del settings["hooks"]
+    made = recorded(place)[str(path)]["made"]
+    return dumped(settings) if settings or not made else None
+
+
+def dumped(settings: dict) -> str:
+    """Settings as Claude Code writes them: two spaces, the order kept."""
+    try:
+        text = json.dumps(settings, indent=2, ensure_ascii=False, allow_nan=False)
+    except ValueError as error:
+        raise Trouble(f"settings.json has a number that JSON has not ({error})") from None
+    # UTF-8 has no lone surrogates.
+    return re.sub("[\ud800-\udfff]", lambda found: f"\\u{ord(found[0]):04x}", text) + "\n"
 
 
 # ----------------------------------------------------------------------------------------- the file
@@ -270,46 +279,43 @@ def not_json(name: str):
 
 def edit(
     place: Installation,
+    path: Path,
     change: Callable[[str | None], str | None],
     commands: Sequence[str] = (),
-    remember: bool = True,
 ) -> None:
     """Write change(text) over settings.json, a copy kept beside it; anew when somebody else writes
     meanwhile.
 
-    With remember, the record says how to undo it: `commands` are those of the hooks in there.
+    `commands` are those of hooks that the change adds: the record says where they are.
     """
-    path = place.settings
     path.parent.mkdir(parents=True, exist_ok=True)
     with nullcontext() if path.parent.samefile(place.prefix) else only_one(path.parent):
         while True:
             text = read(path)
             new = change(text)
-            if new is None or new == text:
+            if new == text:
                 return
             owner = None if text is None else path.stat()
             mode = stat.S_IMODE(owner.st_mode) if owner else 0o600
-            backup = keep_backup(path, text, mode, owner) if text is not None else None
-            if remember:
-                remember_hooks(place, text, new, backup, commands)
+            if text is not None:
+                keep_backup(path, text, mode, owner)
+            if commands:
+                remember(place, path, commands, made=text is None)
             if read(path) == text:
-                write_file(path, new.encode(), mode, owner)
+                if new is None:
+                    path.unlink()
+                else:
+                    write_file(path, new.encode(), mode, owner)
                 return
 
 
-def remember_hooks(
-    place: Installation, text: str | None, new: str, backup: Path | None, commands: Sequence[str]
-) -> None:
-    """Record how to undo a change of settings.json, and the changes of ours before it."""
-    recorded = place.record.get("hook", {})
-    commands = list(dict.fromkeys([*recorded_commands(place), *commands]))
-    if "backup" not in recorded or recorded.get("written") != digest((text or "").encode()):
-        recorded = {"backup": backup and str(backup)}
-    place.record["hook"] = {
-        "backup": recorded["backup"],
-        "commands": commands,
-        "written": digest(new.encode()),
-    }
+def remember(place: Installation, path: Path, commands: Sequence[str], made: bool) -> None:
+    """Record that these hooks are in this settings.json."""
+    there = recorded(place)
+    before = there.get(str(path), {"commands": [], "made": made})
+    there[str(path)] = {**before, "commands": list(dict.fromkeys([*before["commands"], *commands]))}
+    place.record["hooks"] = there
+    place.record.pop("hook", None)
     place.save()
 
 
@@ -331,62 +337,3 @@ def difference(old: str | None, new: str | None, path: Path) -> Iterator[str]:
     lines = difflib.unified_diff(before, after, str(path), f"{path} (new)")
     for line in lines:
         yield line if line.endswith("\n") else f"{line}\n\\ no newline at the end\n"
-
-
-# Only the value of one key is written, with the file's own indent.
-
-
-def with_value(text: str, key: str, value: object) -> str:
-    """A JSON object's text with another value of a key; None removes the key."""
-    found, close = members(text)
-    newline, indent, separators = style(text)
-    index = next((i for i in reversed(range(len(found))) if found[i][0] == key), None)
-    if value is None:
-        return without_member(text, found, index) if index is not None else text
-    rendered = json.dumps(value, indent=indent, separators=separators, ensure_ascii=False)
-    rendered = rendered.replace("\n", f"{newline}{indent}")
-    if index is not None:
-        return text[: found[index][2]] + rendered + text[found[index][3] :]
-    label = f"{json.dumps(key)}{separators[1]}"
-    if found:
-        between = f",{newline}{indent}" if indent else f",{separators[0][1:]}"
-        return text[: found[-1][3]] + between + label + rendered + text[found[-1][3] :]
-    start, end = (f"{newline}{indent}", newline) if indent else ("", "")
-    return text[: text.index("{") + 1] + start + label + rendered + end + text[close:]
-
-
-def without_member(text: str, found: list[tuple[str, int, int, int]], index: int) -> str:
-    if index > 0:
-        return text[: found[index - 1][3]] + text[found[index][3] :]
-    if len(found) > 1:
-        return text[: found[0][1]] + text[found[1][1] :]
-    return text[: text.index("{") + 1] + text[text.rindex("}") :]
-
-
-def members(text: str) -> tuple[list[tuple[str, int, int, int]], int]:
-    """[(key, its start, its value's start and end), …] of a JSON object's text, and its close."""
-    decode, found = json.JSONDecoder().raw_decode, []
-    at = after_space(text, text.index("{") + 1)
-    while text[at] != "}":
-        key, end = decode(text, at)
-        value = after_space(text, end)
-        _, end = decode(text, value)
-        found.append((key, at, value, end))
-        at = after_space(text, end)
-    return found, at
-
-
-def after_space(text: str, at: int) -> int:
-    """The position of what comes after blanks, a colon or a comma. The text is known to be JSON."""
-    while text[at] in " \t\n\r,:":
-        at += 1
-    return at
-
-
-def style(text: str) -> tuple[str, str | None, tuple[str, str]]:
-    """A JSON text's line end, its indent (None when it is on one line), and its separators."""
-    newline = "\r\n" if "\r\n" in text else "\n"
-    indent = re.search(r'\n([ \t]+)["}]', text)
-    if indent or text.strip() == "{}" or "\n" in text.strip():
-        return newline, indent[1] if indent else "  ", (",", ": ")
-    return newline, None, (", ", ": ") if re.search(r'": |, "', text) else (",", ":")
