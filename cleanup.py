@@ -31,10 +31,11 @@ import stat
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import queue_helpers as q
 from taskqueue import cli
@@ -43,16 +44,12 @@ from taskqueue.cli import EX_FAILED, plural, size
 from taskqueue.report import DIRECTORIES, IS_NEWS, make_is_told
 from taskqueue.text import visible
 
-# SQLite's busy handler looks again after 1, 3, 8, 18, 33 … ms. A lock held for less than 7 ms and
-# then left alone for 10 ms is therefore had at the third look; without the pause somebody unlucky
-# could miss it ten times in a row.
+# So many rows are looked up, and so many pages given back, before others get their turn.
+BATCH_ROWS, BATCH_PAGES = 250, 64
+# A batch of deletions holds the write lock this long: SQLite's busy handler looks after 1, 3, 8 ms,
+# and finds it free soon.
 HOLD_SECONDS = 0.004
-PAUSE_SECONDS = 0.010
-# The write-ahead log is written back so often that it stays short, and no enqueue has to do this
-# work.
-STEPS_PER_CHECKPOINT = 4
-MOST_PER_STEP = 5_000
-# More rows or pages than this get a progress bar.
+# More rows than this get a progress bar.
 LONG_WORK = 20_000
 # This share of the database's pages stays free: tomorrow's tasks need them.
 SPARE_SHARE = 0.1
@@ -60,7 +57,7 @@ SPARE_SHARE = 0.1
 UNTOLD_SECONDS = 7 * 86_400.0
 # A lock file this young may not be locked yet.
 NEWBORN_SECONDS = 60.0
-# What a restore that was killed left behind is removed after this time.
+# What a killed process left half done is removed after this time.
 LEFT_BEHIND_SECONDS = 86_400.0
 # A detached worker's own log of this size is set aside; the one before it goes.
 WORKER_LOG_BYTES = 10 * 2**20
@@ -243,20 +240,11 @@ def clean(
     # Whoever keeps nothing means it.
     limits["untold_before"] = q.utc(now - (UNTOLD_SECONDS if keep else 0.0))
     conn.create_function("is_told", 3, make_is_told(conn))
+    conn.execute("pragma wal_autocheckpoint = 0")
     with errors_explained(state):
         if dry_run:
-            report.spooled = sum(1 for _ in spool_files(state))
-            report.recovered, report.orphans = count_dead_claims(conn)
-            expiring = (
-                q.execute(conn, COUNT_EXPIRING, queue, now=now) for queue in cli.queues_of(conn)
-            )
-            report.expired = sum(found.fetchone()[0] for found in expiring)
-            report.pruned |= dict(conn.execute(COUNT_EXPIRED, limits).fetchall())
-            remove_logs(conn, limits, stop, report)
-            remove_locks(conn, report)
-            tidy_state(state, report)
+            count(conn, limits, report)
         else:
-            tidy_state(state, report)
             with left_undone(report, "the spool"):
                 report.spooled, report.complaints = q.take_in_spool(state)
                 if report.complaints and any(spool_files(state)):
@@ -264,26 +252,30 @@ def clean(
             with left_undone(report, "tasks of dead owners"):
                 recovered, report.orphans = q.recover(state)
                 report.recovered = len(recovered)
-            # Checkpoints are Pacer's business, outside of the write lock.
-            conn.execute("pragma wal_autocheckpoint = 0")
-            pacer = Pacer(conn, stop)
-            expire(conn, pacer, report)
-            prune(conn, limits, pacer, report)
-            remove_logs(conn, dict.fromkeys(limits, ""), stop, report)
-            remove_locks(conn, report)
-            give_back(conn, pacer, report)
-            checkpoint(conn)
-        remove_reports(state, now - keep, report)
+            expire(conn, stop, report)
+            prune(conn, limits, stop, report)
+        for kind in kinds(conn, limits, keep, keep_failed, dry_run):
+            remove(state, kind, stop, report)
+        close_to_others(state, report)
         if not dry_run:
-            # Only a cache, of one name for each session's directory.
-            shutil.rmtree(state / "told", ignore_errors=True)
-        remove_job_logs(state, now - keep_failed, report)
+            give_back(conn, stop)
+            checkpoint(conn)
         page_size = conn.execute("pragma page_size").fetchone()[0]
         report.free_bytes = conn.execute("pragma freelist_count").fetchone()[0] * page_size
         report.can_shrink = conn.execute("pragma auto_vacuum").fetchone()[0] == 2
     report.wal_bytes, report.bytes_after = size_of(state, "-wal"), size_of(state, "", "-wal")
     report.stopped, report.seconds = stop.is_set(), round(time.monotonic() - began, 3)
     return report
+
+
+def count(conn: q.Connection, limits: dict[str, str], report: Report) -> None:
+    """Say what a clean-up would do to the tables."""
+    report.spooled = sum(1 for _ in spool_files(conn.state))
+    report.recovered, report.orphans = count_dead_claims(conn)
+    now = time.time()
+    expiring = (q.execute(conn, COUNT_EXPIRING, queue, now=now) for queue in cli.queues_of(conn))
+    report.expired = sum(found.fetchone()[0] for found in expiring)
+    report.pruned |= dict(conn.execute(COUNT_EXPIRED, limits).fetchall())
 
 
 @contextmanager
@@ -305,30 +297,6 @@ def left_undone(report: Report, what: object) -> Iterator[None]:
         )
 
 
-def tidy_state(state: Path, report: Report) -> None:
-    """Close what other users could read, and remove what a restore that was killed left behind."""
-    for top, directories, files in os.walk(state):
-        for name in (".", *files):
-            path = Path(top, name)
-            with left_undone(report, path):
-                found = path.lstat()
-                if (
-                    found.st_uid == os.getuid()
-                    and found.st_mode & 0o077
-                    and not stat.S_ISLNK(found.st_mode)
-                ):
-                    report.modes += 1
-                    if not report.dry_run:
-                        path.chmod(stat.S_IMODE(found.st_mode) & 0o700)
-        if Path(top) == state:
-            for name in [name for name in directories if name.startswith(".restore-")]:
-                # A restore that ends at this moment removes its own.
-                with left_undone(report, Path(top, name)):
-                    is_old = time.time() - Path(top, name).stat().st_mtime > LEFT_BEHIND_SECONDS
-                    if is_old and not report.dry_run:
-                        shutil.rmtree(Path(top, name), ignore_errors=True)
-
-
 @contextmanager
 def errors_explained(state: Path) -> Iterator[None]:
     try:
@@ -343,209 +311,206 @@ def errors_explained(state: Path) -> Iterator[None]:
         ) from error
 
 
-class Pacer:
-    """Work in many short transactions, each as large as HOLD_SECONDS allow, with the write lock
-    free in between.
-    """
-
-    def __init__(self, conn: q.Connection, stop: Stop) -> None:
-        self.conn, self.stop, self.deadline, self.steps = conn, stop, 0.0, 0
-        # Rows or pages of the next step.
-        self.amount = 16
-
-    @contextmanager
-    def step(self) -> Iterator[None]:
-        # A power cut may undo it: the next run does it again.
-        with q.transaction(self.conn, durable=False):
-            began = time.monotonic()
-            self.deadline = began + HOLD_SECONDS
-            yield
-        held = time.monotonic() - began
-        fitting = self.amount * HOLD_SECONDS / held
-        self.amount = max(1, min(int(fitting), 2 * self.amount, MOST_PER_STEP))
-        self.steps += 1
-        if self.steps % STEPS_PER_CHECKPOINT == 0:
-            self.conn.execute("pragma wal_checkpoint(passive)").fetchall()
-        self.stop.wait(max(PAUSE_SECONDS, 2 * held))
+# ---------------------------------------------------------------------------------------- the tables
 
 
-def expire(conn: q.Connection, pacer: Pacer, report: Report) -> None:
+def expire(conn: q.Connection, stop: Stop, report: Report) -> None:
     """End the waiting tasks whose time is over; a claim does the same in the queues that are
     served.
     """
     for queue in cli.queues_of(conn):
         while q.execute(conn, COUNT_EXPIRING, queue, now=time.time()).fetchone()[0]:
-            if pacer.stop.is_set():
+            if stop.wait(cli.PAUSE_SECONDS):
                 return
-            with pacer.step():
-                report.expired += q.expire(conn, queue, time.time())
+            with q.transaction(conn):
+                ended = q.expire(conn, queue, time.time())
+            report.expired += ended
+            if not ended:
+                break
 
 
-def prune(conn: q.Connection, limits: dict[str, str], pacer: Pacer, report: Report) -> None:
-    """Delete expired history, oldest first."""
+def prune(conn: q.Connection, limits: dict[str, str], stop: Stop, report: Report) -> None:
+    """Delete expired history, oldest first, a batch at a time with a pause between."""
     expired = sum(count for _, count in conn.execute(COUNT_EXPIRED, limits))
     since = ""
+
+    def delete(row: tuple) -> None:
+        row_id, completed_at, status = row
+        found = conn.execute(PRUNE, {"id": row_id, "completed_at": completed_at}).rowcount
+        report.pruned[status] = report.pruned.get(status, 0) + found
+
     with progress(expired, "history") as advance:
-        while not pacer.stop.is_set():
-            rows = conn.execute(
-                EXPIRED, {**limits, "since": since, "limit": pacer.amount}
-            ).fetchall()
+        while not stop.is_set():
+            told = {**limits, "since": since, "limit": BATCH_ROWS}
+            rows = conn.execute(EXPIRED, told).fetchall()
             if not rows:
                 break
-            with pacer.step():
-                gone = 0
-                for row_id, completed_at, status in rows:
-                    found = conn.execute(
-                        PRUNE, {"id": row_id, "completed_at": completed_at}
-                    ).rowcount
-                    report.pruned[status] = report.pruned.get(status, 0) + found
-                    gone, since = gone + 1, completed_at
-                    # Rows may be large.
-                    if time.monotonic() > pacer.deadline:
-                        break
-            advance(gone)
+            done = sum(1 for _ in cli.in_steps(conn, until(stop, rows), delete, HOLD_SECONDS))
+            write_back(conn)
+            advance(done)
+            since = rows[done - 1][1] if done else since
 
 
-def remove_logs(conn: q.Connection, limits: dict[str, str], stop: Stop, report: Report) -> None:
-    """Remove the output files of tasks that are neither in their queue nor in the history."""
-    logs = cli.logs_directory(conn.state)
-    wanted = {directory.name for directory in logs.glob("*/")}
-    for log in logs.glob("worker.*.log"):
-        with left_undone(report, log):
-            if log.stat().st_size > WORKER_LOG_BYTES:
-                report.set_aside += 1
-                if not report.dry_run:
-                    log.replace(f"{log}.old")
-    if not wanted:
-        return
-    queues = [queue for queue in cli.queues_of(conn) if queue in wanted]
-    # One snapshot: a task on its way from queue to history is in exactly one of them.
-    with cli.snapshot(conn):
-        last = {queue: q.execute(conn, LAST_ID, queue).fetchone()[0] for queue in queues}
-        kept = {
-            queue: {row_id for (row_id,) in q.execute(conn, UNFINISHED, queue)} for queue in queues
-        }
-        for queue, row_id in conn.execute(KEPT_HISTORY, limits):
-            if queue in kept:
-                kept[queue].add(row_id)
-    for queue in queues:
-        with left_undone(report, logs / queue):
-            for entry in os.scandir(logs / queue):
-                if stop.is_set():
-                    return
-                match = RUN_FILE.fullmatch(entry.name)
-                if (
-                    match
-                    and int(match["id"]) <= last[queue]
-                    and int(match["id"]) not in kept[queue]
-                ):
-                    with left_undone(report, entry.path):
-                        remove_log(entry, logs / queue / f"{match['run']}.out", report)
+def write_back(conn: q.Connection) -> None:
+    """Keep the write-ahead log so short that no enqueue has to write it back at its commit."""
+    conn.execute("pragma wal_checkpoint(passive)").fetchall()
 
 
-def remove_reports(state: Path, before: float, report: Report) -> None:
-    """Remove link checks' reports that are as old as the history that is pruned."""
-    for path in (state / "reports" / "link_validation").glob("*.json"):
-        with left_undone(report, path):
-            if path.lstat().st_mtime < before:
-                report.reports += 1
-                if not report.dry_run:
-                    path.unlink()
+def until(stop: Stop, items: Sequence) -> Iterator:
+    return (item for item in items if not stop.is_set())
 
 
-def remove_job_logs(state: Path, before: float, report: Report) -> None:
-    """Remove old output of jobs that ran here for other machines: no history of ours knows them."""
-    for directory in cli.logs_directory(state).glob("relay.*/"):
-        with left_undone(report, directory):
-            for entry in os.scandir(directory):
-                match = RUN_FILE.fullmatch(entry.name)
-                with left_undone(report, entry.path):
-                    if match and entry.stat(follow_symlinks=False).st_mtime < before:
-                        remove_log(entry, directory / f"{match['run']}.out", report)
-
-
-def remove_log(entry: os.DirEntry, output: Path, report: Report) -> None:
-    """Remove one file of a run, unless a handler still holds its output's lock."""
-    try:
-        fd = q.lock_file(output, probe=True)
-        if fd is None:
-            return
-    except FileNotFoundError:
-        fd = None
-    try:
-        length = entry.stat(follow_symlinks=False).st_size
-        if not report.dry_run:
-            os.unlink(entry.path)
-        report.log_files, report.log_bytes = report.log_files + 1, report.log_bytes + length
-    finally:
-        if fd is not None:
-            os.close(fd)
-
-
-def remove_locks(conn: q.Connection, report: Report) -> None:
-    """Remove the lock files that nobody holds, but those of owners whose tasks and jobs could not
-    be taken back yet.
-    """
-    workers = conn.state / "workers"
-    if not workers.is_dir():
-        return
-    owners = {task.owner for _, task in cli.claims(conn)}
-    # relay.py sees to the jobs of its dead ones: their handlers may still run.
-    owners |= {hub.parent.name for hub in (conn.state / "runs").glob("*/hub")}
-    with left_undone(report, workers):
-        for entry in os.scandir(workers):
-            with left_undone(report, entry.path):
-                remove_lock(entry, owners, report)
-    # What is on record about the handlers of owners that are gone.
-    for directory in (conn.state / "runs").glob("*"):
-        gone = directory.name not in owners and not (workers / directory.name).exists()
-        if gone and not report.dry_run:
-            shutil.rmtree(directory, ignore_errors=True)
-
-
-def remove_lock(entry: os.DirEntry, owners: set[str | None], report: Report) -> None:
-    young = time.time() - entry.stat(follow_symlinks=False).st_mtime < NEWBORN_SECONDS
-    if young or entry.name in owners or not entry.is_file(follow_symlinks=False):
-        return
-    fd = q.lock_file(entry.path, probe=True)
-    if fd is not None:
-        if not report.dry_run:
-            Path(entry.path).unlink(missing_ok=True)
-        os.close(fd)
-        report.lock_files += 1
-
-
-def give_back(conn: q.Connection, pacer: Pacer, report: Report) -> None:
+def give_back(conn: q.Connection, stop: Stop) -> None:
     """Shrink the file by its free pages, but SPARE_SHARE of it. Needs auto_vacuum = incremental,
     else does nothing.
     """
-    pages = conn.execute("pragma page_count").fetchone()[0]
-    free = conn.execute("pragma freelist_count").fetchone()[0]
-    spare = int((pages - free) * SPARE_SHARE)
-    if conn.execute("pragma auto_vacuum").fetchone()[0] != 2 or free <= spare:
-        return
-    pacer.amount = 16
-    with progress(free - spare, "space") as advance:
-        while free > spare and not pacer.stop.is_set():
-            with pacer.step():
-                for _ in range(min(pacer.amount, free - spare)):
-                    # Python never takes a second step, whatever the number.
-                    conn.execute("pragma incremental_vacuum(1)")
-                    if time.monotonic() > pacer.deadline:
-                        break
-            was, free = free, conn.execute("pragma freelist_count").fetchone()[0]
-            advance(was - free)
+    while conn.execute("pragma auto_vacuum").fetchone()[0] == 2 and not stop.is_set():
+        pages = conn.execute("pragma page_count").fetchone()[0]
+        free = conn.execute("pragma freelist_count").fetchone()[0]
+        more = free - int((pages - free) * SPARE_SHARE)
+        if more <= 0:
+            return
+        with q.transaction(conn, durable=False):
+            for _ in range(min(more, BATCH_PAGES)):
+                # Python takes one step of it, whatever the number.
+                conn.execute("pragma incremental_vacuum(1)")
+        write_back(conn)
+        stop.wait(cli.PAUSE_SECONDS)
 
 
 def checkpoint(conn: q.Connection) -> None:
     """Write the log into the database, and empty it unless somebody reads or writes right now."""
-    conn.execute("pragma wal_checkpoint(passive)").fetchall()
+    write_back(conn)
     # Waiting for readers, it would hold the write lock all the time.
     conn.execute("pragma busy_timeout = 0")
     try:
         conn.execute("pragma wal_checkpoint(truncate)").fetchall()
     finally:
         conn.execute(f"pragma busy_timeout = {q.BUSY_TIMEOUT_MS}")
+
+
+# ----------------------------------------------------------------------------------------- the files
+
+
+class Kind(NamedTuple):
+    """Files that are pruned: where they lie, which of them are over, and how they go."""
+
+    counted_as: str
+    pattern: str
+    is_over: Callable[[Path], bool]
+    remove: Callable[[Path], object]
+
+
+def kinds(
+    conn: q.Connection, limits: dict[str, str], keep: float, keep_failed: float, dry_run: bool
+) -> Iterator[Kind]:
+    """The table of what is pruned beside the history."""
+    limits = limits if dry_run else {name: "" for name in limits}
+    run_is_over = runs_that_are_over(conn, limits)
+    held = {task.owner for _, task in cli.claims(conn)}
+    # relay.py sees to the jobs of its dead ones: their handlers may still run.
+    held |= {hub.parent.name for hub in (conn.state / "runs").glob("*/hub")}
+    workers = conn.state / "workers"
+
+    def is_stale_lock(path: Path) -> bool:
+        known = path.name in held or not path.is_file() or path.is_symlink()
+        return not known and is_older(NEWBORN_SECONDS)(path) and is_free(path)
+
+    def has_no_owner(path: Path) -> bool:
+        return path.name not in held and not (workers / path.name).exists()
+
+    def is_old_job(path: Path) -> bool:
+        return (
+            bool(RUN_FILE.fullmatch(path.name)) and is_older(keep_failed)(path) and is_quiet(path)
+        )
+
+    yield Kind("log_files", "logs/relay.*/*", is_old_job, Path.unlink)
+    yield Kind("log_files", "logs/*/*", run_is_over, Path.unlink)
+    yield Kind("set_aside", "logs/worker.*.log", is_large, lambda path: path.replace(f"{path}.old"))
+    yield Kind("reports", "reports/link_validation/*.json", is_older(keep), Path.unlink)
+    yield Kind("lock_files", "workers/*", is_stale_lock, Path.unlink)
+    yield Kind("", "runs/*", has_no_owner, shutil.rmtree)
+    # Only a cache, of one name for each session's directory.
+    yield Kind("", "told", lambda path: True, shutil.rmtree)
+    yield Kind("", ".restore-*", is_older(LEFT_BEHIND_SECONDS), shutil.rmtree)
+    yield Kind("", ".page.*", is_older(LEFT_BEHIND_SECONDS), Path.unlink)
+
+
+def remove(state: Path, kind: Kind, stop: Stop, report: Report) -> None:
+    """Remove the files of a kind that are over, and count them; with dry_run only count."""
+    for path in state.glob(kind.pattern):
+        if stop.is_set():
+            return
+        with left_undone(report, path):
+            length = path.lstat().st_size
+            if not kind.is_over(path):
+                continue
+            if not report.dry_run:
+                kind.remove(path)
+            if kind.counted_as:
+                setattr(report, kind.counted_as, getattr(report, kind.counted_as) + 1)
+            if kind.counted_as == "log_files":
+                report.log_bytes += length
+
+
+def is_older(seconds: float) -> Callable[[Path], bool]:
+    return lambda path: time.time() - path.lstat().st_mtime > seconds
+
+
+def is_large(path: Path) -> bool:
+    return path.stat().st_size > WORKER_LOG_BYTES
+
+
+def is_free(path: Path) -> bool:
+    """Whether nobody holds a lock file."""
+    fd = q.lock_file(path, probe=True)
+    if fd is not None:
+        os.close(fd)
+    return fd is not None
+
+
+def is_quiet(path: Path) -> bool:
+    """Whether no handler holds the output of a file's run any more."""
+    try:
+        return is_free(path.with_suffix(".out"))
+    except FileNotFoundError:
+        return True
+
+
+def runs_that_are_over(conn: q.Connection, limits: dict[str, str]) -> Callable[[Path], bool]:
+    """Whether a file is of a run whose task is neither in its queue nor in the history."""
+    # One snapshot: a task on its way from queue to history is in exactly one of them.
+    with cli.snapshot(conn):
+        queues = cli.queues_of(conn)
+        last = {queue: q.execute(conn, LAST_ID, queue).fetchone()[0] for queue in queues}
+        kept = {
+            queue: {row_id for (row_id,) in q.execute(conn, UNFINISHED, queue)} for queue in queues
+        }
+        for queue, row_id in conn.execute(KEPT_HISTORY, limits):
+            kept.setdefault(queue, set()).add(row_id)
+
+    def is_over(path: Path) -> bool:
+        queue, match = path.parent.name, RUN_FILE.fullmatch(path.name)
+        if not match or queue not in last:
+            return False
+        row_id = int(match["id"])
+        return row_id <= last[queue] and row_id not in kept[queue] and is_quiet(path)
+
+    return is_over
+
+
+def close_to_others(state: Path, report: Report) -> None:
+    """Close the files that other users could read."""
+    for top, _, files in os.walk(state):
+        for name in (".", *files):
+            path = Path(top, name)
+            with left_undone(report, path):
+                found = path.lstat()
+                is_ours = found.st_uid == os.getuid() and not stat.S_ISLNK(found.st_mode)
+                if is_ours and found.st_mode & 0o077:
+                    report.modes += 1
+                    if not report.dry_run:
+                        path.chmod(stat.S_IMODE(found.st_mode) & 0o700)
 
 
 def spool_files(state: Path) -> Iterator[Path]:
@@ -583,26 +548,11 @@ def progress(total: int, what: str) -> Iterator:
     """
     bar = nullcontext()
     if total >= LONG_WORK and sys.stderr.isatty():
-        try:
-            from rich.console import Console
-            from rich.progress import (
-                BarColumn,
-                MofNCompleteColumn,
-                Progress,
-                TextColumn,
-                TimeRemainingColumn,
-            )
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-            columns = (
-                TextColumn("{task.description}"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TimeRemainingColumn(),
-            )
-            bar = Progress(*columns, console=Console(stderr=True), transient=True)
-        except ImportError:
-            # It was run by a Python without rich.
-            pass
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+        bar = Progress(*columns, console=Console(stderr=True), transient=True)
     with bar as shown:
         job = shown.add_task(what, total=total) if shown else None
         yield (lambda count: shown.advance(job, count)) if shown else (lambda count: None)

@@ -674,7 +674,9 @@ def as_dict(cursor: sqlite3.Cursor) -> dict:
     return {} if row is None else dict(zip(names, row, strict=True))
 
 
-def in_steps(conn: q.Connection, items: Iterable, change: Callable) -> Iterator:
+def in_steps(
+    conn: q.Connection, items: Iterable, change: Callable, hold: float = HOLD_SECONDS
+) -> Iterator:
     """change(item) for each, in transactions so short that nobody waits for long; yields what they
     return.
     """
@@ -684,7 +686,7 @@ def in_steps(conn: q.Connection, items: Iterable, change: Callable) -> Iterator:
         with q.transaction(conn):
             for item in items:
                 results.append(change(item))
-                if time.monotonic() - began > HOLD_SECONDS:
+                if time.monotonic() - began > hold:
                     break
             else:
                 more = False
