@@ -46,11 +46,9 @@ from taskqueue.find import (
     FINISHED_ROW,
     LIVE_ROW,
     Found,
-    Scan,
     Wanted,
     find,
     find_tasks,
-    follow_ups,
     history_ids,
     live_id,
     newest_of,
@@ -60,8 +58,6 @@ from taskqueue.find import (
 )
 from taskqueue.text import visible
 
-# `list --text` looks for so long, unless --all is given.
-SCAN_SECONDS = 0.4
 # How many rows list shows where there is no screen to fill.
 ROWS = 50
 POLL_SECONDS = 0.02
@@ -71,7 +67,6 @@ RECOVER_SECONDS = 0.25
 # A worker has made its run's output file by then.
 CONSUMER_SECONDS = 1.0
 CANCEL_SECONDS = 30.0
-SPARK_MINUTES = 60
 
 # A worker, or another machine, has these.
 NOT_HERE = {"in_progress", "handed_over"}
@@ -186,9 +181,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     often = {"action": "append", "help": "may be given several times"}
 
     add = command(stats)
-    add("--watch", action="store_true", help="redraw until Ctrl-C, with the last hour's sparkline")
+    add("--watch", action="store_true", help="redraw until Ctrl-C")
     add("--interval", metavar="DURATION", type=cli.duration, default=1.0, help="of --watch (1 s)")
-    add("--prometheus", action="store_true", help="in Prometheus's text format")
 
     add = command(list_)
     add("--queue", dest="queues", metavar="QUEUE", type=cli.utf8, **often)
@@ -196,13 +190,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     of_type(add)
     age(add, "--since", "enqueued (finished tasks: finished) at most this long ago")
     age(add, "--before", "… at least this long ago")
-    add("--text", type=some_text, help="in the task, its error or its output; shown where it is")
-    add(
-        "--all",
-        dest="look_at_all",
-        action="store_true",
-        help=f"look for --text in every task, not only for {SCAN_SECONDS:g} s",
-    )
+    add("--text", type=some_text, help="in the task, its error or its output")
     add("--sort", choices=SORTS, help="(default: in the order of claims, then by the end)")
     add("--limit", metavar="N", type=cli.whole_number, help=f"(default: a screen, or {ROWS})")
 
@@ -317,16 +305,12 @@ def fault_in(args: argparse.Namespace) -> str:
         return "--since goes with --failed"
     if args.run is retry and args.ids and args.task_type:
         return "--type goes with --failed or --scheduled"
-    if args.run is list_ and args.look_at_all and args.text is None:
-        return "--all goes with --text"
     if args.run is move and not args.ids and not args.source:
         return "give the IDs to move, or --from"
     if args.run is move and args.ids and args.task_type:
         return "--type goes with --from and no ID"
     if args.run is purge and "in_progress" in (args.statuses or ()):
         return f"a running task is not purged: {cli.command('cancel ID')}"
-    if args.run is stats and args.prometheus and (args.watch or args.as_json):
-        return "--prometheus goes with neither --watch nor --json"
     return ""
 
 
@@ -371,7 +355,7 @@ def take_in(as_json: bool) -> int:
 # -------------------------------------------------------------------------------------------- stats
 
 
-def stats(watch: bool, interval: float, prometheus: bool, as_json: bool) -> int:
+def stats(watch: bool, interval: float, as_json: bool) -> int:
     """Show how many tasks of each queue and type wait, run, and ended in the last hour and day, and
     how long they took.
     """
@@ -379,10 +363,7 @@ def stats(watch: bool, interval: float, prometheus: bool, as_json: bool) -> int:
     if watch:
         return watch_stats(interval, as_json)
     numbers = numbers_of.gather(conn)
-    if prometheus:
-        sys.stdout.flush()
-        sys.stdout.buffer.write(numbers_of.prometheus_text(numbers).encode())
-    elif as_json:
+    if as_json:
         cli.put_json(numbers)
     else:
         render.draw(render.stats_drawing(numbers))
@@ -390,42 +371,22 @@ def stats(watch: bool, interval: float, prometheus: bool, as_json: bool) -> int:
 
 
 def watch_stats(interval: float, as_json: bool) -> int:
-    minutes: dict[int, int] = {}
-    waiting: list[int] = []
+    """Show the numbers again and again: in place on a terminal, below each other elsewhere."""
 
     def look() -> tuple[dict, float]:
         began = time.monotonic()
-        conn = cli.open_queue()
-        numbers = numbers_of.gather(conn)
-        now = int(time.time()) // 60
-        for minute in range(now - SPARK_MINUTES + 1, now + 1):
-            if minute not in minutes or minute >= now - 1:
-                between = {"since": q.utc(minute * 60), "until": q.utc(minute * 60 + 60)}
-                minutes[minute] = conn.execute(numbers_of.COUNT_BETWEEN, between).fetchone()[0]
-        waiting[:] = [*waiting, sum(queue["pending"] for queue in numbers["queues"].values())][
-            -SPARK_MINUTES:
-        ]
+        numbers = numbers_of.gather(cli.open_queue())
         # A big database is looked at less often: this must not become the load that it shows.
         return numbers, max(interval, 4 * (time.monotonic() - began))
-
-    def drawing(numbers: dict):
-        from rich.console import Group
-        from rich.text import Text
-
-        finished = [minutes[minute] for minute in sorted(minutes)[-SPARK_MINUTES:]]
-        lines = [
-            f"finished a minute, last hour  {render.sparkline(finished)}  {sum(finished):,} in "
-            f"all, {max(finished):,} at most",
-            f"pending, since this began     {render.sparkline(waiting)}  {waiting[-1]:,} now",
-            f"{numbers['at'][:19]} UTC",
-        ]
-        return Group(render.stats_drawing(numbers), Text("\n".join(lines)))
 
     try:
         if as_json or not sys.stdout.isatty():
             while True:
                 numbers, pause = look()
-                cli.put_json(numbers, indent=None) if as_json else render.draw(drawing(numbers))
+                if as_json:
+                    cli.put_json(numbers, indent=None)
+                else:
+                    render.draw(render.stats_drawing(numbers))
                 sys.stdout.flush()
                 time.sleep(pause)
         from rich.live import Live
@@ -433,7 +394,7 @@ def watch_stats(interval: float, as_json: bool) -> int:
         with Live(console=render.console(), auto_refresh=False) as live:
             while True:
                 numbers, pause = look()
-                live.update(drawing(numbers), refresh=True)
+                live.update(render.stats_drawing(numbers), refresh=True)
                 time.sleep(pause)
     except KeyboardInterrupt:
         return 0
@@ -460,7 +421,6 @@ def list_(
     since: float | None,
     before: float | None,
     text: str | None,
-    look_at_all: bool,
     sort: str | None,
     limit: int | None,
     as_json: bool,
@@ -472,12 +432,11 @@ def list_(
     cli.check_known(conn, queues or ())
     on_screen = sys.stdout.isatty() and not as_json
     limit = limit or (render.rows_on_screen() if on_screen else ROWS)
-    scan = Scan(None if text is None or look_at_all else SCAN_SECONDS)
     newest = math.inf if before is None else now - before
     oldest = -math.inf if since is None else now - since
     with cli.snapshot(conn):
         wanted = Wanted(queues, statuses or STATUSES, task_type, oldest, newest, text)
-        found = find_tasks(conn, wanted, scan)
+        found = find_tasks(conn, wanted)
         key = SORTS.get(sort or "")
         # One more than are shown says whether there are more.
         rows = heapq.nsmallest(limit + 1, found, key=key) if key else first(limit + 1, found)
@@ -497,16 +456,10 @@ def list_(
     sys.stdout.flush()
     if not as_json:
         say_who_waits(conn, rows)
-    if not rows and not scan.stopped:
+    if not rows:
         print("no task is like that", file=sys.stderr)
     if more:
         print(f"only the first {limit}; --limit N shows more", file=sys.stderr)
-    elif scan.stopped:
-        print(
-            f"looked for the text in the first {scan.looked:,} tasks only ({SCAN_SECONDS:g} s); "
-            "--all looks at every one",
-            file=sys.stderr,
-        )
     return 0
 
 
@@ -559,7 +512,6 @@ def all_about(conn: q.Connection, found: Found) -> dict:
     task = records[0]
     return task | {
         "came_from": source_of(conn, task["data"]),
-        "led_to": follow_ups(conn, task),
         "history": records[1:],
         "runs": [run._asdict() for run in queue_logs.runs_of(task)],
     }

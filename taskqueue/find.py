@@ -24,12 +24,6 @@ ROW = r"[1-9]\d{0,3}"
 MATCHES = 10
 # What a list printed may be named by its row for so long.
 LISTED_SECONDS = 86_400.0
-# What came of a task is looked for for so long.
-FOLLOW_SECONDS = 0.2
-# … and so many rows that are older than its end: an import brings some in among the newest.
-OLDER_ROWS = 1_000
-# Of a text that was looked for, so many characters before and after are shown.
-BEFORE_HIT, AFTER_HIT = 20, 120
 
 CLAIM_ORDER = {
     "in_progress": "claimed_at",
@@ -85,16 +79,6 @@ select distinct queue, task_id from task_history
 where task_id >= :prefix and task_id < :prefix || char(1114111) and (:queue is null or +queue = :queue) limit :limit"""
 HISTORY_OF = """
 select id from task_history where task_id = :task_id and +queue = :queue order by id desc"""
-
-# Newest first, with the time of each: what came of a task is no older than the task's end.
-SOURCE_OF_LIVE = f"""
-select '{{queue}}', coalesce(task_id, '{{queue}}-' || id), {q.STATUS_WORD}, timestamp,
-       case when json_valid(data) then json_extract(data, '$.source') end
-from "{{queue}}" order by id desc"""
-SOURCE_OF_FINISHED = """
-select queue, task_id, status, (julianday(completed_at) - 2440587.5) * 86400.0,
-       case when json_valid(data) then json_extract(data, '$.source') end
-from task_history order by id desc"""
 
 
 class Ambiguous(Refused):
@@ -219,29 +203,6 @@ def source_of(conn: q.Connection, data: object) -> list[dict]:
     return [{"queue": queue, "task_id": task_id, "status": status}]
 
 
-def follow_ups(conn: q.Connection, record: dict) -> list[dict]:
-    """What came of a finished task: results that became tasks, and what its handler enqueued.
-
-    They were stored when it ended; older ones are not looked at.
-    """
-    ended = cli.seconds_of(record["completed_at"])
-    if ended is None:
-        return []
-    found, give_up = [], time.monotonic() + FOLLOW_SECONDS
-    statements = [q.on_queue(SOURCE_OF_LIVE, queue) for queue in cli.queues_of(conn)]
-    for statement in [*statements, SOURCE_OF_FINISHED]:
-        older = 0
-        for number, (queue, task_id, status, at, source) in enumerate(conn.execute(statement)):
-            # A second for the clock: the rows are stored just before the end is.
-            older += isinstance(at, float) and at < ended - 1
-            if older > OLDER_ROWS or number % 256 == 255 and time.monotonic() > give_up:
-                break
-            named = json.loads(source) if isinstance(source, str) and source[:1] == "{" else None
-            if named == {"queue": record["queue"], "task_id": record["task_id"]}:
-                found.append({"queue": queue, "task_id": task_id, "status": status})
-    return found[::-1]
-
-
 def live_id(conn: q.Connection, queue: str, task_id: str) -> int | None:
     """The row of a waiting or running task."""
     bare = re.fullmatch(rf"{queue}-(\d{{1,18}})", task_id)
@@ -276,25 +237,6 @@ def history_ids(conn: q.Connection, found: Found) -> list[int]:
     ]
 
 
-class Scan:
-    """How far a search for text went."""
-
-    def __init__(self, seconds: float | None) -> None:
-        self.deadline = None if seconds is None else time.monotonic() + seconds
-        self.looked, self.stopped = 0, False
-
-    def matches(self, cursor: sqlite3.Cursor) -> Iterator[tuple]:
-        """The rows whose second column says that they match, until the time is over."""
-        for row in cursor:
-            self.looked += 1
-            if row[1]:
-                yield row
-            if self.deadline and self.looked % 256 == 0 and time.monotonic() > self.deadline:
-                self.stopped = True
-            if self.stopped:
-                return
-
-
 class Wanted(NamedTuple):
     """Which tasks a list is to have; queues, task_type and text are None where they do not matter.
 
@@ -309,29 +251,8 @@ class Wanted(NamedTuple):
     text: str | None
 
 
-def find_tasks(conn: q.Connection, wanted: Wanted, scan: Scan) -> Iterator[dict]:
-    """Matching tasks in list's order, as they are found; where a text was looked for, `hit` says
-    where it is.
-    """
-    for row in matching_rows(conn, wanted, scan):
-        yield row if wanted.text is None else row | {"hit": hit(row, wanted.text)}
-
-
-def hit(row: dict, text: str) -> str:
-    """Where in a task a text is, with what is around it."""
-    names = {"data": "data", "task_id": "id", "error": "error", "result": "stdout", "log": "stderr"}
-    for name, label in names.items():
-        value = row.get(name) or ""
-        found = re.search(re.escape(text), value, re.IGNORECASE)
-        if found:
-            begin = max(found.start() - BEFORE_HIT, 0)
-            return (
-                f"{label}: {'…' if begin else ''}{value[begin : found.end() + AFTER_HIT].lstrip()}"
-            )
-    return ""
-
-
-def matching_rows(conn: q.Connection, wanted: Wanted, scan: Scan) -> Iterator[dict]:
+def find_tasks(conn: q.Connection, wanted: Wanted) -> Iterator[dict]:
+    """Matching tasks in list's order, as they are found."""
     queues, statuses, task_type, oldest, newest, text = wanted
     like = None if text is None else "%" + re.sub(r"([\\%_])", r"\\\1", text) + "%"
     which = {"task_type": task_type, "since": oldest, "before": newest, "text": like}
@@ -357,12 +278,12 @@ def matching_rows(conn: q.Connection, wanted: Wanted, scan: Scan) -> Iterator[di
                 "of_type": of_type,
             }
             statement = q.on_queue(LIST_LIVE, queue).format(**parts)
-            found.append(in_order(queue, scan.matches(conn.execute(statement, which))))
+            found.append(in_order(queue, matches(conn.execute(statement, which))))
         # Each is read only as far as needed.
         for _, row_id, queue in heapq.merge(*found):
             yield cli.as_dict(q.execute(conn, LIVE_ROW, queue, id=row_id))
     finished = [name for name in FINISHED if name in statuses]
-    if finished and not scan.stopped:
+    if finished:
         which |= {
             "statuses": json.dumps(finished),
             "queues": json.dumps(queues) if queues else None,
@@ -371,8 +292,13 @@ def matching_rows(conn: q.Connection, wanted: Wanted, scan: Scan) -> Iterator[di
             "before": q.utc(newest) if math.isfinite(newest) else "\U0010ffff",
         }
         statement = LIST_FINISHED.format(match="1" if like is None else FINISHED_MATCHES)
-        for row in scan.matches(conn.execute(statement, which)):
+        for row in matches(conn.execute(statement, which)):
             yield cli.as_dict(conn.execute(FINISHED_ROW, {"id": row[0]}))
+
+
+def matches(cursor: sqlite3.Cursor) -> Iterator[tuple]:
+    """The rows whose second column says that they match."""
+    return (row for row in cursor if row[1])
 
 
 def in_order(queue: str, rows: Iterator[tuple]) -> Iterator[tuple]:

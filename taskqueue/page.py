@@ -214,7 +214,7 @@ def task_of(row: dict, controls: dict) -> dict:
     note = render.note_of(row, controls)
     about = about_of(stored)
     texts = (("stdout", row.get("result")), ("stderr", row.get("log")), ("data", indented(stored)))
-    fields = render.fields_of(row | {"came_from": (), "led_to": ()})
+    fields = render.fields_of(row | {"came_from": ()})
     return {
         "status": row["status"],
         "task_id": row["task_id"],

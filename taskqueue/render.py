@@ -27,7 +27,6 @@ COLOURS = {
     "scheduled": "blue",
     "held": "magenta",
 }
-SPARKS = "▁▂▃▄▅▆▇█"
 # A screen's lines that are no rows of a list: its head, the remarks below it, and the prompt.
 OTHER_LINES = 7
 # What a list leaves of each at least, before its queues and types are shortened further. A row's
@@ -141,12 +140,6 @@ def amount(number: int) -> str:
         if number < 9_999_500
         else f"{number / 1e6:,.0f}M"
     )
-
-
-def sparkline(values: Sequence[int]) -> str:
-    top = max(max(values, default=0), 1)
-    # Rounded up, so that one is not shown as none.
-    return "".join(SPARKS[-(-value * (len(SPARKS) - 1) // top)] for value in values)
 
 
 # -------------------------------------------------------------------------------------------- stats
@@ -307,8 +300,6 @@ def fitting(natural: list[int], room: int, note: int) -> list[int]:
 def note_of(row: dict, controls: dict[str, Control]) -> str:
     """What a person wants to know of a task, in a line."""
     status, payload = row["status"], cli.payload_text(row["data"])
-    if row.get("hit"):
-        return row["hit"]
     if status == "completed":
         return cli.summary(row["result"]) or payload
     if status == "scheduled":
@@ -356,7 +347,7 @@ def indented(value: object) -> str:
 
 
 # Of a task's fields, those that a person reads elsewhere or not at all.
-NOT_FIELDS = {"data", "result", "log", "history", "runs", "came_from", "led_to", "cancel_requested"}
+NOT_FIELDS = {"data", "result", "log", "history", "runs", "came_from", "cancel_requested"}
 
 
 def fields_of(task: dict) -> Iterable[tuple[str, str]]:
@@ -376,9 +367,8 @@ def fields_of(task: dict) -> Iterable[tuple[str, str]]:
         until = task["completed_at"] if is_over else time.time()
         yield "waited", cli.span(between(task["enqueued_at"], task["started_at"]))
         yield "ran" if is_over else "has run", cli.span(between(task["started_at"], until))
-    for name, label in (("came_from", "came from"), ("led_to", "led to")):
-        for other in task[name]:
-            yield label, f"{other['queue']} {other['task_id']} ({other['status']})"
+    for other in task["came_from"]:
+        yield "came from", f"{other['queue']} {other['task_id']} ({other['status']})"
 
 
 def between(begin: object, end: object) -> float | None:

@@ -1,11 +1,8 @@
-"""How many tasks wait, run and ended, per queue and type, and how long they took; and the same for
-Prometheus.
-"""
+"""How many tasks wait, run and ended, per queue and type, and how long they took."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 from contextlib import nullcontext
 
 import queue_helpers as q
@@ -14,7 +11,6 @@ from taskqueue import serving as serving_of
 from taskqueue.cli import FINISHED, LIVE
 from taskqueue.outcome import Control
 from taskqueue.serving import WAITING
-from taskqueue.text import visible
 
 HOUR, DAY = 3_600, 86_400
 # Medians and percentiles are made of so many finished tasks of a queue, type and status, the
@@ -38,8 +34,6 @@ select completed_at, (julianday(started_at) - julianday(enqueued_at)) * 86400.0,
 from task_history
 where queue = :queue and task_type = :task_type and status = :status and completed_at >= :day_ago and started_at is not null
 order by completed_at desc limit :sample"""
-COUNT_BETWEEN = """
-select count(*) from task_history where completed_at >= :since and completed_at < :until"""
 
 
 def gather(conn: q.Connection | cli.Reader) -> dict:
@@ -154,75 +148,3 @@ def percentile(ordered: list[float], share: float) -> float:
     place = (len(ordered) - 1) * share
     low, high = ordered[int(place)], ordered[min(int(place) + 1, len(ordered) - 1)]
     return round(low + (high - low) * (place - int(place)), 3)
-
-
-def label(text: str) -> str:
-    """A label's value, escaped. The format has newlines, and no control characters."""
-    text = "\n".join(visible(line) for line in text.split("\n"))
-    return text.replace("\\", "\\\\").replace("\n", "\\n").replace('"', '\\"')
-
-
-def controls_of(n: dict, is_served: bool) -> Iterator[tuple[str, object, dict]]:
-    """(family, value, labels) of what holds a queue back or serves it."""
-    yield "task_queue_paused", int(n["paused"]), {}
-    yield "task_queue_served", int(is_served), {}
-    if n["paused"]:
-        until = n["paused_until"]
-        why = {"reason": n["pause_reason"] or "", "by": n["paused_by"] or ""}
-        at = "+Inf" if until is None else cli.seconds_of(until)
-        yield "task_queue_paused_until_seconds", at, why
-    if n["slots"] is not None:
-        yield "task_queue_slots", n["slots"], {}
-
-
-def prometheus_text(numbers: dict) -> str:
-    """The text format, version 0.0.4. All are gauges: finished tasks are pruned, so nothing here
-    only grows.
-    """
-    families = {
-        "task_queue_tasks": "Waiting and running tasks.",
-        "task_queue_finished": "Tasks that ended within the window.",
-        "task_queue_oldest_pending_seconds": "Age of the oldest pending task.",
-        "task_queue_wait_seconds": "From enqueuing to the start of the last attempt, newest "
-        "finished tasks of a day.",
-        "task_queue_run_seconds": "From the start to the end of the last attempt, newest finished "
-        "tasks of a day.",
-        "task_queue_paused": "1 while claims of the queue are held back.",
-        "task_queue_paused_until_seconds": "When a paused queue goes on by itself, Unix seconds; "
-        "+Inf: when a person resumes it.",
-        "task_queue_slots": "Tasks of the queue that may run at a time, where that is limited.",
-        "task_queue_served": "1 while a worker serves the queue.",
-    }
-    samples: dict[str, list[str]] = {name: [] for name in families}
-
-    def sample(family: str, value: object, **labels: str) -> None:
-        inside = ",".join(f'{key}="{label(text)}"' for key, text in labels.items())
-        samples[family].append(f"{family}{{{inside}}} {value}")
-
-    for queue, total in numbers["queues"].items():
-        for family, value, labels in controls_of(total, queue in numbers["serving"]):
-            sample(family, value, queue=queue, **labels)
-        for task_type, n in (total["types"] or {queue: zeros()}).items():
-            which = {"queue": queue, "task_type": task_type}
-            for name in LIVE:
-                sample("task_queue_tasks", n[name], **which, status=name)
-            for name in FINISHED:
-                for window, when in (("1h", "hour"), ("24h", "day")):
-                    sample(
-                        "task_queue_finished",
-                        n[f"{name}_{when}"],
-                        **which,
-                        status=name,
-                        window=window,
-                    )
-            if n["oldest_pending_seconds"] is not None:
-                sample("task_queue_oldest_pending_seconds", n["oldest_pending_seconds"], **which)
-            for name in ("wait_seconds", "run_seconds"):
-                for quantile, key in (("0.5", "median"), ("0.95", "p95")):
-                    if n[name]:
-                        sample(f"task_queue_{name}", n[name][key], **which, quantile=quantile)
-    return "".join(
-        f"# HELP {name} {says}\n# TYPE {name} gauge\n"
-        + "".join(f"{line}\n" for line in samples[name])
-        for name, says in families.items()
-    )

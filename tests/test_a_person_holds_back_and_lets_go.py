@@ -5,7 +5,6 @@ everybody says it alike.
 from __future__ import annotations
 
 import json
-import time
 
 import pytest
 from conftest import wait_for
@@ -93,12 +92,9 @@ def test_retry_of_a_held_task_names_approve(installation):
 
 
 def test_a_pause_is_said_by_everybody_until_when_and_why(installation):
-    from prometheus_client.parser import text_string_to_metric_families
-
     installation.enqueue("approvals", "review", "{}", "--task-id", "p-1")
-    before = time.time()
     (told,) = tasks(installation, "pause", "approvals", "--for", "1h", "--reason", "usage limit")
-    after, until = time.time(), told["until"]
+    until = told["until"]
     assert told["changed"] and told["reason"] == "usage limit"
     numbers = tasks(installation, "stats")["queues"]["approvals"]
     assert (numbers["paused"], numbers["paused_until"], numbers["pause_reason"]) == (
@@ -107,16 +103,6 @@ def test_a_pause_is_said_by_everybody_until_when_and_why(installation):
         "usage limit",
     )
     assert numbers["paused_by"] == "person"
-    prometheus = installation.run("tasks.py", "stats", "--prometheus").stdout
-    samples = {
-        sample.name: sample
-        for family in text_string_to_metric_families(prometheus)
-        for sample in family.samples
-        if sample.labels.get("queue") == "approvals"
-    }
-    ends = samples["task_queue_paused_until_seconds"]
-    assert samples["task_queue_paused"].value == 1 and ends.labels["reason"] == "usage limit"
-    assert before + 3600 - 0.01 <= ends.value <= after + 3600 + 0.01
     for command in (["doctor.py"], ["tasks.py", "stats"], ["tasks.py", "list"]):
         assert ": usage limit" in installation.run(*command).stdout, command
 
@@ -159,10 +145,6 @@ def test_slots_hold_and_are_shown(installation):
     wait_for(lambda: installation.rows(running) == [(2,)], what="two running tasks")
     assert (
         "approvals runs at most 2 tasks at a time" in installation.run("tasks.py", "stats").stdout
-    )
-    assert (
-        'task_queue_slots{queue="approvals"} 2\n'
-        in installation.run("tasks.py", "stats", "--prometheus").stdout
     )
     assert tasks(installation, "limit", "approvals", "--slots", "none") == [
         {"queue": "approvals", "slots": None}

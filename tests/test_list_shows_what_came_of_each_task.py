@@ -156,14 +156,6 @@ def test_list_is_sorted_as_asked(installation):
     assert order("tries")[0]["task_id"] == "later"
 
 
-def test_a_text_is_shown_where_it_is(installation):
-    filled(installation)
-    (row,) = json.loads(installation.run("tasks.py", "list", "--text", "SECOND", "--json").stdout)
-    assert row["hit"] == "stdout: first line\nsecond line\n"
-    listed = installation.run("tasks.py", "list", "--text", "no prompt").stdout.splitlines()[1]
-    assert listed.endswith("error: …handler (exit 65): no prompt")
-
-
 @pytest.mark.parametrize("columns", (80, 120))
 def test_queues_and_types_stand_whole_before_ids_do(installation, columns):
     installation.enqueue(

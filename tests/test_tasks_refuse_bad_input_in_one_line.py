@@ -11,7 +11,7 @@ import sys
 import pytest
 from conftest import ROOT
 
-READING = (["stats"], ["stats", "--prometheus"], ["stats", "--watch"], ["list"], ["show", "x"], ["logs", "x"], ["logs", "-f", "x"],
+READING = (["stats"], ["stats", "--watch"], ["list"], ["show", "x"], ["logs", "x"], ["logs", "-f", "x"],
            ["export"], ["backup", "copy"])  # fmt: skip
 CHANGING = (["retry", "x"], ["retry", "--failed"], ["cancel", "x"], ["pause", "approvals"], ["resume", "approvals"],
             ["move", "x", "approvals"], ["purge", "approvals", "--yes"])  # fmt: skip
@@ -71,7 +71,7 @@ def test_a_damaged_database_is_said(installation):
         file.write(b"\xa5" * (size // 2))
     refused(installation.run("tasks.py", "backup", installation.directory / "copy"), 1, "damaged")
     assert not (installation.directory / "copy").exists()
-    done = installation.run("tasks.py", "list", "--text", "nowhere", "--all")
+    done = installation.run("tasks.py", "list", "--text", "nowhere")
     assert done.returncode == 1 and "damaged" in done.stderr and "Traceback" not in done.stderr
 
 
@@ -106,7 +106,7 @@ def test_a_locked_database_is_said_after_a_bounded_wait(installation):
 @pytest.mark.parametrize("command", [
     ["list", "--status", "odd"], ["list", "--limit", "0"], ["list", "--since", "yesterday"], ["list", "--text", ""], ["list", "--nope"],
     ["retry"], ["retry", "x", "--failed"], ["move", "approvals"], ["import"], ["export", "a", "b"],
-    ["purge", "approvals", "--status", "running"], ["stats", "--prometheus", "--json"], ["stats", "--interval", "-1"], ["nope"], [],
+    ["purge", "approvals", "--status", "running"], ["stats", "--interval", "-1"], ["nope"], [],
     ["cancel"], ["pause"], ["backup"], ["show"],
     *([command, ""] for command in ("show", "logs", "wait", "approve", "reject", "retry", "cancel")), ["move", "", "approvals"]], ids=" ".join)  # fmt: skip
 def test_a_wrong_command_line_exits_64(installation, command):
@@ -187,7 +187,6 @@ def test_a_reader_that_closes_the_pipe_is_no_error(installation):
         "list --limit 3000 --json",
         "stats",
         "stats --json",
-        "stats --prometheus",
     ):
         for reader in ("head -1", "true") if "list" in command else ("head -1",):
             done = subprocess.run(
@@ -212,7 +211,7 @@ def test_a_reader_that_closes_the_pipe_is_no_error(installation):
 
 def test_a_full_standard_output_is_an_error_of_one_line(installation):
     installation.enqueue("approvals", "review")
-    for command in (["list"], ["stats", "--json"], ["stats", "--prometheus"]):
+    for command in (["list"], ["stats", "--json"]):
         with open("/dev/full", "wb") as full:
             done = subprocess.run(
                 [sys.executable, ROOT / "tasks.py", *command],

@@ -89,59 +89,6 @@ def test_stats_give_the_median_and_the_95th_percentile_of_waiting_and_running(in
     assert n["run_seconds"] == {"median": 110.0, "p95": 200.0}
 
 
-def test_stats_are_what_prometheus_reads(installation):
-    from prometheus_client.parser import text_string_to_metric_families
-
-    filled(installation)
-    odd = 'quote " backslash \\ newline \n brace } ä'
-    installation.sqlite3(
-        f"insert into notifications (data) values (json_object('hook_event_name', '{odd}'))"
-    )
-    done = installation.run("tasks.py", "stats", "--prometheus")
-    assert done.returncode == 0, done.stderr
-    families = {family.name: family for family in text_string_to_metric_families(done.stdout)}
-    assert all(family.type == "gauge" and family.documentation for family in families.values())
-    samples = {
-        (s.name, *sorted(s.labels.items())): s.value
-        for family in families.values()
-        for s in family.samples
-    }
-
-    def value(name: str, **labels: str) -> float:
-        return samples[(name, *sorted(labels.items()))]
-
-    assert value("task_queue_tasks", queue="approvals", task_type="review", status="pending") == 2
-    assert value("task_queue_tasks", queue="notifications", task_type=odd, status="pending") == 1
-    assert (
-        value("task_queue_tasks", queue="notifications", task_type="note", status="in_progress")
-        == 1
-    )
-    assert (
-        value(
-            "task_queue_finished",
-            queue="approvals",
-            task_type="review",
-            status="failed",
-            window="24h",
-        )
-        == 1
-    )
-    assert (
-        value(
-            "task_queue_finished",
-            queue="approvals",
-            task_type="review",
-            status="failed",
-            window="1h",
-        )
-        == 0
-    )
-    assert (
-        value("task_queue_run_seconds", queue="approvals", task_type="review", quantile="0.5") == 3
-    )
-    assert value("task_queue_paused", queue="approvals") == 0
-
-
 def test_list_is_in_the_order_of_claims_then_newest_finished_first(installation):
     filled(installation)
     listed = [task["task_id"] for task in tasks(installation, "list")]
@@ -255,7 +202,7 @@ def read_until(descriptor: int, wanted: str, seen: str = "") -> str:
     return seen
 
 
-def test_stats_watch_redraws_on_a_terminal_with_a_sparkline_until_ctrl_c(installation):
+def test_stats_watch_redraws_on_a_terminal_until_ctrl_c(installation):
     filled(installation)
     ours, theirs = pty.openpty()
     process = subprocess.Popen(
@@ -267,8 +214,7 @@ def test_stats_watch_redraws_on_a_terminal_with_a_sparkline_until_ctrl_c(install
     )
     installation.processes.append(process)
     os.close(theirs)
-    seen = read_until(ours, "pending, since this began")
-    assert "approvals" in seen and "█" in seen
+    read_until(ours, "approvals")
     installation.enqueue("completions", "a_new_type")
     read_until(ours, "a_new_type")
     process.send_signal(signal.SIGINT)
