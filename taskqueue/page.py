@@ -142,7 +142,7 @@ def page_of(conn: q.Connection, refresh: int | None) -> str:
             for status in TILES
             if totals[status] or status in ALWAYS
         ],
-        failed=part(tasks["failed"], 6, "list --status failed"),
+        failed=part(tasks["failed"], 4, "list --status failed"),
         running=part(tasks["in_progress"], 6, "list --status in_progress"),
         waiting=part([task for status in WAITING for task in tasks[status]], 12, "list"),
         ended=part(ended, 12, "list"),
