@@ -193,3 +193,41 @@ def test_it_is_updated_while_a_session_lives(session):
     session.ended(3)
     with open(f"/proc/{session.workers()[-1]}/cmdline") as file:
         assert f"{session.installed()}/worker.py" in file.read()
+
+
+def test_each_event_that_both_hooks_hear_is_one_task(session):
+    """All events that Claude Code has a payload for here, told by settings and plugin at once."""
+    payloads = (ROOT / "tests/hook_payloads").glob("*.json")
+    found = {re.search(r'"hook_event_name": "(\w+)"', path.read_text()) for path in payloads}
+    events = {event[1] for event in found if event}
+    session.install("--hook", "no")
+    log = session.home / "fired"
+    log.mkdir()
+
+    def groups(*commands: str) -> dict:
+        hooks = [{"type": "command", "command": command} for command in commands]
+        return {event: [{"hooks": hooks}] for event in events}
+
+    installed = f"/bin/sh '{session.prefix}/runtime/hook' approvals --hold || exit 1"
+    seen = f"cat >'{log}/'$$ || exit 1"
+    settings = session.home / ".claude/settings.json"
+    told = json.loads(settings.read_text()) if settings.exists() else {}
+    settings.write_text(json.dumps(told | {"hooks": groups(seen, installed)}))
+    plugin = '/bin/sh "${CLAUDE_PLUGIN_ROOT}/bin/hook.sh" approvals --hold || exit 1'
+    (session.market / "hooks/hooks.json").write_text(json.dumps({"hooks": groups(plugin)}))
+    session.install_plugin()
+    spool = session.state / "spool/approvals"
+    for file in (*log.iterdir(), *spool.glob("*.hook")):
+        file.unlink()
+    tool = {
+        "name": "Write",
+        "input": {"file_path": str(session.workspace / "new.md"), "content": "x"},
+    }
+    session.claude.answer("tool", commands=[tool])
+    session.run("-p", "Write about the harbour.", "--permission-mode", "acceptEdits")
+    fired = sorted(json.loads(file.read_bytes())["hook_event_name"] for file in log.iterdir())
+    assert {"SessionStart", "UserPromptSubmit", "Stop", "SessionEnd"} <= set(fired)
+    assert len(list(spool.glob("*.hook"))) == 2 * len(fired)
+    q.take_in_spool(session.state)
+    rows = session.rows("select task_type from approvals order by task_type")
+    assert [event for (event,) in rows] == fired
