@@ -143,6 +143,19 @@ class Server:
         self.process.send_signal(signal.SIGKILL)
         self.process.wait()
 
+    def freeze(self) -> None:
+        """Stop all its processes with SIGSTOP: connections stay open, and nothing answers."""
+        self._send(signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        self._send(signal.SIGCONT)
+
+    def _send(self, number: int) -> None:
+        # Its backends lead groups of their own.
+        children = f"/proc/{self.process.pid}/task/{self.process.pid}/children"
+        for pid in [self.process.pid, *map(int, Path(children).read_text().split())]:
+            os.kill(pid, number)
+
     def stop(self) -> None:
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGINT)
@@ -185,6 +198,17 @@ class Machine:
         for line in done.stdout.splitlines():
             print(f"    {line}")
 
+    def start(self, *command: str | Path) -> subprocess.Popen:
+        """Start one of the scripts, and show how."""
+        shown = " ".join(str(word) for word in command).replace(str(self.directory), "~")
+        print(f"{self.directory.name}$ {shown} &")
+        return subprocess.Popen(
+            [sys.executable, HERE / command[0], *command[1:]],
+            env=self.env,
+            stdin=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+
     def show(self, query: str) -> tuple:
         """Show the first row of a query."""
         with sqlite3.connect(self.db) as conn:
@@ -208,7 +232,9 @@ def demonstrate(directory: Path, url: str) -> None:
     if laptop.show(word)[1] != "handed_over":
         raise Failed("the task was not handed over")
     laptop.run("relay.py", "status")
-    server.run("relay.py", "work", "notifications", "--reply", "--drain", "--handlers", handlers)
+    worker = server.start("worker.py", "notifications", "--handlers", handlers)
+    server.run("relay.py", "fetch", "notifications", "--reply", "--drain")
+    worker.terminate()
     laptop.run("relay.py", "pull", "--drain")
     if laptop.show(word)[1] != "completed":
         raise Failed("the task was not completed")

@@ -173,7 +173,7 @@ create table "{queue}" (
   timestamp     real not null default ((julianday('now') - 2440587.5) * 86400.0)  -- enqueued, Unix seconds
                 check (timestamp between 0 and {last_second}),
   status        integer not null default 1       -- 0, 1 ready, 2 claimed, 3 scheduled or held, 4 blocked, 5 handed over
-                check (status in (0, 1, 2, 3, 4, 5) and (status <> 4 or group_id is not null)),
+                check (status in (0, 1, 2, 3, 4, 5) and (status <> 4 or group_id is not null and released_at is null)),
   priority      integer not null default 0,      -- higher first
   due_at        real,                            -- a scheduled task becomes ready then; null: it is held
   group_id      text,                            -- tasks of one group run one at a time
@@ -185,6 +185,8 @@ create table "{queue}" (
   delayed_at    real check (delayed_at between 0 and {last_second}),   -- due_at is a delay from then; null: a moment
   released_at   real check (released_at between 0 and {last_second}),  -- put back for later: it keeps its group's turn
   approved      integer not null default 0 check (approved in (0, 1)), -- by a person: it takes no new data
+  own_attempts  integer                          -- the task's own maximum, instead of the claimer's
+                check (own_attempts is null or typeof(own_attempts) = 'integer' and own_attempts > 0),
   max_attempts  integer                          -- these five: what the claimer wants done when the run ends,
                 check (max_attempts is null or typeof(max_attempts) = 'integer' and max_attempts > 0),
   backoff       real check (backoff between 0 and {last_second}),      -- whoever records that
@@ -237,14 +239,15 @@ IS_ENVELOPE = (
     "json_type(data, '$.data') = 'object' and json_type(data, '$.task_type') = 'text'"
     " and json_type(data, '$.task_id') = 'text'"
 )
-# A group's turn belongs to its ready or claimed task, or to one that waits for its retry.
-HAS_TURN = "({row}.status < 3 or {row}.status = 3 and {row}.released_at is not null)"
+# A group's turn belongs to its ready or claimed task, to one that another machine has, or to one that waits
+# for its retry.
+HAS_TURN = "({row}.status in (0, 1, 2, 5) or {row}.status = 3 and {row}.released_at is not null)"
 GROUP_IS_BUSY = """(
-    exists (select 1 from "{queue}" where group_id = new.group_id and status < 3 and id <> new.id)
+    exists (select 1 from "{queue}" where group_id = new.group_id and status in (0, 1, 2, 5) and id <> new.id)
     or exists (select 1 from "{queue}" where group_id = new.group_id and status = 3 and released_at >= 0 and id <> new.id))"""
 NEXT_OF_GROUP = """update "{queue}" set status = 1 where id = (
-      select b.id from "{queue}" b where b.group_id = {group} and b.status = 4 order by b.priority desc, b.id limit 1)
-    and not exists (select 1 from "{queue}" where group_id = {group} and status < 3)
+      select b.id from "{queue}" b where b.group_id = {group} and b.status = 4 and b.released_at is null order by b.priority desc, b.id limit 1)
+    and not exists (select 1 from "{queue}" where group_id = {group} and status in (0, 1, 2, 5))
     and not exists (select 1 from "{queue}" where group_id = {group} and status = 3 and released_at >= 0)"""
 
 # A row's status, in words.
@@ -315,7 +318,7 @@ EXPIRED = f"""
 select {{task}} from "{{queue}}" where expires_at <= :now and status not in (2, 5) limit {AT_ONCE}"""
 CLAIM = f"""
 update "{{queue}}"
-set status = 2, owner = :owner, claimed_at = :now, attempts = attempts + 1, expires_at = null, max_attempts = :max_attempts,
+set status = 2, owner = :owner, claimed_at = :now, attempts = attempts + 1, expires_at = null, max_attempts = coalesce(own_attempts, :max_attempts),
     backoff = :backoff, then_queue = :then_queue, then_hold = :then_hold, chain = :chain
 where id in (select id from "{{queue}}" where status < 2 order by priority desc, id limit {OPEN_SLOTS})
 returning {{task}}"""

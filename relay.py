@@ -3,225 +3,100 @@
 # requires-python = ">=3.11"
 # dependencies = ["procrastinate>=3.8,<4", "psycopg[binary]>=3.2,<4", "watchdog>=4,<8"]
 # ///
-"""Have tasks run on another machine: hand them over to a hub, run what is there, bring results
-home.
+"""Have tasks run on another machine: push them to a hub, fetch them there, pull the results home.
 
-    relay.py init                                    prepare the hub, once
-    relay.py push notifications                      here: hand this queue's tasks over
-    relay.py work notifications --reply -- claude -p     there: run them
-    relay.py pull                                    here: how they ended, and results into completions
-    relay.py status                                  both ends side by side
+    relay.py init                      prepare the hub, once
+    relay.py push builds               here: hand this queue's tasks over
+    relay.py pull                      here: record how they ended; results go into completions
+    relay.py fetch builds --reply      there: take tasks into that machine's own queue, for its worker
+    relay.py status                    show both ends side by side
+    relay.py machines                  list the machines, when each was last heard, what waits for it
 
 The hub is a PostgreSQL database with Procrastinate's schema: --url postgresql://USER@HOST/DATABASE,
-or TASK_QUEUE_HUB. A password is better kept in ~/.pgpass: arguments can be seen by all of a
-machine's users.
+or TASK_QUEUE_HUB. Keep the password in ~/.pgpass: all users of a machine can see its arguments.
 
-Hooks go on writing to the local database, so nobody waits for a network. A task that was pushed is
-handed_over until pull has heard how it ended. While the hub cannot be used, tasks wait where they
-are. push, pull and work go on until SIGTERM or Ctrl-C; with --drain, they end when there is nothing
-left to do.
+Hooks write to the local database, so nobody waits for a network. A pushed task is handed_over until
+pull has recorded its end, and keeps its group's turn meanwhile. A fetched task is an ordinary task of
+the machine that fetched it: worker.py runs it, and list, logs, cancel and pause work on it. While the
+hub cannot be used, tasks wait where they are. push, pull and fetch run until SIGTERM or Ctrl-C; with
+--drain, they end when there is nothing left to do.
+
+machines forget NAME ends and deletes what a lost machine pushed, and gives its jobs to others.
+adopt NAME takes over what a machine pushed, so that pull brings its results here.
 
 exit codes: 0 done or stopped; 1 the hub or the database cannot be used; 64 usage; 75 the database
 is locked.
 """
 
+from __future__ import annotations
+
 import argparse
-import json
 import os
 import re
 import select
-import shutil
 import signal
 import sqlite3
-import sys
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from functools import cached_property, partial
-from pathlib import Path
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import queue_helpers as q
-from taskqueue import cli, runs
+from taskqueue import cli, hub, logs
 from taskqueue import outcome as outcomes
 from taskqueue import recovery as owners
-from taskqueue.handlers import (
-    Handlers,
-    Unstarted,
-    add_run_options,
-    check_run_options,
-    say,
-    start_clean,
-)
+from taskqueue.handlers import count, say, start_clean
+from taskqueue.hub import Hub, HubRefused, Stopped
 from taskqueue.supervisor import wakeup_pipe
 
-# Tasks, and bytes of them, that one transaction carries at most.
+# One transaction carries at most so many tasks, and so many bytes of them.
 BATCH, BATCH_BYTES = 200, 8 * 2**20
-# Before the hub is tried again, doubling from the first to the last.
+# Seconds before the hub is tried again, doubling from the first to the last.
 RETRY_SECONDS = (1.0, 60.0)
-# Sleepers look this often whatever they are told; more often when something is due.
+# Seconds between two lines about trouble that goes on.
+TROUBLE_EVERY_SECONDS = 60.0
+# Seconds between two looks, whatever the events say.
 TICK_SECONDS = 5.0
-# How often a handler is looked at that outlives its worker.
-ORPHAN_SECONDS = 0.5
-# Before a job counts as abandoned: so long without a heartbeat of the machine that runs it.
+# Seconds without a heartbeat after which another machine's jobs count as abandoned.
 STALLED_SECONDS = 60.0
-# How often pull looks for jobs that ended without a word from relay.py; and for tasks that the hub
-# does not have, and work for what can be deleted.
+# How often pull looks for jobs that others ended, and for tasks that the hub lost; and how often fetch tidies.
 SELDOM_SECONDS, TIDY_SECONDS = 30.0, 3_600.0
-# The payloads of jobs whose results are home are deleted, and later what is known of the handing
-# over.
-KEEP_JOB_DAYS, KEEP_ID_DAYS = 7, 30
-# A channel's name in PostgreSQL has 63 bytes, and a queue's channel is
-# procrastinate_queue_v1#QUEUE.
-LONGEST_QUEUE = 40
-# What PostgreSQL says of a value that it cannot store: no other try will help.
-REFUSALS = ("22", "23", "54")
+# A task that runs a shell command stays on its machine.
+STAYS = "run"
 
-# --------------------------------------------------------------------------- the hub's statements
-
-# What was handed over: the id is written in the transaction that defers the job, so that a task
-# that is sent twice arrives once. Then how it ended, until its machine has fetched that.
-HUB_VERSION = "relay 1"
-HUB_SCHEMA = f"""
-create table relay_tasks (
-  id          text primary key,       -- of the handing over; a task that is redriven gets another
-  machine     text not null,          -- where it comes from
-  queue       text not null,
-  row_id      bigint not null,        -- of the task in its machine's queue
-  task        text,                   -- what was enqueued; null once its end is known there
-  job_id      bigint not null,        -- in procrastinate_jobs, where it may have been deleted since
-  pushed_at   timestamptz not null default now(),
-  expires_at  timestamptz,            -- not started by then, it ends as expired
-  started_at  timestamptz,            -- of the last attempt
-  ended_at    timestamptz,
-  outcome     text,                   -- completed, failed, cancelled, expired
-  attempts    integer,
-  exit_code   integer,
-  result      text,
-  log         text,
-  error       text,
-  reply       text,                   -- what becomes a task in completions; null: nothing does
-  reply_bytes bigint,                 -- larger than the reply where that was cut
-  home_at     timestamptz             -- its machine knows
-);
-create index on relay_tasks (job_id);
-create index on relay_tasks (machine, ended_at) where home_at is null;
-create index on relay_tasks (home_at);
-comment on table relay_tasks is '{HUB_VERSION}'
-"""
-CHECK = """
-select to_regclass('procrastinate_jobs') is not null,
-  array(select proname::text from pg_proc where proname like 'procrastinate%'),
-  to_regclass('relay_tasks') is not null, obj_description(to_regclass('relay_tasks'), 'pg_class'),
-  coalesce(col_description(to_regclass('relay_tasks'), 1), '')"""
-# A hub's name is random, too. It tells what another hub has from what this one has lost.
-NAME_HUB = """
-comment on column relay_tasks.id is '{name}'"""
-KNOWN = """
-select id from relay_tasks where id = any(%s)"""
-ARRIVE = """
-insert into relay_tasks (id, machine, queue, row_id, task, job_id, expires_at)
-values (%s, %s, %s, %s, %s, %s, clock_timestamp() + make_interval(secs => %s::float))"""
-BEGUN = """
-update relay_tasks set started_at = case when expires_at < now() then null else now() end
-where job_id = %s and outcome is null
-returning task, expires_at is not null and expires_at < now()"""
-NEXT_DUE = """
-select extract(epoch from min(scheduled_at) - clock_timestamp())::float from procrastinate_jobs
-where status = 'todo' and queue_name = any(%s) and scheduled_at > now()"""
-HOLD_JOB = """
-select abort_requested, now() from procrastinate_jobs
-where id = %s and status = 'doing' and worker_id = %s and attempts = %s for update"""
-UNCOUNT = """
-update procrastinate_jobs set attempts = attempts - 1 where id = %s"""
-END = """
-with ended as (
-  update relay_tasks set outcome = %(outcome)s, ended_at = now(), attempts = %(attempts)s, exit_code = %(exit_code)s,
-    result = %(result)s, log = %(log)s, error = %(error)s, reply = %(reply)s, reply_bytes = %(reply_bytes)s
-  where job_id = %(job_id)s and outcome is null returning machine)
-select pg_notify('relay_' || machine, '') from ended"""
-BEAT = """
-update procrastinate_workers set last_heartbeat = now() where id = %s returning id"""
-HELD = """
-select id, queue_name, coalesce(args->'relay'->>'task_id', queue_name || '-' || id), task_name, attempts, abort_requested
-from procrastinate_jobs where worker_id = %s and status = 'doing'"""
-STALLED = """
-select j.id, j.queue_name, coalesce(j.args->'relay'->>'task_id', j.queue_name || '-' || j.id), j.task_name, j.attempts,
-  j.abort_requested, j.worker_id, now()
-from procrastinate_jobs j left join procrastinate_workers w on w.id = j.worker_id
-where j.status = 'doing' and j.queue_name = any(%s)
-  and (w.id is null or w.last_heartbeat < now() - make_interval(secs => %s))
-limit 100 for update of j skip locked"""
-TIDY = (
-    "delete from procrastinate_jobs j using relay_tasks r where r.job_id = j.id and j.status not in ('todo', 'doing')"
-    f" and r.home_at < now() - interval '{KEEP_JOB_DAYS} days'",
-    f"delete from relay_tasks where home_at < now() - interval '{KEEP_ID_DAYS} days'",
-)
-ENDED = """
-select id, coalesce(octet_length(reply), 0) + coalesce(octet_length(result), 0) + coalesce(octet_length(log), 0)
-from relay_tasks where machine = %s and home_at is null and ended_at is not null order by ended_at limit 200"""
-# Jobs that somebody cancelled, deleted or ran by other means than relay.py.
-ENDED_OTHERWISE = """
-update relay_tasks r set ended_at = now(), outcome = case f.status when 'succeeded' then 'completed'
-    when 'failed' then 'failed' else 'cancelled' end,
-  error = case f.status when 'succeeded' then null else 'on the hub, its job ' ||
-    case when f.status is null then 'was deleted' else 'is ' || f.status end end
-from (select r.id, j.status::text from relay_tasks r left join procrastinate_jobs j on j.id = r.job_id
-      where r.machine = %s and r.home_at is null and r.ended_at is null
-        and (j.id is null or j.status not in ('todo', 'doing'))) f
-where r.id = f.id"""
-ENDINGS = """
-select id, queue, row_id, outcome, coalesce(attempts, 0), extract(epoch from now() - started_at)::float,
-  exit_code, result, log, error, reply, reply_bytes from relay_tasks where id = any(%s) order by ended_at"""
-# A person's backup may bring tasks back that were home already, and a hub may have been made anew.
-IS_KNOWN_HERE = """
-select exists (select 1 from relay_tasks where machine = %s)"""
-KNOWN_AND_HOME = """
-select id, home_at is not null from relay_tasks where id = any(%s)"""
-UNWANTED_JOBS = """
-select job_id from relay_tasks where id = any(%s) and ended_at is null"""
-HOME = """
-update relay_tasks set home_at = now(), task = null, result = null, log = null, reply = null where id = any(%s)"""
-HUB_COUNTS = """
-select queue_name, status::text, count(*) from procrastinate_jobs where status in ('todo', 'doing') or status = 'failed'
-group by 1, 2"""
-HUB_OF_MACHINE = """
-select queue, count(*) filter (where ended_at is null), count(*) filter (where ended_at is not null)
-from relay_tasks where machine = %s and home_at is null group by 1"""
-HUB_WORKERS = """
-select w.id, extract(epoch from now() - w.last_heartbeat)::float, count(j.id)
-from procrastinate_workers w left join procrastinate_jobs j on j.worker_id = w.id and j.status = 'doing'
-group by 1, 2 order by 1"""
-
-# -------------------------------------------------------------------- the local database's statements
-
-# This machine's name on the hub is random: a host's name would tell more than the hub needs to
-# know.
-MACHINE_SCHEMA = "create table if not exists task_machine (id text not null)"
-# The id of a handing over is the row's owner: whoever ends the task later must name it. It begins
-# with the hub's name. The time when the hub had the task is claimed_at; until then it is sent
-# again, which the hub notices.
-TAKE = """
-update "{queue}" set status = 5, owner = :prefix || lower(hex(randomblob(12))), claimed_at = null
-where id in (select id from "{queue}" where status < 2 order by priority desc, id limit :limit)"""
-# Those of groups wait here for their time: on the hub they would hold up their group until then.
-TAKE_SCHEDULED = """
-update "{queue}" set status = 5, owner = :prefix || lower(hex(randomblob(12))), claimed_at = null
-where id in (select id from "{queue}" where status = 3 and due_at is not null and group_id is null
-             order by due_at limit :limit)"""
+# This machine's name on the hub is random: the hub need not know host names. task_hubs remembers
+# which hub was last at each address.
+LOCAL_SCHEMA = """
+create table if not exists task_machine (id text not null);
+create table if not exists task_hubs (name text primary key, address text not null)"""
+# The row's owner is the id of the handing over: whoever ends the task later must name it. claimed_at
+# is the time when the hub had the task; until then push sends it again, and the hub ignores what it knows.
+TAKE = f"""
+update "{{queue}}" set status = 5, owner = :prefix || lower(hex(randomblob(12))), claimed_at = null
+where id in (select id from "{{queue}}" where status < 2 and coalesce(task_id, '') not glob 'hub-*' and task_type <> '{STAYS}'
+             order by priority desc, id limit :limit)"""
+# A delayed task of a group waits here: on the hub it would hold up its group.
+TAKE_SCHEDULED = f"""
+update "{{queue}}" set status = 5, owner = :prefix || lower(hex(randomblob(12))), claimed_at = null
+where id in (select id from "{{queue}}" where status = 3 and due_at is not null and group_id is null
+             and coalesce(task_id, '') not glob 'hub-*' and task_type <> '{STAYS}' order by due_at limit :limit)"""
 CAN_TAKE = f"""
 select (exists (select 1 from "{{queue}}" where status < 2) or {q.IS_OVERDUE}
     or exists (select 1 from "{{queue}}" where status = 3 and due_at is not null and group_id is null))
   and not {q.IS_PAUSED}"""
 UNSENT = """
-select {task}, group_id, due_at, expires_at from "{queue}" where status = 5 and claimed_at is null
+select {task}, group_id, due_at, expires_at, own_attempts from "{queue}" where status = 5 and claimed_at is null
 order by priority desc, id"""
 IS_UNSENT = """
 select exists (select 1 from "{queue}" where status = 5 and claimed_at is null)"""
-# What was taken for another hub, and is not known to be there, is this hub's under a name of its own.
+# What another hub does not have, this hub gets under an id of its own: what was never sent, and what
+# was sent to a hub that is no longer at its address.
 TAKE_OVER = """
-update "{queue}" set owner = :prefix || lower(hex(randomblob(12)))
-where status = 5 and claimed_at is null and owner glob 'hub-*-*' and owner not glob :prefix || '*'"""
+update "{queue}" set owner = :prefix || lower(hex(randomblob(12))), claimed_at = null
+where status = 5 and owner glob 'hub-*-*' and owner not glob :prefix || '*'
+  and (claimed_at is null or exists (select 1 from task_hubs where address = :address and owner glob 'hub-' || name || '-*'))"""
 SENT = """
 update "{queue}" set claimed_at = :now where id = :id and owner = :owner and status = 5"""
 UNWANTED = """
@@ -232,201 +107,105 @@ where status = 5 and claimed_at is not null and owner is not null"""
 COME_HOME = """
 update "{queue}" set attempts = attempts + :attempts, claimed_at = :started_at
 where id = :id and owner = :owner and status = 5 returning {task}"""
+ADOPTED = """
+insert into "{queue}" (data, status, owner, claimed_at) values (:data, 5, :owner, :now) returning id"""
+IS_ADOPTED = """
+select id from "{queue}" where status = 5 and owner = :owner"""
+FETCHED = """
+select task_id, id, status, attempts from "{queue}" where task_id glob 'hub-*'"""
+FETCHED_END = """
+select row_id, status, attempts, exit_code, result, log, error from task_history
+where queue = :queue and task_id = :task_id order by id desc limit 1"""
+SET_ATTEMPTS = """
+update "{queue}" set own_attempts = :most where task_id = :task_id"""
+CANCEL_RUNNING = """
+update "{queue}" set cancel_requested = 1 where id = :id and status = 2"""
+CANCEL_WAITING = """
+select {task} from "{queue}" where id = :id and status not in (2, 5)"""
 LOCAL_COUNTS = f"""
 select {q.STATUS_WORD} as word, count(*) from "{{queue}}" group by 1"""
 
 
-class HubTrouble(q.QueueError):
-    """The hub cannot be used now; the message says why."""
-
-
-class HubRefused(q.QueueError):
-    """The hub cannot store this, whenever it is asked."""
-
-
-class Hub:
-    """A connection to the hub, opened when it is wanted and again after trouble."""
-
-    def __init__(self, url: str) -> None:
-        self.url = url
-        self.conn: Any = None
-        self.name = ""
-        self.listens: tuple[str, ...] = ()
-
-    @cached_property
-    def queries(self) -> dict[str, str]:
-        """Procrastinate's own statements."""
-        from procrastinate import sql
-
-        return dict(sql.queries)
-
-    def connect(self) -> bool:
-        """Have a connection to a hub that is prepared; whether it is a new one. Raises HubTrouble."""
-        if self.conn is not None:
-            return False
-        self.open()
-        try:
-            with self.transaction() as conn:
-                jobs, functions, relays, version, self.name = conn.execute(CHECK).fetchone()
-                for channel in self.listens:
-                    conn.execute(f'listen "{channel}"')
-            wanted = set(
-                re.findall(r"procrastinate_\w+_v\d+(?=\()", " ".join(self.queries.values()))
-            )
-            if not jobs or not relays:
-                raise HubTrouble("the hub has no schema yet: run relay.py init")
-            if wanted - set(functions):
-                missing = ", ".join(sorted(wanted - set(functions)))
-                raise HubTrouble(
-                    f"the hub's Procrastinate schema is older than these scripts ({missing} missing):"
-                    " apply the migrations of https://procrastinate.readthedocs.io"
-                )
-            if version != HUB_VERSION:
-                raise HubTrouble(
-                    f"the hub's table relay_tasks is of version {version!r}, these scripts know"
-                    f" {HUB_VERSION!r}: use the same version on all machines"
-                )
-        except HubTrouble:
-            self.close()
-            raise
-        return True
-
-    def open(self) -> None:
-        import psycopg
-
-        # The end of a connection that nobody answers on is noticed within half a minute.
-        patience: dict[str, Any] = dict(
-            connect_timeout=10,
-            keepalives_idle=10,
-            keepalives_interval=5,
-            keepalives_count=3,
-            tcp_user_timeout=20_000,
-        )
-        with self.trouble():
-            self.conn = psycopg.connect(
-                self.url, autocommit=True, application_name="relay.py", **patience
-            )
-
-    @contextmanager
-    def transaction(self) -> Iterator[Any]:
-        """A transaction; raises HubTrouble, HubRefused."""
-        with self.trouble(), self.conn.transaction():
-            yield self.conn
-
-    @contextmanager
-    def trouble(self) -> Iterator[None]:
-        """Have psycopg's and Procrastinate's errors raised as ours."""
-        import psycopg
-        from procrastinate import exceptions
-
-        try:
-            yield
-        except (psycopg.Error, exceptions.ConnectorException) as error:
-            cause = error if isinstance(error, psycopg.Error) else error.__cause__
-            state = getattr(cause, "sqlstate", None) or ""
-            words = " ".join(str(cause or error).split())
-            is_unique = isinstance(error, exceptions.UniqueViolation) or state == "23505"
-            if state.startswith(REFUSALS) and not is_unique and not self.conn.closed:
-                raise HubRefused(f"the hub refuses it: {words}") from error
-            self.close()
-            raise HubTrouble(f"the hub cannot be used: {words}") from error
-
-    @property
-    def prefix(self) -> str:
-        """How the ids of what is handed over to this hub begin."""
-        return f"hub-{self.name}-"
-
-    def told(self) -> list[str]:
-        """What was told on the channels since the last time. Raises HubTrouble."""
-        if self.conn is None:
-            return []
-        with self.trouble():
-            return [told.payload for told in self.conn.notifies(timeout=0)]
-
-    def run(self, conn: Any, query: str, **values) -> tuple | None:
-        """Run one of Procrastinate's own statements; its first row."""
-        return conn.execute(self.queries[query], values).fetchone()
-
-    def close(self) -> None:
-        conn, self.conn = self.conn, None
-        if conn is not None:
-            conn.close()
-
-
-def clean(text: str | None) -> str | None:
-    """Text as PostgreSQL can store it."""
-    if text is None:
-        return None
-    return text.replace("\0", "\ufffd").encode("utf-8", "backslashreplace").decode()
-
-
 def machine_id(conn: q.Connection) -> str:
-    """This machine's name on the hub, made when it is first wanted."""
+    """Return this machine's name on the hub, made when it is first wanted."""
     with owners.errors_explained(conn):
-        if "task_machine" not in q.table_names(conn):
+        if "task_hubs" not in q.table_names(conn):
             with q.transaction(conn):
-                conn.execute(MACHINE_SCHEMA)
+                q.run_statements(conn, LOCAL_SCHEMA)
                 if not conn.execute("select 1 from task_machine").fetchone():
                     conn.execute("insert into task_machine (id) values (?)", (os.urandom(8).hex(),))
         return conn.execute("select id from task_machine").fetchone()[0]
+
+
+def address_of(url: str) -> str:
+    """Return a digest of where a hub is: its host, port and database, without user and password."""
+    import hashlib
+
+    from psycopg.conninfo import conninfo_to_dict
+
+    parts = conninfo_to_dict(url)
+    where = [str(parts.get(name) or "") for name in ("host", "hostaddr", "port", "dbname")]
+    return hashlib.sha256("\0".join(where).encode()).hexdigest()[:16]
 
 
 # -------------------------------------------------------------------------------------- the loops
 
 
 class Relay:
-    """What push, pull and work share: a loop that is woken, and trouble that is said once and
-    waited out.
-    """
+    """The loop of push, pull and fetch: events wake it, and trouble is said and waited out."""
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args, self.state, self.hub = args, q.STATE_DIR, Hub(args.url)
         self.wakeup, self.waker = wakeup_pipe()
         self.stops, self.is_idle = 0, False
-        # When what still runs is to be ended, after a signal; and whether anything runs.
-        self.stop_at: float | None = None
-        self.is_busy = False
-        # Whether the local database may have changed since we looked.
+        # Whether the local database may have changed since the last look.
         self.changed = True
-        self.trouble, self.failures, self.retry_at = "", 0, 0.0
+        self.trouble, self.failures, self.retry_at, self.say_at = "", 0, 0.0, 0.0
         self.said: set[str] = set()
+        self.locks: list[int] = []
 
     def set(self) -> None:
-        """Wake the loop; this makes us a listener of the watch."""
+        """Wake the loop: the watch calls this after commits to the local database."""
         try:
             os.write(self.waker, b"\0")
-        # The pipe is full: the last signal has not been read yet.
         except BlockingIOError:
+            # The pipe is full: the loop will wake.
             pass
-
-    def watch(self) -> None:
-        """Be woken by commits to the local database."""
-        watch = q.Watch.of(self.state)
-        watch.on_deaf = say
-        watch.listeners.add(self)
 
     def run(self) -> int:
         signal.set_wakeup_fd(self.waker, warn_on_full_buffer=False)
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            # A process that was started by nohup ignores SIGHUP, and goes on doing so.
-            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
-                signal.signal(number, self.stop)
+        signals = [signal.SIGTERM, signal.SIGINT]
+        # nohup has SIGHUP ignored, and so it stays.
+        signals += [signal.SIGHUP] if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN else []
+        for number in signals:
+            signal.signal(number, partial(self.stop, signals))
         try:
-            self.begin(q.connect(self.state))
-            while not self.may_leave():
+            conn = q.connect(self.state)
+            self.machine = machine_id(conn)
+            watch = q.Watch.of(self.state)
+            watch.on_deaf = say
+            watch.listeners.add(self)
+            self.begin(conn)
+            while not self.stops and not (self.args.drain and self.is_idle):
                 self.attempt()
-                if self.trouble and self.args.drain and not self.is_busy:
+                if self.trouble and self.args.drain:
                     return 1
                 self.sleep()
+        except Stopped:
+            pass
         finally:
             self.end()
         return 0
 
-    def stop(self, *_) -> None:
+    def stop(self, signals: list[int], *_) -> None:
+        """Leave at the next chance; a second signal ends the process at once."""
         self.stops += 1
+        for number in signals:
+            signal.signal(number, signal.SIG_DFL)
+        self.hub.stop()
 
     def attempt(self) -> None:
-        """Do what is to be done now. Trouble is said once, and tried again at growing intervals."""
+        """Do what is to be done now; after trouble, only when it is time to try again."""
         if time.monotonic() < self.retry_at:
             return
         try:
@@ -437,125 +216,124 @@ class Relay:
                 say("going on: what was in the way is mended")
             self.trouble, self.failures, self.retry_at = "", 0, 0.0
         except (q.QueueError, OSError, sqlite3.Error) as error:
-            if not self.trouble:
+            now = time.monotonic()
+            if not self.trouble or now >= self.say_at:
                 why = cli.remedies_as_typed(str(error))
-                say(f"{why}; tasks wait where they are, and it is tried again until that is mended")
+                say(f"{why}; tasks wait where they are until a later try succeeds")
+                self.say_at = now + TROUBLE_EVERY_SECONDS
             self.trouble, self.is_idle = str(error), False
             first, last = RETRY_SECONDS
-            self.retry_at = time.monotonic() + min(last, first * 2.0**self.failures)
+            self.retry_at = now + min(last, first * 2.0**self.failures)
             self.failures = min(self.failures + 1, 10)
 
     def sleep(self) -> None:
         """Wait for an event, or for the next thing that is due."""
         now = time.monotonic()
-        try:
-            until = self.retry_at if self.trouble else self.due_at(now)
-        # attempt() meets it as well, and says so.
-        except q.QueueError:
-            until = now + TICK_SECONDS
-        if self.stop_at is not None:
-            until = min(until, self.stop_at)
-        if self.args.drain and self.is_idle or self.stops and self.may_leave():
+        until = self.retry_at if self.trouble else self.due_at(now)
+        if self.args.drain and self.is_idle or self.stops:
             return
         poll = select.poll()
-        for fd in self.files():
-            poll.register(fd, select.POLLIN)
+        poll.register(self.wakeup, select.POLLIN)
+        if self.hub.conn is not None and not self.trouble:
+            poll.register(self.hub.conn.fileno(), select.POLLIN)
         ready = dict(poll.poll(max(0.0, until - now) * 1000))
         if self.wakeup in ready:
             os.read(self.wakeup, 65536)
             self.changed = True
 
-    def files(self) -> list[int]:
-        """What wakes the loop. The hub does not while it is not listened to."""
-        listens = self.hub.conn is not None and not self.trouble
-        return [self.wakeup, *([self.hub.conn.fileno()] if listens else [])]
-
     def complain(self, about: str) -> None:
-        """Say what is in the way of something that others need not wait for; each thing once."""
+        """Say, once, what is in the way of one thing that others need not wait for."""
         if about not in self.said:
             self.said.add(about)
             say(cli.remedies_as_typed(about))
 
-    # What each of the three does for itself.
+    def lock(self, verb: str, queue: str) -> None:
+        """Refuse a second process of the same kind for a queue. Raises Refused."""
+        path = q.make_private(self.state / "workers") / f"relay.{verb}.{queue}"
+        fd = q.lock_file(path, patience=q.PROBE_SECONDS)
+        if fd is None:
+            command = cli.as_typed(f"relay.py {verb}")
+            raise cli.Refused(f"another {command} serves {queue}: one is enough")
+        self.locks.append(fd)
+
+    def heard(self) -> None:
+        """Tell the hub that this machine lives."""
+        process = f"{os.getpid()}-{self.locks_name}"
+        with self.hub.transaction() as pg:
+            pg.execute(hub.HEARD, (self.machine, process))
+
+    locks_name = os.urandom(4).hex()
 
     def begin(self, conn: q.Connection) -> None:
-        """Before the first step, whether there is a hub or not."""
+        """Prepare, before the first step, whether the hub can be used or not."""
 
     def connected(self) -> None:
-        """With each new connection to the hub."""
+        """Forget what a former connection knew."""
 
     def step(self, conn: q.Connection) -> None:
         """Do all that can be done now, and set is_idle."""
         raise NotImplementedError
 
     def due_at(self, now: float) -> float:
-        """When to step again if nothing wakes us."""
+        """Return when to step again if nothing wakes the loop, on the monotonic clock."""
         return now + TICK_SECONDS
 
-    def may_leave(self) -> bool:
-        return bool(self.stops) or self.args.drain and self.is_idle
-
     def end(self) -> None:
-        """Before the process ends."""
+        """Clean up before the process ends."""
         self.hub.close()
 
 
 class Push(Relay):
-    """Hands the tasks of local queues over.
+    """Hand the tasks of local queues over.
 
-    A task is first made the hub's, in the local database, then sent, then marked as sent. Killed
-    anywhere, the next push sends again what is not marked, and the hub knows what it has.
+    A task first becomes the hub's in the local database, then it is sent, then marked as sent. Killed
+    anywhere, the next push sends again what is not marked, and the hub ignores what it knows. A task
+    of a group keeps the group's turn, so only the heads of groups are sent.
     """
 
     is_new_hub = True
 
     def begin(self, conn: q.Connection) -> None:
-        self.machine = machine_id(conn)
         for queue in self.args.queues:
             if q.ensure_queue(conn, queue):
                 say(f"{queue} is a new queue")
-            path = q.make_private(self.state / "workers") / f"relay.{queue}"
             # Two of them would mix up the order within a group.
-            fd = q.lock_file(path, patience=q.PROBE_SECONDS)
-            if fd is None:
-                raise cli.Refused(
-                    f"another {cli.as_typed('relay.py push')} serves {queue}: one is enough"
-                )
-            self.locks = [*getattr(self, "locks", []), fd]
-        self.job_manager = make_job_manager()
-        self.watch()
+            self.lock("push", queue)
         say(f"push hands over {', '.join(self.args.queues)} as machine {self.machine}")
+
+    def connected(self) -> None:
+        self.is_new_hub = True
 
     def step(self, conn: q.Connection) -> None:
         self.hub.told()
         if self.changed:
             self.changed = False
-            self.take_in_spool()
+            for complaint in q.take_in_spool(self.state)[1]:
+                self.complain(complaint)
         if self.is_new_hub:
             self.take_over(conn)
         busy = True
         while busy and not self.stops:
-            busy = False
-            for queue in self.args.queues:
-                busy = self.push(conn, queue) > 0 or busy
+            busy = any([self.push(conn, queue) for queue in self.args.queues])
         self.is_idle = True
 
-    def connected(self) -> None:
-        """The hub may be another one than that for which tasks were taken."""
-        self.is_new_hub = True
-
     def take_over(self, conn: q.Connection) -> None:
+        """Give this hub what no other hub has. One that was made anew has lost what it had."""
+        self.heard()
+        address = address_of(self.args.url)
         with q.transaction(conn):
             for queue in self.args.queues:
-                q.execute(conn, TAKE_OVER, queue, prefix=self.hub.prefix)
+                told = {"prefix": self.hub.prefix, "address": address}
+                q.execute(conn, TAKE_OVER, queue, **told)
+            conn.execute("delete from task_hubs where address = ?", (address,))
+            conn.execute(
+                "insert or replace into task_hubs (name, address) values (?, ?)",
+                (self.hub.name, address),
+            )
         self.is_new_hub = False
 
-    def take_in_spool(self) -> None:
-        for complaint in q.take_in_spool(self.state)[1]:
-            self.complain(f"spool: {complaint}")
-
     def push(self, conn: q.Connection, queue: str) -> int:
-        """Take what is ready, and send what is taken; how many were seen to."""
+        """Take what is ready and send what is taken; return how many tasks that concerned."""
         if not q.execute(conn, IS_UNSENT, queue).fetchone()[0]:
             if not q.execute(conn, CAN_TAKE, queue, now=time.time()).fetchone()[0]:
                 return 0
@@ -563,17 +341,17 @@ class Push(Relay):
         tasks = list(self.unsent(conn, queue))
         if not tasks:
             return 0
-        handled = len(tasks)
         try:
             self.send(queue, tasks)
+            sent = tasks
         except HubRefused:
-            tasks = self.send_one_by_one(conn, queue, tasks)
+            sent = self.send_one_by_one(conn, queue, tasks)
         now = time.time()
         with q.transaction(conn, durable=False):
-            rows = [{"id": task.id, "owner": task.owner, "now": now} for task, *_ in tasks]
+            rows = [{"id": task.id, "owner": task.owner, "now": now} for task, *_ in sent]
             conn.executemany(q.on_queue(SENT, queue), rows)
-        say(f"{queue}: {cli.plural(len(tasks), 'task')} handed over")
-        return handled
+        say(f"{queue}: {cli.plural(len(sent), 'task')} handed over")
+        return len(tasks)
 
     def take(self, conn: q.Connection, queue: str) -> None:
         """Make tasks the hub's: durably, since what was sent must never run here as well."""
@@ -581,58 +359,59 @@ class Push(Relay):
         with q.transaction(conn):
             q.expire(conn, queue, now)
             q.promote(conn, queue, now)
-            prefix = self.hub.prefix
-            taken = q.execute(conn, TAKE_SCHEDULED, queue, prefix=prefix, limit=BATCH // 2).rowcount
-            left = BATCH - taken
-            # What is taken makes the next one of its group ready.
-            while left > 0:
-                taken = q.execute(conn, TAKE, queue, prefix=prefix, limit=left).rowcount
-                left = left - taken if taken else 0
+            told = {"prefix": self.hub.prefix}
+            q.execute(conn, TAKE_SCHEDULED, queue, **told, limit=BATCH // 2)
+            q.execute(conn, TAKE, queue, **told, limit=BATCH)
 
     def unsent(self, conn: q.Connection, queue: str) -> Iterator[tuple]:
-        """(task, its group, when it is due, when it expires) of those to be sent next."""
+        """Yield (task, group, due_at, expires_at, own_attempts) of the tasks to send next."""
         room = BATCH_BYTES
         with owners.errors_explained(conn):
             for row in conn.execute(q.on_queue(UNSENT, queue)).fetchmany(BATCH):
                 room -= len(row[3])
                 if room < 0 and room + len(row[3]) < BATCH_BYTES:
                     return
-                yield q.Task.from_row(queue, row[:-3]), *row[-3:]
+                yield q.Task.from_row(queue, row[:-4]), *row[-4:]
 
     def send(self, queue: str, tasks: list[tuple]) -> None:
-        """Have the hub know these tasks: one transaction writes their ids down and defers their
-        jobs.
+        """Defer the jobs of these tasks and note their ids, in one transaction.
 
-        Times are sent as so many seconds from now, since clocks differ.
+        Times are sent as seconds from now, since clocks differ.
         """
-        with self.hub.transaction() as conn:
-            known = {id for (id,) in conn.execute(KNOWN, ([task.owner for task, *_ in tasks],))}
+        with self.hub.transaction() as pg:
+            ids = [task.owner for task, *_ in tasks]
+            known = {id for (id,) in pg.execute(hub.KNOWN, (ids,))}
             new = [told for told in tasks if told[0].owner not in known]
             if not new:
                 return
-            (now,) = conn.execute("select clock_timestamp()").fetchone()
-            jobs = [make_job(queue, *told[:3], now) for told in new]
-            jobs = self.job_manager.batch_defer_jobs(jobs, connection=conn)
+            (now,) = pg.execute("select clock_timestamp()").fetchone()
             here = time.time()
-            rows = [
-                (
-                    task.owner,
-                    self.machine,
+            locks = [hub.clean(f"{queue}/{group}") if group else None for _, group, *_ in new]
+            # Machines that share a group must not overtake each other in it.
+            priorities = dict(pg.execute(hub.LOCK_PRIORITIES, ([*filter(None, locks)],)).fetchall())
+            jobs = [
+                hub.make_job(
                     queue,
-                    task.id,
-                    clean(task.text),
-                    job.id,
-                    None if expires is None else expires - here,
+                    task,
+                    priority=priorities.setdefault(lock, task.priority) if lock else task.priority,
+                    group=lock,
+                    delay=0.0 if due_at is None else due_at - here,
+                    now=now,
                 )
-                for (task, _, _, expires), job in zip(new, jobs, strict=True)
+                for (task, _, due_at, *_), lock in zip(new, locks, strict=True)
             ]
-            with conn.cursor() as cursor:
-                cursor.executemany(ARRIVE, rows)
+            jobs = self.hub.jobs.batch_defer_jobs(jobs, connection=pg)
+            rows = [
+                (task.owner, self.machine, queue, task.id, hub.clean(task.text), job.id,
+                 max(1, (most or q.MAX_ATTEMPTS) - task.attempts),
+                 None if expires is None else expires - here)
+                for (task, _, _, expires, most), job in zip(new, jobs, strict=True)
+            ]  # fmt: skip
+            with pg.cursor() as cursor:
+                cursor.executemany(hub.ARRIVE, rows)
 
     def send_one_by_one(self, conn: q.Connection, queue: str, tasks: list[tuple]) -> list[tuple]:
-        """Bury those that the hub cannot store: the others, which are returned, need not wait for
-        them.
-        """
+        """Send tasks alone and bury those that the hub cannot store; return the others."""
         sent = []
         for told in tasks:
             try:
@@ -648,51 +427,18 @@ class Push(Relay):
         return now + q.sleep_seconds(q.connect(self.state), self.args.queues, TICK_SECONDS)
 
 
-def make_job_manager() -> Any:
-    """Procrastinate's, for a connection of ours."""
-    from procrastinate import SyncPsycopgConnector, manager
-
-    return manager.JobManager(SyncPsycopgConnector())
-
-
-def make_job(queue: str, task: q.Task, group: str | None, due_at: float | None, now: Any) -> Any:
-    """The job of a task. The payload is not in it: jsonb would not keep it as it is, and is slow to
-    send.
-    """
-    from datetime import timedelta
-
-    from procrastinate import jobs
-
-    told = {
-        "id": task.owner,
-        "task_id": clean(task.task_id),
-        "task_type": clean(task.task_type),
-        "enqueued_at": task.enqueued_at,
-    }
-    delay = 0.0 if due_at is None else due_at - time.time()
-    return jobs.Job(
-        queue=queue,
-        task_name=(clean(task.task_type) or queue)[:128],
-        priority=task.priority,
-        lock=None if group is None else clean(f"{queue}/{group}"),
-        queueing_lock=None,
-        task_kwargs={"relay": told},
-        scheduled_at=now + timedelta(seconds=delay) if delay > 0 else None,
-    )
-
-
 class Pull(Relay):
-    """Brings home how this machine's tasks ended."""
+    """Record here how this machine's tasks ended on others."""
 
     seldom_at = lost_at = 0.0
 
     def begin(self, conn: q.Connection) -> None:
-        self.machine = machine_id(conn)
         self.hub.listens = (f"relay_{self.machine}",)
         q.ensure_queue(conn, q.TASK_QUEUE_COMPLETION)
-        # Somebody may cancel what was handed over.
-        self.watch()
         say(f"pull brings home the results of machine {self.machine}")
+
+    def connected(self) -> None:
+        self.lost_at = 0.0
 
     def step(self, conn: q.Connection) -> None:
         self.hub.told()
@@ -700,8 +446,9 @@ class Pull(Relay):
             self.changed = False
             self.cancel(conn)
         if time.monotonic() >= self.seldom_at:
-            with self.hub.transaction() as hub:
-                hub.execute(ENDED_OTHERWISE, (self.machine,))
+            self.heard()
+            with self.hub.transaction() as pg:
+                pg.execute(hub.ENDED_OTHERWISE, (self.machine,))
             self.seldom_at = time.monotonic() + SELDOM_SECONDS
         if time.monotonic() >= self.lost_at:
             self.end_lost(conn)
@@ -710,203 +457,147 @@ class Pull(Relay):
             pass
         self.is_idle = True
 
-    def connected(self) -> None:
-        self.lost_at = 0.0
-
-    def end_lost(self, conn: q.Connection) -> None:
-        """End the tasks that wait here for a word which the hub will not say: it has said it, or
-        lost them. What another hub may have is left alone.
-        """
-        here = {}
-        for queue in cli.queues_of(conn):
-            rows = q.execute(conn, HANDED_OVER, queue).fetchall()
-            here |= {id: (queue, row_id, is_unwanted) for id, row_id, is_unwanted in rows}
-        if not here:
-            return
-        with self.hub.transaction() as hub:
-            known = dict(hub.execute(KNOWN_AND_HOME, (list(here),)).fetchall())
-            knows_us = hub.execute(IS_KNOWN_HERE, (self.machine,)).fetchone()[0]
-            home = [id for id, is_home in known.items() if is_home]
-            endings = hub.execute(ENDINGS, (home,)).fetchall() if home else []
-        lost = here.keys() - known.keys()
-        if knows_us and self.hub.name:
-            lost_here = {id for id in lost if id.startswith(self.hub.prefix)}
-        else:
-            lost_here = set()
-        if lost - lost_here:
-            queues = ", ".join(sorted({here[id][0] for id in lost - lost_here}))
-            self.complain(
-                f"this hub does not know tasks of {queues} that are handed over: another hub may"
-                " have them. Check TASK_QUEUE_HUB, or give them up with tasks.py purge QUEUE"
-                " --status handed_over"
-            )
-        endings += [lost_ending(id, *here[id]) for id in lost_here]
-        for at in range(0, len(endings), BATCH):
-            with q.transaction(conn):
-                reports = [self.bring_home(conn, *told) for told in endings[at : at + BATCH]]
-            q.wake(self.state)
-            for line in sum(reports, []):
-                say(line)
-
     def cancel(self, conn: q.Connection) -> None:
-        """Have those jobs ended on the hub whose tasks tasks.py cancel was told to end."""
+        """Have the hub end the jobs of tasks that somebody cancelled here."""
         ids = []
         for queue in cli.queues_of(conn):
             ids += [owner for (owner,) in q.execute(conn, UNWANTED, queue)]
         if ids:
-            with self.hub.transaction() as hub:
-                for (job_id,) in hub.execute(UNWANTED_JOBS, (ids,)).fetchall():
-                    self.hub.run(hub, "cancel_job", job_id=job_id, abort=True, delete_job=False)
+            with self.hub.transaction() as pg:
+                for (job_id,) in pg.execute(hub.UNWANTED_JOBS, (ids,)).fetchall():
+                    self.hub.jobs.cancel_job_by_id(job_id, abort=True, connection=pg)
             self.seldom_at = 0.0
 
     def pull(self, conn: q.Connection) -> int:
-        """End the tasks here whose ends the hub knows, then tell the hub; how many."""
-        with self.hub.transaction() as hub:
+        """Record a batch of ends here, then tell the hub; return how many."""
+        with self.hub.transaction() as pg:
             ids, room = [], BATCH_BYTES
-            for id, size in hub.execute(ENDED, (self.machine,)).fetchall():
+            for id, size in pg.execute(hub.ENDED, (self.machine,)).fetchall():
                 room -= size
                 if room < 0 and ids:
                     break
                 ids.append(id)
-            endings = hub.execute(ENDINGS, (ids,)).fetchall() if ids else []
-        if not endings:
-            return 0
-        reports = []
-        # Durable: the hub forgets what is told next.
-        with q.transaction(conn):
-            for ending in endings:
-                reports += self.bring_home(conn, *ending)
-        q.wake(self.state)
-        with self.hub.transaction() as hub:
-            hub.execute(HOME, (ids,))
-        for report in reports:
-            say(report)
+            endings = pg.execute(hub.ENDINGS, (ids,)).fetchall() if ids else []
+        if endings:
+            self.bring_home(conn, endings)
+            with self.hub.transaction() as pg:
+                pg.execute(hub.HOME, (ids,))
         return len(endings)
 
-    def bring_home(
-        self,
-        conn,
-        id,
-        queue,
-        row_id,
-        outcome,
-        attempts,
-        age,
-        exit_code,
-        result,
-        log,
-        error,
-        reply,
-        size,
+    def end_lost(self, conn: q.Connection) -> None:
+        """End the tasks that the hub has lost, or whose end it has told before.
+
+        A backup brings back tasks whose ends came home; a hub's backup may lack tasks. What another hub
+        may have is left alone.
+        """
+        here = {}
+        for queue in cli.queues_of(conn):
+            rows = q.execute(conn, HANDED_OVER, queue).fetchall()
+            here |= {id: (queue, row_id, unwanted) for id, row_id, unwanted in rows}
+        if not here:
+            return
+        with self.hub.transaction() as pg:
+            known = dict(pg.execute(hub.KNOWN_AND_HOME, (list(here),)).fetchall())
+            knows_us = pg.execute(hub.IS_KNOWN_HERE, (self.machine,)).fetchone()[0]
+            home = [id for id, is_home in known.items() if is_home]
+            endings = pg.execute(hub.ENDINGS, (home,)).fetchall() if home else []
+        lost = here.keys() - known.keys()
+        lost_here = {id for id in lost if knows_us and id.startswith(self.hub.prefix)}
+        if lost - lost_here:
+            queues = ", ".join(sorted({here[id][0] for id in lost - lost_here}))
+            self.complain(
+                f"this hub does not know tasks of {queues} that are handed over: another hub may"
+                " have them. Check TASK_QUEUE_HUB; push sends them again to a hub that was made"
+                " anew; or give them up with tasks.py purge QUEUE --status handed_over"
+            )
+        why = "the hub does not know it any more"
+        for id in lost_here:
+            queue, row_id, unwanted = here[id]
+            outcome = "cancelled" if unwanted else "failed"
+            endings.append((id, queue, row_id, outcome, 0, None, None, None, None, why, None, None))
+        for at in range(0, len(endings), BATCH):
+            self.bring_home(conn, endings[at : at + BATCH])
+
+    def bring_home(self, conn: q.Connection, endings: list[tuple]) -> None:
+        """End these tasks here, durably; nothing happens to those that ended before."""
+        queues, lines = set(cli.queues_of(conn)), []
+        with q.transaction(conn):
+            for ending in endings:
+                if ending[1] in queues:
+                    lines += self.end_one(conn, *ending)
+        q.wake(self.state)
+        for line in lines:
+            say(line)
+
+    def end_one(
+        self, conn, id, queue, row_id, outcome, attempts, age, code, result, log, error, reply, size
     ) -> list[str]:
-        """End one task, within a transaction; nothing happens where that was done before."""
-        if queue not in {name for (name,) in conn.execute(q.QUEUES)}:
-            return []
         started_at = None if age is None else time.time() - age
         told = {"id": row_id, "owner": id, "attempts": attempts, "started_at": started_at}
         row = q.execute(conn, COME_HOME, queue, **told).fetchone()
         if row is None:
             return []
         task = q.Task.from_row(queue, row)
-        how = {"exit_code": exit_code, "result": result, "log": log}
-        verdict = partial(
-            self.finish, task=task, outcome=outcome, error=error, how=how, reply=reply, size=size
-        )
+        how = {"exit_code": code, "result": result, "log": log}
+
+        def finish(conn, outcome, error):
+            if reply is not None and outcome == "completed":
+                try:
+                    follow_up = outcomes.next_row(task, reply, size)
+                    q.insert(conn, q.TASK_QUEUE_COMPLETION, follow_up)
+                except (q.InvalidTask, RecursionError) as refused:
+                    outcome = "failed"
+                    error = f"done, but what should follow was refused: {refused}"
+            return outcome if q.finish(conn, task, outcome, error=error, **how) else None, error
+
+        verdict = partial(finish, outcome=outcome, error=error)
         outcome, error = owners.verdict_alone(conn, task, verdict)
         line = f"{queue} {task.task_type} {task.task_id} {outcome} attempt {task.attempts}"
         return [f"{line}: {error}" if error else line]
 
-    def finish(self, conn, *, task, outcome, error, how, reply, size) -> tuple:
-        """Record how a task ended; a result becomes the next queue's task, as with worker.py
-        --then.
-        """
-        if reply is not None and outcome == "completed":
-            try:
-                q.insert(conn, q.TASK_QUEUE_COMPLETION, outcomes.next_row(task, reply, size))
-            except (q.InvalidTask, RecursionError) as refused:
-                outcome, error = "failed", f"done, but what should follow was refused: {refused}"
-        return outcome if q.finish(conn, task, outcome, error=error, **how) else None, error
 
+@dataclass
+class Held:
+    """A job of the hub that this machine has."""
 
-def lost_ending(id: str, queue: str, row_id: int, is_unwanted: int) -> tuple:
-    """The end of a task that its hub has no more, as a row of ENDINGS."""
-    outcome = "cancelled" if is_unwanted else "failed"
-    why = "the hub does not know it any more"
-    return id, queue, row_id, outcome, 0, None, None, None, None, why, None, None
-
-
-class Job(q.Task):
-    """A job of the hub as a task of this machine; its row id is the job's."""
-
-    __slots__ = ()
+    id: str
+    fetches: int
+    job_id: int
+    queue: str
+    aborted: bool = False
+    is_local: bool = False
 
     @property
-    def run_name(self) -> str:
-        """Apart from the tasks of a local queue of the same name, whose row ids are others."""
-        return f"relay.{super().run_name}"
+    def task_id(self) -> str:
+        """The id of its task in the local queue."""
+        return f"{self.id}-{self.fetches}"
 
 
-class Work(Relay):
-    """Runs the hub's jobs by handlers, under the contract of worker.py."""
+class Fetch(Relay):
+    """Take the hub's jobs into this machine's own queue, and return how they ended.
 
-    def __init__(self, args: argparse.Namespace) -> None:
-        super().__init__(args)
-        how = dict(command=args.command, timeout=args.timeout, kill_after=args.kill_after)
-        # A process of its own: before there are connections and threads.
-        self.handlers = Handlers(self.state, args.env, args.handlers, **how)
-        self.runs = self.handlers.runs
-        self.hub.listens = tuple(f"procrastinate_queue_v1#{queue}" for queue in args.queues)
-        self.worker_id: int | None = None
-        # What has ended and is not yet recorded: (task, verdict, how it ended).
-        self.done: list[tuple[q.Task, outcomes.Verdict, dict, float]] = []
-        # Whether the hub has nothing for us, as far as we know; and whether we hold a queue back.
-        self.looked, self.next_due, self.holds_back = False, 0.0, False
-        self.beat_at = self.sweep_at = self.adopt_at = self.tidy_at = 0.0
+    The hub's ledger names the machine that has a job, and counts how often it was fetched: that fences
+    the job's end. A killed fetch loses nothing: the next one asks the hub what this machine holds,
+    and the local queue and history what became of it.
+    """
 
     def begin(self, conn: q.Connection) -> None:
-        signal.signal(signal.SIGCHLD, self.handlers.children_changed)
-        q.make_private(self.state / "logs")
-        self.owner = q.owner_name(self.state)
-        # A pause may end, and the tasks of this machine's dead workers are taken back.
-        self.watch()
-        say(f"work {self.owner} serves {', '.join(self.args.queues)}")
-
-    def stop(self, *_) -> None:
-        self.stops += 1
-        self.stop_at = time.monotonic() + self.args.grace if self.stops == 1 else 0.0
+        for queue in self.args.queues:
+            if q.ensure_queue(conn, queue):
+                say(f"{queue} is a new queue")
+            self.lock("fetch", queue)
+        channels = [f"procrastinate_queue_v1#{queue}" for queue in self.args.queues]
+        self.hub.listens = tuple(channels)
+        self.held: dict[str, Held] = {}
+        self.looked, self.next_due = False, 0.0
+        self.beat_at = self.sweep_at = self.tidy_at = 0.0
+        say(f"fetch takes {', '.join(self.args.queues)} for machine {self.machine}")
 
     def connected(self) -> None:
-        """Let others who lost the hub, too, show that they live before their jobs are taken for
-        abandoned.
-        """
-        self.beat_at = self.adopt_at = 0.0
+        """Beat before sweeping: machines that lost the hub together get the time to show that they live."""
+        self.worker_id: int | None = None
+        self.beat_at, self.looked = 0.0, False
         self.sweep_at = time.monotonic() + self.args.stalled_after
-        self.looked = False
-
-    def files(self) -> list[int]:
-        return [*super().files(), self.handlers.supervisor.socket.fileno()]
-
-    def attempt(self) -> None:
-        """Hear what ended even while the hub cannot be used."""
-        self.reap()
-        if self.stop_at is not None and time.monotonic() >= self.stop_at:
-            self.stop_at = None
-            self.handlers.end_all(q.STOPPED, now=self.stops > 1)
-        super().attempt()
-        self.is_busy = bool(self.runs or self.done)
-
-    def reap(self) -> None:
-        try:
-            ended = self.handlers.hear()
-        except EOFError:
-            self.handlers.start_afresh()
-        for task, told in ended:
-            if isinstance(told, Unstarted):
-                self.done.append((task, outcomes.Verdict(*told), {}, 0.0))
-            else:
-                how = {"exit_code": told["code"], **outcomes.output_of(self.state, task)}
-                verdict = outcomes.judge(told["code"], how, why=told["why"])
-                self.done.append((task, verdict, how, told["seconds"]))
 
     def step(self, conn: q.Connection) -> None:
         for told in self.hub.told():
@@ -915,445 +606,364 @@ class Work(Relay):
                 self.beat_at = 0.0
         now = time.monotonic()
         if now >= self.beat_at:
-            self.beat()
-        self.record(conn)
-        if now >= self.adopt_at:
-            orphans = self.adopt()
-            self.adopt_at = now + (ORPHAN_SECONDS if orphans else TICK_SECONDS)
+            self.beat(conn)
+        if self.changed:
+            self.changed = False
+            self.return_ends(conn)
         if now >= self.sweep_at:
-            self.sweep_at = now + self.args.stalled_after / 2
             self.sweep()
-        self.fetch(conn)
-        self.record(conn)
-        self.is_idle = not self.runs and not self.done and self.looked
+        if now >= self.next_due:
+            self.looked = False
+        while not self.stops and not self.looked:
+            self.fetch(conn)
+        self.is_idle = not self.held
 
     def due_at(self, now: float) -> float:
-        until = [now + TICK_SECONDS, self.beat_at, self.sweep_at, self.adopt_at]
-        if not self.stops and self.free():
-            until.append(self.next_due)
-        if self.done and not self.trouble:
-            until.append(now)
-        return min(until)
+        return min(now + TICK_SECONDS, self.beat_at, self.sweep_at, self.next_due)
 
-    def may_leave(self) -> bool:
-        if self.runs or self.done:
-            # What cannot be recorded is on record here: the next one sees to it.
-            return bool(self.stops) and not self.runs and bool(self.trouble)
-        return super().may_leave()
+    # ------------------------------------------------------------------------------- signs of life
 
-    def end(self) -> None:
-        self.handlers.leave()
-        if (
-            self.hub.conn is not None
-            and self.worker_id is not None
-            and not self.runs
-            and not self.done
-        ):
-            try:
-                with self.hub.transaction() as hub:
-                    self.hub.run(hub, "unregister_worker", worker_id=self.worker_id)
-                (self.run_directory / "hub").unlink(missing_ok=True)
-                os.rmdir(self.run_directory)
-            except (q.QueueError, OSError):
-                pass
-        q.resign(self.state)
-        super().end()
-
-    # ---------------------------------------------------------------------------------- signs of life
-
-    @property
-    def run_directory(self) -> Path:
-        return Path(runs.run_directory(self.state, self.owner))
-
-    def beat(self) -> None:
-        """Show that we live, and end runs that are ours no more, or that somebody wants ended."""
-        self.handlers.supervisor.ask()
+    def beat(self, conn: q.Connection) -> None:
+        """Show that this machine lives, and make the local queue agree with what the hub says it holds."""
+        self.heard()
         self.beat_at = time.monotonic() + min(10.0, self.args.stalled_after / 4)
-        with self.hub.transaction() as hub:
-            if self.worker_id is None or not hub.execute(BEAT, (self.worker_id,)).fetchone():
-                (self.worker_id,) = self.hub.run(hub, "register_worker") or (None,)
-                self.write_down_who()
-            held = {row[0]: row[-1] for row in hub.execute(HELD, (self.worker_id,)).fetchall()}
-        for run, task in self.runs.items():
-            if task.id not in held:
-                self.handlers.supervisor.end(run, "its job was given to another machine", now=True)
-            elif held[task.id]:
-                self.handlers.supervisor.end(run, q.CANCELLED)
+        with self.hub.transaction() as pg:
+            if self.worker_id is None:
+                self.worker_id = hub.at_once(self.hub.jobs.register_worker())
+            hub.at_once(self.hub.jobs.update_heartbeat(self.worker_id))
+            rows = pg.execute(hub.HELD, (self.machine, self.args.queues)).fetchall()
+        self.held = {held.task_id: held for held in (Held(*row) for row in rows)}
+        self.agree(conn)
 
-    def write_down_who(self) -> None:
-        """Who we are on the hub: whoever finds this process dead needs that to see to its jobs."""
-        q.make_private(self.run_directory.parent)
-        q.make_private(self.run_directory)
-        (self.run_directory / "hub").write_text(str(self.worker_id))
+    def agree(self, conn: q.Connection) -> None:
+        """Cancel local copies of jobs that are not ours any more or not wanted; store what is missing."""
+        tries = []
+        for queue in self.args.queues:
+            for task_id, row_id, status, attempts in q.execute(conn, FETCHED, queue).fetchall():
+                held = self.held.get(task_id)
+                if held is None:
+                    why = "its job was given to another machine"
+                    self.cancel_local(conn, queue, row_id, status, why)
+                    continue
+                held.is_local = True
+                if held.aborted:
+                    self.cancel_local(conn, queue, row_id, status, "cancelled where it came from")
+                if attempts:
+                    tries.append((attempts, held.id, self.machine, held.fetches, attempts))
+        self.return_ends(conn)
+        for held in [each for each in self.held.values() if not each.is_local]:
+            # A fetch was killed before it stored this one.
+            with self.hub.transaction() as pg:
+                content = pg.execute(hub.CONTENT, (held.id,)).fetchone()
+            self.store(conn, [(held, *content)])
+        if tries:
+            with self.hub.transaction() as pg, pg.cursor() as cursor:
+                cursor.executemany(hub.TRYING, tries)
+
+    def cancel_local(
+        self, conn: q.Connection, queue: str, row_id: int, status: int, why: str
+    ) -> None:
+        """End a local copy: a running one by its worker."""
+        with q.transaction(conn):
+            if q.execute(conn, CANCEL_RUNNING, queue, id=row_id).rowcount:
+                return
+            row = q.execute(conn, CANCEL_WAITING, queue, id=row_id).fetchone()
+            if row is not None:
+                q.finish(conn, q.Task.from_row(queue, row), "cancelled", error=why)
+        q.wake(self.state)
 
     # ------------------------------------------------------------------------------------- fetching
 
-    def free(self) -> int:
-        return self.args.concurrency - len(self.runs)
-
-    def fetch(self, conn: q.Connection) -> None:
-        """Take jobs for the free places, and start their handlers."""
-        if time.monotonic() >= self.next_due or self.changed and self.holds_back:
-            self.looked = False
-        self.changed = False
-        # Signs of life come first, however much there is to do.
-        while (
-            not self.stops
-            and self.free() > 0
-            and not self.looked
-            and time.monotonic() < self.beat_at
-        ):
-            queues = self.open_queues(conn)
-            task, unstarted = self.fetch_one(queues) if queues else (None, None)
-            if task is None:
-                self.looked = True
-                with self.hub.transaction() as hub:
-                    (due,) = hub.execute(NEXT_DUE, (self.args.queues,)).fetchone()
-                wait = TICK_SECONDS if due is None else max(due, 0.0)
-                self.next_due = time.monotonic() + min(TICK_SECONDS, wait)
-                return
-            unstarted = unstarted or self.handlers.start(task)
-            if unstarted:
-                self.done.append((task, outcomes.Verdict(*unstarted), {}, 0.0))
-                self.record(conn)
-
-    def open_queues(self, conn: q.Connection) -> list[str]:
-        """The queues that nothing on this machine holds back: neither a pause nor a number of
-        slots.
-        """
-        controls, queues = outcomes.controls(conn), []
+    def free(self, conn: q.Connection) -> dict[str, int]:
+        """Return the free places of each queue that has some."""
+        controls, places = outcomes.controls(conn), {}
         for queue in self.args.queues:
             control = controls.get(queue)
-            running = sum(task.queue == queue for task in self.runs.values())
-            if (
-                control is None
-                or not control.paused
-                and (control.slots is None or running < control.slots)
-            ):
-                queues.append(queue)
-        self.holds_back = len(queues) < len(self.args.queues)
-        return queues
+            most = self.args.at_most
+            if control is not None:
+                most = 0 if control.paused else min(most, control.slots or most)
+            places[queue] = most - sum(held.queue == queue for held in self.held.values())
+        return {queue: count for queue, count in places.items() if count > 0}
 
-    def fetch_one(self, queues: list[str]) -> tuple[q.Task | None, Unstarted | None]:
-        """(the next job as a task, why it is not to be started)."""
-        with self.hub.transaction() as hub:
-            # Losing a claim means that the job is fetched again.
-            hub.execute("set local synchronous_commit = off")
-            row = self.hub.run(hub, "fetch_job", queues=queues, worker_id=self.worker_id)
-            if row is None or row[0] is None:
-                return None, None
-            text, expired = hub.execute(BEGUN, (row[0],)).fetchone() or (None, False)
-        task = self.task_of(text, *row)
-        if expired:
-            return task, Unstarted("expire", "it was not started before its time was over")
-        if text is None and task.text == "":
-            return task, Unstarted("bury", "its end is known where it came from: retry it there")
-        return task, None
+    def fetch(self, conn: q.Connection) -> None:
+        """Take jobs for the free places in one transaction of the hub, then store them here."""
+        taken, free = [], self.free(conn)
+        with self.hub.transaction() as pg:
+            while free and len(taken) < BATCH:
+                call = self.hub.jobs.fetch_job(list(free), self.worker_id)
+                job = hub.at_once(call)
+                if job is None:
+                    break
+                held, *content = self.take(pg, job)
+                free[job.queue] -= 1
+                free = {queue: count for queue, count in free.items() if count > 0}
+                taken.append((held, *content))
+            self.looked = not taken
+            if not taken:
+                (due,) = pg.execute(hub.NEXT_DUE, (self.args.queues,)).fetchone()
+                wait = TICK_SECONDS if due is None else max(due, 0.0)
+                self.next_due = time.monotonic() + min(TICK_SECONDS, wait)
+        self.held |= {held.task_id: held for held, *_ in taken}
+        self.store(conn, taken)
 
-    def task_of(
-        self,
-        text,
-        id,
-        status,
-        name,
-        priority,
-        lock,
-        queueing_lock,
-        args,
-        due,
-        queue,
-        attempts,
-        worker,
-    ) -> q.Task:
-        """A job as a task. The arguments of one that relay.py did not push are its payload."""
-        task_id, task_type, enqueued_at = f"{queue}-{id}", name, time.time()
-        relay = args.get("relay") if isinstance(args, dict) else None
-        if isinstance(relay, dict):
-            task_id, task_type = str(relay.get("task_id")), str(relay.get("task_type"))
-            enqueued_at, text = relay.get("enqueued_at"), text or ""
-        else:
-            text = json.dumps(args)
-        terms = (self.args.max_attempts, self.args.backoff, None, 0, 0)
-        return Job(
-            queue,
-            id,
-            task_id,
-            task_type,
-            text,
-            enqueued_at,
-            priority,
-            attempts + 1,
-            *terms,
-            self.owner,
-            time.time(),
-        )
+    def take(self, pg: Any, job: Any) -> tuple:
+        """Note in the ledger that this machine has a job; return it as Held, and its content."""
+        row = pg.execute(hub.TAKEN, (self.machine, job.id)).fetchone()
+        if row is None:
+            # Another program deferred it; or its end is known, and somebody had the hub try it again.
+            pg.execute(hub.STRAY, (f"{self.hub.prefix}job-{job.id}", job.queue, job.id))
+            row = pg.execute(hub.TAKEN, (self.machine, job.id)).fetchone()
+        id, fetches, text, tried, most, ttl = row
+        held = Held(id, fetches, job.id, job.queue)
+        return held, job.task_name, job.task_kwargs, job.priority, text, tried, most, ttl
 
-    # ------------------------------------------------------------------------------------ recording
-
-    def record(self, conn: q.Connection | None) -> None:
-        """Record how runs ended: each in a transaction that ends the job and writes its machine
-        what to know.
-        """
-        while self.done:
-            task, verdict, how, took = self.done[0]
+    def store(self, conn: q.Connection, taken: list[tuple]) -> None:
+        """Store fetched jobs in the local queue; end on the hub those that cannot be stored."""
+        refused, rows = [], []
+        for held, *content in taken:
             try:
-                outcome, verdict = self.settle(task, verdict, how, self.worker_id)
-            except HubRefused as error:
-                error = f"its end could not be recorded: {error}"
-                outcome, verdict = self.settle(
-                    task, outcomes.Verdict("bury", error), {}, self.worker_id
-                )
-            self.done.pop(0)
-            runs.tidy_run(self.state, task)
-            self.looked = False
-            if verdict.pause and conn is not None:
-                self.pause(conn, task.queue, *verdict.pause)
-            self.report(task, outcome, verdict.error, took)
+                rows.append((held, *self.row_of(held, *content)))
+            except (q.InvalidTask, ValueError, RecursionError) as error:
+                refused.append((held, "failed", str(error)))
+            except Expired:
+                refused.append((held, "expired", "it was not started before its time was over"))
+        if rows:
+            with q.transaction(conn):
+                for held, row, most in rows:
+                    q.insert(conn, held.queue, row)
+                    q.execute(conn, SET_ATTEMPTS, held.queue, most=most, task_id=held.task_id)
+                    held.is_local = True
+            q.wake(self.state)
+            for queue, number in Counter(held.queue for held, *_ in rows).items():
+                say(f"{queue}: {cli.plural(number, 'task')} fetched")
+        for held, outcome, error in refused:
+            self.end_job(held, outcome, error=error)
 
-    def pause(
-        self, conn: q.Connection, queue: str, seconds: float | None, reason: str | None
-    ) -> None:
-        """Hold the queue back on this machine, as worker.py does; tasks.py resume ends that."""
-        with q.transaction(conn):
-            until = None if seconds is None else time.time() + seconds
-            outcomes.pause(conn, queue, until, reason, by="handler")
-
-    def report(self, task: q.Task, outcome: str | None, error: str | None, took: float) -> None:
-        line = f"{task.queue} {task.task_type} {task.task_id} {outcome or 'lost'} attempt {task.attempts} {took:.2f} s"
-        if outcome is None:
-            error = "its job was given to another machine, or changed on the hub"
-        if outcome == "put back":
-            return self.complain(f"{task.queue} {task.task_type} put back: {error}")
-        say(f"{line}: {error}" if error else line)
-
-    def settle(
-        self, task, verdict: outcomes.Verdict, how: dict, worker_id
-    ) -> tuple[str | None, outcomes.Verdict]:
-        """End or retry a job that this worker holds: (outcome, verdict); None when it holds it no
-        more.
-        """
-        with self.hub.transaction() as hub:
-            row = hub.execute(HOLD_JOB, (task.id, worker_id, task.attempts - 1)).fetchone()
-            return self.carry_out(hub, task, verdict, how, *row) if row else (None, verdict)
-
-    def carry_out(
-        self, hub: Any, task: q.Task, verdict: outcomes.Verdict, how: dict, aborted: bool, now: Any
-    ) -> tuple[str, outcomes.Verdict]:
-        """End or retry a job that is locked: (outcome, the verdict that holds)."""
-        most = task.max_attempts or q.MAX_ATTEMPTS
-        if aborted and verdict.do in ("retry", "put back"):
-            verdict = outcomes.Verdict("cancel", outcomes.in_words(q.CANCELLED))
-        elif verdict.do == "retry" and task.attempts >= most:
-            error = f"{verdict.error} (attempt {task.attempts} of {most})"
-            verdict = outcomes.Verdict("bury", error)
-        if verdict.do in ("retry", "put back"):
-            return self.try_again(hub, task, verdict, now), verdict
-        return self.end_job(hub, task, verdict, how), verdict
-
-    def try_again(self, hub: Any, task: q.Task, verdict: outcomes.Verdict, now: Any) -> str:
-        from datetime import timedelta
-
-        delay = verdict.delay
-        if delay is None:
-            delay = q.backoff_delay(task) if verdict.do == "retry" else 0.0
-        told = dict(
-            retry_at=now + timedelta(seconds=delay),
-            new_priority=None,
-            new_queue_name=None,
-            new_lock=None,
-        )
-        self.hub.run(hub, "retry_job", job_id=task.id, **told)
-        if verdict.do == "put back":
-            hub.execute(UNCOUNT, (task.id,))
-        return "scheduled" if delay or verdict.do == "retry" else "put back"
-
-    def end_job(self, hub: Any, task: q.Task, verdict: outcomes.Verdict, how: dict) -> str:
-        outcome, status = OUTCOMES[verdict.do]
-        self.hub.run(hub, "finish_job", job_id=task.id, status=status, delete_job=False)
-        told = {**q.ENDING, **how, "reply": None, "reply_bytes": None}
-        if self.args.reply and verdict.do == "complete":
-            path = f"{self.state}/logs/{task.run_name}.out"
-            told["reply"], told["reply_bytes"] = outcomes.read_output(path, outcomes.RESULT_BYTES)
+    def row_of(self, held, task_name, args, priority, text, tried, most, ttl) -> tuple[q.Row, int]:
+        """Return the local row of a job, and how many attempts it has left. Raises InvalidTask, Expired."""
+        if ttl is not None and ttl <= 0:
+            raise Expired
+        relay = args.get("relay") if isinstance(args, dict) else None
+        task_id, task_type = f"{held.queue}-{held.job_id}", task_name
+        if isinstance(relay, dict):
+            if text is None:
+                raise q.InvalidTask("its end is known where it came from: retry it there")
+            task_id = str(relay.get("task_id"))
+        else:
+            # Another program deferred it: its arguments are the payload.
+            text = q.to_json(args)
+        blank = dict.fromkeys(q.Task._fields)
         told = {
-            name: clean(value) if isinstance(value, str) else value for name, value in told.items()
+            "queue": held.queue,
+            "id": 0,
+            "task_id": task_id,
+            "task_type": task_type,
+            "text": text,
         }
-        told |= {
-            "error": clean(verdict.error),
-            "outcome": outcome,
-            "job_id": task.id,
-            "attempts": task.attempts,
+        task = q.Task(**{**blank, **told, "enqueued_at": time.time()})
+        if task_type == STAYS:
+            raise q.InvalidTask(f'a task of type "{STAYS}" runs on its own machine alone')
+        source = {"queue": held.queue, "task_id": task_id}
+        # The hub grants no rights, unless this machine trusts it.
+        granted = task.envelope.get("granted") if self.args.trust else {}
+        how = {
+            "priority": priority,
+            "depth": task.depth,
+            "source": source,
+            "granted": granted,
+            "ttl": ttl,
         }
-        if verdict.do == "expire":
-            told["attempts"] = 0
-        hub.execute(END, told)
-        return outcome
+        row = q.new_row(task_type, task.data, held.task_id, **how)
+        return row, max(1, (most or q.MAX_ATTEMPTS) - tried)
 
-    # ---------------------------------------------------------------------------- others' jobs
+    # ------------------------------------------------------------------------------------ returning
+
+    def return_ends(self, conn: q.Connection) -> None:
+        """Tell the hub how local copies ended: the history keeps it until the hub knows."""
+        for held in list(self.held.values()):
+            told = {"queue": held.queue, "task_id": held.task_id}
+            row = conn.execute(FETCHED_END, told).fetchone()
+            if row is None:
+                continue
+            row_id, outcome, attempts, code, result, log, error = row
+            how = dict(attempts=attempts, exit_code=code, result=result, log=log, error=error)
+            if self.args.reply and outcome == "completed":
+                how["reply"], how["reply_bytes"] = self.output_of(held.queue, row_id, result)
+            self.end_job(held, outcome, **how)
+
+    def output_of(self, queue: str, row_id: int, kept: str | None) -> tuple[str, int]:
+        """Return what a handler printed, from its log where that is still there, and its whole size."""
+        runs = logs.runs_of({"queue": queue, "id": row_id})
+        if runs:
+            text, size = outcomes.read_output(f"{runs[-1].path}.out", outcomes.RESULT_BYTES)
+            if size:
+                return text, size
+        return kept or "", len((kept or "").encode())
+
+    def end_job(self, held: Held, outcome: str, **how: Any) -> None:
+        """End a job on the hub, if this machine still has it."""
+        try:
+            is_ours = self.end_on_hub(held, outcome, how)
+        except HubRefused as error:
+            why = f"its end could not be recorded: {error}"
+            is_ours, outcome = self.end_on_hub(held, "failed", {"error": why}), "failed"
+        self.held.pop(held.task_id, None)
+        self.looked = False
+        became = outcome if is_ours else "was given to another machine"
+        error = f": {how['error']}" if how.get("error") else ""
+        say(f"{held.queue} {held.task_id} {became}{error}")
+
+    def end_on_hub(self, held: Held, outcome: str, how: dict) -> bool:
+        with self.hub.transaction() as pg:
+            fence = (held.id, self.machine, held.fetches)
+            if pg.execute(hub.HOLD_JOB, fence).fetchone() is None:
+                return False
+            self.hub.end_job(held.job_id, held.id, outcome, **how)
+            return True
+
+    def end(self) -> None:
+        if self.hub.conn is not None and self.worker_id is not None and not self.stops:
+            try:
+                with self.hub.transaction():
+                    hub.at_once(self.hub.jobs.unregister_worker(self.worker_id))
+            except q.QueueError:
+                pass
+        super().end()
 
     def sweep(self) -> None:
-        """See to the jobs of machines that send no heartbeat. Procrastinate leaves those alone."""
-        reports = []
-        with self.hub.transaction() as hub:
-            abandoned = (self.args.queues, self.args.stalled_after)
-            for *job, aborted, worker_id, now in hub.execute(STALLED, abandoned).fetchall():
-                task, error = (
-                    self.job_as_task(*job),
-                    f"its machine sent no heartbeat (worker {worker_id})",
-                )
-                verdict = outcomes.Verdict("retry", error, 0.0)
-                reports.append((task, *self.carry_out(hub, task, verdict, {}, aborted, now)))
-        for task, outcome, verdict in reports:
-            self.report(task, outcome, verdict.error, 0.0)
-            self.looked = False
+        """Give up the jobs of machines that the hub has not heard for --stalled-after."""
+        self.sweep_at = time.monotonic() + self.args.stalled_after / 2
+        silent = (q.MAX_ATTEMPTS, self.args.queues, self.args.stalled_after)
+        with self.hub.transaction() as pg:
+            for job_id, id, runner, tried, most, aborted, now in pg.execute(
+                hub.ABANDONED, silent
+            ).fetchall():
+                error = f"its machine {runner} was silent for too long"
+                if aborted or tried >= most:
+                    outcome = "cancelled" if aborted else "failed"
+                    self.hub.end_job(
+                        job_id, id, outcome, error=f"{error} (attempt {tried} of {most})"
+                    )
+                else:
+                    self.hub.give_up_job(job_id, id, tried, now)
+                say(f"job {id}: {error}; it is given to another")
+                self.looked = False
         if time.monotonic() >= self.tidy_at:
             self.tidy_at = time.monotonic() + TIDY_SECONDS
-            with self.hub.transaction() as hub:
-                for statement in TIDY:
-                    hub.execute(statement)
-                long = max(3_600.0, 10 * self.args.stalled_after)
-                self.hub.run(hub, "prune_stalled_workers", seconds_since_heartbeat=long)
-
-    def job_as_task(
-        self, id, queue, task_id, name, attempts, owner: str = "", micros: int = 0
-    ) -> q.Task:
-        """A job of which only this is known."""
-        terms = (self.args.max_attempts, self.args.backoff, None, 0, 0)
-        # Half of a microsecond more, so that run_name gets the same number.
-        claimed_at = (micros + 0.5) / 1e6
-        return Job(queue, id, task_id, name, "{}", 0.0, 0, attempts + 1, *terms, owner, claimed_at)
-
-    def adopt(self) -> int:
-        """See to the jobs of this machine's processes that died; how many of their handlers still
-        run.
-        """
-        orphans = 0
-        for noted in self.state.glob("runs/*/hub"):
-            owner = noted.parent.name
-            if owner == self.owner:
-                continue
-            with owners.dead(self.state, owner) as is_dead:
-                left = self.adopt_from(noted) if is_dead else 0
-                if is_dead and not left:
-                    self.forget(noted.parent)
-            orphans += left
-        return orphans
-
-    def adopt_from(self, noted: Path) -> int:
-        """See to the jobs of one dead process; how many of its handlers still run."""
-        try:
-            worker_id = int(noted.read_text())
-        except (OSError, ValueError):
-            return 0
-        with self.hub.transaction() as hub:
-            held = hub.execute(HELD, (worker_id,)).fetchall()
-        left = 0
-        for *job, aborted in held:
-            task, run, goes_on = self.find_run(noted.parent, *job, aborted=aborted)
-            if goes_on:
-                owners.end_orphan(runs.run_file(self.state, task), run, aborted)
-                left += 1
-                continue
-            verdict, how = self.verdict_on(task, run)
-            outcome, verdict = self.settle(task, verdict, how, worker_id)
-            runs.tidy_run(self.state, task)
-            self.report(task, outcome, verdict.error or "its handler ended without its worker", 0.0)
-            self.looked = False
-        if left:
-            # The handlers live, so that their machine does.
-            with self.hub.transaction() as hub:
-                hub.execute(BEAT, (worker_id,))
-        return left
-
-    def find_run(self, directory: Path, *job, aborted: bool) -> tuple[q.Task, dict, bool]:
-        """(the task of a dead process's job, what is on record about its run, whether that goes
-        on).
-        """
-        task = self.job_as_task(*job, directory.name)
-        whose = f"relay.{task.queue}.{task.id}-{task.attempts}-{directory.name}"
-        for path in directory.glob(f"{whose}-*"):
-            micros = path.name.rpartition("-")[2]
-            if micros.isdecimal():
-                task = self.job_as_task(*job, directory.name, int(micros))
-                return task, *owners.look_at_run(self.state, task, aborted)
-        return task, {}, False
-
-    def verdict_on(self, task: q.Task, run: dict) -> tuple[outcomes.Verdict, dict]:
-        """What the record of a run means whose worker died."""
-        code, why = run.get("code"), run.get("why")
-        if code is None and why is None:
-            return outcomes.Verdict("retry", f"its worker died ({task.owner})", 0.0), {}
-        # Nobody saw the end of one that has no code, but it was sent a signal.
-        code = 128 + signal.SIGKILL if code is None else code
-        how = {"exit_code": code, **outcomes.output_of(self.state, task)}
-        return outcomes.judge(code, how, why=why, delay=0.0), how
-
-    def forget(self, directory: Path) -> None:
-        """Remove what a dead process leaves."""
-        shutil.rmtree(directory, ignore_errors=True)
-        (self.state / "workers" / directory.name).unlink(missing_ok=True)
+            with self.hub.transaction() as pg:
+                for statement in hub.TIDY:
+                    pg.execute(statement)
+                hub.at_once(self.hub.jobs.prune_stalled_workers(3_600.0))
 
 
-# What is recorded of a verdict, and the job's status with it.
-OUTCOMES = {
-    "complete": ("completed", "succeeded"),
-    "bury": ("failed", "failed"),
-    "cancel": ("cancelled", "aborted"),
-    "expire": ("expired", "aborted"),
-}
+class Expired(Exception):
+    """The task's time is over."""
 
 
 # ------------------------------------------------------------------------------------ the commands
 
 
 def init(args: argparse.Namespace) -> int:
-    """Prepare the hub. Doing it again changes nothing."""
-    from procrastinate.schema import SchemaManager
+    """Prepare the hub; safe to call twice."""
+    there = Hub(args.url)
+    made = there.prepare()
+    there.close()
+    cli.report(args.json, {"ready": True, "made": made}, "the hub is ready")
+    return 0
 
-    hub = Hub(args.url)
-    hub.open()
-    with hub.transaction() as conn:
-        conn.execute("select pg_advisory_xact_lock(hashtext('relay.py init'))")
-        jobs, _, relays, _, name = conn.execute(CHECK).fetchone()
-        if not jobs:
-            conn.execute(SchemaManager.get_schema())
-        if not relays:
-            conn.execute(HUB_SCHEMA)
-        if not name:
-            conn.execute(NAME_HUB.format(name=os.urandom(4).hex()))
-    hub.close()
-    hub.connect()
-    cli.report(args.json, {"ready": True, "made": not jobs}, "the hub is ready")
+
+def machines(args: argparse.Namespace) -> int:
+    """List the machines, or forget one."""
+    conn, there = q.connect(), Hub(args.url)
+    me = machine_id(conn)
+    if args.forget:
+        return forget(there, args.forget, me, args.json)
+    with there.transaction() as pg:
+        rows = pg.execute(hub.MACHINES).fetchall()
+    names = ("machine", "heard_seconds_ago", "waiting", "results", "running")
+    told = [dict(zip(names, row, strict=True)) | {"is_this": row[0] == me} for row in rows]
+    lines = [
+        f"{each['machine']}  heard {cli.span(each['heard_seconds_ago'])} ago"
+        f"  pushed: {each['waiting']} waiting, {each['results']} results to pull"
+        f"  runs {cli.plural(each['running'], 'job')}{'  (this machine)' if each['is_this'] else ''}"
+        for each in told
+    ]
+    cli.report(args.json, told, "\n".join(lines) or "the hub knows no machine yet")
+    return 0
+
+
+def forget(there: Hub, name: str, me: str, as_json: bool) -> int:
+    """End and delete what a machine pushed, and give the jobs that it has to others."""
+    if name == me:
+        raise cli.Refused(f"{name} is this machine: its tasks end with tasks.py cancel")
+    with there.transaction() as pg:
+        jobs = [job_id for (job_id,) in pg.execute(hub.OPEN_JOBS_OF, (name,)).fetchall()]
+        for job_id in jobs:
+            there.jobs.cancel_job_by_id(job_id, abort=True, connection=pg)
+        given_up = pg.execute(hub.RUN_BY, (name,)).fetchall()
+        for job_id, id, tried in given_up:
+            there.give_up_job(job_id, id, tried)
+        gone = sum(pg.execute(statement, (name,)).rowcount for statement in hub.FORGET)
+    if not gone:
+        raise cli.Refused(f"the hub knows no machine {name}; see: relay.py machines")
+    told = {"machine": name, "ended": len(jobs), "given_up": len(given_up)}
+    text = f"{name} is forgotten: {cli.plural(len(jobs), 'task')} ended, {cli.plural(len(given_up), 'job')} given to others"
+    cli.report(as_json, told, text)
+    return 0
+
+
+def adopt(args: argparse.Namespace) -> int:
+    """Take over what a machine pushed: its tasks are handed over from here, and pull ends them here."""
+    conn, there = q.connect(), Hub(args.url)
+    me = machine_id(conn)
+    if args.name == me:
+        raise cli.Refused(f"{args.name} is this machine")
+    with there.transaction() as pg:
+        rows = pg.execute(hub.TO_ADOPT, (args.name,)).fetchall()
+    if not rows:
+        raise cli.Refused(f"machine {args.name} has nothing on this hub; see: relay.py machines")
+    for queue in {queue for _, queue, *_ in rows}:
+        q.ensure_queue(conn, queue)
+    for id, queue, text, _ in rows:
+        # Killed in between, the next adopt finds the row again.
+        with q.transaction(conn):
+            row = q.execute(conn, IS_ADOPTED, queue, owner=id).fetchone()
+            told = {"data": text, "owner": id, "now": time.time()}
+            row = row or q.execute(conn, ADOPTED, queue, **told).fetchone()
+        if row is None:
+            say(f"{queue}: a task with the id of {id} is here already; its result stays on the hub")
+            continue
+        with there.transaction() as pg:
+            pg.execute(hub.ADOPT, (me, row[0], id, args.name))
+    text = (
+        f"{cli.plural(len(rows), 'task')} of {args.name} adopted: relay.py pull brings the results"
+    )
+    cli.report(args.json, {"machine": args.name, "adopted": len(rows)}, cli.remedies_as_typed(text))
     return 0
 
 
 def status(args: argparse.Namespace) -> int:
-    """Both ends side by side."""
-    conn, hub, trouble = q.connect(), Hub(args.url), None
+    """Show both ends side by side."""
+    conn, there, trouble = q.connect(), Hub(args.url), None
     machine = machine_id(conn)
     here = {}
     for queue in cli.queues_of(conn):
         here[queue] = dict(q.execute(conn, LOCAL_COUNTS, queue).fetchall())
-    there: dict[str, dict] = {}
-    workers = []
+    away: dict[str, dict] = {}
     try:
-        hub.connect()
-        with hub.transaction() as pg:
-            for queue, word, count in pg.execute(HUB_COUNTS):
-                there.setdefault(queue, {})[HUB_WORDS[word]] = count
-            for queue, open_tasks, results in pg.execute(HUB_OF_MACHINE, (machine,)):
-                there.setdefault(queue, {}).update(from_here=open_tasks, results=results)
-            workers = [
-                {"id": id, "seen_seconds_ago": ago, "running": count}
-                for id, ago, count in pg.execute(HUB_WORKERS)
-            ]
+        with there.transaction() as pg:
+            for queue, word, count in pg.execute(hub.COUNTS):
+                away.setdefault(queue, {})[HUB_WORDS[word]] = count
+            for queue, open_tasks, results in pg.execute(hub.OF_MACHINE, (machine,)):
+                away.setdefault(queue, {}).update(from_here=open_tasks, results=results)
     except q.QueueError as error:
         trouble = str(error)
     queues = {
-        name: {"here": here.get(name, {}), "hub": there.get(name, {})}
-        for name in sorted(here.keys() | there.keys())
-        if here.get(name) or there.get(name)
+        name: {"here": here.get(name, {}), "hub": away.get(name, {})}
+        for name in sorted(here.keys() | away.keys())
+        if here.get(name) or away.get(name)
     }
-    told = {"machine": machine, "trouble": trouble, "queues": queues, "workers": workers}
+    told = {"machine": machine, "trouble": trouble, "queues": queues}
     cli.report(args.json, told, "\n".join(in_words(told)))
     return 1 if trouble else 0
 
@@ -1362,97 +972,82 @@ HUB_WORDS = {"todo": "waiting", "doing": "running", "failed": "failed"}
 
 
 def in_words(told: dict) -> Iterator[str]:
-    """What status says to a person."""
+    """Yield the lines of status for a person."""
     yield f"machine {told['machine']}"
-    rows = [
-        (
-            name,
-            *(
-                ", ".join(f"{count} {word}" for word, count in ends[end].items() if count) or "-"
-                for end in ("here", "hub")
-            ),
-        )
-        for name, ends in told["queues"].items()
-    ]
-    wide = [max(len(row[at]) for row in [("queue", "here", ""), *rows]) for at in (0, 1)]
-    for name, here, there in [("queue", "here", "hub"), *rows]:
-        yield f"{name:{wide[0]}}  {here:{wide[1]}}  {there if not told['trouble'] else '?'}".rstrip()
-    for worker in told["workers"]:
-        yield (
-            f"worker {worker['id']}: {cli.plural(worker['running'], 'job')} running,"
-            f" seen {cli.span(worker['seen_seconds_ago'])} ago"
-        )
+    rows = [("queue", "here", "hub")]
+    for name, ends in told["queues"].items():
+        counts = [
+            ", ".join(f"{count} {word}" for word, count in ends[end].items() if count) or "-"
+            for end in ("here", "hub")
+        ]
+        rows.append((name, counts[0], "?" if told["trouble"] else counts[1]))
+    wide = [max(len(row[at]) for row in rows) for at in (0, 1)]
+    for name, here, away in rows:
+        yield f"{name:{wide[0]}}  {here:{wide[1]}}  {away}".rstrip()
     if told["trouble"]:
         yield told["trouble"]
 
 
+# fmt: off
 def make_parser() -> argparse.ArgumentParser:
     parser = cli.make_parser("relay.py", __doc__)
     common = cli.Parser(add_help=False)
-    common.add_argument(
-        "--url",
-        default=os.environ.get("TASK_QUEUE_HUB"),
-        help="of the hub: postgresql://USER@HOST/DATABASE (default: $TASK_QUEUE_HUB)",
-    )
+    common.add_argument("--url", default=os.environ.get("TASK_QUEUE_HUB"),
+        help="of the hub: postgresql://USER@HOST/DATABASE (default: $TASK_QUEUE_HUB)")
     commands = parser.add_subparsers(dest="verb", required=True, metavar="COMMAND")
 
     def add(name: str, what: str) -> argparse.ArgumentParser:
         return commands.add_parser(name, parents=[common], help=what, description=what)
 
-    push, pull = (
-        add("push", "hand the tasks of local queues over"),
-        add("pull", "bring results home"),
-    )
-    work = add("work", "run what was handed over; after --, the command that runs every task type")
-    for one in (push, work):
+    push = add("push", "hand the tasks of local queues over")
+    pull = add("pull", "bring results home")
+    fetch = add("fetch", "take tasks into this machine's own queue")
+    for one in (push, fetch):
         one.add_argument("queues", metavar="QUEUE", nargs="+")
-    for one in (push, pull, work):
-        one.add_argument(
-            "--drain", action="store_true", help="end when there is nothing left to do"
-        )
-    add_run_options(work.add_argument, __file__)
-    work.add_argument(
-        "--reply",
-        action="store_true",
-        help="send what handlers print home, where it becomes tasks in completions",
-    )
-    work.add_argument(
-        "--stalled-after",
-        type=cli.duration,
-        default=STALLED_SECONDS,
-        metavar="DURATION",
-        help="give another machine's jobs up after so long without a heartbeat"
-        " (default %(default)g)",
-    )
-    for one in (add("init", "prepare the hub, once"), add("status", "both ends side by side")):
+    for one in (push, pull, fetch):
+        one.add_argument("--drain", action="store_true", help="end when there is nothing left to do")
+    fetch.add_argument("--at-most", type=count, default=1, metavar="N",
+        help="tasks of each queue at a time on this machine (default 1); slots and pauses count, too")
+    fetch.add_argument("--reply", action="store_true",
+        help="send what handlers print home, where it becomes tasks in completions")
+    fetch.add_argument("--trust", action="store_true",
+        help="keep the fields that grant rights, like permission_mode, of tasks from the hub")
+    fetch.add_argument("--stalled-after", type=cli.duration, default=STALLED_SECONDS, metavar="DURATION",
+        help="give up the jobs of a machine that was silent for so long (default %(default)g)")
+    init, status = add("init", "prepare the hub, once"), add("status", "show both ends side by side")
+    machines = add("machines", "list the machines; machines forget NAME ends what a lost one left")
+    machines.add_argument("forget", nargs="*", metavar="forget NAME")
+    adopt = add("adopt", "take over what a machine pushed: pull brings its results here")
+    adopt.add_argument("name", metavar="NAME")
+    for one in (init, status, machines, adopt):
         one.add_argument("--json", action="store_true", help="for scripts")
     return parser
+# fmt: on
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    argv, command = list(sys.argv[1:] if argv is None else argv), None
-    if "--" in argv:
-        argv, command = argv[: argv.index("--")], argv[argv.index("--") + 1 :]
     parser = make_parser()
     args = parser.parse_args(argv)
-    if command is not None and args.verb != "work":
-        parser.error("only work takes a command after --")
     if not args.url:
         parser.error("which hub? Give --url postgresql://USER@HOST/DATABASE, or set TASK_QUEUE_HUB")
-    # What is refused is not shown: it may have a password in it.
+    # The message does not repeat it: a password may be in it.
     if not re.match(r"postgres(ql)?://|\w+ *=", args.url):
         parser.error("the hub's URL is not of the form postgresql://USER@HOST/DATABASE")
+    if args.verb == "machines":
+        words = args.forget
+        if words and (len(words) != 2 or words[0] != "forget"):
+            parser.error("give machines alone, or machines forget NAME")
+        args.forget = words[1] if words else None
     try:
         args.queues = list(dict.fromkeys(map(q.check_queue_name, getattr(args, "queues", ()))))
         for queue in args.queues:
-            if len(queue) > LONGEST_QUEUE:
+            if len(queue) > hub.LONGEST_QUEUE:
+                most = hub.LONGEST_QUEUE
                 raise ValueError(
-                    f"queue {queue!r}: on the hub, a name has at most {LONGEST_QUEUE} characters"
+                    f"queue {queue!r}: on the hub, a name has at most {most} characters"
                 )
-        if args.verb == "work":
-            check_run_options(args, command, without=["TASK_QUEUE_HUB"])
-            if args.stalled_after < 1:
-                raise ValueError("--stalled-after is at least 1 second")
+        if args.verb == "fetch" and args.stalled_after < 1:
+            raise ValueError("--stalled-after is at least 1 second")
     except ValueError as error:
         parser.error(str(error))
     return args
@@ -1461,8 +1056,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     start_clean()
     args = parse(argv)
-    verbs = {"init": init, "status": status}
-    loops = {"push": Push, "pull": Pull, "work": Work}
+    verbs = {"init": init, "status": status, "machines": machines, "adopt": adopt}
+    loops = {"push": Push, "pull": Pull, "fetch": Fetch}
     if args.verb in verbs:
         return cli.run("relay.py", lambda: verbs[args.verb](args))
     return cli.run("relay.py", lambda: loops[args.verb](args).run())

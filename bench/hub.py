@@ -8,12 +8,13 @@ the times.
 
     bench/hub.py [TASKS] [--trips N]     default 2,000 tasks, 100 trips
 
-push: tasks a second from the local queue to the hub, and jobs a second that Procrastinate defers
-one by one. trip: from before a task is enqueued here until its handler runs there, and from before
+push: tasks a second from the local queue to the hub, and jobs a second that Procrastinate defers in
+batches of the same size. grouped: jobs a second that fetch takes directly after a push of 3,000
+groups. trip: from before a task is enqueued here until its handler runs there, and from before
 a job is deferred until Procrastinate's own worker runs it; medians. The trips of the two alternate.
 
-exit codes: 0; 1 push is slower than half of Procrastinate's rate, or a trip takes more than five of
-its own
+exit codes: 0; 1 push is slower than half of Procrastinate's rate, fetch slower than 100 jobs/s, or a
+trip takes more than five of its own
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(HERE))
-RATE_AT_LEAST, TRIP_AT_MOST = 0.5, 5.0
+RATE_AT_LEAST, TRIP_AT_MOST, GROUPED_AT_LEAST = 0.5, 5.0, 100
+GROUPS = 3_000
 TRIP_SECONDS = 20.0
 OWN = "own"
 QUEUE = "bench"
@@ -78,8 +80,8 @@ def rates(url: str, tasks: int) -> tuple[float, float]:
         # Both have made their connections and compiled their statements before.
         note.defer()
         began = time.monotonic()
-        for _ in range(tasks):
-            note.defer()
+        for _ in range(0, tasks, relay.BATCH):
+            note.batch_defer(*[{}] * relay.BATCH)
         own = tasks / (time.monotonic() - began)
     q.enqueue_tasks("filled", [q.new_row("note", {}) for _ in range(tasks)])
     push = relay.Push(relay.parse(["push", "filled", "--drain"]))
@@ -87,6 +89,29 @@ def rates(url: str, tasks: int) -> tuple[float, float]:
     if push.run() != 0:
         raise SystemExit("push failed")
     return tasks / (time.monotonic() - began), own
+
+
+def grouped(url: str, directory: Path) -> float:
+    """Return the jobs a second that fetch takes, of 3,000 groups that were pushed just before."""
+    import queue_helpers as q
+    import relay
+
+    names = (f"g{number}" for number in range(GROUPS))
+    q.enqueue_tasks("grouped", [q.new_row("note", {}, group=name) for name in names])
+    relay.Push(relay.parse(["push", "grouped", "--drain"])).run()
+    fetch = relay.Fetch(relay.parse(["fetch", "grouped", "--at-most", "1000"]))
+    conn = q.connect(directory / "fetcher")
+    fetch.state, fetch.machine = directory / "fetcher", relay.machine_id(conn)
+    fetch.begin(conn)
+    fetch.hub.connect()
+    fetch.connected()
+    began = time.monotonic()
+    fetch.beat(conn)
+    for _ in range(1000 // relay.BATCH):
+        fetch.fetch(conn)
+    rate = len(fetch.held) / (time.monotonic() - began)
+    fetch.end()
+    return rate
 
 
 def trips(url: str, directory: Path, count: int) -> tuple[float, float]:
@@ -102,7 +127,10 @@ def trips(url: str, directory: Path, count: int) -> tuple[float, float]:
             [sys.executable, relay, "push", QUEUE], env=env, stderr=subprocess.DEVNULL
         ),
         subprocess.Popen(
-            [sys.executable, relay, "work", QUEUE, "--", *handler],
+            [sys.executable, relay, "fetch", QUEUE], env=there, stderr=subprocess.DEVNULL
+        ),
+        subprocess.Popen(
+            [sys.executable, HERE / "worker.py", QUEUE, "--", *handler],
             env=there,
             stderr=subprocess.DEVNULL,
         ),
@@ -166,19 +194,22 @@ def main(argv: list[str] | None = None) -> int:
             [sys.executable, HERE / "relay.py", "init"], check=True, stdout=subprocess.DEVNULL
         )
         pushed, deferred = rates(url, args.tasks)
+        fetched = grouped(url, directory)
         trip, own_trip = trips(url, directory, args.trips)
     finally:
         server.remove()
         shutil.rmtree(directory, ignore_errors=True)
     print(
-        f"push {pushed:,.0f} tasks/s, Procrastinate's own defer {deferred:,.0f} jobs/s: ratio {pushed / deferred:.2f}"
+        f"push {pushed:,.0f} tasks/s, Procrastinate's own batches {deferred:,.0f} jobs/s: ratio {pushed / deferred:.2f}"
         f" (at least {RATE_AT_LEAST:g})"
     )
     print(
         f"enqueue to remote handler {trip * 1000:.1f} ms, its own defer to run {own_trip * 1000:.1f} ms (medians):"
         f" ratio {trip / own_trip:.2f} (at most {TRIP_AT_MOST:g})"
     )
-    return 0 if pushed / deferred >= RATE_AT_LEAST and trip / own_trip <= TRIP_AT_MOST else 1
+    print(f"grouped: {fetched:,.0f} jobs/s fetched (at least {GROUPED_AT_LEAST})")
+    good = pushed / deferred >= RATE_AT_LEAST and trip / own_trip <= TRIP_AT_MOST
+    return 0 if good and fetched >= GROUPED_AT_LEAST else 1
 
 
 if __name__ == "__main__":

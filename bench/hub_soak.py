@@ -41,14 +41,19 @@ PORTION = 20
 # Between two kills, at random between these.
 KILL_SECONDS = (0.1, 1.5)
 HANDLER = """#!/bin/sh
-echo "$TASK_ID" >>"{notes}"
+echo "begin $TASK_ID" >>"{notes}"
 echo "$TASK_ID"
+sleep 0.01
+echo "end $TASK_ID" >>"{notes}"
 """
 QUEUE = "soak"
 
 
 class Soak:
-    """Two machines, a server, and five processes that are started again when they die."""
+    """Three machines and a server: the processes are started again when they die.
+
+    One machine pushes, and has a worker of its own beside that. Two fetch, each with its worker.
+    """
 
     def __init__(self, directory: Path, seed: int, server) -> None:
         from demo_hub import Server
@@ -57,19 +62,23 @@ class Soak:
         self.server = server or Server()
         self.notes = directory / "notes"
         self.notes.touch()
-        self.machines = {name: directory / name for name in ("here", "there")}
+        self.machines = {name: directory / name for name in ("here", "there", "also")}
         handlers = directory / "handlers"
         handlers.mkdir()
         (handlers / "note").write_text(HANDLER.format(notes=self.notes))
         (handlers / "note").chmod(0o755)
-        # A killed one's jobs must come back soon, and never be buried for having died too often.
-        work = ["work", QUEUE, "--reply", "--handlers", str(handlers), "--stalled-after", "3",
-                "--max-attempts", "1000", "--concurrency", "4", "--backoff", "0.1"]  # fmt: skip
+        # No task is buried because its worker died too often.
+        work = ["worker.py", QUEUE, "--handlers", str(handlers), "--max-attempts", "1000",
+                "--concurrency", "4", "--backoff", "0.1"]  # fmt: skip
+        fetch = ["relay.py", "fetch", QUEUE, "--reply", "--at-most", "4", "--stalled-after", "10"]
         self.roles = {
-            "push": ("here", ["push", QUEUE]),
-            "pull": ("here", ["pull"]),
-            "work 1": ("there", work),
-            "work 2": ("there", work),
+            "push": ("here", ["relay.py", "push", QUEUE]),
+            "pull": ("here", ["relay.py", "pull"]),
+            "worker here": ("here", [*work, "--concurrency", "1", "--then", "completions"]),
+            "fetch there": ("there", fetch),
+            "worker there": ("there", work),
+            "fetch also": ("also", fetch),
+            "worker also": ("also", work),
         }
         self.processes: dict[str, subprocess.Popen] = {}
         self.kills: Counter[str] = Counter()
@@ -88,7 +97,7 @@ class Soak:
         machine, args = self.roles[role]
         with open(self.directory / f"{role}.log", "ab") as log:
             self.processes[role] = subprocess.Popen(
-                [sys.executable, HERE / "relay.py", *args],
+                [sys.executable, HERE / args[0], *args[1:]],
                 env=self.env(machine),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -199,27 +208,38 @@ class Soak:
             if not is_so:
                 found.append(what)
 
-        ran = self.notes.read_text().split()
-        expect(f"{tasks - len(set(ran))} tasks never ran", len(set(ran)) == tasks)
-        orders = defaultdict(list)
-        for note in ran:
-            group, _, number = note.partition("-")
-            orders[group].append(int(number))
-        orders.pop("one", None)
-        for group, order in orders.items():
-            # A task that ran again after its worker's death did so before the next one began.
-            expect(f"group {group} ran out of order: {order}", order == sorted(order))
         with psycopg.connect(self.server.url()) as conn:
-            arrived, ids, jobs, open_jobs, open_tasks = conn.execute(
+            jobs = conn.execute(
+                "select args->'relay'->>'id', args->'relay'->>'task_id' from procrastinate_jobs"
+            ).fetchall()
+            arrived, ids, open_jobs, open_tasks = conn.execute(
                 "select (select count(*) from relay_tasks), (select count(distinct id) from relay_tasks),"
-                " (select count(*) from procrastinate_jobs),"
                 " (select count(*) from procrastinate_jobs where status in ('todo', 'doing')),"
                 " (select count(*) from relay_tasks where home_at is null)"
             ).fetchone()
-        expect(
-            f"{arrived} arrived ({ids} ids, {jobs} jobs), not {tasks}",
-            arrived == ids == jobs == tasks,
-        )
+        names = dict(jobs)
+        # A fetched task is called after its handing over, and the number of the fetch.
+        notes = [line.split() for line in self.notes.read_text().splitlines()]
+        notes = [(word, names.get(id.rpartition("-")[0], id)) for word, id in notes]
+        ran = [id for word, id in notes if word == "begin"]
+        expect(f"{tasks - len(set(ran))} tasks never ran", len(set(ran)) == tasks)
+        orders, runs, overlaps = defaultdict(list), {}, []
+        for word, id in notes:
+            group, _, number = id.partition("-")
+            if group == "one":
+                continue
+            if word == "end":
+                runs.pop(group, None)
+                continue
+            if runs.get(group, id) != id:
+                overlaps.append((runs[group], id))
+            runs[group] = id
+            orders[group].append(int(number))
+        expect(f"two of a group ran at a time: {overlaps[:5]}", not overlaps)
+        for group, order in orders.items():
+            # A task that ran again after its worker's death did so before the next one began.
+            expect(f"group {group} ran out of order: {order}", order == sorted(order))
+        expect(f"{arrived} arrived ({ids} ids, {len(jobs)} jobs)", arrived == ids == len(jobs))
         expect(f"{open_jobs} jobs are still open", open_jobs == 0)
         expect(f"{open_tasks} tasks count as not home", open_tasks == 0)
         outcomes = Counter(self.rows(f"select status from task_history where queue = '{QUEUE}'"))
@@ -262,7 +282,7 @@ def main(argv: list[str] | None = None) -> int:
     finally:
         soak.end()
         soak.server.remove()
-    runs = len(soak.notes.read_text().split())
+    runs = soak.notes.read_text().count("begin")
     killed = ", ".join(f"{role} {count}" for role, count in sorted(soak.kills.items()))
     print(
         f"seed {args.seed}: {args.tasks} tasks, {runs} runs, {time.monotonic() - began:.0f} s; killed: {killed}"

@@ -1,9 +1,4 @@
-"""Handlers: which program a task's is, what it is told, where its output goes; started through a
-supervisor.
-
-worker.py runs the tasks of the local queues by it, and relay.py those of another machine: the
-contract is the same.
-"""
+"""Find the handler of a task, start it through a supervisor, and keep what it prints."""
 
 from __future__ import annotations
 
@@ -18,7 +13,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
@@ -280,14 +275,10 @@ def add_run_options(add: Callable, script: str) -> None:
 # fmt: on
 
 
-def check_run_options(
-    args: argparse.Namespace, command: list[str] | None, without: Collection[str] = ()
-) -> None:
-    """Have args.command, resolved, and args.env, the handlers' environment. Raises ValueError.
-
-    `without` names what handlers do not get to see of this process's environment.
-    """
-    args.env = handler_environment(os.environ, without=(*TOLD, *without))
+def check_run_options(args: argparse.Namespace, command: list[str] | None) -> None:
+    """Set args.command, resolved, and args.env, the handlers' environment. Raises ValueError."""
+    # The hub's URL may hold a password.
+    args.env = handler_environment(os.environ, without=(*TOLD, "TASK_QUEUE_HUB"))
     args.command = None if command is None else resolve(command, args.env["PATH"])
     args.concurrency = args.concurrency or len(args.queues)
     if command is None and not args.handlers.is_dir():

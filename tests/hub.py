@@ -88,8 +88,21 @@ class Machine:
     def start(self, *args, **options) -> subprocess.Popen:
         return self.here.start("relay.py", *args, **options)
 
-    def work(self, *args, **options) -> subprocess.Popen:
-        return self.start("work", *args, "--handlers", self.here.handlers, **options)
+    def worker(self, *args, **options) -> subprocess.Popen:
+        """An ordinary worker on this machine's own queue."""
+        return self.here.worker("notifications", "--backoff", 0.01, *args, **options)
+
+    def serve(self, *args, worker: tuple = ()) -> tuple[subprocess.Popen, subprocess.Popen]:
+        """(fetch, worker), which run until they are stopped."""
+        return self.start("fetch", "notifications", *args), self.worker(*worker)
+
+    def run_all(self, *args, worker: tuple = ()) -> subprocess.CompletedProcess:
+        """Fetch and run all that the hub has; return what became of fetch."""
+        running = self.worker(*worker)
+        done = self.relay("fetch", "notifications", "--drain", "--at-most", 4, *args)
+        running.terminate()
+        assert running.wait(20) == 0, running.log.read_text()
+        return done
 
     def word(self, task_id: str) -> str:
         """The task's status, in words."""

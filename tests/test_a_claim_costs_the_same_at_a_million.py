@@ -12,6 +12,10 @@ TERMS = {"max_attempts": 4, "backoff": 1.0, "then_queue": None, "then_hold": 0, 
 FENCE = {"id": 7, "owner": "o", "attempts": 1, "claimed_at": NOW}
 TIMES = {"enqueued_at": "2000", "started_at": "2000", "completed_at": "2000"}
 ENDING = {"outcome": "completed", "exit_code": 0, "result": "", "log": "", "error": None}
+LATER = {
+    **dict.fromkeys(("due_at", "group_id", "expires_at", "delayed_at", "firing")),
+    **{"data": "{}", "status": 1, "priority": 0, "timestamp": 1.0, "task_id": "7"},
+}
 STATEMENTS = {
     "CLAIM": {"owner": "o", "now": NOW, "limit": 1, **TERMS},
     "CLAIM_ROW": {"owner": "o", "now": NOW, "id": 7, "limit": 1, **TERMS},
@@ -23,7 +27,8 @@ STATEMENTS = {
     "ARCHIVE": {**FENCE, **TIMES, **ENDING},
     "REMOVE": {"id": 7},
     "RELEASE": {**FENCE, "now": 0.0, "delay": 1.0, "error": None, "uncounted": 1},
-    "REPLACE": {"data": "{}", "due_at": None, "task_id": "7", "firing": None},
+    "REPLACE": LATER,
+    "RERUN": LATER | {"on_duplicate": "rerun"},
     "OWNERS": {},
     "CLAIMED_BY": {"owner": "o"},
     "CANCEL_REQUESTED": {"owner": "o"},
@@ -32,7 +37,7 @@ STATEMENTS = {
         "queue": "notifications",
         "task_id": "history 7",
         "since": "2000",
-        "now": "2001",
+        "until": "2001",
         "firing": None,
     },
 }

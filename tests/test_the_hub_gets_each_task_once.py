@@ -1,10 +1,12 @@
 import importlib.util
+import json
 import os
 import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, wait_for
+from conftest import ROOT, Installation, wait_for
+from hub import Machine
 
 import queue_helpers as q
 
@@ -13,11 +15,11 @@ pytest_plugins = ["hub"]
 
 def test_a_push_that_was_killed_before_it_noted_what_it_sent_sends_nothing_twice(machines):
     here, _ = machines
-    here.put(*(q.new_row("greet", {}, f"t{number}", group="g") for number in range(5)))
+    here.put(*(q.new_row("greet", {}, f"t{number}") for number in range(5)))
     here.relay("push", "notifications", "--drain")
     # As after a SIGKILL between the hub's commit and this note.
     here.here.sqlite3("update notifications set claimed_at = null where task_id <> 't1'")
-    here.put(q.new_row("greet", {}, "t5", group="g"))
+    here.put(q.new_row("greet", {}, "t5"))
     here.relay("push", "notifications", "--drain")
     jobs = here.hub.rows("select args->'relay'->>'task_id' from procrastinate_jobs order by id")
     assert jobs == [(f"t{number}",) for number in range(6)]
@@ -29,7 +31,7 @@ def test_a_pull_that_was_killed_before_it_told_the_hub_brings_nothing_twice(mach
     there.handler("greet", "#!/bin/sh\necho hello\n")
     here.put(q.new_row("greet", {}, "x"))
     here.relay("push", "notifications", "--drain")
-    there.relay("work", "notifications", "--reply", "--drain", "--handlers", there.here.handlers)
+    there.run_all("--reply")
     here.relay("pull", "--drain")
     here.hub.rows("update relay_tasks set home_at = null, reply = 'again'")
     here.relay("pull", "--drain")
@@ -44,7 +46,7 @@ def test_a_result_of_an_earlier_handing_over_ends_nothing(machines):
     there.handler("greet", "#!/bin/sh\nexit 65\n")
     here.put(q.new_row("greet", {}, "x"))
     here.relay("push", "notifications", "--drain")
-    there.relay("work", "notifications", "--drain", "--handlers", there.here.handlers)
+    there.run_all()
     here.relay("pull", "--drain")
     assert here.here.run("tasks.py", "retry", "x").returncode == 0
     here.relay("push", "notifications", "--drain")
@@ -61,7 +63,7 @@ def test_what_a_backup_brings_back_ends_as_the_hub_says(machines):
     here.relay("push", "notifications", "--drain")
     backup = here.here.directory / "backup"
     assert here.here.run("tasks.py", "backup", backup).returncode == 0
-    there.relay("work", "notifications", "--drain", "--handlers", there.here.handlers)
+    there.run_all()
     here.relay("pull", "--drain")
     assert here.history("x")["result"] == "hello\n"
     assert here.here.run("tasks.py", "restore", backup).returncode == 0
@@ -115,7 +117,7 @@ def test_what_another_hub_has_is_not_ended(machines, other_hub):
     assert "another hub may have them" in said
     assert [here.word(task) for task in ("one", "other")] == ["handed_over"] * 2
     assert here.history("lost")["status"] == "failed"
-    there.relay("work", "notifications", "--drain", "--handlers", there.here.handlers)
+    there.run_all()
     here.relay("pull", "--drain")
     assert here.history("one")["status"] == "completed" and here.word("other") == "handed_over"
 
@@ -136,21 +138,81 @@ def test_what_was_taken_for_one_hub_and_went_to_another_is_not_ended_by_the_firs
     assert other_hub.one("select args->'relay'->>'task_id' from procrastinate_jobs") == "goes"
 
 
-def test_a_hub_without_a_name_ends_nothing_until_init_has_given_it_one(machines):
-    here, _ = machines
-    here.hub.rows("comment on column relay_tasks.id is null")
-    here.put(*(q.new_row("greet", {}, task) for task in ("old", "there")))
+def test_a_hub_that_was_made_anew_gets_again_what_it_lost_and_each_task_ends_once(machines):
+    here, there = machines
+    there.handler("note", '#!/bin/sh\necho "$TASK_ID" >>"$HOME/ran"\n')
+    here.put(*(q.new_row("note", {}, f"t{number}") for number in range(4)))
     here.relay("push", "notifications", "--drain")
-    here.hub.rows("delete from relay_tasks where id = %s",
-                  here.rows("select owner from notifications where task_id = 'old'")[0][0])  # fmt: skip
-    here.relay("pull", "--drain")
+    fetch, _ = there.serve()
+    wait_for(lambda: here.hub.one("select count(*) from relay_tasks where ended_at is not null"))
+    here.hub.rows("drop schema public cascade; create schema public")
     here.relay("init")
-    name = "select col_description('relay_tasks'::regclass, 1)"
-    named = here.hub.one(name)
-    here.relay("init")
-    assert named and here.hub.one(name) == named
-    here.relay("pull", "--drain")
-    assert here.word("old") == "handed_over"
+    here.start("push", "notifications")
+    here.start("pull")
+    for number in range(4):
+        assert here.finished(f"t{number}", 60)["status"] == "completed"
+    assert here.rows("select count(*) from task_history") == [(4,)]
+
+
+def test_a_group_that_two_machines_share_is_not_overtaken_by_a_higher_priority(machines):
+    here, there = machines
+    here.put(q.new_row("greet", {}, "first", group="g", priority=1))
+    here.relay("push", "notifications", "--drain")
+    there.put(q.new_row("greet", {}, "second", group="g", priority=9))
+    there.relay("push", "notifications", "--drain")
+    jobs = here.hub.rows(
+        "select args->'relay'->>'task_id', priority from procrastinate_jobs order by id"
+    )
+    assert jobs == [("first", 1), ("second", 1)]
+
+
+def test_a_local_worker_beside_push_never_runs_two_of_a_group_at_a_time(machines):
+    here, there = machines
+    one_at_a_time = (
+        "#!/bin/sh\nmkdir {lock} || echo overlap >>{log}\nsleep 0.02\nrmdir {lock}\n"
+        "jq -r '.source.task_id // .task_id' >>{log}\n"
+    ).format(lock=here.here.directory / "lock", log=here.here.directory / "ran")
+    for machine in (here, there):
+        machine.handler("note", one_at_a_time)
+    here.put(*(q.new_row("note", {}, f"t{number:02}", group="g") for number in range(16)))
+    here.start("push", "notifications")
+    here.start("pull")
+    here.worker()
+    there.serve()
+    here.finished("t15", 60)
+    assert (here.here.directory / "ran").read_text().split() == [f"t{n:02}" for n in range(16)]
+
+
+def test_a_lost_machine_is_forgotten_or_adopted(machines, tmp_path):
+    here, there = machines
+    there.handler("greet", "#!/bin/sh\necho hello\n")
+    here.put(q.new_row("greet", {}, "done"), q.new_row("greet", {}, "waits", delay=3600))
+    here.relay("push", "notifications", "--drain")
+    there.run_all("--reply")
+    name = here.rows("select id from task_machine")[0][0]
+    # A reinstalled laptop with an empty state takes its results home.
+    (tmp_path / "new").mkdir()
+    laptop = Machine(Installation(tmp_path / "new"), here.hub)
+    told = json.loads(laptop.relay("machines", "--json").stdout)
+    assert [(each["waiting"], each["results"]) for each in told if each["machine"] == name] == [
+        (1, 1)
+    ]
+    laptop.relay("adopt", name)
+    laptop.relay("pull", "--drain")
+    laptop.relay("pull", "--drain")
+    assert laptop.history("done")["result"] == "hello\n"
+    assert laptop.rows("select json_extract(data, '$.data.result') from completions") == [
+        ("hello\n",)
+    ]
+    assert laptop.word("waits") == "handed_over"
+    # The rest of it is ended and deleted, and nobody has to hear of it.
+    me = laptop.rows("select id from task_machine")[0][0]
+    assert laptop.here.run("relay.py", "machines", "forget", me).returncode == 1
+    assert "1 task ended" in there.relay("machines", "forget", me).stdout
+    assert here.hub.rows("select 1 from relay_tasks") == []
+    assert here.hub.rows("select 1 from procrastinate_jobs where status in ('todo', 'doing')") == []
+    done = there.here.run("relay.py", "machines", "forget", me)
+    assert done.returncode == 1 and "knows no machine" in done.stderr
 
 
 def test_a_lost_task_that_somebody_cancelled_ends_as_cancelled(machines):

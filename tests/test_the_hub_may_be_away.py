@@ -52,7 +52,7 @@ def test_an_old_schema_is_named(machines):
     here, _ = machines
     here.hub.rows("comment on table relay_tasks is 'relay 0'")
     assert "use the same version on all machines" in complaint(here)
-    here.hub.rows("comment on table relay_tasks is 'relay 1'")
+    here.relay("init")
     here.hub.rows("drop function procrastinate_fetch_job_v2")
     assert "Procrastinate schema is older" in complaint(
         here
@@ -83,12 +83,12 @@ def test_tasks_wait_while_the_server_is_away_and_go_on_by_themselves(machines):
     processes = [
         here.start("push", "notifications"),
         here.start("pull"),
-        there.work("notifications", "--reply"),
+        *there.serve("--reply"),
     ]
     here.put(q.new_row("greet", {}, "before"))
     here.finished("before", 30)
     here.hub.server.kill()
-    for process in processes:
+    for process in processes[:3]:
         wait_for(
             lambda process=process: "the hub cannot be used" in process.log.read_text(),
             what="the complaint",
@@ -97,7 +97,7 @@ def test_tasks_wait_while_the_server_is_away_and_go_on_by_themselves(machines):
     assert here.rows("select status, attempts, owner from notifications") == [(1, 0, None)]
     here.hub.server.start()
     assert here.finished("meanwhile", 60)["status"] == "completed"
-    for process in processes:
+    for process in processes[:3]:
         assert process.log.read_text().count("the hub cannot be used") == 1, process.log.read_text()
         process.terminate()
         assert process.wait(20) == 0
@@ -125,7 +125,7 @@ raise SystemExit(relay.main(["push", "notifications", "--drain"]))
             "select extract(epoch from scheduled_at - now())::float, extract(epoch from expires_at - now())::float"
             " from procrastinate_jobs j join relay_tasks r on r.job_id = j.id"
         )
-        assert 500 < delay <= 600 and 800 < left <= 900
+        assert 500 < delay <= 600 and 1400 < left <= 1500
         here.hub.rows("delete from procrastinate_jobs")
         here.hub.rows("delete from relay_tasks")
         here.here.sqlite3("delete from notifications")
@@ -137,7 +137,7 @@ def test_a_megabyte_goes_there_and_back(machines):
     text = 'é\0\\u0000\U0001f600"' * 10**5
     here.put(q.new_row("echo", {"text": text}, "big"))
     here.relay("push", "notifications", "--drain")
-    there.relay("work", "notifications", "--reply", "--drain", "--handlers", there.here.handlers)
+    there.run_all("--reply")
     here.relay("pull", "--drain")
     [(data,)] = here.rows("select data from completions")
     assert json.loads(data)["data"]["data"] == {"text": text}
@@ -155,27 +155,64 @@ def test_one_task_that_the_hub_refuses_keeps_no_other_waiting(machines):
     assert here.hub.one("select count(*) from procrastinate_jobs") == 2
 
 
-def test_a_worker_that_has_lost_its_hub_can_be_stopped_and_the_next_one_goes_on(machines):
+def test_a_fetch_that_has_lost_its_hub_can_be_stopped_and_the_next_one_goes_on(machines):
     here, there = machines
     there.handler(
-        "slow",
-        '#!/bin/sh\necho run >>"$HOME/runs"\nif mkdir "$HOME/once"; then exec sleep 60; fi\n',
+        "slow", '#!/bin/sh\necho run >>"$HOME/runs"\nuntil [ -e "$HOME/go" ]; do sleep 0.05; done\n'
     )
     here.put(q.new_row("slow", {}, "x"))
     here.relay("push", "notifications", "--drain")
-    work = there.work("notifications", "--grace", 0.1, "--kill-after", 0.5)
+    fetch, _ = there.serve()
     runs = there.here.directory / "runs"
     wait_for(runs.exists, what="a run")
     here.hub.server.kill()
-    wait_for(lambda: "the hub cannot be used" in work.log.read_text(), what="the complaint")
-    work.terminate()
-    assert work.wait(20) == 0
+    wait_for(lambda: "the hub cannot be used" in fetch.log.read_text(), what="the complaint")
+    fetch.terminate()
+    assert fetch.wait(20) == 0
+    (there.here.directory / "go").touch()
     here.hub.server.start()
-    # What could not be recorded was written down here: the attempt that was stopped does not count.
-    there.relay("work", "notifications", "--drain", "--handlers", there.here.handlers)
+    there.relay("fetch", "notifications", "--drain")
     here.relay("pull", "--drain")
     assert (here.history("x")["status"], here.history("x")["attempts"]) == ("completed", 1)
-    assert runs.read_text() == "run\nrun\n"
+    assert runs.read_text() == "run\n"
+
+
+@pytest.mark.parametrize("command", ["push notifications", "pull", "fetch notifications"])
+def test_a_frozen_server_keeps_no_command_from_ending(machines, command):
+    here, _ = machines
+    process = here.start(*command.split())
+    wait_for(lambda: here.hub.one("select count(*) from relay_machines"), what="a connection")
+    here.put(q.new_row("greet", {}, "x"))
+    here.hub.server.freeze()
+    try:
+        here.put(q.new_row("greet", {}, "y"))
+        process.terminate()
+        assert process.wait(5) == 0
+        # One that is started while the server stands still, too.
+        process = here.start(*command.split())
+        wait_for(lambda: process.log.read_text(), what="its first line")
+        process.terminate()
+        assert process.wait(5) == 0
+    finally:
+        here.hub.server.thaw()
+    here.relay("push", "notifications", "--drain")
+    assert (here.word("x"), here.word("y")) == ("handed_over", "handed_over")
+
+
+def test_a_lock_on_the_hubs_tables_keeps_no_command_from_ending(machines):
+    import psycopg
+
+    here, _ = machines
+    with psycopg.connect(here.hub.url) as conn:
+        conn.execute("lock table relay_tasks, procrastinate_jobs in access exclusive mode")
+        here.put(q.new_row("greet", {}, "x"))
+        for command in ("push notifications", "pull", "fetch notifications"):
+            process = here.start(*command.split())
+            wait_for(lambda process=process: process.log.read_text(), what="its first line")
+            process.terminate()
+            assert process.wait(5) == 0
+    here.relay("push", "notifications", "--drain")
+    assert here.word("x") == "handed_over"
 
 
 @pytest.mark.parametrize("command", ["push notifications", "pull", "status"])
