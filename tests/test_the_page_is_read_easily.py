@@ -31,7 +31,8 @@ def site(installation):
     installation.enqueue("notifications", LONG[:200], payload, "--task-id", LONG)
     installation.sqlite3(
         'insert into notifications (data, status) values (\'{"hook_event_name": "asks_first"}\', 3);'
-        "insert into approvals (data, status, group_id) values ('{\"hook_event_name\": \"comes_after\"}', 4, 'g');"
+        "insert into approvals (data, group_id) values ('{}', 'g');"
+        "insert into approvals (data, group_id) values ('{\"hook_event_name\": \"comes_after\"}', 'g');"
         "insert into approvals (data, status, claimed_at, owner) values "
         "('{\"hook_event_name\": \"runs\"}', 2, (julianday('now') - 2440587.5) * 86400.0 - 90, 'somebody');"
         "insert into task_history (queue, row_id, task_id, task_type, status, data, enqueued_at, error, result, log) "
