@@ -316,7 +316,7 @@ def unit_command(place: Installation, queues: list[str]) -> list[str]:
 def watched(place: Installation, queues: list[str]) -> list[Path]:
     """What changes when a task comes in.
 
-    Python touches wake, the sqlite3 command writes the WAL, a hook without Python fills the spool.
+    Python touches wake, the sqlite3 command writes the WAL, a hook fills the spool and touches wake.
     """
     return [
         place.state / "wake",
