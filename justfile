@@ -53,7 +53,7 @@ _tests python which *args:
     # Those that hold a promise in milliseconds run alone, after all others.
     for phase in "not alone" alone; do
         case $phase in alone) many=0 ;; *) many= ;; esac
-        case $which in core) phase="core and $phase" ;; esac
+        case $which in core) phase="core and not once and $phase" ;; esac
         # An isolated environment starts a Python in a third of the time: what else is installed beside it is not loaded.
         uv run --isolated --no-project ${python:+--python "$python"} {{ test_deps }} \
             python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --timeout 300 -m "$phase" tests "$@" ${many:+-n 0}

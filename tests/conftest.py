@@ -15,69 +15,30 @@ from pathlib import Path
 
 import pytest
 
-# What must hold on every Python, and not only on the one that runs all tests: `just test-core 3.13`.
-# What is SQLite's alone, like migrations, indexes and triggers, is the same on all.
-CORE = """
-test_a_consumer_ends_when_it_is_told_to test_a_duplicate_is_ignored_for_every_writer test_a_killed_worker_loses_nothing
-test_a_late_ack_is_refused test_a_sleeping_consumer_hears_every_commit test_an_orphaned_handler_is_not_run_twice
-test_asyncio_consumers test_counts_are_true_across_processes test_enqueuing_is_light test_no_task_is_claimed_twice
-test_no_writer_starves test_the_queue_classes_keep_their_meaning test_the_spool_loses_nothing
-test_the_write_lock_is_let_go test_an_orphan_can_be_ended
-""".split()
-
-
-# Minutes of a processor each: once, on the Python that runs all tests, is enough.
-LONG = """
-test_by_eight_processes_with_twenty_thousand_tasks_each test_of_four_processes_that_put_the_same_exactly_one_is_told
-test_the_slowest_gets_half_of_what_the_fastest_gets test_a_shell_that_takes_no_turn_gets_in_beside_saturating_writers
-test_an_idle_consumer_uses_no_processor
-""".split()
-
-
-# Files that take longest: they come first, so that nobody waits for them alone at the end.
-LONG_FILES = """
-test_no_task_is_claimed_twice test_the_hub_runs_a_task_of_another_machine test_the_latest_firing_wins
-test_the_plugin_shares_an_installation test_a_hook_never_disturbs test_first_opens_at_once_all_succeed
-test_tasks_end_well_with_closed_streams test_a_day_is_as_printed test_a_claude_run_says_why_it_ended
-""".split()
-
-
-# What holds a promise in milliseconds, and therefore runs while nothing else does: files, and tests
-# of others.
-ALONE = """
-test_a_sleeping_consumer_hears_every_commit test_a_stopped_worker_gives_its_tasks_back
-test_cleanup_never_holds_up_an_enqueue test_tasks_answer_at_once_on_a_big_database
-test_the_slowest_gets_half_of_what_the_fastest_gets test_a_shell_that_takes_no_turn_gets_in_beside_saturating_writers
-test_it_wakes_promptly_and_the_loop_is_not_blocked_meanwhile
-""".split()
+MARKERS = {
+    "core": "must hold on every Python: `just test-core 3.13`",
+    "once": "takes minutes: enough on one Python",
+    "alone": "a promise in milliseconds: runs after all others, while nothing else does",
+    "first": "a file that takes long: runs before the others",
+}
 
 
 def pytest_configure(config) -> None:
-    config.addinivalue_line("markers", "core: the queue itself; it must hold on every Python")
-    config.addinivalue_line("markers", "alone: a promise in milliseconds; nothing else runs then")
+    for marker in MARKERS.items():
+        config.addinivalue_line("markers", ": ".join(marker))
 
 
 def pytest_ignore_collect(collection_path, config) -> bool | None:
-    """Where few are wanted, other files are not even read: each of pytest's processes reads all that are."""
-    wanted = config.option.markexpr.split(" and ")
-    if not collection_path.name.startswith("test_") or not {"core", "alone"} & {*wanted}:
+    """Leave files without a wanted marker unread: each of pytest's processes reads all others."""
+    wanted = {"core", "alone"} & {*config.option.markexpr.split(" and ")}
+    if not collection_path.name.startswith("test_") or not wanted:
         return None
-    stem = collection_path.stem
-    if "core" in wanted and stem not in CORE:
-        return True
-    if "alone" in wanted and stem not in ALONE:
-        text = collection_path.read_text()
-        return not any(name in text for name in ALONE) or None
-    return None
+    text = collection_path.read_text()
+    return not all(f"mark.{marker}" in text for marker in wanted) or None
 
 
 def pytest_collection_modifyitems(items) -> None:
-    for item in items:
-        if item.path.stem in CORE and item.originalname not in LONG:
-            item.add_marker(pytest.mark.core)
-        if item.path.stem in ALONE or item.originalname in ALONE:
-            item.add_marker(pytest.mark.alone)
-    items.sort(key=lambda item: item.path.stem not in LONG_FILES)
+    items.sort(key=lambda item: item.get_closest_marker("first") is None)
 
 
 ROOT = Path(__file__).resolve().parent.parent

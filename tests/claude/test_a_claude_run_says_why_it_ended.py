@@ -1,0 +1,256 @@
+"""With the real Claude Code: a limit, a refused login, a lack of credit and a busy API each end as
+the queue wants it.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+
+import pytest
+from claude_stub.client import ClaudeCode, session_of, words_of
+
+pytestmark = pytest.mark.first
+
+GO_ON = "Go on; what you had done stands."
+
+
+@pytest.fixture
+def claude(tmp_path):
+    made = ClaudeCode(tmp_path)
+    yield made
+    made.close()
+
+
+def told(done) -> dict:
+    """The last line of what the handler printed, which must be the only one."""
+    (line,) = done.stdout.splitlines()
+    return json.loads(line)
+
+
+def test_a_usage_limit_pauses_until_it_resets(claude):
+    claude.answer("limit", seconds=7200)
+    began = time.time()
+    done = claude.task().run(claude.subscription())
+    assert done.returncode == 75, done.stderr
+    assert told(done).keys() == {"pause", "reason"} and "limit" in told(done)["reason"]
+    assert (
+        began + 7200 - 1 <= time.time() + told(done)["pause"]
+        and began + told(done)["pause"] <= time.time() + 7200 + 2
+    )
+    assert "resets at" in done.stderr
+
+
+def test_after_the_limit_the_same_session_goes_on(claude):
+    claude.answer("limit", seconds=3)
+    task = claude.task()
+    limited = task.run(claude.subscription())
+    assert limited.returncode == 75
+    time.sleep(told(limited)["pause"])
+    done = task.run(claude.subscription())
+    assert done.returncode == 0, done.stderr
+    assert {session_of(request) for request in claude.requests()} == {told(done)["session_id"]}
+    assert "Go on; what you had done stands." in words_of(claude.requests()[-1])
+
+
+def test_a_limit_that_does_not_say_when_it_resets_pauses_for_half_an_hour(claude):
+    claude.answer("limit", seconds=7200)
+    done = claude.task().run()
+    assert (done.returncode, told(done)["pause"]) == (75, 1800)
+
+
+def test_a_limit_so_short_that_claude_waits_for_it_is_no_pause(claude):
+    claude.answer("limit", seconds=2, may_retry=True, unified=False)
+    done = claude.task().run()
+    assert done.returncode == 0, done.stderr
+    assert [request["kind"] for request in claude.requests()] == ["limit", "fine"]
+    assert (
+        "no answer from the API (rate_limit, status 429); Claude tries again, 1 of " in done.stderr
+    )
+
+
+@pytest.mark.parametrize("kind, reason", [("auth", "not logged in"), ("credit", "no credit")])
+def test_what_only_a_person_can_mend_pauses_without_end(claude, kind, reason):
+    claude.answer(kind)
+    done = claude.task().run(claude.env | {"CLAUDE_CODE_MAX_RETRIES": "1"})
+    assert done.returncode == 75, done.stderr
+    assert told(done)["pause"] is None and reason in told(done)["reason"]
+    assert len(claude.requests()) <= 2
+    # Once it is mended, the same session goes on.
+    claude.answer("fine")
+    done = claude.task().run()
+    assert done.returncode == 0 and {session_of(request) for request in claude.requests()} == {
+        told(done)["session_id"]
+    }
+
+
+def test_nobody_logged_in_is_the_same(claude):
+    env = {name: value for name, value in claude.env.items() if name != "ANTHROPIC_API_KEY"}
+    done = claude.task().run(env)
+    assert (
+        done.returncode == 75
+        and told(done)["pause"] is None
+        and "not logged in" in told(done)["reason"]
+    )
+    assert claude.requests() == []
+
+
+@pytest.mark.parametrize("kind", ["overload", "broken"])
+def test_a_busy_api_and_a_broken_network_delay_the_task_ever_longer(claude, kind):
+    claude.answer(kind)
+    task, env = claude.task(), claude.env | {"CLAUDE_CODE_MAX_RETRIES": "0"}
+    waits = []
+    for _ in range(3):
+        done = task.run(env)
+        assert done.returncode == 75, done.stderr
+        assert told(done).keys() == {"retry_after"}
+        waits.append(told(done)["retry_after"])
+    assert waits == [30, 60, 120]
+    # Another task has nothing to do with it, and an answer ends the series.
+    other = claude.task()
+    other.envelope["task_id"] = "t-2"
+    assert told(other.run(env))["retry_after"] == 30
+    claude.answer("fine")
+    assert task.run(env).returncode == 0
+    claude.answer(kind)
+    assert told(task.run(env))["retry_after"] == 30
+
+
+@pytest.mark.parametrize(
+    "bound", [{"max_budget_usd": 0.000001}, {"args": ["--max-turns", "1"]}], ids=["budget", "turns"]
+)
+def test_a_spent_bound_is_a_dead_letter_that_tells_cost_and_session(claude, bound):
+    claude.answer("tool", commands=["echo 1", "echo 2", "echo 3"])
+    done = claude.task(permission_mode="bypassPermissions", **bound).run()
+    assert done.returncode == 65 and "used up" in done.stderr.splitlines()[-1]
+    (session,) = claude.sessions()
+    result = told(done)
+    assert result["session_id"] == session.stem and result["cost_usd"] > 0
+    assert "used up" in result["summary"] and "Reached maximum" in result["result"]
+
+
+def test_a_401_that_passes_pauses_nothing(claude):
+    claude.answer("auth", first=1)
+    done = claude.task().run()
+    assert done.returncode == 0, done.stderr
+    assert "authentication_failed, status 401" in done.stderr
+    assert [request["kind"] for request in claude.requests()] == ["auth", "fine"]
+
+
+# Claude Code shortens a conversation that is longer than that before it goes on.
+COMPACTING = {"CLAUDE_CODE_AUTO_COMPACT_WINDOW": "100000", "CLAUDE_CODE_MAX_RETRIES": "0"}
+
+
+def compacts(claude, kind: str) -> dict:
+    claude.answer(
+        "tool", commands=["echo 1", "echo 2"], tokens=199_500, compacting=kind, seconds=7200
+    )
+    return {"model": "claude-sonnet-4-5", "permission_mode": "bypassPermissions"}
+
+
+@pytest.mark.parametrize("login", ["subscription", "key"])
+def test_a_limit_during_compaction_pauses_the_queue(claude, login):
+    task, began = claude.task(**compacts(claude, "limit")), time.time()
+    env = claude.subscription() if login == "subscription" else claude.env
+    done = task.run(env | COMPACTING)
+    assert done.returncode == 75, done.stderr
+    seconds = 7200 if login == "subscription" else 1800
+    assert seconds - 1 <= told(done)["pause"] - began + time.time() <= seconds + 60
+    # The conversation is in the session.
+    claude.answer("fine")
+    assert told(task.run(env))["session_id"] == session_of(claude.requests()[0])
+
+
+@pytest.mark.parametrize("kind", ["overload", "broken"])
+def test_a_busy_api_during_compaction_delays_the_task(claude, kind):
+    done = claude.task(**compacts(claude, kind)).run(claude.env | COMPACTING)
+    assert done.returncode == 75, done.stderr
+    assert told(done) == {"retry_after": 30}
+
+
+@pytest.mark.parametrize("kind, reason", [("auth", "not logged in"), ("credit", "no credit")])
+def test_so_does_a_refused_account_pause_the_queue(claude, kind, reason):
+    done = claude.task(**compacts(claude, kind)).run(claude.env | COMPACTING)
+    assert done.returncode == 75, done.stderr
+    assert told(done)["pause"] is None and reason in told(done)["reason"]
+
+
+def test_a_conversation_that_no_compaction_makes_short_enough_is_a_dead_letter(claude):
+    done = claude.task(**compacts(claude, "too_long")).run(claude.env | COMPACTING)
+    assert done.returncode == 65 and "too long" in done.stderr.splitlines()[-1], done.stderr
+
+
+@pytest.mark.parametrize(
+    "kind, reason",
+    [
+        ("too_long", "the prompt is too long: Prompt is too long"),
+        ("no_model", "no such model: There's an issue with the selected model"),
+        ("refusal", "Claude refuses it: API Error: "),
+    ],
+)
+def test_what_no_retry_helps_is_a_dead_letter_at_once_with_the_reason(claude, kind, reason):
+    claude.answer(kind)
+    done = claude.task().run()
+    assert done.returncode == 65, done.stderr
+    assert done.stderr.splitlines()[-1].startswith(reason)
+    assert told(done)["summary"].startswith(reason)
+
+
+def test_an_answer_that_breaks_off_at_a_tool_is_a_failed_attempt(claude):
+    claude.answer("nothing")
+    done = claude.task().run()
+    assert done.returncode == 1 and "could not be parsed" in done.stderr.splitlines()[-1]
+
+
+class TestDenied:
+    """Claude Code says `success` where it was not allowed to do the work."""
+
+    COMMANDS = ["git push", "rm README.md"]
+
+    def test_it_is_a_dead_letter_that_says_what_and_which_option_allows_it(self, claude):
+        claude.answer("tool", commands=self.COMMANDS, text="I could not push.")
+        done = claude.task().run()
+        assert done.returncode == 65, done.stderr
+        error = done.stderr.splitlines()[-1]
+        assert "Claude was denied: Bash git push, Bash rm README.md" in error
+        assert '"allowed_tools": ["Bash(git push)", "Bash(rm README.md)"]' in error
+        result = told(done)
+        assert result["summary"].startswith("Claude was denied: Bash git push")
+        assert result["result"] == "I could not push." and result["session_id"]
+
+    def test_what_it_names_does_allow_it(self, claude):
+        (claude.workspace / "README.md").write_text("words")
+        claude.answer("tool", commands=["rm README.md"], text="Removed.")
+        task = claude.task()
+        task.envelope["data"] |= told(task.run())["to_allow"]
+        claude.answer("tool", commands=["true", "rm README.md"], text="Removed.")
+        done = task.run()
+        assert done.returncode == 0, done.stderr
+        assert not (claude.workspace / "README.md").exists()
+        assert GO_ON in words_of(claude.requests()[-1])
+
+    def test_an_edit_wants_acceptEdits_and_has_it(self, claude):
+        edit = {"file_path": str(claude.workspace / "a.md"), "content": "words"}
+        claude.answer("tool", commands=[{"name": "Write", "input": edit}])
+        task = claude.task()
+        done = task.run()
+        assert done.returncode == 65, done.stderr
+        assert "Claude was denied: Write a.md; " in done.stderr
+        assert done.stderr.rstrip().endswith('to allow it: "permission_mode": "acceptEdits"')
+        task.envelope["data"]["permission_mode"] = "acceptEdits"
+        claude.answer("tool", commands=[None, {"name": "Write", "input": edit}])
+        assert task.run().returncode == 0
+        assert (claude.workspace / "a.md").read_text() == "words"
+
+    def test_who_accepts_it_has_a_completed_task_that_names_it(self, claude):
+        claude.answer("tool", commands=["git push"], text="All but the push.")
+        done = claude.task(on_denied="accept").run()
+        assert done.returncode == 0, done.stderr
+        assert told(done)["summary"] == "(Claude was denied: Bash git push) All but the push."
+
+
+def test_any_other_end_is_a_failed_attempt_that_says_what_claude_said(claude):
+    done = claude.task(args=["--no-such-option"]).run()
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "unknown option '--no-such-option'" in done.stderr.splitlines()[-1]
+    assert claude.requests() == []

@@ -1,0 +1,332 @@
+"""Whatever is killed or stopped: a handler is held to its timeout, can be cancelled, and is not run
+beside itself.
+"""
+
+import json
+import os
+import shutil
+import signal
+import time
+
+import pytest
+from conftest import wait_for
+from processes import children, group_lives, lines, lives, stays_true
+
+pytestmark = pytest.mark.core
+
+SLEEPER = """#!/bin/sh
+echo "$$" >>"$HOME/runs"
+sleep 300 &
+wait
+"""
+DEAF = """#!/bin/sh
+trap '' TERM
+echo "$$" >>"$HOME/runs"
+while :; do sleep 0.02; done
+"""
+WAIT = """#!/bin/sh
+echo "$$" >>"$HOME/runs"
+until [ -e "$HOME/go" ]; do sleep 0.02; done
+"""
+
+
+@pytest.fixture
+def orphan(installation):
+    """orphan(options…): a handler whose worker and supervisor were killed; its task's id and its
+    group.
+    """
+    groups = []
+
+    def make(*options, handler=SLEEPER, supervisor=True):
+        installation.handler("it", handler)
+        task = installation.enqueue("notifications", "it")
+        worker = installation.worker("notifications", "--max-attempts", 1, *options)
+        (group,) = map(int, wait_for(lambda: lines(installation.directory / "runs")))
+        wait_for(
+            lambda: any(
+                '"group"' in path.read_text() for path in (installation.state / "runs").glob("*/*")
+            ),
+            what="the record",
+        )
+        groups.append(group)
+        supervisors = children(worker.pid)
+        worker.kill()
+        worker.wait()
+        if supervisor:
+            for pid in supervisors:
+                os.kill(pid, signal.SIGKILL)
+            wait_for(lambda: not any(map(lives, supervisors)))
+        return task, group
+
+    yield make
+    for group in groups:
+        if group_lives(group):
+            os.killpg(group, signal.SIGKILL)
+
+
+@pytest.mark.parametrize("handler", [SLEEPER, DEAF])
+def test_without_a_supervisor_it_is_timed_out(installation, orphan, handler):
+    task, group = orphan("--timeout", 2, "--kill-after", 0.5, handler=handler)
+    installation.worker("notifications")
+    assert lives(group)
+    done = installation.finished(task)
+    assert done["status"] == "failed" and done["error"].startswith("timed out after 2 s"), done
+    assert not group_lives(group) and len(lines(installation.directory / "runs")) == 1
+
+
+@pytest.mark.parametrize("handler", [SLEEPER, DEAF])
+def test_without_a_supervisor_it_is_cancelled(installation, orphan, handler):
+    task, group = orphan("--kill-after", 0.5, handler=handler)
+    installation.worker("notifications")
+    installation.sqlite3("update notifications set cancel_requested = 1")
+    assert installation.finished(task)["status"] == "cancelled"
+    assert not group_lives(group)
+
+
+def test_without_a_timeout_it_is_left_alone(installation, orphan):
+    task, group = orphan()
+    installation.worker("notifications")
+    assert stays_true(
+        lambda: lives(group) and installation.rows("select status from notifications") == [(2,)], 2
+    )
+
+
+def test_a_group_is_signalled_only_while_its_leader_is_the_recorded_one(installation, orphan):
+    """The number of a process is used again; its start tells it from a later one."""
+    task, group = orphan("--timeout", 0.2, "--kill-after", 0.1)
+    (record,) = (installation.state / "runs").glob("*/*")
+    text = record.read_text()
+    record.write_text(text.replace('"started": "', '"started": "1'))
+    installation.worker("notifications")
+    assert stays_true(lambda: lives(group), 3), "another process's group was ended"
+    record.write_text(text)
+    assert installation.finished(task)["error"].startswith("timed out")
+
+
+@pytest.mark.parametrize("written", ["the start is on record", "not yet"])
+def test_the_supervisor_was_stopped_when_its_worker_died(installation, written):
+    """Recovery has it go on, so the end is known."""
+    installation.handler("it", "#!/bin/sh\nkill -STOP $PPID\n" + WAIT.removeprefix("#!/bin/sh\n"))
+    task = installation.enqueue("notifications", "it")
+    worker = installation.worker("notifications")
+    (group,) = map(int, wait_for(lambda: lines(installation.directory / "runs")))
+    (supervisor,) = children(worker.pid)
+    worker.kill()
+    worker.wait()
+    os.kill(supervisor, signal.SIGSTOP)
+    if written == "not yet":
+        # The handler may stop it as soon as there is a handler.
+        (record,) = (installation.state / "runs").glob("*/*")
+        first = record.read_text().split("\n")[0]
+        assert '"supervisor"' in first and '"group"' not in first
+        record.write_text(first + "\n")
+    (installation.directory / "go").touch()
+    installation.worker("notifications")
+    done = installation.finished(task)
+    assert (done["status"], done["attempts"], done["exit_code"]) == ("completed", 1, 0)
+    wait_for(lambda: not lives(supervisor), 5, "the supervisor's end")
+
+
+def test_a_handler_that_stops_its_parent_is_timed_out(installation):
+    installation.handler("it", "#!/bin/sh\nkill -STOP $PPID\nexec sleep 300\n")
+    installation.handler("fine", "#!/bin/sh\n")
+    task = installation.enqueue("notifications", "it")
+    worker = installation.worker("notifications", "--timeout", 1, "--max-attempts", 1)
+    assert installation.finished(task)["error"].startswith("timed out after 1 s")
+    assert (
+        installation.finished(installation.enqueue("notifications", "fine"))["status"]
+        == "completed"
+    )
+    assert worker.poll() is None
+
+
+def test_a_handler_that_stops_its_parent_holds_up_neither_others_nor_the_end(installation):
+    installation.handler(
+        "it", '#!/bin/sh\nkill -STOP $PPID\ntouch "$HOME/stopped"\nexec sleep 300\n'
+    )
+    installation.handler("fine", "#!/bin/sh\n")
+    installation.enqueue("notifications", "it", "--task-id", "stops")
+    worker = installation.worker("notifications", "--concurrency", 2)
+    wait_for((installation.directory / "stopped").exists)
+    assert (
+        installation.finished(installation.enqueue("notifications", "fine"))["status"]
+        == "completed"
+    )
+    worker.terminate()
+    assert stays_true(lambda: worker.poll() is None, 0.3)
+    worker.terminate()
+    assert worker.wait(5) == 0
+    assert installation.rows("select task_id, status, attempts from notifications") == [
+        ("stops", 1, 0)
+    ]
+
+
+def test_a_supervisor_that_does_not_answer_is_killed(installation, monkeypatch):
+    """As when a debugger holds it, and it does not go on when it is told to. The worker then starts
+    afresh.
+    """
+    from taskqueue import supervisor as queue_supervisor
+
+    monkeypatch.setattr(queue_supervisor, "ANSWERS_OWED", 1)
+    supervisor = queue_supervisor.SupervisorProcess(dict(os.environ))
+    os.kill(supervisor.pid, signal.SIGSTOP)
+    supervisor.ask()
+    assert supervisor.hear() == [] and lives(supervisor.pid)
+    supervisor.ask()
+    supervisor.changed(os.waitpid(supervisor.pid, 0)[1])
+    with pytest.raises(EOFError):
+        supervisor.hear()
+    supervisor.leave(wait=True)
+
+
+def test_one_that_answers_is_not(installation):
+    from taskqueue import supervisor as queue_supervisor
+
+    supervisor = queue_supervisor.SupervisorProcess(dict(os.environ))
+    for _ in range(3 * queue_supervisor.ANSWERS_OWED):
+        supervisor.ask()
+        wait_for(lambda: supervisor.hear() == [] and supervisor.unanswered == 0, what="an answer")
+    supervisor.leave(wait=True)
+
+
+@pytest.mark.parametrize("removed", ["logs/notifications", "logs", "runs"])
+@pytest.mark.parametrize(
+    "supervisor", [True, False], ids=["it was killed as well", "the worker alone was killed"]
+)
+def test_a_run_is_seen_though_a_directory_of_the_state_was_removed(
+    installation, orphan, removed, supervisor
+):
+    task, group = orphan(handler=WAIT, supervisor=supervisor)
+    shutil.rmtree(installation.state / removed)
+    installation.worker("notifications", "--max-attempts", 2)
+    assert stays_true(
+        lambda: lives(group) and len(lines(installation.directory / "runs")) == 1, 2
+    ), "it ran beside itself"
+    (installation.directory / "go").touch()
+    wait_for(
+        lambda: not installation.rows("select 1 from notifications"), what="the end of the task"
+    )
+
+
+@pytest.mark.parametrize("cancelled", [True, False])
+def test_a_daemon_that_holds_the_output_after_nobody_saw_the_handlers_end(
+    installation, orphan, cancelled
+):
+    """It may be a part of the handler that still works, so the task waits for it; a person may
+    decide otherwise.
+    """
+    handler = SLEEPER.replace("sleep 300 &\nwait", 'sleep 300 &\necho $! >"$HOME/daemon"\nwait')
+    task, group = orphan(handler=handler)
+    daemon = int((installation.directory / "daemon").read_text())
+    os.kill(group, signal.SIGKILL)
+    installation.worker("notifications")
+    assert stays_true(lambda: installation.rows("select status from notifications") == [(2,)], 1)
+    if cancelled:
+        installation.sqlite3("update notifications set cancel_requested = 1")
+        assert installation.finished(task)["status"] == "cancelled" and lives(daemon)
+        os.kill(daemon, signal.SIGKILL)
+    else:
+        os.kill(daemon, signal.SIGKILL)
+        assert "its worker died" in installation.finished(task)["error"]
+
+
+def test_what_is_on_record_stays_small(installation):
+    installation.handler("fine", "#!/bin/sh\n")
+    installation.handler("it", WAIT)
+    installation.enqueue("notifications", "it")
+    installation.worker("notifications", "--concurrency", 2)
+    wait_for(lambda: lines(installation.directory / "runs"))
+    for _ in range(5):
+        installation.enqueue("notifications", "fine", "--jsonl", input='{"n": 1}\n' * 20)
+        wait_for(
+            lambda: not installation.rows("select 1 from notifications where task_type = 'fine'")
+        )
+        # A worker that is never idle: the one long run keeps its record, the others have none.
+        wait_for(
+            lambda: len(list((installation.state / "runs").glob("*/*"))) == 1,
+            what="the removal of the records",
+        )
+    (installation.directory / "go").touch()
+
+
+def test_taking_many_tasks_back_lets_others_write_in_between(installation, queue, monkeypatch):
+    from taskqueue import recovery as queue_owners
+
+    installation.enqueue("notifications", "any", "--jsonl", input='{"n": 1}\n' * 500)
+    with queue.transaction(conn := queue.connect()):
+        queue.claim(conn, "notifications", "1-dead", limit=500)
+    sizes, transaction = [], queue.transaction
+
+    def counted(conn, **options):
+        sizes.append(0)
+        return transaction(conn, **options)
+
+    recover_task = queue_owners._recover_task
+
+    def count(*args):
+        sizes[-1] += 1
+        return recover_task(*args)
+
+    monkeypatch.setattr(queue, "transaction", counted)
+    monkeypatch.setattr(queue_owners, "_recover_task", count)
+    assert len(queue.recover()[0]) == 500
+    assert sum(sizes) == 500 and max(sizes) <= queue_owners.RECOVER_AT_ONCE
+
+
+@pytest.mark.parametrize(
+    "owner",
+    [
+        "null",
+        "''",
+        "'.'",
+        "'..'",
+        "'../..'",
+        "'/'",
+        "'../workers'",
+        "x'00'",
+        "cast(x'3100' as text)",
+        "17",
+    ],
+)
+def test_an_owner_of_any_name_costs_no_file(installation, queue, owner):
+    installation.enqueue("notifications", "any", "--delay", 0)
+    installation.sqlite3(f"update notifications set status = 2, owner = {owner}")
+    (installation.state / "kept").touch()
+    ((task, outcome, _),) = queue.recover()[0]
+    assert (
+        outcome == "scheduled"
+        and (installation.state / "kept").exists()
+        and installation.db.exists()
+    )
+    assert time.time() - task.enqueued_at < 60
+
+
+def test_doctor_and_a_dry_run_say_what_recovery_does(installation, orphan):
+    """A lock alone does not tell whether a run goes on: what is on record comes first."""
+    daemon = '#!/bin/sh\necho "$$" >>"$HOME/runs"\nsleep 300 2>/dev/null &\nuntil [ -e "$HOME/go" ]; do sleep 0.02; done\n'
+    task, group = orphan(handler=daemon, supervisor=False)
+
+    def told() -> tuple[int, int, bool]:
+        dry = json.loads(installation.run("cleanup.py", "--dry-run", "--json").stdout)
+        doctor = installation.run("tasks.py", "doctor", "--json").stdout
+        return dry["recovered"], dry["orphans"], "which has died" in doctor
+
+    assert told() == (0, 1, False)
+    (installation.directory / "go").touch()
+    wait_for(
+        lambda: any('"code"' in path.read_text() for path in installation.state.glob("runs/*/*"))
+    )
+    # The daemon holds the output's lock, and the end is on record.
+    assert group_lives(group) and told() == (1, 0, True)
+    assert installation.run("cleanup.py").returncode == 0
+    assert installation.history(task)["status"] == "completed"
+
+
+def test_of_an_owner_that_cannot_be_looked_at_nobody_says_that_it_is_dead(installation):
+    from taskqueue import recovery as queue_owners
+
+    assert queue_owners.is_dead(installation.state, "of nobody")
+    workers = installation.state / "workers"
+    workers.mkdir(parents=True)
+    (workers / "loop").symlink_to("loop")
+    assert not queue_owners.is_dead(installation.state, "loop")
