@@ -268,6 +268,8 @@ class Watch(threading.Thread):
                 elif not self.listening:
                     self._look_until_quiet()
                     self._listen()
+                    # A hook's file that came before is no commit, and nobody heard its wake byte.
+                    self.notify()
                     owed = self._log_written() != self._written
                     look_again(self._heard, self._look_while_listening, owed)
                 elif self._heard.wait(
