@@ -21,13 +21,13 @@ import sqlite3
 import stat
 import subprocess
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import NamedTuple
 
 import queue_helpers as q
-from taskqueue import cli, serving
+from taskqueue import cli, environment, serving
 from taskqueue import installation as queue_installation
 from taskqueue import recovery as owners
 from taskqueue.cli import command, sh, span
@@ -134,6 +134,7 @@ def doctor(max_wait: float, as_json: bool) -> int:
         "tasks": lambda: check_tasks(state, place.handlers, max_wait),
         "spool": lambda: check_spool(state),
         "handlers": lambda: check_handlers(place.handlers),
+        "environment": lambda: check_environment(place.prefix),
         "hook": lambda: check_hook(place),
         "plugin": check_plugin,
         "file events": check_inotify,
@@ -908,6 +909,32 @@ def check_plugin() -> Iterator[Finding]:
         )
 
 
+def check_environment(prefix: Path | None) -> Iterator[Finding]:
+    """Whether a worker that nobody starts by hand can start, and has this terminal's account."""
+    if prefix is None:
+        return
+    file = prefix / "environment"
+    try:
+        environ = environment.of_worker(file)
+    except environment.Unfit as error:
+        yield problem(f"no worker starts: {error}", "mend that line")
+        return
+    uv, worker = environment.find_uv(environ), prefix / "runtime/lib/worker.py"
+    # Whether uv's cache still has what install put in.
+    command = [uv or "uv", "run", "-qq", "--offline", "--no-config", "--script", str(worker)]
+    if not runs([*command, "--version"], environ):
+        yield problem(
+            "without a network no worker starts: uv, or what uv's cache had for it, is gone",
+            "just install",
+        )
+    differing = environment.differences(file, os.environ)
+    if differing:
+        yield note(
+            f"workers that hooks start and this terminal differ in {', '.join(differing)}",
+            f"edit {file}",
+        )
+
+
 def check_hook(place: Place) -> Iterator[Finding]:
     settings = (
         Path(os.environ.get("CLAUDE_CONFIG_DIR") or Path.home() / ".claude") / "settings.json"
@@ -1032,11 +1059,17 @@ def check_interpreters(place: Place) -> Iterator[Finding]:
         yield problem(f"{hook} finds no enqueue.py: tasks go to the spool", "just install")
 
 
-def runs(command: list[str]) -> bool:
+def runs(command: list[str], environ: Mapping[str, str] | None = None) -> bool:
     try:
         return (
             subprocess.run(
-                command, check=False, stdin=subprocess.DEVNULL, capture_output=True, timeout=10
+                command,
+                check=False,
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                timeout=10,
+                env=environ,
+                cwd="/",
             ).returncode
             == 0
         )

@@ -160,7 +160,7 @@ def start_with_packages(argv: list[str]) -> None:
     uv = environment.find_uv(os.environ)
     if uv and importlib.util.find_spec("watchdog") is None:
         try:
-            os.execv(uv, [uv, "run", "-qq", "--no-config", "--script", SCRIPT, *argv])
+            os.execv(uv, [uv, "run", "-q", "--no-config", "--script", SCRIPT, *argv])
         except OSError as error:
             raise q.QueueError(f"{uv} cannot be started: {error.strerror}") from None
 

@@ -111,7 +111,7 @@ def interpreter(lib: Path) -> list[str]:
     recorded = json.loads(record.read_bytes()) if record.is_file() else {}
     python, uv = recorded.get("python") or "", recorded.get("uv") or ""
     if not os.access(python, os.X_OK) and os.access(uv, os.X_OK):
-        return [uv, "run", "-qq", "--no-config", "--script"]
+        return [uv, "run", "-q", "--no-config", "--script"]
     return [python if os.access(python, os.X_OK) else environment.own_python(), "-E", "-s"]
 
 

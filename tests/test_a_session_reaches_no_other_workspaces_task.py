@@ -1,0 +1,151 @@
+"""A worker that a hook started in workspace A runs a task of workspace B: its handler sees nothing of A."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, wait_for
+from plugin import UV_CACHE
+
+HANDLER = '#!/bin/sh\nenv >"$HOME/told.new"; pwd >>"$HOME/told.new"; mv "$HOME/told.new" "$HOME/told-$TASK_ID"\n'
+STOP = b'{"session_id": "s1", "hook_event_name": "Stop"}'
+
+
+@pytest.fixture
+def home(tmp_path_factory):
+    home = tmp_path_factory.mktemp("homes") / "home"
+    home.mkdir()
+    env = {"HOME": str(home), "PATH": os.environ["PATH"], "UV_CACHE_DIR": UV_CACHE}
+    ran = subprocess.run(
+        [sys.executable, ROOT / "install.py", "install", "--no-warm", "--hook", "yes"],
+        stdin=subprocess.DEVNULL,
+        env=env,
+        capture_output=True,
+        text=True,
+    )
+    assert ran.returncode == 0, ran.stderr
+    file = home / ".claude/automation/lychee/environment"
+    file.write_text(f"{file.read_text()}UV_OFFLINE=1\n")
+    handler = home / ".claude/automation/lychee/handlers/told"
+    handler.write_text(HANDLER)
+    handler.chmod(0o755)
+    return home
+
+
+@pytest.fixture
+def workspace(tmp_path):
+    """Workspace A, with programs, modules and an interpreter that note that they were run."""
+    made = tmp_path / "A"
+    (made / "bin").mkdir(parents=True)
+    (made / ".venv/bin").mkdir(parents=True)
+    note = f"#!/bin/sh\ntouch '{tmp_path}/run'\n"
+    for name in ("bin/sh", "bin/uv", "bin/env", "bin/python3", "bin/mv", ".venv/bin/python"):
+        (made / name).write_text(note)
+        (made / name).chmod(0o755)
+    (made / "rc").write_text(f"touch '{tmp_path}/run'\n")
+    (made / "sitecustomize.py").write_text(f"open({str(tmp_path / 'run')!r}, 'w')\n")
+    return made
+
+
+HOSTILE = {
+    "PATH through /proc": {"PATH": "/proc/self/cwd/bin:/usr/bin:/bin"},
+    "PATH of the workspace": {"PATH": "{A}/bin:/usr/bin:/bin"},
+    "HOME through /proc": {"HOME": "/proc/self/cwd"},
+    "HOME is a link into it": {"HOME": "{link}"},
+    "uv's places": {"UV_CACHE_DIR": "{A}/c", "UV_PYTHON": "{A}/bin/python3", "UV": "{A}/bin/uv",
+                    "UV_INDEX_URL": "http://127.0.0.1:9/{A}", "VIRTUAL_ENV": "{A}/.venv"},
+    "accounts": {"AWS_CONFIG_FILE": "{A}/aws", "AWS_PROFILE": "of A", "SSH_AUTH_SOCK": "{A}/agent",
+                 "ANTHROPIC_BASE_URL": "http://127.0.0.1:9/{A}", "ANTHROPIC_API_KEY": "of A",
+                 "CLAUDE_CODE_SHELL_PREFIX": "./evil.sh of A", "CLAUDE_CONFIG_DIR": "{A}/.claude",
+                 "CLAUDE_CODE_OAUTH_TOKEN": "of A"},
+    "proxies": {"HTTPS_PROXY": "http://127.0.0.1:9/{A}", "http_proxy": "http://127.0.0.1:9/{A}",
+                "SSL_CERT_FILE": "{A}/ca", "NODE_EXTRA_CA_CERTS": "{A}/ca", "NODE_OPTIONS": "{A}"},
+    "loaders": {"LD_LIBRARY_PATH": "{A}/bin", "BASH_ENV": "{A}/rc", "ENV": "{A}/rc",
+                "PYTHONPATH": "{A}", "PYTHONHOME": "{A}", "PYTHONSTARTUP": "{A}/rc"},
+    "places": {"XDG_CONFIG_HOME": "{A}", "XDG_RUNTIME_DIR": "{A}", "TMPDIR": "{A}", "GIT_DIR": "{A}",
+               "DBUS_SESSION_BUS_ADDRESS": "unix:path={A}/bus", "TASK_QUEUE_STATE": "{A}/state"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("session", HOSTILE.values(), ids=HOSTILE)
+def test_nothing_of_the_session_is_seen(home, workspace, tmp_path, session):
+    (tmp_path / "link").symlink_to(workspace)
+    (tmp_path / "B").mkdir()
+    state = home / ".claude/automation/lychee/state"
+    told = [value.format(A=workspace, link=tmp_path / "link") for value in session.values()]
+    env = {"HOME": str(home), "PATH": "/usr/bin:/bin", **dict(zip(session, told, strict=True))}
+    hook = ["/bin/sh", home / ".claude/automation/lychee/runtime/hook"]
+    words = ["notifications", "told", "--start-worker"]
+    (tmp_path / "run").unlink(missing_ok=True)
+    ran = subprocess.run(
+        [*hook, *words], input=STOP, env=env, cwd=workspace, capture_output=True, text=False
+    )
+    assert (ran.returncode, ran.stdout) == (0, b""), ran.stderr
+    data = json.dumps({"workspace_path": str(tmp_path / "B")})
+    subprocess.run(
+        [
+            sys.executable,
+            ROOT / "enqueue.py",
+            "notifications",
+            "told",
+            data,
+            "--task-id",
+            tmp_path.name,
+        ],
+        env={"HOME": str(home), "TASK_QUEUE_STATE": str(state)},
+        check=True,
+        capture_output=True,
+    )
+    found = home / f"told-{tmp_path.name}"
+    try:
+        seen = wait_for(lambda: found.exists() and found.read_text(), 60, "the handler of B")
+    finally:
+        end_worker(state)
+    assert not (tmp_path / "run").exists()
+    assert str(workspace) not in seen and "of A" not in seen and "127.0.0.1:9" not in seen
+    assert seen.splitlines()[-1] == str(tmp_path / "B") and f"HOME={home}" in seen
+
+
+def end_worker(state: Path) -> None:
+    """End the worker that the hook started: it outlives the test otherwise."""
+    log = state / "logs/worker.notifications.log"
+    for line in log.read_text().splitlines():
+        if " serves " in line:
+            pid = int(line.partition("worker ")[2].partition("-")[0])
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except ProcessLookupError:
+                pass
+
+
+def doctor(home, **env):
+    lib = home / ".claude/automation/lychee/runtime/lib"
+    ran = subprocess.run(
+        [sys.executable, lib / "doctor.py", "--json"],
+        env={"HOME": str(home), "PATH": os.environ["PATH"], **env},
+        capture_output=True,
+        text=True,
+    )
+    return [f for f in json.loads(ran.stdout)["findings"] if f["check"] == "environment"]
+
+
+def test_doctor_says_where_a_workers_environment_will_not_do(home):
+    file = home / ".claude/automation/lychee/environment"
+    kept = file.read_text()
+    try:
+        assert doctor(home) == []
+        [differing] = doctor(home, ANTHROPIC_API_KEY="sk-secret")
+        assert differing["level"] == "note" and "ANTHROPIC_API_KEY" in differing["message"]
+        assert "sk-secret" not in json.dumps(differing)
+        file.write_text(kept.replace(UV_CACHE, str(home / "gone")))
+        [gone] = doctor(home)
+        assert gone["level"] == "problem" and "no worker starts" in gone["message"]
+        file.write_text("export A=b\n")
+        [unfit] = doctor(home)
+        assert unfit["level"] == "problem" and "line 1 is not NAME=value" in unfit["message"]
+    finally:
+        file.write_text(kept)
