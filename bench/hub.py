@@ -74,14 +74,15 @@ def rates(url: str, tasks: int) -> tuple[float, float]:
     """(tasks a second that are pushed, jobs a second that are deferred)."""
     import queue_helpers as q
     import relay
+    from taskqueue import outbox
 
     app, note = app_on(url, sync=True)
     with app.open():
         # Both have made their connections and compiled their statements before.
         note.defer()
         began = time.monotonic()
-        for _ in range(0, tasks, relay.BATCH):
-            note.batch_defer(*[{}] * relay.BATCH)
+        for _ in range(0, tasks, outbox.BATCH):
+            note.batch_defer(*[{}] * outbox.BATCH)
         own = tasks / (time.monotonic() - began)
     q.enqueue_tasks("filled", [q.new_row("note", {}) for _ in range(tasks)])
     push = relay.Push(relay.parse(["push", "filled", "--drain"]))
@@ -95,6 +96,7 @@ def grouped(url: str, directory: Path) -> float:
     """Return the jobs a second that fetch takes, of 3,000 groups that were pushed just before."""
     import queue_helpers as q
     import relay
+    from taskqueue import outbox
 
     names = (f"g{number}" for number in range(GROUPS))
     q.enqueue_tasks("grouped", [q.new_row("note", {}, group=name) for name in names])
@@ -107,7 +109,7 @@ def grouped(url: str, directory: Path) -> float:
     fetch.connected()
     began = time.monotonic()
     fetch.beat(conn)
-    for _ in range(1000 // relay.BATCH):
+    for _ in range(1000 // outbox.BATCH):
         fetch.fetch(conn)
     rate = len(fetch.held) / (time.monotonic() - began)
     fetch.end()

@@ -6,11 +6,11 @@ import sys
 
 import pytest
 from conftest import ROOT, Installation, wait_for
-from hub import Machine
+from machines import Machine
 
 import queue_helpers as q
 
-pytest_plugins = ["hub"]
+pytest_plugins = ["machines"]
 
 
 def test_a_push_that_was_killed_before_it_noted_what_it_sent_sends_nothing_twice(machines):

@@ -11,7 +11,7 @@ from conftest import ROOT, wait_for
 
 import queue_helpers as q
 
-pytest_plugins = ["hub"]
+pytest_plugins = ["machines"]
 
 
 def complaint(here, url: str | None = None) -> str:

@@ -10,7 +10,7 @@ import queue_helpers as q
 
 pytestmark = pytest.mark.first
 
-pytest_plugins = ["hub"]
+pytest_plugins = ["machines"]
 
 # A handler that says what it was told.
 ECHO = "#!/bin/sh\ncat\necho noted >&2\n"
