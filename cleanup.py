@@ -38,11 +38,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import queue_helpers as q
-from taskqueue import cli
+from taskqueue import cli, database
 from taskqueue import recovery as owners
-from taskqueue.cli import EX_FAILED, plural, size
+from taskqueue.cli import EX_FAILED
+from taskqueue.remedies import command, remedies_as_typed
 from taskqueue.report import DIRECTORIES, IS_NEWS, make_is_told
-from taskqueue.text import visible
+from taskqueue.text import plural, size, visible
 
 # So many rows are looked up, and so many pages given back, before others get their turn.
 BATCH_ROWS, BATCH_PAGES = 250, 64
@@ -151,7 +152,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             # With --every each is said when it begins, not every time.
             for complaint in complaints:
                 if complaint not in told:
-                    cli.complain(code, "cleanup.py", cli.remedies_as_typed(complaint))
+                    cli.complain(code, "cleanup.py", remedies_as_typed(complaint))
             told = complaints
             if args.every is None:
                 return 128 + stop.signal if stop.is_set() else code
@@ -273,7 +274,9 @@ def count(conn: q.Connection, limits: dict[str, str], report: Report) -> None:
     report.spooled = sum(1 for _ in spool_files(conn.state))
     report.recovered, report.orphans = count_dead_claims(conn)
     now = time.time()
-    expiring = (q.execute(conn, COUNT_EXPIRING, queue, now=now) for queue in cli.queues_of(conn))
+    expiring = (
+        q.execute(conn, COUNT_EXPIRING, queue, now=now) for queue in database.queues_of(conn)
+    )
     report.expired = sum(found.fetchone()[0] for found in expiring)
     report.pruned |= dict(conn.execute(COUNT_EXPIRED, limits).fetchall())
 
@@ -293,7 +296,7 @@ def left_undone(report: Report, what: object) -> Iterator[None]:
         where = getattr(error, "filename", None) or what
         report.left_undone.append(
             f"{os.fsdecode(where) if isinstance(where, bytes) else where}: {why}; see: "
-            f"{cli.command('doctor')}"
+            f"{command('doctor')}"
         )
 
 
@@ -318,9 +321,9 @@ def expire(conn: q.Connection, stop: Stop, report: Report) -> None:
     """End the waiting tasks whose time is over; a claim does the same in the queues that are
     served.
     """
-    for queue in cli.queues_of(conn):
+    for queue in database.queues_of(conn):
         while q.execute(conn, COUNT_EXPIRING, queue, now=time.time()).fetchone()[0]:
-            if stop.wait(cli.PAUSE_SECONDS):
+            if stop.wait(database.PAUSE_SECONDS):
                 return
             with q.transaction(conn):
                 ended = q.expire(conn, queue, time.time())
@@ -345,7 +348,7 @@ def prune(conn: q.Connection, limits: dict[str, str], stop: Stop, report: Report
             rows = conn.execute(EXPIRED, told).fetchall()
             if not rows:
                 break
-            done = sum(1 for _ in cli.in_steps(conn, until(stop, rows), delete, HOLD_SECONDS))
+            done = sum(1 for _ in database.in_steps(conn, until(stop, rows), delete, HOLD_SECONDS))
             write_back(conn)
             advance(done)
             since = rows[done - 1][1] if done else since
@@ -375,7 +378,7 @@ def give_back(conn: q.Connection, stop: Stop) -> None:
                 # Python takes one step of it, whatever the number.
                 conn.execute("pragma incremental_vacuum(1)")
         write_back(conn)
-        stop.wait(cli.PAUSE_SECONDS)
+        stop.wait(database.PAUSE_SECONDS)
 
 
 def checkpoint(conn: q.Connection) -> None:
@@ -407,7 +410,7 @@ def kinds(
     """The table of what is pruned beside the history."""
     limits = limits if dry_run else {name: "" for name in limits}
     run_is_over = runs_that_are_over(conn, limits)
-    held = {task.owner for _, task in cli.claims(conn)}
+    held = {task.owner for _, task in database.claims(conn)}
     # relay.py sees to the jobs of its dead ones: their handlers may still run.
     held |= {hub.parent.name for hub in (conn.state / "runs").glob("*/hub")}
     workers = conn.state / "workers"
@@ -480,8 +483,8 @@ def is_quiet(path: Path) -> bool:
 def runs_that_are_over(conn: q.Connection, limits: dict[str, str]) -> Callable[[Path], bool]:
     """Whether a file is of a run whose task is neither in its queue nor in the history."""
     # One snapshot: a task on its way from queue to history is in exactly one of them.
-    with cli.snapshot(conn):
-        queues = cli.queues_of(conn)
+    with database.snapshot(conn):
+        queues = database.queues_of(conn)
         last = {queue: q.execute(conn, LAST_ID, queue).fetchone()[0] for queue in queues}
         kept = {
             queue: {row_id for (row_id,) in q.execute(conn, UNFINISHED, queue)} for queue in queues
@@ -514,14 +517,14 @@ def close_to_others(state: Path, report: Report) -> None:
 
 
 def spool_files(state: Path) -> Iterator[Path]:
-    for path in cli.spool_directory(state).glob("*/*"):
+    for path in (state / "spool").glob("*/*"):
         if not path.name.startswith(".") and path.is_file():
             yield path
 
 
 def count_dead_claims(conn: q.Connection) -> tuple[int, int]:
     """(tasks of dead owners that can be taken back, those whose handlers still run)."""
-    dead = [task for _, task in cli.claims(conn) if owners.is_dead(conn.state, task.owner)]
+    dead = [task for _, task in database.claims(conn) if owners.is_dead(conn.state, task.owner)]
     orphans = sum(owners.look_at_run(conn.state, task)[1] for task in dead)
     return len(dead) - orphans, orphans
 
@@ -531,7 +534,7 @@ def size_of(state: Path, *suffixes: str) -> int:
     sizes = 0
     for suffix in suffixes:
         try:
-            sizes += os.stat(f"{cli.database_file(state)}{suffix}").st_size
+            sizes += os.stat(f"{database.database_file(state)}{suffix}").st_size
         except OSError:
             # The log comes and goes.
             pass

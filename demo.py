@@ -30,7 +30,7 @@ import uuid
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from taskqueue import cli
+from taskqueue import cli, installation
 
 HERE = Path(__file__).resolve().parent
 # Each step may take so long.
@@ -92,7 +92,7 @@ class Demo:
         self.log = directory / "worker.log"
         self.worker: subprocess.Popen | None = None
         self.children: list[subprocess.Popen] = []
-        self.uv = cli.find_uv()
+        self.uv = installation.find_uv()
         # Whatever this was started from may have set these.
         names = ("TASK_", "LYCHEE_", "CLAUDE", "ANTHROPIC_")
         self.environment = {

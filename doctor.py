@@ -27,16 +27,16 @@ from pathlib import Path
 from typing import NamedTuple
 
 import queue_helpers as q
-from taskqueue import cli, environment, serving
+from taskqueue import cli, database, environment, serving
 from taskqueue import installation as queue_installation
 from taskqueue import recovery as owners
-from taskqueue.cli import command, sh, span
 from taskqueue.handlers import fault_of
 from taskqueue.outcome import NO_HANDLER as NO_HANDLER_BEGINS
 from taskqueue.outcome import Control
+from taskqueue.remedies import command
 from taskqueue.settings import hooks_in, our_hooks
 from taskqueue.spool import is_utf8, why_set_aside
-from taskqueue.text import visible
+from taskqueue.text import pause_in_words, plural, sh, span, visible
 
 MAX_WAIT_SECONDS = 600.0
 # So many firings and files that are no tasks are named one by one.
@@ -170,7 +170,7 @@ def say(findings: list[tuple[str, Finding]], state: Path, as_json: bool) -> None
         if finding.remedy:
             lines.append(f"         -> {visible(finding.remedy)}")
     total = ", ".join(
-        cli.plural(number, noun) if number else f"no {noun}s"
+        plural(number, noun) if number else f"no {noun}s"
         for number, noun in ((problems, "problem"), (notes, "note"))
     )
     lines.append(f"{total} ({state})")
@@ -390,9 +390,7 @@ def files_of(state: Path) -> Iterator[tuple[Path, os.stat_result]]:
 
 def count_of(found: list) -> str:
     return (
-        cli.plural(len(found), "file")
-        if len(found) < MOST_FILES
-        else f"at least {MOST_FILES:,} files"
+        plural(len(found), "file") if len(found) < MOST_FILES else f"at least {MOST_FILES:,} files"
     )
 
 
@@ -509,8 +507,8 @@ def check_database(state: Path) -> Iterator[Finding]:
             f"put a backup in its place: {command('restore')} FILE (it keeps {db.name} beside it)",
         )
         return
-    was_in_use = cli.is_in_use(cli.database_file(state))
-    with closing(cli.open_to_read(state / "tasks.db")) as conn:
+    was_in_use = database.is_in_use(database.database_file(state))
+    with closing(database.open_to_read(state / "tasks.db")) as conn:
         try:
             version = conn.execute("pragma user_version").fetchone()[0]
             tables = {
@@ -553,12 +551,12 @@ def check_database(state: Path) -> Iterator[Finding]:
             )
         found = quick_check(conn, db)
     # A worker may have started between the two looks; then the first one saw only a part.
-    is_in_use = cli.is_in_use(cli.database_file(state))
+    is_in_use = database.is_in_use(database.database_file(state))
     if found.level == "problem" and head and is_in_use and not was_in_use:
-        with closing(cli.open_to_read(state / "tasks.db")) as conn:
+        with closing(database.open_to_read(state / "tasks.db")) as conn:
             found = quick_check(conn, db)
     yield found
-    wal = Path(f"{cli.database_file(state)}-wal")
+    wal = Path(f"{database.database_file(state)}-wal")
     found = status_of(wal)
     if found is not None and found.st_size > LONG_WAL_BYTES:
         size = found.st_size >> 20
@@ -597,11 +595,12 @@ def quick_check(conn: sqlite3.Connection, db: Path) -> Finding:
 def check_tasks(state: Path, handlers: Path, max_wait: float) -> Iterator[Finding]:
     if not (state / "tasks.db").exists():
         return
-    with closing(cli.open_to_read(state / "tasks.db")) as conn:
+    with closing(database.open_to_read(state / "tasks.db")) as conn:
         if conn.execute("pragma user_version").fetchone()[0] != q.SCHEMA_VERSION:
             return
-        queues = cli.queues_of(conn)
-        served, controls = cli.served(state, queues), q.controls(conn)
+        queues = database.queues_of(conn)
+        served = [queue for queue in queues if serving.is_served(state, queue)]
+        controls = q.controls(conn)
         for queue in queues:
             runner = serving.runner_of(conn, state, queue)
             yield from check_waiting(conn, queue, max_wait, runner, controls.get(queue))
@@ -674,13 +673,13 @@ def check_waiting(
         )
     if waiting and control and control.paused:
         yield note(
-            f"{how_long}; the queue is {cli.pause_in_words(control)}",
+            f"{how_long}; the queue is {pause_in_words(control)}",
             f"to let it go on now: {command('resume')} {queue}",
         )
     elif waiting and now - since > max_wait and control and control.slots and has_worker:
         yield problem(
             f"{how_long}, although a worker serves it: its tasks have "
-            f"{cli.plural(control.slots, 'slot')}",
+            f"{plural(control.slots, 'slot')}",
             f"see what runs: {command('list')} --queue {queue} --status running; more at a time: "
             f"{command('limit')} {queue} --slots N",
         )
@@ -741,7 +740,7 @@ def check_claims(conn: sqlite3.Connection, state: Path) -> Iterator[Finding]:
     """Claims of dead owners that no running worker will recover; a handler that still runs keeps
     its task."""
     dead: dict[tuple[str, str], list[q.Task]] = {}
-    for queue, task in cli.claims(conn):
+    for queue, task in database.claims(conn):
         if owners.is_dead(state, task.owner) and not owners.look_at_run(state, task)[1]:
             dead.setdefault((queue, task.owner or q.NOBODY), []).append(task)
     for (queue, owner), tasks in sorted(dead.items()):
@@ -769,11 +768,11 @@ def moment(seconds: float) -> str:
 
 
 def check_spool(state: Path) -> Iterator[Finding]:
-    if not cli.spool_directory(state).is_dir():
+    if not (state / "spool").is_dir():
         yield ok("empty")
         return
     faults, spooled = [], 0
-    with os.scandir(cli.spool_directory(state)) as entries:
+    with os.scandir(state / "spool") as entries:
         directories = sorted(
             Path(entry.path) for entry in entries if entry.is_dir(follow_symlinks=False)
         )

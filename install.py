@@ -35,13 +35,12 @@ from pathlib import Path
 # A dry run writes nothing, compiled modules included.
 sys.dont_write_bytecode |= "--dry-run" in sys.argv
 
-from taskqueue import cli, environment, service  # noqa: E402
+from taskqueue import cli, environment, installation, service  # noqa: E402
 from taskqueue import settings as queue_settings  # noqa: E402
 from taskqueue.installation import (  # noqa: E402
     Installation,
     Trouble,
     WrongUse,
-    answer_for,
     begun,
     digest,
     digest_there,
@@ -49,7 +48,6 @@ from taskqueue.installation import (  # noqa: E402
     only_one,
     write_file,
 )
-from taskqueue.installation import complain as complain_of  # noqa: E402
 
 # Long enough for one script's packages to be downloaded.
 WARM_SECONDS = 600.0
@@ -110,7 +108,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
     # What is made on the way is its owner's alone, whatever umask the session has.
     os.umask(0o077)
-    return answer_for("install.py", lambda: run(args))
+    return cli.answer_for("install.py", lambda: run(args))
 
 
 def run(args: argparse.Namespace) -> int:
@@ -127,7 +125,7 @@ def run(args: argparse.Namespace) -> int:
         return command(Installation(args.prefix), args)
 
 
-complain = partial(complain_of, "install.py")
+complain = partial(cli.complain, cli.EX_FAILED, "install.py")
 
 
 # ------------------------------------------------------------------------------------------ install
@@ -137,7 +135,7 @@ def install(place: Installation, args: argparse.Namespace) -> int:
     needed = [HERE / "queue_helpers.py", HERE / "enqueue.py", template("hook.sh")]
     if not all(path.is_file() for path in needed):
         raise Trouble(f"{HERE} lacks queue_helpers.py, enqueue.py or hook.sh: use a whole checkout")
-    uv, python = cli.find_uv(), find_python()
+    uv, python = installation.find_uv(), find_python()
     place.record.update(state=str(place.state), uv=uv, python=python)
     files = plan(place)
     for path, _, _, action in files:
@@ -420,7 +418,7 @@ def find_python() -> str | None:
         if (
             python
             and os.access(python, os.X_OK)
-            and cli.works_alone([os.path.abspath(python), "-I", "-c", fit])
+            and installation.works_alone([os.path.abspath(python), "-I", "-c", fit])
         ):
             return os.path.abspath(python)
     return None

@@ -37,12 +37,14 @@ import time
 from collections.abc import Iterator, Sequence
 
 import queue_helpers as q
-from taskqueue import cli, hub
+from taskqueue import cli, database, hub
 from taskqueue.handlers import count, say, start_clean
 from taskqueue.hub import Hub
 from taskqueue.inbox import Fetch
 from taskqueue.outbox import Pull, Push
 from taskqueue.relay import machine_id
+from taskqueue.remedies import remedies_as_typed
+from taskqueue.text import plural, span
 
 # Seconds without a heartbeat after which another machine's jobs count as abandoned.
 STALLED_SECONDS = 60.0
@@ -75,9 +77,9 @@ def machines(args: argparse.Namespace) -> int:
     names = ("machine", "heard_seconds_ago", "waiting", "results", "running")
     told = [dict(zip(names, row, strict=True)) | {"is_this": row[0] == me} for row in rows]
     lines = [
-        f"{each['machine']}  heard {cli.span(each['heard_seconds_ago'])} ago"
+        f"{each['machine']}  heard {span(each['heard_seconds_ago'])} ago"
         f"  pushed: {each['waiting']} waiting, {each['results']} results to pull"
-        f"  runs {cli.plural(each['running'], 'job')}{'  (this machine)' if each['is_this'] else ''}"
+        f"  runs {plural(each['running'], 'job')}{'  (this machine)' if each['is_this'] else ''}"
         for each in told
     ]
     cli.report(args.json, told, "\n".join(lines) or "the hub knows no machine yet")
@@ -99,7 +101,7 @@ def forget(there: Hub, name: str, me: str, as_json: bool) -> int:
     if not gone:
         raise cli.Refused(f"the hub knows no machine {name}; see: relay.py machines")
     told = {"machine": name, "ended": len(jobs), "given_up": len(given_up)}
-    text = f"{name} is forgotten: {cli.plural(len(jobs), 'task')} ended, {cli.plural(len(given_up), 'job')} given to others"
+    text = f"{name} is forgotten: {plural(len(jobs), 'task')} ended, {plural(len(given_up), 'job')} given to others"
     cli.report(as_json, told, text)
     return 0
 
@@ -127,10 +129,8 @@ def adopt(args: argparse.Namespace) -> int:
             continue
         with there.transaction() as pg:
             pg.execute(hub.ADOPT, (me, row[0], id, args.name))
-    text = (
-        f"{cli.plural(len(rows), 'task')} of {args.name} adopted: relay.py pull brings the results"
-    )
-    cli.report(args.json, {"machine": args.name, "adopted": len(rows)}, cli.remedies_as_typed(text))
+    text = f"{plural(len(rows), 'task')} of {args.name} adopted: relay.py pull brings the results"
+    cli.report(args.json, {"machine": args.name, "adopted": len(rows)}, remedies_as_typed(text))
     return 0
 
 
@@ -139,7 +139,7 @@ def status(args: argparse.Namespace) -> int:
     conn, there, trouble = q.connect(), Hub(args.url), None
     machine = machine_id(conn)
     here = {}
-    for queue in cli.queues_of(conn):
+    for queue in database.queues_of(conn):
         here[queue] = dict(q.execute(conn, LOCAL_COUNTS, queue).fetchall())
     away: dict[str, dict] = {}
     try:

@@ -37,11 +37,11 @@ from pathlib import Path
 from typing import Any
 
 import queue_helpers as q
-from taskqueue import backup, cli, jsonlines, render, serving, spool
-from taskqueue import logs as queue_logs
+from taskqueue import backup, cli, database, jsonlines, service, serving, spool
 from taskqueue import outcome as queue_outcome
-from taskqueue import stats as numbers_of
-from taskqueue.cli import EX_FAILED, EX_TEMPFAIL, EX_USAGE, LIVE, STATUSES, Refused
+from taskqueue import show as show_
+from taskqueue.cli import EX_FAILED, EX_TEMPFAIL, EX_USAGE, Refused
+from taskqueue.database import LIVE, STATUSES
 from taskqueue.find import (
     FINISHED_ROW,
     LIVE_ROW,
@@ -49,6 +49,7 @@ from taskqueue.find import (
     Wanted,
     find,
     find_tasks,
+    gather,
     history_ids,
     live_id,
     newest_of,
@@ -56,7 +57,8 @@ from taskqueue.find import (
     remember,
     source_of,
 )
-from taskqueue.text import visible
+from taskqueue.remedies import as_typed, command
+from taskqueue.text import pause_in_words, plural, seconds_of, short, span, visible, visible_lines
 
 # How many rows list shows where there is no screen to fill.
 ROWS = 50
@@ -73,8 +75,8 @@ NOT_HERE = {"in_progress", "handed_over"}
 # Words that people use for a status.
 SAME = {"waiting": "pending", "running": "in_progress", "done": "completed"}
 SORTS: dict[str, Callable[[dict], Any]] = {
-    "newest": lambda row: -(cli.seconds_of(row["completed_at"] or row["enqueued_at"]) or 0.0),
-    "oldest": lambda row: cli.seconds_of(row["completed_at"] or row["enqueued_at"]) or 0.0,
+    "newest": lambda row: -(seconds_of(row["completed_at"] or row["enqueued_at"]) or 0.0),
+    "oldest": lambda row: seconds_of(row["completed_at"] or row["enqueued_at"]) or 0.0,
     "queue": lambda row: row["queue"],
     "type": lambda row: row["task_type"],
     "tries": lambda row: -row["attempts"],
@@ -310,7 +312,7 @@ def fault_in(args: argparse.Namespace) -> str:
     if args.run is move and args.ids and args.task_type:
         return "--type goes with --from and no ID"
     if args.run is purge and "in_progress" in (args.statuses or ()):
-        return f"a running task is not purged: {cli.command('cancel ID')}"
+        return f"a running task is not purged: {command('cancel ID')}"
     return ""
 
 
@@ -325,9 +327,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         return service.main(argv[1:])
     if argv[:1] == ["dashboard"]:
-        return cli.complain(
-            EX_USAGE, "tasks.py dashboard", f"{cli.command('page --open')} replaced it"
-        )
+        return cli.complain(EX_USAGE, "tasks.py dashboard", f"{command('page --open')} replaced it")
     args = vars(parse(argv))
     run, name = args.pop("run"), args.pop("command")
 
@@ -346,7 +346,7 @@ def take_in(as_json: bool) -> int:
     if as_json:
         cli.put_json({"taken_in": taken, "complaints": complaints})
     else:
-        print(f"{cli.plural(taken, 'task')} taken in")
+        print(f"{plural(taken, 'task')} taken in")
     for complaint in () if as_json else complaints:
         cli.complain(EX_FAILED, "tasks.py take-in", complaint)
     return EX_FAILED if complaints else 0
@@ -359,14 +359,14 @@ def stats(watch: bool, interval: float, as_json: bool) -> int:
     """Show how many tasks of each queue and type wait, run, and ended in the last hour and day, and
     how long they took.
     """
-    conn = cli.open_queue()
+    conn = database.open_queue()
     if watch:
         return watch_stats(interval, as_json)
-    numbers = numbers_of.gather(conn)
+    numbers = gather(conn)
     if as_json:
         cli.put_json(numbers)
     else:
-        render.draw(render.stats_drawing(numbers))
+        show_.draw(show_.stats_drawing(numbers))
     return 0
 
 
@@ -375,7 +375,7 @@ def watch_stats(interval: float, as_json: bool) -> int:
 
     def look() -> tuple[dict, float]:
         began = time.monotonic()
-        numbers = numbers_of.gather(cli.open_queue())
+        numbers = gather(database.open_queue())
         # A big database is looked at less often: this must not become the load that it shows.
         return numbers, max(interval, 4 * (time.monotonic() - began))
 
@@ -386,15 +386,15 @@ def watch_stats(interval: float, as_json: bool) -> int:
                 if as_json:
                     cli.put_json(numbers, indent=None)
                 else:
-                    render.draw(render.stats_drawing(numbers))
+                    show_.draw(show_.stats_drawing(numbers))
                 sys.stdout.flush()
                 time.sleep(pause)
         from rich.live import Live
 
-        with Live(console=render.console(), auto_refresh=False) as live:
+        with Live(console=show_.console(), auto_refresh=False) as live:
             while True:
                 numbers, pause = look()
-                live.update(render.stats_drawing(numbers), refresh=True)
+                live.update(show_.stats_drawing(numbers), refresh=True)
                 time.sleep(pause)
     except KeyboardInterrupt:
         return 0
@@ -428,13 +428,13 @@ def list_(
     """List tasks: running ones, then waiting ones in the order of their claims, then finished ones,
     newest first.
     """
-    conn, now = cli.open_queue(), time.time()
-    cli.check_known(conn, queues or ())
+    conn, now = database.open_queue(), time.time()
+    database.check_known(conn, queues or ())
     on_screen = sys.stdout.isatty() and not as_json
-    limit = limit or (render.rows_on_screen() if on_screen else ROWS)
+    limit = limit or (show_.rows_on_screen() if on_screen else ROWS)
     newest = math.inf if before is None else now - before
     oldest = -math.inf if since is None else now - since
-    with cli.snapshot(conn):
+    with database.snapshot(conn):
         wanted = Wanted(queues, statuses or STATUSES, task_type, oldest, newest, text)
         found = find_tasks(conn, wanted)
         key = SORTS.get(sort or "")
@@ -444,13 +444,13 @@ def list_(
     more, rows = len(rows) > limit, rows[:limit]
     if as_json:
         for row in rows:
-            row["data"] = cli.payload(row["data"])
+            row["data"] = show_.payload(row["data"])
         cli.put_json(rows)
     elif rows:
-        if on_screen and len(rows) > render.rows_on_screen():
+        if on_screen and len(rows) > show_.rows_on_screen():
             # What runs would scroll away.
             rows.sort(key=lambda row: row["status"] == "in_progress")
-        render.draw(render.list_table(rows, controls))
+        show_.draw(show_.list_table(rows, controls))
         if on_screen:
             remember(conn.state, rows)
     sys.stdout.flush()
@@ -483,20 +483,20 @@ def first(number: int, rows: Iterable[dict]) -> list[dict]:
 
 def show(ids: list[str], queue: str | None, as_json: bool) -> int:
     """Show everything about a task: its fields, its data, its history and its output."""
-    conn, shown = cli.open_queue(), []
+    conn, shown = database.open_queue(), []
     for ident in ids:
-        with cli.snapshot(conn):
+        with database.snapshot(conn):
             shown.append(all_about(conn, find(conn, ident, queue)))
     if as_json:
         cli.put_json(shown[0] if len(shown) == 1 else shown)
         return 0
     for number, task in enumerate(shown):
-        sys.stdout.write(f"{chr(10) if number else ''}{render.task_text(task)}\n")
+        sys.stdout.write(f"{chr(10) if number else ''}{show_.task_text(task)}\n")
         if task["history"]:
             sys.stdout.write("\nbefore\n")
-            render.draw(render.history_table(task["history"]))
+            show_.draw(show_.history_table(task["history"]))
         if task["runs"]:
-            sys.stdout.write(f"\noutput files\n{render.output_files(task['runs'])}")
+            sys.stdout.write(f"\noutput files\n{show_.output_files(task['runs'])}")
     return 0
 
 
@@ -504,16 +504,16 @@ def all_about(conn: q.Connection, found: Found) -> dict:
     """A task as it is now, its records before, where it came from, what it led to, and its runs."""
     records = []
     if found.row_id is not None:
-        records.append(cli.as_dict(q.execute(conn, LIVE_ROW, found.queue, id=found.row_id)))
+        records.append(database.as_dict(q.execute(conn, LIVE_ROW, found.queue, id=found.row_id)))
     for row_id in history_ids(conn, found):
-        records.append(cli.as_dict(conn.execute(FINISHED_ROW, {"id": row_id})))
+        records.append(database.as_dict(conn.execute(FINISHED_ROW, {"id": row_id})))
     for record in records:
-        record["data"] = cli.payload(record["data"])
+        record["data"] = show_.payload(record["data"])
     task = records[0]
     return task | {
         "came_from": source_of(conn, task["data"]),
         "history": records[1:],
-        "runs": [run._asdict() for run in queue_logs.runs_of(task)],
+        "runs": [run._asdict() for run in show_.runs_of(task)],
     }
 
 
@@ -521,25 +521,25 @@ def logs(id: str, queue: str | None, follow: bool, as_json: bool) -> int:
     """Print what the handler printed: its stdout on stdout, its stderr on stderr. Of the last
     attempt, or the running one.
     """
-    conn = cli.open_queue()
+    conn = database.open_queue()
     found = find(conn, id, queue)
     if follow and not as_json:
-        return queue_logs.follow_logs(conn, found)
+        return show_.follow_logs(conn, found)
     record = newest_record(conn, found)
-    runs = queue_logs.runs_of(record)
+    runs = show_.runs_of(record)
     is_there = bool(runs) and runs[-1].attempt >= record["attempts"]
     if not is_there and not record["attempts"]:
         raise Refused(f"task {found.task_id} has not run yet ({record['status']}); -f waits for it")
     sources = {
-        ending: queue_logs.open_output(runs[-1].path if is_there else None, ending, record)
-        for ending in queue_logs.KEPT
+        ending: show_.open_output(runs[-1].path if is_there else None, ending, record)
+        for ending in show_.KEPT
     }
     if as_json:
         told = {"queue": found.queue, "task_id": found.task_id}
         told |= {"status": record["status"], "attempt": record["attempts"]}
-        queue_logs.print_as_json(told, sources)
+        show_.print_as_json(told, sources)
     else:
-        queue_logs.print_outputs(sources)
+        show_.print_outputs(sources)
     return 0
 
 
@@ -547,7 +547,7 @@ def wait(ids: list[str], queue: str | None, timeout: float | None, as_json: bool
     """Wait until tasks have ended, and print their results. A task that is tried again has not
     ended.
     """
-    conn, began = cli.open_queue(), time.monotonic()
+    conn, began = database.open_queue(), time.monotonic()
     try:
         tasks = [find(conn, ident, queue) for ident in ids]
     except Refused as error:
@@ -559,8 +559,8 @@ def wait(ids: list[str], queue: str | None, timeout: float | None, as_json: bool
     tell_at, told = began + STARTING_SECONDS, set()
     while True:
         changed.clear()
-        conn = cli.open_queue()
-        with cli.snapshot(conn):
+        conn = database.open_queue()
+        with database.snapshot(conn):
             records = [newest_of(conn, found) for found in tasks]
         waiting = [record["task_id"] for record in records if record["completed_at"] is None]
         now = time.monotonic()
@@ -581,12 +581,12 @@ def wait(ids: list[str], queue: str | None, timeout: float | None, as_json: bool
             if record["completed_at"] is not None:
                 why = f": {record['error']}" if record["error"] else ""
                 print(visible(f"{record['task_id']} {record['status']}{why}"))
-                print(cli.visible_lines(record["result"] or ""), end="")
+                print(visible_lines(record["result"] or ""), end="")
     sys.stdout.flush()
     if waiting:
-        total = cli.plural(len(records), "task")
+        total = plural(len(records), "task")
         names = f"{', '.join(waiting[:10])}{', …' if len(waiting) > 10 else ''}"
-        error = f"{len(waiting)} of {total} had not ended after {cli.span(timeout)}: {names}"
+        error = f"{len(waiting)} of {total} had not ended after {span(timeout)}: {names}"
         return cli.complain(EX_TEMPFAIL, "tasks.py wait", error)
     return 0 if all(record["status"] == "completed" for record in records) else EX_FAILED
 
@@ -597,20 +597,18 @@ def why_waiting(conn: q.Connection, records: Sequence[dict]) -> list[str]:
     for record in records:
         queue, control = record["queue"], controls.get(record["queue"])
         if record["status"] == "held":
-            lines.append(
-                f"{record['task_id']} is held: {cli.command('approve')} {record['task_id']}"
-            )
+            lines.append(f"{record['task_id']} is held: {command('approve')} {record['task_id']}")
         if record["status"] in serving.WAITING:
             waiting.setdefault(queue, set()).add(record["task_type"])
             if control and control.paused:
-                lines.append(f"{queue} is {cli.pause_in_words(control)}")
+                lines.append(f"{queue} is {pause_in_words(control)}")
     return list(dict.fromkeys([*lines, *serving.remarks(conn, conn.state, waiting)]))
 
 
 def result_of(record: dict) -> dict:
     names = ("queue", "task_id", "task_type", "status", "attempts", "exit_code", "error", "result")
     return {name: record.get(name) for name in names} | {
-        "summary": cli.summary(record.get("result"))
+        "summary": show_.summary(record.get("result"))
     }
 
 
@@ -627,7 +625,7 @@ def tell(
     """
     number = sum(outcome[done] for outcome in outcomes)
     lines = [f"{done} {outcome['task_id']}" for outcome in outcomes if outcome[done]]
-    lines = lines if total is None else [f"{done} {cli.plural(number, 'task')}{total}"]
+    lines = lines if total is None else [f"{done} {plural(number, 'task')}{total}"]
     if as_json or lines:
         value = outcomes if done == "cancelled" else {done: number, "tasks": outcomes}
         cli.report(as_json, value, "\n".join(lines))
@@ -641,7 +639,7 @@ def tell(
 def have_run(conn: q.Connection, queues: Iterable[str], as_json: bool) -> None:
     """Have the tasks that this command made ready run: start a worker, or say how to start one."""
     sys.stdout.flush()
-    lines = serving.have_run(conn, queues)
+    lines = service.have_run(conn, queues)
     say_all([] if as_json else lines)
 
 
@@ -655,7 +653,7 @@ def change_each(conn: q.Connection, done: str, items: Iterable, change: Callable
         return {"queue": found.queue, "task_id": found.task_id, done: why is None, **said}
 
     try:
-        outcomes.extend(cli.in_steps(conn, items, outcome))
+        outcomes.extend(database.in_steps(conn, items, outcome))
     finally:
         q.wake(conn.state)
     return outcomes
@@ -668,7 +666,7 @@ def why_not_held(conn: q.Connection, found: Found) -> str:
 
 def approve(ids: list[str], queue: str | None, as_json: bool) -> int:
     """Let held tasks run."""
-    conn = cli.open_queue()
+    conn = database.open_queue()
 
     def let_run(found: Found) -> str | None:
         if found.row_id and queue_outcome.approve(conn, found.queue, found.row_id):
@@ -684,7 +682,7 @@ def approve(ids: list[str], queue: str | None, as_json: bool) -> int:
 
 def reject(ids: list[str], queue: str | None, reason: str | None, as_json: bool) -> int:
     """End held tasks as cancelled. The history keeps the reason."""
-    conn, why = cli.open_queue(), cli.short(reason, 500)
+    conn, why = database.open_queue(), short(reason, 500)
 
     def end(found: Found) -> str | None:
         if found.row_id and queue_outcome.reject(conn, found.queue, found.row_id, why):
@@ -707,9 +705,9 @@ def retry(
     """Put finished tasks back into their queue, attempts at zero; a scheduled one becomes ready
     now. Neither expires any more. One that ended while it was held is held again.
     """
-    conn = cli.open_queue()
+    conn = database.open_queue()
     if queue is not None:
-        cli.check_known(conn, [queue])
+        database.check_known(conn, [queue])
     ended: dict[Found, int] = {}
     which = {"queue": queue, "task_type": task_type}
     if failed:
@@ -720,7 +718,7 @@ def retry(
     elif scheduled:
         wanted = [
             Found(name, task_id, row_id)
-            for name in ([queue] if queue else cli.queues_of(conn))
+            for name in ([queue] if queue else database.queues_of(conn))
             for row_id, task_id in q.execute(conn, RETRYING, name, task_type=task_type).fetchall()
         ]
     else:
@@ -736,7 +734,7 @@ def retry(
         row = row_id and q.execute(conn, STATUS, found.queue, id=row_id).fetchone()
         if row and row[0] == "held":
             held = f"task {found.task_id} is held again, as it was"
-            print(f"{held}: {cli.command('approve')} {found.task_id}", file=sys.stderr)
+            print(f"{held}: {command('approve')} {found.task_id}", file=sys.stderr)
     have_run(conn, [task["queue"] for task in outcomes if task["retried"]], as_json)
     return code
 
@@ -745,7 +743,7 @@ def put_back(conn: q.Connection, found: Found, dead_letter: int | None) -> str |
     """None when the task is back in its queue, or ready now, else why not. `dead_letter` is the
     record that is to be retried; None for a task of any end, or one that waits.
     """
-    if found.queue not in cli.queues_of(conn):
+    if found.queue not in database.queues_of(conn):
         return "its queue is gone"
     row_id = live_id(conn, found.queue, found.task_id)
     if row_id is None:
@@ -759,12 +757,12 @@ def put_back(conn: q.Connection, found: Found, dead_letter: int | None) -> str |
         if q.redrive(conn, found.queue, record):
             return None
         why = "its data is no JSON object any more, or its row another task's"
-        return f"{why}: {cli.command('show')} {found.task_id}"
+        return f"{why}: {command('show')} {found.task_id}"
     if not dead_letter and q.execute(conn, START_NOW, found.queue, id=row_id).rowcount == 1:
         return None
     (word,) = q.execute(conn, STATUS, found.queue, id=row_id).fetchone()
     if word == "held":
-        return f"it is held for a person: {cli.command('approve')} {found.task_id}"
+        return f"it is held for a person: {command('approve')} {found.task_id}"
     return f"a task of this id is waiting or running already ({word})"
 
 
@@ -772,7 +770,7 @@ def cancel(ids: list[str], queue: str | None, wait: float, as_json: bool) -> int
     """Cancel tasks: a waiting one at once, a running one by ending its process group. The history
     keeps them as cancelled.
     """
-    conn = cli.open_queue()
+    conn = database.open_queue()
     outcomes = []
     for task in [find(conn, ident, queue) for ident in ids]:
         why = cancel_task(conn, task, time.monotonic() + wait)
@@ -797,9 +795,7 @@ def cancel_task(conn: q.Connection, found: Found, deadline: float) -> str | None
                 told = {"id": task.id, "owner": task.owner, "attempts": task.attempts}
                 q.execute(conn, REQUEST_CANCEL, task.queue, **told)
             q.wake(conn.state)
-            return (
-                f"another machine has it; {cli.as_typed('relay.py pull')} has that machine end it"
-            )
+            return f"another machine has it; {as_typed('relay.py pull')} has that machine end it"
         if row[0] != q.CLAIMED:
             told = {"id": task.id, "owner": task.owner, "attempts": task.attempts}
             with q.transaction(conn):
@@ -816,7 +812,7 @@ def cancel_task(conn: q.Connection, found: Found, deadline: float) -> str | None
                 # Its worker was dead; now it waits, or has ended.
                 continue
         seen = first_seen.setdefault(task.run_name, time.monotonic())
-        has_run = cli.run_file(conn.state, task.run_name, "out").exists()
+        has_run = (conn.state / "logs" / f"{task.run_name}.out").exists()
         if has_run and asked != task.run_name:
             ask_to_end(conn, task)
             asked = task.run_name
@@ -855,7 +851,7 @@ def pause(queues: list[str], seconds: float | None, reason: str | None, as_json:
     """Hold back claims of a queue, until resume or for a time. Running tasks go on, enqueuing
     works; a restart changes nothing."""
     until = None if seconds is None else time.time() + seconds
-    why = None if reason is None else cli.short(reason, 500)
+    why = None if reason is None else short(reason, 500)
     conn, changed = change_queues(
         queues, lambda conn, queue: q.pause(conn, queue, until, why, by="person")
     )
@@ -868,12 +864,12 @@ def pause(queues: list[str], seconds: float | None, reason: str | None, as_json:
         }
         said = {name: value for name, value in said.items() if value}
         told.append({"queue": queue, "paused": True, "changed": changed[queue], **said})
-        words = cli.pause_in_words(holds) if holds else "paused"
+        words = pause_in_words(holds) if holds else "paused"
         line = (
             f"{queue} is {words}" if changed[queue] else f"{queue} was paused already, {words[7:]}"
         )
         if seconds is not None and not changed[queue]:
-            line += f"; to shorten that: {cli.command('resume')} {queue}, then pause it again"
+            line += f"; to shorten that: {command('resume')} {queue}, then pause it again"
         lines.append(line)
     cli.report(as_json, told, "\n".join(lines))
     return 0
@@ -907,7 +903,7 @@ def change_queues(
     """
     conn = q.connect(create=create)
     if not create:
-        cli.check_known(conn, queues)
+        database.check_known(conn, queues)
     with q.transaction(conn):
         for queue in queues:
             q.ensure_queue(conn, queue)
@@ -921,8 +917,8 @@ def change_queues(
 
 def move(ids: list[str], to: str, source: str | None, task_type: str | None, as_json: bool) -> int:
     """Move waiting tasks to another queue, each under its own id."""
-    conn = cli.open_queue()
-    cli.check_known(conn, [to, *([source] if source else [])])
+    conn = database.open_queue()
+    database.check_known(conn, [to, *([source] if source else [])])
     if ids:
         wanted = []
         for found in (find(conn, ident, source, option="--from") for ident in ids):
@@ -937,7 +933,7 @@ def move(ids: list[str], to: str, source: str | None, task_type: str | None, as_
         raise Refused(f"queue {to!r} is where it is already")
     outcomes = []
     try:
-        outcomes.extend(cli.in_steps(conn, wanted, lambda found: move_task(conn, found, to)))
+        outcomes.extend(database.in_steps(conn, wanted, lambda found: move_task(conn, found, to)))
     finally:
         q.wake(conn.state)
     code = tell("move", "moved", outcomes, as_json, f" to {to}")
@@ -946,14 +942,16 @@ def move(ids: list[str], to: str, source: str | None, task_type: str | None, as_
 
 
 def move_task(conn: q.Connection, found: Found, to: str) -> dict:
-    row = cli.as_dict(q.execute(conn, WAITING_ROW, found.queue, id=found.row_id))
+    row = database.as_dict(q.execute(conn, WAITING_ROW, found.queue, id=found.row_id))
     task_id = found.task_id or row.get("task_id") or f"{found.queue}-{found.row_id}"
     outcome = {"queue": found.queue, "task_id": task_id, "moved": False}
     if not row:
         return outcome | {"why": "it is running, handed over, or gone"}
     if row.pop("task_id") is None:
         # A bare payload is called after its queue: an envelope keeps its name.
-        row["data"] = cli.envelope_of(task_id, row["task_type"], row["timestamp"], row["data"])
+        row["data"] = jsonlines.envelope_of(
+            task_id, row["task_type"], row["timestamp"], row["data"]
+        )
     del row["task_type"]
     if q.execute(conn, MOVED, to, **row).rowcount != 1:
         return outcome | {"why": f"a task of this id is waiting or running in {to}"}
@@ -971,8 +969,8 @@ def purge(
 ) -> int:
     """Delete waiting tasks of a queue, or with --status finished or handed over ones, for good.
     Asks first; never a running one."""
-    conn = cli.open_queue()
-    cli.check_known(conn, [queue])
+    conn = database.open_queue()
+    database.check_known(conn, [queue])
     newest = None if before is None else time.time() - before
     statuses = list(dict.fromkeys(statuses or [name for name in LIVE if name not in NOT_HERE]))
     wanted: list[tuple] = []
@@ -1012,11 +1010,11 @@ def purge(
         statement = q.on_queue(DELETE_LIVE, queue).format(condition=still[name])
         return conn.execute(statement, {"id": row_id}).rowcount
 
-    deleted = sum(cli.in_steps(conn, wanted, delete))
+    deleted = sum(database.in_steps(conn, wanted, delete))
     cli.report(
         as_json,
         {"queue": queue, "deleted": deleted},
-        f"deleted {cli.plural(deleted, 'task')} of {queue}",
+        f"deleted {plural(deleted, 'task')} of {queue}",
     )
     return 0
 

@@ -45,15 +45,8 @@ from typing import NoReturn
 import queue_helpers as q
 from taskqueue import environment, runs, service, serving
 from taskqueue import recovery as owners
-from taskqueue.cli import (
-    LIVE,
-    ago,
-    as_typed,
-    duration,
-    make_parser,
-    pause_in_words,
-    remedies_as_typed,
-)
+from taskqueue.cli import duration, make_parser
+from taskqueue.database import LIVE
 from taskqueue.handlers import (
     Handlers,
     Unstarted,
@@ -65,8 +58,9 @@ from taskqueue.handlers import (
     stdin_file,
     with_remedy,
 )
+from taskqueue.remedies import as_typed, remedies_as_typed
 from taskqueue.supervisor import RESET_SIGNALS, wakeup_pipe
-from taskqueue.text import visible
+from taskqueue.text import ago, pause_in_words, visible
 
 SCRIPT = os.path.abspath(__file__)
 # How long to wait between two tries while the database cannot be used.

@@ -40,7 +40,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from taskqueue import cli  # noqa: E402
+from taskqueue import cli, installation  # noqa: E402
 
 STAND_IN = ROOT / "tests/claude_stub/api.py"
 COLUMNS, ROWS = 80, 40
@@ -147,7 +147,7 @@ class Day:
             "LANG|LC_[A-Z]+|USER|SSL_CERT_.*|NODE_EXTRA_CA_CERTS|(https?|no|all)_proxy", re.I
         )
         env = {name: value for name, value in os.environ.items() if kept.fullmatch(name)}
-        uv = cli.find_uv()
+        uv = installation.find_uv()
         if not uv or not shutil.which("just"):
             raise Failed("uv and just are needed: python3 -m pip install uv rust-just")
         tools = [os.path.dirname(os.path.realpath(uv)), os.path.dirname(shutil.which("just"))]

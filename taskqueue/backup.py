@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import queue_helpers as q
-from taskqueue import cli, recovery, runs
-from taskqueue.cli import Refused, sh
+from taskqueue import cli, database, recovery, runs
+from taskqueue.cli import Refused
+from taskqueue.remedies import command
+from taskqueue.text import plural, sh
 
 RESTORE_BUSY_SECONDS = 30.0
 
@@ -82,8 +84,8 @@ def is_part_of(real: Path, state: Path) -> bool:
     """Whether it is the database or a sidecar of it elsewhere, or another name (a hard link) of a
     file of the state.
     """
-    db = cli.database_file(state)
-    if real in (db, *(Path(f"{db}{ending}") for ending in cli.SIDECARS)):
+    db = database.database_file(state)
+    if real in (db, *(Path(f"{db}{ending}") for ending in database.SIDECARS)):
         return True
     try:
         found = os.stat(real)
@@ -92,7 +94,7 @@ def is_part_of(real: Path, state: Path) -> bool:
     if found.st_nlink < 2 or not stat.S_ISREG(found.st_mode):
         return False
     ours = [
-        *cli.database_files(state),
+        *database.database_files(state),
         *(Path(top) / name for top, _, names in os.walk(state) for name in names),
     ]
     return any(is_file(path, found) for path in ours)
@@ -125,7 +127,7 @@ def whole_file(path: Path, directory: Path | None = None) -> Iterator[Path]:
             raise
         raise Refused(not_written(path, error)) from None
     finally:
-        for ending in ("", *cli.SIDECARS):
+        for ending in ("", *database.SIDECARS):
             Path(f"{temporary}{ending}").unlink(missing_ok=True)
 
 
@@ -154,7 +156,7 @@ def backup(file: Path, as_json: bool) -> int:
     """Copy the database to FILE as it is at this moment, while workers go on. FILE is replaced once
     the copy is whole.
     """
-    conn = cli.open_queue()
+    conn = database.open_queue()
     check_target(file, conn.state)
     with whole_file(file) as temporary:
         copy_database(conn, temporary)
@@ -170,7 +172,7 @@ def copy_database(conn: q.Connection, target: Path, check: bool = True) -> None:
     damaged.
     """
     with closing(sqlite3.connect(target, isolation_level=None)) as copy:
-        with cli.snapshot(conn):
+        with database.snapshot(conn):
             # The first read makes the snapshot, so that the copy never has to start over.
             conn.execute("select 1 from sqlite_master").fetchone()
             conn.backup(copy, pages=1_000)
@@ -194,14 +196,14 @@ def restore(file: Path, as_json: bool) -> int:
     beside it.
     """
     state = q.STATE_DIR
-    if any(is_file(path, os.stat(file)) for path in cli.database_files(state)):
+    if any(is_file(path, os.stat(file)) for path in database.database_files(state)):
         raise Refused(f"{file} is the database itself: give a backup of it")
     q.make_private(state, parents=True)
     refuse_while_running(state, None)
     kept = unused_name(state)
     with cli.ending_by_signal(), prepared(file, state) as backed_up:
         try:
-            was_there = cli.database_file(state).exists()
+            was_there = database.database_file(state).exists()
             loss = put_in_place(backed_up, q.connect(state), kept if was_there else None, file)
         except (q.QueueUnavailable, sqlite3.DatabaseError) as error:
             if not is_damage(error):
@@ -224,12 +226,12 @@ def refuse_while_running(state: Path, conn: sqlite3.Connection | None) -> None:
     if owners:
         pids = " ".join(owner.split("-")[0] for owner in owners)
         raise Refused(f"nothing may run during a restore, and a worker does: stop it: kill {pids}")
-    for queue, task in cli.claims(conn) if conn else ():
+    for queue, task in database.claims(conn) if conn else ():
         if recovery.look_at_run(state, task)[1]:
             name = task.task_id or f"{queue}-{task.id}"
             raise Refused(
                 f"nothing may run during a restore, and the handler of task {name} does: end it: "
-                f"{cli.command('cancel')} {sh(name)}"
+                f"{command('cancel')} {sh(name)}"
             )
 
 
@@ -244,12 +246,12 @@ def sentences(file: Path, kept: Path | None, loss: Loss) -> Iterator[str]:
     yield f"restored {file}"
     if kept is None:
         return
-    yield f"the state before is kept in {kept}; to go back: {cli.command('restore')} {sh(kept)}"
+    yield f"the state before is kept in {kept}; to go back: {command('restore')} {sh(kept)}"
     if loss.waiting is None:
         yield "that was damaged: which of its tasks are not in the backup could not be read"
     else:
         yield (
-            f"not in the backup: {cli.plural(loss.waiting, 'task')} that waited or ran, "
+            f"not in the backup: {plural(loss.waiting, 'task')} that waited or ran, "
             f"and {loss.finished:,} that had finished"
         )
 
@@ -282,7 +284,7 @@ def copy_of_backup(file: Path, target: Path) -> None:
     os.close(os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
     try:
         with (
-            closing(cli.open_to_read(file, target.parent)) as source,
+            closing(database.open_to_read(file, target.parent)) as source,
             closing(sqlite3.connect(target, isolation_level=None)) as copy,
         ):
             source.backup(copy)
@@ -334,7 +336,7 @@ def put_in_place(
             # SQLite sees that its source has changed, and copies it from its first page on.
             keep_ids(backed_up, present)
 
-    live = sqlite3.connect(cli.database_file(present.state), isolation_level=None, timeout=1.0)
+    live = sqlite3.connect(database.database_file(present.state), isolation_level=None, timeout=1.0)
     with closing(live):
         try:
             backed_up.backup(live, pages=1, progress=on_page)
@@ -349,8 +351,8 @@ def compare(kept: Path, backed_up: q.Connection) -> Loss:
         conn.text_factory = lambda raw: raw.decode("utf-8", "replace")
         conn.execute("attach ? as backed_up", (str(backed_up.state / "tasks.db"),))
         try:
-            waiting, there = 0, set(cli.queues_of(backed_up))
-            for queue in cli.queues_of(conn):
+            waiting, there = 0, set(database.queues_of(backed_up))
+            for queue in database.queues_of(conn):
                 statement = NOT_BACKED_UP if queue in there else COUNT_ALL
                 waiting += conn.execute(q.on_queue(statement, queue)).fetchone()[0]
             return Loss(waiting, conn.execute(FINISHED_NOT_BACKED_UP).fetchone()[0])
@@ -361,7 +363,7 @@ def compare(kept: Path, backed_up: q.Connection) -> Loss:
 def keep_ids(backed_up: q.Connection, present: q.Connection) -> None:
     """Have no row id given again whose logs are still here."""
     with q.transaction(backed_up):
-        for queue in cli.queues_of(present):
+        for queue in database.queues_of(present):
             q.ensure_queue(backed_up, queue)
             last = present.execute(LAST_ID, {"queue": queue}).fetchone()[0]
             use_ids(backed_up, queue, last)
@@ -382,12 +384,12 @@ def replace_damaged(backed_up: q.Connection, state: Path, kept: Path) -> Loss:
     The write-ahead log goes before the backup comes: SQLite would apply the old log to the new
     file.
     """
-    db = cli.database_file(state)
+    db = database.database_file(state)
     source = backed_up.state / "whole.db"
     copy_database(backed_up, source)
     os.chmod(source, 0o600)
     sync(source)
-    for ending in ("", *cli.SIDECARS):
+    for ending in ("", *database.SIDECARS):
         if os.path.exists(f"{db}{ending}"):
             os.chmod(f"{db}{ending}", 0o600)
             os.replace(f"{db}{ending}", f"{kept}{ending}")

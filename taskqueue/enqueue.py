@@ -59,9 +59,9 @@ def fail(code: int, message: object, *, hook: bool = False) -> int:
     if sys.stderr is not None:
         line = " ".join(f"enqueue.py: {message}".split())
         if not hook:
-            from taskqueue import cli as queue_cli
+            from taskqueue.remedies import remedies_as_typed
 
-            line = queue_cli.remedies_as_typed(line)
+            line = remedies_as_typed(line)
         try:
             print(visible(line), file=sys.stderr)
         except OSError:
@@ -120,7 +120,7 @@ def notes_on(args: Arguments, rows: list[q.Row]) -> list[str]:
 
     notes, conn = [], q.connect()
     if args.at is not None:
-        from taskqueue.cli import ago, clock
+        from taskqueue.text import ago, clock
 
         notes.append(f"starts at {clock(args.at)}, {ago(args.at)}")
     runner = serving.runner_of(conn, conn.state, args.queue)

@@ -1,4 +1,4 @@
-"""Finding tasks: the one that an id names, and those that fit a list's conditions."""
+"""Find tasks, by an id or by conditions, and count them."""
 
 from __future__ import annotations
 
@@ -10,13 +10,16 @@ import re
 import sqlite3
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import NamedTuple
 
 import queue_helpers as q
-from taskqueue import cli
-from taskqueue.cli import FINISHED, LIVE, Refused
+from taskqueue import cli, database, serving
+from taskqueue.cli import Refused
+from taskqueue.database import FINISHED, LIVE
+from taskqueue.outcome import Control
+from taskqueue.remedies import command
 
 # A row's number in a list.
 ROW = r"[1-9]\d{0,3}"
@@ -104,8 +107,8 @@ def find(
     `option` is the command's option that names the queue. Raises Refused, Ambiguous.
     """
     if queue is not None:
-        cli.check_known(conn, [queue])
-    queues = [queue] if queue else cli.queues_of(conn)
+        database.check_known(conn, [queue])
+    queues = [queue] if queue else database.queues_of(conn)
     matches = {(name, ident) for name in queues if live_id(conn, name, ident) is not None}
     matches |= {
         (name, ident) for (name,) in conn.execute(FINISHED_ID, {"task_id": ident}) if name in queues
@@ -117,7 +120,7 @@ def find(
         raise Ambiguous(
             f"{ident!r} names two tasks: {numbered.task_id} ({numbered.queue}), row {ident} of the list shown last, "
             f"and {', '.join(f'{found} ({name})' for name, found in sorted(matches))}, by its id: give the whole id "
-            f"of the first; for the other, show a list whose row {ident} is that task: {cli.command('list')}"
+            f"of the first; for the other, show a list whose row {ident} is that task: {command('list')}"
         )
     if numbered:
         matches = {numbered[:2]}
@@ -136,7 +139,7 @@ def find(
                 }
         matches |= set(conn.execute(FINISHED_PREFIX, {"prefix": ident, "queue": queue, **limit}))
     if not matches:
-        see = cli.command("list")
+        see = command("list")
         raise Refused(f"no task has the id {ident!r}, nor one that begins so; see: {see}")
     if len(matches) > 1:
         named = [f"{found} ({name})" for name, found in sorted(matches)]
@@ -151,7 +154,7 @@ def find(
     if numbered and row_id not in (None, numbered.row_id):
         raise Refused(
             f"row {ident} was task {found} of {name}, which has ended; a later task has its id now: "
-            f"{cli.command('show')} {found}"
+            f"{command('show')} {found}"
         )
     return Found(name, found, row_id)
 
@@ -195,7 +198,7 @@ def source_of(conn: q.Connection, data: object) -> list[dict]:
         return []
     queue, task_id = str(source["queue"]), str(source["task_id"])
     found, status = None, "gone"
-    if queue in cli.queues_of(conn):
+    if queue in database.queues_of(conn):
         found = Found(queue, task_id, live_id(conn, queue, task_id))
     if found:
         with suppress(Refused):
@@ -214,7 +217,7 @@ def live_id(conn: q.Connection, queue: str, task_id: str) -> int | None:
 
 def newest_record(conn: q.Connection, found: Found) -> dict:
     """The task as it is now: waiting or running, else as it last ended. Raises Refused."""
-    with cli.snapshot(conn):
+    with database.snapshot(conn):
         return newest_of(conn, found)
 
 
@@ -222,11 +225,11 @@ def newest_of(conn: q.Connection, found: Found) -> dict:
     """The same, within a snapshot."""
     row_id = live_id(conn, found.queue, found.task_id)
     if row_id is not None:
-        return cli.as_dict(q.execute(conn, LIVE_ROW, found.queue, id=row_id))
+        return database.as_dict(q.execute(conn, LIVE_ROW, found.queue, id=row_id))
     finished = history_ids(conn, found)
     if not finished:
         raise Refused(f"task {found.task_id} is gone: it was purged, pruned or moved meanwhile")
-    return cli.as_dict(conn.execute(FINISHED_ROW, {"id": finished[0]}))
+    return database.as_dict(conn.execute(FINISHED_ROW, {"id": finished[0]}))
 
 
 def history_ids(conn: q.Connection, found: Found) -> list[int]:
@@ -262,7 +265,7 @@ def find_tasks(conn: q.Connection, wanted: Wanted) -> Iterator[dict]:
         if name not in statuses:
             continue
         found = []
-        for queue in queues or cli.queues_of(conn):
+        for queue in queues or database.queues_of(conn):
             match = "1" if like is None else LIVE_MATCHES.format(queue=queue)
             key = CLAIM_ORDER[name]
             # As the index has it.
@@ -281,7 +284,7 @@ def find_tasks(conn: q.Connection, wanted: Wanted) -> Iterator[dict]:
             found.append(in_order(queue, matches(conn.execute(statement, which))))
         # Each is read only as far as needed.
         for _, row_id, queue in heapq.merge(*found):
-            yield cli.as_dict(q.execute(conn, LIVE_ROW, queue, id=row_id))
+            yield database.as_dict(q.execute(conn, LIVE_ROW, queue, id=row_id))
     finished = [name for name in FINISHED if name in statuses]
     if finished:
         which |= {
@@ -293,7 +296,7 @@ def find_tasks(conn: q.Connection, wanted: Wanted) -> Iterator[dict]:
         }
         statement = LIST_FINISHED.format(match="1" if like is None else FINISHED_MATCHES)
         for row in matches(conn.execute(statement, which)):
-            yield cli.as_dict(conn.execute(FINISHED_ROW, {"id": row[0]}))
+            yield database.as_dict(conn.execute(FINISHED_ROW, {"id": row[0]}))
 
 
 def matches(cursor: sqlite3.Cursor) -> Iterator[tuple]:
@@ -303,3 +306,145 @@ def matches(cursor: sqlite3.Cursor) -> Iterator[tuple]:
 
 def in_order(queue: str, rows: Iterator[tuple]) -> Iterator[tuple]:
     return ((key, row_id, queue) for row_id, _, key in rows)
+
+
+# ----------------------------------------------------------------------------------------- counting
+
+HOUR, DAY = 3_600, 86_400
+# Medians and percentiles are made of so many finished tasks of a queue, type and status, the
+# newest.
+SAMPLE = 2_000
+
+COUNT_BY_TYPE = {
+    status: f"""
+select coalesce(task_type, '{{queue}}'), count(*), min(timestamp) from "{{queue}}" where {condition}
+group by task_type"""
+    for status, condition in LIVE.items()
+}
+# The + keeps SQLite from picking an index by that column: the one wanted is the one that has the
+# order.
+COUNT_FINISHED = """
+select queue, task_type, status, count(*), sum(completed_at >= :hour_ago) from task_history
+where +completed_at >= :day_ago group by queue, task_type, status"""
+NEWEST_TIMES = """
+select completed_at, (julianday(started_at) - julianday(enqueued_at)) * 86400.0,
+       (julianday(completed_at) - julianday(started_at)) * 86400.0
+from task_history
+where queue = :queue and task_type = :task_type and status = :status and completed_at >= :day_ago and started_at is not null
+order by completed_at desc limit :sample"""
+
+
+def gather(conn: q.Connection | database.Reader) -> dict:
+    """{"at", "serving": [queue, …], "remarks": [line, …], "queues": {queue: {…numbers, what holds it
+    back, "types": {type: {…numbers}}}}}, of one state of the database.
+
+    "serving" are the queues that a worker serves; "remarks" name the waiting tasks that nobody will
+    run. Raises sqlite3.Error.
+    """
+    with nullcontext() if conn.in_transaction else database.snapshot(conn):
+        return _gather(conn, time.time())
+
+
+def _gather(conn: q.Connection | database.Reader, now: float) -> dict:
+    ago = {"hour_ago": q.utc(now - HOUR), "day_ago": q.utc(now - DAY)}
+    types: dict[str, dict[str, dict]] = {}
+    controls = q.controls(conn)
+    served = [queue for queue in database.queues_of(conn) if serving.is_served(conn.state, queue)]
+    for queue in database.queues_of(conn):
+        types[queue] = {}
+        for name, statement in COUNT_BY_TYPE.items():
+            for task_type, tasks, oldest in conn.execute(q.on_queue(statement, queue)):
+                numbers = types[queue].setdefault(as_name(task_type), zeros())
+                numbers[name] += tasks
+                if name == "pending" and isinstance(oldest, (int, float)):
+                    age = min(max(now - oldest, 0.0), float(q.LAST_SECOND))
+                    numbers["oldest_pending_seconds"] = round(age, 3)
+    samples: dict[tuple[str, str], list] = {}
+    for queue, task_type, name, day, hour in conn.execute(COUNT_FINISHED, ago).fetchall():
+        numbers = types.setdefault(as_name(queue), {}).setdefault(as_name(task_type), zeros())
+        numbers[f"{name}_day"], numbers[f"{name}_hour"] = day, hour
+        if name in ("completed", "failed"):
+            which = {
+                "queue": queue,
+                "task_type": task_type,
+                "status": name,
+                "sample": SAMPLE,
+                **ago,
+            }
+            names = (as_name(queue), as_name(task_type))
+            samples.setdefault(names, []).extend(conn.execute(NEWEST_TIMES, which))
+    queues = {}
+    for queue in sorted(types):
+        total, of_queue = zeros(), []
+        for task_type, numbers in sorted(types[queue].items()):
+            newest = known_times(samples.get((queue, task_type), []))
+            numbers |= times(newest)
+            of_queue += newest
+            for name, value in numbers.items():
+                if isinstance(value, int):
+                    # A database may know an end that is not known here.
+                    total[name] = total.get(name, 0) + value
+        oldest = [
+            n["oldest_pending_seconds"]
+            for n in types[queue].values()
+            if n["oldest_pending_seconds"] is not None
+        ]
+        total["oldest_pending_seconds"] = max(oldest, default=None)
+        total |= times(known_times(of_queue))
+        queues[queue] = {
+            **total,
+            **held_back(controls.get(queue)),
+            "types": dict(sorted(types[queue].items())),
+        }
+    waiting = {
+        queue: [
+            name for name, n in numbers["types"].items() if any(n[each] for each in serving.WAITING)
+        ]
+        for queue, numbers in queues.items()
+    }
+    remarks = serving.remarks(conn, conn.state, {k: v for k, v in waiting.items() if v})
+    return {"at": q.utc(now), "serving": served, "remarks": remarks, "queues": queues}
+
+
+def as_name(value: object) -> str:
+    """A queue or task type as text: a writer that checks nothing may have stored anything."""
+    return value if isinstance(value, str) else str(value)
+
+
+def held_back(control: Control | None) -> dict:
+    """What holds a queue back; paused_until is UTC text, null where only a person resumes it."""
+    paused, until, reason, by, slots = control or (False, None, None, None, None)
+    told = {"paused": paused, "paused_until": None if until is None else q.utc(until)}
+    return {**told, "pause_reason": reason, "paused_by": by, "slots": slots}
+
+
+def zeros() -> dict:
+    counts = {name: 0 for name in LIVE} | {
+        f"{name}_{when}": 0 for name in FINISHED for when in ("hour", "day")
+    }
+    return counts | {"oldest_pending_seconds": None, "wait_seconds": None, "run_seconds": None}
+
+
+def known_times(sample: list) -> list:
+    """The newest (completed_at, waited, ran), but those whose times are none: bash may have written
+    them.
+    """
+    known = [row for row in sample if None not in row]
+    return sorted(known, key=lambda row: str(row[0]), reverse=True)[:SAMPLE]
+
+
+def times(sample: list) -> dict:
+    """Median and 95th percentile of finished tasks' (completed_at, waited, ran)."""
+    if not sample:
+        return {}
+    waited, ran = (sorted(max(0.0, row[column]) for row in sample) for column in (1, 2))
+    return {
+        name: {"median": percentile(values, 0.5), "p95": percentile(values, 0.95)}
+        for name, values in (("wait_seconds", waited), ("run_seconds", ran))
+    }
+
+
+def percentile(ordered: list[float], share: float) -> float:
+    place = (len(ordered) - 1) * share
+    low, high = ordered[int(place)], ordered[min(int(place) + 1, len(ordered) - 1)]
+    return round(low + (high - low) * (place - int(place)), 3)

@@ -20,10 +20,11 @@ from typing import NamedTuple, NoReturn
 import queue_helpers as q
 from taskqueue import environment, runs
 from taskqueue import outcome as outcomes
-from taskqueue.cli import duration, remedies_as_typed, sh
+from taskqueue.cli import duration
+from taskqueue.remedies import remedies_as_typed
 from taskqueue.serving import default_handlers
 from taskqueue.supervisor import SupervisorProcess, handler_environment
-from taskqueue.text import visible
+from taskqueue.text import sh, visible
 
 # A task without a handler that can be started is tried again after so many seconds. Each time is a
 # failed attempt, so that it ends as a dead letter, which people are told of.

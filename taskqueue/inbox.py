@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import queue_helpers as q
-from taskqueue import cli, hub, logs
+from taskqueue import hub, show
 from taskqueue import outcome as outcomes
 from taskqueue.handlers import say
 from taskqueue.hub import HubRefused
 from taskqueue.relay import STAYS, TICK_SECONDS, TIDY_SECONDS, Relay
+from taskqueue.text import plural
 
 # One transaction takes at most so many jobs.
 BATCH = 200
@@ -213,7 +214,7 @@ class Fetch(Relay):
                     held.is_local = True
             q.wake(self.state)
             for queue, number in Counter(held.queue for held, *_ in rows).items():
-                say(f"{queue}: {cli.plural(number, 'task')} fetched")
+                say(f"{queue}: {plural(number, 'task')} fetched")
         for held, outcome, error in refused:
             self.end_job(held, outcome, error=error)
 
@@ -271,7 +272,7 @@ class Fetch(Relay):
 
     def output_of(self, queue: str, row_id: int, kept: str | None) -> tuple[str, int]:
         """Return what a handler printed, from its log where that is still there, and its whole size."""
-        runs = logs.runs_of({"queue": queue, "id": row_id})
+        runs = show.runs_of({"queue": queue, "id": row_id})
         if runs:
             text, size = outcomes.read_output(f"{runs[-1].path}.out", outcomes.RESULT_BYTES)
             if size:

@@ -15,14 +15,14 @@ import re
 import shlex
 import shutil
 import stat
+import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 # An install that waits for a person's answer holds the lock; another one gives up after this time.
 LOCK_SECONDS = 120.0
-EX_USAGE = 64
 
 
 class Trouble(Exception):
@@ -31,30 +31,6 @@ class Trouble(Exception):
 
 class WrongUse(Exception):
     """What was asked for cannot be meant; the message says why. Exit code 64."""
-
-
-def answer_for(script: str, work: Callable[[], int]) -> int:
-    """work()'s exit code; what may go wrong becomes one line and a code."""
-    try:
-        return work()
-    except WrongUse as error:
-        complain(script, error)
-        return EX_USAGE
-    except Trouble as trouble:
-        return complain(script, trouble)
-    except OSError as error:
-        where = error.filename or "the installation"
-        return complain(
-            script, f"{where}: {error.strerror}; mend that, then run the same command again"
-        )
-    except KeyboardInterrupt:
-        return complain(script, "interrupted; run the same command again to finish what was begun")
-
-
-def complain(script: str, message: object) -> int:
-    from taskqueue import cli
-
-    return cli.complain(1, script, message)
 
 
 def default_prefix() -> Path:
@@ -187,6 +163,80 @@ class Installation:
         for path, content, _ in files:
             self.record["files"][self.name(path)] = [digest(content)]
         self.save()
+
+
+# --------------------------------------------------------------------------------------- finding uv
+
+
+def find_uv() -> str | None:
+    """Return the absolute path of a uv that runs in an empty environment, or None.
+
+    A version manager's stand-in on PATH needs its environment; it is asked for the uv behind it.
+    """
+    home = Path.home()
+    places = (
+        os.environ.get("UV"),
+        shutil.which("uv"),
+        home / ".local/bin/uv",
+        home / ".cargo/bin/uv",
+        "/opt/homebrew/bin/uv",
+        "/usr/local/bin/uv",
+    )
+    found = [
+        str(place)
+        for place in places
+        if place and os.path.isabs(place) and os.access(place, os.X_OK)
+    ]
+    for uv in found:
+        if works_alone([uv, "--version"]):
+            return uv
+    for stand_in in found:
+        ask = [
+            stand_in,
+            "run",
+            "--no-project",
+            "--no-config",
+            "--offline",
+            "python",
+            "-c",
+            "import os; print(os.environ['UV'])",
+        ]
+        try:
+            ran = subprocess.run(
+                ask,
+                check=False,
+                cwd="/",
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                text=True,
+                timeout=30,
+            )
+        except (OSError, subprocess.TimeoutExpired):
+            continue
+        uv = ran.stdout.strip()
+        if uv and works_alone([uv, "--version"]):
+            return uv
+    return None
+
+
+def works_alone(command: Sequence[str]) -> bool:
+    """Tell whether a command succeeds with next to no environment, as under a service."""
+    environment = {"HOME": os.environ.get("HOME", "/"), "PATH": "/usr/bin:/bin"}
+    try:
+        return (
+            subprocess.run(
+                command,
+                check=False,
+                cwd="/",
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                timeout=30,
+                env=environment,
+            ).returncode
+            == 0
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return False
 
 
 # -------------------------------------------------------------------------------------------- files

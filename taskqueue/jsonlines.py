@@ -15,9 +15,11 @@ from pathlib import Path
 from typing import BinaryIO
 
 import queue_helpers as q
-from taskqueue import cli
+from taskqueue import cli, database
 from taskqueue.backup import LAST_ID, check_target, use_ids, whole_file
-from taskqueue.cli import EX_DATAERR, FINISHED, Refused
+from taskqueue.cli import EX_DATAERR, Refused
+from taskqueue.database import FINISHED
+from taskqueue.text import plural, short, visible
 
 # An import reads and checks so many lines before it stores them.
 LINES_AT_A_TIME = 500
@@ -77,16 +79,16 @@ def export(file: str, queues: list[str] | None, history: bool, as_json: bool) ->
     """Write waiting and running tasks as JSON lines, for import; with --history the finished ones,
     too.
     """
-    conn = cli.open_queue()
-    cli.check_known(conn, queues or ())
+    conn = database.open_queue()
+    database.check_known(conn, queues or ())
     if file == "-" or os.path.exists(file) and not os.path.isfile(file) and not os.path.isdir(file):
         exported = export_to_stream(conn, file, queues, history)
     else:
         check_target(Path(file), conn.state)
         with whole_file(Path(file)) as temporary, open(temporary, "wb") as out:
             exported = write_lines(conn, out, queues, history)
-    says = f"exported {cli.plural(exported, 'task')} to {file}"
-    says = json.dumps({"exported": exported, "file": file}) if as_json else cli.visible(says)
+    says = f"exported {plural(exported, 'task')} to {file}"
+    says = json.dumps({"exported": exported, "file": file}) if as_json else visible(says)
     print(says, file=sys.stderr if file == "-" else sys.stdout)
     return 0
 
@@ -128,10 +130,10 @@ def write_lines(conn: q.Connection, out: BinaryIO, queues: list[str] | None, his
 
 def exported_tasks(conn: q.Connection, queues: list[str] | None, history: bool) -> Iterator[dict]:
     named = {"queues": json.dumps(queues) if queues else None}
-    with cli.snapshot(conn):
+    with database.snapshot(conn):
         statements = [EXPORT_FINISHED.format(columns=column_list(conn, "task_history"))]
         statements = statements if history else []
-        for queue in queues or cli.queues_of(conn):
+        for queue in queues or database.queues_of(conn):
             statements.append(EXPORT_LIVE.format(queue=queue, columns=column_list(conn, queue)))
         for statement in statements:
             rows = conn.execute(statement, named if ":queues" in statement else {})
@@ -184,7 +186,7 @@ def import_(file: str, as_json: bool) -> int:
     if file == "-" and 0 in cli.closed_streams:
         raise Refused("standard input is closed: give a file's name")
     if (q.STATE_DIR / "tasks.db").exists():
-        cli.open_queue()
+        database.open_queue()
     conn = q.connect()
     conn.create_function("readable", 1, readable, deterministic=True)
     # What is said of lines: why they were refused, and what was changed in others.
@@ -198,9 +200,7 @@ def import_(file: str, as_json: bool) -> int:
             more = f"… and {len(said) - MOST_FAULTS_SHOWN:,} more"
             cli.complain(EX_DATAERR, "tasks.py import", more)
     told = {"imported": imported, "already_there": known, "refused": faults}
-    says = (
-        f"imported {cli.plural(imported, 'task')}; {known:,} already there; {len(faults):,} refused"
-    )
+    says = f"imported {plural(imported, 'task')}; {known:,} already there; {len(faults):,} refused"
     cli.report(as_json, told, says)
     return EX_DATAERR if faults else 0
 
@@ -215,7 +215,7 @@ def import_lines(
         if not is_about_the_task(error, conn.state):
             raise error
         why = f"{error} is missing" if isinstance(error, KeyError) else str(error)
-        faults.append(f"line {number} was refused: {cli.short(why)}")
+        faults.append(f"line {number} was refused: {short(why)}")
 
     def store(item: tuple[int, dict]) -> bool | None:
         number, task = item
@@ -244,7 +244,7 @@ def import_lines(
                         notes += [f"line {number}: {kept_as_text(odd)}"] if odd else []
                 except Exception as error:
                     refuse(number, error)
-            results = list(cli.in_steps(conn, parsed, store))
+            results = list(database.in_steps(conn, parsed, store))
             imported, known = imported + results.count(True), known + results.count(False)
             q.wake(conn.state)
     return imported, known
@@ -287,7 +287,7 @@ def parse_line(conn: q.Connection, line: bytes) -> tuple[dict, list[str]]:
     """
     text = line.decode("utf-8-sig").strip()
     task, odd = read_json(text)
-    if task["status"] not in cli.STATUSES:
+    if task["status"] not in database.STATUSES:
         raise q.InvalidTask(f"{task['status']!r} is not a status")
     queue = q.check_queue_name(task["queue"])
     is_over = task["status"] in FINISHED
@@ -326,7 +326,7 @@ def check(task: dict, name: str, is_right: Callable, required: bool = False) -> 
     if value is None and not required:
         task.pop(name, None)
     elif not is_right(value):
-        raise q.InvalidTask(f"its {name} is {cli.short(repr(value), 40)}")
+        raise q.InvalidTask(f"its {name} is {short(repr(value), 40)}")
 
 
 def whole(least: int, most: int) -> Callable:
@@ -386,7 +386,7 @@ def import_live(conn: q.Connection, task: dict) -> bool:
             # The row after which it is called is another task here.
             task["task_id"] += "-" + hashlib.sha256(task["data"].encode()).hexdigest()[:12]
         at = float(task["enqueued_at"])
-        task["data"] = cli.envelope_of(task["task_id"], task["task_type"], at, task["data"])
+        task["data"] = envelope_of(task["task_id"], task["task_type"], at, task["data"])
     if conn.execute(q.on_queue(KNOWN_LIVE, queue), task).fetchone()[0]:
         return False
     row = {name: task[name] for name in columns_of(conn, queue) if name in task}
@@ -407,3 +407,9 @@ def is_envelope(stored: dict) -> bool:
 def insert(conn: q.Connection, table: str, row: dict) -> int:
     names, places = ", ".join(f'"{name}"' for name in row), ", ".join(f":{name}" for name in row)
     return conn.execute(INSERT.format(table=table, names=names, places=places), row).rowcount
+
+
+def envelope_of(task_id: str, task_type: str, timestamp: float, text: str) -> str:
+    """Return the envelope of a bare payload, whose JSON is `text`."""
+    head = {"task_id": task_id, "task_type": task_type, "enqueued_at": q.utc(timestamp)}
+    return f'{q.to_json(head)[:-1]}, "data": {text}}}'

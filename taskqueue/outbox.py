@@ -7,12 +7,13 @@ from collections.abc import Iterator
 from functools import partial
 
 import queue_helpers as q
-from taskqueue import cli, hub
+from taskqueue import database, hub
 from taskqueue import outcome as outcomes
 from taskqueue import recovery as owners
 from taskqueue.handlers import say
 from taskqueue.hub import HubRefused
 from taskqueue.relay import STAYS, TICK_SECONDS, TIDY_SECONDS, Relay, address_of
+from taskqueue.text import plural
 
 # One transaction carries at most so many tasks, and so many bytes of them.
 BATCH, BATCH_BYTES = 200, 8 * 2**20
@@ -124,7 +125,7 @@ class Push(Relay):
         with q.transaction(conn, durable=False):
             rows = [{"id": task.id, "owner": task.owner, "now": now} for task, *_ in sent]
             conn.executemany(q.on_queue(SENT, queue), rows)
-        say(f"{queue}: {cli.plural(len(sent), 'task')} handed over")
+        say(f"{queue}: {plural(len(sent), 'task')} handed over")
         return len(tasks)
 
     def take(self, conn: q.Connection, queue: str) -> None:
@@ -234,7 +235,7 @@ class Pull(Relay):
     def cancel(self, conn: q.Connection) -> None:
         """Have the hub end the jobs of tasks that somebody cancelled here."""
         ids = []
-        for queue in cli.queues_of(conn):
+        for queue in database.queues_of(conn):
             ids += [owner for (owner,) in q.execute(conn, UNWANTED, queue)]
         if ids:
             with self.hub.transaction() as pg:
@@ -265,7 +266,7 @@ class Pull(Relay):
         may have is left alone.
         """
         here = {}
-        for queue in cli.queues_of(conn):
+        for queue in database.queues_of(conn):
             rows = q.execute(conn, HANDED_OVER, queue).fetchall()
             here |= {id: (queue, row_id, unwanted) for id, row_id, unwanted in rows}
         if not here:
@@ -294,7 +295,7 @@ class Pull(Relay):
 
     def bring_home(self, conn: q.Connection, endings: list[tuple]) -> None:
         """End these tasks here, durably; nothing happens to those that ended before."""
-        queues, lines = set(cli.queues_of(conn)), []
+        queues, lines = set(database.queues_of(conn)), []
         with q.transaction(conn):
             for ending in endings:
                 if ending[1] in queues:

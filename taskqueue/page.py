@@ -23,11 +23,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 import queue_helpers as q
-from taskqueue import cli, render
-from taskqueue import stats as numbers_of
-from taskqueue.cli import FINISHED, LIVE, Refused
-from taskqueue.find import FINISHED_ROW, LIVE_ROW
+from taskqueue import cli, database, show
+from taskqueue.cli import Refused
+from taskqueue.database import FINISHED, LIVE
+from taskqueue.find import CLAIM_ORDER, FINISHED_ROW, LIVE_ROW, gather
+from taskqueue.outcome import Control
+from taskqueue.remedies import command
 from taskqueue.template import STYLE, TEMPLATE
+from taskqueue.text import ago, clock, pause_in_words, sh, short, span, visible_lines
 
 # With --watch, the page is not written more often than this.
 PAUSE_SECONDS = 1.0
@@ -50,14 +53,6 @@ ABOUT = ("prompt", "file", "path", "summary", "message", "text")
 
 # --------------------------------------------------------------------------------------- statements
 
-ORDER = {
-    "in_progress": "claimed_at",
-    "pending": "-priority",
-    "scheduled": "due_at",
-    "held": "id",
-    "blocked": "id",
-    "handed_over": "claimed_at",
-}
 LIVE_IDS = """
 select {key}, id from "{queue}" where {condition} order by 1, 2 limit :rows"""
 FINISHED_IDS = """
@@ -73,7 +68,7 @@ from task_history where completed_at >= :day_ago group by 1, 2 order by 1"""
 
 def page(file: str | None, open_it: bool, refresh: int | None, as_json: bool) -> int:
     """Write the page; with `refresh` go on writing it, and a browser reads it again so often."""
-    conn = cli.open_queue()
+    conn = database.open_queue()
     path = Path(file).absolute() if file else conn.state / "page.html"
     write(path, page_of(conn, refresh))
     cli.report(as_json, {"file": str(path)}, str(path))
@@ -94,10 +89,10 @@ def write_again(state: Path, path: Path, refresh: int) -> None:
             while True:
                 changed.wait(REWRITE_SECONDS)
                 changed.clear()
-                write(path, page_of(cli.open_queue(), refresh))
+                write(path, page_of(database.open_queue(), refresh))
                 time.sleep(PAUSE_SECONDS)
     except KeyboardInterrupt:
-        write(path, page_of(cli.open_queue(), None))
+        write(path, page_of(database.open_queue(), None))
 
 
 def write(path: Path, text: str) -> None:
@@ -121,11 +116,11 @@ def write(path: Path, text: str) -> None:
 def page_of(conn: q.Connection, refresh: int | None) -> str:
     """The HTML of one state of the database."""
     now = time.time()
-    with cli.snapshot(conn):
+    with database.snapshot(conn):
         controls = q.controls(conn)
-        numbers = numbers_of.gather(conn)
+        numbers = gather(conn)
         bars = bars_of(conn, now)
-        tasks = {status: tasks_of(conn, status, controls) for status in cli.STATUSES}
+        tasks = {status: tasks_of(conn, status, controls) for status in database.STATUSES}
     queues = numbers["queues"]
     totals = {status: sum(n[count_name(status)] for n in queues.values()) for status in TILES}
     section = {"failed": "failed", "in_progress": "running"}
@@ -148,14 +143,14 @@ def page_of(conn: q.Connection, refresh: int | None) -> str:
         ended=part(ended, 12, "list"),
         bars=bars,
         finished=chart([bar.tasks for bar in bars], bars, str),
-        waited=chart([{"pending": bar.waited or 0} for bar in bars], bars, cli.span),
+        waited=chart([{"pending": bar.waited or 0} for bar in bars], bars, span),
         counts=[row for queue, n in queues.items() for row in count_rows(queue, n)],
     )
 
 
 def part(tasks: list[dict], shown: int, see: str) -> dict:
     """The tasks that are shown, those folded in below them, and where the others are."""
-    more = f"These are the first {ROWS}. More: {cli.command(see)}" if len(tasks) > ROWS else ""
+    more = f"These are the first {ROWS}. More: {command(see)}" if len(tasks) > ROWS else ""
     return {"shown": tasks[:shown], "folded": tasks[shown:ROWS], "more": more}
 
 
@@ -168,9 +163,9 @@ def unserved(numbers: dict) -> Iterable[str]:
 def paused(queues: dict) -> Iterable[str]:
     for queue, n in queues.items():
         if n["paused"]:
-            control = render.Control(True, n["paused_until"], n["pause_reason"], None, None)
-            words = cli.pause_in_words(control)
-            yield f"{queue} is {words}. Go on now: {cli.command('resume')} {queue}"
+            control = Control(True, n["paused_until"], n["pause_reason"], None, None)
+            words = pause_in_words(control)
+            yield f"{queue} is {words}. Go on now: {command('resume')} {queue}"
 
 
 def count_name(status: str) -> str:
@@ -194,14 +189,16 @@ def tasks_of(conn: q.Connection, status: str, controls: dict) -> list[dict]:
     """The first tasks of a status: waiting ones in the order of claims, finished ones newest first."""
     if status in FINISHED:
         ids = conn.execute(FINISHED_IDS, {"status": status, "rows": ROWS + 1}).fetchall()
-        rows = [cli.as_dict(conn.execute(FINISHED_ROW, {"id": id})) for _, id in ids]
+        rows = [database.as_dict(conn.execute(FINISHED_ROW, {"id": id})) for _, id in ids]
     else:
         found = []
-        for queue in cli.queues_of(conn):
-            statement = LIVE_IDS.format(queue=queue, key=ORDER[status], condition=LIVE[status])
+        for queue in database.queues_of(conn):
+            statement = LIVE_IDS.format(
+                queue=queue, key=CLAIM_ORDER[status], condition=LIVE[status]
+            )
             found += [(*row, queue) for row in conn.execute(statement, {"rows": ROWS + 1})]
         rows = [
-            cli.as_dict(q.execute(conn, LIVE_ROW, queue, id=id))
+            database.as_dict(q.execute(conn, LIVE_ROW, queue, id=id))
             for _, id, queue in sorted(found)[: ROWS + 1]
         ]
     return [task_of(row, controls) for row in rows]
@@ -210,39 +207,39 @@ def tasks_of(conn: q.Connection, status: str, controls: dict) -> list[dict]:
 def task_of(row: dict, controls: dict) -> dict:
     """A task as the template shows it."""
     moment = row["completed_at"] or row["due_at"] or row["started_at"] or row["enqueued_at"]
-    stored = cli.payload_text(row["data"])
-    note = render.note_of(row, controls)
+    stored = show.payload_text(row["data"])
+    note = show.note_of(row, controls)
     about = about_of(stored)
     texts = (("stdout", row.get("result")), ("stderr", row.get("log")), ("data", indented(stored)))
-    fields = render.fields_of(row | {"came_from": ()})
+    fields = show.fields_of(row | {"came_from": ()})
     return {
         "status": row["status"],
         "task_id": row["task_id"],
         "task_type": row["task_type"],
         "completed_at": row["completed_at"] or "",
         "about": about,
-        "moment": cli.clock(moment, whole=True),
-        "when": cli.ago(moment),
-        "note": "" if note == stored else cli.short(note, LINE_CHARS),
+        "moment": clock(moment, whole=True),
+        "when": ago(moment),
+        "note": "" if note == stored else short(note, LINE_CHARS),
         "fields": [(name, cut(value)) for name, value in fields if name != "status"],
         "boxes": [(name, cut(text)) for name, text in texts if (text or "").strip()],
-        "command": f"{cli.command('show')} {cli.sh(row['task_id'])}",
+        "command": f"{command('show')} {sh(row['task_id'])}",
     }
 
 
 def about_of(stored: str) -> str:
     """What a task is about: its prompt, file or summary, else its workspace's name."""
-    payload = cli.payload(stored)
+    payload = show.payload(stored)
     if not isinstance(payload, dict):
         return ""
     texts = [payload[name] for name in ABOUT if isinstance(payload.get(name), str)]
     place = payload.get("workspace_path")
     project = os.path.basename(place.rstrip("/")) if isinstance(place, str) else ""
-    return cli.short(next(filter(str.strip, texts), project), 80)
+    return short(next(filter(str.strip, texts), project), 80)
 
 
 def indented(stored: str) -> str:
-    value = cli.payload(stored) if len(stored) <= BOX_CHARS else stored
+    value = show.payload(stored) if len(stored) <= BOX_CHARS else stored
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, indent=2)
 
 
@@ -314,7 +311,12 @@ def chart(values: list[dict[str, float]], bars: list[Bar], words) -> Chart:
             top -= height
             blocks.append({"status": status, "y": round(top, 2), "height": round(height, 2)})
         says = ", ".join(f"{words(value)} {word(status)}" for status, value in column.items())
-        columns.append((f"{clock(bar.since)} to {clock(bar.until)}: {says or 'nothing'}", blocks))
+        columns.append(
+            (
+                f"{hour_and_minute(bar.since)} to {hour_and_minute(bar.until)}: {says or 'nothing'}",
+                blocks,
+            )
+        )
     return Chart(most, columns)
 
 
@@ -325,7 +327,7 @@ def word(status: str) -> str:
     return status.replace("_", " ")
 
 
-def clock(seconds: float) -> str:
+def hour_and_minute(seconds: float) -> str:
     return time.strftime("%H:%M", time.localtime(seconds))
 
 
@@ -336,7 +338,7 @@ def template():
 
     def visible(value: object) -> object:
         """What the template prints: text from outside without characters that hide or reorder."""
-        return value if isinstance(value, Markup) else cli.visible_lines(str(value))
+        return value if isinstance(value, Markup) else visible_lines(str(value))
 
     made = Environment(
         autoescape=True,
@@ -345,7 +347,7 @@ def template():
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    made.filters |= {"word": word, "span": cli.span, "clock": clock}
+    made.filters |= {"word": word, "span": span, "clock": hour_and_minute}
     style_hash = base64.b64encode(hashlib.sha256(STYLE.encode()).digest()).decode()
     made.globals |= {"style": Markup(STYLE), "style_hash": style_hash, "live": LIVE}
     return made.from_string(TEMPLATE)

@@ -362,7 +362,7 @@ def errors_explained(conn: q.Connection):
 
 def sidecar_is_lost(conn: q.Connection) -> None:
     """Say that the write-ahead log or its shared memory was removed, and have each thread open another connection."""
-    from taskqueue.cli import command
+    from taskqueue.remedies import command
 
     try:
         lost = "-wal" if q._inodes(conn.real)[0] != conn.sidecars[0] else "-shm"

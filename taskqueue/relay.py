@@ -15,6 +15,7 @@ from taskqueue import cli, hub
 from taskqueue import recovery as owners
 from taskqueue.handlers import say
 from taskqueue.hub import Hub, Stopped
+from taskqueue.remedies import as_typed, remedies_as_typed
 from taskqueue.supervisor import wakeup_pipe
 
 # Seconds before the hub is tried again, doubling from the first to the last.
@@ -124,7 +125,7 @@ class Relay:
         except (q.QueueError, OSError, sqlite3.Error) as error:
             now = time.monotonic()
             if not self.trouble or now >= self.say_at:
-                why = cli.remedies_as_typed(str(error))
+                why = remedies_as_typed(str(error))
                 say(f"{why}; tasks wait where they are until a later try succeeds")
                 self.say_at = now + TROUBLE_EVERY_SECONDS
             self.trouble, self.is_idle = str(error), False
@@ -151,15 +152,15 @@ class Relay:
         """Say, once, what is in the way of one thing that others need not wait for."""
         if about not in self.said:
             self.said.add(about)
-            say(cli.remedies_as_typed(about))
+            say(remedies_as_typed(about))
 
     def lock(self, verb: str, queue: str) -> None:
         """Refuse a second process of the same kind for a queue. Raises Refused."""
         path = q.make_private(self.state / "workers") / f"relay.{verb}.{queue}"
         fd = q.lock_file(path, patience=q.PROBE_SECONDS)
         if fd is None:
-            command = cli.as_typed(f"relay.py {verb}")
-            raise cli.Refused(f"another {command} serves {queue}: one is enough")
+            name = as_typed(f"relay.py {verb}")
+            raise cli.Refused(f"another {name} serves {queue}: one is enough")
         self.locks.append(fd)
 
     def heard(self) -> None:

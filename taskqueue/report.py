@@ -141,9 +141,9 @@ def fail(code: int, message: object, *, hook: bool = False) -> int:
     """Say what is wrong in one line; the code. A person is told commands as people type them."""
     line = " ".join(f"report.py: {message}".split())
     if not hook:
-        from taskqueue import cli
+        from taskqueue.remedies import remedies_as_typed
 
-        line = cli.remedies_as_typed(line)
+        line = remedies_as_typed(line)
     with suppress(OSError):
         print(visible(line), file=sys.stderr)
     return code
@@ -370,7 +370,7 @@ def report(news: list[Ended], more: int) -> str:
             f" (task {shown(ended.task_id)})"
         )
     if more:
-        from taskqueue.cli import command
+        from taskqueue.remedies import command
 
         lines.append(f"{more} earlier ones ended as well; {command('list')} shows them.")
     return "\n".join(lines)[:CHARACTERS]

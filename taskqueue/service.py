@@ -15,17 +15,16 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
 import queue_helpers as q
-from taskqueue import environment, serving
+from taskqueue import cli, environment, serving
 from taskqueue.installation import (
     Installation,
     Trouble,
     WrongUse,
-    answer_for,
     default_prefix,
     digest,
     digest_there,
@@ -33,7 +32,6 @@ from taskqueue.installation import (
     is_plain,
     only_one,
 )
-from taskqueue.installation import complain as complain_of
 
 IDLE_EXIT_SECONDS = 60
 
@@ -59,7 +57,7 @@ that have become due. uninstall takes the units out again.
 exit codes: 0 done; 1 something was left undone, and the message says what; 64 usage.
 """
 
-complain = partial(complain_of, "tasks.py service")
+complain = partial(cli.complain, cli.EX_FAILED, "tasks.py service")
 
 # ------------------------------------------------------------------------------- starting a worker
 
@@ -96,6 +94,25 @@ def start_worker(queue: str) -> None:
         )
     finally:
         os.close(fd)
+
+
+def have_run(conn: q.Connection, queues: Iterable[str]) -> list[str]:
+    """Start a worker for each queue of which a hook may; a line for each queue that gets none."""
+    lines = []
+    for queue in dict.fromkeys(queues):
+        kind = (
+            serving.runner_of(conn, conn.state, queue).kind
+            if serving.waits(conn, queue)
+            else "consumer"
+        )
+        if kind == "hook":
+            try:
+                start_worker(queue)
+            except (OSError, ValueError) as error:
+                lines.append(f"no worker could be started ({error}): {serving.remark(queue, '')}")
+        else:
+            lines.append(serving.remark(queue, kind))
+    return [line for line in lines if line]
 
 
 def worker_command(lib: Path, queues: Sequence[str]) -> list[str]:
@@ -165,12 +182,10 @@ def is_work(state: Path, queues: list[str]) -> bool:
 def main(argv: Sequence[str]) -> int:
     args = parse(argv)
     os.umask(0o077)
-    return answer_for("tasks.py service", lambda: serve(args))
+    return cli.answer_for("tasks.py service", lambda: serve(args))
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
-    from taskqueue import cli
-
     parser = cli.make_parser("tasks.py service", HELP)
     add = parser.add_argument
     add("prefix", metavar="PREFIX", nargs="?", help="of an installation (default: this one's)")

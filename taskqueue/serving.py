@@ -224,7 +224,7 @@ def remark(queue: str, kind: str) -> str:
     """Say that no worker serves a queue, and the command that starts one; "" where one will come."""
     if kind not in ("", "hook"):
         return ""
-    from taskqueue.cli import command
+    from taskqueue.remedies import command
 
     until, now = (" until a hook starts one", " now") if kind else ("", "")
     return f"no worker serves {queue}{until}; start one{now}: {command(f'work {queue}')}"
@@ -262,22 +262,6 @@ def untried_types(conn: sqlite3.Connection, queue: str) -> list[str]:
     return [name for name, _ in conn.execute(q.on_queue(UNTRIED_TYPES, queue))]
 
 
-def have_run(conn: q.Connection, queues: Iterable[str]) -> list[str]:
-    """Start a worker for each queue of which a hook may; a line for each queue that gets none."""
-    from taskqueue import service
-
-    lines = []
-    for queue in dict.fromkeys(queues):
-        kind = runner_of(conn, conn.state, queue).kind if _waits(conn, queue) else "consumer"
-        if kind == "hook":
-            try:
-                service.start_worker(queue)
-            except (OSError, ValueError) as error:
-                lines.append(f"no worker could be started ({error}): {remark(queue, '')}")
-        else:
-            lines.append(remark(queue, kind))
-    return [line for line in lines if line]
-
-
-def _waits(conn: sqlite3.Connection, queue: str) -> bool:
+def waits(conn: sqlite3.Connection, queue: str) -> bool:
+    """Tell whether tasks of a queue wait for a worker."""
     return bool(conn.execute(q.on_queue(WAITS, queue)).fetchone()[0])

@@ -20,7 +20,7 @@ import enqueue
 import queue_helpers
 import tasks
 import worker
-from taskqueue import cli, service, serving
+from taskqueue import remedies, service, serving
 
 NOBODY = "no worker serves approvals; start one: worker.py approvals"
 
@@ -82,9 +82,9 @@ def house(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(queue_helpers, "STATE_DIR", house.state)
     monkeypatch.setattr(queue_helpers, "QUEUE_DB", house.state / "tasks.db")
     monkeypatch.setattr(queue_helpers, "QUEUE_PATH", house.state)
-    cli.installed_command.cache_clear()
+    remedies.installed_command.cache_clear()
     yield house
-    cli.installed_command.cache_clear()
+    remedies.installed_command.cache_clear()
     queue_helpers.resign(house.state)
 
 

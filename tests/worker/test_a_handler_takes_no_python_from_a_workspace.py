@@ -11,7 +11,7 @@ import pytest
 from conftest import ROOT
 
 from taskqueue import environment
-from taskqueue.cli import find_uv
+from taskqueue.installation import find_uv
 
 SCRIPT = """\
 #!/usr/bin/env -S uv run --script

@@ -1,22 +1,39 @@
-"""What tasks.py draws for people: tables of counts and of tasks, and all about one task.
+"""Show tasks to people: tables of counts and of tasks, all about one task, and handlers' output.
 
 rich is loaded when something is drawn: with --json nobody needs it.
 """
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
 import shutil
 import sys
 import time
+from codecs import getincrementaldecoder
 from collections.abc import Callable, Iterable, Sequence
+from typing import BinaryIO, NamedTuple, TextIO
 
-from taskqueue import cli
-from taskqueue.cli import LIVE
+import queue_helpers as q
+from taskqueue.database import LIVE
+from taskqueue.find import Found, newest_record
 from taskqueue.outcome import Control
-from taskqueue.text import visible
+from taskqueue.remedies import command
+from taskqueue.text import (
+    ago,
+    clock,
+    pause_in_words,
+    plural,
+    seconds_of,
+    seconds_since,
+    sh,
+    short,
+    span,
+    visible,
+    visible_lines,
+)
 
 COLOURS = {
     "failed": "red",
@@ -35,6 +52,12 @@ LEAST_NOTE, LEAST_ID, LEAST_NAME = 20, 8, 6
 # Names of so many cells stand in stats before the 95th percentiles are left out ("
 # link_validation"), and of so many before a column is.
 STATS_NAME, LEAST_STATS_NAME = 17, 14
+# How often the file that a handler writes is looked at.
+LOOK_SECONDS = 0.1
+# The history keeps the output in these columns.
+KEPT = {"err": "log", "out": "result"}
+# Output is copied in such pieces: it may be larger than the memory.
+PIECE_BYTES = 65_536
 TIMES = ("enqueued_at", "due_at", "expires_at", "started_at", "completed_at")
 
 # A cell is a text, or a text and its style.
@@ -195,8 +218,8 @@ def _stats_columns(numbers: dict) -> Iterable[list[tuple[str, Callable[[dict], C
         def cell(n: dict) -> Cell:
             if not n[name]:
                 return "-"
-            median = cli.span(n[name]["median"])
-            return f"{median}/{cli.span(n[name]['p95'])}" if whole else median
+            median = span(n[name]["median"])
+            return f"{median}/{span(n[name]['p95'])}" if whole else median
 
         return f">{label}\n{'p50/p95' if whole else 'median'}", cell
 
@@ -206,7 +229,7 @@ def _stats_columns(numbers: dict) -> Iterable[list[tuple[str, Callable[[dict], C
         for name in LIVE
         if name not in ("pending", "in_progress") and any(n[name] for n in queues)
     ]
-    oldest = (">oldest\npending", lambda n: cli.span(n["oldest_pending_seconds"]))
+    oldest = (">oldest\npending", lambda n: span(n["oldest_pending_seconds"]))
     finished = [ended("completed"), ended("failed")]
     finished += [ended("expired")] if any(n["expired_day"] for n in queues) else []
     for whole in (True, False):
@@ -221,9 +244,9 @@ def _stats_lines(numbers: dict) -> Iterable[str]:
     for name, n in numbers["queues"].items():
         if n["paused"]:
             told = Control(True, n["paused_until"], n["pause_reason"], n["paused_by"], n["slots"])
-            yield f"{name} is {cli.pause_in_words(told)}; see: {cli.command('resume')} {name}"
+            yield f"{name} is {pause_in_words(told)}; see: {command('resume')} {name}"
         if n["slots"]:
-            yield f"{name} runs at most {cli.plural(n['slots'], 'task')} at a time"
+            yield f"{name} runs at most {plural(n['slots'], 'task')} at a time"
     serving = numbers["serving"]
     yield f"workers serve: {', '.join(serving)}" if serving else "no worker runs now"
     yield from map(visible, numbers["remarks"])
@@ -241,8 +264,8 @@ def rows_on_screen() -> int:
 
 def list_table(rows: list[dict], controls: dict[str, Control]):
     """A line per task. A terminal gets row numbers, and ids without their middle."""
-    notes = [cli.short(note_of(row, controls)) for row in rows]
-    ages = [cli.span(cli.seconds_since(row["completed_at"] or row["enqueued_at"])) for row in rows]
+    notes = [short(note_of(row, controls)) for row in rows]
+    ages = [span(seconds_since(row["completed_at"] or row["enqueued_at"])) for row in rows]
     if not sys.stdout.isatty():
         return table(
             ["status", "queue", "*id", "type", ">age", ">tries", "what came of it, or the payload"],
@@ -299,33 +322,62 @@ def fitting(natural: list[int], room: int, note: int) -> list[int]:
 
 def note_of(row: dict, controls: dict[str, Control]) -> str:
     """What a person wants to know of a task, in a line."""
-    status, payload = row["status"], cli.payload_text(row["data"])
+    status, payload = row["status"], payload_text(row["data"])
     if status == "completed":
-        return cli.summary(row["result"]) or payload
+        return summary(row["result"]) or payload
     if status == "scheduled":
         why = f", after: {row['error']}" if row["error"] else f": {payload}"
-        was = "" if (cli.seconds_of(row["due_at"]) or 0.0) > time.time() else "due "
-        return f"{was}{cli.ago(row['due_at'])}{why}"
+        was = "" if (seconds_of(row["due_at"]) or 0.0) > time.time() else "due "
+        return f"{was}{ago(row['due_at'])}{why}"
     control = controls.get(row["queue"])
     if status == "pending" and control and control.paused:
-        return cli.pause_in_words(control)
+        return pause_in_words(control)
     return row["error"] or payload
 
 
 # --------------------------------------------------------------------------------------------- show
 
 
+def payload(text: str | None) -> object:
+    """A task's data for --json: the object, or the text where that says more than JSON can."""
+    if text is None:
+        return None
+    try:
+        value = json.loads(text)
+        json.dumps(value, allow_nan=False)
+        return value
+    except (TypeError, ValueError, RecursionError):
+        return text
+
+
+def payload_text(text: str) -> str:
+    """What the sender sent, without our envelope."""
+    stored = payload(text)
+    if not isinstance(stored, dict):
+        return text
+    inner = stored.get("data") if {"task_id", "task_type"} <= stored.keys() else None
+    return json.dumps(inner if isinstance(inner, dict) else stored, ensure_ascii=False)
+
+
+def summary(printed: str | None) -> str:
+    """What a handler printed in one line: the `summary` of its JSON, else its first line."""
+    text = (printed or "").strip()
+    value = payload(text) if text.startswith("{") else None
+    said = value.get("summary") if isinstance(value, dict) else None
+    return said.strip() if isinstance(said, str) and said.strip() else text.partition("\n")[0]
+
+
 def task_text(task: dict) -> str:
     """Everything about a task, as tasks.py show has put it together."""
     lines = [field(name, visible(value)) for name, value in fields_of(task)]
     data = task["data"]
-    lines += ["", "data", cli.visible_lines(data if isinstance(data, str) else indented(data))]
+    lines += ["", "data", visible_lines(data if isinstance(data, str) else indented(data))]
     for name, column in (("stdout", "result"), ("stderr", "log")):
         text = (task.get(column) or "").rstrip("\n")
         if text:
-            value = cli.payload(text) if text.lstrip().startswith(("{", "[")) else text
+            value = payload(text) if text.lstrip().startswith(("{", "[")) else text
             shown = text if isinstance(value, str) else indented(value)
-            lines += ["", name, cli.visible_lines(shown)]
+            lines += ["", name, visible_lines(shown)]
     return "\n".join(lines)
 
 
@@ -355,25 +407,25 @@ def fields_of(task: dict) -> Iterable[tuple[str, str]]:
     for name, value in task.items():
         if name in NOT_FIELDS or value is None:
             continue
-        if name in TIMES and cli.seconds_of(value) is not None:
-            value = f"{cli.clock(value, whole=True)}, {cli.ago(value)}"
+        if name in TIMES and seconds_of(value) is not None:
+            value = f"{clock(value, whole=True)}, {ago(value)}"
         yield name, str(value)
         if name == "status" and value == "held":
-            yield "", f"until {cli.command('approve')} or {cli.command('reject')}"
+            yield "", f"until {command('approve')} or {command('reject')}"
         if name == "status" and value == "failed":
-            yield "", f"runs again after {cli.command('retry')} {cli.sh(task['task_id'])}"
+            yield "", f"runs again after {command('retry')} {sh(task['task_id'])}"
     is_over = task["completed_at"] is not None
     if task["started_at"] is not None:
         until = task["completed_at"] if is_over else time.time()
-        yield "waited", cli.span(between(task["enqueued_at"], task["started_at"]))
-        yield "ran" if is_over else "has run", cli.span(between(task["started_at"], until))
+        yield "waited", span(between(task["enqueued_at"], task["started_at"]))
+        yield "ran" if is_over else "has run", span(between(task["started_at"], until))
     for other in task["came_from"]:
         yield "came from", f"{other['queue']} {other['task_id']} ({other['status']})"
 
 
 def between(begin: object, end: object) -> float | None:
     """Seconds from one time of the database's to another; None where one of them is no time."""
-    first, last = cli.seconds_of(begin), cli.seconds_of(end)
+    first, last = seconds_of(begin), seconds_of(end)
     return None if first is None or last is None else last - first
 
 
@@ -383,11 +435,11 @@ def history_table(history: list[dict]):
         [
             (
                 record["status"],
-                cli.clock(record["started_at"], whole=True) if record["started_at"] else "-",
-                cli.clock(record["completed_at"], whole=True),
+                clock(record["started_at"], whole=True) if record["started_at"] else "-",
+                clock(record["completed_at"], whole=True),
                 str(record["attempts"]),
                 "-" if record["exit_code"] is None else str(record["exit_code"]),
-                cli.short(record["error"]),
+                short(record["error"]),
             )
             for record in history
         ],
@@ -397,3 +449,127 @@ def history_table(history: list[dict]):
 def output_files(runs: list[dict]) -> str:
     files = (f"{run['path']}{ending}" for run in runs for ending in (".out", ".err"))
     return "".join(f"{visible(file)}\n" for file in files if os.path.exists(file))
+
+
+# --------------------------------------------------------------------------------------------- logs
+
+
+class Printer:
+    """Passes a handler's output on: each byte into a file or pipe, and what a terminal only shows
+    to a terminal.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self.stream, self.on_terminal = stream, stream.isatty()
+        self.decoder = getincrementaldecoder("utf-8")("replace")
+
+    def write(self, piece: bytes) -> None:
+        if self.on_terminal:
+            self.stream.write(visible_lines(self.decoder.decode(piece)))
+        else:
+            self.stream.flush()
+            self.stream.buffer.write(piece)
+        self.stream.flush()
+
+
+def make_printers() -> dict[str, Printer]:
+    return {"err": Printer(sys.stderr), "out": Printer(sys.stdout)}
+
+
+def copy(source: BinaryIO, printer: Printer) -> None:
+    """Print what has come since, a piece at a time: it may be larger than the memory."""
+    while piece := source.read(PIECE_BYTES):
+        printer.write(piece)
+
+
+class Run(NamedTuple):
+    """One attempt's output: path with .out and .err added."""
+
+    attempt: int
+    path: str
+    changed: float
+
+
+def runs_of(record: dict) -> list[Run]:
+    """What its attempts left in the logs, oldest first."""
+    pattern, runs = re.compile(rf"({record['id']}-(\d+)-.+)\.(?:out|err)", re.DOTALL), {}
+    try:
+        with os.scandir(q.STATE_DIR / "logs" / record["queue"]) as entries:
+            for entry in entries:
+                match = pattern.fullmatch(entry.name)
+                if match:
+                    path = entry.path[: -len(".out")]
+                    # Not the time of the last write: a file that served another run before keeps
+                    # that one's while nothing is written.
+                    changed = max(entry.stat().st_ctime, runs[path].changed if path in runs else 0)
+                    runs[path] = Run(int(match[2]), path, changed)
+    except OSError:
+        pass
+    return sorted(runs.values(), key=lambda run: (run.changed, run.attempt))
+
+
+def print_outputs(sources: dict[str, BinaryIO]) -> None:
+    """A run's stderr on stderr, its stdout on stdout."""
+    printers = make_printers()
+    for ending, source in sources.items():
+        copy(source, printers[ending])
+
+
+def print_as_json(told: dict, sources: dict[str, BinaryIO]) -> None:
+    """One JSON object, written a piece at a time: outputs may be larger than the memory."""
+    sys.stdout.write(json.dumps(told, indent=2)[:-2])
+    for ending, name in (("out", "stdout"), ("err", "stderr")):
+        sys.stdout.write(f',\n  "{name}": "')
+        decode = getincrementaldecoder("utf-8")("replace").decode
+        while piece := sources[ending].read(PIECE_BYTES):
+            sys.stdout.write(json.dumps(decode(piece))[1:-1])
+        sys.stdout.write(json.dumps(decode(b"", True))[1:-1] + '"')
+    sys.stdout.write("\n}\n")
+
+
+def open_output(path: str | None, ending: str, record: dict) -> BinaryIO:
+    """A run's stderr or stdout, or what the history kept of it."""
+    try:
+        if path is not None and os.path.getsize(f"{path}.{ending}"):
+            return open(f"{path}.{ending}", "rb")
+    except OSError:
+        pass
+    return io.BytesIO((record.get(KEPT[ending]) or "").encode())
+
+
+def follow_logs(conn: q.Connection, found: Found) -> int:
+    """Print what is there, then what comes, attempt after attempt, until the task is finished."""
+    files: dict[str, BinaryIO] = {}
+    printers, waited = make_printers(), False
+    while True:
+        # Looked at before the files are: what is written until then is read.
+        record = newest_record(conn, found)
+        runs = runs_of(record)
+        for ending in KEPT if runs else ():
+            follow_file(files, ending, f"{runs[-1].path}.{ending}", printers[ending])
+        if record["completed_at"] is not None:
+            for ending in () if files else KEPT:
+                copy(open_output(None, ending, record), printers[ending])
+            return 0
+        if not runs and not waited:
+            waited = True
+            task_id = visible(found.task_id)
+            print(
+                f"task {task_id} has not run yet ({record['status']}); waiting for it",
+                file=sys.stderr,
+            )
+        time.sleep(LOOK_SECONDS)
+
+
+def follow_file(files: dict[str, BinaryIO], ending: str, path: str, printer: Printer) -> None:
+    """Print what is new in the file that is open, then go on to the next attempt's file."""
+    if ending in files:
+        copy(files[ending], printer)
+    try:
+        there = os.stat(path)
+        if ending not in files or os.fstat(files[ending].fileno()).st_ino != there.st_ino:
+            files[ending] = open(path, "rb")  # noqa: SIM115
+            copy(files[ending], printer)
+    except FileNotFoundError:
+        # It was empty when the run ended, and was removed.
+        pass
