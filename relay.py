@@ -12,8 +12,9 @@
     relay.py status                    show both ends side by side
     relay.py machines                  list the machines, when each was last heard, what waits for it
 
-The hub is a PostgreSQL database with Procrastinate's schema: --url postgresql://USER@HOST/DATABASE,
-or TASK_QUEUE_HUB. Keep the password in ~/.pgpass: all users of a machine can see its arguments.
+The hub is a PostgreSQL database with Procrastinate's schema. Its URL comes from --url, from
+TASK_QUEUE_HUB, or from the one line of ~/.claude/automation/lychee/hub, a file that only you may
+read (chmod 600). All users of a machine can see arguments, so --url takes no password.
 
 Hooks write to the local database, so nobody waits for a network. A pushed task is handed_over until
 pull has recorded its end, and keeps its group's turn meanwhile. A fetched task is an ordinary task of
@@ -35,15 +36,18 @@ import os
 import re
 import time
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import queue_helpers as q
 from taskqueue import cli, database, hub
+from taskqueue.environment import Unfit, private_text
 from taskqueue.handlers import count, say, start_clean
 from taskqueue.hub import Hub
 from taskqueue.inbox import Fetch
 from taskqueue.outbox import Pull, Push
 from taskqueue.relay import machine_id
 from taskqueue.remedies import remedies_as_typed
+from taskqueue.service import environment_file
 from taskqueue.text import plural, span
 
 # Seconds without a heartbeat after which another machine's jobs count as abandoned.
@@ -184,8 +188,8 @@ def in_words(told: dict) -> Iterator[str]:
 def make_parser() -> argparse.ArgumentParser:
     parser = cli.make_parser("relay.py", __doc__)
     common = cli.Parser(add_help=False)
-    common.add_argument("--url", default=os.environ.get("TASK_QUEUE_HUB"),
-        help="of the hub: postgresql://USER@HOST/DATABASE (default: $TASK_QUEUE_HUB)")
+    common.add_argument("--url",
+        help="of the hub: postgresql://USER@HOST/DATABASE (default: $TASK_QUEUE_HUB, else the hub file)")
     commands = parser.add_subparsers(dest="verb", required=True, metavar="COMMAND")
 
     def add(name: str, what: str) -> argparse.ArgumentParser:
@@ -217,11 +221,29 @@ def make_parser() -> argparse.ArgumentParser:
 # fmt: on
 
 
+def hub_file() -> Path:
+    """Return the file that holds the hub's URL, beside the environment file of workers."""
+    return environment_file(Path(q.__file__).resolve().parent).with_name("hub")
+
+
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = make_parser()
     args = parser.parse_args(argv)
+    file = hub_file()
+    if args.url and re.search("//.*:.*@|password *=", args.url):
+        parser.error(
+            "--url has a password, and all users of this machine can see arguments: write the URL"
+            f" into {file} (chmod 600), or the password into ~/.pgpass"
+        )
+    try:
+        args.url = args.url or os.environ.get("TASK_QUEUE_HUB") or private_text(file).strip()
+    except Unfit as error:
+        parser.error(str(error))
     if not args.url:
-        parser.error("which hub? Give --url postgresql://USER@HOST/DATABASE, or set TASK_QUEUE_HUB")
+        parser.error(
+            "which hub? Give --url postgresql://USER@HOST/DATABASE, set TASK_QUEUE_HUB, or write the"
+            f" URL into {file}"
+        )
     # The message does not repeat it: a password may be in it.
     if not re.match(r"postgres(ql)?://|\w+ *=", args.url):
         parser.error("the hub's URL is not of the form postgresql://USER@HOST/DATABASE")

@@ -60,17 +60,22 @@ def of_worker(file: Path) -> dict[str, str]:
 
 
 def read(file: Path) -> dict[str, str]:
-    """The variables in the file; none where there is no file. Raises Unfit."""
+    """Return the variables in the file; none where the file does not exist. Raises Unfit."""
+    return parse(private_text(file), file)
+
+
+def private_text(file: Path) -> str:
+    """Return the text of a file that only its owner may read; "" if it does not exist. Raises Unfit."""
     try:
         with open(file, "rb") as opened:
             status, text = os.fstat(opened.fileno()), os.fsdecode(opened.read())
     except FileNotFoundError:
-        return {}
+        return ""
     except OSError as error:
         raise Unfit(f"{file} cannot be read: {error.strerror}") from None
     if status.st_uid != os.geteuid() or status.st_mode & 0o077:
         raise Unfit(f"{file} is not yours alone: chown it to yourself, and chmod 600 it")
-    return parse(text, file)
+    return text
 
 
 def parse(text: str, file: Path) -> dict[str, str]:

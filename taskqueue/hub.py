@@ -18,6 +18,7 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 import queue_helpers as q
+from taskqueue import cli
 
 VERSION = "relay 2"
 # Seconds that one answer of the hub may take, a connection or a lock included.
@@ -204,6 +205,28 @@ class HubRefused(q.QueueError):
     """The hub cannot store this, whenever it is asked."""
 
 
+class WrongUrl(cli.Refused):
+    """libpq does not read this URL as it was meant. The message repeats nothing of it."""
+
+    exit_code = cli.EX_USAGE
+
+
+def password_of(url: str) -> str:
+    """Return the password in a connection URL or string, "" without one. Raises WrongUrl."""
+    import psycopg
+    from psycopg.conninfo import conninfo_to_dict
+
+    # In a password that is not encoded, libpq takes "/" or "@" for the end of the host.
+    is_plain = "//" not in url or "@" not in url or re.match("[a-z]+://[^/?@]*@[^@]*$", url)
+    with suppress(psycopg.ProgrammingError):
+        if is_plain:
+            return str(conninfo_to_dict(url).get("password", ""))
+    raise WrongUrl(
+        "the hub's URL cannot be read: encode the special characters of its password, such as"
+        " % as %25, / as %2F, @ as %40 and a space as %20"
+    )
+
+
 class Hub:
     """A connection to the hub, opened when it is wanted and again after trouble.
 
@@ -212,7 +235,7 @@ class Hub:
     """
 
     def __init__(self, url: str) -> None:
-        self.url = url
+        self.url, self.password = url, password_of(url)
         self.conn: Any = None
         self.name = ""
         self.listens: tuple[str, ...] = ()
@@ -320,12 +343,7 @@ class Hub:
             self.is_waiting = not outermost
 
     def _without_password(self, text: str) -> str:
-        from urllib.parse import unquote, urlsplit
-
-        with suppress(ValueError):
-            if password := urlsplit(self.url).password:
-                text = text.replace(password, "***").replace(unquote(password), "***")
-        return text
+        return text.replace(self.password, "***") if self.password else text
 
     def told(self) -> list[str]:
         """Return the payloads of the notifications since the last call. Raises HubTrouble."""

@@ -120,7 +120,7 @@ def machine(installation, hub):
 def other_hub(hub_server, machine):
     """A second hub, prepared."""
     made = new_hub(hub_server)
-    machine.relay("init", "--url", made.url)
+    machine.relay("init", env={"TASK_QUEUE_HUB": made.url})
     return made
 
 

@@ -110,10 +110,10 @@ def test_what_another_hub_has_is_not_ended(machines, other_hub):
     here.put(q.new_row("greet", {}, "one"))
     here.relay("push", "notifications", "--drain")
     here.put(q.new_row("greet", {}, "other"), q.new_row("greet", {}, "lost"))
-    here.relay("push", "notifications", "--drain", "--url", other_hub.url)
+    here.relay("push", "notifications", "--drain", env={"TASK_QUEUE_HUB": other_hub.url})
     other_hub.rows("delete from relay_tasks where id = %s",
                    here.rows("select owner from notifications where task_id = 'lost'")[0][0])  # fmt: skip
-    said = here.relay("pull", "--drain", "--url", other_hub.url).stderr
+    said = here.relay("pull", "--drain", env={"TASK_QUEUE_HUB": other_hub.url}).stderr
     assert "another hub may have them" in said
     assert [here.word(task) for task in ("one", "other")] == ["handed_over"] * 2
     assert here.history("lost")["status"] == "failed"
@@ -132,7 +132,7 @@ def test_what_was_taken_for_one_hub_and_went_to_another_is_not_ended_by_the_firs
     taken = here.rows("select owner from notifications where task_id = 'goes'")[0][0]
     here.hub.rows("delete from relay_tasks where id = %s", taken)
     here.here.sqlite3("update notifications set claimed_at = null where task_id = 'goes'")
-    here.relay("push", "notifications", "--drain", "--url", other_hub.url)
+    here.relay("push", "notifications", "--drain", env={"TASK_QUEUE_HUB": other_hub.url})
     here.relay("pull", "--drain")
     assert here.word("goes") == "handed_over"
     assert other_hub.one("select args->'relay'->>'task_id' from procrastinate_jobs") == "goes"
