@@ -1702,7 +1702,7 @@ _LATER = {
     " EX_DATAERR EX_TEMPFAIL OUTPUT_BYTES RESULT_BYTES",
     "taskqueue.spool": "spool_directories spooled_files take_in_spool",
     "taskqueue.recovery": "recover redrive not_held sidecar_is_lost OWNERS CANCEL_REQUESTED",
-    "taskqueue.wake": "Watch WakeEvent QueueWatcher look_again data_version is_wake sleep_seconds",
+    "taskqueue.wake": "Watch WakeEvent QueueWatcher sleep_seconds",
     "taskqueue.persist": "get_queue get_ack_queue dequeue_task SQLiteQueue SQLiteAckQueue Empty COUNT_READY",
     "taskqueue.aio": "consume Delivery",
 }

@@ -580,7 +580,8 @@ def test_a_fork_waits_for_the_watch_to_finish_its_look(installation):
     said = run_forking(
         installation,
         """
-from taskqueue import wake as queue_wake, subprocess
+import subprocess
+from taskqueue import wake as queue_wake
 queue_wake.OWNER_CLOSED_SECONDS = 1e9  # so that every look recovers, too
 mine = q.get_ack_queue("notifications")
 mine.put({"n": 1})

@@ -195,30 +195,28 @@ def test_a_consumer_is_told_of_the_task_of_a_killed_one(installation, queue):
     consumer.stdout.close()
 
 
-@pytest.mark.parametrize("look", [1, 2])
-def test_a_death_between_two_looks_is_heard_too(installation, queue, monkeypatch, look):
+def test_a_death_between_a_look_and_a_pause_is_heard_too(installation, queue, monkeypatch):
     from watchdog.events import FileClosedEvent
 
+    from taskqueue.wake import Heard
+
     installation.enqueue("notifications", "any")
-    from taskqueue import wake as queue_wake
+    pause, looks, died = Heard.pause, [], []
 
-    look_again, looks, died = queue_wake.look_again, [], []
-
-    def die_at_its_end(*args):
-        look_again(*args)
+    def die_and_pause(heard, longest):
         looks.append(1)
-        if len(looks) == look:
+        if len(looks) == 10:
             with queue.transaction(conn := queue.connect()):
                 queue.claim(conn, "notifications", "1-dead")
             died.append(time.monotonic())
+            # As after an hour without an event: else the next look comes soon anyway.
+            heard._at -= 3600
             watch.dispatch(FileClosedEvent(str(installation.state / "workers" / "1-dead")))
+        pause(heard, longest)
 
-    monkeypatch.setattr(queue_wake, "look_again", die_at_its_end)
+    monkeypatch.setattr(Heard, "pause", die_and_pause)
     watch = queue.Watch(installation.state)
     watch.start()
-    if look == 2:
-        wait_for(lambda: looks, what="the first looks")
-        installation.enqueue("notifications", "any")
     theirs = "select 1 from notifications where owner = '1-dead'"
     wait_for(lambda: died and not installation.rows(theirs), what="the recovery")
     assert time.monotonic() - died[0] < 1

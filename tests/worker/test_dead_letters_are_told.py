@@ -59,7 +59,7 @@ def test_so_is_one_that_a_worker_buries_for_a_dead_one_before_it_leaves(installa
         "def slow(*args, **how):\n"
         "    found = recover(*args, **how)\n"
         "    if found[0]:\n"
-        "        q.Watch.of().notify()\n"
+        "        q.Watch.of().listeners.set()\n"
         "        time.sleep(0.3)\n"
         "    return found\n"
         "q.recover = slow; sys.exit(worker.main(sys.argv[1:]))"
