@@ -187,7 +187,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     directory = Path(tempfile.mkdtemp(prefix="hub-bench-"))
     os.environ["TASK_QUEUE_STATE"] = str(directory / "here")
-    from demo_hub import Server
+    from postgres import Server
 
     server = Server(durable=True)
     try:

@@ -56,7 +56,7 @@ class Soak:
     """
 
     def __init__(self, directory: Path, seed: int, server) -> None:
-        from demo_hub import Server
+        from postgres import Server
 
         self.random, self.directory = random.Random(seed), directory
         self.server = server or Server()

