@@ -29,6 +29,12 @@ def fake(tmp_path):
         ({"prompt": "half a character \ud800"}, "prompt is not text"),
         ({"prompt": "x", "model": 5}, "model is not text"),
         ({"prompt": "x", "workspace_path": "here"}, "workspace_path is relative"),
+        ({"prompt": "x", "config_dir": "here"}, "config_dir is relative"),
+        ({"prompt": "x", "config_dir": ["/"]}, "config_dir is not text"),
+        (
+            {"prompt": "x", "config_dir": "/gone/.claude"},
+            "config_dir '/gone/.claude' is not a directory",
+        ),
         ({"prompt": "x", "resume": "../../etc/passwd"}, "resume is not the id of a session"),
         ({"prompt": "x", "max_budget_usd": -1}, "max_budget_usd"),
         ({"prompt": "x", "max_budget_usd": True}, "max_budget_usd"),
@@ -88,9 +94,26 @@ def test_the_prompt_goes_to_stdin_and_no_value_can_pose_as_an_option(fake):
     assert args[-1].startswith("--session-id=")
 
 
+@pytest.mark.parametrize("granted, is_its_account", [({}, False), (None, True), ("granted", True)])
+def test_a_task_of_another_account_runs_under_it_where_that_is_granted(
+    fake, granted, is_its_account
+):
+    """A payload that a hook brought chooses no account; the hook's own --data and `tq add` do."""
+    (fake.home / "other").mkdir()
+    fake.then('echo "$CLAUDE_CONFIG_DIR:$ANTHROPIC_API_KEY" >"$HOME/account"')
+    account = {"config_dir": str(fake.home / "other")}
+    task = fake.task(**account)
+    if granted is not None:
+        task.envelope["granted"] = account if granted else {}
+    done = task.run(fake.env | {"CLAUDE_CONFIG_DIR": "/mine", "ANTHROPIC_API_KEY": "sk-mine"})
+    assert done.returncode == 0, done.stderr
+    used = f"{fake.home}/other:\n" if is_its_account else "/mine:sk-mine\n"
+    assert (fake.home / "account").read_text() == used
+
+
 def test_null_is_the_same_as_nothing(fake):
     names = ("workspace_path", "model", "permission_mode", "allowed_tools", "max_budget_usd")
-    names += ("append_system_prompt", "resume", "args", "on_denied")
+    names += ("append_system_prompt", "resume", "args", "on_denied", "config_dir")
     done = fake.task(**dict.fromkeys(names)).run()
     assert done.returncode == 0, done.stderr
     assert len(fake.calls()[0][0]) == 5
