@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,11 +12,25 @@ import pytest
 from conftest import ROOT, wait_for
 from plugin import UV_CACHE
 
-HANDLER = '#!/bin/sh\nenv >"$HOME/told.new"; pwd >>"$HOME/told.new"; mv "$HOME/told.new" "$HOME/told-$TASK_ID"\n'
+# It notes its environment, that of the process which started it, what is loaded into it, and where it runs.
+HANDLER = """#!/bin/sh
+{ env; tr '\\0' '\\n' </proc/$PPID/environ; cat /proc/self/maps; pwd; } >"$HOME/told.new"
+mv "$HOME/told.new" "$HOME/told-$TASK_ID"
+"""
+# A shared object that notes the name of each program that loads it.
+PRELOADED = """
+#include <stdio.h>
+__attribute__((constructor)) static void loaded(void) {
+    char name[64] = "";
+    FILE *comm = fopen("/proc/self/comm", "r"), *notes = fopen(NOTES, "a");
+    if (comm && notes && fgets(name, sizeof name, comm)) fputs(name, notes);
+    if (notes) fclose(notes);
+}
+"""
 STOP = b'{"session_id": "s1", "hook_event_name": "Stop"}'
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def home(tmp_path_factory):
     home = tmp_path_factory.mktemp("homes") / "home"
     home.mkdir()
@@ -47,13 +62,26 @@ def workspace(tmp_path):
         (made / name).write_text(note)
         (made / name).chmod(0o755)
     (made / "rc").write_text(f"touch '{tmp_path}/run'\n")
+    (made / "preloaded.c").write_text(PRELOADED)
+    if shutil.which("gcc"):
+        command = [
+            "gcc",
+            "-shared",
+            "-fPIC",
+            f'-DNOTES="{tmp_path}/loaded"',
+            "-o",
+            made / "evil.so",
+        ]
+        subprocess.run([*command, made / "preloaded.c"], check=True)
     (made / "sitecustomize.py").write_text(f"open({str(tmp_path / 'run')!r}, 'w')\n")
     return made
 
 
 HOSTILE = {
     "PATH through /proc": {"PATH": "/proc/self/cwd/bin:/usr/bin:/bin"},
+    "PATH through another /proc": {"PATH": "/proc/{pid}/root{A}/bin:/proc/thread-self/cwd/bin:/usr/bin:/bin"},
     "PATH of the workspace": {"PATH": "{A}/bin:/usr/bin:/bin"},
+    "PATH through a link": {"PATH": "{link}/bin:/usr/bin:/bin"},
     "HOME through /proc": {"HOME": "/proc/self/cwd"},
     "HOME is a link into it": {"HOME": "{link}"},
     "uv's places": {"UV_CACHE_DIR": "{A}/c", "UV_PYTHON": "{A}/bin/python3", "UV": "{A}/bin/uv",
@@ -66,6 +94,7 @@ HOSTILE = {
                 "SSL_CERT_FILE": "{A}/ca", "NODE_EXTRA_CA_CERTS": "{A}/ca", "NODE_OPTIONS": "{A}"},
     "loaders": {"LD_LIBRARY_PATH": "{A}/bin", "BASH_ENV": "{A}/rc", "ENV": "{A}/rc",
                 "PYTHONPATH": "{A}", "PYTHONHOME": "{A}", "PYTHONSTARTUP": "{A}/rc"},
+    "a loaded object": {"LD_PRELOAD": "{A}/evil.so", "LD_AUDIT": "", "LD_LIBRARY_PATH": "{A}"},
     "places": {"XDG_CONFIG_HOME": "{A}", "XDG_RUNTIME_DIR": "{A}", "TMPDIR": "{A}", "GIT_DIR": "{A}",
                "DBUS_SESSION_BUS_ADDRESS": "unix:path={A}/bus", "TASK_QUEUE_STATE": "{A}/state"},
 }  # fmt: skip
@@ -76,11 +105,11 @@ def test_nothing_of_the_session_is_seen(home, workspace, tmp_path, session):
     (tmp_path / "link").symlink_to(workspace)
     (tmp_path / "B").mkdir()
     state = home / ".claude/automation/lychee/state"
-    told = [value.format(A=workspace, link=tmp_path / "link") for value in session.values()]
+    places = {"A": workspace, "link": tmp_path / "link", "pid": os.getpid()}
+    told = [value.format(**places) for value in session.values()]
     env = {"HOME": str(home), "PATH": "/usr/bin:/bin", **dict(zip(session, told, strict=True))}
     hook = ["/bin/sh", home / ".claude/automation/lychee/runtime/hook"]
     words = ["notifications", "told", "--start-worker"]
-    (tmp_path / "run").unlink(missing_ok=True)
     ran = subprocess.run(
         [*hook, *words], input=STOP, env=env, cwd=workspace, capture_output=True, text=False
     )
@@ -106,6 +135,10 @@ def test_nothing_of_the_session_is_seen(home, workspace, tmp_path, session):
     finally:
         end_worker(state)
     assert not (tmp_path / "run").exists()
+    # The session's own shell has loaded it before the hook's first line; no other program has.
+    loaded = tmp_path / "loaded"
+    if "LD_PRELOAD" in session and (workspace / "evil.so").exists():
+        assert loaded.read_text() == "sh\n"
     assert str(workspace) not in seen and "of A" not in seen and "127.0.0.1:9" not in seen
     assert seen.splitlines()[-1] == str(tmp_path / "B") and f"HOME={home}" in seen
 
