@@ -442,6 +442,10 @@ class Task(_Task):
 
     __slots__ = ()
 
+    def __repr__(self) -> str:
+        attempt = f"attempt {self.attempts} of {self.max_attempts or MAX_ATTEMPTS}"
+        return f"<Task {self.task_id!r} of {self.queue}: {self.task_type}, {attempt}>"
+
     @classmethod
     def from_row(cls, queue: str, row: tuple) -> Task:
         """The task of a row with TASK_COLUMNS."""

@@ -1,4 +1,4 @@
-"""Consuming a queue from asyncio: an async iterator that wakes by itself, acks and nacks."""
+"""Consume a queue from asyncio: an async iterator that claims, acks, nacks and wakes by itself."""
 
 from __future__ import annotations
 
@@ -9,15 +9,14 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 
 import queue_helpers as q
 
-# How long to wait before the next attempt where the database was busy or could not be used.
+# How long to wait before the next attempt where the database is busy or cannot be used.
 RETRY_SECONDS = 0.5
 
-# How long a consumer that leaves may hold up its event loop for the write lock; after that a thread
+# How long a consumer that leaves may block its event loop for the write lock. After that, a thread
 # goes on.
 LEAVE_TIMEOUT_MS = 200
 
@@ -25,50 +24,59 @@ LEFT = "its consumer left the loop"
 
 
 class Delivery:
-    """A task that consume() hands out, with the fields of Task.
+    """A claimed task, as consume() yields it.
 
-    Asking for the next one acks it. `async with` decides earlier: the block's end acks; an
-    exception in it nacks and is logged, and the loop goes on. A cancellation in the block puts the
-    task back, and this attempt does not count.
+    Asking for the next task acks this one. `async with task:` decides earlier: the end of the block
+    acks; an exception in it nacks and is logged, and the loop goes on; a cancellation puts the task
+    back, and the attempt does not count.
+
+    queue, task_id, task_type: str
+    data: dict, the payload; envelope: dict, all that was stored; text: str, the same as JSON
+    id: int, the row in the queue's table
+    attempts: int, this one included; max_attempts: int
+    priority: int; depth: int, how many handlers' tasks stand before this one
+    enqueued_at, claimed_at: float, Unix seconds
+
+    Raises ValueError from data, envelope and depth where the stored JSON cannot be read.
     """
 
     def __init__(self, task: q.Task, state: Path, threads: ThreadPoolExecutor) -> None:
         self.task, self._state, self._threads = task, state, threads
         self._settled, self._pid = False, os.getpid()
 
+    def __repr__(self) -> str:
+        return f"<Delivery of {self.task!r}>"
+
     def __getattr__(self, name: str):
         return getattr(self.task, name)
 
     def __del__(self) -> None:
-        # An event loop that was closed ends no generator: nobody would ever settle the task.
+        # A closed event loop ends no generator: nobody else would settle the task.
         if not self._settled and self._pid == os.getpid():
             try:
                 _start(self._threads, self.settle, q.nack, error=LEFT)
             except RuntimeError:
-                # The interpreter ends, and the task is taken back as a dead owner's.
+                # The interpreter ends. The task is then recovered, as a dead owner's.
                 pass
 
     async def __aenter__(self) -> Delivery:
         return self
 
     async def __aexit__(self, kind, error, traceback) -> bool:
-        if error is not None and not isinstance(error, Exception):
-            self.settle_now(q.release)
-            return False
         if error is None:
             settling = _start(self._threads, self.settle, q.ack)
+        elif isinstance(error, Exception):
+            _logger().error("queue %r: task %s failed", self.queue, self.task_id, exc_info=error)
+            why = f"{type(error).__name__}: {error}"
+            settling = _start(self._threads, self.settle, q.nack, error=why)
         else:
-            logging.getLogger(__name__).error(
-                "queue %r: task %s failed", self.queue, self.task_id, exc_info=error
-            )
-            settling = _start(
-                self._threads, self.settle, q.nack, error=f"{type(error).__name__}: {error}"
-            )
+            self.settle_now(q.release)
+            return False
         await _result(settling)
         return error is not None
 
     def settle_now(self, verb: Callable, **told) -> None:
-        """settle() in this thread if the lock is had in LEAVE_TIMEOUT_MS, or else in another."""
+        """Settle in this thread if the lock comes within LEAVE_TIMEOUT_MS, else in another one."""
         if self._settled:
             return
         try:
@@ -77,10 +85,10 @@ class Delivery:
             _start(self._threads, self.settle, verb, **told)
 
     def settle(self, verb: Callable, **told) -> None:
-        """Ack, nack or release the task, unless that was done.
+        """Ack, nack or release the task, unless that is done.
 
-        It is tried again for as long as this process lives: nobody else may do it meanwhile. What
-        is in the way is logged once.
+        Tries for as long as the process lives, since nobody else may settle it meanwhile, and logs
+        once why it has to.
         """
         said = False
         while not self._settled:
@@ -88,10 +96,10 @@ class Delivery:
                 self._settle_once(verb, None, told)
             except (q.QueueBusy, q.QueueUnavailable) as error:
                 if not said:
-                    said = True
                     _say(self.queue, f"task {self.task_id} could not be settled", error)
-                # The interpreter would wait for this thread, and others may take the task when it
-                # has ended.
+                said = True
+                # The interpreter would wait for this thread, and nobody may recover the task until
+                # the process has ended.
                 if _interpreter_ends():
                     return
                 time.sleep(RETRY_SECONDS)
@@ -99,8 +107,8 @@ class Delivery:
     def _settle_once(self, verb: Callable, busy_timeout_ms: int | None, told: dict) -> None:
         conn = q.connect(self._state, busy_timeout_ms=busy_timeout_ms)
         q.ensure_queue(conn, self.queue)
-        # A forked child has a copy, but the task is its parent's.
         done = False
+        # A forked child has a copy of this, but the task is its parent's.
         if self.task.owner == q.owner_name(self._state):
             with q.transaction(conn):
                 done = verb(conn, self.task, **told)
@@ -110,117 +118,95 @@ class Delivery:
         q.wake(self._state)
 
 
-def _say(queue: str, what: str, error: Exception) -> None:
-    logging.getLogger(__name__).warning("queue %r: %s, and is tried again: %s", queue, what, error)
-
-
-def _interpreter_ends() -> bool:
-    """Whether the interpreter waits for its threads to end: it starts no others then."""
-    try:
-        with ThreadPoolExecutor(1) as threads:
-            threads.submit(int)
-    except RuntimeError:
-        return True
-    return False
-
-
-def _start(threads: ThreadPoolExecutor, function: Callable, *args, **options) -> Future:
-    """Call function in one of these threads, or in a thread of its own when they were shut down.
-
-    Raises RuntimeError when the interpreter ends.
-    """
-    try:
-        return threads.submit(function, *args, **options)
-    except RuntimeError:
-        alone = ThreadPoolExecutor(1)
-        try:
-            return alone.submit(function, *args, **options)
-        finally:
-            alone.shutdown(wait=False)
-
-
-async def _result(future: Future):
-    """What a thread's call returns or raises. A cancellation ends the wait, never the call."""
-    return await asyncio.shield(asyncio.wrap_future(future))
-
-
 async def consume(
     queue_name: str, *, max_attempts: int = q.MAX_ATTEMPTS, backoff: float = q.BACKOFF_SECONDS
 ) -> AsyncIterator[Delivery]:
-    """Yield the queue's tasks for ever, as they come: `async for task in consume("approvals")`.
+    """Yield the queue's tasks as they come, for ever.
 
-    Asking for the next task acks the one before; leaving the loop (an exception, break,
-    cancellation) nacks it, with a back-off of `backoff` seconds that doubles, until `max_attempts`
-    are spent. Usable from many coroutines at once: each task goes to one. A database that is
-    locked, full or out of reach is logged once and tried again.
+        async for task in consume("approvals"):
+            await review(task.data)
 
-    Raises InvalidTask for what is no queue name.
+    Asking for the next task acks the one before. Leaving the loop by break, an exception or a
+    cancellation nacks it: it is tried again after `backoff` seconds, which double each time, until
+    `max_attempts` are spent. Any number of coroutines and processes may consume one queue: each
+    task goes to one. A database that is locked, full or out of reach is logged once and tried again.
+
+    Raises InvalidTask, at the first step, where queue_name cannot be a queue's name.
     """
-    q.check_queue_name(queue_name)
-    state, heard = q.STATE_DIR, _LoopEvent(asyncio.get_running_loop())
-    q.Watch.of(state).listeners.add(heard)
-    # A thread of its own: it has one connection, and calls of others in the loop's threads do not
-    # hold it up.
-    threads = ThreadPoolExecutor(1, thread_name_prefix=f"consume {queue_name}")
-
-    # Set when the consumer is cancelled: a claim that still waits for the lock then takes nothing.
-    left = threading.Event()
-
-    def ack_and_claim(before: Delivery | None) -> tuple[q.Task | None, float]:
-        if before is not None:
-            before.settle(q.ack)
-        conn = q.connect(state)
-        q.ensure_queue(conn, queue_name)
-        tasks, (found, overdue) = [], q.look(conn, queue_name)
-        if found:
-            owner, terms = q.owner_name(state), {"max_attempts": max_attempts, "backoff": backoff}
-            with q.transaction(conn, durable=False):
-                if not left.is_set():
-                    tasks = q.claim(conn, queue_name, owner, overdue=overdue, **terms)
-        return (tasks[0], 0.0) if tasks else (None, q.sleep_seconds(conn, [queue_name]))
-
-    before, said = None, False
+    claims = _Claims(q.check_queue_name(queue_name), max_attempts, backoff)
+    heard = _LoopEvent(asyncio.get_running_loop())
+    q.Watch.of(claims.state).listeners.add(heard)
+    delivery, said = None, False
     try:
         while True:
             heard.clear()
-            claiming = _start(threads, ack_and_claim, before)
             try:
-                task, pause = await _result(claiming)
-            except asyncio.CancelledError:
-                left.set()
-                claiming.add_done_callback(partial(_put_back, state, threads))
-                raise
-            except (q.QueueBusy, q.QueueUnavailable) as error:
-                task, pause = None, RETRY_SECONDS
-                if not said:
-                    said = True
-                    _say(queue_name, "no task could be claimed", error)
-            else:
+                delivery, pause = await claims.next(delivery)
                 said = False
-            before = None
-            if task is None:
+            except (q.QueueBusy, q.QueueUnavailable) as error:
+                delivery, pause = None, RETRY_SECONDS
+                if not said:
+                    _say(queue_name, "no task could be claimed", error)
+                said = True
+            if delivery is None:
                 await heard.wait(pause)
                 continue
-            before = Delivery(task, state, threads)
             try:
-                yield before
+                yield delivery
             except BaseException:
-                before.settle_now(q.nack, error=LEFT)
+                delivery.settle_now(q.nack, error=LEFT)
                 raise
     finally:
-        threads.shutdown(wait=False)
+        claims.threads.shutdown(wait=False)
 
 
-def _put_back(state: Path, threads: ThreadPoolExecutor, claimed: Future) -> None:
-    """Release what was claimed for a consumer that was cancelled meanwhile."""
-    if not claimed.cancelled() and claimed.exception() is None and claimed.result()[0] is not None:
-        _start(threads, Delivery(claimed.result()[0], state, threads).settle, q.release)
+class _Claims:
+    """The claims of one consumer, made in a thread of its own.
+
+    So it needs one connection, and other calls in the loop's threads do not hold it up.
+    """
+
+    def __init__(self, queue: str, max_attempts: int, backoff: float) -> None:
+        self.state, self._queue = q.STATE_DIR, queue
+        self._terms = {"max_attempts": max_attempts, "backoff": backoff}
+        self.threads = ThreadPoolExecutor(1, thread_name_prefix=f"consume {queue}")
+        self._left = threading.Event()
+
+    async def next(self, before: Delivery | None) -> tuple[Delivery | None, float]:
+        """Ack the task before and claim the next one, or say how many seconds to wait for it."""
+        claiming = _start(self.threads, self._ack_and_claim, before)
+        try:
+            return await _result(claiming)
+        except asyncio.CancelledError:
+            # A claim that still waits for the lock takes nothing.
+            self._left.set()
+            claiming.add_done_callback(self._put_back)
+            raise
+
+    def _ack_and_claim(self, before: Delivery | None) -> tuple[Delivery | None, float]:
+        if before is not None:
+            before.settle(q.ack)
+        conn = q.connect(self.state)
+        q.ensure_queue(conn, self._queue)
+        found, overdue = q.look(conn, self._queue)
+        if found:
+            owner = q.owner_name(self.state)
+            with q.transaction(conn, durable=False):
+                if not self._left.is_set():
+                    for task in q.claim(conn, self._queue, owner, overdue=overdue, **self._terms):
+                        return Delivery(task, self.state, self.threads), 0.0
+        return None, q.sleep_seconds(conn, [self._queue])
+
+    def _put_back(self, claimed: Future) -> None:
+        """Release a task that was claimed while its consumer was cancelled."""
+        if not claimed.cancelled() and not claimed.exception() and claimed.result()[0]:
+            _start(self.threads, claimed.result()[0].settle, q.release)
 
 
 class _LoopEvent:
-    """An asyncio event that any thread may set, and that can be waited for with a timeout.
+    """An asyncio event that any thread may set and a coroutine awaits for a limited time.
 
-    asyncio.wait_for forgets a cancellation that comes together with its result (Python 3.11).
+    asyncio.wait_for() forgets a cancellation that comes together with its result (Python 3.11).
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
@@ -237,9 +223,47 @@ class _LoopEvent:
         self._event.clear()
 
     async def wait(self, seconds: float) -> None:
-        """Return when it is set, or after so many seconds."""
+        """Return when the event is set, or after `seconds`."""
         timer = self._loop.call_later(seconds, self._event.set)
         try:
             await self._event.wait()
         finally:
             timer.cancel()
+
+
+def _start(threads: ThreadPoolExecutor, function: Callable, *args, **options) -> Future:
+    """Call function in one of the threads, or in a new thread if they are shut down.
+
+    Raises RuntimeError while the interpreter ends.
+    """
+    try:
+        return threads.submit(function, *args, **options)
+    except RuntimeError:
+        alone = ThreadPoolExecutor(1)
+        try:
+            return alone.submit(function, *args, **options)
+        finally:
+            alone.shutdown(wait=False)
+
+
+async def _result(future: Future):
+    """Return or raise what a thread's call does. A cancellation ends the wait, not the call."""
+    return await asyncio.shield(asyncio.wrap_future(future))
+
+
+def _interpreter_ends() -> bool:
+    """Return whether the interpreter is waiting for its threads: it then starts no new ones."""
+    try:
+        with ThreadPoolExecutor(1) as threads:
+            threads.submit(int)
+    except RuntimeError:
+        return True
+    return False
+
+
+def _say(queue: str, what: str, error: Exception) -> None:
+    _logger().warning("queue %r: %s, and is tried again: %s", queue, what, error)
+
+
+def _logger() -> logging.Logger:
+    return logging.getLogger(__name__)

@@ -1,14 +1,13 @@
-"""persist-queue's two classes on the queue's own tables.
+"""persist-queue's two queue classes on the queue's own tables.
 
-Of persist-queue's private names, these are relied on, and tests/test_the_house_is_in_order.py
+Of persist-queue's private names, these are relied on; tests/core/test_the_house_is_in_order.py
 compares the list with the code:
 
     overridden  _KEY_COLUMN _SQL_INSERT _conn _count _getter _init _pop _putter _table_name
     called      _check_id _find_item_id _serializer _unack_cache
 """
 
-# persist-queue declares narrower results than ours: put() is None for a duplicate, get() may be a
-# Task.
+# persist-queue declares narrower results than ours: put() returns None for a duplicate.
 # pyright: reportIncompatibleMethodOverride=false
 
 from __future__ import annotations
@@ -39,18 +38,21 @@ delete from task_history where id in (
 # The claims of this process's ack queues, by state directory, queue and row.
 _claims: dict[tuple[Path, str, int], q.Task] = {}
 
-# A forked child holds nothing of its parent's.
+# A forked child holds none of its parent's claims.
 os.register_at_fork(after_in_child=_claims.clear)
 
 
 class JsonObjects:
-    """persist-queue's serializer: JSON text in, the same text out."""
+    """persist-queue's serializer: JSON text of an object goes in, and the same text comes out."""
 
     @staticmethod
     def dumps(item, sort_keys: bool = False) -> str:
+        """Return a dict as JSON text, and text as it is: the database checks that.
+
+        Raises InvalidTask.
+        """
         if isinstance(item, (bytes, bytearray)):
             item = item.decode()
-        # The database checks a text.
         if isinstance(item, str):
             return item
         if isinstance(item, dict):
@@ -63,20 +65,15 @@ class JsonObjects:
         return text
 
 
-def _as_row(row_id: object) -> int | None:
-    """The number of a row, None for what SQLite can give to none."""
-    return row_id if isinstance(row_id, int) and 0 < row_id < 2**63 else None
-
-
-# For pyright, whatever persist-queue's classes have.
+# Type checkers are not told which of persist-queue's classes this is mixed into.
 _Base: Any = object
 
 
 class SharedTable(_Base):
-    """What both classes do differently from persist-queue: the table is shared, and the database is
-    asked.
+    """The ways in which both classes differ from persist-queue's.
 
-    Counts are the database's; a claim is one transaction; connections belong to threads.
+    Others use the table at the same time, so each count is asked of the database, a claim is one
+    transaction, and each thread has a connection of its own.
     """
 
     _KEY_COLUMN = "id"
@@ -93,10 +90,17 @@ class SharedTable(_Base):
         db_file_name=None,
         **options,
     ) -> None:
-        """Options are persist-queue's; timeout is in seconds, for the write lock.
+        """Open or make a queue.
 
-        multithreading, auto_commit, serializer and db_file_name are as the shared table needs them,
-        whatever is given.
+        path: the state directory (default: STATE_DIR)
+        name: the queue
+        timeout: seconds to wait for the write lock (default: 5)
+        max_attempts: int, after which a nacked task has failed (default: 4)
+        backoff: seconds before the second attempt, doubled before each later one (default: 1)
+
+        The others are persist-queue's and have no effect: the shared table decides.
+
+        Raises InvalidTask for a name that no queue can have, QueueBusy, QueueUnavailable.
         """
         self.state = Path(path or q.STATE_DIR).expanduser().absolute()
         q.check_queue_name(name)
@@ -111,8 +115,7 @@ class SharedTable(_Base):
         q.ensure_queue(self._conn, self.name)
         self.put_event = q.WakeEvent(self.name, self.state)
 
-    # persist-queue keeps two connections and a count; here a connection is the thread's, and a
-    # count the database's.
+    # persist-queue assigns two connections and a count.
     _conn = _getter = _putter = property(
         lambda self: q.connect(self.state, busy_timeout_ms=int(self.timeout * 1000)),
         lambda self, value: None,
@@ -121,7 +124,7 @@ class SharedTable(_Base):
 
     @property
     def _table_name(self) -> str:
-        return f'"{q.check_queue_name(self.name)}"'
+        return f'"{self.name}"'
 
     def _count(self) -> int:
         conn = self._conn
@@ -129,11 +132,14 @@ class SharedTable(_Base):
         return q.execute(conn, COUNT_READY, self.name, now=time.time()).fetchone()[0]
 
     def empty(self) -> bool:
+        """Return whether get() would find nothing now."""
         return not q.has_ready(self._conn, self.name)
 
-    def put(self, item, block: bool = True) -> int | None:
-        """Store a dict or JSON text of an object; the row's id, None when its task_id is waiting or
-        running.
+    def put(self, item: dict | str | bytes, block: bool = True) -> int | None:
+        """Store a dict, or JSON text of an object, and return the row's id (int).
+
+        Returns None, and stores nothing, while the item's task_id waits or runs. Raises
+        InvalidTask, QueueBusy, QueueUnavailable.
         """
         conn, text = self._conn, self._serializer.dumps(item)
         q.ensure_queue(conn, self.name)
@@ -148,37 +154,33 @@ class SharedTable(_Base):
 
     put_nowait = put
 
-    def get_task(self, block: bool = True, timeout: float | None = None) -> q.Task:
-        """get(), as a Task."""
-        self._as_task.wanted = True
-        try:
-            return self.get(block=block, timeout=timeout)
-        finally:
-            self._as_task.wanted = False
-
-    _as_task = threading.local()
-
-    def _hand_over(self, task: q.Task | None, raw: bool):
-        if task is None or getattr(self._as_task, "wanted", False):
-            return task
+    def _item(self, task: q.Task, raw: bool):
+        """Return the task as get() does."""
         if raw:
             return {"pqid": task.id, "data": task.text, "timestamp": task.enqueued_at}
         return self._plain(task)
 
     def close(self) -> None:
-        """Nothing to close: connections are the threads', shared by their queues."""
+        """Do nothing: a thread's connection is shared by its queues."""
 
     def __del__(self) -> None:
         pass
 
 
 class SQLiteQueue(SharedTable, persistqueue.SQLiteQueue):
-    """persist-queue's SQLiteQueue on the shared table: get() hands the JSON text over and finishes
-    the task.
+    """persist-queue's SQLiteQueue: get() returns a task's JSON text (str) and finishes the task.
+
+    So a task is handed over at most once. get(block=True, timeout=None) waits for a task, `timeout`
+    seconds (float) at most, and raises Empty after that, ValueError for a negative timeout. Every
+    method may raise QueueBusy, QueueUnavailable.
     """
 
-    def _plain(self, task: q.Task) -> str:
+    def _plain(self, task: q.Task):
         return task.text
+
+    def _refusal(self, task: q.Task) -> str | None:
+        """Return why a task becomes a dead letter instead of being handed over, or None."""
+        return None
 
     def _pop(self, rowid: int | None = None, raw: bool = False):
         conn = self._conn
@@ -188,22 +190,32 @@ class SQLiteQueue(SharedTable, persistqueue.SQLiteQueue):
                 return None
             with q.transaction(conn):
                 while tasks := q.claim(conn, self.name, "get", row_id=rowid, overdue=overdue):
-                    wanted = getattr(self._as_task, "wanted", False)
-                    error = tasks[0].unreadable() if wanted else None
+                    error = self._refusal(tasks[0])
                     if error is None:
                         q.ack(conn, tasks[0])
-                        return self._hand_over(tasks[0], raw)
+                        return self._item(tasks[0], raw)
                     q.bury(conn, tasks[0], error=error)
             if not overdue:
                 return None
 
 
-class SQLiteAckQueue(SharedTable, persistqueue.SQLiteAckQueue):
-    """persist-queue's SQLiteAckQueue on the shared table: get() -> (id, json_text), then ack, nack
-    or ack_failed.
+class _TaskQueue(SQLiteQueue):
+    """A SQLiteQueue whose get() returns a Task, and buries one whose JSON cannot be read."""
 
-    The row is this process's until then; if it dies, the task goes to another. nack() backs off,
-    and a task whose attempts are spent goes to the history as failed.
+    def _plain(self, task: q.Task) -> q.Task:
+        return task
+
+    def _refusal(self, task: q.Task) -> str | None:
+        return task.unreadable()
+
+
+class SQLiteAckQueue(SharedTable, persistqueue.SQLiteAckQueue):
+    """persist-queue's SQLiteAckQueue: get() returns (id: int, json_text: str) and keeps the task.
+
+    Then ack(id) finishes it, nack(id) has it tried again after a back-off, and ack_failed(id)
+    fails it for good. If the process dies first, another one gets the task. get(block=True,
+    timeout=None) waits for a task, `timeout` seconds (float) at most, and raises Empty after that,
+    ValueError for a negative timeout. Every method may raise QueueBusy, QueueUnavailable.
     """
 
     def __init__(self, path=None, auto_resume: bool = True, **options) -> None:
@@ -213,7 +225,7 @@ class SQLiteAckQueue(SharedTable, persistqueue.SQLiteAckQueue):
         return task.id, task.text
 
     def resume_unack_tasks(self) -> None:
-        """Take back the tasks of dead processes; those of living ones are theirs."""
+        """Recover the tasks of dead processes, and leave those of living ones alone."""
         q.recover(self.state)
 
     def _pop(self, rowid: int | None = None, next_in_order: bool = False, raw: bool = False):
@@ -221,17 +233,32 @@ class SQLiteAckQueue(SharedTable, persistqueue.SQLiteAckQueue):
         if next_in_order:
             row = q.execute(conn, NEXT_AFTER, self.name, id=rowid).fetchone()
             rowid = row[0] if row else None
-        tasks = q.claim_ready(
-            conn, self.name, row_id=rowid, max_attempts=self.max_attempts, backoff=self.backoff
-        )
-        for task in tasks:
+        terms = {"max_attempts": self.max_attempts, "backoff": self.backoff}
+        for task in q.claim_ready(conn, self.name, row_id=rowid, **terms):
             _claims[self.state, self.name, task.id], self._unack_cache[task.id] = task, task.text
-        return self._hand_over(tasks[0] if tasks else None, raw)
+            return self._item(task, raw)
+        return None
 
-    def _leave(self, verb, item, id, **told) -> int | bool:
-        """The row's id; False when this process no longer holds it, or never did. Nothing changes
-        then.
+    def ack(self, item=None, id: int | None = None) -> int | bool:
+        """Record a task as completed and return its id.
+
+        item: what get() returned, its id or its JSON text. Returns False, and changes nothing,
+        where this process does not hold the task. Raises ValueError for both or none of the two.
         """
+        return self._settle(q.ack, item, id)
+
+    def nack(self, item=None, id: int | None = None, error: str = "nack") -> int | bool:
+        """Record a failed attempt: try the task again, or fail it once its attempts are spent.
+
+        Arguments and results are those of ack(); `error` is the reason to record.
+        """
+        return self._settle(q.nack, item, id, error=error)
+
+    def ack_failed(self, item=None, id: int | None = None, error: str = "ack_failed") -> int | bool:
+        """Record a task as failed for good. Arguments and results are those of nack()."""
+        return self._settle(q.bury, item, id, error=error)
+
+    def _settle(self, verb, item, id, **told) -> int | bool:
         item, search = self._check_id(item, id)
         if isinstance(item, tuple) and len(item) == 2:
             item = item[0]
@@ -243,7 +270,7 @@ class SQLiteAckQueue(SharedTable, persistqueue.SQLiteAckQueue):
             return False
         with q.transaction(conn):
             done = verb(conn, task, **told)
-        # Not before the transaction has ended: when it was busy, the caller tries the same again.
+        # After the transaction: a caller whom it was too busy for tries again.
         _claims.pop(claim, None)
         self._unack_cache.pop(row_id, None)
         if not done:
@@ -252,35 +279,31 @@ class SQLiteAckQueue(SharedTable, persistqueue.SQLiteAckQueue):
         q.wake(self.state)
         return row_id
 
-    def ack(self, item=None, id: int | None = None) -> int | bool:
-        return self._leave(q.ack, item, id)
-
-    def nack(self, item=None, id: int | None = None, error: str = "nack") -> int | bool:
-        return self._leave(q.nack, item, id, error=error)
-
-    def ack_failed(self, item=None, id: int | None = None, error: str = "ack_failed") -> int | bool:
-        return self._leave(q.bury, item, id, error=error)
-
     def unack_count(self) -> int:
+        """Return how many of the queue's tasks are claimed, by any process."""
         return q.execute(self._conn, q.COUNT_CLAIMED, self.name).fetchone()[0]
 
     def ready_count(self) -> int:
         return self._count()
 
     def acked_count(self) -> int:
-        return self._conn.execute(
-            COUNT_FINISHED, {"queue": self.name, "status": "completed"}
-        ).fetchone()[0]
+        return self._finished("completed")
 
     def ack_failed_count(self) -> int:
-        return self._conn.execute(
-            COUNT_FINISHED, {"queue": self.name, "status": "failed"}
-        ).fetchone()[0]
+        return self._finished("failed")
+
+    def _finished(self, status: str) -> int:
+        values = {"queue": self.name, "status": status}
+        return self._conn.execute(COUNT_FINISHED, values).fetchone()[0]
 
     def clear_acked_data(
         self, max_delete: int = 1000, keep_latest: int = 1000, clear_ack_failed: bool = False
     ) -> int:
-        """Delete finished tasks of this queue from the history, all but the latest; how many."""
+        """Delete the queue's completed tasks from the history and return how many.
+
+        At most `max_delete` go (0: no limit), and never the `keep_latest` latest. With
+        clear_ack_failed, failed tasks go, too.
+        """
         values = {
             "queue": self.name,
             "failed": clear_ack_failed,
@@ -291,31 +314,35 @@ class SQLiteAckQueue(SharedTable, persistqueue.SQLiteAckQueue):
             return self._conn.execute(CLEAR_FINISHED, values).rowcount
 
 
-def get_queue(queue_name: str, **options):
-    """A persistqueue.SQLiteQueue whose get() hands a task over and finishes it: at most once.
+def _as_row(row_id: object) -> int | None:
+    """Return a number that can be a row's, None for another: SQLite takes 64 bits."""
+    return row_id if isinstance(row_id, int) and 0 < row_id < 2**63 else None
 
-    Options are persist-queue's; those that would break the shared table are ignored.
+
+def get_queue(queue_name: str, **options) -> SQLiteQueue:
+    """Return a SQLiteQueue: get() hands a task over and finishes it, so at most once.
+
+    `options` are those of SharedTable. Raises InvalidTask, QueueBusy, QueueUnavailable.
     """
-    return SQLiteQueue(str(q.STATE_DIR), q.check_queue_name(queue_name), **options)
+    return SQLiteQueue(str(q.STATE_DIR), queue_name, **options)
 
 
-def get_ack_queue(queue_name: str, **options):
-    """A persistqueue.SQLiteAckQueue: get() -> (id, json_text), then ack(id), nack(id) or
-    ack_failed(id).
+def get_ack_queue(queue_name: str, **options) -> SQLiteAckQueue:
+    """Return a SQLiteAckQueue: get() is (id, json_text), then ack(id), nack(id) or ack_failed(id).
 
-    Options: max_attempts (default 4), backoff (seconds, default 1), and persist-queue's.
+    `options` are those of SharedTable. Raises InvalidTask, QueueBusy, QueueUnavailable.
     """
-    return SQLiteAckQueue(str(q.STATE_DIR), name=q.check_queue_name(queue_name), **options)
+    return SQLiteAckQueue(str(q.STATE_DIR), name=queue_name, **options)
 
 
 def dequeue_task(queue_name: str, timeout: float | None = None) -> dict | None:
-    """Take the next task and finish it: its envelope, or None when there is none.
+    """Take the next task, finish it, and return its envelope; None where no task is ready.
 
-    Waits up to timeout seconds for one; without a timeout it does not wait.
+    Waits up to `timeout` seconds for one; without a timeout it does not wait. Raises InvalidTask,
+    QueueBusy, QueueUnavailable, and ValueError for a negative timeout.
     """
-    queue = get_queue(queue_name)
     try:
-        task = queue.get_task(block=timeout is not None, timeout=timeout)
+        task: Any = _TaskQueue(str(q.STATE_DIR), queue_name).get(timeout is not None, timeout)
     except Empty:
         return None
     return task.envelope

@@ -182,16 +182,7 @@ class Watch(threading.Thread):
 
     def _observe(self, state: str, workers: str) -> None:
         try:
-            from watchdog.events import FileClosedEvent, FileModifiedEvent
-            from watchdog.observers import Observer
-
-            logging.getLogger("watchdog.observers.inotify").addFilter(_is_no_false_alarm)
-            observer = Observer()
-            observer.schedule(self, state, event_filter=[FileModifiedEvent])
-            observer.schedule(self, workers, event_filter=[FileClosedEvent])
-            observer.daemon = True
-            observer.start()
-            self._observer = observer
+            self._observer = self._new_observer(state, workers)
             # A commit that was written before is reported by no event: look as if one had come.
             self._heard.set()
         except (ImportError, OSError) as error:
@@ -199,6 +190,18 @@ class Watch(threading.Thread):
                 every = f"{POLL_SECONDS * 1000:.0f} ms"
                 self.on_deaf(f"no file events ({error}): looking every {every} instead")
             self._deaf = True
+
+    def _new_observer(self, state: str, workers: str):
+        from watchdog.events import FileClosedEvent, FileModifiedEvent
+        from watchdog.observers import Observer
+
+        logging.getLogger("watchdog.observers.inotify").addFilter(_is_no_false_alarm)
+        observer = Observer()
+        observer.schedule(self, state, event_filter=[FileModifiedEvent])
+        observer.schedule(self, workers, event_filter=[FileClosedEvent])
+        observer.daemon = True
+        observer.start()
+        return observer
 
     def _stop_observing(self) -> None:
         observer, self._observer = self._observer, None
