@@ -81,7 +81,7 @@ tasks *args:
 # What is wrong, in plain words
 [no-exit-message]
 doctor *args:
-    @uv run --script doctor.py "$@"
+    @uv run --script tasks.py doctor "$@"
 
 # Prune the history, the logs and dead owners' locks
 [no-exit-message]

@@ -22,7 +22,7 @@ is none.
 exit codes: 0 fine; 1 not found, not possible, or the database cannot be used; 64 usage; 65 lines of
 an import were refused (they are named, the others are in); 75 the database is locked, try
 again; 130 interrupted. Of wait: 0 all completed; 1 one ended otherwise; 64 an id that is not known,
-or of several tasks; 75 the time-out.
+or of several tasks; 75 the time-out. Of doctor: 1 something is wrong.
 """
 
 import argparse
@@ -287,8 +287,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     command(jsonlines.import_)("file", metavar="FILE", help="of export; - for stdin")
     command(backup.backup)("file", metavar="FILE", type=Path)
     command(backup.restore)("file", metavar="FILE", type=Path, help="of backup")
+    add = command(doctor)
+    says = "a task that waits longer is a problem (default 10m)"
+    add("--max-wait", metavar="DURATION", type=cli.duration, default="10m", help=says)
 
-    commands.add_parser("doctor", help="Say what is wrong, each with its remedy", add_help=False)
     says = "Have a worker started whenever there is work, by systemd or launchd"
     commands.add_parser("service", help=says, add_help=False)
 
@@ -318,10 +320,6 @@ def fault_in(args: argparse.Namespace) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else list(argv)
-    if argv[:1] == ["doctor"]:
-        import doctor
-
-        return doctor.main(argv[1:])
     if argv[:1] == ["service"]:
         from taskqueue import service
 
@@ -332,12 +330,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     run, name = args.pop("run"), args.pop("command")
 
     def work() -> int:
-        # What hooks left before a restore is for the database that it puts in place.
-        if run not in (take_in, backup.restore):
+        # What hooks left before a restore is for the database that it puts in place; doctor changes nothing.
+        if run not in (take_in, backup.restore, doctor):
             spool.take_in_first()
         return run(**args)
 
     return cli.run(f"tasks.py {name}", work)
+
+
+def doctor(max_wait: float, as_json: bool) -> int:
+    """Say what is wrong with the queue, and what mends it. It changes nothing, and exits 1 if
+    something is wrong.
+    """
+    from taskqueue.doctor import examine
+
+    return examine(max_wait, as_json)
 
 
 def take_in(as_json: bool) -> int:

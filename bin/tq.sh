@@ -77,8 +77,10 @@ if [ ! -r "$lib/$script.py" ]; then
     echo "$name: $lib/$script.py is gone; run just install again, or remove $0" >&2
     exit 1
 fi
-# Scripts without dependencies start faster without uv.
-if [ -x "$uv" ] && ! { [ -x "$python" ] && grep -q '^# dependencies = \[\]$' "$lib/$script.py"; }; then
+# Scripts without dependencies start faster without uv, and doctor must run where uv does not.
+needs_uv=yes
+if [ "$script ${1:-}" = "tasks doctor" ] || grep -q '^# dependencies = \[\]$' "$lib/$script.py"; then needs_uv=; fi
+if [ -x "$uv" ] && { [ -n "$needs_uv" ] || [ ! -x "$python" ]; }; then
     # With an absolute Python, uv runs none that lies in the working directory or above, which may be a
     # workspace's; and no uv.toml there has a say.
     if [ -n "$python" ]; then export UV_PYTHON="$python"; fi

@@ -1,7 +1,7 @@
 """What install.py put where: the installation's directories, its record, and its hooks in
 settings.json.
 
-install.py, doctor.py and `tq service` ask here whether something is installed, and where. The record
+install.py, `tq doctor` and `tq service` ask here whether something is installed, and where. The record
 is PREFIX/installed.json: the digest of each file that was put there, so that what a person changed
 is told from what is ours, and the paths of the state, of Python and of uv.
 """

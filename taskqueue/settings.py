@@ -1,7 +1,7 @@
 """Claude Code's settings.json: which hooks are in it, which of them are ours, and how ours are
 added and taken out.
 
-install.py and doctor.py use this. Claude Code writes the file as JSON with two spaces; so does this,
+install.py and `tq doctor` use this. Claude Code writes the file as JSON with two spaces; so does this,
 with a backup beside it.
 """
 

@@ -59,8 +59,7 @@ def test_remedies_are_typed_as_tq(installation, installed):
         )
     installed("tasks.py", "pause", "approvals")
     assert "tq resume approvals" in installed("tasks.py", "stats").stdout
-    said = installed("doctor.py", "--max-wait", "0").stdout
-    assert "tq backup FILE" in said or "quick_check finds no damage" in said
+    said = installed("tasks.py", "doctor", "--max-wait", "0").stdout
     assert "tq approve ID" in said and not re.search(r"-> .*\b(tasks|worker|cleanup)\.py", said), (
         said
     )
@@ -87,7 +86,7 @@ def test_wrong_use_is_told_as_it_was_typed(installed):
         (["worker.py"], "tq work: the following arguments are required: QUEUE; see tq work --help\n"),
         (["report.py", "--x"], "tq report: '--x' is not known; see tq report --help\n"),
         (["tasks.py", "dashboard"], "tq dashboard: tq page --open replaced it\n"),
-        (["doctor.py", "--x"], "tq doctor: unrecognized arguments: --x; see tq doctor --help\n"),
+        (["tasks.py", "doctor", "--x"], "tq doctor: unrecognized arguments: --x; see tq doctor --help\n"),
         (["tasks.py", "import"], "tq import: the following arguments are required: FILE; see tq import --help\n"),
         (["install.py", "install", "--x"], "tq install: unrecognized arguments: --x; see tq install --help\n"),
         (["install.py", "uninstall", "--x"], "tq uninstall: unrecognized arguments: --x; see tq uninstall --help\n"),
@@ -106,7 +105,7 @@ def test_elsewhere_remedies_name_the_script(installation, installed):
     )
     # It is installed, but what a person types finds another program or none.
     assert "see: tasks.py list" in installed("tasks.py", "show", "x", on_path=False).stderr
-    assert "worker.py approvals" in installation.run("doctor.py", "--max-wait", "0").stdout
+    assert "worker.py approvals" in installation.run("tasks.py", "doctor", "--max-wait", "0").stdout
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

@@ -1,4 +1,4 @@
-"""Each kind of wrong use of tasks.py, doctor.py and cleanup.py: one line that says
+"""Each kind of wrong use of tasks.py and cleanup.py: one line that says
 what is wrong, and what is right.
 """
 
@@ -56,7 +56,7 @@ def test_a_wrong_command_line(installation, command):
 
 
 @pytest.mark.parametrize("script, command, words", [
-    ("doctor.py", "--max-wait soon", IS_A_DURATION), ("doctor.py", "more", "unrecognized arguments: more"),
+    ("tasks.py doctor", "--max-wait soon", IS_A_DURATION), ("tasks.py doctor", "more", "unrecognized arguments: more"),
     ("cleanup.py", "--keep all", IS_A_DURATION), ("cleanup.py", "--every 0.5", "is less than a second"),
     ("tasks.py service", "--kind upstart", "invalid choice: 'upstart'"),
     ("install.py", "", "the following arguments are required: COMMAND"),

@@ -16,12 +16,12 @@ from conftest import ROOT
 
 pytestmark = pytest.mark.first
 
-SCRIPTS = ("tasks.py", "doctor.py", "cleanup.py")
+SCRIPTS = ("tasks.py", "cleanup.py")
 COMMANDS = [
     ["tasks.py", "stats"], ["tasks.py", "stats", "--json"], ["tasks.py", "list"], ["tasks.py", "show", "a-1"],
     ["tasks.py", "logs", "a-1"], ["tasks.py", "pause", "approvals"], ["tasks.py", "retry", "nothing"], ["tasks.py", "purge", "completions"],
-    ["tasks.py", "doctor"], ["doctor.py", "--json"], ["tasks.py", "export", "copy.jsonl"], ["tasks.py", "backup", "copy.db"],
-    ["cleanup.py"], ["cleanup.py", "--json"], ["tasks.py", "list", "--nonsense"], ["tasks.py"], ["tasks.py", "--help"], ["doctor.py", "--nonsense"],
+    ["tasks.py", "doctor"], ["tasks.py", "doctor", "--json"], ["tasks.py", "export", "copy.jsonl"], ["tasks.py", "backup", "copy.db"],
+    ["cleanup.py"], ["cleanup.py", "--json"], ["tasks.py", "list", "--nonsense"], ["tasks.py"], ["tasks.py", "--help"], ["tasks.py", "doctor", "--nonsense"],
 ]  # fmt: skip
 
 

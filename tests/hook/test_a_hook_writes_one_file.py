@@ -408,7 +408,7 @@ def test_a_firing_with_a_wrong_option_is_kept_and_doctor_says_why(installation, 
     taken, complaints = queue.take_in_spool(installation.state)
     assert taken == 0 and any("soon" in complaint for complaint in complaints)
     assert len(list((installation.state / "spool/notifications/malformed").iterdir())) == 2
-    doctor = installation.run("doctor.py", "--json")
+    doctor = installation.run("tasks.py", "doctor", "--json")
     said = json.loads(doctor.stdout)["findings"]
     assert any("soon" in one["message"] for one in said), said
 

@@ -158,12 +158,13 @@ def end_worker(state: Path) -> None:
 def doctor(home, **env):
     lib = home / ".claude/automation/lychee/runtime/lib"
     ran = subprocess.run(
-        [sys.executable, lib / "doctor.py", "--json"],
+        [sys.executable, lib / "tasks.py", "doctor", "--json"],
         env={"HOME": str(home), "PATH": os.environ["PATH"], **env},
         capture_output=True,
         text=True,
     )
-    return [f for f in json.loads(ran.stdout)["findings"] if f["check"] == "environment"]
+    found = [f for f in json.loads(ran.stdout)["findings"] if f["check"] == "environment"]
+    return [f for f in found if f["level"] != "ok"]
 
 
 def test_doctor_says_where_a_workers_environment_will_not_do(home):
@@ -176,7 +177,7 @@ def test_doctor_says_where_a_workers_environment_will_not_do(home):
         assert "sk-secret" not in json.dumps(differing)
         file.write_text(kept.replace(UV_CACHE, str(home / "gone")))
         [gone] = doctor(home)
-        assert gone["level"] == "problem" and "no worker starts" in gone["message"]
+        assert gone["level"] == "problem" and "worker.py" in gone["message"]
         file.write_text("export A=b\n")
         [unfit] = doctor(home)
         assert unfit["level"] == "problem" and "line 1 is not NAME=value" in unfit["message"]

@@ -218,7 +218,7 @@ def test_install_finds_the_same_programs_whatever_the_session_says(tmp_path, nam
 @pytest.mark.parametrize("state", ["state", "~nosuchuser/state", "/tmp/a\nb"])
 @pytest.mark.parametrize("command", [
     "enqueue.py approvals t", "worker.py approvals --drain", "cleanup.py", "tasks.py list", "tasks.py purge approvals --yes",
-    "tasks.py restore {backup}", "tasks.py export", "doctor.py", "tasks.py page", "report.py",
+    "tasks.py restore {backup}", "tasks.py export", "tasks.py doctor", "tasks.py page", "report.py",
 ])  # fmt: skip
 def test_no_script_takes_the_usual_state_for_the_one_that_was_meant(installation, command, state):
     """Whoever has two states and mistypes one must not have the other restored over, pruned or
@@ -270,7 +270,7 @@ def test_a_program_that_a_script_runs_is_none_of_the_workspaces(home, workspace,
     env = {"HOME": str(home), "PATH": entries}
     for words in (
         ["tasks.py", "service", "--kind", "systemd", "--enable"],
-        ["doctor.py"],
+        ["tasks.py", "doctor"],
         ["install.py", "install", "--dry-run"],
     ):
         ran = subprocess.run(

@@ -173,10 +173,8 @@ def test_with_different_schema_versions_hooks_spool_and_doctor_says_which_to_upd
     firing.fire("Stop")
     assert len(firing.spooled()) == 1 and firing.rows("pragma user_version") == before
     env = {"HOME": str(firing.home), "PATH": os.environ["PATH"]}
-    doctor = firing.prefix / "runtime/lib/doctor.py"
-    ran = subprocess.run(
-        [sys.executable, doctor, "--json"], env=env, capture_output=True, text=True
-    )
+    doctor = [sys.executable, firing.prefix / "runtime/lib/tasks.py", "doctor", "--json"]
+    ran = subprocess.run(doctor, env=env, capture_output=True, text=True)
     (found,) = [one for one in json.loads(ran.stdout)["findings"] if one["check"] == "plugin"]
     assert found["level"] == "problem" and "spool" in found["message"]
     remedy = "claude plugin update task-queue@market" if older == "plugin" else "just install"

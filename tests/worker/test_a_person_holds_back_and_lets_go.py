@@ -103,7 +103,7 @@ def test_a_pause_is_said_by_everybody_until_when_and_why(installation):
         "usage limit",
     )
     assert numbers["paused_by"] == "person"
-    for command in (["doctor.py"], ["tasks.py", "stats"], ["tasks.py", "list"]):
+    for command in (["tasks.py", "doctor"], ["tasks.py", "stats"], ["tasks.py", "list"]):
         assert ": usage limit" in installation.run(*command).stdout, command
 
 

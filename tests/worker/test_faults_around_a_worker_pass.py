@@ -505,7 +505,7 @@ def test_a_row_was_claimed_by_a_shell_with_a_time_that_is_none(installation, mom
         "update notifications set status = 2, claimed_at = 5.5, owner = '1-dead';"
         f"update approvals set claimed_at = {moment} where id = 1"
     )
-    doctor = installation.run("doctor.py")
+    doctor = installation.run("tasks.py", "doctor")
     assert "2 claimed at" in doctor.stdout and doctor.stderr == ""
     queues = ("notifications", "approvals")
     worker = installation.worker(*queues, "--drain", ready=False)
