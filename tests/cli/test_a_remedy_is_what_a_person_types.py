@@ -91,7 +91,7 @@ def test_wrong_use_is_told_as_it_was_typed(installed):
         (["install.py", "install", "--x"], "tq install: unrecognized arguments: --x; see tq install --help\n"),
         (["install.py", "uninstall", "--x"], "tq uninstall: unrecognized arguments: --x; see tq uninstall --help\n"),
         (["tasks.py", "service", "--x"], "tq service: unrecognized arguments: --x; see tq service --help\n"),
-        (["relay.py", "work"], "tq relay work: the following arguments are required: QUEUE; see tq relay work --help\n"),
+        (["relay.py", "fetch"], "tq relay fetch: the following arguments are required: QUEUE; see tq relay fetch --help\n"),
     ):  # fmt: skip
         done = installed(*args)
         assert (done.returncode, done.stderr) == (64, words)
