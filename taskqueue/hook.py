@@ -21,7 +21,7 @@ FORMAT = "hook-2"
 Firing = namedtuple("Firing", "words payload directory project attended depth at")
 
 
-class NoTask(Exception):
+class NoTask(ValueError):
     """A firing that becomes no task on purpose; the message says why."""
 
 

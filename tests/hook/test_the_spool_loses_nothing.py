@@ -21,12 +21,13 @@ pytestmark = pytest.mark.core
 
 
 def put(installation, name: str, text: str | bytes, queue: str = "notifications"):
-    """What a shell does: write elsewhere, then mv into the spool."""
+    """Leave a file as README's shell does: write it elsewhere, mv it into the spool, and wake."""
     directory = installation.state / "spool" / queue
     directory.mkdir(parents=True, exist_ok=True)
     outside = installation.directory / name
     outside.write_bytes(text.encode() if isinstance(text, str) else text)
     os.rename(outside, directory / name)
+    (installation.state / "wake").write_text("\n")
     return directory / name
 
 

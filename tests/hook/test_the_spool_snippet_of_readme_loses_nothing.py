@@ -57,6 +57,8 @@ def test_two_hundred_hooks_at_four_at_a_time_are_two_hundred_tasks(
         assert [
             (process.communicate(timeout=20)[0], process.returncode) for process in running
         ] == [(b"", 0)] * 4
+    # This wakes whoever sleeps.
+    assert (installation.state / "wake").read_text() == "\n"
     assert queue.take_in_spool(installation.state) == (200, [])
     stored = [
         json.loads(data)["n"] for (data,) in installation.rows("select data from notifications")
