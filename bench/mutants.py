@@ -39,7 +39,52 @@ class Mutant(NamedTuple):
     test: str  # pytest's arguments
 
 
-MUTANTS: list[Mutant] = []
+CORE = "queue_helpers.py"
+# fmt: off
+MUTANTS = [Mutant(*each) for each in (
+    # Claims, acknowledgements, order
+    ("claim a task that is claimed", CORE, 'where status < 2 order by priority desc, id limit {OPEN_SLOTS})', 'where status < 3 order by priority desc, id limit {OPEN_SLOTS})', "tests/core/test_no_task_is_claimed_twice.py"),
+    ("a fence without attempts", CORE, "owner is :owner and attempts = :attempts and claimed_at is :claimed_at", "owner is :owner and claimed_at is :claimed_at", "tests/core/test_a_late_ack_is_refused.py"),
+    ("a fence without the owner", CORE, "where id = :id and owner is :owner and attempts", "where id = :id and attempts", "tests/core/test_a_late_ack_is_refused.py"),
+    ("a back-off without its cap", CORE, "min(BACKOFF_CAP_SECONDS, doubled)", "doubled", "tests/core/test_a_late_ack_is_refused.py"),
+    ("an uncounted attempt counts", CORE, "attempts = max(attempts - :uncounted, 0)", "attempts = attempts", "tests/worker/test_handlers_end_as_their_exit_code_says.py"),
+    ("a claim that counts no attempt", CORE, "attempts = attempts + 1, expires_at", "expires_at", "tests/worker/test_a_killed_worker_loses_nothing.py"),
+    ("promote past a busy group", CORE, "status = iif(group_id is null or released_at is not null, 1, 4)", "status = 1", "tests/core/test_groups_run_one_at_a_time.py"),
+    ("a group forgets its retry", CORE, "{row}.status = 3 and {row}.released_at is not null", "{row}.status = 9", "tests/core/test_groups_run_one_at_a_time.py"),
+    ("a group forgets what is handed over", CORE, "{group_is_busy}, 4, 1) where id = new.id; end;\ncreate trigger", "{group_is_busy}, 1, 1) where id = new.id; end;\ncreate trigger", "tests/core/test_groups_run_one_at_a_time.py"),
+    ("one slot too many", CORE, "slots - (select count(*)", "slots + 1 - (select count(*)", "tests/worker/test_slots_hold_across_workers.py"),
+    ("a pause that is not honoured", CORE, "select case when {IS_PAUSED} then 0", "select case when 0 then 0", "tests/worker/test_a_person_holds_back_and_lets_go.py"),
+    ("a task that never expires", CORE, 'where expires_at <= :now and status not in (2, 5) limit', 'where expires_at < 0 and status not in (2, 5) limit', "tests/core/test_no_transaction_is_unbounded.py"),
+    ("a duplicate is stored", CORE, "stored unique on conflict ignore", "stored", "tests/core/test_a_duplicate_is_ignored_for_every_writer.py"),
+    ("bash stores broken JSON", CORE, "constraint data_must_be_a_json_object check ({is_object})", "", "tests/core/test_hostile_input_is_stored_or_refused.py"),
+    ("bash stores an unknown status", CORE, "check (status in (0, 1, 2, 3, 4, 5) and", "check (", "tests/core/test_columns_from_bash_are_checked.py"),
+    # A person's decision
+    ("replace changes a held task", CORE, "(status in (0, 1, 4) or status = 3 and due_at is not null) and {IS_NEWS}", "status in (0, 1, 3, 4) and {IS_NEWS}", "tests/core/test_what_a_person_decides_on_does_not_change.py"),
+    ("replace changes an approved task", CORE, "where task_id = :task_id and not approved and (status", "where task_id = :task_id and (status", "tests/core/test_what_a_person_decides_on_does_not_change.py"),
+    ("a rerun of an approved task is ready", CORE, "iif(approved, 3, :status)", ":status", "tests/core/test_what_a_person_decides_on_does_not_change.py"),
+    ("a payload grants rights", CORE, 'granted = {"granted": {}} if', "granted = {} if", "tests/hook/test_a_payload_grants_no_rights.py"),
+    ("restore while a worker runs", "taskqueue/backup.py", "    refuse_while_running(state, None)\n", "", "tests/cli/test_tasks_restore_puts_a_backup_in_place.py"),
+    # Owners, recovery, waking
+    ("recover from a living owner", "taskqueue/recovery.py", "        yield fd is not None\n", "        yield True\n", "tests/worker/test_a_killed_worker_loses_nothing.py"),
+    ("run beside an orphaned handler", "taskqueue/recovery.py", "return run, runs_on or held and", "return run, False and", "tests/worker/test_an_orphaned_handler_is_not_run_twice.py"),
+    ("look once per event", "taskqueue/wake.py", "    while step < len(LOOK_AGAIN_SECONDS):", "    look()\n    while False:", "tests/core/test_a_sleeping_consumer_hears_every_commit.py"),
+    ("KILL the handler alone", "taskqueue/supervisor.py", "os.killpg(self.pid, number)", "os.kill(self.pid, number)", "tests/worker/test_a_timeout_ends_the_whole_group.py"),
+    ("exit 65 is tried again", "taskqueue/outcome.py", "if exit_code == EX_DATAERR:", "if False:", "tests/worker/test_handlers_end_as_their_exit_code_says.py"),
+    # Hooks and the spool
+    ("a hook without rename", "bin/hook.sh", 'mv "$new" "$spool/$id.hook" 2>/dev/null ||', 'true ||', "tests/hook/test_a_hook_writes_one_file.py"),
+    ("a hook that exits 2", "bin/hook.sh", '    echo "the task was not stored: $1" >&2\n    exit 1', '    echo "the task was not stored: $1" >&2\n    exit 2', "tests/hook/test_a_hook_writes_one_file.py"),
+    ("a hook without sync", "bin/hook.sh", "dd bs=65536 conv=fsync", "dd bs=65536", "tests/hook/test_a_hook_writes_one_file.py"),
+    ("a hook runs PATH's programs", "bin/hook.sh", "PATH=/usr/bin:/bin LC_ALL=C", "LC_ALL=C", "tests/hook/test_a_hook_writes_one_file.py"),
+    ("work starts itself again", "bin/hook.sh", '[ -n "$nested" ] || ! [', "true || ! [", "tests/worker/test_work_does_not_start_itself_again.py"),
+    ("a spooled task without sync", CORE, "            file.flush()\n            os.fsync(fd)\n", "            file.flush()\n", "tests/hook/test_the_spool_loses_nothing.py"),
+    # What is told
+    ("unseen characters pass", "taskqueue/text.py", "is_seen = character.isprintable() and code not in SHAPELESS", 'is_seen = code >= 0x80 or character.isprintable()', "tests/cli/test_tasks_print_no_control_characters.py"),
+    ("handlers are told the hub's URL", "taskqueue/handlers.py", '(*TOLD, "TASK_QUEUE_HUB")', "TOLD", "tests/hub/test_the_hub_runs_a_task_of_another_machine.py -k goes_there"),
+    # The hub
+    ("the hub's end without its fence", "taskqueue/hub.py", "and r.runner = %s and r.fetches = %s and r.outcome is null", "and r.runner is not null and %s <> '' and %s > 0 and r.outcome is null", "tests/hub/test_the_hub_runs_a_task_of_another_machine.py -k given_away"),
+    ("the hub ignores the machine's pause", "taskqueue/inbox.py", "most = 0 if control.paused else", "most =", "tests/hub/test_the_hub_runs_a_task_of_another_machine.py -k pause"),
+)]
+# fmt: on
 
 
 def copy_of_checkout(directory: str) -> Path:
