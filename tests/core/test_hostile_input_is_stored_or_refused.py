@@ -86,7 +86,7 @@ def nothing_stored(installation) -> bool:
     tables = [
         name for (name,) in installation.rows("select name from sqlite_master where type = 'table'")
     ]
-    return (set(tables) <= {"notifications", "approvals", "completions", "task_history", "task_controls", "task_marks", "task_spooled", "sqlite_sequence"}
+    return (set(tables) <= {"notifications", "approvals", "completions", "task_history", "task_controls", "task_marks", "task_spooled", "task_told", "sqlite_sequence"}
             and not any(installation.rows(f"select 1 from {table}") for table in tables if table != "sqlite_sequence")
             and not list(installation.state.glob("spool/*/*")))  # fmt: skip
 
