@@ -21,41 +21,41 @@ A DURATION is a number of seconds, or a number with a unit like 90m, 5min, 1.5h 
 like 23:30 (the next one), "tomorrow 9:00" or 2026-12-01T09:00: it is local time unless it names a
 zone. A time that has passed is refused.
 
-  --task-id ID          The id is unique among the queue's waiting and running tasks. (default: random)
-  --delay DURATION      The task is not started before this long from now.
-  --at TIME             The task is not started before this time.
-  --hold                The task waits until a person approves it.
-  --ttl DURATION        A task that is not started this long after it is due ends as expired.
-  --priority N          Tasks with a higher number are started first. (default 0)
-  --group KEY           Tasks of one group of the queue run one at a time, in order.
-  --on-duplicate WHAT   This says what becomes of a task whose id waits or runs already. With skip,
-                        the default, nothing. With replace and rerun a waiting task becomes this one,
-                        with all its terms, and a running one is followed by it. A held or approved
-                        task does not change: this one is a duplicate, but a rerun over an approved
-                        task that runs is held when the run ends.
-                        rerun looks at --window only where the same firing of a hook is told twice.
-  --window DURATION     A task with this id that was enqueued this recently and is finished makes
-                        this one a duplicate, too. (default 0, and 10 with --hook)
-  --wait DURATION       How long to wait for the database. (default 5, and 1 with --hook; then the
-                        firing goes to the spool)
-  --jsonl               Each line of stdin is a task: its payload, or without TASK_TYPE an object
-                        with task_type and any of data, task_id, delay, at, hold, ttl, priority,
-                        group, on_duplicate and window.
-  --new                 A queue that is made for this task is not remarked on.
-  --start-worker        A detached worker is started if none serves the queue.
-  --version             The version is printed.
-  -h, --help            This text is printed.
+  --task-id ID          name the task; unique among the queue's waiting and running tasks
+                        (default: random)
+  --delay DURATION      start the task this long from now at the earliest
+  --at TIME             start the task at this time at the earliest
+  --hold                keep the task until a person approves it
+  --ttl DURATION        let the task expire unless it starts this long after it is due
+  --priority N          start tasks with a higher number first (default 0)
+  --group KEY           run the queue's tasks of one group one at a time, in order
+  --on-duplicate DO     where a task with this id waits or runs, do one of these (default skip):
+                        skip: store nothing; replace, rerun: a waiting task becomes this one, with
+                        all its terms, and a running one is followed by it. A held or approved task
+                        does not change: this one is then a duplicate, but a rerun over an approved
+                        task that runs is held when that run ends. A rerun looks at --window only
+                        where two hooks tell of the same firing.
+  --window DURATION     a finished task with this id that was enqueued this recently makes this one
+                        a duplicate, too (default 0, and 10 with --hook)
+  --wait DURATION       wait this long for the database (default 5, and 1 with --hook; after that
+                        the firing goes to the spool)
+  --jsonl               take a task from each line of stdin: its payload, or without TASK_TYPE an
+                        object with task_type and any of data, task_id, delay, at, hold, ttl,
+                        priority, group, on_duplicate and window
+  --new                 do not remark that the queue is new
+  --start-worker        start a detached worker if none serves the queue
+  --version             print the version
+  -h, --help            print this text
 
-  --hook                Stdin is a hook's payload and becomes the task's data, with workspace_path
-                        from its cwd and project_dir from CLAUDE_PROJECT_DIR. TASK_TYPE is the name
-                        of the event unless it is given.
-  --data JSON           These fields are added to the payload's, and win over them. Of a hook's task,
-                        a handler takes rights (like permission_mode) from here, never from the
-                        payload.
-  --once-per KEY        KEY says what makes two firings of a hook one task: the same session,
-                        workspace or content. (default: everything in the payload)
-  --group-by KEY        The group is the hook's workspace, project or session.
-  --nested              The hook enqueues even inside a handler's own run.
+  --hook                take a hook's payload from stdin as the task's data, with workspace_path
+                        from its cwd and project_dir from CLAUDE_PROJECT_DIR. TASK_TYPE defaults to
+                        the event's name.
+  --data JSON           add these fields to the payload, over its own. A handler takes a hook task's
+                        rights (like permission_mode) from here, never from the payload.
+  --once-per KEY        make one task of firings with the same session, workspace or content
+                        (default: the same payload)
+  --group-by KEY        use the hook's workspace, project or session as the group
+  --nested              enqueue inside a handler's own run, too
 
 exit codes: 0 stored (or a duplicate); 1 the database cannot be used; 64 usage; 65 the task was
 refused; 75 the database is locked, try again. Never 2, which would block Claude Code.
@@ -65,7 +65,7 @@ import sys
 
 
 def main(argv: list[str] | None = None) -> int:
-    # The body is a module, which Python compiles once.
+    # Python compiles a module once, and a script at each start.
     try:
         from taskqueue import enqueue
     except Exception as error:

@@ -1,4 +1,4 @@
-"""The command line of enqueue.py, which is also that of hooks."""
+"""Parse the command line of enqueue.py, which is also that of hooks."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ import time
 
 import queue_helpers as q
 
-# The same firing, told by two hooks, comes within this time.
+# Two hooks tell of the same firing within this time.
 HOOK_WINDOW_SECONDS = 10.0
 
 
 def parse_object(raw: bytes) -> tuple[dict, str]:
-    """A JSON object and its text. Raises InvalidTask."""
+    """Return a JSON object and its text. Raises InvalidTask."""
     try:
         text = raw.decode().removeprefix("\ufeff").strip(" \t\r\n")
         value = q.parse_json(text)[0]
@@ -45,7 +45,7 @@ CHOICES = {
     "once-per": ("session", "workspace", "content"),
     "group-by": ("workspace", "project", "session"),
 }
-# What a line of --jsonl may say of its task; these three are read like the options.
+# The keys of a task in a line of --jsonl, and those whose texts are read like the options.
 LINE_KEYS = {
     *("task_type", "data", "task_id", "delay", "at", "hold", "ttl", "priority", "group"),
     *("on_duplicate", "window"),
@@ -55,7 +55,7 @@ LINE_TIMES["at"] = q.parse_time
 
 
 class Arguments:
-    """The command line. Raises ValueError for wrong use."""
+    """A parsed command line. Raises ValueError for wrong use."""
 
     task_type: str | None = None
     data: str | None = None
@@ -96,7 +96,7 @@ class Arguments:
         self.data = words[2] if len(words) > 2 else None
 
     def check(self) -> None:
-        """Refuse what cannot be meant together."""
+        """Refuse options that contradict each other."""
         if (self.hook or self.jsonl) and (self.data is not None or self.task_id is not None):
             raise ValueError(
                 "with --hook or --jsonl the tasks come on stdin: no DATA, no --task-id"
@@ -109,13 +109,13 @@ class Arguments:
             raise ValueError("--group and --group-by both name the group: give one of them")
         if bool(self.delay) + (self.at is not None) + self.hold > 1:
             raise ValueError("--delay, --at and --hold each say when: give one of them")
-        # A hook's firing may be taken in later than it was meant to run.
+        # A hook's firing may be taken in after its time.
         if self.at is not None and self.at <= time.time() and not self.hook:
             when = time.strftime("%Y-%m-%d %H:%M %Z", time.localtime(self.at))
             raise ValueError(f"--at: {when} has passed; give a time to come, or leave out --at")
 
     def terms(self) -> dict:
-        """What new_row() is told of each task."""
+        """Return new_row()'s options for each task."""
         names = ("delay", "at", "ttl", "priority", "group", "hold", "on_duplicate")
         default = HOOK_WINDOW_SECONDS if self.hook else 0.0
         window = default if self.window is None else self.window
@@ -123,7 +123,7 @@ class Arguments:
 
 
 def read_option(name: str, text: str) -> object:
-    """The value of an option. Raises ValueError."""
+    """Return the value of an option. Raises ValueError."""
     if name not in OPTIONS:
         return True
     if name in CHOICES and text not in CHOICES[name]:

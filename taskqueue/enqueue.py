@@ -1,4 +1,4 @@
-"""Put tasks into a queue: what enqueue.py does. The options are in taskqueue/arguments.py."""
+"""Put tasks into a queue: the body of enqueue.py. Its options are in taskqueue/arguments.py."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if q.TYPE_CHECKING:
 EX_FAILED, EX_USAGE, EX_DATAERR, EX_TEMPFAIL = 1, 64, 65, 75
 # How long a hook waits for the database, and for its payload.
 HOOK_WAIT_SECONDS, STDIN_SECONDS = 1.0, 0.75
-# No more of a payload is read.
+# How much of a payload a hook reads.
 MOST_BYTES = 64 * 2**20
 
 
@@ -49,13 +49,13 @@ def main(argv: list[str] | None = None, help_text: str | None = None) -> int:
 
 
 def command_line() -> list[str]:
-    """The arguments as UTF-8, whatever encoding the locale has."""
+    """Return the arguments as UTF-8, whatever the locale's encoding."""
     return [hooks.from_bytes(os.fsencode(word)) for word in sys.argv[1:]]
 
 
 def fail(code: int, message: object, *, hook: bool = False) -> int:
-    """Say what is wrong in one line; the code. A person is told commands as people type them."""
-    # print() would take stdout where there is no stderr.
+    """Say what is wrong in one line and return the code. A person reads commands as people type them."""
+    # Without a stderr, print() would write to stdout.
     if sys.stderr is not None:
         line = " ".join(f"enqueue.py: {message}".split())
         if not hook:
@@ -70,7 +70,7 @@ def fail(code: int, message: object, *, hook: bool = False) -> int:
 
 
 def say(text: str) -> None:
-    """Write to stdout, if it is there; what its encoding lacks is escaped."""
+    """Write to stdout, unless it is closed, and escape characters that its encoding lacks."""
     if sys.stdout is None:
         return
     try:
@@ -79,12 +79,12 @@ def say(text: str) -> None:
         sys.stdout.write(text)
         sys.stdout.flush()
     except OSError:
-        # The reader has gone; the tasks are stored.
+        # The reader is gone, and the tasks are stored.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 def start_worker(queue: str) -> None:
-    """Start a worker for the stored task; that none can be started is no failure."""
+    """Start a worker for the stored task. A failure to do so is only a remark."""
     try:
         from taskqueue import service
 
@@ -97,7 +97,7 @@ def start_worker(queue: str) -> None:
 
 
 def enqueue(args: Arguments) -> int:
-    """Store the tasks of the command line or of stdin, all or none, and say what became of each."""
+    """Store the tasks of the command line or of stdin, all or none, and print a line for each."""
     q.check_queue_name(args.queue)
     rows = tasks_of_lines(args) if args.jsonl else [task_of_command_line(args)]
     wait = None if args.wait is None else milliseconds(args.wait)
@@ -115,7 +115,7 @@ def enqueue(args: Arguments) -> int:
 
 
 def notes_on(args: Arguments, rows: list[q.Row]) -> list[str]:
-    """Say when the tasks start, and what keeps them from it: no worker, or no handler."""
+    """Return remarks: when the tasks start, and that no worker or no handler serves them."""
     from taskqueue import serving
 
     notes, conn = [], q.connect()
@@ -137,7 +137,7 @@ def type_in(envelope: str) -> str:
 
 
 def milliseconds(seconds: float) -> int:
-    """A time to wait, within what SQLite takes."""
+    """Return a waiting time that SQLite takes: 20 ms to an hour."""
     return max(20, min(int(seconds * 1000), 3_600_000))
 
 
@@ -167,7 +167,7 @@ def tasks_of_lines(args: Arguments) -> list[q.Row]:
 
 
 def terms_of_line(task: dict) -> dict:
-    """What a whole task in a line says, its times read like the options."""
+    """Return new_row()'s arguments from a line that is a whole task, its times read like the options."""
     if "task_type" not in task or not task.keys() <= LINE_KEYS:
         odd = sorted(task.keys() - LINE_KEYS)
         why = f"{odd[0]!r} is not known" if odd else "task_type is missing"
@@ -188,7 +188,7 @@ def terms_of_line(task: dict) -> dict:
 
 
 def stdin() -> io.BufferedIOBase:
-    """Stdin, in bytes; an empty one where it is closed."""
+    """Return stdin as bytes, an empty one where it is closed."""
     return io.BytesIO() if sys.stdin is None else sys.stdin.buffer
 
 
@@ -196,9 +196,9 @@ def stdin() -> io.BufferedIOBase:
 
 
 def hook(args: Arguments, words: list[str]) -> int:
-    """Store one task for one firing: in the database, else in the spool, as bin/hook.sh does."""
+    """Store one task for one firing: in the database, else in the spool as bin/hook.sh does."""
     if q.task_depth() and not args.nested:
-        # A handler's own run fired it: work must not start itself again.
+        # The run of a handler fired it: work must not start itself again.
         return 0
     q.check_queue_name(args.queue)
     if q.state_complaint:
@@ -226,7 +226,10 @@ def hook(args: Arguments, words: list[str]) -> int:
 
 
 def store(queue: str, rows: list[q.Row], wait: int | None) -> tuple[bool, list[q.Stored]]:
-    """Store rows behind what hooks left before: (whether the queue is new, what became of each)."""
+    """Store rows, behind the firings that hooks have left.
+
+    Returns whether the queue is new, and what became of each row.
+    """
     conn = q.connect(busy_timeout_ms=wait)
     made = q.ensure_queue(conn, queue)
     q.take_in(conn, queue)
@@ -234,7 +237,7 @@ def store(queue: str, rows: list[q.Row], wait: int | None) -> tuple[bool, list[q
 
 
 def read_stdin() -> bytes:
-    """What comes on stdin until its end, for a second at most: it may never be closed."""
+    """Return stdin's bytes until its end, for STDIN_SECONDS at most: it may never be closed."""
     import select
 
     raw, deadline = bytearray(), time.monotonic() + STDIN_SECONDS
@@ -248,13 +251,13 @@ def read_stdin() -> bytes:
             if not chunk:
                 break
     except (OSError, ValueError):
-        # It is closed, or not readable.
+        # Stdin is closed, or not readable.
         pass
     return bytes(raw)
 
 
 def leave(code: int) -> NoReturn:
-    """End the process: all is on disk, and neither Python's own end nor SQLite's clean-up is worth a hook's time."""
+    """End the process without the clean-up of Python and SQLite, which takes time and serves nobody."""
     try:
         for stream in (sys.stdout, sys.stderr):
             if stream is not None:

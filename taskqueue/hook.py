@@ -1,9 +1,9 @@
-"""Make a task of a firing: of what a hook was told, and of the file that a hook leaves in the spool.
+"""Make a task of a hook's firing, and read and write the file that keeps one in the spool.
 
-bin/hook.sh writes that file, and so does `enqueue.py --hook` where the database cannot be had. It is
-fields that end with a NUL (the format's name, how many arguments, the arguments, the directory,
-CLAUDE_PROJECT_DIR, CLAUDE_CODE_SESSION_ATTENDED, TASK_DEPTH), then the payload as it came. The
-file's time is the firing's.
+bin/hook.sh writes that file, and so does `enqueue.py --hook` where it cannot have the database:
+fields that each end with a NUL (the format's name, the number of arguments, the arguments, the
+directory, CLAUDE_PROJECT_DIR, CLAUDE_CODE_SESSION_ATTENDED, TASK_DEPTH), then the payload as it
+came. The file's time is the firing's.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ import queue_helpers as q
 from taskqueue.arguments import Arguments
 
 FORMAT = "hook-2"
-# The firing of a hook: its arguments without --hook, and what was true then.
+# One firing: the hook's arguments without --hook, and the directory, environment and time of then.
 Firing = namedtuple("Firing", "words payload directory project attended depth at")
 
 
 class NoTask(ValueError):
-    """A firing that becomes no task on purpose; the message says why."""
+    """A firing that deliberately becomes no task; the message says why."""
 
 
-# Of --once-per content: what an event says that is the same when the same happens again. Claude
-# Code adds fields to its events, so for these only what is named here counts.
+# --once-per content: the fields of an event that are the same when the same happens again. Claude
+# Code adds fields to its events, so for these events only the fields named here count.
 CONTENT = {
     "SessionStart": "source",
     "SessionEnd": "reason",
@@ -44,7 +44,7 @@ CONTENT = {
     "FileChanged": "file_path event",
     "TaskCompleted": "task_subject task_description",
 }
-# Of any other event all counts but these: better one task too many than one too few.
+# For any other event, every field but these counts: better one task too many than one too few.
 PER_FIRING = {
     *("session_id", "prompt_id", "transcript_path", "tool_use_id", "duration_ms", "agent_id"),
     *("agent_transcript_path", "background_tasks", "session_crons", "effort", "permission_mode"),
@@ -54,11 +54,11 @@ PER_FIRING = {
 
 
 def firing_here(words: list[str], payload: bytes) -> Firing:
-    """The firing of this process, now."""
+    """Return the firing of this process, now."""
     try:
         directory = from_bytes(os.getcwdb())
     except OSError:
-        # The directory is gone.
+        # The directory was removed.
         directory = ""
     project, attended = (
         from_bytes(os.environb.get(name, b""))
@@ -68,7 +68,7 @@ def firing_here(words: list[str], payload: bytes) -> Firing:
 
 
 def write(firing: Firing) -> bytes:
-    """What a hook's file holds of a firing."""
+    """Return the content of a firing's file."""
     told = (firing.directory, firing.project, firing.attended, str(firing.depth))
     fields = [FORMAT, str(len(firing.words)), *firing.words, *told]
     return b"".join(f"{field}\0".encode("utf-8", "surrogateescape") for field in fields) + (
@@ -77,7 +77,7 @@ def write(firing: Firing) -> bytes:
 
 
 def read(raw: bytes, at: float) -> Firing:
-    """The firing in a hook's file. Raises ValueError."""
+    """Return the firing that a hook's file holds. Raises ValueError."""
     head, count, rest = raw.split(b"\0", 2)
     if head != FORMAT.encode() or not count.isdigit():
         raise ValueError("not as a hook writes it")
@@ -90,12 +90,15 @@ def read(raw: bytes, at: float) -> Firing:
 
 
 def from_bytes(raw: bytes) -> str:
-    """A path or an argument, as os.fsdecode() has it in a UTF-8 locale."""
+    """Return a path or an argument as os.fsdecode() does in a UTF-8 locale."""
     return raw.decode("utf-8", "surrogateescape")
 
 
 def row_of(firing: Firing, args: Arguments | None = None) -> q.Row:
-    """The row of a firing, whose arguments are read here unless they were. Raises ValueError, InvalidTask, NoTask."""
+    """Return the row of a firing; `args` are its arguments if they are parsed already.
+
+    Raises ValueError, NoTask, InvalidTask.
+    """
     args = args or Arguments(["--hook", *firing.words])
     data = payload(firing)
     if data.get("hook_event_name") == "WorktreeCreate":
@@ -115,10 +118,11 @@ def row_of(firing: Firing, args: Arguments | None = None) -> q.Row:
 
 
 def payload(firing: Firing) -> dict:
-    """A task's data: the hook's payload, and what is known of where it was fired.
+    """Return a task's data: the hook's payload, and where it was fired.
 
-    workspace_path is its cwd, else the directory it was fired in. project_dir is the main checkout,
-    while cwd follows worktrees. session_attended says whether a person sits before the session.
+    workspace_path is the payload's cwd, else the directory in which the hook ran. project_dir is the
+    main checkout, while cwd follows worktrees. session_attended says whether a person attends the
+    session.
     """
     data = q.as_payload(firing.payload)
     cwd = data.get("cwd")
@@ -133,7 +137,7 @@ def payload(firing: Firing) -> dict:
 
 
 def type_of_event(data: dict, otherwise: str) -> str:
-    """The event's name, unless it cannot name a handler."""
+    """Return the event's name, or `otherwise` where it cannot name a handler."""
     event = data.get("hook_event_name")
     try:
         q.new_row(event, {}, depth=0)  # type: ignore[arg-type]
@@ -142,7 +146,7 @@ def type_of_event(data: dict, otherwise: str) -> str:
         return otherwise
 
 
-# Where a payload does not say the first, its workspace is the group.
+# The fields that name the group: the first that the payload has.
 GROUPS = {
     "workspace": ("workspace_path",),
     "project": ("project_dir", "workspace_path"),
@@ -151,7 +155,7 @@ GROUPS = {
 
 
 def group_of(data: dict, what: str) -> str | None:
-    """The group of a firing, None when it has neither a session, a project nor a workspace."""
+    """Return the group of a firing, None where no field names it."""
     for name in GROUPS[what]:
         value = data.get(name)
         if isinstance(value, str) and value:
@@ -163,17 +167,16 @@ def group_of(data: dict, what: str) -> str | None:
 
 
 def id_of(data: dict, task_type: str, once_per: str | None) -> str:
-    """The same firing gives the same id, wherever and however often it is told; another gives
-    another.
+    """Return a firing's task id: the same for each time it is told, another for another firing.
 
-    An id ends with 64 bits of a digest: beside a million waiting tasks, a new one has somebody
-    else's id once in 18 trillion firings.
+    An id ends with 64 bits of a digest: beside a million waiting tasks, a new one collides once in
+    18 trillion firings.
     """
     return f"{task_type[:8]}-{digest([task_type, what_counts(data, once_per)])}"
 
 
 def what_counts(data: dict, once_per: str | None) -> object:
-    """What makes two firings one task."""
+    """Return the value that is equal for two firings that make one task."""
     workspace = data.get("workspace_path")
     if once_per == "session":
         return [workspace, data.get("session_id")]
@@ -185,7 +188,7 @@ def what_counts(data: dict, once_per: str | None) -> object:
 
 
 def content_of(data: dict) -> dict:
-    """What of a firing is the same when the same happens again."""
+    """Return the fields that are the same when the same happens again."""
     event = data.get("hook_event_name")
     named = CONTENT.get(event) if isinstance(event, str) else None
     if named is None:
@@ -204,7 +207,7 @@ def without_per_firing(data: dict) -> dict:
 
 
 def digest(value: object) -> str:
-    """16 hexadecimal digits that name a JSON value."""
+    """Return 16 hexadecimal digits that name a JSON value."""
     try:
         # hashlib loads OpenSSL, which takes 3 ms.
         from _sha2 import sha256  # type: ignore[import-not-found]
