@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import queue_helpers as q
 from taskqueue import cli, database, recovery, runs
-from taskqueue.cli import Refused
+from taskqueue.cli import Refused, option, takes
 from taskqueue.remedies import command
 from taskqueue.text import plural, sh
 
@@ -152,6 +152,7 @@ def not_written(path: Path, error: OSError | sqlite3.Error) -> str:
 # ---------------------------------------------------------------------------------- backup, restore
 
 
+@takes(option("file", metavar="FILE", type=Path))
 def backup(file: Path, as_json: bool) -> int:
     """Copy the database to FILE as it is at this moment, while workers go on. FILE is replaced once
     the copy is whole.
@@ -191,6 +192,7 @@ class Loss(NamedTuple):
     finished: int | None
 
 
+@takes(option("file", metavar="FILE", type=Path, help="of backup"))
 def restore(file: Path, as_json: bool) -> int:
     """Put a backup into the place of the database, while no worker runs. The present state is kept
     beside it.

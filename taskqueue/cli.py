@@ -13,7 +13,7 @@ import re
 import signal
 import sqlite3
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 import queue_helpers as q
@@ -68,11 +68,13 @@ def keep_absolute_path() -> None:
 
 
 def add_command(commands, run: Callable[..., int]) -> Parser:
-    """Add a command that has the name of the function, and its docstring as help."""
+    """Add a command with the name of the function, its docstring as help, and its `options`."""
     says = " ".join((run.__doc__ or "").split())
     name = run.__name__.rstrip("_").replace("_", "-")
     entry = commands.add_parser(name, help=says.split(". ")[0].rstrip("."), description=says)
     entry.add_argument("--json", dest="as_json", action="store_true", help="for scripts")
+    for names, settings in run.options:
+        entry.add_argument(*names, **settings)
     entry.set_defaults(run=run)
     return entry
 
@@ -96,7 +98,64 @@ def whole_number(text: str) -> int:
     return int(text)
 
 
+# -------------------------------------------------------------------------- arguments of commands
+
+
+def some_text(text: str) -> str:
+    """Return a text of 1 to 1000 characters."""
+    text = utf8(text)
+    if not 0 < len(text) <= 1000:
+        raise argparse.ArgumentTypeError("it is a text of 1 to 1000 characters")
+    return text
+
+
+def option(*names: str, **settings) -> tuple:
+    """Describe an argument of a command, as argparse's add_argument takes it."""
+    return names, settings
+
+
+def span_option(name: str, help: str, **settings) -> tuple:
+    """Describe an option that takes a duration."""
+    return option(name, metavar="DURATION", type=duration, help=help, **settings)
+
+
+def flag(*names: str, **settings) -> tuple:
+    """Describe an option without a value."""
+    return option(*names, action="store_true", **settings)
+
+
+def takes(*options: tuple) -> Callable:
+    """Declare the arguments of a command beside the function that runs it."""
+
+    def declare(run: Callable) -> Callable:
+        run.options = options
+        return run
+
+    return declare
+
+
+IDS = option("ids", metavar="ID", nargs="+", type=some_text)
+MAYBE_IDS = option("ids", metavar="ID", nargs="*", type=some_text)
+QUEUES = option("queues", metavar="QUEUE", nargs="+", type=some_text)
+WHOSE = option("--queue", metavar="QUEUE", type=utf8, help="where several queues have that id")
+EACH_QUEUE = option(
+    "--queue",
+    dest="queues",
+    metavar="QUEUE",
+    type=utf8,
+    action="append",
+    help="may be given several times",
+)
+TYPE = option("--type", dest="task_type", metavar="TYPE", type=utf8)
+
+
 # ---------------------------------------------------------------------------- exit codes, complaints
+
+
+def say_all(lines: Iterable[str]) -> None:
+    """Print remarks on stderr."""
+    for line in lines:
+        print(visible(line), file=sys.stderr, flush=True)
 
 
 def run(who: str, work: Callable[[], int]) -> int:

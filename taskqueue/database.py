@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import shutil
 import sqlite3
@@ -28,6 +29,21 @@ LIVE = {
 }
 FINISHED = ("completed", "failed", "cancelled", "expired")
 STATUSES = (*LIVE, *FINISHED)
+
+
+# Words that people use for a status.
+SAME = {"waiting": "pending", "running": "in_progress", "done": "completed"}
+
+
+def status(text: str) -> str:
+    """Return the status that a word names."""
+    text = SAME.get(text, text)
+    if text not in STATUSES:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a status: {', '.join(STATUSES)}")
+    return text
+
+
+STATUS_TERMS = {"dest": "statuses", "metavar": "STATUS", "type": status, "action": "append"}
 
 # Many changes hold the write lock for at most HOLD_SECONDS at a time, and leave it free for
 # PAUSE_SECONDS in between.

@@ -240,6 +240,15 @@ def history_ids(conn: q.Connection, found: Found) -> list[int]:
     ]
 
 
+def all_records(conn: q.Connection, found: Found) -> list[dict]:
+    """Return the task as it is now, then its earlier records, newest first."""
+    records = []
+    if found.row_id is not None:
+        records.append(database.as_dict(q.execute(conn, LIVE_ROW, found.queue, id=found.row_id)))
+    ids = history_ids(conn, found)
+    return records + [database.as_dict(conn.execute(FINISHED_ROW, {"id": id})) for id in ids]
+
+
 class Wanted(NamedTuple):
     """Which tasks a list is to have; queues, task_type and text are None where they do not matter.
 

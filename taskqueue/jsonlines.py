@@ -17,7 +17,7 @@ from typing import BinaryIO
 import queue_helpers as q
 from taskqueue import cli, database
 from taskqueue.backup import LAST_ID, check_target, use_ids, whole_file
-from taskqueue.cli import EX_DATAERR, Refused
+from taskqueue.cli import EACH_QUEUE, EX_DATAERR, Refused, flag, option, takes
 from taskqueue.database import FINISHED
 from taskqueue.text import plural, short, visible
 
@@ -75,6 +75,11 @@ def columns_of(conn: sqlite3.Connection, table: str) -> list[str]:
 # ------------------------------------------------------------------------------------------- export
 
 
+@takes(
+    option("file", metavar="FILE", nargs="?", default="-", help="(default: stdout)"),
+    EACH_QUEUE,
+    flag("--history", help="finished tasks, too"),
+)
 def export(file: str, queues: list[str] | None, history: bool, as_json: bool) -> int:
     """Write waiting and running tasks as JSON lines, for import; with --history the finished ones,
     too.
@@ -181,6 +186,7 @@ def escaped(line: str) -> str:
 # ------------------------------------------------------------------------------------------- import
 
 
+@takes(option("file", metavar="FILE", help="of export; - for stdin"))
 def import_(file: str, as_json: bool) -> int:
     """Take in an export. What came in before is not taken again."""
     if file == "-" and 0 in cli.closed_streams:
