@@ -3,362 +3,329 @@
 # requires-python = ">=3.11"
 # dependencies = []
 # ///
-"""Show the whole way of a task, from a Stop hook's payload to the result on the completions queue,
-step by step.
+"""Show the queue at work, step by step, in a home directory that is thrown away.
 
-Everything is real: enqueue.py as a hook, an idle worker.py, handlers/link_validation and lychee.
-The state directory and the workspace are thrown away at the end; nothing of yours is touched.
+    just demo             A hook fires, the link check finds a broken link, the next prompt is told,
+                          and a task for Claude is approved and runs. It takes about two seconds and
+                          no network: a shell script stands in for Claude.
+    just demo --claude    The same with your Claude Code. It first names the account and the budget,
+                          and asks.
+    just demo-hub         A task goes to another machine, and its result comes back. uv downloads a
+                          PostgreSQL (75 MB). If TASK_QUEUE_HUB is set, that database is the hub.
 
-examples:
-  just demo
-  uv run --script demo.py
-  uv run --script demo.py | tail -n 1 | python3 -m json.tool      the last line is the completion's payload
+Each line that begins with $ is a command that runs as shown; its output follows.
 
-exit codes: 0 every step happened; 1 one did not, within 30 s; 64 usage.
+exit codes: 0 every step happened; 1 one did not, or you said no; 64 usage.
 """
 
 import json
 import os
 import re
+import shlex
+import shutil
 import signal
-import sqlite3
 import subprocess
 import sys
 import tempfile
 import time
-import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
-from taskqueue import cli, installation
+from taskqueue import cli, environment, installation
 
 HERE = Path(__file__).resolve().parent
-# Each step may take so long.
-STEP_SECONDS = 30
-# The first time, uv downloads lychee: 75 MB.
-WARM_SECONDS = 900
-# A worker sleeps long before that. It is waited for so long where nobody can see it.
-ASLEEP_SECONDS = 1
-# Children have so long to end by themselves; a worker gives its handlers 5 seconds.
-END_SECONDS = 8
-POLL_SECONDS = 0.002
-STOPS = (signal.SIGTERM, signal.SIGINT)
+# How long a step may take: on a busy machine; with Claude, or with downloads.
+STEP_SECONDS, LONG_SECONDS = 60, 900
+# How long a worker may take to end after each of two SIGTERMs.
+END_SECONDS = 5
+BUDGET_USD = 0.5
 
-README = """# Harbour notes
-
-The [tide table](tides.md) is right.
-The [map of the pier](pier.md) was never drawn.
+HOOK = "~/.claude/automation/lychee/runtime/hook"
+ADD = f"""tq add approvals claude --task-id mend --hold '{{"prompt": "Write pier.md, in one line.",
+    "workspace_path": "'"$PWD"'", "permission_mode": "acceptEdits", "max_budget_usd": {BUDGET_USD}}}'"""
+FILES = {
+    "notes/README.md": "# Harbour\n\nThe [tides](tides.md) are right.\nThe [pier](pier.md) is new.\n",
+    "notes/tides.md": "# High water at noon\n",
+    "stop.json": '{"session_id": "1", "cwd": "%s", "hook_event_name": "Stop"}\n',
+    "prompt.json": '{"session_id": "1", "cwd": "%s", "hook_event_name": "UserPromptSubmit"}\n',
+}
+# Stands in for Claude Code: it does the work, and prints lines like those of `claude -p`.
+CLAUDE = """#!/bin/sh
+cat >/dev/null
+echo '{"type": "system", "subtype": "init", "session_id": "1", "model": "a shell script", "cwd": "~/notes"}'
+echo '# The pier is 80 m long' >pier.md
+echo '{"type": "assistant", "message": {"content": [{"type": "tool_use", "name": "Write", "input": {"file_path": "pier.md"}}]}}'
+echo '{"type": "result", "is_error": false, "result": "I wrote pier.md.", "session_id": "1", "num_turns": 2, "total_cost_usd": 0}'
+"""
+REAL_CLAUDE = """#!/bin/sh
+HOME={home} exec {claude} "$@"
+"""
+# Stands in for handlers/link_validation.
+LINK_CHECK = """#!/bin/sh
+grep -no '](.*)' README.md | while IFS=: read -r line link; do
+    file=${link#??} file=${file%?}
+    [ -e "$file" ] || echo '{"summary": "1 broken link: README.md:'"$line → $file"'"}'
+done
+"""
+GREET = """#!/bin/sh
+echo '{"text": "greetings from the server"}'
 """
 
 
 class Failed(Exception):
-    """A step did not happen; the message says which, and what is known."""
+    """A step did not happen; the message says which, and why."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    cli.make_parser("demo.py", __doc__).parse_args(argv)
-    return perform(Demo)
-
-
-def perform(make: "type[Demo]") -> int:
-    """Give a demonstration in a directory that is removed at its end; the exit code."""
-    # An exit runs the clean-up below.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
-    with tempfile.TemporaryDirectory(prefix="task-queue-demo-") as directory:
-        demo = make(Path(directory).resolve())
-        try:
-            demo.run()
-        except (Failed, OSError, sqlite3.Error) as error:
-            print(f"demo: {error}", file=sys.stderr)
-            print(demo.worker_log(), end="", file=sys.stderr)
-            return 1
-        except KeyboardInterrupt:
-            return 1
-        finally:
-            demo.end_children()
+    parser = cli.make_parser("demo.py", __doc__)
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--claude", action="store_true", help="run the real Claude Code: asks first")
+    which.add_argument("--hub", action="store_true", help="have another machine run a task")
+    args = parser.parse_args(argv)
+    try:
+        claude = ask_for_claude() if args.claude else None
+        with cli.ending_by_signal(), ExitStack() as stack:
+            made = tempfile.TemporaryDirectory(prefix="task-queue-demo-")
+            directory = Path(stack.enter_context(made)).resolve()
+            if args.hub:
+                show_hub(directory, stack)
+            else:
+                show(Home(directory / "home", stack), claude)
+    except (Failed, OSError, subprocess.SubprocessError) as error:
+        print(f"demo: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 1
     return 0
 
 
-class Demo:
-    """One demonstration in a directory of its own."""
+class Home:
+    """A home directory with the commands as install makes them, and a worker."""
 
-    def __init__(self, directory: Path) -> None:
-        self.started = time.monotonic()
-        self.state, self.workspace, self.handlers = (
-            directory / "state",
-            directory / "workspace",
-            HERE / "handlers",
-        )
-        self.log = directory / "worker.log"
-        self.worker: subprocess.Popen | None = None
-        self.children: list[subprocess.Popen] = []
-        self.uv = installation.find_uv()
-        # Whatever this was started from may have set these.
-        names = ("TASK_", "LYCHEE_", "CLAUDE", "ANTHROPIC_")
-        self.environment = {
-            name: value for name, value in os.environ.items() if not name.startswith(names)
-        }
-        self.environment["TASK_QUEUE_STATE"] = str(self.state)
-        # The handler's first line asks PATH for uv.
-        if self.uv:
-            self.environment["PATH"] = os.pathsep.join(
-                [os.path.dirname(self.uv), os.environ.get("PATH", os.defpath)]
-            )
+    def __init__(self, directory: Path, stack: ExitStack, name: str = "", uv: str = "") -> None:
+        self.directory, self.stack, self.name = directory, stack, name
+        self.notes, self.log = directory / "notes", directory / "worker.log"
+        self.commands = directory / ".local/bin"
+        prefix = directory / ".claude/automation/lychee"
+        self.handlers, runtime = prefix / "handlers", prefix / "runtime"
+        for folder in (self.notes, self.commands, self.handlers, runtime):
+            folder.mkdir(parents=True)
+        # With a record there, a checkout's worker takes the handlers from there.
+        (prefix / "installed.json").write_text('{"files": {}}')
+        paths = {"lib": HERE, "python": environment.own_python(), "uv": uv}
+        paths |= {"state": prefix / "state", "home": directory}
+        for template, program in (("tq.sh", self.commands / "tq"), ("hook.sh", runtime / "hook")):
+            text = (HERE / "bin" / template).read_text()
+            for key, path in paths.items():
+                text = text.replace(f"\n{key}=\n", f"\n{key}={shlex.quote(str(path))}\n", 1)
+            write_program(program, text)
+        self.env = own_environment() | {"HOME": str(directory)}
+        self.env["PATH"] = f"{self.commands}{os.pathsep}{self.env['PATH']}"
+        self.place = {"env": self.env, "cwd": self.notes, "stdin": subprocess.DEVNULL}
 
-    def run(self) -> None:
-        self.warm()
-        self.make_workspace()
-        self.start_worker()
-        hook_ms = self.fire_hook()
-        # Hook and worker run by themselves from here on: these wait for what they do, and say when
-        # it was.
-        claimed = self.wait_for(
-            "no worker claimed the task",
-            self.first(
-                "select * from task_queue where queue = 'notifications' and started_at is not null"
-            ),
+    def run(self, command: str, stdout: int | None = None) -> str:
+        """Show a command and run it in ~/notes; return its output if `stdout` is a pipe."""
+        say(f"{self.name}$ {command}")
+        done = subprocess.run(
+            ["sh", "-c", command],
+            stdout=stdout,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=LONG_SECONDS,
+            **self.place,
         )
-        self.say(
-            f"task queued: {claimed['task_type']} {claimed['task_id']} (hook: {hook_ms:.0f} ms, exit 0, no output)"
-        )
-        self.say(
-            f"worker woken {milliseconds(claimed['enqueued_at'], claimed['started_at'])} ms after the task was enqueued"
-        )
-        done = self.wait_for(
-            "the handler did not finish",
-            self.first("select * from task_history where queue = 'notifications'"),
-        )
-        if done["status"] != "completed":
-            raise Failed(f"the task ended as {done['status']}: {done['error']}")
-        summary = json.loads(done["result"])
-        if (summary["successful"], summary["failed"]) != (1, 1):
-            raise Failed(f"the handler found {summary}, not one good and one broken link")
-        link = summary["broken"][0]
-        took = milliseconds(done["started_at"], done["completed_at"])
-        self.say(
-            f"broken link found: {link['file']}:{link['line']} -> {os.path.basename(link['url'])} ({took} ms, real lychee)"
-        )
-        waiting = self.wait_for(
-            "nothing came to completions",
-            self.first("select * from task_queue where queue = 'completions'"),
-        )
-        self.say(
-            f"completion queued: {waiting['task_type']} {waiting['task_id']} is {waiting['status']} on completions"
-        )
-        print(json.dumps(json.loads(waiting["data"])["data"]), flush=True)
+        if done.returncode != 0:
+            raise Failed(f"exit {done.returncode} of: {command}")
+        return done.stdout
 
-    # ---------------------------------------------------------------------------------------------------------- steps
-
-    def warm(self) -> None:
-        """Have uv fetch what the scripts need, so that the times below are the scripts' own."""
-        scripts = [HERE / "enqueue.py", HERE / "worker.py", self.handlers / "link_validation"]
-        missing = [str(script) for script in scripts if not script.is_file()]
-        if missing:
-            raise Failed(f"{' and '.join(missing)} missing: run this from a whole checkout")
-        for process in [
-            self.start(script, "--help", stdout=subprocess.DEVNULL) for script in scripts
-        ]:
-            try:
-                code = process.wait(WARM_SECONDS)
-            except subprocess.TimeoutExpired:
-                raise Failed(
-                    f"what the scripts need was not downloaded within {WARM_SECONDS} s"
-                ) from None
-            if code != 0:
-                raise Failed("a script could not be started; what it says is above")
-        if not self.uv:
-            self.handlers = self.handlers_without_uv()
-        self.say(
-            "scripts are ready to run" + ("" if self.uv else " (by this Python: there is no uv)")
-        )
-
-    def handlers_without_uv(self) -> Path:
-        """A handlers directory whose link_validation is run by this Python."""
-        directory = self.log.parent / "handlers"
-        directory.mkdir()
-        stand_in = directory / "link_validation"
-        stand_in.write_text(
-            f'#!/bin/sh\nexec "{sys.executable}" "{self.handlers}/link_validation"\n'
-        )
-        stand_in.chmod(0o755)
-        return directory
-
-    def make_workspace(self) -> None:
-        self.workspace.mkdir()
-        (self.workspace / "README.md").write_text(README)
-        (self.workspace / "tides.md").write_text("# Tides\n\nHigh at noon.\n")
-        self.say("workspace made: README.md with one good link and one broken link")
-
-    def start_worker(self) -> None:
+    def start_worker(self, command: str) -> None:
+        say(f"{self.name}$ {command} &")
         with self.log.open("wb") as log:
-            self.worker = self.start(
-                HERE / "worker.py",
-                "notifications",
-                "--handlers",
-                str(self.handlers),
-                "--then",
-                "completions",
-                "--grace",
-                "0",
-                stdin=subprocess.DEVNULL,
+            self.worker = subprocess.Popen(
+                ["sh", "-c", f"exec {command}"],
                 stdout=log,
                 stderr=log,
-            )
-        self.wait_for("the worker did not get ready", self.worker_serves)
-        asleep_by = time.monotonic() + ASLEEP_SECONDS
-        self.wait_for(
-            "the worker did not fall asleep",
-            lambda: self.worker_hears() or time.monotonic() > asleep_by,
-        )
-        self.say("worker started: worker.py notifications --then completions; it sleeps")
-
-    def fire_hook(self) -> float:
-        """Do what Claude Code does when it stops; how long it was held up, in ms."""
-        payload = {
-            "session_id": str(uuid.uuid4()), "transcript_path": str(self.workspace / "transcript.jsonl"),
-            "cwd": str(self.workspace), "permission_mode": "acceptEdits", "hook_event_name": "Stop",
-            "stop_hook_active": False, "last_assistant_message": "I updated the notes.", "background_tasks": [],
-        }  # fmt: skip
-        self.say(
-            'hook payload in: {"hook_event_name": "Stop", "cwd": …} to enqueue.py --hook notifications link_validation'
-        )
-        before = time.monotonic()
-        hook = self.start(
-            HERE / "enqueue.py",
-            "--hook",
-            "notifications",
-            "link_validation",
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-        )
-        try:
-            out, err = hook.communicate(json.dumps(payload).encode(), timeout=STEP_SECONDS)
-        except subprocess.TimeoutExpired:
-            raise Failed(f"the hook did not return within {STEP_SECONDS} s") from None
-        if hook.returncode != 0 or out or err:
-            raise Failed(
-                f"the hook ended with exit {hook.returncode} and said {(out + err).decode()!r}"
-            )
-        return (time.monotonic() - before) * 1000
-
-    # ---------------------------------------------------------------------------------------------------------- tools
-
-    def start(self, script: Path, *arguments: str, **options) -> subprocess.Popen:
-        """Run a script in a process group of its own, so that all of it can be ended."""
-        runner = [self.uv, "run", "--script"] if self.uv else [sys.executable]
-        # A stop in between would leave a child that nobody knows of.
-        signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
-        try:
-            child = subprocess.Popen(
-                [*runner, str(script), *arguments],
-                env=self.environment,
                 start_new_session=True,
-                preexec_fn=lambda: signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS),
-                **options,
-            )  # noqa: PLW1509
-            self.children.append(child)
-            return child
-        finally:
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
-
-    def say(self, what: str) -> None:
-        print(f"{(time.monotonic() - self.started) * 1000:6.0f} ms  {what}", flush=True)
-
-    def wait_for(self, otherwise: str, look: Callable):
-        """What look() returns once that is true; Failed when it is not in STEP_SECONDS, or when the
-        worker is gone.
-        """
-        deadline = time.monotonic() + STEP_SECONDS
-        while not (found := look()):
-            if self.worker.poll() is not None:
-                raise Failed(
-                    f"{otherwise}: the worker ended with exit {self.worker.returncode} and said:"
-                )
-            if time.monotonic() > deadline:
-                raise Failed(f"{otherwise} within {STEP_SECONDS} s; the worker said:")
-            time.sleep(POLL_SECONDS)
-        return found
-
-    def first(self, query: str) -> Callable:
-        """A look at the first row of a query, as a dict; None while there is none."""
-        conn = sqlite3.connect(
-            f"{(self.state / 'tasks.db').as_uri()}?mode=ro", uri=True, isolation_level=None
-        )
-        conn.row_factory = sqlite3.Row
-
-        def look() -> dict | None:
-            row = conn.execute(query).fetchone()
-            if row:
-                conn.close()
-            return dict(row) if row else None
-
-        return look
-
-    def worker_serves(self) -> int:
-        """The worker's process number once it says that it serves the queue, else 0."""
-        said = re.search(r"worker (\d+)-\S+ serves ", self.worker_log())
-        return int(said[1]) if said else 0
-
-    def worker_hears(self) -> bool:
-        """Whether the worker is told of writes to the state directory: it sleeps, and its wake can
-        be timed.
-        """
-        # So Linux lists the watches of inotify; other systems do not.
-        watched = f" ino:{os.stat(self.state).st_ino:x} "
-        try:
-            return any(
-                watched in file.read_text()
-                for file in Path(f"/proc/{self.worker_serves()}/fdinfo").iterdir()
+                **self.place,
             )
-        except OSError:
-            # A file was opened or closed while we read.
-            return False
+        self.stack.callback(end, self.worker)
 
-    def worker_log(self) -> str:
-        return self.log.read_text("utf-8", "replace") if self.log.exists() else ""
-
-    def end_children(self) -> None:
-        """End what was started and is still there; nothing writes into the directory any more when
-        this returns.
-        """
-        for stop in STOPS:
-            # The clean-up takes seconds at most, and is not to be interrupted.
-            signal.signal(stop, signal.SIG_IGN)
-        alive = [child for child in self.children if child.poll() is None]
-        for child in alive:
-            # uv passes the signal on, and the worker ends its handlers.
-            child.terminate()
-        deadline = time.monotonic() + END_SECONDS
-        for child in alive:
-            try:
-                child.wait(max(0.0, deadline - time.monotonic()))
-            except subprocess.TimeoutExpired:
-                pass
-            while has_members(child.pid) and time.monotonic() < deadline + END_SECONDS:
-                # A zombie is a member of its group, too.
-                child.poll()
-                time.sleep(POLL_SECONDS)
+    def wait_for(self, task_type: str) -> None:
+        """Wait until the worker's log says that a task of this type has completed."""
+        deadline = time.monotonic() + STEP_SECONDS
+        ended = re.compile(rf" {task_type} \S+ (?!started)(.*)")
+        while not (found := ended.search(log := self.log.read_text())):
+            if self.worker.poll() is not None or time.monotonic() > deadline:
+                raise Failed(f"no {task_type} task has ended; the worker says:\n{log}")
+            time.sleep(0.01)
+        if not found[1].startswith("completed"):
+            raise Failed(f"the {task_type} task has not completed; the worker says:\n{log}")
 
 
-def has_members(group: int) -> bool:
-    """Kill what is left of a process group; whether there was anything."""
+# ------------------------------------------------------------------------- from a hook to Claude
+
+
+def show(home: Home, claude: str | None) -> None:
+    started = time.monotonic()
+    for name, text in FILES.items():
+        (home.directory / name).write_text(text.replace("%s", str(home.notes)))
+    (home.handlers / "claude").symlink_to(handlers() / "claude")
+    write_program(home.commands / "claude", CLAUDE)
+    if claude:
+        own = {"home": shlex.quote(os.environ["HOME"]), "claude": shlex.quote(claude)}
+        write_program(home.commands / "claude", REAL_CLAUDE.format(**own))
+        home.env |= environment.decisive(os.environ)
+
+    # uv does what it does for handlers, and downloads nothing.
+    home.env |= {"UV_OFFLINE": "1", "UV_NO_CONFIG": "1", "UV_PYTHON": environment.own_python()}
+
+    say("In a new home, ~/notes/README.md links to pier.md, which is missing. A worker waits.")
+    home.start_worker("tq work notifications approvals")
+    checker = put_link_check(home)
+
+    say("\n1. Claude has answered. Its Stop hook writes one file, and ends.")
+    fired = time.monotonic()
+    home.run(f"{HOOK} notifications link_validation <~/stop.json")
+    say(f"(no output, after {(time.monotonic() - fired) * 1000:.0f} ms)")
+    home.wait_for("link_validation")
+
+    say(f"\n2. The worker has checked the links, with {checker}. Your next prompt tells Claude:")
+    told = home.run(f"{HOOK} --report <~/prompt.json", stdout=subprocess.PIPE)
+    if "pier.md" not in told:
+        raise Failed("the next prompt was not told of the broken link")
+    say(json.loads(told)["systemMessage"])
+
+    say("\n3. A task for Claude is held until you approve it.")
+    home.run(ADD)
+    home.run("tq approve mend")
+
+    say("\n4. The worker runs it" + ("." if claude else ", with a shell script in Claude's place."))
+    home.run("tq logs -f mend")
+    home.wait_for("claude")
+    if not (home.notes / "pier.md").is_file():
+        raise Failed("Claude did not write pier.md")
+    say(f"\nAll of this took {time.monotonic() - started:.1f} s.")
+
+
+def put_link_check(home: Home) -> str:
+    """Put the link check in its place; return how it checks: with lychee, if that is downloaded."""
+    real, place = handlers() / "link_validation", home.handlers / "link_validation"
+    command = ["uv", "run", "--quiet", "--script", real, "--help"]
+    if subprocess.run(command, env=home.env, capture_output=True).returncode == 0:
+        place.symlink_to(real)
+        return "lychee"
+    write_program(place, LINK_CHECK)
+    return "grep (lychee is not downloaded yet)"
+
+
+def ask_for_claude() -> str:
+    """Name the account and the budget, and return the path of Claude Code if the person agrees."""
+    claude = shutil.which("claude")
+    if claude is None:
+        raise Failed("there is no claude on PATH: install Claude Code, or leave out --claude")
+    status = subprocess.run([claude, "auth", "status", "--text"], capture_output=True, text=True)
+    if status.returncode != 0:
+        raise Failed(f"claude auth status says: {(status.stdout + status.stderr).strip()}")
+    print(f"Claude Code ({claude}) will write one file in a directory that is thrown away.")
+    print(f"It spends ${BUDGET_USD:.2f} at most, and keeps the session as always. The account:")
+    print(status.stdout.strip())
     try:
-        os.killpg(group, signal.SIGKILL)
-        return True
-    except (ProcessLookupError, PermissionError):
-        # macOS says the latter of zombies.
-        return False
+        agreed = input("Go on? [y/N] ").strip().lower() in ("y", "yes")
+    except EOFError:
+        agreed = False
+    if not agreed:
+        raise Failed("you did not agree, and nothing was run")
+    return claude
 
 
-def milliseconds(start: str, end: str) -> int:
-    """From one UTC text of the history to another."""
-    with sqlite3.connect(":memory:") as conn:
-        return round(
-            conn.execute(
-                "select (julianday(?) - julianday(?)) * 86400000", (end, start)
-            ).fetchone()[0]
-        )
+# ----------------------------------------------------------------------------- two machines, a hub
+
+
+def show_hub(directory: Path, stack: ExitStack) -> None:
+    url = os.environ.get("TASK_QUEUE_HUB") or start_postgres(stack)
+    uv = installation.find_uv() or ""
+    laptop, server = (Home(directory / name, stack, name, uv) for name in ("laptop", "server"))
+    laptop.env["TASK_QUEUE_HUB"] = server.env["TASK_QUEUE_HUB"] = url
+    write_program(server.handlers / "greet", GREET)
+
+    say("1. The hub, a PostgreSQL, is prepared once.")
+    laptop.run("tq relay init")
+
+    say("\n2. The laptop has a task, and hands it over.")
+    laptop.run("tq add builds greet --task-id hello")
+    laptop.run("tq relay push builds --drain")
+
+    say("\n3. The server fetches it into its own queue, where a worker runs it.")
+    server.start_worker("tq work builds")
+    server.run("tq relay fetch builds --drain")
+
+    say("\n4. The laptop gets the result.")
+    laptop.run("tq relay pull --drain")
+    laptop.run("tq wait hello")
+
+
+def start_postgres(stack: ExitStack) -> str:
+    """Start a PostgreSQL that ends with the demonstration; return its URL."""
+    script = HERE / "bench/postgres.py"
+    if not script.is_file():
+        raise Failed("--hub needs a whole checkout, or a PostgreSQL's URL in TASK_QUEUE_HUB")
+    postgres = subprocess.Popen(
+        ["uv", "run", "--quiet", "--script", script],
+        env=own_environment(),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    # It ends when its stdin is closed, and removes what it made.
+    stack.callback(postgres.communicate)
+    url = postgres.stdout.readline().strip()
+    if not url:
+        raise Failed("no PostgreSQL could be started; its message is above")
+    return url
+
+
+# -------------------------------------------------------------------------------------- for both
+
+
+def say(text: str) -> None:
+    print(text, flush=True)
+
+
+def handlers() -> Path:
+    """The handlers that came with this script: beside it, or where install puts them."""
+    return next(filter(Path.is_dir, (HERE / "handlers", HERE.parent.parent / "handlers")))
+
+
+def own_environment() -> dict[str, str]:
+    """This process's environment, without what steers the queue, lychee or Claude Code."""
+    uv = installation.find_uv()
+    if uv is None:
+        raise Failed("uv is missing: python3 -m pip install uv")
+    cache = subprocess.run([uv, "cache", "dir"], capture_output=True, text=True, check=True)
+    steering = ("TASK_", "LYCHEE_", "CLAUDE", "ANTHROPIC_")
+    env = {name: value for name, value in os.environ.items() if not name.startswith(steering)}
+    env["PATH"] = f"{os.path.dirname(uv)}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
+    return env | {"UV_CACHE_DIR": cache.stdout.strip()}
+
+
+def write_program(path: Path, text: str) -> None:
+    path.write_text(text)
+    path.chmod(0o755)
+
+
+def end(worker: subprocess.Popen) -> None:
+    """End a worker and its handlers: the first SIGTERM lets them finish, the second does not."""
+    for _ in range(2):
+        worker.terminate()
+        try:
+            worker.wait(END_SECONDS)
+            return
+        except subprocess.TimeoutExpired:
+            pass
+    os.killpg(worker.pid, signal.SIGKILL)
+    worker.wait()
 
 
 if __name__ == "__main__":

@@ -9,20 +9,15 @@ test_deps := python_deps + " --with 'pytest>=8,<10' --with 'pytest-timeout>=2.3,
 default:
     @just --list --unsorted
 
-# Watch one hook payload become a task, a broken link, and a result (throw-away state)
+# Watch the whole way from a hook to Claude, in a throw-away home: just demo, just demo --claude
 [no-exit-message]
-demo:
-    @uv run --script demo.py
-
-# Watch the whole way from one prompt of Claude Code to the next, with an approval in between
-[no-exit-message]
-demo-flow:
-    @uv run --script demo_flow.py
+demo *args:
+    @uv run --quiet --script demo.py "$@"
 
 # Watch a task go to another machine and its result come back (over a PostgreSQL of its own)
 [no-exit-message]
 demo-hub:
-    @uv run --script demo_hub.py
+    @uv run --quiet --script demo.py --hub
 
 # Run the tests: real processes, real SIGKILL, the real lychee; e.g. just test -k hook
 [no-exit-message]

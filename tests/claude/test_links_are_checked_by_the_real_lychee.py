@@ -8,7 +8,6 @@ import ctypes
 import http.server
 import json
 import os
-import re
 import resource
 import signal
 import socket
@@ -663,66 +662,3 @@ def test_a_stopped_check_leaves_nothing_behind(tmp_path, workspace):
         assert handler.communicate(timeout=10)[0] == b"" and handler.returncode != 0
     assert os.listdir(workspace) == ["waits.md"]
     assert os.listdir(tmp_path / "state" / "reports" / "link_validation") == []
-
-
-# ------------------------------------------------------------------------------------------------------------- the demo
-
-
-def test_the_demo_goes_from_a_hook_to_a_completion(tmp_path):
-    environment = {**os.environ, "UV_CACHE_DIR": UV_CACHE, "HOME": str(tmp_path / "home"), "TMPDIR": str(tmp_path / "tmp"),
-                   "TASK_DEPTH": "3", "TASK_QUEUE_STATE": str(tmp_path / "not-this-one")}  # fmt: skip
-    for folder in ("home", "tmp"):
-        (tmp_path / folder).mkdir()
-    demo = subprocess.run(
-        [UV, "run", "--script", ROOT / "demo.py"],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
-    assert demo.returncode == 0, demo.stdout + demo.stderr
-    steps = ("scripts are ready", "workspace made", "worker started", "hook payload in", "task queued", "worker woken",
-             "broken link found: README.md:4 -> pier.md", "completion queued")  # fmt: skip
-    *lines, completion = demo.stdout.splitlines()
-    shown = (
-        (ROOT / "docs/reference.md")
-        .read_text()
-        .split("waits for what comes of it:")[1]
-        .split("```")[1]
-        .splitlines()[1:]
-    )
-    for line, real in zip(
-        shown,
-        demo.stdout.splitlines(),
-        strict=True,
-        # In these, … stands for anything, and a number for any number.
-    ):
-        pattern = re.sub(r"\d+", "[0-9]+", re.escape(line.strip())).replace("…", ".*")
-        assert re.fullmatch(pattern, real.strip()), (line, real)
-    assert [
-        line.split("ms  ")[1].startswith(step) for line, step in zip(lines, steps, strict=True)
-    ] == [True] * len(steps)
-    summary = json.loads(completion)
-    assert (summary["total"], summary["successful"], summary["failed"]) == (2, 1, 1)
-    assert (
-        sorted(os.listdir(tmp_path)) == ["home", "tmp"]
-        and list((tmp_path / "tmp").glob("task-queue-*")) == []
-    )
-
-
-def test_a_demo_that_is_stopped_leaves_nothing_behind(tmp_path):
-    environment = {**os.environ, "UV_CACHE_DIR": UV_CACHE, "TMPDIR": str(tmp_path)}
-    with subprocess.Popen(
-        [sys.executable, ROOT / "demo.py"], env=environment, stdout=subprocess.PIPE, text=True
-    ) as demo:
-        for line in demo.stdout:
-            if "worker started" in line:
-                (lock,) = [path for path in tmp_path.glob("*/state/workers/*-*")]
-                demo.send_signal(signal.SIGTERM)
-                break
-        demo.stdout.read()
-    assert demo.returncode == 1
-    assert list(tmp_path.glob("task-queue-*")) == []
-    with pytest.raises(ProcessLookupError):
-        os.kill(int(lock.name.split("-")[0]), 0)

@@ -23,8 +23,6 @@ DOCUMENTS = [
 # A script has a PEP 723 header; a module has none.
 SCRIPTS = sorted(path.name for path in ROOT.glob("*.py") if "\n# /// script\n" in path.read_text())
 MODULES = sorted(ROOT.glob("taskqueue/[!_]*.py"))
-# What shows the queue at work in a throw-away state, and has no options.
-DEMOS = [name for name in SCRIPTS if name.startswith("demo")]
 # Commands that another script does, which has a section of its own.
 HANDED_OVER = {
     "tasks.py": ("export", "import", "backup", "restore", "doctor", "service"),
@@ -64,7 +62,7 @@ def section(script: str) -> str:
     return text
 
 
-@pytest.mark.parametrize("script", [name for name in SCRIPTS if name not in DEMOS])
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_every_option_is_in_the_reference(script):
     text = section(script)
     options = options_of(help_of(script))
@@ -76,7 +74,7 @@ def test_every_option_is_in_the_reference(script):
     assert missing == set(), f"{script}: {sorted(missing)}"
 
 
-@pytest.mark.parametrize("script", [name for name in SCRIPTS if name not in DEMOS])
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_the_reference_names_no_option_that_is_not_there(script):
     options = options_of(help_of(script)) | {"--help"}
     for command in commands_of(help_of(script)):

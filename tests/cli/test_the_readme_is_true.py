@@ -136,7 +136,7 @@ def home(installed):
 
 
 def test_readme_is_short():
-    assert len(README.splitlines()) <= 250
+    assert len(README.splitlines()) <= 280
 
 
 def test_at_least_once_is_said_once_and_nothing_says_more():
@@ -160,6 +160,10 @@ def test_a_bash_block_runs_and_its_tasks_have_handlers(home, text):
     handlers = {path.name for path in (home.prefix / "handlers").iterdir()}
     assert types <= handlers, f"no handler serves {types - handlers}"
     assert home.rows("select task_id, error_message from task_queue where status = 'failed'") == []
+
+
+def test_the_installed_command_shows_the_demo(home):
+    assert "I wrote pier.md." in home.paste("tq demo")
 
 
 def test_the_first_task_finds_the_broken_link(home):
