@@ -67,7 +67,8 @@ MUTANTS = [Mutant(*each) for each in (
     # Owners, recovery, waking
     ("recover from a living owner", "taskqueue/recovery.py", "        yield fd is not None\n", "        yield True\n", "tests/worker/test_a_killed_worker_loses_nothing.py"),
     ("run beside an orphaned handler", "taskqueue/recovery.py", "return run, runs_on or held and", "return run, False and", "tests/worker/test_an_orphaned_handler_is_not_run_twice.py"),
-    ("look once per event", "taskqueue/wake.py", "    while step < len(LOOK_AGAIN_SECONDS):", "    look()\n    while False:", "tests/core/test_a_sleeping_consumer_hears_every_commit.py"),
+    ("look once per event", "taskqueue/wake.py", "self._event.wait(min(pause, longest))", "self._event.wait(longest)", "tests/core/test_a_sleeping_consumer_hears_every_commit.py"),
+    ("a pause forgets an event", "taskqueue/wake.py", "        pause = max(", "        self._event.clear()\n        pause = max(", "tests/worker/test_a_killed_worker_loses_nothing.py -k death"),
     ("KILL the handler alone", "taskqueue/supervisor.py", "os.killpg(self.pid, number)", "os.kill(self.pid, number)", "tests/worker/test_a_timeout_ends_the_whole_group.py"),
     ("exit 65 is tried again", "taskqueue/outcome.py", "if exit_code == EX_DATAERR:", "if False:", "tests/worker/test_handlers_end_as_their_exit_code_says.py"),
     # Hooks and the spool
@@ -77,6 +78,7 @@ MUTANTS = [Mutant(*each) for each in (
     ("a hook runs PATH's programs", "bin/hook.sh", "PATH=/usr/bin:/bin LC_ALL=C", "LC_ALL=C", "tests/hook/test_a_hook_writes_one_file.py"),
     ("work starts itself again", "bin/hook.sh", '[ -n "$nested" ] || ! [', "true || ! [", "tests/worker/test_work_does_not_start_itself_again.py"),
     ("a spooled task without sync", CORE, "            file.flush()\n            os.fsync(fd)\n", "            file.flush()\n", "tests/hook/test_the_spool_loses_nothing.py"),
+    ("a spooled file is taken in twice", "taskqueue/spool.py", '{"file": found.identity}).rowcount == 1:', '{"file": found.identity}):', "tests/hook/test_the_spool_loses_nothing.py -k crash"),
     # What is told
     ("unseen characters pass", "taskqueue/text.py", "is_seen = character.isprintable() and code not in SHAPELESS", 'is_seen = code >= 0x80 or character.isprintable()', "tests/cli/test_tasks_print_no_control_characters.py"),
     ("handlers are told the hub's URL", "taskqueue/handlers.py", '(*TOLD, "TASK_QUEUE_HUB")', "TOLD", "tests/hub/test_the_hub_runs_a_task_of_another_machine.py -k goes_there"),

@@ -49,7 +49,13 @@ def spool_directories(state: Path) -> list[Path]:
 
 def spooled_files(directory: Path) -> list[File]:
     """Return the tasks in a spool/QUEUE directory, the oldest first. Raises OSError."""
-    return _Directory(directory, []).look_through()
+    return look_through(directory)[0]
+
+
+def look_through(directory: Path) -> tuple[list[File], list[str]]:
+    """Return the tasks in a spool/QUEUE directory, and a complaint of each entry that can be none."""
+    found = _Directory(directory, [])
+    return found.look_through(), found.complaints
 
 
 def take_in_spool(state: Path | None = None) -> tuple[int, list[str]]:
