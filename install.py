@@ -3,17 +3,18 @@
 # requires-python = ">=3.11"
 # dependencies = []
 # ///
-"""Put the queue where Claude Code's hooks find it, and take it away again.
+"""Install the queue where Claude Code's hooks find it, and uninstall it.
 
-    install.py install               into ~/.claude/automation/lychee; asks about the hooks
-    install.py install --dry-run     shows what would be done, and the change to settings.json
+    install.py install               into ~/.claude/automation/lychee
+    install.py install --dry-run     show what it would do, and the change to settings.json
 
-install copies the scripts to PREFIX/runtime/lib and the example handlers to PREFIX/handlers.
-Handlers that you changed stay yours. It makes PREFIX/state (or TASK_QUEUE_STATE) with its queues,
-fills uv's cache so that no hook ever downloads, and offers two hooks for settings.json: a link
-check when Claude has answered, and a report of what tasks have found, which goes with your next
-prompt. Run it again to upgrade: running workers are not disturbed. uninstall takes out what install
-and `tq service` put in, never the state and nothing that you changed.
+install asks first, then acts. It copies the scripts to PREFIX/runtime/lib and the example handlers
+to PREFIX/handlers; handlers that you changed stay yours. It makes PREFIX/state (or
+TASK_QUEUE_STATE) with its queues, and fills uv's cache so that no hook downloads anything. It
+offers two hooks for settings.json (a link check when Claude has answered, and a report of what
+tasks have found with your next prompt) and the command tq. Run it again to upgrade: running workers
+go on. uninstall removes what install and `tq service` put in place, never the state and nothing
+that you changed.
 
 exit codes: 0 done; 1 something was left undone, and the message says what; 64 usage.
 """
@@ -24,10 +25,9 @@ import os
 import re
 import shlex
 import shutil
-import stat
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -35,9 +35,10 @@ from pathlib import Path
 # A dry run writes nothing, compiled modules included.
 sys.dont_write_bytecode |= "--dry-run" in sys.argv
 
-from taskqueue import cli, environment, installation, service  # noqa: E402
+from taskqueue import cli, environment, files, installation, service  # noqa: E402
 from taskqueue import settings as queue_settings  # noqa: E402
 from taskqueue.installation import (  # noqa: E402
+    File,
     Installation,
     Trouble,
     WrongUse,
@@ -48,9 +49,12 @@ from taskqueue.installation import (  # noqa: E402
     only_one,
     write_file,
 )
+from taskqueue.text import plural  # noqa: E402
 
 # Long enough for one script's packages to be downloaded.
 WARM_SECONDS = 600.0
+# Up to so many files are named one by one.
+FEW = 3
 
 HERE = Path(__file__).resolve().parent
 QUEUES = ("notifications", "approvals", "completions")
@@ -58,7 +62,7 @@ QUEUES = ("notifications", "approvals", "completions")
 
 def parser() -> cli.Parser:
     top = cli.make_parser("install.py", __doc__)
-    # --command is the program that is installed; what argparse calls a command is a verb here.
+    # The option --command names the installed program, so argparse's command is a verb here.
     verbs = top.add_subparsers(
         dest="verb", metavar="COMMAND", required=True, parser_class=cli.Parser
     )
@@ -85,11 +89,11 @@ def parser() -> cli.Parser:
 
 
 def event(name: str) -> str:
-    """An event of Claude Code that may fire a hook of the queue."""
+    """Check the name of an event that fires a hook of the queue. Raises ArgumentTypeError."""
     if name == "WorktreeCreate":
         raise argparse.ArgumentTypeError(
-            "Claude Code takes a worktree's path from what a WorktreeCreate hook prints, and a hook"
-            " of the queue prints nothing: no worktree could be made any more"
+            "a WorktreeCreate hook must print the path of the worktree, and hooks of the queue print"
+            " nothing: Claude Code could make no worktree any more"
         )
     if not re.fullmatch("[A-Z][A-Za-z]{0,63}", name):
         raise argparse.ArgumentTypeError(f"{name!r} is not the name of an event, like SessionEnd")
@@ -97,7 +101,7 @@ def event(name: str) -> str:
 
 
 def program(name: str) -> str:
-    """A name for the command."""
+    """Check a name for the command. Raises ArgumentTypeError."""
     if not re.fullmatch("[a-z][a-z0-9_-]{0,30}", name):
         raise argparse.ArgumentTypeError(f"{name!r}: use small letters, digits, - and _")
     return name
@@ -106,7 +110,7 @@ def program(name: str) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     args = parser().parse_args(argv)
-    # What is made on the way is its owner's alone, whatever umask the session has.
+    # New files are private, whatever umask the session has.
     os.umask(0o077)
     return cli.answer_for("install.py", lambda: run(args))
 
@@ -131,171 +135,112 @@ complain = partial(cli.complain, cli.EX_FAILED, "install.py")
 # ------------------------------------------------------------------------------------------ install
 
 
+class Steps:
+    """Steps of an install: one that fails is told, and the others still run."""
+
+    def __init__(self) -> None:
+        self.failed = 0
+
+    def run(self, step: Callable, *args):
+        """Return what the step returns, or None after its Trouble was told."""
+        try:
+            return step(*args)
+        except Trouble as trouble:
+            self.failed = complain(trouble)
+
+
 def install(place: Installation, args: argparse.Namespace) -> int:
-    needed = [HERE / "queue_helpers.py", HERE / "enqueue.py", template("hook.sh")]
+    needed = [HERE / name for name in ("queue_helpers.py", "enqueue.py", "bin/hook.sh")]
     if not all(path.is_file() for path in needed):
-        raise Trouble(f"{HERE} lacks queue_helpers.py, enqueue.py or hook.sh: use a whole checkout")
+        raise Trouble(
+            f"{HERE} lacks queue_helpers.py, enqueue.py or bin/hook.sh: use a whole checkout"
+        )
     uv, python = installation.find_uv(), find_python()
     place.record.update(state=str(place.state), uv=uv, python=python)
-    files = plan(place)
-    for path, _, _, action in files:
-        print(f"{action:<10} {place.name(path)}")
-    failed = 0
+    planned, steps = files.plan(place), Steps()
+    actions = [(file.action, place.name(file.path)) for file in planned]
+    if not (place.state / "tasks.db").exists():
+        actions.append(("make", f"the queues in {place.state}"))
+    tell_files(actions, args.dry_run)
+    variables = steps.run(wanted_variables, place, args)
+    hooks = steps.run(wanted_hooks, place, args)
+    command = steps.run(wanted_command, place, args)
     if args.dry_run:
-        action = "unchanged" if (place.state / "tasks.db").exists() else "make"
-        print(f"{action:<10} {place.name(place.state)}: the queues")
-    else:
-        put_in_order(place, files)
-        failed |= make_state(place)
-    failed |= write_environment(place, args)
-    if not args.dry_run:
-        failed |= service.rewrite(place)
-        failed |= warm(place, uv) if uv and not args.no_warm else 0
+        return steps.failed
+    files.put_in_order(place, planned)
+    steps.run(make_state, place)
+    if variables is not None:
+        write_environment(place, variables)
+    if uv and not args.no_warm:
+        for path in [*place.lib.glob("*.py"), *place.handlers.iterdir()]:
+            if path.is_file() and files.is_script(path.read_bytes()):
+                steps.run(warm, place, uv, path)
+        use_packages(place, uv)
+    steps.run(service.rewrite, place)
+    if hooks:
+        steps.run(add_hooks, place, hooks)
+    if command:
+        put_command(place, command)
     if not uv:
-        failed |= complain("uv was not found, and workers need it: python3 -m pip install uv")
-    if not python and not uv:
-        failed |= complain("no Python 3.11 was found either: until then hooks fill the spool")
-    failed |= offer_hooks(place, args)
-    failed |= offer_command(place, args)
-    if not args.dry_run:
-        print(f"installed in {place.prefix}; check it with: {place.typed()} doctor")
-    return failed
+        needs = "workers need it" if python else "there is no Python 3.11 either: hooks only store"
+        steps.failed = complain(f"uv was not found, and {needs}: python3 -m pip install uv")
+    print(f"installed in {place.prefix}; check it with: {place.typed()} doctor")
+    return steps.failed
 
 
-def scripts() -> list[Path]:
-    """What goes to runtime/lib: the modules, queue_helpers before all, then the scripts.
-
-    A script is a Python file with a PEP 723 header; all else beside this file stays where it is.
-    """
-    modules = [HERE / "queue_helpers.py", *sorted(HERE.glob("taskqueue/*.py"))]
-    others = [path for path in sorted(HERE.glob("*.py")) if path not in modules]
-    return modules + [path for path in others if is_script(path.read_bytes())]
-
-
-def is_script(content: bytes) -> bool:
-    return re.search(rb"^# /// script$", content, re.MULTILINE) is not None
+def tell_files(actions: list[tuple[str, str]], each: bool) -> None:
+    """Print each file with its action; with `each` false, only the number where there are many."""
+    for action in dict.fromkeys(action for action, _ in actions):
+        names = [name for found, name in actions if found == action]
+        if not each and action != "keep yours" and len(names) > FEW:
+            names = [plural(len(names), "file")]
+        for name in names:
+            print(f"{action:<10} {name}")
 
 
-def plan(place: Installation) -> list[tuple[Path, bytes, int, str]]:
-    """(path, content, mode, action) of every file.
-
-    Scripts are always replaced, handlers only while they are ours. What an older version put into
-    runtime/lib, and this one has no more, is removed.
-    """
-    wanted = []
-    for path in scripts():
-        mode = 0o700 if is_script(path.read_bytes()) else 0o600
-        wanted.append((place.lib / path.relative_to(HERE), path.read_bytes(), mode))
-    for path in sorted([*HERE.glob("*.sh"), *HERE.glob("bin/*.sh")]):
-        # Whoever installs from the installed copy needs them.
-        wanted.append((place.lib / path.relative_to(HERE), path.read_bytes(), 0o600))
-    wanted.append((place.hook, filled_in(place, "hook.sh"), 0o700))
-    wanted.append((place.hook.with_name("tq"), filled_in(place, "tq.sh"), 0o700))
-    for path in sorted((HERE / "handlers").glob("[!._]*")):
-        if path.is_file():
-            mode = 0o700 if os.access(path, os.X_OK) else 0o600
-            wanted.append((place.handlers / path.name, path.read_bytes(), mode))
-    files = [(*file, action_for(place, *file)) for file in wanted]
-    before = {place.prefix / name for name in place.record["files"]} - {path for path, *_ in wanted}
-    for path in sorted(before):
-        if path.is_relative_to(place.lib) and digest_there(path) in place.known(path):
-            files.append((path, b"", 0, "remove"))
-    return files
-
-
-def action_for(place: Installation, path: Path, content: bytes, mode: int) -> str:
-    there = digest_there(path)
-    if there is None:
-        return "add"
-    if there == digest(content):
-        return "unchanged" if stat.S_IMODE(path.stat().st_mode) == mode else "update"
-    if path.parent == place.handlers and there not in place.known(path):
-        return "keep yours"
-    return "update"
-
-
-def put_in_order(place: Installation, files: list[tuple[Path, bytes, int, str]]) -> None:
-    """Write the files, the modules first: an old script works with newer modules."""
-    import queue_helpers as q
-
-    for path in (place.settings, *(path for path, *_ in files)):
-        # What a killed run has left.
-        begun(path).unlink(missing_ok=True)
-    new = [file[:3] for file in files if file[3] in ("add", "update")]
-    # Python makes the last one with the umask of whoever runs a script first.
-    package = place.lib / "taskqueue"
-    for directory in (
-        place.lib.parent,
-        place.lib,
-        package,
-        *(lib / "__pycache__" for lib in (place.lib, package)),
-    ):
-        q.make_private(directory, parents=True)
-    modules = [file for file in new if not is_script(file[1]) and file[0].suffix == ".py"]
-    rest = [file for file in new if file not in modules]
-    place.put(modules + rest)
-    for path, _, _, action in files:
-        if action == "remove":
-            path.unlink(missing_ok=True)
-            del place.record["files"][place.name(path)]
-    place.save()
-
-
-def template(name: str) -> Path:
-    """The sh script whose paths install fills in."""
-    path = HERE / "bin" / name
-    return path if path.is_file() else HERE / name
-
-
-def filled_in(place: Installation, name: str) -> bytes:
-    """bin/hook.sh or tq.sh with its paths, each in the line that has its name."""
-    uv, python = place.record.get("uv"), place.record.get("python")
-    values = {"lib": place.lib, "python": python or "", "uv": uv or ""}
-    values |= {"state": place.state, "home": Path.home()}
-    text = template(name).read_text()
-    for key, value in values.items():
-        text = text.replace(f"\n{key}=\n", f"\n{key}={shlex.quote(str(value))}\n", 1)
-    return text.encode()
-
-
-def write_environment(place: Installation, args: argparse.Namespace) -> int:
-    """Write the environment of workers, or add to yours what is set now, if that is wanted."""
+def wanted_variables(place: Installation, args: argparse.Namespace) -> dict[str, str]:
+    """Return the variables set here that workers shall get, too. Raises Trouble."""
     path = place.prefix / "environment"
+    there = read_environment(path)
+    found = environment.decisive(os.environ)
+    offered = {name: value for name, value in found.items() if name not in there}
+    which = ", ".join(offered)
+    if not offered or args.environment == "no":
+        return {}
+    if args.environment or args.yes:
+        return offered
+    if args.dry_run or not sys.stdin.isatty():
+        print(f"workers get none of what is set here ({which}): say --environment yes")
+        return {}
+    wanted = agrees(f"Set here: {which}. Add them to {path}, for workers? [Y/n] ")
+    return offered if wanted else {}
+
+
+def read_environment(path: Path) -> dict[str, str]:
     try:
-        there = environment.read(path)
+        return environment.read(path)
     except environment.Unfit as error:
-        return complain(error)
-    offered = environment.decisive(os.environ).items() - there.items()
-    offered = {name: value for name, value in sorted(offered) if name not in there}
-    added = offered if offered and wants_variables(path, args, list(offered)) else {}
+        raise Trouble(error) from None
+
+
+def write_environment(place: Installation, added: dict[str, str]) -> None:
+    """Write the environment file of workers, or add lines to the person's."""
+    path = place.prefix / "environment"
     if path.exists():
         text = path.read_text("utf-8", "surrogateescape")
-        new = environment.with_lines(text, programs(place, there) | added)
+        new = environment.with_lines(text, programs(place, read_environment(path)) | added)
     else:
         new = environment.text_of(first_variables(place) | added)
     content = new.encode("utf-8", "surrogateescape")
     old = digest_there(path)
-    action = "add" if old is None else "unchanged" if old == digest(content) else "update"
-    print(f"{action:<10} {place.name(path)}: what workers have that hooks and the service start")
-    if args.dry_run or action == "unchanged":
-        return 0
+    if old == digest(content):
+        return
+    print(f"{'update' if old else 'add':<10} {place.name(path)}: the environment of workers")
     if old is None or old in place.known(path):
-        place.put([(path, content, 0o600)])
+        place.put([File(path, content, 0o600)])
     else:
-        # It has lines of yours: uninstall leaves it.
+        # The person's lines are in it, so uninstall leaves it.
         write_file(path, content, 0o600)
-    return 0
-
-
-def wants_variables(path: Path, args: argparse.Namespace, names: list[str]) -> bool:
-    """Whether variables that are set here go into the environment of workers."""
-    which = ", ".join(names)
-    if args.environment or args.yes:
-        return args.environment != "no"
-    if args.dry_run or not sys.stdin.isatty():
-        print(f"workers get none of what is set here ({which}): say --environment yes")
-        return False
-    return agrees(f"Set here: {which}. Add them to {path}, for workers? [Y/n] ")
 
 
 def first_variables(place: Installation) -> dict[str, str]:
@@ -318,7 +263,7 @@ def first_variables(place: Installation) -> dict[str, str]:
 
 
 def programs(place: Installation, there: dict[str, str]) -> dict[str, str]:
-    """The lines for uv and Python whose programs are gone, as they are now."""
+    """Return new values for UV and UV_PYTHON where the file names programs that are gone."""
     now = {"UV": place.record["uv"], "UV_PYTHON": place.record["python"]}
     return {
         name: path
@@ -327,64 +272,62 @@ def programs(place: Installation, there: dict[str, str]) -> dict[str, str]:
     }
 
 
-def make_state(place: Installation) -> int:
-    """Make the database and the directories, their owner's alone, whoever made them first."""
+def make_state(place: Installation) -> None:
+    """Make the database and the directories, and make them private. Raises Trouble."""
     import queue_helpers as q
 
-    directories = [place.state, *(place.state / name for name in ("spool", "workers", "logs"))]
-    directories += [place.state / "spool" / queue for queue in QUEUES]
     try:
         q.close(q.connect(place.state))
         q.wake(place.state)
     except q.QueueError as error:
-        return complain(error)
+        raise Trouble(error) from None
+    directories = [place.state, *(place.state / name for name in ("spool", "workers", "logs"))]
+    directories += [place.state / "spool" / queue for queue in QUEUES]
     for directory in directories:
         directory.mkdir(parents=True, exist_ok=True)
-    files = [
-        path
-        for path in place.state.iterdir()
-        if path.name == "wake" or path.name.startswith("tasks.db")
-    ]
-    for path, mode in [(path, 0o700) for path in directories] + [
-        (path, 0o600) for path in files if path.is_file()
-    ]:
-        path.chmod(mode)
-    return 0
+        directory.chmod(0o700)
+    for path in [place.state / "wake", *place.state.glob("tasks.db*")]:
+        if path.is_file():
+            path.chmod(0o600)
 
 
-def warm(place: Installation, uv: str) -> int:
-    """Have uv fetch what the scripts need; once they ran, they run without a network."""
-    failed = 0
-    for path in [
-        *(place.lib / script.name for script in scripts()),
-        *sorted(place.handlers.glob("*")),
-    ]:
-        if not path.is_file() or not is_script(path.read_bytes()):
-            continue
-        # A handler need not know --help.
-        is_handler = path.parent == place.handlers
-        command = (
-            [uv, "sync", "--script", str(path)]
-            if is_handler
-            else [uv, "run", "--script", str(path), "--help"]
+def warm(place: Installation, uv: str, script: Path) -> None:
+    """Have uv fetch a script's packages, so that it runs without a network. Raises Trouble."""
+    # A handler need not know --help.
+    is_handler = script.parent == place.handlers
+    words = (
+        ["sync", "--script", str(script)]
+        if is_handler
+        else ["run", "--script", str(script), "--help"]
+    )
+    command = [uv, *words]
+    why = why_not(command, timeout=WARM_SECONDS, cwd=place.prefix, env=warm_environment(place))
+    if why:
+        raise Trouble(
+            f"{place.name(script)} does not run yet: {why}; with a network, run: {shlex.join(command)}"
         )
-        why = why_not(command, timeout=WARM_SECONDS, cwd=place.prefix, env=warm_environment(place))
-        if why:
-            failed |= complain(
-                f"{place.name(path)} does not run yet: {why};"
-                f" with a network, run: {shlex.join(command)}"
-            )
-    return failed
+
+
+def use_packages(place: Installation, uv: str) -> None:
+    """Have the hook start workers with the Python of the environment that uv made for worker.py."""
+    command = [uv, "python", "find", "--no-config", "--script", str(place.lib / "worker.py")]
+    ran = subprocess.run(
+        command, check=False, cwd=place.prefix, env=warm_environment(place), capture_output=True
+    )
+    python = os.fsdecode(ran.stdout).strip()
+    has_packages = installation.works_alone([python, "-I", "-c", "import watchdog"])
+    place.record["packages"] = python if has_packages else ""
+    place.put([files.hook(place)])
 
 
 def warm_environment(place: Installation) -> dict[str, str]:
-    """This one, with the Python that workers and handlers will have."""
+    """Return this process's environment with the Python that workers and handlers will have."""
     python = place.record["python"]
     return {**os.environ, **({"UV_PYTHON": python} if python else {})}
 
 
 def why_not(command: list[str], **options) -> str:
-    """Run a command; the last line of its complaint when it failed, else ''."""
+    """Run a command; return the last line of its complaint if it failed, else ""."""
     try:
         ran = subprocess.run(
             command, check=False, stdin=subprocess.DEVNULL, capture_output=True, **options
@@ -396,9 +339,9 @@ def why_not(command: list[str], **options) -> str:
 
 
 def find_python() -> str | None:
-    """The absolute path of a Python that can enqueue and works alone.
+    """Return the absolute path of a Python that can enqueue and needs no variables, or None.
 
-    Those that survive an upgrade come first.
+    Pythons that survive an upgrade of the system come first.
     """
     # Outside of any virtual environment, uv's own included.
     base = getattr(sys, "_base_executable", None)
@@ -429,37 +372,27 @@ def find_python() -> str | None:
 COMMAND = "tq"
 
 
-def offer_command(place: Installation, args: argparse.Namespace) -> int:
-    """Put the command into ~/.local/bin if it is wanted, under a name no other program has."""
-    directory = Path.home() / ".local/bin"
-    name = wanted_command(place, args)
-    while name and (taken := taken_by(place, directory / name)):
+def command_directory() -> Path:
+    return Path.home() / ".local/bin"
+
+
+def wanted_command(place: Installation, args: argparse.Namespace) -> str:
+    """Return the name of the command, one that no other program has; "" for none. Raises Trouble."""
+    name = asked_command(place, args)
+    while name and (taken := taken_by(place, command_directory() / name)):
         say = f"{taken} is another program called {name}"
         if args.command or not sys.stdin.isatty() or args.dry_run:
-            return complain(f"{say}: choose another name for the command, with --command NAME")
+            raise Trouble(f"{say}: choose another name for the command, with --command NAME")
         name = answer(f"{say}. Another name for the command (empty for none): ")
         try:
             program(name or COMMAND)
         except argparse.ArgumentTypeError as error:
             raise WrongUse(error) from None
-    if not name:
-        return 0
-    path, content = directory / name, filled_in(place, "tq.sh")
-    there = digest_there(path) == digest(content) and os.access(path, os.X_OK)
-    print(f"{'unchanged' if there else 'update' if path.exists() else 'add':<10} {path}")
-    if args.dry_run:
-        return 0
-    forget_command(place, except_for=path)
-    place.record["command"] = str(path)
-    place.put([(path, content, 0o700)])
-    if str(directory) not in os.environ.get("PATH", "").split(os.pathsep):
-        print(f"{directory} is not on your PATH; this line in your shell's profile adds it:")
-        print('export PATH="$HOME/.local/bin:$PATH"')
-    return 0
+    return name
 
 
-def wanted_command(place: Installation, args: argparse.Namespace) -> str:
-    """The name of the command; '' when none is wanted. An upgrade need not be told again."""
+def asked_command(place: Installation, args: argparse.Namespace) -> str:
+    """Return the name that the options, an earlier install or the person give the command."""
     if args.no_command:
         return ""
     had = place.record.get("command")
@@ -472,20 +405,33 @@ def wanted_command(place: Installation, args: argparse.Namespace) -> str:
     return COMMAND if wanted else ""
 
 
+def put_command(place: Installation, name: str) -> None:
+    """Put the command into ~/.local/bin, and say how to have that on PATH."""
+    path, content = command_directory() / name, files.filled_in(place, "tq.sh")
+    there = digest_there(path) == digest(content) and os.access(path, os.X_OK)
+    print(f"{'unchanged' if there else 'update' if path.exists() else 'add':<10} {path}")
+    forget_command(place, except_for=path)
+    place.record["command"] = str(path)
+    place.put([File(path, content, 0o700)])
+    if str(path.parent) not in os.environ.get("PATH", "").split(os.pathsep):
+        print(f"{path.parent} is not on your PATH; this line in your shell's profile adds it:")
+        print('export PATH="$HOME/.local/bin:$PATH"')
+
+
 def answer(question: str) -> str:
     print(question, end="", flush=True)
     return sys.stdin.readline().strip()
 
 
 def agrees(question: str) -> bool:
-    """Whether a person says yes, or just presses Enter. The end of stdin is a no."""
+    """Return whether the person says yes or presses Enter. The end of stdin is a no."""
     print(question, end="", flush=True)
     line = sys.stdin.readline()
     return line != "" and line.strip().lower() in ("", "y", "yes")
 
 
 def taken_by(place: Installation, path: Path) -> str | None:
-    """Which other program a command of this name would replace, or stand behind or before."""
+    """Return another program of this name, there or elsewhere on PATH, if one exists."""
     there = digest_there(path)
     if there is not None and there not in place.known(path):
         return str(path)
@@ -498,7 +444,7 @@ def taken_by(place: Installation, path: Path) -> str | None:
 
 
 def forget_command(place: Installation, except_for: Path) -> None:
-    """Remove the command that was put there under another name before, if it is unchanged."""
+    """Remove the command that an earlier install put there under another name, if it is unchanged."""
     had = place.record.get("command")
     if had and had != str(except_for):
         if digest_there(Path(had)) in place.known(Path(had)):
@@ -509,65 +455,79 @@ def forget_command(place: Installation, except_for: Path) -> None:
 # -------------------------------------------------------------------------------- the offered hooks
 
 
-def offer_hooks(place: Installation, args: argparse.Namespace) -> int:
-    """Offer each hook; where settings.json had better be left alone, say so once."""
+def wanted_hooks(place: Installation, args: argparse.Namespace) -> list[queue_settings.Offer]:
+    """Return the offered hooks that settings.json shall get. Raises Trouble."""
     link_check = replace(queue_settings.LINK_CHECK, events=(args.event,))
-    offers = []
-    for offer, option in ((link_check, "hook"), (queue_settings.REPORT, "report")):
-        if getattr(args, option) == "no":
-            print(f"no hook was added for the {offer.name} (--{option} no)")
-        else:
-            offers.append((offer, option))
+    offers = {"hook": link_check, "report": queue_settings.REPORT}
+    offers = {option: offer for option, offer in offers.items() if getattr(args, option) != "no"}
     try:
-        while offers:
-            offer_hook(place, args, *offers[0])
-            del offers[0]
-        return 0
-    except (Trouble, OSError) as error:
-        by_hand = hooks_by_hand(place, *(offer for offer, _ in offers))
-        if isinstance(error, OSError):
-            error = f"{error.filename or place.settings}: {error.strerror}; settings.json"
-        else:
-            error = f"{error}; it"
-        return complain(f"{error} was left alone. To have the hook, add by hand: {by_hand}")
+        return list(chosen_hooks(place, args, offers))
+    except Trouble as trouble:
+        raise left_alone(place, trouble, list(offers.values())) from None
 
 
-def hooks_by_hand(place: Installation, *offers: queue_settings.Offer) -> str:
+def chosen_hooks(
+    place: Installation, args: argparse.Namespace, offers: dict[str, queue_settings.Offer]
+) -> Iterator[queue_settings.Offer]:
+    """Show what each hook changes in settings.json, and yield those that the person wants."""
+    text = queue_settings.read(place.settings)
+    for option, offer in offers.items():
+        new, action = queue_settings.with_hook(text, place, offer)
+        if new == text:
+            print(f"unchanged  {place.settings}: the {offer.name}: {action}")
+            continue
+        print("".join(queue_settings.difference(text, new, place.settings)), end="")
+        if not args.dry_run and wants_hook(place, args, offer, option):
+            yield offer
+            text = new
+
+
+def wants_hook(
+    place: Installation, args: argparse.Namespace, offer: queue_settings.Offer, option: str
+) -> bool:
+    if getattr(args, option) == "yes" or args.yes:
+        return True
+    if not sys.stdin.isatty():
+        print(
+            f"no hook is added to {place.settings} for the {offer.name}: say --{option} yes,"
+            f" or add by hand: {hooks_by_hand(place, [offer])}"
+        )
+        return False
+    return agrees(f"{offer.what} Add this hook to {place.settings}? [Y/n] ")
+
+
+def add_hooks(place: Installation, offers: list[queue_settings.Offer]) -> None:
+    """Write the hooks into settings.json. Raises Trouble."""
+
+    actions = {}
+
+    def change(text: str | None) -> str | None:
+        for offer in offers:
+            text, actions[offer.name] = queue_settings.with_hook(text, place, offer)
+        return text
+
+    commands = [queue_settings.hook_command(place, offer) for offer in offers]
+    try:
+        queue_settings.edit(place, place.settings, change, commands=commands)
+    except OSError as error:
+        why = f"{error.filename or place.settings}: {error.strerror}"
+        raise left_alone(place, why, offers) from None
+    except Trouble as trouble:
+        raise left_alone(place, trouble, offers) from None
+    for name, action in actions.items():
+        print(f"{action:<10} {place.settings}: the {name}")
+
+
+def left_alone(place: Installation, why: object, offers: list[queue_settings.Offer]) -> Trouble:
+    by_hand = hooks_by_hand(place, offers)
+    return Trouble(f"{why}; settings.json was left alone. To have the hook, add by hand: {by_hand}")
+
+
+def hooks_by_hand(place: Installation, offers: list[queue_settings.Offer]) -> str:
     groups = {}
     for offer in offers:
         groups |= queue_settings.hook_groups(place, offer)
     return json.dumps({"hooks": groups}, ensure_ascii=False)
-
-
-def offer_hook(
-    place: Installation, args: argparse.Namespace, offer: queue_settings.Offer, option: str
-) -> None:
-    """Show what settings.json would become with the hook, and write it if that is wanted."""
-    text = queue_settings.read(place.settings)
-    new, action = queue_settings.with_hook(text, place, offer)
-    if new == text:
-        print(f"unchanged  {place.settings}: the {offer.name}: {action}")
-        return
-    print("".join(queue_settings.difference(text, new, place.settings)), end="")
-    if args.dry_run:
-        return
-    if getattr(args, option) != "yes" and not args.yes:
-        if not sys.stdin.isatty():
-            print(
-                f"no hook was added to {place.settings} for the {offer.name}: say --{option} yes,"
-                f" or add by hand: {hooks_by_hand(place, offer)}"
-            )
-            return
-        if not agrees(f"{offer.what} Add this hook to {place.settings}? [Y/n] "):
-            print(f"no hook was added for the {offer.name}")
-            return
-    queue_settings.edit(
-        place,
-        place.settings,
-        lambda text: queue_settings.with_hook(text, place, offer)[0],
-        commands=[queue_settings.hook_command(place, offer)],
-    )
-    print(f"{action:<10} {place.settings}: the {offer.name}")
 
 
 # ---------------------------------------------------------------------------------------- uninstall
@@ -582,16 +542,18 @@ def uninstall(place: Installation, args: argparse.Namespace) -> int:
     units = place.record.get("units", [])
     if units and not args.dry_run:
         service.unload(units)
+    actions = []
     for name, digests in sorted(place.record["files"].items()):
         # Units are recorded with their absolute path.
         path = place.prefix / name
         there = digest_there(path)
         if there is not None:
-            print(f"{'remove' if there in digests else 'keep yours':<10} {name}")
+            actions.append(("remove" if there in digests else "keep yours", name))
         if not args.dry_run:
             begun(path).unlink(missing_ok=True)
             if there in digests:
                 path.unlink()
+    tell_files(actions, args.dry_run)
     if args.dry_run:
         return failed
     for path in (place.settings, place.record_file):
@@ -603,7 +565,7 @@ def uninstall(place: Installation, args: argparse.Namespace) -> int:
     remove_empty(place.lib / "bin", package / "__pycache__", package)
     remove_empty(place.lib / "__pycache__", place.lib)
     remove_empty(place.lib.parent, place.handlers)
-    # The record goes last: whoever is killed before that can begin again.
+    # The record goes last, so that an uninstall that was killed can run again.
     if failed:
         place.record = {**place.record, "files": {}, "units": []}
         place.save()
@@ -616,7 +578,7 @@ def uninstall(place: Installation, args: argparse.Namespace) -> int:
 
 
 def remove_compiled(place: Installation) -> None:
-    """What Python made of our files goes with them."""
+    """Remove the compiled modules of our files."""
     ours = {Path(name).stem for name in place.record["files"] if name.startswith("runtime/lib/")}
     for compiled in place.lib.rglob("__pycache__/*.pyc"):
         if compiled.name.partition(".")[0] in ours:
@@ -624,7 +586,7 @@ def remove_compiled(place: Installation) -> None:
 
 
 def remove_empty(*directories: Path) -> None:
-    """Remove those that are empty; others hold the state, or what the user put there."""
+    """Remove the directories that are empty; others hold the state or the person's files."""
     for directory in directories:
         try:
             directory.rmdir()
@@ -633,13 +595,13 @@ def remove_empty(*directories: Path) -> None:
 
 
 def withdraw_hooks(place: Installation, dry_run: bool) -> int:
-    """Take our hooks out of each settings.json that got one, and look at the present one."""
+    """Take our hooks out of each settings.json that got one, and of the present one."""
     paths = dict.fromkeys([*queue_settings.recorded(place), str(place.settings)])
     return max([withdraw_from(place, Path(path), dry_run) for path in paths])
 
 
 def withdraw_from(place: Installation, path: Path, dry_run: bool) -> int:
-    """Take our hooks out of one settings.json; one that a person changed stays, and is named."""
+    """Take our hooks out of one settings.json; name those that the person changed."""
     try:
         text = queue_settings.read(path)
         if text is None:
@@ -662,7 +624,7 @@ def withdraw_from(place: Installation, path: Path, dry_run: bool) -> int:
 
 
 def name_left(path: Path, left: Iterable[tuple]) -> int:
-    """Name the hooks that stay and call this installation; 1 if one of them now disturbs Claude."""
+    """Name the hooks that stay and call this installation; return 1 if one of them blocks Claude."""
     failed = 0
     for event, _, hook, words in left:
         script = next((word for word in words if word.endswith(("enqueue.py", "report.py"))), None)

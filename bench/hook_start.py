@@ -46,8 +46,8 @@ class Installed:
         # An older version hands the session's environment on, this one has a file.
         cache = os.environ.get("UV_CACHE_DIR") or f"{Path.home()}/.cache/uv"
         self.env |= {"UV_CACHE_DIR": cache, "UV_OFFLINE": "1"}
-        install = [sys.executable, checkout / "install.py", "install", "--no-warm", "--hook", "no"]
-        env = {"HOME": str(home), "PATH": os.environ["PATH"]}
+        install = [sys.executable, checkout / "install.py", "install", "--hook", "no"]
+        env = self.env | {"PATH": os.environ["PATH"]}
         subprocess.run(
             install, env=env, check=True, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL
         )

@@ -7,13 +7,14 @@
 # Exit status 2 would block Claude and never leaves this file. stdout can end up in Claude's context:
 # only a report does.
 #
-# install.py copies this file to PREFIX/runtime/hook and fills in the five paths below. The plugin
+# install.py copies this file to PREFIX/runtime/hook and fills in the six paths below. The plugin
 # runs it as it stands.
 lib=
 python=
 uv=
 state=
 home=
+packages=
 
 # bash as sh takes functions from the environment.
 unset -f cd command date dd echo env eval flock id kill ls mkdir mv printf pwd read rm setsid sleep sync timeout true wait [
@@ -126,6 +127,8 @@ start_worker() {
         [ $? != 1 ] || return 0
     fi
     find_programs
+    # The Python that uv made for worker.py saves a start of uv; "uv cache clean" removes it.
+    [ ! -x "$packages" ] || python=$packages
     set -- "$lib/worker.py" "$1" --environment "$environment" \
         --single --idle-exit 60
     if [ -x "$python" ]; then

@@ -1,8 +1,8 @@
 """The environment of workers that hooks and the service start: the file PREFIX/environment.
 
-Its lines are NAME=value, taken as they stand. The worker reads it itself, after `env -i`, and adds
-what follows from the user id. Nothing else reaches such a worker, so no session and no workspace
-decides what its handlers run, or under which account.
+Its lines are NAME=value, taken as they stand. The worker reads the file itself, after `env -i`, and
+adds what follows from the user id. Nothing else reaches such a worker, so no session and no workspace
+chooses its programs or its account.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pathlib import Path
 
 STANDARD_PATH = ("/usr/local/bin", "/usr/local/sbin", "/usr/bin", "/bin", "/usr/sbin", "/sbin")
 
-# What decides whose account a handler works under, and how it reaches the network.
+# These choose a handler's account and its way to the network.
 DECISIVE = re.compile(
     "(ANTHROPIC|AWS)_[A-Z0-9_]+|CLAUDE_CONFIG_DIR|CLAUDE_CODE_(OAUTH_TOKEN|USE_[A-Z0-9_]+)"
     "|(HTTPS?|ALL|NO)_PROXY|(https?|all|no)_proxy|SSL_CERT_(FILE|DIR)|NODE_EXTRA_CA_CERTS"
@@ -42,11 +42,11 @@ EXAMPLES = """\
 
 
 class Unfit(ValueError):
-    """The file cannot be used; the message says which line, why, and what to do."""
+    """The file cannot be used; the message names the line, why, and what to do."""
 
 
 def enter(file: Path, state: Path) -> None:
-    """Make the file's environment this process's, and go home."""
+    """Replace this process's environment by the file's, and change to HOME. Raises Unfit."""
     environ = of_worker(file) | {"TASK_QUEUE_STATE": str(state)}
     os.environ.clear()
     os.environ.update(environ)
@@ -54,7 +54,7 @@ def enter(file: Path, state: Path) -> None:
 
 
 def of_worker(file: Path) -> dict[str, str]:
-    """The whole environment of a worker: the defaults, the file's lines, what the user id gives."""
+    """Return the whole environment of a worker: defaults, the file's lines, the account's variables."""
     home = os.environ.get("HOME") or account().pw_dir
     return defaults(home) | read(file) | of_the_account()
 
@@ -79,7 +79,7 @@ def private_text(file: Path) -> str:
 
 
 def parse(text: str, file: Path) -> dict[str, str]:
-    """The variables in the text of such a file. Raises Unfit."""
+    """Return the variables in the text of such a file. Raises Unfit."""
     found = {}
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip() or line.startswith("#"):
@@ -98,7 +98,7 @@ def parse(text: str, file: Path) -> dict[str, str]:
 
 
 def account() -> pwd.struct_passwd:
-    """The password database's entry for this user; a made-up one for a number without an entry."""
+    """Return this user's entry of the password database, or one made up for an unknown number."""
     try:
         return pwd.getpwuid(os.getuid())
     except KeyError:
@@ -107,7 +107,7 @@ def account() -> pwd.struct_passwd:
 
 
 def of_the_account() -> dict[str, str]:
-    """USER, and where the user's session bus is, which notify-send needs."""
+    """Return USER and the address of the session bus, which notify-send needs."""
     found, runtime = {"USER": account().pw_name}, f"/run/user/{os.getuid()}"
     if is_ours(runtime):
         found["XDG_RUNTIME_DIR"] = runtime
@@ -117,7 +117,7 @@ def of_the_account() -> dict[str, str]:
 
 
 def defaults(home: str) -> dict[str, str]:
-    """The environment where nothing was installed, and of the file's missing lines."""
+    """Return the variables for an environment file that is missing or lacks them."""
     path = search_path([], home, None)
     return {
         "HOME": home,
@@ -129,16 +129,16 @@ def defaults(home: str) -> dict[str, str]:
 
 
 def search_path(entries: Iterable[str], home: str, uv: str | None) -> str:
-    """A PATH of directories that are root's or ours; that of the real uv is first."""
+    """Return a PATH of directories that are root's or ours, that of the real uv first."""
     usual = (f"{home}/.local/bin", f"{home}/.cargo/bin", "/opt/homebrew/bin", *STANDARD_PATH)
-    # uv's environment of the present script is no place for a handler's programs.
+    # The environment that uv made for this script has no programs for handlers.
     own = {os.path.dirname(sys.executable)} - {*STANDARD_PATH}
     wanted = [*([os.path.dirname(uv)] if uv else []), *(e for e in entries if e not in own), *usual]
     return os.pathsep.join(entry for entry in dict.fromkeys(wanted) if is_ours(entry))
 
 
 def is_ours(directory: str) -> bool:
-    """Whether a path is absolute, fits a line, and is a directory of root's or ours."""
+    """Return whether a path is absolute, fits a line, and is a directory of root's or ours."""
     if not os.path.isabs(directory) or re.search("[\x00-\x1f\x7f]", directory):
         return False
     try:
@@ -148,12 +148,12 @@ def is_ours(directory: str) -> bool:
 
 
 def own_python() -> str:
-    """The interpreter that runs this, outside of any virtual environment."""
+    """Return the interpreter that runs this, outside any virtual environment."""
     return os.path.realpath(getattr(sys, "_base_executable", None) or sys.executable)
 
 
 def find_uv(environ: Mapping[str, str]) -> str | None:
-    """The uv of an environment: the one it names, else the first on its PATH."""
+    """Return the uv that an environment names, else the first on its PATH, or None."""
     named = environ.get("UV") or ""
     if os.path.isabs(named) and os.access(named, os.X_OK):
         return named
@@ -165,15 +165,15 @@ def find_uv(environ: Mapping[str, str]) -> str | None:
 
 
 def python_for(program: str, environ: Mapping[str, str]) -> str:
-    """The absolute path of a Python that fits a handler's own requires-python. Raises LookupError.
+    """Return the absolute path of a Python that fits a handler's requires-python. Raises LookupError.
 
-    Told it as UV_PYTHON, uv does not look for one in the workspace. uv only warns where that Python
-    does not fit, so this sees to it that it does.
+    With it as UV_PYTHON, uv does not look for a Python in the workspace. uv only warns if UV_PYTHON
+    does not fit, so this chooses one that does.
     """
     try:
         changed = os.stat(program).st_mtime_ns
     except OSError:
-        # That it cannot be started is said elsewhere.
+        # The start of the handler will fail, and say so.
         return own_python()
     return _python_for(program, changed, find_uv(environ), environ.get("HOME", "/"))
 
@@ -199,7 +199,7 @@ def _python_for(program: str, changed: int, uv: str | None, home: str) -> str:
 
 
 def requires_python(program: str) -> str:
-    """The requires-python of a script's PEP 723 header; "" without one."""
+    """Return the requires-python of a script's PEP 723 header, or ""."""
     with open(program, "rb") as file:
         head = file.read(65536).decode("utf-8", "replace")
     block = re.search(r"^# /// script$(.*?)^# ///$", head, re.MULTILINE | re.DOTALL)
@@ -211,12 +211,12 @@ def requires_python(program: str) -> str:
 
 
 def text_of(variables: Mapping[str, str]) -> str:
-    """A new file with these variables, and examples of more."""
+    """Return the text of a new file with these variables and examples of more."""
     return HEAD + lines_of(variables) + EXAMPLES
 
 
 def with_lines(text: str, variables: Mapping[str, str]) -> str:
-    """The file's text with these variables: a line is replaced, or added at the end."""
+    """Return the file's text with a line for each of these variables, replaced or added."""
     for name, value in variables.items():
         line = f"{name}={value}"
         new, count = re.subn(f"^{name}=.*$", lambda _, line=line: line, text, flags=re.MULTILINE)
@@ -229,7 +229,7 @@ def lines_of(variables: Mapping[str, str]) -> str:
 
 
 def decisive(environ: Mapping[str, str]) -> dict[str, str]:
-    """The variables that decide about account and network, those that can stand in the file."""
+    """Return the variables that choose account and network, if their values fit a line."""
     return {
         name: value
         for name, value in sorted(environ.items())
@@ -238,6 +238,6 @@ def decisive(environ: Mapping[str, str]) -> dict[str, str]:
 
 
 def differences(file: Path, environ: Mapping[str, str]) -> list[str]:
-    """The names of decisive variables that differ between the file and the environment given."""
+    """Return the names of decisive variables that differ between the file and `environ`."""
     here, there = decisive(environ), decisive(read(file))
     return sorted(name for name in here.keys() | there.keys() if here.get(name) != there.get(name))

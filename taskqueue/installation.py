@@ -1,9 +1,7 @@
-"""What install.py put where: the installation's directories, its record, and its hooks in
-settings.json.
+"""An installation: its directories, and the record of what install.py put there.
 
-install.py, `tq doctor` and `tq service` ask here whether something is installed, and where. The record
-is PREFIX/installed.json: the digest of each file that was put there, so that what a person changed
-is told from what is ours, and the paths of the state, of Python and of uv.
+The record is PREFIX/installed.json. It has the digest of each file, which tells our files from those
+that the person changed, and the paths of the state, of Python and of uv.
 """
 
 from __future__ import annotations
@@ -20,17 +18,18 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
-# An install that waits for a person's answer holds the lock; another one gives up after this time.
+# An install that waits for a person's answer holds the lock; another install gives up after this time.
 LOCK_SECONDS = 120.0
 
 
 class Trouble(Exception):
-    """Something could not be done; the message says what, why and what to do."""
+    """A step failed; the message says what, why and what to do."""
 
 
 class WrongUse(Exception):
-    """What was asked for cannot be meant; the message says why. Exit code 64."""
+    """The request makes no sense; the message says why. Exit code 64."""
 
 
 def default_prefix() -> Path:
@@ -38,7 +37,7 @@ def default_prefix() -> Path:
 
 
 def settings_file() -> Path:
-    """Claude Code's settings of this user."""
+    """Return the path of Claude Code's settings of this user."""
     return (
         Path(os.environ.get("CLAUDE_CONFIG_DIR") or Path.home() / ".claude").absolute()
         / "settings.json"
@@ -46,17 +45,17 @@ def settings_file() -> Path:
 
 
 def installed(script: str | Path | None = None) -> Installation | None:
-    """The installation that a script is a part of, or without one the one in the default place;
-    None if there is none.
+    """Return the installation that has this script, or None.
 
-    installed(__file__) in a checkout is None, installed() there is what `just install` made.
+    Without a script, return the one in the default place: in a checkout, installed(__file__) is None,
+    and installed() is what `just install` made.
     """
     prefix = Path(script).resolve().parent.parent.parent if script else default_prefix()
     return Installation(prefix) if (prefix / "installed.json").is_file() else None
 
 
 def plugins() -> dict[str, Path]:
-    """Claude Code's copies of this plugin: {"task-queue@market": directory}."""
+    """Return Claude Code's copies of this plugin: {"task-queue@market": directory}."""
     record = settings_file().with_name("plugins") / "installed_plugins.json"
     try:
         listed = json.loads(record.read_bytes())["plugins"]
@@ -68,7 +67,7 @@ def plugins() -> dict[str, Path]:
 
 
 def schema_version(lib: Path) -> int | None:
-    """Which version of the database the scripts in a directory know; None where they are not there."""
+    """Return the schema version of the scripts in a directory, or None if it has no scripts."""
     try:
         text = (lib / "queue_helpers.py").read_text("utf-8", "replace")
     except OSError:
@@ -78,21 +77,30 @@ def schema_version(lib: Path) -> int | None:
 
 
 def how_to_update(lib: Path) -> str:
-    """The command that updates the scripts in a directory."""
+    """Return the command that updates the scripts in a directory."""
     names = [name for name, path in plugins().items() if path.resolve() == lib.resolve()]
     return f"claude plugin update {names[0]}" if names else "just install"
 
 
 def is_plain(path: str) -> bool:
-    """Whether a path can stand in a line of a unit or a script: UTF-8, no control characters."""
+    """Return whether a path fits a line of a unit or a script: UTF-8, no control characters."""
     return not re.search("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]", path)
 
 
-class Installation:
-    """Where things are in PREFIX, and what was put there. It need not exist yet.
+class File(NamedTuple):
+    """A file to put in place: `mode` as chmod takes it, `action` as install.py prints it."""
 
-    Raises WrongUse for a prefix or a state that cannot stand in a unit file, and for a state that
-    is relative.
+    path: Path
+    content: bytes
+    mode: int
+    action: str = ""
+
+
+class Installation:
+    """The paths in PREFIX and the record of its files. PREFIX need not exist yet.
+
+    Raises WrongUse for a prefix or a state that does not fit a line of a unit, and for a relative
+    state.
     """
 
     def __init__(self, prefix: str | Path | None = None) -> None:
@@ -115,7 +123,7 @@ class Installation:
                 )
 
     def _read_record(self) -> dict:
-        """installed.json. A damaged one is as good as none: what is there counts as the user's."""
+        """Return the record. Without a readable one, every file counts as the person's."""
         try:
             found = json.loads(self.record_file.read_bytes())
         except (FileNotFoundError, ValueError):
@@ -125,7 +133,7 @@ class Installation:
         return {"files": {}}
 
     def typed(self) -> str:
-        """How a person calls what is installed here: tq where that is on PATH, else by its path."""
+        """Return the command as a person types it: its name if that is on PATH, else its path."""
         path = self.record.get("command")
         found = shutil.which(Path(path).name) if path else None
         if found and os.path.realpath(found) == os.path.realpath(path):
@@ -140,28 +148,29 @@ class Installation:
         )
 
     def name(self, path: Path) -> str:
-        """How the record and the messages call a file."""
+        """Return a file's name in the record and in messages."""
         return str(path.relative_to(self.prefix)) if path.is_relative_to(self.prefix) else str(path)
 
     def known(self, path: Path) -> list[str]:
-        """The digests under which this file was put here; several while an install is under way."""
+        """Return the digests of this file as install wrote it; several while an install runs."""
         return self.record["files"].get(self.name(path), [])
 
-    def put(self, files: list[tuple[Path, bytes, int]]) -> None:
-        """Write (path, content, mode) files in this order, each whole or not at all.
+    def put(self, files: list[File]) -> None:
+        """Write the files in this order, each whole or not at all.
 
-        They are recorded before they are written, so that uninstall knows even the last one of an
-        install that was killed.
+        The record names them first, so that uninstall knows even the last file of an install that
+        was killed.
         """
-        for path, content, _ in files:
-            digests = self.record["files"].setdefault(self.name(path), [])
-            digests += [digest(content)] if digest(content) not in digests else []
+        for file in files:
+            digests = self.record["files"].setdefault(self.name(file.path), [])
+            if digest(file.content) not in digests:
+                digests.append(digest(file.content))
         self.save()
-        for path, content, mode in files:
-            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            write_file(path, content, mode)
-        for path, content, _ in files:
-            self.record["files"][self.name(path)] = [digest(content)]
+        for file in files:
+            file.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            write_file(file.path, file.content, file.mode)
+        for file in files:
+            self.record["files"][self.name(file.path)] = [digest(file.content)]
         self.save()
 
 
@@ -247,9 +256,9 @@ def digest(content: bytes) -> str:
 
 
 def digest_there(path: Path) -> str | None:
-    """The digest of the file at path, None when nothing is there.
+    """Return the digest of the file at path, or None if nothing is there.
 
-    What is not a plain file has a digest that nothing matches.
+    Anything but a plain file has a digest that matches no file's.
     """
     try:
         if not stat.S_ISREG(path.lstat().st_mode):
@@ -260,12 +269,12 @@ def digest_there(path: Path) -> str | None:
 
 
 def begun(path: Path) -> Path:
-    """Where a file is written before it takes path's place."""
+    """Return the path at which a file is written before it replaces `path`."""
     return path.with_name(f".{path.name}.new")
 
 
 def write_file(path: Path, content: bytes, mode: int, owner: os.stat_result | None = None) -> None:
-    """Replace path in one step: a reader, or a power cut, leaves the old file or the new one."""
+    """Replace path in one step: readers and power cuts find the old file or the new one."""
     new = begun(path)
     new.unlink(missing_ok=True)
     fd = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
@@ -286,7 +295,7 @@ def write_file(path: Path, content: bytes, mode: int, owner: os.stat_result | No
 
 @contextmanager
 def only_one(directory: Path) -> Iterator[None]:
-    """Hold the lock on a directory, so that two installs do not meet."""
+    """Hold the lock on a directory, so that two installs do not meet. Raises Trouble."""
     import queue_helpers as q
 
     deadline = time.monotonic() + LOCK_SECONDS

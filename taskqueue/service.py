@@ -1,9 +1,9 @@
-"""Workers that nobody starts by hand: `--start-worker` of a hook or a command, and the units of
-`tq service`, by which systemd or launchd starts one when there is work.
+"""Start workers without a person: `--start-worker`, and the units of `tq service`.
 
-The session that fires a hook, and the manager that starts a unit, have an environment and a working
-directory of their own, which may be those of a workspace. The worker takes neither: it is started
-from nothing, and reads the file that taskqueue.environment describes.
+systemd or launchd starts a worker by these units when a queue has work. The session of a hook and the
+manager of a unit have an environment and a working directory, perhaps those of a workspace. The worker
+takes neither: it starts with an empty environment, and reads the file that taskqueue.environment
+describes.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from pathlib import Path
 import queue_helpers as q
 from taskqueue import cli, environment, serving
 from taskqueue.installation import (
+    File,
     Installation,
     Trouble,
     WrongUse,
@@ -35,24 +36,23 @@ from taskqueue.installation import (
 
 IDLE_EXIT_SECONDS = 60
 
-# Between the two looks of a run that found nothing at first; it also keeps a unit that is started
-# for nothing from spinning.
+# The pause between two looks for work. It also keeps a unit without work from spinning.
 LOOK_TWICE_SECONDS = 1.0
 
 # The units look this often for tasks that have become due.
 TICK_SECONDS = 60
 
 HELP = """\
-Have a worker started whenever there is work, by systemd or launchd.
+Have systemd or launchd start a worker whenever a queue has work.
 
     tq service --queue approvals --enable     write the units and load them: now and at each login
     tq service                                write them again, for the queues that they serve
     tq service --remove approvals             serve a queue no more
     tq service --dry-run                      show the units
 
---queue adds a queue to those that are served; the first time, notifications is the default. Nothing
-runs while there is no work: the units watch the state directory, and look once a minute for tasks
-that have become due. uninstall takes the units out again.
+--queue adds a queue to those that the units serve; the first time, the default is notifications.
+Nothing runs without work: the units watch the state directory, and look once a minute for tasks that
+have become due. uninstall removes the units.
 
 exit codes: 0 done; 1 something was left undone, and the message says what; 64 usage.
 """
@@ -65,18 +65,15 @@ complain = partial(cli.complain, cli.EX_FAILED, "tasks.py service")
 def start_worker(queue: str) -> None:
     """Start a detached worker unless one serves the queue. Raises OSError, ValueError.
 
-    Of ten that are started at once, those that do not get the queue's lock leave.
+    A worker that does not get the queue's lock leaves, so ten calls at once are safe.
     """
-    # Not before it is wanted: a hook that finds a worker need not load it.
-    import subprocess
-
     try:
         fd = q.lock_file(serving.lock_file(q.STATE_DIR, queue), probe=True)
         if fd is None:
             return
         os.close(fd)
     except OSError:
-        # Nobody ever served it.
+        # No worker has ever served it.
         pass
     lib = Path(q.__file__).resolve().parent
     command = worker_command(lib, [queue])
@@ -116,36 +113,45 @@ def have_run(conn: q.Connection, queues: Iterable[str]) -> list[str]:
 
 
 def worker_command(lib: Path, queues: Sequence[str]) -> list[str]:
-    """How the worker beside the scripts in lib is started, one that leaves when it is idle."""
+    """Return the command for a worker of the scripts in lib that leaves when it is idle."""
     file = environment_file(lib)
     how = ["--environment", str(file), "--single", "--idle-exit", str(IDLE_EXIT_SECONDS)]
     return [*interpreter(lib), str(lib / "worker.py"), *queues, *how]
 
 
 def interpreter(lib: Path) -> list[str]:
-    """What runs a script in lib: the Python that install.py recorded, else its uv, else this one."""
+    """Return the command that runs a worker in lib: the Python or the uv that install.py recorded, or
+    this Python.
+
+    The Python with the worker's packages is the first choice: it needs no uv to start.
+    """
     record = lib.parent.parent / "installed.json"
     recorded = json.loads(record.read_bytes()) if record.is_file() else {}
-    python, uv = recorded.get("python") or "", recorded.get("uv") or ""
-    if not os.access(python, os.X_OK) and os.access(uv, os.X_OK):
-        return [uv, "run", "-q", "--no-config", "--script"]
-    return [python if os.access(python, os.X_OK) else environment.own_python(), "-E", "-s"]
+    for name in ("packages", "python", "uv"):
+        program = recorded.get(name) or ""
+        if os.access(program, os.X_OK):
+            uv_run = ["run", "-q", "--no-config", "--script"]
+            return [program, *(uv_run if name == "uv" else ["-E", "-s"])]
+    return [environment.own_python(), "-E", "-s"]
 
 
 def environment_file(lib: Path) -> Path:
-    """The environment file for the scripts in lib: their installation's, else the usual place's."""
+    """Return the environment file for the scripts in lib: their installation's, else the default."""
     prefix = lib.parent.parent
     return (prefix if (prefix / "installed.json").is_file() else default_prefix()) / "environment"
 
 
 def bare_environment(state: Path) -> dict[str, str]:
-    """All that a worker needs to find its state and its environment file."""
+    """Return the variables with which a worker finds its state and its environment file."""
     home = os.environ.get("HOME") or environment.account().pw_dir
     return {"HOME": home, "PATH": os.defpath, "TASK_QUEUE_STATE": str(state)}
 
 
 def no_work(queues: Sequence[str]) -> bool:
-    """Whether a worker would find nothing, in two looks: a commit wakes before others can see it."""
+    """Return whether a worker would find nothing.
+
+    It looks twice, because a commit's event comes before others can see the commit.
+    """
     for pause in (0.0, LOOK_TWICE_SECONDS):
         time.sleep(pause)
         try:
@@ -157,7 +163,7 @@ def no_work(queues: Sequence[str]) -> bool:
 
 
 def is_work(state: Path, queues: list[str]) -> bool:
-    """Whether a worker would find anything; tasks of dead workers are taken back first."""
+    """Return whether a worker would find anything, after taking back the tasks of dead workers."""
     spools = [state / "spool" / queue for queue in queues]
     if any(
         not file.name.startswith(".") and file.is_file()
@@ -245,8 +251,8 @@ def change(place: Installation, args: argparse.Namespace) -> int:
         print(f"{'written':<10} {path}")
     print(f"{'serves':<10} {', '.join(queues)}")
     if args.enable or is_loaded(args.kind, place):
-        return enable(args.kind, place, queues)
-    if why_no_manager(args.kind):
+        enable(args.kind, place, queues)
+    elif why_no_manager(args.kind):
         print(by_hand(args.kind, place, queues))
     else:
         print(f"to load the units: {place.typed()} service --enable")
@@ -254,7 +260,7 @@ def change(place: Installation, args: argparse.Namespace) -> int:
 
 
 def take_out(place: Installation) -> int:
-    """Stop and remove the units: no queue is left."""
+    """Stop and remove the units, because no queue is left."""
     units = place.record.pop("units", [])
     unload(units)
     for unit in map(Path, units):
@@ -269,49 +275,42 @@ def take_out(place: Installation) -> int:
 
 
 def served(place: Installation) -> list[str]:
-    """The queues that the units serve."""
+    """Return the queues that the units serve."""
     units = map(Path, place.record.get("units", []))
     return next(filter(None, map(serving.queues_of_unit, units)), [])
 
 
 def write_units(place: Installation, kind: str, queues: list[str]) -> list[Path]:
-    """Write the units. Raises Trouble where one of them is not as it was written here."""
+    """Write the units. Raises Trouble if a person changed one of them."""
     units = units_of(place, kind, queues)
     for path, content in units.items():
         if digest_there(path) not in (None, digest(content.encode()), *place.known(path)):
-            raise Trouble(
-                f"{path} is not as it was written here: move it away, then run this again"
-            )
+            raise Trouble(f"{path} was changed by hand: move it away, then run this again")
     place.record["units"] = sorted({*place.record.get("units", []), *map(str, units)})
-    place.put([(path, content.encode(), 0o600) for path, content in units.items()])
+    place.put([File(path, content.encode(), 0o600) for path, content in units.items()])
     return list(units)
 
 
-def rewrite(place: Installation) -> int:
-    """Write the units of an older version again, for the queues that they serve."""
+def rewrite(place: Installation) -> None:
+    """Write the units again where an older version wrote them otherwise. Raises Trouble."""
     units, queues = place.record.get("units", []), served(place)
     if not units or not queues:
-        return 0
+        return
     kind = "launchd" if units[0].endswith(".plist") else "systemd"
-    if all(
-        digest_there(path) == digest(content.encode())
-        for path, content in units_of(place, kind, queues).items()
-    ):
-        return 0
-    try:
-        written = write_units(place, kind, queues)
-    except Trouble as trouble:
-        return complain(trouble)
-    for path in written:
+    wanted = units_of(place, kind, queues)
+    if all(digest_there(path) == digest(text.encode()) for path, text in wanted.items()):
+        return
+    for path in write_units(place, kind, queues):
         print(f"{'update':<10} {path}")
-    return enable(kind, place, queues) if is_loaded(kind, place) else 0
+    if is_loaded(kind, place):
+        enable(kind, place, queues)
 
 
 # ---------------------------------------------------------------------------------------- the units
 
 
 def name_of(place: Installation) -> str:
-    """The units' name; each prefix has units of its own."""
+    """Return the units' name; each prefix has units of its own."""
     suffix = (
         "" if place.prefix == default_prefix() else f"-{digest(str(place.prefix).encode())[:8]}"
     )
@@ -319,7 +318,7 @@ def name_of(place: Installation) -> str:
 
 
 def unit_command(place: Installation, queues: list[str]) -> list[str]:
-    """The worker, started from nothing: a manager's environment is inherited otherwise."""
+    """Return the command of the units. Without env -i, the worker would inherit a manager's variables."""
     home = str(Path.home())
     if not is_plain(home) or not os.path.isabs(home):
         raise WrongUse(f"HOME={home!r} has control characters, is not UTF-8 or is relative")
@@ -329,9 +328,9 @@ def unit_command(place: Installation, queues: list[str]) -> list[str]:
 
 
 def watched(place: Installation, queues: list[str]) -> list[Path]:
-    """What changes when a task comes in.
+    """Return the paths that change when a task comes in.
 
-    Python touches wake, the sqlite3 command writes the WAL, a hook fills the spool and touches wake.
+    Python and hooks touch wake, the sqlite3 command writes the WAL, a shell may fill the spool.
     """
     return [
         place.state / "wake",
@@ -354,7 +353,7 @@ def systemd_units(place: Installation, queues: list[str]) -> dict[Path, str]:
         directory / f"{name}.service": f"""\
 [Unit]
 Description=Worker of the task queue, while there is work
-# Many short runs in a row are how this works; the default limit would stop the path unit for good.
+# Many short runs in a row are normal; the default limit would stop the path unit for good.
 StartLimitIntervalSec=0
 
 [Service]
@@ -394,12 +393,12 @@ WantedBy=default.target
 
 
 def quoted(text: str) -> str:
-    """A word of a systemd unit in which words are quoted."""
+    """Return a word in quotes, as a systemd unit has it."""
     return '"' + text.replace("\\", "\\\\").replace('"', '\\"').replace("%", "%%") + '"'
 
 
 def unquoted(path: Path) -> str:
-    """A value of a systemd unit that takes the rest of its line as it is."""
+    """Return a value of a systemd unit that takes the rest of its line as it is."""
     return str(path).replace("%", "%%")
 
 
@@ -444,29 +443,29 @@ def load_commands(kind: str, name: str, units: Mapping[Path, str]) -> list[list[
     ]
 
 
-def enable(kind: str, place: Installation, queues: list[str]) -> int:
+def enable(kind: str, place: Installation, queues: list[str]) -> None:
+    """Load the units, now and at each login. Raises Trouble."""
     if why_no_manager(kind):
-        return complain(by_hand(kind, place, queues))
+        raise Trouble(by_hand(kind, place, queues))
     for command in load_commands(kind, name_of(place), units_of(place, kind, queues)):
         why = why_not(command)
-        # What was not loaded before cannot be taken out.
+        # bootout fails where nothing was loaded before.
         if why and command[1] != "bootout":
-            return complain(f"the units are written but not loaded: {shlex.join(command)}: {why}")
+            raise Trouble(f"the units are written but not loaded: {shlex.join(command)}: {why}")
     print("loaded: a worker starts when there is work")
     if kind == "systemd":
         print("to have it run while you are logged out, too: loginctl enable-linger")
-    return 0
 
 
 def why_no_manager(kind: str) -> str:
-    """Why no manager of this user's units answers here; '' where one does."""
+    """Return why no manager of this user's units answers here, or "" if one does."""
     if kind == "systemd":
         return why_not(["systemctl", "--user", "show-environment"])
     return why_not(["launchctl", "print", f"gui/{os.getuid()}"])
 
 
 def by_hand(kind: str, place: Installation, queues: list[str]) -> str:
-    """What works where no manager does."""
+    """Return a message that says what works without a manager."""
     return (
         f"the units are written, and nothing can load them here: {why_no_manager(kind)}."
         f" In a login session: {place.typed()} service --enable."
@@ -482,7 +481,7 @@ def is_loaded(kind: str, place: Installation) -> bool:
 
 
 def unload(units: list[str]) -> None:
-    """Stop what the recorded units do. Where nothing can be loaded, failures do not count."""
+    """Stop the recorded units, if a manager runs them."""
     names = [Path(unit).name for unit in units]
     watching = [name for name in names if name.endswith((".path", ".timer"))]
     if watching:
@@ -493,13 +492,13 @@ def unload(units: list[str]) -> None:
 
 
 def reload(units: list[str]) -> None:
-    """Tell systemd that units have gone."""
+    """Have systemd forget the removed units."""
     if any(unit.endswith(".service") for unit in units):
         why_not(["systemctl", "--user", "daemon-reload"])
 
 
 def why_not(command: list[str]) -> str:
-    """Run a command; why it failed, in one line, else ''."""
+    """Run a command; return why it failed, in one line, or ""."""
     try:
         ran = subprocess.run(
             command,

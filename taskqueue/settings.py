@@ -1,8 +1,6 @@
-"""Claude Code's settings.json: which hooks are in it, which of them are ours, and how ours are
-added and taken out.
+"""The hooks in Claude Code's settings.json: find ours, add them, take them out.
 
-install.py and `tq doctor` use this. Claude Code writes the file as JSON with two spaces; so does this,
-with a backup beside it.
+Claude Code writes the file as JSON with two spaces, and so does this, with a backup beside it.
 """
 
 from __future__ import annotations
@@ -22,13 +20,16 @@ from pathlib import Path
 from taskqueue.installation import Installation, Trouble, digest, digest_there, only_one, write_file
 
 HOOK_TIMEOUT_SECONDS = 10
-# A resumed session drops what equals an earlier context: its first prompt tells it.
+# Not "resume": Claude Code drops a context there that equals an earlier one.
 SESSION_STARTS = "startup|clear|compact"
 
 
 @dataclass(frozen=True)
 class Offer:
-    """A hook that install.py offers: what it is called, what it does, when it fires, what it runs."""
+    """A hook that install.py offers.
+
+    `what` is the question's first sentence, `arguments` go to the hook script.
+    """
 
     name: str
     what: str
@@ -36,7 +37,7 @@ class Offer:
     arguments: str
 
     def is_like(self, words: list[str]) -> bool:
-        """Whether a hook of ours does what this one does."""
+        """Return whether a hook of ours has the same purpose."""
         reports = any(word == "--report" or word.endswith("/report.py") for word in words)
         return reports == (self.arguments == "--report")
 
@@ -58,10 +59,9 @@ REPORT = Offer(
 
 
 def hooks_in(settings: object) -> Iterator[tuple[str, list, dict, list[str]]]:
-    """(event, the group's list of hooks, hook, its words) of every command hook in parsed settings.
+    """Yield (event, the group's list of hooks, hook, its words) of every command hook.
 
-    The words are those of `command` as a shell reads them, then `args` where the hook is in exec
-    form. What is not of the shape that Claude Code reads is passed over.
+    Groups and hooks of another shape than Claude Code reads are skipped.
     """
     hooks = settings.get("hooks") if isinstance(settings, dict) else None
     for event, groups in hooks.items() if isinstance(hooks, dict) else ():
@@ -75,7 +75,7 @@ def hooks_in(settings: object) -> Iterator[tuple[str, list, dict, list[str]]]:
 
 
 def words_of(hook: dict) -> list[str]:
-    """The words of a hook's command; in exec form those are the program and its `args`."""
+    """Return the words of a hook's command; in exec form, the program and its `args`."""
     arguments = hook.get("args")
     if isinstance(arguments, list):
         return [hook["command"], *(word for word in arguments if isinstance(word, str))]
@@ -86,9 +86,9 @@ def words_of(hook: dict) -> list[str]:
 
 
 def calls(words: list[str], prefix: Path) -> bool:
-    """Whether a hook runs runtime/hook, enqueue.py or report.py of the installation in prefix.
+    """Return whether a hook runs a program of the installation in prefix.
 
-    Symbolic links count as what they point to.
+    Symbolic links count as their targets.
     """
     ours = {
         os.path.realpath(prefix / name)
@@ -105,11 +105,9 @@ def calls(words: list[str], prefix: Path) -> bool:
 def our_hooks(
     settings: object, prefix: Path | None = None
 ) -> Iterator[tuple[str, list, dict, list[str]]]:
-    """Those of hooks_in() that run the installation in prefix; without a prefix, those of any queue
-    of this kind.
+    """Yield the hooks that run the installation in prefix, as hooks_in() does.
 
-    A hook that is written in bash, with the sqlite3 command, belongs to nobody's prefix, but to a
-    queue.
+    Without a prefix, yield the hooks of any queue of this kind, those in bash with sqlite3 included.
     """
     for found in hooks_in(settings):
         words = found[3]
@@ -125,16 +123,16 @@ def our_hooks(
 
 
 def hook_command(place: Installation, offer: Offer) -> str:
-    """The command of a hook.
+    """Return the command of a hook.
 
-    It ends well even when everything has been removed, and never with 2, as sh alone would.
+    It exits 0 after everything was removed, and never 2, as sh alone would.
     """
     hook = shlex.quote(str(place.hook))
     return f"test ! -r {hook} || /bin/sh {hook} {offer.arguments} || exit 1"
 
 
 def hook_group(place: Installation, offer: Offer, event: str) -> dict:
-    """A group of "hooks" that fires for the event."""
+    """Return a group of "hooks" that fires for the event."""
     command = hook_command(place, offer)
     matcher = {"matcher": SESSION_STARTS} if event == "SessionStart" else {}
     hook = {"type": "command", "command": command, "timeout": HOOK_TIMEOUT_SECONDS}
@@ -142,14 +140,14 @@ def hook_group(place: Installation, offer: Offer, event: str) -> dict:
 
 
 def hook_groups(place: Installation, offer: Offer) -> dict:
-    """What has to be in "hooks" for the offered hook."""
+    """Return the part of "hooks" that has the offered hook."""
     return {event: [hook_group(place, offer, event)] for event in offer.events}
 
 
 def recorded(place: Installation) -> dict[str, dict]:
-    """What was added where: {settings.json: {"commands": [...], "made": whether the file was made}}.
+    """Return {settings.json: {"commands": [...], "made": whether install made the file}}.
 
-    CLAUDE_CONFIG_DIR may have been another one at each install. An older version recorded one file.
+    Each install may have had another CLAUDE_CONFIG_DIR. An older version recorded one file.
     """
     found = dict(place.record.get("hooks", {}))
     old = place.record.get("hook")
@@ -160,12 +158,12 @@ def recorded(place: Installation) -> dict[str, dict]:
 
 
 def recorded_commands(place: Installation, path: Path) -> list[str]:
-    """The commands of the hooks that were added to a settings.json."""
+    """Return the commands of the hooks that install added to a settings.json."""
     return recorded(place).get(str(path), {}).get("commands", [])
 
 
 def with_hook(text: str | None, place: Installation, offer: Offer) -> tuple[str, str]:
-    """The settings with the hook, and what was done: added, updated, or why nothing needs to be."""
+    """Return the settings with the hook, and "added", "updated" or why neither is needed."""
     settings = json.loads(text or "{}")
     done = [with_hook_of(settings, place, offer, event) for event in offer.events]
     action = next((action for action in ("added", "updated") if action in done), "")
@@ -173,7 +171,7 @@ def with_hook(text: str | None, place: Installation, offer: Offer) -> tuple[str,
 
 
 def with_hook_of(settings: dict, place: Installation, offer: Offer, event: str) -> str:
-    """Put the hook into the settings for one event: what was done."""
+    """Put the hook into the settings for one event; return what was done."""
     command = hook_command(place, offer)
     ours = recorded_commands(place, place.settings)
     for found, _, hook, words in hooks_in(settings):
@@ -193,9 +191,9 @@ def with_hook_of(settings: dict, place: Installation, offer: Offer, event: str) 
 
 
 def without_hooks(text: str, place: Installation, path: Path) -> str | None:
-    """The settings without our hooks, and without what was made for them; a changed one is left.
+    """Return the settings without our hooks and the groups made for them; changed hooks stay.
 
-    None where install made the file, and nothing else is in it.
+    Return None if install made the file, and nothing else is in it.
     """
     settings, ours = json.loads(text), recorded_commands(place, path)
     found = [
@@ -206,7 +204,7 @@ def without_hooks(text: str, place: Installation, path: Path) -> str | None:
     for event, listed, hook in found:
         listed.remove(hook)
         groups = settings["hooks"][event]
-        # Only the group that was made for it goes.
+        # A group that the person made stays, even empty.
         groups[:] = [
             group
             for group in groups
@@ -223,12 +221,12 @@ def without_hooks(text: str, place: Installation, path: Path) -> str | None:
 
 
 def dumped(settings: dict) -> str:
-    """Settings as Claude Code writes them: two spaces, the order kept."""
+    """Return the settings as Claude Code writes them: two spaces, in the same order."""
     try:
         text = json.dumps(settings, indent=2, ensure_ascii=False, allow_nan=False)
     except ValueError as error:
-        raise Trouble(f"settings.json has a number that JSON has not ({error})") from None
-    # UTF-8 has no lone surrogates.
+        raise Trouble(f"settings.json has a number that JSON does not know ({error})") from None
+    # UTF-8 cannot encode lone surrogates.
     return re.sub("[\ud800-\udfff]", lambda found: f"\\u{ord(found[0]):04x}", text) + "\n"
 
 
@@ -236,9 +234,9 @@ def dumped(settings: dict) -> str:
 
 
 def read(path: Path) -> str | None:
-    """The text of settings.json, None when there is none.
+    """Return the text of settings.json, or None if it does not exist.
 
-    Raises Trouble for what had better be left alone.
+    Raises Trouble for a file that we must not change.
     """
     try:
         found = path.lstat()
@@ -283,10 +281,10 @@ def edit(
     change: Callable[[str | None], str | None],
     commands: Sequence[str] = (),
 ) -> None:
-    """Write change(text) over settings.json, a copy kept beside it; anew when somebody else writes
-    meanwhile.
+    """Replace the text of settings.json by change(text), and keep a backup beside it.
 
-    `commands` are those of hooks that the change adds: the record says where they are.
+    Start again if another program writes meanwhile. The record gets `commands`, those of the hooks
+    that the change adds.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with nullcontext() if path.parent.samefile(place.prefix) else only_one(path.parent):
@@ -297,7 +295,8 @@ def edit(
                 return
             owner = None if text is None else path.stat()
             mode = stat.S_IMODE(owner.st_mode) if owner else 0o600
-            if text is not None:
+            # A file that goes had nothing but our hooks.
+            if text is not None and new is not None:
                 keep_backup(path, text, mode, owner)
             if commands:
                 remember(place, path, commands, made=text is None)
@@ -310,7 +309,7 @@ def edit(
 
 
 def remember(place: Installation, path: Path, commands: Sequence[str], made: bool) -> None:
-    """Record that these hooks are in this settings.json."""
+    """Record that this settings.json has these hooks."""
     there = recorded(place)
     before = there.get(str(path), {"commands": [], "made": made})
     there[str(path)] = {**before, "commands": list(dict.fromkeys([*before["commands"], *commands]))}
@@ -319,18 +318,19 @@ def remember(place: Installation, path: Path, commands: Sequence[str], made: boo
     place.save()
 
 
-def keep_backup(path: Path, text: str, mode: int, owner: os.stat_result | None) -> Path:
-    """A copy beside the file, under a name that no other copy has."""
+def keep_backup(path: Path, text: str, mode: int, owner: os.stat_result | None) -> None:
+    """Write a copy beside the file, under a new name."""
     stamp = time.strftime("%Y%m%d-%H%M%S")
     for name in chain([stamp], (f"{stamp}-{number}" for number in range(1, 100))):
         backup = path.with_name(f"{path.name}.{name}.backup")
         if digest_there(backup) in (None, digest(text.encode())):
             write_file(backup, text.encode(), mode, owner)
-            return backup
+            return
     raise Trouble(f"{path} has a hundred backups of this second")
 
 
 def difference(old: str | None, new: str | None, path: Path) -> Iterator[str]:
+    """Yield the lines of a unified diff."""
     import difflib
 
     before, after = (old or "").splitlines(True), (new or "").splitlines(True)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, wait_for
+from homes import install
 from plugin import UV_CACHE
 
 # It notes its environment, that of the process which started it, what is loaded into it, and where it runs.
@@ -34,15 +35,7 @@ STOP = b'{"session_id": "s1", "hook_event_name": "Stop"}'
 def home(tmp_path_factory):
     home = tmp_path_factory.mktemp("homes") / "home"
     home.mkdir()
-    env = {"HOME": str(home), "PATH": os.environ["PATH"], "UV_CACHE_DIR": UV_CACHE}
-    ran = subprocess.run(
-        [sys.executable, ROOT / "install.py", "install", "--no-warm", "--hook", "yes"],
-        stdin=subprocess.DEVNULL,
-        env=env,
-        capture_output=True,
-        text=True,
-    )
-    assert ran.returncode == 0, ran.stderr
+    install(home, "--hook", "yes", env={"UV_CACHE_DIR": UV_CACHE})
     file = home / ".claude/automation/lychee/environment"
     file.write_text(f"{file.read_text()}UV_OFFLINE=1\n")
     handler = home / ".claude/automation/lychee/handlers/told"

@@ -3,15 +3,14 @@ with an error.
 """
 
 import json
-import os
 import shutil
 import sqlite3
 import subprocess
-import sys
 import threading
 
 import pytest
 from conftest import ROOT, wait_for
+from homes import install
 
 import queue_helpers
 
@@ -33,22 +32,10 @@ def versions(tmp_path):
     return made
 
 
-def install(source, home):
-    ran = subprocess.run(
-        [sys.executable, source / "install.py", "install", "--no-warm", "--hook", "no"],
-        stdin=subprocess.DEVNULL,
-        env={"HOME": str(home), "PATH": os.environ["PATH"]},
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-    assert ran.returncode == 0, ran.stderr
-
-
 def test_no_firing_is_lost_while_versions_change(tmp_path, versions):
     home = tmp_path / "home"
     home.mkdir()
-    install(versions["older"], home)
+    install(home, source=versions["older"])
     prefix = home / ".claude/automation/lychee"
     over, failed, fired = threading.Event(), [], []
 
@@ -75,7 +62,7 @@ def test_no_firing_is_lost_while_versions_change(tmp_path, versions):
         thread.start()
     try:
         for name in ("newer", "older") * 3:
-            install(versions[name], home)
+            install(home, source=versions[name])
             for file in ("bin/hook.sh", "queue_helpers.py"):
                 installed = (prefix / "runtime/lib" / file).read_bytes()
                 assert installed == (versions[name] / file).read_bytes()

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
+from homes import install, run
 
 STOP = b'{"session_id": "s1", "cwd": "/", "hook_event_name": "Stop"}'
 MODULES = (
@@ -32,15 +33,7 @@ PROGRAMS = ("uv", "python3", "python", "sh", "env", "cat", "date", "mkdir", "mkt
 def home(tmp_path_factory):
     home = tmp_path_factory.mktemp("homes") / "home"
     home.mkdir()
-    ran = subprocess.run(
-        [sys.executable, ROOT / "install.py", "install", "--no-warm", "--hook", "yes"],
-        stdin=subprocess.DEVNULL,
-        env={"HOME": str(home), "PATH": os.environ["PATH"]},
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-    assert ran.returncode == 0, ran.stderr
+    install(home, "--hook", "yes")
     yield home
     for pid in workers(home):
         os.kill(pid, 9)
@@ -157,35 +150,18 @@ def test_the_hook_stores_its_task_and_runs_nothing_of_the_workspace(home, worksp
 @pytest.mark.parametrize(
     "command",
     [
-        ["install.py", "install", "--no-warm"],
-        ["install.py", "uninstall"],
-        ["tasks.py", "service"],
-        ["tasks.py", "service", "--dry-run"],
+        ["install"],
+        ["uninstall"],
+        ["service"],
+        ["service", "--dry-run"],
     ],
 )
 @pytest.mark.parametrize("state", ["/tmp/a\nExecStart=/bin/false", "/tmp/a\r", "relative", "."])
 def test_a_state_that_cannot_stand_in_a_unit_or_is_relative_is_refused(tmp_path, command, state):
     """Nothing is written then, not even where an installation is."""
-    env = {"HOME": str(tmp_path), "PATH": os.environ["PATH"]}
-    run, install = [sys.executable, "-B"], ROOT / "install.py"
-    assert (
-        subprocess.run(
-            [*run, install, "install", "--no-warm", "--hook", "no"],
-            env=env,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-        ).returncode
-        == 0
-    )
+    install(tmp_path)
     before = {path: path.lstat().st_mtime_ns for path in tmp_path.rglob("*")}
-    ran = subprocess.run(
-        [*run, ROOT / command[0], *command[1:]],
-        env=env | {"TASK_QUEUE_STATE": state},
-        cwd=tmp_path,
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-    )
+    ran = run(tmp_path, *command, env={"TASK_QUEUE_STATE": state}, cwd=tmp_path)
     assert (
         ran.returncode == 64 and ran.stderr.count("\n") == 1 and "TASK_QUEUE_STATE" in ran.stderr
     ), ran.stderr
@@ -198,15 +174,7 @@ def test_install_finds_the_same_programs_whatever_the_session_says(tmp_path, nam
     for number, more in enumerate(({}, {name: "/gone"})):
         home = tmp_path / str(number)
         home.mkdir()
-        env = {"HOME": str(home), "PATH": os.environ["PATH"], **more}
-        ran = subprocess.run(
-            [sys.executable, "-E", ROOT / "install.py", "install", "--no-warm", "--hook", "no"],
-            env=env,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-        )
-        assert ran.returncode == 0, ran.stderr
+        install(home, env=more, python=[sys.executable, "-E"])
         records.append(json.loads((home / ".claude/automation/lychee/installed.json").read_text()))
     assert (
         records[0]["uv"] == records[1]["uv"] != "/gone"

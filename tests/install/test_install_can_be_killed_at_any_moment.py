@@ -15,6 +15,8 @@ from pathlib import Path
 
 import pytest
 
+import queue_helpers
+
 MAIN = Path(__file__).resolve().parents[2]
 ROUNDS = 16
 STOP = b'{"session_id": "s", "cwd": "/", "hook_event_name": "Stop"}'
@@ -139,6 +141,7 @@ def test_killed_while_it_upgrades_it_leaves_whole_files_and_a_hook_that_works(tm
             assert len(json.loads(settings.read_text())["hooks"]["Stop"]) == 1
             assert not list(prefix.rglob(".*.new"))
     assert killed > ROUNDS / 3 and seen == {"old", "new"}
+    queue_helpers.take_in_spool(prefix / "state")
     rows = (
         sqlite3.connect(prefix / "state/tasks.db")
         .execute("select count(*) from notifications")

@@ -3,14 +3,13 @@ or prints on stdout.
 """
 
 import json
-import os
 import shutil
 import sqlite3
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from homes import install
 
 import queue_helpers
 
@@ -26,15 +25,7 @@ def master(tmp_path_factory):
     """
     home = tmp_path_factory.mktemp("homes") / 'J\u00fcrgen\'s "own" $HOME `x` \\ 100% caf\u00e9'
     home.mkdir()
-    ran = subprocess.run(
-        [sys.executable, MAIN / "install.py", "install", "--no-warm", "--hook", "yes"],
-        stdin=subprocess.DEVNULL,
-        env={"HOME": str(home), "PATH": os.environ["PATH"]},
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-    assert ran.returncode == 0, ran.stderr
+    install(home, "--hook", "yes")
     settings = home / ".claude/settings.json"
     command = json.loads(settings.read_text())["hooks"]["Stop"][0]["hooks"][0]["command"]
     assert command.count("--start-worker") == 1
@@ -112,12 +103,6 @@ def change_hook(prefix, **values):
     hook.write_text("".join(lines))
 
 
-def test_inside_a_handler_it_stores_nothing(place):
-    home, prefix, command = place
-    assert_quiet(fire(home, command, env={"HOME": str(home), "TASK_DEPTH": "1"}))
-    assert rows(prefix) == [] and spooled(prefix) == []
-
-
 @pytest.mark.parametrize("shell", SHELLS)
 def test_when_everything_was_removed_by_hand_it_ends_well_and_silently(place, shell):
     home, prefix, command = place
@@ -134,65 +119,3 @@ def test_where_nothing_can_be_stored_it_exits_1_and_says_why(place):
     (prefix / "runtime/hook").write_text("if then\n")
     ran = fire(home, command)
     assert (ran.returncode, ran.stdout) == (1, b"")
-
-
-def test_a_refused_queue_name_is_not_2_either(place):
-    home, _, command = place
-    ran = fire(home, command.replace("notifications link_validation", "No-Queue"))
-    assert (ran.returncode, ran.stdout) == (1, b"") and ran.stderr
-
-
-def test_twenty_at_once_store_twenty_tasks(place):
-    home, prefix, command = place
-    started = [
-        subprocess.Popen(
-            ["/bin/sh", "-c", command],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            env={"HOME": str(home)},
-        )
-        for _ in range(20)
-    ]
-    for number, process in enumerate(started):
-        # A workspace has one task at a time.
-        process.stdin.write(STOP.replace(b'"/"', b'"/%d"' % number))
-        process.stdin.close()
-    assert [(process.wait(30), process.stdout.read()) for process in started] == [(0, b"")] * 20
-    assert len(rows(prefix)) == 20
-
-
-@pytest.mark.parametrize(
-    "payload",
-    [b"", b"{", b"\xff\xfe\x00", b"[1]", b"\xef\xbb\xbf" + STOP, b'{"a": "' + b"x" * 2**20 + b'"}'],
-)
-def test_any_payload_ends_well(place, payload):
-    home, prefix, command = place
-    assert_quiet(fire(home, command, payload=payload))
-    assert len(rows(prefix)) == 1
-
-
-def test_a_stdin_that_is_never_closed_does_not_hold_it(place):
-    home, prefix, command = place
-    with subprocess.Popen(
-        ["/bin/sh", "-c", command],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        env={"HOME": str(home)},
-    ) as process:
-        process.stdin.write(STOP)
-        process.stdin.flush()
-        assert process.wait(10) == 0
-        assert process.stdout.read() == b"" and len(rows(prefix)) == 1
-
-
-def test_a_closed_stdin_does_not_hold_it(place):
-    home, prefix, command = place
-    ran = subprocess.run(
-        ["/bin/sh", "-c", f"{command} <&-"],
-        env={"HOME": str(home)},
-        capture_output=True,
-        timeout=10,
-    )
-    assert_quiet(ran)
-    assert len(rows(prefix)) == 1

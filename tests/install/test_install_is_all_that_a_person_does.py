@@ -111,6 +111,8 @@ def test_the_hook_ends_in_a_handler_that_has_run(home):
     assert status == "completed", log
     assert "missing.md" in Path(json.loads(result)["results_file"]).read_text()
     assert workers(home), "it stays for a while, in case there is more"
+    programs = {Path(f"/proc/{pid}/exe").resolve().name for pid in workers(home)}
+    assert programs and "uv" not in programs, "a worker costs no start of uv"
 
 
 def test_upgrading_under_a_running_worker_loses_and_repeats_nothing(home):

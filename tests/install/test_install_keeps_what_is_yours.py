@@ -8,15 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import ROOT
+from homes import PREFIX, files, install, run
 
-MAIN = Path(__file__).resolve().parents[2]
-
-
-@pytest.fixture
-def home(tmp_path):
-    home = tmp_path / "home"
-    home.mkdir()
-    return home
+pytest_plugins = ["homes"]
 
 
 @pytest.fixture
@@ -24,35 +19,14 @@ def source(tmp_path):
     """A checkout that a test may change."""
     source = tmp_path / "checkout"
     shutil.copytree(
-        MAIN, source, ignore=shutil.ignore_patterns(".*", "__pycache__", "tests", "bench", "docs")
+        ROOT, source, ignore=shutil.ignore_patterns(".*", "__pycache__", "tests", "bench", "docs")
     )
     return source
 
 
-def run(source, home, *args, **env):
-    return subprocess.run(
-        [sys.executable, source / "install.py", *args],
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        env={"HOME": str(home), "PATH": os.environ["PATH"], **env},
-        timeout=60,
-    )
-
-
-def install(source, home, *args, **env):
-    ran = run(source, home, "install", "--no-warm", "--hook", "no", *args, **env)
-    assert ran.returncode == 0, ran.stderr
-    return ran.stdout
-
-
-def files(directory):
-    return {str(path.relative_to(directory)) for path in directory.rglob("*") if path.is_file()}
-
-
 def test_it_lays_out_what_the_reference_has(source, home):
-    install(source, home)
-    prefix = home / ".claude/automation/lychee"
+    install(home, source=source)
+    prefix = home / PREFIX
     for name in ("enqueue.py", "worker.py", "cleanup.py", "tasks.py", "queue_helpers.py"):
         assert (prefix / "runtime/lib" / name).read_bytes() == (source / name).read_bytes()
     assert os.access(prefix / "runtime/lib/enqueue.py", os.X_OK) and os.access(
@@ -76,48 +50,48 @@ def test_it_lays_out_what_the_reference_has(source, home):
 def test_a_handler_that_you_changed_stays_yours_and_an_unchanged_one_is_upgraded(source, home):
     (source / "handlers/other").write_text("#!/bin/sh\n")
     (source / "handlers/other").chmod(0o755)
-    install(source, home)
-    handlers = home / ".claude/automation/lychee/handlers"
+    install(home, source=source)
+    handlers = home / PREFIX / "handlers"
     (handlers / "link_validation").write_text("#!/bin/sh\nmine\n")
     (handlers / "own").write_text("#!/bin/sh\nown\n")
     (source / "handlers/other").write_text("#!/bin/sh\nnewer\n")
-    output = install(source, home)
+    output = install(home, source=source)
     assert "keep yours handlers/link_validation" in output and "update     handlers/other" in output
     assert (handlers / "link_validation").read_text() == "#!/bin/sh\nmine\n"
     assert (handlers / "other").read_text() == "#!/bin/sh\nnewer\n"
 
-    ran = run(source, home, "uninstall")
+    ran = run(home, "uninstall", source=source)
     assert ran.returncode == 0 and "keep yours handlers/link_validation" in ran.stdout
     assert files(handlers) == {"link_validation", "own"}
 
 
 def test_a_handler_that_was_there_before_is_not_taken_over(source, home):
-    handlers = home / ".claude/automation/lychee/handlers"
+    handlers = home / PREFIX / "handlers"
     handlers.mkdir(parents=True)
     (handlers / "link_validation").symlink_to("/bin/true")
-    assert "keep yours" in install(source, home)
-    assert run(source, home, "uninstall").returncode == 0
+    assert "keep yours" in install(home, source=source)
+    assert run(home, "uninstall", source=source).returncode == 0
     assert (handlers / "link_validation").readlink() == Path("/bin/true")
 
 
 def test_scripts_are_replaced_and_a_new_version_of_ours_can_be_taken_out(source, home):
-    install(source, home)
-    lib = home / ".claude/automation/lychee/runtime/lib"
+    install(home, source=source)
+    lib = home / PREFIX / "runtime/lib"
     (source / "enqueue.py").write_text((source / "enqueue.py").read_text() + "# newer\n")
     (lib / "worker.py").write_text("# half of it")
-    output = install(source, home)
+    output = install(home, source=source)
     assert (
         "update     runtime/lib/enqueue.py" in output
         and "update     runtime/lib/worker.py" in output
     )
     assert (lib / "worker.py").read_bytes() == (source / "worker.py").read_bytes()
-    assert run(source, home, "uninstall").returncode == 0
+    assert run(home, "uninstall", source=source).returncode == 0
     assert not lib.exists()
 
 
 def test_uninstall_leaves_the_state_as_it_is_and_nothing_else(source, home):
-    install(source, home)
-    prefix = home / ".claude/automation/lychee"
+    install(home, source=source)
+    prefix = home / PREFIX
     lib, state = prefix / "runtime/lib", prefix / "state"
     put = subprocess.run(
         [sys.executable, lib / "enqueue.py", "approvals", "t", "--task-id", "keep-me"],
@@ -129,49 +103,52 @@ def test_uninstall_leaves_the_state_as_it_is_and_nothing_else(source, home):
         # What Python made of our files goes with them.
     )
     before = files(state)
-    ran = run(source, home, "uninstall")
+    ran = run(home, "uninstall", source=source)
     assert ran.returncode == 0, ran.stderr
     assert [path.name for path in prefix.iterdir()] == ["state"] and files(state) == before
     assert sqlite3.connect(state / "tasks.db").execute(
         "select task_id from approvals"
     ).fetchall() == [("keep-me",)]
-    install(source, home)
+    install(home, source=source)
     assert sqlite3.connect(state / "tasks.db").execute(
         "select task_id from approvals"
     ).fetchall() == [("keep-me",)]
 
 
 def test_the_installed_copy_can_uninstall_without_the_checkout(source, home):
-    install(source, home)
-    prefix = home / ".claude/automation/lychee"
+    install(home, source=source)
+    prefix = home / PREFIX
     shutil.rmtree(source)
-    assert run(prefix / "runtime/lib", home, "uninstall").returncode == 0
+    assert run(home, "uninstall", source=prefix / "runtime/lib").returncode == 0
     assert [path.name for path in prefix.iterdir()] == ["state"]
 
 
 def test_an_upgrade_removes_what_the_new_version_has_no_more(source, home):
-    lib = home / ".claude/automation/lychee/runtime/lib"
+    lib = home / PREFIX / "runtime/lib"
     for name in ("queue_extra.py", "extra.py", "changed.py"):
         (source / name).write_text("# /// script\n# ///\n")
-    install(source, home)
+    install(home, source=source)
     assert {"queue_extra.py", "extra.py", "changed.py"} <= files(lib)
     for name in ("queue_extra.py", "extra.py", "changed.py"):
         (source / name).unlink()
     (lib / "changed.py").write_text("mine")
     (lib / "own.py").write_text("# /// script\n# ///\n")
-    output = install(source, home)
+    output = install(home, source=source)
     assert "remove     runtime/lib/extra.py" in output
     assert not {"queue_extra.py", "extra.py"} & files(lib) and {"changed.py", "own.py"} <= files(
         lib
     )
-    assert run(source, home, "uninstall").returncode == 0 and files(lib) == {"changed.py", "own.py"}
+    assert run(home, "uninstall", source=source).returncode == 0 and files(lib) == {
+        "changed.py",
+        "own.py",
+    }
 
 
 def test_what_is_no_script_is_not_installed(source, home):
     (source / "conftest.py").write_text("import os\n")
     (source / "notes.txt").write_text("")
-    install(source, home)
-    installed = files(home / ".claude/automation/lychee/runtime/lib")
+    install(home, source=source)
+    installed = files(home / PREFIX / "runtime/lib")
     assert not {"conftest.py", "notes.txt"} & installed
     assert {str(path.relative_to(source)) for path in source.glob("taskqueue/*.py")} | {
         "queue_helpers.py",
@@ -181,30 +158,29 @@ def test_what_is_no_script_is_not_installed(source, home):
 
 
 def test_installing_again_from_the_installed_copy_takes_over_no_handler_of_yours(source, home):
-    install(source, home)
-    prefix = home / ".claude/automation/lychee"
+    install(home, source=source)
+    prefix = home / PREFIX
     (prefix / "handlers/own").write_text("#!/bin/sh\n")
     (prefix / "handlers/own").chmod(0o755)
     shutil.rmtree(source)
-    install(prefix / "runtime/lib", home)
+    install(home, source=prefix / "runtime/lib")
     assert (prefix / "handlers/own").stat().st_mode & 0o777 == 0o755 and (
         prefix / "runtime/hook"
     ).is_file()
-    assert run(prefix / "runtime/lib", home, "uninstall").returncode == 0
+    assert run(home, "uninstall", source=prefix / "runtime/lib").returncode == 0
     assert files(prefix / "handlers") == {"own"}
 
 
 def test_one_answers_whether_it_is_installed_and_where(source, home, monkeypatch):
     monkeypatch.setenv("HOME", str(home))
-    monkeypatch.syspath_prepend(MAIN)
     from taskqueue.installation import installed
 
     assert installed() is None and installed(source / "tasks.py") is None
-    install(source, home)
+    install(home, source=source)
     place = installed()
     assert (
         place is not None
-        and place.prefix == home / ".claude/automation/lychee"
+        and place.prefix == home / PREFIX
         and place.state == place.prefix / "state"
     )
     assert installed(source / "tasks.py") is None
@@ -214,11 +190,11 @@ def test_one_answers_whether_it_is_installed_and_where(source, home, monkeypatch
 
 def test_another_prefix_and_state_are_kept_apart(source, home, tmp_path):
     prefix, state = tmp_path / "an other\u00e4 place", tmp_path / "its state"
-    install(source, home, str(prefix), TASK_QUEUE_STATE=str(state))
+    install(home, str(prefix), source=source, env={"TASK_QUEUE_STATE": str(state)})
     assert (prefix / "runtime/lib/enqueue.py").is_file() and (state / "tasks.db").is_file()
     assert not (home / ".claude/automation").exists() and not (prefix / "state").exists()
     # An upgrade need not be told again where the state is.
-    install(source, home, str(prefix))
+    install(home, str(prefix), source=source)
     assert not (prefix / "state").exists()
     hook = subprocess.run(
         ["/bin/sh", prefix / "runtime/hook", "notifications", "t"],
@@ -226,18 +202,16 @@ def test_another_prefix_and_state_are_kept_apart(source, home, tmp_path):
         env={"HOME": str(home)},
     )
     assert hook.returncode == 0
-    assert sqlite3.connect(state / "tasks.db").execute(
-        "select count(*) from notifications"
-    ).fetchone() == (1,)
-    assert run(source, home, "uninstall", str(prefix)).returncode == 0
+    assert len(list((state / "spool/notifications").glob("*.hook"))) == 1
+    assert run(home, "uninstall", str(prefix), source=source).returncode == 0
     assert not prefix.exists() and (state / "tasks.db").is_file()
 
 
 def test_a_state_that_cannot_be_used_is_said_and_the_rest_installed(source, home):
-    state = home / ".claude/automation/lychee/state"
+    state = home / PREFIX / "state"
     state.mkdir(parents=True)
     sqlite3.connect(state / "tasks.db").execute("pragma user_version = 999").connection.close()
-    ran = run(source, home, "install", "--no-warm", "--hook", "no")
+    ran = run(home, "install", source=source)
     assert ran.returncode == 1 and "999" in ran.stderr and ran.stderr.count("\n") == 1
     assert (state.parent / "runtime/lib/enqueue.py").is_file()
 
@@ -246,7 +220,7 @@ def test_a_state_that_cannot_be_used_is_said_and_the_rest_installed(source, home
 def test_a_prefix_that_cannot_be_used_is_one_line_and_1(source, home, command):
     (home / "file").write_text("")
     for prefix in (home / "file", home / "file/below", Path("/proc/nowhere")):
-        ran = run(source, home, command, str(prefix))
+        ran = run(home, command, str(prefix), source=source)
         assert ran.returncode == 1 and ran.stderr.count("\n") == 1 and str(prefix) in ran.stderr, (
             ran.stderr
         )
@@ -254,5 +228,5 @@ def test_a_prefix_that_cannot_be_used_is_one_line_and_1(source, home, command):
 
 
 def test_uninstalling_what_is_not_there_says_so(source, home):
-    ran = run(source, home, "uninstall")
+    ran = run(home, "uninstall", source=source)
     assert ran.returncode == 1 and "nothing is installed" in ran.stderr

@@ -4,14 +4,20 @@ out again.
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
+from conftest import ROOT
+from homes import PREFIX, run, settings_of, terminal
 
-INSTALL = Path(__file__).resolve().parents[2] / "install.py"
+from taskqueue import settings
+from taskqueue.installation import Trouble
+
+pytest_plugins = ["homes"]
+INSTALL = ROOT / "install.py"
 
 OTHERS = {
     "two spaces": '{\n  "model": "opus",\n  "hooks": {\n    "Stop": [\n      {\n        "hooks": [\n          {"type": "command", "command": "say done"}\n'
@@ -26,30 +32,6 @@ OTHERS = {
     "closing brackets in strings": '{\n  "a": "}],{[\\"",\n  "hooks": {\n    "Stop": [\n      {"hooks": [{"type": "command", "command": "echo \\"}\\""}]}\n    ]\n  }\n}\n',
     "a key twice": '{"hooks": {"Stop": 1}, "hooks": {"Stop": [{"hooks": []}]}}',
 }  # fmt: skip
-
-
-@pytest.fixture
-def home(tmp_path):
-    (tmp_path / ".claude").mkdir()
-    return tmp_path
-
-
-def install(home, *args, command="install", **options):
-    more = ["--no-warm"] if command == "install" else []
-    env = {"HOME": str(home), "PATH": os.environ["PATH"]}
-    return subprocess.run(
-        [sys.executable, INSTALL, command, *more, *args],
-        env=env,
-        capture_output=True,
-        text=True,
-        stdin=options.pop("stdin", subprocess.DEVNULL),
-        timeout=60,
-        **options,
-    )
-
-
-def settings_of(home):
-    return home / ".claude/settings.json"
 
 
 def our_hooks(text):
@@ -73,7 +55,7 @@ def snapshot(root):
 def test_the_hook_is_added_and_all_else_stays(home, text):
     """Written as Claude Code writes it, with two spaces and in the order that was there."""
     settings_of(home).write_bytes(text.encode())
-    ran = install(home, "--hook", "yes")
+    ran = run(home, "install", "--hook", "yes")
     assert ran.returncode == 0, ran.stderr
     new = settings_of(home).read_bytes().decode()
     before, after = json.loads(text), json.loads(new)
@@ -86,7 +68,7 @@ def test_the_hook_is_added_and_all_else_stays(home, text):
     assert stop == before.get("hooks", {}).pop("Stop", [])
     assert after == {**before, "hooks": before.get("hooks", {})}
 
-    assert install(home, command="uninstall").returncode == 0
+    assert run(home, "uninstall").returncode == 0
     left = json.loads(settings_of(home).read_text())
     assert {**left, "hooks": 0} == {**json.loads(text), "hooks": 0}
     assert without_empty(left.get("hooks", {})) == without_empty(json.loads(text).get("hooks", {}))
@@ -98,48 +80,33 @@ def without_empty(hooks):
 
 def test_a_lone_surrogate_stays_and_a_number_that_json_has_not_is_refused(home):
     settings_of(home).write_text('{"a": "\\ud800"}')
-    assert install(home, "--hook", "yes").returncode == 0
+    assert run(home, "install", "--hook", "yes").returncode == 0
     assert json.loads(settings_of(home).read_text())["a"] == "\ud800"
     settings_of(home).write_text(text := '{"a": 1e999}')
-    ran = install(home, "--hook", "yes")
+    ran = run(home, "install", "--hook", "yes")
     assert ran.returncode == 1 and "number" in ran.stderr and settings_of(home).read_text() == text
 
 
 def test_uninstall_finds_the_hooks_wherever_install_put_them(home):
     """Installed with one CLAUDE_CONFIG_DIR, then with another; uninstalled with none."""
     other = [home / "work", home / "café"]
-    env = {"HOME": str(home), "PATH": os.environ["PATH"]}
     for directory in other:
-        words = [
-            sys.executable,
-            INSTALL,
-            "install",
-            "--no-warm",
-            "--hook",
-            "yes",
-            "--report",
-            "yes",
-        ]
-        ran = subprocess.run(
-            words,
-            env={**env, "CLAUDE_CONFIG_DIR": str(directory)},
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-        )
+        words = ["install", "--hook", "yes", "--report", "yes"]
+        ran = run(home, *words, env={"CLAUDE_CONFIG_DIR": str(directory)})
         assert ran.returncode == 0 and our_hooks((directory / "settings.json").read_text())
     (other[0] / "settings.json").write_text(
         (other[0] / "settings.json").read_text().replace("{", '{"mine": 1,', 1)
     )
-    assert install(home, command="uninstall").returncode == 0
+    assert run(home, "uninstall").returncode == 0
     assert json.loads((other[0] / "settings.json").read_text()) == {"mine": 1}
     assert not (other[1] / "settings.json").exists()
 
 
 def test_a_second_install_changes_nothing(home):
     settings_of(home).write_text('{"a": 1}')
-    install(home, "--yes")
+    run(home, "install", "--yes")
     before = snapshot(home / ".claude")
-    ran = install(home, "--yes")
+    ran = run(home, "install", "--yes")
     assert ran.returncode == 0 and "the hook is there" in ran.stdout
     after = snapshot(home / ".claude")
     changed = {name for name in after if before.get(name) != after[name]}
@@ -150,17 +117,17 @@ def test_a_second_install_changes_nothing(home):
 
 
 def test_without_a_settings_file_one_is_made_and_taken_away_again(home):
-    assert install(home, "--hook", "yes").returncode == 0
+    assert run(home, "install", "--hook", "yes").returncode == 0
     assert len(our_hooks(settings_of(home).read_text())) == 1
     assert settings_of(home).stat().st_mode & 0o777 == 0o600
-    assert install(home, command="uninstall").returncode == 0
+    assert run(home, "uninstall").returncode == 0
     assert not settings_of(home).exists()
 
 
 def test_the_file_keeps_its_mode(home):
     settings_of(home).write_text("{}")
     settings_of(home).chmod(0o640)
-    install(home, "--hook", "yes")
+    run(home, "install", "--hook", "yes")
     assert settings_of(home).stat().st_mode & 0o777 == 0o640
 
 
@@ -178,28 +145,28 @@ UNFIT = {
 
 
 @pytest.mark.parametrize("content", UNFIT.values(), ids=UNFIT)
-def test_a_settings_file_that_cannot_be_understood_is_left_alone_and_the_rest_installed(
-    home, content
-):
-    content = content if isinstance(content, bytes) else content.encode()
-    settings_of(home).write_bytes(content)
-    ran = install(home, "--hook", "yes")
-    assert ran.returncode == 1
-    assert (
-        str(settings_of(home)) in ran.stderr
-        and "add by hand" in ran.stderr
-        and ran.stderr.count("\n") == 1
-    )
-    assert settings_of(home).read_bytes() == content
-    assert (home / ".claude/automation/lychee/runtime/lib/enqueue.py").is_file()
-    assert (home / ".claude/automation/lychee/state/tasks.db").is_file()
+def test_a_settings_file_that_cannot_be_understood_is_refused(home, content):
+    settings_of(home).write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(Trouble, match=re.escape(str(settings_of(home)))) as refused:
+        settings.read(settings_of(home))
+    assert "\n" not in str(refused.value)
+
+
+def test_it_is_left_alone_then_and_the_rest_installed(home):
+    settings_of(home).write_text('{"a": 1,}')
+    ran = run(home, "install", "--hook", "yes")
+    assert (ran.returncode, ran.stderr.count("\n")) == (1, 1)
+    assert str(settings_of(home)) in ran.stderr and "add by hand" in ran.stderr
+    assert settings_of(home).read_text() == '{"a": 1,}'
+    assert (home / PREFIX / "runtime/lib/enqueue.py").is_file()
+    assert (home / PREFIX / "state/tasks.db").is_file()
     assert not list(home.glob(".claude/settings.json.*"))
 
 
 def test_a_symbolic_link_is_left_alone(home):
     (home / "dotfiles.json").write_text("{}")
     settings_of(home).symlink_to(home / "dotfiles.json")
-    ran = install(home, "--hook", "yes")
+    ran = run(home, "install", "--hook", "yes")
     assert (
         ran.returncode == 1
         and "symbolic link" in ran.stderr
@@ -211,7 +178,7 @@ def test_a_symbolic_link_is_left_alone(home):
 def test_a_read_only_file_is_left_alone(home):
     settings_of(home).write_text("{}")
     settings_of(home).chmod(0o444)
-    ran = install(home, "--hook", "yes")
+    ran = run(home, "install", "--hook", "yes")
     assert ran.returncode == 1 and "cannot be written" in ran.stderr
     assert settings_of(home).read_text() == "{}"
 
@@ -220,14 +187,14 @@ def test_a_read_only_file_is_left_alone(home):
 def test_a_dry_run_shows_the_change_and_writes_nothing(home, extra):
     settings_of(home).write_text('{\n  "a": 1\n}\n')
     before = snapshot(home)
-    ran = install(home, "--dry-run", *extra)
+    ran = run(home, "install", "--dry-run", *extra)
     assert ran.returncode == 0, ran.stderr
     assert '-  "a": 1\n+  "a": 1,\n+  "hooks": {\n' in ran.stdout
     assert "add        runtime/lib/enqueue.py" in ran.stdout
     assert snapshot(home) == before
-    install(home, "--hook", "yes")
+    run(home, "install", "--hook", "yes")
     before = snapshot(home)
-    ran = install(home, "--dry-run", command="uninstall")
+    ran = run(home, "uninstall", "--dry-run")
     assert "remove     runtime/lib/enqueue.py" in ran.stdout and "runtime/hook" in ran.stdout
     assert snapshot(home) == before
 
@@ -235,7 +202,7 @@ def test_a_dry_run_shows_the_change_and_writes_nothing(home, extra):
 def test_without_a_terminal_and_without_an_option_no_hook_is_added(home):
     settings_of(home).write_text("{}")
     for stdin in (subprocess.DEVNULL, subprocess.PIPE):
-        ran = install(home, stdin=stdin)
+        ran = run(home, "install", stdin=stdin)
         assert ran.returncode == 0 and "--hook yes" in ran.stdout
         assert settings_of(home).read_text() == "{}"
 
@@ -255,43 +222,40 @@ LINK_CHECK, REPORT = {"Stop"}, {"UserPromptSubmit", "SessionStart"}
     ],
 )
 def test_on_a_terminal_it_offers_both_and_enter_means_yes(home, typed, added):
-    master, slave = os.openpty()
-    os.write(master, typed.encode())
-    ran = install(home, "--no-command", stdin=slave)
-    os.close(slave)
-    os.close(master)
+    with terminal(typed) as stdin:
+        ran = run(home, "install", "--no-command", stdin=stdin)
     assert ran.returncode == 0 and ran.stdout.count("? [Y/n] ") == 2
     assert "checks the links" in ran.stdout and "Claude is told" in ran.stdout
     settings = settings_of(home)
     assert set(json.loads(settings.read_text())["hooks"] if settings.exists() else ()) == added
-    assert install(home, command="uninstall").returncode == 0 and not settings.exists()
+    assert run(home, "uninstall").returncode == 0 and not settings.exists()
 
 
 def test_both_hooks_are_taken_out_however_they_came(home):
     text = '{\n\t"model": "opus",\n\t"hooks": {"SessionStart": [{"hooks": []}]}\n}'
     settings_of(home).write_text(text)
     for args in (["--report", "yes"], ["--hook", "yes", "--report", "yes"], ["--yes"]):
-        assert install(home, *args, "--no-command").returncode == 0
+        assert run(home, "install", *args, "--no-command").returncode == 0
     both = settings_of(home).read_text()
     assert both.count("runtime/hook' notifications") + both.count("runtime/hook notifications") == 1
     assert both.count("runtime/hook --report") == 2
-    assert install(home, "--no-command", "--yes").returncode == 0
+    assert run(home, "install", "--no-command", "--yes").returncode == 0
     assert settings_of(home).read_text() == both
-    assert install(home, command="uninstall").returncode == 0
+    assert run(home, "uninstall").returncode == 0
     assert json.loads(settings_of(home).read_text()) == json.loads(text)
 
 
 def test_a_change_in_between_stays_and_both_hooks_go(home):
-    install(home, "--hook", "yes")
+    run(home, "install", "--hook", "yes")
     settings = json.loads(settings_of(home).read_text())
     settings_of(home).write_text(json.dumps(settings | {"mine": 1}))
-    install(home, "--report", "yes")
-    assert install(home, command="uninstall").returncode == 0
+    run(home, "install", "--report", "yes")
+    assert run(home, "uninstall").returncode == 0
     assert json.loads(settings_of(home).read_text()) == {"mine": 1}
 
 
 def test_a_hook_that_the_user_changed_is_not_doubled_and_not_removed(home):
-    install(home, "--hook", "yes")
+    run(home, "install", "--hook", "yes")
     text = (
         settings_of(home)
         .read_text()
@@ -299,32 +263,32 @@ def test_a_hook_that_the_user_changed_is_not_doubled_and_not_removed(home):
     )
     assert "--once-per session" in text
     settings_of(home).write_text(text)
-    assert install(home, "--hook", "yes").returncode == 0
+    assert run(home, "install", "--hook", "yes").returncode == 0
     assert settings_of(home).read_text() == text
-    ran = install(home, command="uninstall")
+    ran = run(home, "uninstall")
     assert ran.returncode == 0 and "keep yours" in ran.stdout
     assert settings_of(home).read_text() == text
 
 
 def test_uninstall_keeps_hooks_that_were_put_beside_ours(home):
-    install(home, "--hook", "yes")
+    run(home, "install", "--hook", "yes")
     settings = json.loads(settings_of(home).read_text())
     settings["hooks"]["Stop"][0]["hooks"].append({"type": "command", "command": "mine"})
     settings["hooks"]["SessionEnd"] = [{"hooks": [{"type": "command", "command": "mine, too"}]}]
     settings_of(home).write_text(json.dumps(settings, indent=4))
-    assert install(home, command="uninstall").returncode == 0
+    assert run(home, "uninstall").returncode == 0
     del settings["hooks"]["Stop"][0]["hooks"][0]
     assert json.loads(settings_of(home).read_text()) == settings
 
 
 def test_uninstall_with_unreadable_settings_can_be_finished_later(home):
-    install(home, "--hook", "yes")
+    run(home, "install", "--hook", "yes")
     good = settings_of(home).read_text()
     settings_of(home).write_text(good + "}")
-    ran = install(home, command="uninstall")
+    ran = run(home, "uninstall")
     assert ran.returncode == 1 and "Remove by hand" in ran.stderr
     settings_of(home).write_text(good)
-    assert install(home, command="uninstall").returncode == 0
+    assert run(home, "uninstall").returncode == 0
     assert not settings_of(home).exists()
 
 

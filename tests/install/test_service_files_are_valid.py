@@ -14,11 +14,12 @@ import time
 from pathlib import Path
 
 import pytest
+from conftest import ROOT
+from homes import run
 from plugin import UV_CACHE
 
 from taskqueue import serving
 
-MAIN = Path(__file__).resolve().parents[2]
 AWKWARD = 'J\u00fcrgen\'s 100% "own" $HOME \\ caf\u00e9 %h'
 
 
@@ -56,23 +57,11 @@ def analyze():
     return verify
 
 
-def run(home, *args, source=MAIN, **env):
-    script = "tasks.py" if args[0] == "service" else "install.py"
-    return subprocess.run(
-        [sys.executable, source / script, *args],
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        env={"HOME": str(home), "PATH": os.environ["PATH"], **env},
-        timeout=60,
-    )
-
-
 @pytest.fixture
 def home(tmp_path, request):
     home = tmp_path / getattr(request, "param", "home")
     home.mkdir()
-    ran = run(home, "install", "--no-warm", "--hook", "no")
+    ran = run(home, "install")
     assert ran.returncode == 0, ran.stderr
     return home
 
@@ -149,7 +138,13 @@ def test_the_launchd_job_is_a_property_list_of_paths_that_exist(home):
 
 @pytest.mark.parametrize("kind", ["systemd", "launchd"])
 def test_no_secret_of_the_environment_gets_into_the_files(home, kind):
-    ran = run(home, "service", "--kind", kind, ANTHROPIC_API_KEY="sk-secret", MY_TOKEN="sk-secret")
+    ran = run(
+        home,
+        "service",
+        "--kind",
+        kind,
+        env={"ANTHROPIC_API_KEY": "sk-secret", "MY_TOKEN": "sk-secret"},
+    )
     assert ran.returncode == 0, ran.stderr
     written = [path.read_text() for path in home.rglob("lychee-queue*")]
     assert written and not any("sk-secret" in text or "API_KEY" in text for text in written)
@@ -177,9 +172,7 @@ def test_a_unit_that_you_changed_is_not_overwritten_and_uninstall_leaves_it(home
 
 
 def test_two_prefixes_have_units_of_their_own(home, tmp_path):
-    assert (
-        run(home, "install", str(tmp_path / "other"), "--no-warm", "--hook", "no").returncode == 0
-    )
+    assert run(home, "install", str(tmp_path / "other")).returncode == 0
     assert run(home, "service", "--kind", "systemd").returncode == 0
     assert run(home, "service", str(tmp_path / "other"), "--kind", "systemd").returncode == 0
     assert len(units_of(home)) == 6
@@ -217,10 +210,10 @@ def told(home):
 @pytest.mark.parametrize("enable", [[], ["--enable"]])
 def test_without_a_user_bus_it_says_what_works(home, enable):
     """What is printed is typed as it stands: with tq on PATH by that name."""
-    assert run(home, "install", "--no-warm", "--hook", "no", "--command", "tq").returncode == 0
+    assert run(home, "install", "--command", "tq").returncode == 0
     (home / "none").mkdir()
     env = {"PATH": f"{home}/.local/bin:{home}/none"}
-    ran = run(home, "service", "--kind", "systemd", "--queue", "approvals", *enable, **env)
+    ran = run(home, "service", "--kind", "systemd", "--queue", "approvals", *enable, env=env)
     said = ran.stderr if enable else ran.stdout.splitlines()[-1] + "\n"
     assert ran.returncode == (1 if enable else 0) and said.count("\n") == 1, ran.stderr
     assert "systemctl" in said and "tq service --enable" in said
@@ -234,7 +227,7 @@ def test_without_a_user_bus_it_says_what_works(home, enable):
 def test_what_it_prints_loads_the_same_queues(home, manager):
     """README's night run lost its queue by it."""
     words = ("--kind", "systemd", "--queue", "notifications", "--queue", "approvals")
-    ran = run(home, "service", *words, **manager)
+    ran = run(home, "service", *words, env=manager)
     assert ran.returncode == 0, ran.stderr
     command = ran.stdout.splitlines()[-1].removeprefix("to load the units: ")
     assert command.endswith("tq service --enable")
@@ -248,7 +241,7 @@ def test_what_it_prints_loads_the_same_queues(home, manager):
 
 def test_queues_accumulate_and_one_is_taken_away_by_a_command_that_says_so(home, manager):
     def serves(*words):
-        ran = run(home, "service", "--kind", "systemd", *words, **manager)
+        ran = run(home, "service", "--kind", "systemd", *words, env=manager)
         (line,) = [line for line in ran.stdout.splitlines() if line.startswith("serves")]
         return line.split(None, 1)[1]
 
@@ -256,37 +249,37 @@ def test_queues_accumulate_and_one_is_taken_away_by_a_command_that_says_so(home,
     assert serves("--queue", "approvals", "--queue", "approvals") == "notifications, approvals"
     assert serves("--queue", "jobs", "--remove", "notifications") == "approvals, jobs"
     assert serves() == "approvals, jobs"
-    ran = run(home, "service", "--remove", "nope", **manager)
+    ran = run(home, "service", "--remove", "nope", env=manager)
     assert ran.returncode == 1 and "approvals, jobs" in ran.stderr
-    ran = run(home, "service", "--remove", "jobs", "--remove", "approvals", **manager)
+    ran = run(home, "service", "--remove", "jobs", "--remove", "approvals", env=manager)
     assert ran.returncode == 0 and "no queue is left" in ran.stdout and units_of(home) == []
     assert any(line.startswith("--user disable --now lychee-queue.path") for line in told(home))
 
 
 def test_units_that_are_loaded_are_loaded_again_with_a_new_queue(home, manager):
-    run(home, "service", "--kind", "systemd", **manager)
+    run(home, "service", "--kind", "systemd", env=manager)
     (home / "active").touch()
-    ran = run(home, "service", "--kind", "systemd", "--queue", "jobs", **manager)
+    ran = run(home, "service", "--kind", "systemd", "--queue", "jobs", env=manager)
     assert ran.returncode == 0 and "loaded" in ran.stdout
     assert told(home)[-1] == "--user restart lychee-queue.path lychee-queue.timer"
 
 
 def test_enabling_loads_the_path_and_the_timer_but_starts_no_worker(home, manager):
-    assert run(home, "service", "--enable", "--kind", "systemd", **manager).returncode == 0
+    assert run(home, "service", "--enable", "--kind", "systemd", env=manager).returncode == 0
     lines = told(home)
     assert (
         "--user daemon-reload" in lines
         and "--user enable lychee-queue.path lychee-queue.timer" in lines
     )
     assert not any("lychee-queue.service" in line for line in lines)
-    assert run(home, "uninstall", **manager).returncode == 0
+    assert run(home, "uninstall", env=manager).returncode == 0
     assert told(home)[len(lines)].startswith("--user disable --now lychee-queue.path")
 
 
 @pytest.mark.parametrize("kind", ["systemd", "launchd"])
 def test_install_rewrites_units_that_call_a_script_that_is_gone(home, manager, kind):
     """Older ones run `service.py work PREFIX QUEUE …`, or `install.py work`."""
-    run(home, "service", "--kind", kind, "--queue", "approvals", "--queue", "jobs", **manager)
+    run(home, "service", "--kind", kind, "--queue", "approvals", "--queue", "jobs", env=manager)
     record = home / ".claude/automation/lychee/installed.json"
     found = json.loads(record.read_text())
     old = home / ".claude/automation/lychee"
@@ -299,7 +292,7 @@ def test_install_rewrites_units_that_call_a_script_that_is_gone(home, manager, k
         unit.write_bytes(plistlib.dumps({"Label": "x", "ProgramArguments": words}))
     found["files"][str(unit)] = [hashlib.sha256(unit.read_bytes()).hexdigest()]
     record.write_text(json.dumps(found))
-    ran = run(home, "install", "--no-warm", "--hook", "no", **manager)
+    ran = run(home, "install", env=manager)
     assert ran.returncode == 0 and str(unit) in ran.stdout, ran.stderr
     assert "service.py" not in unit.read_text() and "worker.py" in unit.read_text()
     assert serving.queues_of_unit(unit) == ["approvals", "jobs"]
@@ -310,7 +303,7 @@ def test_install_rewrites_units_that_call_a_script_that_is_gone(home, manager, k
 )
 def test_wrong_use_is_64_in_one_line(home, args):
     ran = subprocess.run(
-        [sys.executable, MAIN / "tasks.py", "service", *args],
+        [sys.executable, ROOT / "tasks.py", "service", *args],
         env={"HOME": str(home)},
         capture_output=True,
         text=True,
