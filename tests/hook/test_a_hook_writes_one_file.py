@@ -286,6 +286,26 @@ def test_what_it_makes_is_its_owners_alone(installation, hook):
         assert directory.stat().st_mode & 0o777 == 0o700
 
 
+def test_the_file_is_synced_before_it_has_its_name_and_the_directory_after(
+    installation, hook, tmp_path
+):
+    """Programs that note how they are called stand before those of the hook's PATH."""
+    calls = tmp_path / "calls"
+    (tmp_path / "noting").mkdir()
+    for name in ("dd", "mv", "sync"):
+        noting = tmp_path / "noting" / name
+        real = shutil.which(name, path="/usr/bin:/bin")
+        noting.write_text(f'#!/bin/sh\necho {name} "$@" >>{calls}\nexec {real} "$@"\n')
+        noting.chmod(0o755)
+    text, path = hook.path.read_text(), "PATH=/usr/bin:/bin "
+    assert text.count(path) == 1
+    hook.path.write_text(text.replace(path, f"PATH={tmp_path}/noting:/usr/bin:/bin "))
+    assert hook.fire("notifications")[0] == 0 and len(hook.files()) == 1
+    written, named, synced = calls.read_text().splitlines()
+    assert "conv=fsync" in written and named.startswith("mv ")
+    assert synced == f"sync {installation.state}/spool/notifications"
+
+
 @pytest.mark.parametrize(
     ("depth", "args", "stored"),
     [("1", [], 0), ("12", [], 0), ("0", [], 1), ("", [], 1), ("x", [], 1), ("1", ["--nested"], 1)],
