@@ -374,6 +374,19 @@ def test_a_locked_database_while_it_acks_does_not_strand_the_task(installation, 
     lock.close()
 
 
+def test_a_task_says_which_it_is(queue):
+    """And not its payload, which may be a megabyte."""
+    queue.enqueue_task("notifications", "review", {"secret": 1}, "r-1")
+
+    async def main():
+        async for task in queue.consume("notifications", max_attempts=7):
+            return repr(task.task), repr(task), str(task)
+
+    said, delivered, printed = run(main())
+    assert said == "<Task 'r-1' of notifications: review, attempt 1 of 7>"
+    assert delivered == printed == f"<Delivery of {said}>"
+
+
 def test_a_queue_name_is_refused_at_the_first_step(queue):
     async def main():
         async for _ in queue.consume("Not a queue"):
