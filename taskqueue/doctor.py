@@ -410,7 +410,7 @@ def check_spool(place: Place) -> Findings:
         for complaint in complaints:
             message, _, mend = complaint.partition("; ")
             yield problem(message, mend)
-        waited = time.time() - files[0][0] / 1e9 if files else 0.0
+        waited = time.time() - files[0].mtime_ns / 1e9 if files else 0.0
         if waited > SPOOL_SECONDS:
             told = f"{plural(len(files), 'task')}, the oldest for {span(waited)}"
             mend = f"{command('take-in')} takes them in, or says what hinders it"
