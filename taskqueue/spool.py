@@ -58,15 +58,6 @@ def look_through(directory: Path) -> tuple[list[File], list[str]]:
     return found.look_through(), found.complaints
 
 
-def look_through(directory: Path) -> tuple[list[File], list[str]]:
-    """Return the tasks in a spool/QUEUE directory, the oldest first, and complaints about the rest.
-
-    Raises OSError.
-    """
-    found = _Directory(directory, [])
-    return found.look_through(), found.complaints
-
-
 def take_in_spool(state: Path | None = None) -> tuple[int, list[str]]:
     """Move all spooled tasks into the database, the oldest first, each exactly once.
 
