@@ -76,7 +76,7 @@ Findings = Iterator[Finding]
 
 
 class Place(NamedTuple):
-    """Where to look: a state, and the installation that hooks and the service use."""
+    """A state to look at, and the installation whose hooks and units use it."""
 
     state: Path
     installation: Installation | None
@@ -271,7 +271,7 @@ def check_state(place: Place) -> Findings:
         yield problem(f"{state} is not there", mend)
         return
     owner = user(state)
-    if me == 0 != state.stat().st_uid:
+    if me == 0 and state.stat().st_uid != me:
         theirs = f"{owner} could not use what root's workers write there"
         run_as = f"run commands as that user: sudo -u {sh(owner)} ..."
         yield problem(f"{state} belongs to {owner}, and you are root: {theirs}", run_as)
