@@ -16,7 +16,8 @@ from taskqueue.text import visible
 if q.TYPE_CHECKING:
     from typing import NoReturn
 
-EX_FAILED, EX_USAGE, EX_DATAERR, EX_TEMPFAIL = 1, 64, 65, 75
+EX_USAGE = 64
+EXIT_CODES = {q.InvalidTask: 65, q.QueueBusy: 75, q.QueueUnavailable: 1}
 # How long a hook waits for the database, and for its payload.
 HOOK_WAIT_SECONDS, STDIN_SECONDS = 1.0, 0.75
 # How much of a payload a hook reads.
@@ -40,12 +41,8 @@ def main(argv: list[str] | None = None, help_text: str | None = None) -> int:
         if args.start_worker and code == 0:
             start_worker(args.queue)
         return code
-    except q.InvalidTask as error:
-        return fail(EX_DATAERR, error, hook=args.hook)
-    except q.QueueBusy as error:
-        return fail(EX_TEMPFAIL, error, hook=args.hook)
     except q.QueueError as error:
-        return fail(EX_FAILED, error, hook=args.hook)
+        return fail(EXIT_CODES[type(error)], error, hook=args.hook)
 
 
 def command_line() -> list[str]:

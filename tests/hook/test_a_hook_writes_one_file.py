@@ -557,28 +557,6 @@ def test_every_command_of_tq_takes_in_first(installation, one_hook, command):
     )
 
 
-def test_the_report_asks_no_python_while_nothing_has_ended(installation, queue, one_hook):
-    """It has none here: with one, report.py makes the two files one."""
-    payload = json.dumps({"hook_event_name": "UserPromptSubmit", "cwd": str(one_hook.workspace)})
-    text = one_hook.path.read_text()
-    seen = installation.directory / "python"
-    seen.write_text(
-        f"#!/bin/sh\necho >>'{installation.directory}/asked'\nexec {sys.executable} \"$@\""
-    )
-    seen.chmod(0o755)
-    one_hook.path.write_text(text.replace("\npython=\n", f"\npython='{seen}'\n"))
-    asked = installation.directory / "asked"
-    queue.connect()
-    for count in (1, 1, 2, 2):
-        if count == 2 and len(asked.read_text()) == 1:
-            installation.handler("Stop", "#!/bin/sh\necho done\n")
-            assert one_hook.fire("notifications", "Stop", payload=payload.encode())[0] == 0
-            installation.worker("notifications", "--drain", ready=False).wait(20)
-        code, out, err = one_hook.fire("--report", payload=payload.encode())
-        assert (code, err) == (0, ""), err
-        assert len(asked.read_text()) == count
-
-
 def test_alone_the_module_leaves_a_hooks_file_and_says_so_once(installation, one_hook):
     assert one_hook.fire("notifications") == (0, b"", "")
     alone = installation.directory / "alone"
