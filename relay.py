@@ -41,12 +41,12 @@ from pathlib import Path
 import queue_helpers as q
 from taskqueue import cli, database, hub
 from taskqueue.environment import Unfit, private_text
-from taskqueue.handlers import count, say, start_clean
 from taskqueue.hub import Hub
 from taskqueue.inbox import Fetch
 from taskqueue.outbox import Pull, Push
 from taskqueue.relay import machine_id
 from taskqueue.remedies import remedies_as_typed
+from taskqueue.running import say, start_clean
 from taskqueue.service import environment_file
 from taskqueue.text import plural, span
 
@@ -202,7 +202,7 @@ def make_parser() -> argparse.ArgumentParser:
         one.add_argument("queues", metavar="QUEUE", nargs="+")
     for one in (push, pull, fetch):
         one.add_argument("--drain", action="store_true", help="end when there is nothing left to do")
-    fetch.add_argument("--at-most", type=count, default=1, metavar="N",
+    fetch.add_argument("--at-most", type=cli.whole_number, default=1, metavar="N",
         help="tasks of each queue at a time on this machine (default 1); slots and pauses count, too")
     fetch.add_argument("--reply", action="store_true",
         help="send what handlers print home, where it becomes tasks in completions")

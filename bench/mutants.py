@@ -82,7 +82,7 @@ MUTANTS = [Mutant(*each) for each in (
     ("a spooled file is taken in twice", "taskqueue/spool.py", '{"file": found.identity}).rowcount == 1:', '{"file": found.identity}):', "tests/hook/test_the_spool_loses_nothing.py -k crash"),
     # What is told
     ("unseen characters pass", "taskqueue/text.py", "is_seen = character.isprintable() and code not in SHAPELESS", 'is_seen = code >= 0x80 or character.isprintable()', "tests/cli/test_tasks_print_no_control_characters.py"),
-    ("handlers are told the hub's URL", "taskqueue/handlers.py", '(*TOLD, "TASK_QUEUE_HUB")', "TOLD", "tests/hub/test_the_hub_runs_a_task_of_another_machine.py -k goes_there"),
+    ("handlers are told the hub's URL", "worker.py", '(*TOLD, "TASK_QUEUE_HUB")', "TOLD", "tests/hub/test_the_hub_runs_a_task_of_another_machine.py -k goes_there"),
     # The hub
     ("the hub's end without its fence", "taskqueue/hub.py", "and r.runner = %s and r.fetches = %s and r.outcome is null", "and r.runner is not null and %s <> '' and %s > 0 and r.outcome is null", "tests/hub/test_the_hub_runs_a_task_of_another_machine.py -k given_away"),
     ("the hub ignores the machine's pause", "taskqueue/inbox.py", "most = 0 if control.paused else", "most =", "tests/hub/test_the_hub_runs_a_task_of_another_machine.py -k pause"),

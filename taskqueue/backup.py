@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import queue_helpers as q
-from taskqueue import cli, database, recovery, runs
+from taskqueue import cli, database, recovery, running
 from taskqueue.cli import Refused, option, takes
 from taskqueue.remedies import command
 from taskqueue.text import plural, sh
@@ -223,7 +223,7 @@ def refuse_while_running(state: Path, conn: sqlite3.Connection | None) -> None:
     owners = sorted(
         entry.name
         for entry in (state / "workers").glob("*-*")
-        if not entry.name.startswith("serving.") and runs.is_held(entry)
+        if not entry.name.startswith("serving.") and running.is_held(entry)
     )
     if owners:
         pids = " ".join(owner.split("-")[0] for owner in owners)

@@ -23,9 +23,9 @@ import queue_helpers as q
 from taskqueue import environment, installation, outcome, recovery, service, serving, spool
 from taskqueue.cli import put_json
 from taskqueue.database import claims, database_file, is_in_use, open_to_read, queues_of
-from taskqueue.handlers import fault_of
 from taskqueue.installation import Installation, installed
 from taskqueue.remedies import command
+from taskqueue.running import fault_of
 from taskqueue.settings import our_hooks
 from taskqueue.text import pause_in_words, plural, sh, span, visible
 

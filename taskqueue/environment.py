@@ -1,6 +1,6 @@
-"""The environment of workers that hooks and the service start: the file PREFIX/environment.
+"""The environment of workers that hooks and the service start, and of handlers.
 
-Its lines are NAME=value, taken as they stand. The worker reads the file itself, after `env -i`, and
+The lines of PREFIX/environment are NAME=value, taken as they stand. The worker reads the file itself, after `env -i`, and
 adds what follows from the user id. Nothing else reaches such a worker, so no session and no workspace
 chooses its programs or its account.
 """
@@ -11,9 +11,8 @@ import os
 import pwd
 import re
 import shutil
-import subprocess
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from functools import lru_cache
 from pathlib import Path
 
@@ -24,6 +23,19 @@ DECISIVE = re.compile(
     "(ANTHROPIC|AWS)_[A-Z0-9_]+|CLAUDE_CONFIG_DIR|CLAUDE_CODE_(OAUTH_TOKEN|USE_[A-Z0-9_]+)"
     "|(HTTPS?|ALL|NO)_PROXY|(https?|all|no)_proxy|SSL_CERT_(FILE|DIR)|NODE_EXTRA_CA_CERTS"
 )
+
+# Settings of `claude` that its documentation names: sign-in, provider, limits, switches, how it runs
+# commands. All other variables that begin with CLAUDE name a session, and a handler is part of none.
+CLAUDE_SETTINGS = frozenset((
+    "CLAUDE_CONFIG_DIR", "CLAUDE_AUTOCOMPACT_PCT_OVERRIDE", "CLAUDE_STREAM_IDLE_TIMEOUT_MS", "CLAUDE_CODE_OAUTH_TOKEN",
+    "CLAUDE_CODE_API_KEY_HELPER_TTL_MS", "CLAUDE_CODE_EFFORT_LEVEL", "CLAUDE_CODE_EXTRA_BODY", "CLAUDE_CODE_SUBAGENT_MODEL",
+    "CLAUDE_CODE_FILE_READ_MAX_OUTPUT_TOKENS", "CLAUDE_CODE_GIT_BASH_PATH", "CLAUDE_CODE_PROXY_RESOLVES_HOSTS",
+    "CLAUDE_CODE_SHELL", "CLAUDE_CODE_SHELL_PREFIX", "CLAUDE_CODE_TMPDIR",
+))  # fmt: skip
+CLAUDE_SETTING_FAMILIES = (
+    "CLAUDE_BASH_", "CLAUDE_ENABLE_", "CLAUDE_CODE_CLIENT_", "CLAUDE_CODE_DISABLE_", "CLAUDE_CODE_ENABLE_", "CLAUDE_CODE_MAX_",
+    "CLAUDE_CODE_OTEL_", "CLAUDE_CODE_SKIP_", "CLAUDE_CODE_USE_",
+)  # fmt: skip
 
 HEAD = """\
 # The environment of workers that hooks and `tq service` start. A line is NAME=value, taken as it
@@ -161,7 +173,43 @@ def find_uv(environ: Mapping[str, str]) -> str | None:
     return found if found and os.path.isabs(found) else None
 
 
-# ------------------------------------------------------------------------------- a handler's Python
+# ---------------------------------------------------------------------- a handler's environment
+
+
+def handler_environment(
+    environ: Mapping[str, str], without: Collection[str] = ()
+) -> dict[str, str]:
+    """Return the environment that all handlers get.
+
+    It lacks the names in `without`, all that names a session, and uv's own variables of the
+    worker's run. An empty or relative entry of PATH or PYTHONPATH goes, too: it would be looked for
+    in the workspace. uv reads no uv.toml.
+    """
+    env = {
+        name: value
+        for name, value in environ.items()
+        if name not in without and not _names_a_session(name)
+    }
+    env.pop("UV_RUN_RECURSION_DEPTH", None)
+    env["UV_NO_CONFIG"] = "1"
+    ours = os.path.join(env.pop("VIRTUAL_ENV", "/dev/null"), "bin")
+    path = [entry for entry in absolute_entries(env.get("PATH", "")) if entry != ours]
+    env["PATH"] = os.pathsep.join(path) or os.defpath
+    modules = absolute_entries(env.pop("PYTHONPATH", ""))
+    return env | ({"PYTHONPATH": os.pathsep.join(modules)} if modules else {})
+
+
+def _names_a_session(name: str) -> bool:
+    return (
+        name.startswith("CLAUDE")
+        and name not in CLAUDE_SETTINGS
+        and not name.startswith(CLAUDE_SETTING_FAMILIES)
+    )
+
+
+def absolute_entries(path: str) -> list[str]:
+    """Return the absolute entries of a search path."""
+    return [entry for entry in path.split(os.pathsep) if os.path.isabs(entry)]
 
 
 def python_for(program: str, environ: Mapping[str, str]) -> str:
@@ -184,6 +232,8 @@ def _python_for(program: str, changed: int, uv: str | None, home: str) -> str:
     at_least = re.fullmatch(r">=\s*3\.(\d+)", wanted)
     if not wanted or uv is None or at_least and sys.version_info >= (3, int(at_least[1])):
         return own_python()
+    import subprocess
+
     command = [uv, "python", "find", "--no-config", "--system", wanted]
     env = {"HOME": home, "PATH": search_path([], home, uv)}
     found = subprocess.run(

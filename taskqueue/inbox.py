@@ -10,9 +10,9 @@ from typing import Any
 import queue_helpers as q
 from taskqueue import hub, show
 from taskqueue import outcome as outcomes
-from taskqueue.handlers import say
 from taskqueue.hub import HubRefused
 from taskqueue.relay import STAYS, TICK_SECONDS, TIDY_SECONDS, Relay
+from taskqueue.running import say
 from taskqueue.text import plural
 
 # One transaction takes at most so many jobs.

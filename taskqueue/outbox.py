@@ -10,9 +10,9 @@ import queue_helpers as q
 from taskqueue import database, hub
 from taskqueue import outcome as outcomes
 from taskqueue import recovery as owners
-from taskqueue.handlers import say
 from taskqueue.hub import HubRefused
 from taskqueue.relay import STAYS, TICK_SECONDS, TIDY_SECONDS, Relay, address_of
+from taskqueue.running import say
 from taskqueue.text import plural
 
 # One transaction carries at most so many tasks, and so many bytes of them.

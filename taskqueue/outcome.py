@@ -150,8 +150,12 @@ def settle(
     seconds until the next attempt (default: its back-off). Raises QueueBusy, QueueUnavailable.
     """
     told = {"exit_code": exit_code, **output_of(conn.state, task)}
-    verdict = judge(exit_code, told, why=why, delay=delay)
-    error = verdict.error
+    return record(conn, task, judge(exit_code, told, why=why, delay=delay), told)
+
+
+def record(conn: q.Connection, task: q.Task, verdict: Verdict, told: dict | None = None) -> Settled:
+    """Record the end of a run, within a transaction, with what its handler `told`, if it ran."""
+    told, error = told or {}, verdict.error
     if verdict.do == "complete":
         return _completed(conn, task, told)
     if verdict.do == "cancel":

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import queue_helpers as q
 from taskqueue import outcome as outcomes
-from taskqueue import runs
+from taskqueue import running
 
 OWNERS = """
 select distinct owner from "{queue}" where status = 2"""
@@ -157,7 +157,7 @@ def _claims(conn: q.Connection) -> tuple[dict[str | None, list[str]], q.QueueErr
 def dead(state: Path, owner: str | None):
     """Whether an owner is dead; its lock is held meanwhile, so that nobody else recovers its tasks."""
     try:
-        fd = q.lock_file(state / "workers" / runs.file_name(owner), probe=True)
+        fd = q.lock_file(state / "workers" / running.file_name(owner), probe=True)
     # Nobody can hold the lock of a file that is not there.
     except FileNotFoundError:
         yield True
@@ -203,7 +203,7 @@ def _recover_queue(
                 done += [found] if found else []
         recovered += done
         for task, *_ in done:
-            runs.tidy_run(conn.state, task)
+            running.tidy_run(conn.state, task)
         if len(rows) < RECOVER_AT_ONCE:
             return left
         after = rows[-1][0]
@@ -215,7 +215,7 @@ def _recover_task(
     """(task, outcome, error) of a dead owner's task, None while its handler runs."""
     run, goes_on = look_at_run(conn.state, task, cancelled)
     if goes_on:
-        end_orphan(runs.run_file(conn.state, task), run, cancelled)
+        end_orphan(running.run_file(conn.state, task), run, cancelled)
         return None
     if cancelled and "code" not in run:
         run.setdefault("why", outcomes.CANCELLED)
@@ -230,8 +230,8 @@ def look_at_run(state: Path, task: q.Task, cancelled: bool = False) -> tuple[dic
     saw: that cannot be ended by us, but a person may give it up, by cancelling the task.
     """
     # In this order: whoever lets go of the output's lock has written down the end before.
-    held = runs.is_held(f"{state}/logs/{task.run_name}.out")
-    run = runs.read_run(runs.run_file(state, task))
+    held = running.is_held(f"{state}/logs/{task.run_name}.out")
+    run = running.read_run(running.run_file(state, task))
     if "code" in run:
         return run, False
     leader = _leader(run)
@@ -280,7 +280,7 @@ def end_orphan(path: str, run: dict, cancelled: bool) -> None:
     ):
         why = run["overdue"]
     if why is not None and leader is not None:
-        runs.add_to_run(path, why=why, kill_at=now + run["kill_after"])
+        running.add_to_run(path, why=why, kill_at=now + run["kill_after"])
         _send(os.killpg, run["group"], signal.SIGTERM)
 
 
@@ -299,7 +299,7 @@ def _supervisor(run: dict) -> str | None:
 
 
 def _state_of(pid: int | None, started: str | None) -> str | None:
-    found = runs.process(pid) if pid else None
+    found = running.process(pid) if pid else None
     return found[0] if found and found[1] == started else None
 
 
@@ -314,9 +314,9 @@ def _forget_owner(state: os.PathLike | str, owner: str | None) -> None:
     """Remove what a dead owner leaves, once all its tasks are taken back."""
     import shutil
 
-    shutil.rmtree(runs.run_directory(state, owner), ignore_errors=True)
+    shutil.rmtree(running.run_directory(state, owner), ignore_errors=True)
     try:
-        os.unlink(f"{state}/workers/{runs.file_name(owner)}")
+        os.unlink(f"{state}/workers/{running.file_name(owner)}")
     except OSError:
         pass
 

@@ -13,9 +13,9 @@ from functools import partial
 import queue_helpers as q
 from taskqueue import cli, hub
 from taskqueue import recovery as owners
-from taskqueue.handlers import say
 from taskqueue.hub import Hub, Stopped
 from taskqueue.remedies import as_typed, remedies_as_typed
+from taskqueue.running import say
 from taskqueue.supervisor import wakeup_pipe
 
 # Seconds before the hub is tried again, doubling from the first to the last.

@@ -1,7 +1,7 @@
-"""Tell who will run a queue's tasks, and which handlers there are.
+"""Tell who will run a queue's tasks, and which handlers exist.
 
-A live worker holds the serving lock of its queues. Where none does, a unit that is loaded or a hook
-with --start-worker may start one. All commands that show waiting tasks ask here.
+A live worker holds the serving lock of its queues. Without one, a loaded unit or a hook with
+--start-worker may start one. All commands that show waiting tasks ask here.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from pathlib import Path
 
 import queue_helpers as q
 
-# What a worker writes into its serving lock when one command runs all task types.
+# A worker whose one command runs all task types writes this into its serving lock.
 ANY_TYPE = "*"
-# A service manager that does not answer within this time has not loaded anything.
+# A service manager that does not answer within this time counts as one that loaded nothing.
 MANAGER_SECONDS = 2.0
 # The statuses of tasks that need a worker; a held task needs its person first.
 WAITING = ("pending", "scheduled", "blocked")
@@ -31,8 +31,8 @@ WAITS = f"""
 select exists (select 1 from "{{queue}}" where {IS_WAITING})"""
 
 
-# Who runs a queue's tasks: `kind` is worker, consumer, service, hook, or "" for nobody. `handlers` is
-# the directory that they come from; None where the type does not matter.
+# `kind` is worker, consumer, service, hook, or "" for nobody; `handlers` is the directory of the
+# handlers, or None if any task type will do.
 Runner = namedtuple("Runner", "kind handlers")
 
 
@@ -40,9 +40,9 @@ Runner = namedtuple("Runner", "kind handlers")
 
 
 def default_handlers(script: str | Path) -> Path:
-    """Where handlers lie: where install.py puts them, else beside the script.
+    """Return the installation's handlers directory if it has one, else the one beside the script.
 
-    A checkout takes those of the installation, which are a person's own, if there is one.
+    So a checkout runs a person's own handlers.
     """
     from taskqueue import installation
 
@@ -64,6 +64,7 @@ def handlers_in(directory: Path) -> list[str]:
 
 
 def has_handler(directory: Path, task_type: str) -> bool:
+    """Return whether a directory has an executable of a task type's name."""
     if "/" in task_type or task_type.startswith("."):
         return False
     handler = f"{directory}/{task_type}"
@@ -71,7 +72,7 @@ def has_handler(directory: Path, task_type: str) -> bool:
 
 
 def unhandled(task_type: str, directory: Path) -> str:
-    """Say that no handler has this name, and name those there are, the nearest first."""
+    """Say that no handler has this name, and list the others, the most similar first."""
     from difflib import SequenceMatcher
 
     def likeness(name: str) -> float:
@@ -85,23 +86,71 @@ def unhandled(task_type: str, directory: Path) -> str:
 
 
 def lock_file(state: Path, queue: str) -> Path:
-    """The lock file that the workers of a queue share."""
+    """Return the lock file that the workers of a queue share."""
     return state / "workers" / f"serving.{queue}"
 
 
 def is_served(state: Path, queue: str) -> bool:
-    """Whether a worker serves the queue now."""
-    from taskqueue import runs
+    """Return whether a worker serves the queue now."""
+    from taskqueue.running import is_held
 
-    return runs.is_held(lock_file(state, queue))
+    return is_held(lock_file(state, queue))
+
+
+class ServingLocks:
+    """The locks by which a worker says which queues it serves, and with which handlers."""
+
+    def __init__(self, state: Path, handlers: str, single: bool) -> None:
+        """`handlers` is a directory or ANY_TYPE; a `single` worker leaves queues to others."""
+        self.state, self.handlers, self.single = state, handlers, single
+        self.held: dict[str, int] = {}
+
+    def take(self, queues: Iterable[str], *, full: bool) -> bool:
+        """Take the locks that are not held. Return False if a single worker gets none of them.
+
+        A `full` single worker takes none: the queue's tasks would wait for a place, while a hook
+        that finds no worker starts one.
+        """
+        q.make_private(self.state / "workers")
+        for queue in queues:
+            path = lock_file(self.state, queue)
+            if queue in self.held and not _is_file(self.held[queue], path):
+                os.close(self.held.pop(queue))
+            elif queue in self.held or self.single and full:
+                continue
+            # Commands probe the lock for a moment: the first lock of a single worker outlasts that.
+            patience = q.PROBE_SECONDS if self.single and not self.held else 0
+            fd = q.lock_file(path, shared=not self.single, patience=patience)
+            if fd is not None:
+                self.held[queue] = fd
+                os.ftruncate(fd, 0)
+                os.pwrite(fd, os.fsencode(self.handlers), 0)
+        return bool(self.held) or not self.single
+
+    def serves(self, queue: str) -> bool:
+        return not self.single or queue in self.held
+
+    def release(self) -> None:
+        for fd in self.held.values():
+            os.close(fd)
+        self.held.clear()
+
+
+def _is_file(fd: int, path: Path) -> bool:
+    """Return whether an open file is still the one at a path."""
+    try:
+        return os.path.samestat(os.fstat(fd), os.stat(path))
+    # It was removed, with the state directory perhaps.
+    except OSError:
+        return False
 
 
 def runner_of(conn: sqlite3.Connection, state: Path, queue: str) -> Runner:
-    """Say who runs this queue's tasks. The usual case, a live worker, costs one look at its lock."""
+    """Return who runs a queue's tasks. A live worker, the usual case, costs one look at a lock."""
     if is_served(state, queue):
         told = lock_file(state, queue).read_text("utf-8", "surrogateescape").strip()
         return Runner("worker", None if told == ANY_TYPE or not told else Path(told))
-    # Results wait there for a program of the person's own.
+    # Results wait in this queue for a person's own program.
     if queue == q.TASK_QUEUE_COMPLETION or _is_consumed(conn, state, queue):
         return Runner("consumer", None)
     kind = "hook" if queue in hooks(state) else ""
@@ -110,7 +159,7 @@ def runner_of(conn: sqlite3.Connection, state: Path, queue: str) -> Runner:
 
 
 def _is_consumed(conn: sqlite3.Connection, state: Path, queue: str) -> bool:
-    """Whether a live process has claimed tasks of the queue: a consumer takes no serving lock."""
+    """Return whether a live process has claimed tasks: a consumer takes no serving lock."""
     owners = conn.execute(q.on_queue(OWNERS, queue)).fetchall()
     if not owners:
         return False
@@ -120,7 +169,7 @@ def _is_consumed(conn: sqlite3.Connection, state: Path, queue: str) -> bool:
 
 
 def _place(state: Path):
-    """The installation whose hooks and units look after this state; None without one."""
+    """Return the installation whose hooks and units start workers for this state, or None."""
     from taskqueue import installation
 
     try:
@@ -132,14 +181,14 @@ def _place(state: Path):
 
 
 def has_loaded_unit(state: Path, queue: str) -> bool:
-    """Whether systemd or launchd starts a worker for the queue."""
+    """Return whether systemd or launchd starts a worker for the queue."""
     place = _place(state)
     units = map(Path, place.record.get("units", ()) if place else ())
     return any(queue in queues_of_unit(unit) and _is_loaded(unit) for unit in units)
 
 
 def queues_of_unit(unit: Path) -> list[str]:
-    """The queues that a unit's command names: after worker.py, or in older ones after `work PREFIX`."""
+    """Return the queues in a unit's command: after worker.py, or in older units after `work PREFIX`."""
     try:
         raw = unit.read_bytes()
     except OSError:
@@ -161,7 +210,7 @@ def queues_of_unit(unit: Path) -> list[str]:
 
 
 def _is_loaded(unit: Path) -> bool:
-    """Ask the service manager whether it starts this unit by itself."""
+    """Return whether the service manager has loaded a unit."""
     import subprocess
 
     if unit.suffix == ".plist":
@@ -178,7 +227,7 @@ def _is_loaded(unit: Path) -> bool:
 
 
 def hooks(state: Path) -> set[str]:
-    """The queues for which a hook of the user's settings, or of the plugin, starts a worker."""
+    """Return the queues for which a hook of the settings or of the plugin starts a worker."""
     import json
 
     from taskqueue import installation
@@ -206,7 +255,7 @@ def hooks(state: Path) -> set[str]:
 
 
 def _started_by(source: dict) -> Iterable[str]:
-    """The queues of those hooks that carry --start-worker."""
+    """Return the queues of the hooks that carry --start-worker."""
     from taskqueue.settings import hooks_in
 
     for _, _, _, words in hooks_in(source):
@@ -217,11 +266,11 @@ def _started_by(source: dict) -> Iterable[str]:
             yield from [word for word in words[programs[-1] + 1 :] if word != "--hook"][:1]
 
 
-# ----------------------------------------------------------------------------- what a person is told
+# --------------------------------------------------------------------------------- what people read
 
 
 def remark(queue: str, kind: str) -> str:
-    """Say that no worker serves a queue, and the command that starts one; "" where one will come."""
+    """Say that no worker serves a queue, and how to start one; "" if one will be started."""
     if kind not in ("", "hook"):
         return ""
     from taskqueue.remedies import command
@@ -233,7 +282,7 @@ def remark(queue: str, kind: str) -> str:
 def remarks(
     conn: sqlite3.Connection, state: Path, waiting: Mapping[str, Collection[str]]
 ) -> list[str]:
-    """Name what keeps waiting tasks, {queue: types}, from being run: a line each."""
+    """Return a line for each reason why waiting tasks, {queue: types}, will not run."""
     lines = []
     for queue, types in waiting.items():
         runner = runner_of(conn, state, queue)
@@ -243,7 +292,7 @@ def remarks(
 
 
 def unhandled_types(types: Collection[str], runner: Runner) -> list[str]:
-    """A line for each task type that no handler serves."""
+    """Return a line for each task type that has no handler."""
     directory = runner.handlers
     if directory is None or not directory.is_dir():
         return []
@@ -253,12 +302,12 @@ def unhandled_types(types: Collection[str], runner: Runner) -> list[str]:
 
 
 def waiting_types(conn: sqlite3.Connection, queue: str) -> dict[str, int]:
-    """How many tasks of each type wait in a queue, but for held ones."""
+    """Return how many tasks of each type wait in a queue; held ones do not count."""
     return dict(conn.execute(q.on_queue(WAITING_TYPES, queue)).fetchall())
 
 
 def untried_types(conn: sqlite3.Connection, queue: str) -> list[str]:
-    """The types of waiting tasks that have had no attempt."""
+    """Return the types of waiting tasks that have had no attempt."""
     return [name for name, _ in conn.execute(q.on_queue(UNTRIED_TYPES, queue))]
 
 

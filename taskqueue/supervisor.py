@@ -1,12 +1,33 @@
-"""The process that starts handlers, ends them when they are overdue, and writes down how each of
-them ended.
+"""Start handlers, end those that are overdue, and write down how each of them ended.
 
-    worker ──fork──> supervisor ──posix_spawn──> handler, in a session and process group of its own
-       └── a socket, lines of JSON ──┘
+    worker ──posix_spawn──> supervisor ──posix_spawn──> handler, in a session of its own
+       └──── a socket, lines of JSON ────┘
 
-A supervisor outlives its worker for as long as a handler runs: so the exit code of an orphan is
-known, and its timeout holds. What it writes down is in runs. It serves whoever has handlers
-to run and files for their output: worker.py is one, and need not be the only one.
+This is a program of its own, so that it holds no more memory than it needs: it imports the standard
+library alone. It outlives its worker while a handler runs. So the exit code of an orphaned handler
+is known, and its timeout holds.
+
+The worker sends one of:
+
+    {"start": {"run", "command", "cwd", "env", "timeout", "overdue", "kill_after", "record"}}
+        with three descriptors: the handler's stdin, its locked stdout, its stderr. "cwd" is a list
+        of directories, of which the first that exists is taken
+    {"end": run, "why", "now"}      TERM, then KILL after `kill_after`; or KILL at once
+
+The supervisor sends one of:
+
+    {"run", "code", "why", "seconds"}     the handler has ended
+    {"run", "error", "do"}                the handler was not started, and what to do with its task:
+        "retry" (the attempt counts), "bury" (it can never be started), "put back" (uncounted)
+
+A run's record is a file of JSON lines. A later line replaces the fields of an earlier one:
+
+    {"supervisor": [pid, started]}     written by the worker before it sends the order
+    {"group", "started", "deadline", "overdue", "kill_after"}     the handler was started
+    {"why", "kill_at"}                 its group was sent TERM, and is sent KILL at `kill_at`
+    {"code", "why"}                    it has ended; `why` only if it was made to
+
+Times are those of time.monotonic(), which all processes of one boot share.
 """
 
 from __future__ import annotations
@@ -19,71 +40,13 @@ import signal
 import socket
 import time
 from collections import deque
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Sequence
+from functools import lru_cache
 
-from taskqueue import runs
-
-# A supervisor that has left so many questions in a row without an answer, one each safety tick, is
-# stuck.
-ANSWERS_OWED = 6
-# One that takes no more orders for so long is stuck, too.
-SEND_SECONDS = 10.0
-# poll() takes no number of milliseconds that is larger than an int of C: that is 24 days.
+# poll() takes milliseconds as a C int: 24 days at most.
 LONGEST_POLL_SECONDS = 86_400.0
-# The signals that a handler begins with at their defaults, whatever the worker was started with.
+# Handlers begin with these at their defaults, whatever the worker was started with.
 RESET_SIGNALS = sorted(signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP})
-
-# What a person sets for `claude`, by its documentation: sign-in and provider, limits, switches, how
-# it runs commands. Whatever else begins with CLAUDE tells a process which session it is a part of,
-# and a handler is part of none.
-CLAUDE_SETTINGS = frozenset((
-    "CLAUDE_CONFIG_DIR", "CLAUDE_AUTOCOMPACT_PCT_OVERRIDE", "CLAUDE_STREAM_IDLE_TIMEOUT_MS", "CLAUDE_CODE_OAUTH_TOKEN",
-    "CLAUDE_CODE_API_KEY_HELPER_TTL_MS", "CLAUDE_CODE_EFFORT_LEVEL", "CLAUDE_CODE_EXTRA_BODY", "CLAUDE_CODE_SUBAGENT_MODEL",
-    "CLAUDE_CODE_FILE_READ_MAX_OUTPUT_TOKENS", "CLAUDE_CODE_GIT_BASH_PATH", "CLAUDE_CODE_PROXY_RESOLVES_HOSTS",
-    "CLAUDE_CODE_SHELL", "CLAUDE_CODE_SHELL_PREFIX", "CLAUDE_CODE_TMPDIR",
-))  # fmt: skip
-CLAUDE_SETTING_FAMILIES = (
-    "CLAUDE_BASH_", "CLAUDE_ENABLE_", "CLAUDE_CODE_CLIENT_", "CLAUDE_CODE_DISABLE_", "CLAUDE_CODE_ENABLE_", "CLAUDE_CODE_MAX_",
-    "CLAUDE_CODE_OTEL_", "CLAUDE_CODE_SKIP_", "CLAUDE_CODE_USE_",
-)  # fmt: skip
-
-
-def handler_environment(
-    environ: Mapping[str, str], without: Collection[str] = ()
-) -> dict[str, str]:
-    """The environment for handlers, without what names a session, uv's run of the worker, or a
-    relative place.
-
-    And without the names given, which each handler is told for itself. uv obeys no uv.toml there.
-
-    An empty or relative entry of PATH or PYTHONPATH would be looked for in the workspace, which is
-    somebody else's.
-    """
-    env = {
-        name: value
-        for name, value in environ.items()
-        if name not in without and not _names_a_session(name)
-    }
-    env.pop("UV_RUN_RECURSION_DEPTH", None)
-    env["UV_NO_CONFIG"] = "1"
-    ours = os.path.join(env.pop("VIRTUAL_ENV", "/dev/null"), "bin")
-    path = [entry for entry in absolute_entries(env.get("PATH", "")) if entry != ours]
-    env["PATH"] = os.pathsep.join(path) or os.defpath
-    modules = absolute_entries(env.pop("PYTHONPATH", ""))
-    return env | ({"PYTHONPATH": os.pathsep.join(modules)} if modules else {})
-
-
-def _names_a_session(name: str) -> bool:
-    return (
-        name.startswith("CLAUDE")
-        and name not in CLAUDE_SETTINGS
-        and not name.startswith(CLAUDE_SETTING_FAMILIES)
-    )
-
-
-def absolute_entries(path: str) -> list[str]:
-    """The absolute entries of a search path."""
-    return [entry for entry in path.split(os.pathsep) if os.path.isabs(entry)]
 
 
 class Run:
@@ -92,23 +55,17 @@ class Run:
     def __init__(self, order: dict, pid: int, out: int) -> None:
         self.name, self.record, self.kill_after = order["run"], order["record"], order["kill_after"]
         self.pid = pid
-        # Its locked stdout stays open here as well, until its exit code is written down.
+        # Open, and so locked, until the exit code is written down.
         self.out = out
         self.started = time.monotonic()
-        timeout = order["timeout"]
-        self.signal_at = self.started + timeout if timeout else None
+        self.signal_at = self.started + order["timeout"] if order["timeout"] else None
         self.next_signal = signal.SIGTERM
-        # Why it was ended, which holds only once it was sent a signal.
+        # Why the handler is ended; it counts once a signal was sent.
         self.why = order["overdue"]
         self.signalled = False
 
-    def note(self, **what) -> None:
-        """Write something down about the run."""
-        if self.record is not None:
-            runs.add_to_run(self.record, **what)
-
     def end(self, why: str, now: bool) -> None:
-        """Have the group ended: TERM first, or KILL now."""
+        """End the group: TERM first, or KILL if `now`."""
         if not self.signalled or now:
             self.why = self.why if self.signalled else why
             self.signal_at = time.monotonic()
@@ -118,7 +75,7 @@ class Run:
         if self.signal_at is not None and time.monotonic() >= self.signal_at:
             self.signal_at = time.monotonic() + self.kill_after
             if not self.signalled:
-                self.note(why=self.why, kill_at=self.signal_at)
+                add_to_run(self.record, why=self.why, kill_at=self.signal_at)
             self.signalled = True
             self.kill(self.next_signal)
             self.next_signal = signal.SIGKILL
@@ -126,18 +83,17 @@ class Run:
     def kill(self, number: int) -> None:
         try:
             os.killpg(self.pid, number)
-        # The group is gone. macOS raises PermissionError for a group of zombies.
+        # The group has ended. macOS raises PermissionError for a group of zombies.
         except (ProcessLookupError, PermissionError):
             pass
 
 
 class Supervisor:
-    """The supervisor's side. See SupervisorProcess for what it is told and what it tells."""
+    """The loop: obey the worker, signal what is overdue, reap what has ended."""
 
-    def __init__(self, worker: socket.socket, env: dict[str, str]) -> None:
+    def __init__(self, worker: socket.socket) -> None:
         self.worker = worker
-        # As bytes, which spares each start their conversion.
-        self.env = {os.fsencode(name): os.fsencode(value) for name, value in env.items()}
+        self.worker.setblocking(False)
         self.alive = True
         self.runs: dict[int, Run] = {}
         # The descriptors of orders that have not been read yet, a list for each.
@@ -147,150 +103,127 @@ class Supervisor:
 
     def run(self) -> None:
         """Serve until the worker is gone and no handler runs."""
-        self.leave_the_worker()
         wakeup, waker = wakeup_pipe()
         signal.set_wakeup_fd(waker, warn_on_full_buffer=False)
-        for number in (signal.SIGCHLD, signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            # Only the first is for us; whoever sends the others to all processes means the worker.
-            signal.signal(number, lambda *_: None)
+        signal.signal(signal.SIGCHLD, lambda *_: None)
         poll = select.poll()
         poll.register(wakeup, select.POLLIN)
         while self.alive or self.runs:
             if self.alive:
                 poll.register(self.worker, select.POLLIN | (select.POLLOUT if self.unsent else 0))
-            now = time.monotonic()
-            due = [run.signal_at - now for run in self.runs.values() if run.signal_at is not None]
-            ready = dict(poll.poll(max(0.0, min([LONGEST_POLL_SECONDS, *due])) * 1000))
+            ready = dict(poll.poll(self.seconds_left() * 1000))
             if wakeup in ready:
                 os.read(wakeup, 65536)
-            if self.alive and self.worker.fileno() in ready:
-                self.alive = self.listen()
-                if not self.alive:
-                    poll.unregister(self.worker)
+            if self.worker.fileno() in ready and not self.listen():
+                self.alive = False
+                poll.unregister(self.worker)
             for run in self.runs.values():
                 run.signal_when_due()
             self.reap()
             self.send()
 
-    def leave_the_worker(self) -> None:
-        """Keep nothing that the worker has open, and no directory in use."""
-        os.setsid()
-        try:
-            with open("/proc/self/comm", "w") as file:
-                file.write("task-supervisor")
-        except OSError:
-            pass
-        null = os.open(os.devnull, os.O_RDWR)
-        for fd in (0, 1, 2):
-            os.dup2(null, fd)
-        os.closerange(3, self.worker.fileno())
-        os.closerange(self.worker.fileno() + 1, os.sysconf("SC_OPEN_MAX"))
-        os.chdir("/")
+    def seconds_left(self) -> float:
+        """Return the seconds until the next signal is due."""
+        now = time.monotonic()
+        due = [run.signal_at - now for run in self.runs.values() if run.signal_at is not None]
+        return max(0.0, min([LONGEST_POLL_SECONDS, *due]))
 
     def listen(self) -> bool:
-        """Do what the worker says; False when it is gone."""
+        """Obey what the worker sent. Return False when the worker is gone."""
         try:
             heard, fds, flags, _ = socket.recv_fds(self.worker, 65536, 3)
+        # The worker has room again; it sent nothing.
         except BlockingIOError:
             return True
-        except OSError:
+        except ConnectionError:
             return False
         for fd in fds:
             os.set_inheritable(fd, False)
-        # Where we had no room for all descriptors of an order, its list is shorter, or empty.
+        # The kernel drops descriptors for which this process has no room: fewer than three, or none.
         if fds or flags & socket.MSG_CTRUNC:
             self.files.append(fds)
         *lines, self.heard = (self.heard + heard).split(b"\n")
         for told in map(json.loads, lines):
             if "start" in told:
                 self.start(told["start"], self.files.popleft())
-            elif "end" in told:
-                for run in self.runs.values():
-                    if run.name == told["end"]:
-                        run.end(told["why"], told["now"])
-            else:
-                self.tell({"answer": True})
+            for run in self.runs.values():
+                if run.name == told.get("end"):
+                    run.end(told["why"], told["now"])
         return bool(heard)
 
     def start(self, order: dict, fds: list[int]) -> None:
-        """Start a handler, or say why that cannot be done and what is to be done instead."""
+        """Start a handler, or tell why it cannot be started."""
         kept = None
         try:
             if len(fds) < 3:
                 raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
             if trouble := enter(order["cwd"]):
-                return self.tell({"run": order["run"], "error": trouble, "do": "fail"})
+                return self.tell(run=order["run"], error=trouble, do="retry")
             told = {os.fsencode(name): os.fsencode(value) for name, value in order["env"].items()}
-            actions = [(os.POSIX_SPAWN_DUP2, fd, number) for number, fd in enumerate(fds)]
             pid = os.posix_spawn(
                 order["command"][0],
                 order["command"],
-                self.env | told,
-                file_actions=actions,
+                os.environb | told,
+                file_actions=[(os.POSIX_SPAWN_DUP2, fd, number) for number, fd in enumerate(fds)],
                 setsid=True,
                 setsigmask=(),
                 setsigdef=RESET_SIGNALS,
             )
             kept = fds[1]
             self.runs[pid] = run = Run(order, pid, kept)
-            started = (runs.process(pid) or ("", ""))[1]
-            run.note(
+            add_to_run(
+                run.record,
                 group=pid,
-                started=started,
+                started=(process(pid) or ("", ""))[1],
                 deadline=run.signal_at,
-                overdue=order["overdue"],
+                overdue=run.why,
                 kill_after=run.kill_after,
             )
-        # ValueError is for a NUL, from a writer that checks nothing.
+        # A NUL in a task's id or type is a ValueError.
         except (OSError, ValueError) as error:
-            refused = isinstance(error, ValueError) or error.errno == errno.E2BIG
-            do = "bury" if refused else "put back"
-            self.tell({"run": order["run"], "error": str(error), "do": do})
+            never = isinstance(error, ValueError) or error.errno == errno.E2BIG
+            self.tell(run=order["run"], error=str(error), do="bury" if never else "put back")
         finally:
-            # A working directory elsewhere would keep that file system from being unmounted.
+            # Staying there would keep that file system from being unmounted.
             os.chdir("/")
             for fd in fds:
                 if fd != kept:
                     os.close(fd)
 
     def reap(self) -> None:
-        """Write down and tell how handlers ended, then let their output's locks go."""
+        """Write down and tell how handlers ended, then release their output's locks."""
         while self.runs:
             pid, status = os.waitpid(-1, os.WNOHANG)
             if not pid:
                 break
-            run, code = self.runs.pop(pid, None), os.waitstatus_to_exitcode(status)
-            if run is None:
-                continue
+            run, code = self.runs.pop(pid), os.waitstatus_to_exitcode(status)
             if run.signalled or code < 0:
-                # Kill what is left of its group. A daemon of a handler that ended well stays.
+                # End the rest of its group. A daemon of a handler that ended well stays.
                 run.kill(signal.SIGKILL)
             code = 128 - code if code < 0 else code
             why = {"why": run.why} if run.signalled else {}
-            run.note(code=code, **why)
+            add_to_run(run.record, code=code, **why)
             seconds = time.monotonic() - run.started
-            self.tell({"run": run.name, "code": code, "why": None, "seconds": seconds} | why)
+            self.tell(run=run.name, code=code, why=why.get("why"), seconds=seconds)
             os.close(run.out)
 
-    def tell(self, message: dict) -> None:
+    def tell(self, **message) -> None:
         self.unsent += json.dumps(message).encode() + b"\n"
 
     def send(self) -> None:
-        """Tell the worker as much as it takes now; the rest waits until it reads."""
+        """Send as much as the worker takes now; a stopped worker must not stop the timeouts."""
         if not self.alive:
             self.unsent.clear()
         if self.unsent:
             try:
-                del self.unsent[: self.worker.send(self.unsent, socket.MSG_DONTWAIT)]
-            except BlockingIOError:
+                del self.unsent[: self.worker.send(self.unsent)]
+            # listen() sees an end of the worker.
+            except (BlockingIOError, ConnectionError):
                 pass
-            # The worker is gone, and listen() will see it.
-            except OSError:
-                self.unsent.clear()
 
 
 def enter(directories: Sequence[str]) -> str | None:
-    """Change to the first of the directories that is one; else what hinders it."""
+    """Change to the first of the directories that exists; return the error if none does."""
     trouble = None
     for directory in directories:
         try:
@@ -302,115 +235,64 @@ def enter(directories: Sequence[str]) -> str | None:
 
 
 def wakeup_pipe() -> tuple[int, int]:
-    """(the end to poll, the end to write to) of a pipe that wakes a loop; neither end blocks."""
+    """Return (the end to poll, the end to write to) of a pipe of which neither end blocks."""
     ends = os.pipe()
     for fd in ends:
         os.set_blocking(fd, False)
     return ends
 
 
-class SupervisorProcess:
-    """The worker's side: a supervisor, started when this is made.
+def add_to_run(path: str, **fields) -> None:
+    """Add a line to a run's record.
 
-    It is told {"start": {"run", "command", "cwd", "env", "timeout", "overdue", "kill_after",
-    "record"}}, and with that come three descriptors: the run's stdin, its locked stdout, and its
-    stderr. "cwd" is a list of directories, of which the first that exists is taken; "overdue" is
-    the `why` of a run that was not done in time; "record" is the file in which to write down how
-    the run goes, or null. Or it is told {"end": run, "why", "now"}, or {"answer": true}.
-
-    It tells {"run", "code", "why", "seconds"} of a handler that has ended. Of one that was not
-    started it tells {"run", "error", "do"}: "fail" when the attempt counts, "bury" when it can
-    never be started, "put back" when it is no fault of the task.
+    A record that was removed, or a full disk, ends no run: while the worker lives, nobody reads it.
     """
-
-    def __init__(self, env: dict[str, str]) -> None:
-        """Fork one. To be done while there is no other thread."""
-        self.socket, theirs = socket.socketpair()
-        self.socket.setblocking(False)
-        theirs.setblocking(False)
-        self.heard = bytearray()
-        self.unanswered = 0
-        self.reaped = False
-        self.pid = os.fork()
-        if self.pid == 0:
-            code = 1
-            try:
-                Supervisor(theirs, env).run()
-                code = 0
-            finally:
-                os._exit(code)
-        theirs.close()
-        # What tells this process from a later one of the same number.
-        self.started = (runs.process(self.pid) or ("", ""))[1]
-
-    def start(self, order: dict, fds: Sequence[int]) -> None:
-        """Have a handler started. Raises OSError when too many descriptors are under way."""
-        self._say({"start": order}, fds)
-
-    def end(self, run: str, why: str, *, now: bool = False) -> None:
-        """Have a run ended: TERM, then KILL; or KILL at once. Saying it again changes nothing."""
-        self._say({"end": run, "why": why, "now": now})
-
-    def ask(self) -> None:
-        """Have it show that it still works. Called each safety tick; one that owes too many answers
-        is killed.
-        """
-        self.unanswered += 1
-        if self.unanswered > ANSWERS_OWED:
-            self.kill()
-        else:
-            self._say({"answer": True})
-
-    def _say(self, what: dict, fds: Sequence[int] = ()) -> None:
-        line = memoryview(json.dumps(what).encode() + b"\n")
-        while line:
-            try:
-                sent = socket.send_fds(self.socket, [line], fds) if fds else self.socket.send(line)
-                line, fds = line[sent:], ()
-            except BlockingIOError:
-                writable = select.poll()
-                writable.register(self.socket, select.POLLOUT)
-                if not writable.poll(SEND_SECONDS * 1000):
-                    return self.kill()
-            # It was killed, and hear() will say so.
-            except ConnectionError:
-                return
-
-    def hear(self) -> list[dict]:
-        """What it has to tell, now. Raises EOFError when it has been killed."""
+    try:
+        fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
         try:
-            heard = self.socket.recv(65536)
-        except BlockingIOError:
-            return []
-        except OSError:
-            heard = b""
-        if not heard:
-            raise EOFError
-        *lines, self.heard = (self.heard + heard).split(b"\n")
-        told = [json.loads(line) for line in lines]
-        self.unanswered = 0
-        return [one for one in told if "run" in one]
+            os.write(fd, json.dumps(fields).encode() + b"\n")
+        finally:
+            os.close(fd)
+    except OSError:
+        pass
 
-    def changed(self, status: int) -> None:
-        """Hear what waitpid says of it. A handler may stop it, which would end all timeouts: it
-        goes on at once.
-        """
-        if os.WIFSTOPPED(status):
-            os.kill(self.pid, signal.SIGCONT)
-        else:
-            self.reaped = True
 
-    def leave(self, wait: bool) -> None:
-        """Have it end once no handler runs, and wait for that if wanted."""
-        self.socket.close()
-        try:
-            if wait and not self.reaped:
-                os.waitpid(self.pid, 0)
-        # A signal handler was faster.
-        except ChildProcessError:
-            pass
+def process(pid: int) -> tuple[str, str] | None:
+    """Return (the letter of its state, when it started) of a process, or None if it is gone.
 
-    def kill(self) -> None:
-        """End a supervisor that does not answer. Once it was reaped, its number may be another's."""
-        if not self.reaped:
-            os.kill(self.pid, signal.SIGKILL)
+    Process ids are used again; an id and a start mean one process.
+    """
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            fields = file.read().rpartition(b")")[2].split()
+        return fields[0].decode(), f"{fields[19].decode()} {_boot()}"
+    except OSError:
+        if os.path.exists("/proc/self/stat"):
+            return None
+    import subprocess
+
+    listed = subprocess.run(
+        ["ps", "-o", "state=,lstart=", "-p", str(pid)],
+        capture_output=True,
+        text=True,
+        env={"PATH": os.defpath, "LC_ALL": "C"},
+    ).stdout.split(maxsplit=1)
+    return (listed[0][0], listed[1].strip()) if len(listed) == 2 else None
+
+
+@lru_cache(1)
+def _boot() -> str:
+    """Return the id of this boot: Linux counts the starts of processes from it."""
+    try:
+        with open("/proc/sys/kernel/random/boot_id") as file:
+            return file.read().strip()
+    # Some containers show processes only.
+    except OSError:
+        return ""
+
+
+def main() -> None:
+    """Serve the worker at the other end of stdin, and keep nothing else that it has open."""
+    os.closerange(3, os.sysconf("SC_OPEN_MAX"))
+    os.chdir("/")
+    Supervisor(socket.socket(fileno=0)).run()

@@ -194,6 +194,10 @@ class Installation:
         """The finished task's row, once there is one."""
         return wait_for(lambda: self.history(task_id), seconds, f"the end of task {task_id}")
 
+    def ends_well(self, *args) -> bool:
+        """Enqueue a task, wait for its end, and return whether it was completed."""
+        return self.finished(self.enqueue(*args))["status"] == "completed"
+
 
 @pytest.fixture
 def installation(tmp_path):

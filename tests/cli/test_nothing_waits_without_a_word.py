@@ -269,7 +269,7 @@ def test_a_worker_says_which_handlers_it_has(house):
                     name,
                 )
         finally:
-            one.leave()
+            one.serving.release()
             one.handlers.leave()
 
 

@@ -14,7 +14,7 @@ import time
 import pytest
 from conftest import ROOT, wait_for
 
-from taskqueue import runs as queue_runs
+from taskqueue import running
 
 
 def tasks(installation, *args, code: int = 0, **options) -> object:
@@ -151,7 +151,7 @@ def test_what_somebody_else_has_retried_meanwhile_is_not_run_again(with_failures
     holder.execute("begin immediate")
     process = with_failures.start("tasks.py", "retry", "--failed", "--queue", "completions")
     # Who waits for the lock has its turn, and knows by now what it is to put back.
-    wait_for(lambda: queue_runs.is_held(with_failures.state / "turn/turn"), what="a writer's turn")
+    wait_for(lambda: running.is_held(with_failures.state / "turn/turn"), what="a writer's turn")
     holder.execute(
         f"update task_history set status = 'completed'{now} where task_id = 'completions-other-1'"
     )
@@ -172,7 +172,7 @@ def test_a_retry_that_has_run_meanwhile_is_not_run_again(installation):
     holder = sqlite3.connect(installation.db, isolation_level=None)
     holder.execute("begin immediate")
     process = installation.start("tasks.py", "retry", "--scheduled")
-    wait_for(lambda: queue_runs.is_held(installation.state / "turn/turn"), what="a writer's turn")
+    wait_for(lambda: running.is_held(installation.state / "turn/turn"), what="a writer's turn")
     holder.execute(
         "insert into task_history (queue, row_id, task_id, task_type, status, data, enqueued_at) "
         "select 'approvals', id, task_id, task_type, 'completed', data, datetime('now') from approvals"

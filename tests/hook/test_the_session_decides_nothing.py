@@ -212,10 +212,10 @@ def test_a_relative_home_is_the_accounts(workspace, tmp_path, home):
     (place / "handlers").mkdir(parents=True)
     (place / "installed.json").write_text('{"files": {}}')
     code = (
-        "import os, sys; sys.path.insert(0, sys.argv[1]); import queue_helpers as q, pwd; from taskqueue import handlers; "
+        "import os, sys; sys.path.insert(0, sys.argv[1]); import queue_helpers as q, pwd; from taskqueue import serving; "
         "there = pwd.getpwuid(os.getuid()).pw_dir; "
         "assert str(q.STATE_DIR).startswith(f'{there}/') and not q.state_complaint, q.STATE_DIR; "
-        "assert os.environ['HOME'] == there and handlers.default_handlers(q.__file__).is_absolute()"
+        "assert os.environ['HOME'] == there and serving.default_handlers(q.__file__).is_absolute()"
     )
     env = {"HOME": home, "PATH": os.environ["PATH"]}
     ran = subprocess.run(

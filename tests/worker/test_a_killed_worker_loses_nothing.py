@@ -13,6 +13,7 @@ pytestmark = pytest.mark.core
 LONG = '#!/bin/sh\necho "$TASK_ATTEMPT $$" >>"$HOME/runs"\nexec sleep 100\n'
 
 
+@pytest.mark.alone
 def test_the_task_of_a_killed_worker_runs_again_at_once(installation):
     installation.handler("long", LONG)
     runs, took = installation.directory / "runs", []
@@ -84,10 +85,7 @@ def test_a_handler_that_kills_its_parent_ends_so_too_and_the_worker_goes_on(inst
         "error"
     ]
     assert lines(installation.directory / "runs") == ["1", "2", "3"]
-    assert (
-        installation.finished(installation.enqueue("notifications", "fine"))["status"]
-        == "completed"
-    )
+    assert installation.ends_well("notifications", "fine")
     assert worker.poll() is None and worker.log.read_text().count("starting afresh") == 3
 
 

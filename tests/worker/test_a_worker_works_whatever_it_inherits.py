@@ -106,10 +106,7 @@ def test_a_log_that_cannot_be_written(installation):
             stderr=full,
         )
     installation.processes.append(worker)
-    assert (
-        installation.finished(installation.enqueue("notifications", "fine"))["status"]
-        == "completed"
-    )
+    assert installation.ends_well("notifications", "fine")
     worker.terminate()
     assert worker.wait(10) == 0
 

@@ -86,10 +86,7 @@ def it_ended_well(installation, task: str, worker) -> None:
     done = installation.finished(task)
     assert (done["status"], done["attempts"], done["result"]) == ("completed", 1, "done\n")
     assert lines(installation.directory / "runs") == ["run"]
-    assert (
-        installation.finished(installation.enqueue("notifications", "quick"))["status"]
-        == "completed"
-    )
+    assert installation.ends_well("notifications", "quick")
     assert worker.poll() is None and "can be used again" in worker.log.read_text()
 
 
@@ -106,8 +103,7 @@ def test_the_state_directory_was_deleted(installation):
     remove(installation.state)
     wait_for(lambda: troubles(worker), what="a word on it")
     assert stays_true(lambda: len(troubles(worker)) == 1, 1)
-    task = installation.enqueue("notifications", "quick")
-    assert installation.finished(task)["status"] == "completed"
+    assert installation.ends_well("notifications", "quick")
     assert "can be used again" in worker.log.read_text() and worker.poll() is None
     assert stat.S_IMODE(installation.state.stat().st_mode) == 0o700
 
@@ -117,10 +113,7 @@ def test_the_state_directory_was_deleted_while_a_handler_ran(installation):
     remove(installation.state)
     (installation.directory / "go").touch()
     wait_for(lambda: troubles(worker), what="a word on it")
-    assert (
-        installation.finished(installation.enqueue("notifications", "quick"))["status"]
-        == "completed"
-    )
+    assert installation.ends_well("notifications", "quick")
     wait_for(lambda: "lost" in worker.log.read_text(), what="a word on the run whose task is gone")
     assert worker.poll() is None and len(troubles(worker)) == 1
 
@@ -132,10 +125,7 @@ def test_a_worker_does_not_make_up_a_state_directory(installation):
     assert stays_true(lambda: not installation.state.exists(), 1)
     (installation.directory / "moved").rename(installation.state)
     installation.handler("quick", QUICK)
-    assert (
-        installation.finished(installation.enqueue("notifications", "quick"))["status"]
-        == "completed"
-    )
+    assert installation.ends_well("notifications", "quick")
     assert worker.poll() is None
 
 
@@ -185,10 +175,7 @@ def test_the_database_was_replaced(installation):
     (installation.directory / "go").touch()
     # The claim was in the copy.
     assert installation.finished(task)["status"] == "completed"
-    assert (
-        installation.finished(installation.enqueue("notifications", "quick"))["status"]
-        == "completed"
-    )
+    assert installation.ends_well("notifications", "quick")
     assert lines(installation.directory / "runs") == ["run"] and worker.poll() is None
 
 
@@ -289,10 +276,7 @@ def test_the_disk_was_full(installation, mount):
     assert "disk is full" in troubles(worker)[0]
     (installation.state / "filler").unlink()
     assert installation.finished(task)["status"] == "completed"
-    assert (
-        installation.finished(installation.enqueue("notifications", "quick"))["status"]
-        == "completed"
-    )
+    assert installation.ends_well("notifications", "quick")
     assert lines(installation.directory / "runs") == ["run"] and worker.poll() is None
 
 
@@ -450,10 +434,7 @@ def test_nobody_reads_what_it_says_any_more(installation):
     assert b"serves" in worker.stderr.readline()
     worker.stderr.close()
     for _ in range(2):
-        assert (
-            installation.finished(installation.enqueue("notifications", "quick"))["status"]
-            == "completed"
-        )
+        assert installation.ends_well("notifications", "quick")
     worker.send_signal(signal.SIGTERM)
     assert worker.wait(5) == 0
 
@@ -466,10 +447,7 @@ def test_the_terminal_was_closed_and_it_had_been_told_not_to_mind(installation):
     )
     worker.send_signal(signal.SIGHUP)
     assert stays_true(lambda: worker.poll() is None, 0.7)
-    assert (
-        installation.finished(installation.enqueue("notifications", "quick"))["status"]
-        == "completed"
-    )
+    assert installation.ends_well("notifications", "quick")
 
 
 def test_a_row_was_claimed_by_somebody_who_leaves_no_name(installation):
@@ -494,26 +472,6 @@ def test_a_row_was_claimed_by_somebody_who_leaves_no_name(installation):
     os.killpg(int(lines(installation.directory / "runs")[1]), signal.SIGKILL)
 
 
-@pytest.mark.parametrize("moment", ["datetime('now')", "9e999", "-9e999"])
-def test_a_row_was_claimed_by_a_shell_with_a_time_that_is_none(installation, moment):
-    """approvals comes first, and a recovery that stops there never comes to notifications."""
-    installation.handler("quick", QUICK)
-    for queue in ("approvals", "approvals", "notifications"):
-        installation.enqueue(queue, "quick")
-    installation.sqlite3(
-        "update approvals set status = 2, claimed_at = 5.5;"
-        "update notifications set status = 2, claimed_at = 5.5, owner = '1-dead';"
-        f"update approvals set claimed_at = {moment} where id = 1"
-    )
-    doctor = installation.run("tasks.py", "doctor")
-    assert "2 claimed at" in doctor.stdout and doctor.stderr == ""
-    queues = ("notifications", "approvals")
-    worker = installation.worker(*queues, "--drain", ready=False)
-    assert worker.wait(20) == 0 and "Traceback" not in worker.log.read_text()
-    done = installation.rows("select status, count(*) from task_history group by status")
-    assert done == [("completed", 3)]
-
-
 def test_the_state_directory_was_replaced_again_and_again(installation):
     installation.handler("quick", QUICK)
     worker = installation.worker("notifications")
@@ -526,10 +484,7 @@ def test_the_state_directory_was_replaced_again_and_again(installation):
     counts = []
     for _ in range(12):
         remove(installation.state)
-        assert (
-            installation.finished(installation.enqueue("notifications", "quick"))["status"]
-            == "completed"
-        )
+        assert installation.ends_well("notifications", "quick")
         counts.append(held())
     descriptors, threads = counts[0]
     wait_for(

@@ -85,8 +85,7 @@ def test_one_for_several_queues_leaves_those_that_another_serves_to_that_one(ins
     another = installation.worker("completions", "--single")
     one = installation.worker("completions", "notifications", "--single")
     assert "serves notifications\n" in one.log.read_text()
-    task = installation.enqueue("notifications", "quick")
-    assert installation.finished(task)["status"] == "completed"
+    assert installation.ends_well("notifications", "quick")
     another.send_signal(signal.SIGSTOP)
     task = installation.enqueue("completions", "quick")
     waits = [(task, 1)]
@@ -113,7 +112,7 @@ def test_one_without_a_free_place_takes_no_other_queue(installation, queue):
         one.runs.clear()
         assert one.serve() and one.own() == ["notifications", "completions"]
     finally:
-        one.leave()
+        one.serving.release()
 
 
 def test_single_leaves_where_an_ordinary_worker_serves(installation):
@@ -151,7 +150,7 @@ def test_what_comes_in_while_it_lets_go_keeps_it(installation, queue, delay):
     queue.ensure_queue(queue.connect(), "notifications")
     assert one.serve()
     one.idle_since -= 1
-    leave = one.leave
+    release = one.serving.release
 
     def late():
         queue.enqueue_task("notifications", "any", {}, delay=delay)
@@ -159,13 +158,13 @@ def test_what_comes_in_while_it_lets_go_keeps_it(installation, queue, delay):
             queue.lock_file(installation.state / "workers" / "serving.notifications", probe=True)
             is None
         )
-        leave()
+        release()
 
-    one.leave = late
+    one.serving.release = late
     try:
         assert one.may_leave() is False
     finally:
-        leave()
+        release()
 
 
 def test_one_that_let_go_leaves_the_queue_to_whoever_was_started_meanwhile(installation, queue):
@@ -175,14 +174,14 @@ def test_one_that_let_go_leaves_the_queue_to_whoever_was_started_meanwhile(insta
     queue.ensure_queue(queue.connect(), "notifications")
     assert one.serve()
     one.idle_since -= 1
-    leave = one.leave
+    release = one.serving.release
 
     def late():
-        leave()
+        release()
         queue.enqueue_task("notifications", "any", {})
         assert installation.worker("notifications", "--single").poll() is None
 
-    one.leave = late
+    one.serving.release = late
     assert one.may_leave() is True, "two work, and one of them holds no lock"
 
 

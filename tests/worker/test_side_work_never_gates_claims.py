@@ -84,24 +84,6 @@ def test_an_odd_entry_of_the_spool(installation, spool, odd):
     assert "\x1b" not in worker.log.read_text()
 
 
-def test_a_spool_that_raises_what_nobody_thought_of(installation, queue, monkeypatch, capfd):
-    import worker
-
-    one = worker.Worker(worker.parse(["notifications"]))
-    try:
-        monkeypatch.setattr(queue, "take_in_spool", lambda *_: 1 / 0)
-        queue.ensure_queue(queue.connect(), "notifications")
-        queue.enqueue_task("notifications", "nobody-handles-this", {})
-        for _ in range(3):
-            one.changed = True
-            one.exchange()
-        assert not one.trouble
-        assert installation.rows("select status from notifications") == [(queue.SCHEDULED,)]
-        assert capfd.readouterr().err.count("division by zero") == 1
-    finally:
-        one.supervisor.leave(wait=True)
-
-
 @pytest.mark.parametrize(
     "damage",
     [
@@ -171,19 +153,24 @@ def as_user(installation):
     (lib / "handlers" / "quick").chmod(0o755)
     home.mkdir()
     shutil.chown(home, 65534, 65534)
+    watchdog = Path(pytest.importorskip("watchdog").__file__).parent
+    shutil.copytree(watchdog, lib / "watchdog")
     env = {"PATH": os.environ["PATH"], "HOME": str(home), "TASK_QUEUE_STATE": str(home / "state")}
-    python = subprocess.run(
-        ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", sys.executable, "-c", "1"],
-        capture_output=True,
+    nobody = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"]
+    again = (
+        "import os, sys; sys.version_info < (3, 11) or os.execv(sys.executable, ['python', '-V'])"
     )
-    if python.returncode:
+    for python in (sys.executable, "/usr/bin/python3", "/usr/local/bin/python3"):
+        found = subprocess.run([*nobody, python, "-c", again], capture_output=True)
+        if found.stdout:
+            break
+    else:
         shutil.rmtree(public)
-        pytest.skip("needs a Python that everybody may run")
+        pytest.skip("needs a Python 3.11 that everybody may run")
 
     def run(*args, root=False):
-        user = [] if root else ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"]
         return subprocess.run(
-            [*user, sys.executable, "-B", lib / "worker.py", *args],
+            [*([] if root else nobody), python, "-B", lib / "worker.py", *args],
             env=env,
             capture_output=True,
             text=True,
