@@ -122,39 +122,37 @@ class Home:
             write_program(program, text)
         self.env = own_environment() | {"HOME": str(directory)}
         self.env["PATH"] = f"{self.commands}{os.pathsep}{self.env['PATH']}"
-        self.place = {"env": self.env, "cwd": self.notes, "stdin": subprocess.DEVNULL}
 
-    def run(self, command: str, stdout: int | None = None) -> str:
-        """Show a command and run it in ~/notes; return its output if `stdout` is a pipe."""
+    def start(self, command: str, **output) -> subprocess.Popen:
+        """Show a command, and start it in ~/notes in a process group of its own."""
         say(f"{self.name}$ {command}")
-        done = subprocess.run(
-            ["sh", "-c", command],
-            stdout=stdout,
-            stderr=subprocess.STDOUT,
-            text=True,
-            timeout=LONG_SECONDS,
-            **self.place,
+        process = subprocess.Popen(
+            ["sh", "-c", f"exec {command.removesuffix(' &')}"],
+            env=self.env,
+            cwd=self.notes,
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+            **output,
         )
-        if done.returncode != 0:
-            raise Failed(f"exit {done.returncode} of: {command}")
-        return done.stdout
+        self.stack.callback(end, process)
+        return process
+
+    def run(self, command: str, **output) -> bytes:
+        """Run a command to its good end; return its output if that is a pipe."""
+        process = self.start(command, **output)
+        printed, _ = process.communicate(timeout=LONG_SECONDS)
+        if process.returncode != 0:
+            raise Failed(f"exit {process.returncode} of: {command}")
+        return printed
 
     def start_worker(self, command: str) -> None:
-        say(f"{self.name}$ {command} &")
         with self.log.open("wb") as log:
-            self.worker = subprocess.Popen(
-                ["sh", "-c", f"exec {command}"],
-                stdout=log,
-                stderr=log,
-                start_new_session=True,
-                **self.place,
-            )
-        self.stack.callback(end, self.worker)
+            self.worker = self.start(f"{command} &", stdout=log, stderr=log)
 
-    def wait_for(self, task_type: str) -> None:
+    def wait_for(self, task_type: str, seconds: float) -> None:
         """Wait until the worker's log says that a task of this type has completed."""
-        deadline = time.monotonic() + STEP_SECONDS
-        ended = re.compile(rf" {task_type} \S+ (?!started)(.*)")
+        deadline = time.monotonic() + seconds
+        ended = re.compile(rf" {task_type} \S+ (?!started|scheduled)(.*)")
         while not (found := ended.search(log := self.log.read_text())):
             if self.worker.poll() is not None or time.monotonic() > deadline:
                 raise Failed(f"no {task_type} task has ended; the worker says:\n{log}")
@@ -173,7 +171,7 @@ def show(home: Home, claude: str | None) -> None:
     (home.handlers / "claude").symlink_to(handlers() / "claude")
     write_program(home.commands / "claude", CLAUDE)
     if claude:
-        own = {"home": shlex.quote(os.environ["HOME"]), "claude": shlex.quote(claude)}
+        own = {"home": shlex.quote(str(Path.home())), "claude": shlex.quote(claude)}
         write_program(home.commands / "claude", REAL_CLAUDE.format(**own))
         home.env |= environment.decisive(os.environ)
 
@@ -188,11 +186,11 @@ def show(home: Home, claude: str | None) -> None:
     fired = time.monotonic()
     home.run(f"{HOOK} notifications link_validation <~/stop.json")
     say(f"(no output, after {(time.monotonic() - fired) * 1000:.0f} ms)")
-    home.wait_for("link_validation")
+    home.wait_for("link_validation", STEP_SECONDS)
 
     say(f"\n2. The worker has checked the links, with {checker}. Your next prompt tells Claude:")
     told = home.run(f"{HOOK} --report <~/prompt.json", stdout=subprocess.PIPE)
-    if "pier.md" not in told:
+    if b"pier.md" not in told:
         raise Failed("the next prompt was not told of the broken link")
     say(json.loads(told)["systemMessage"])
 
@@ -201,8 +199,9 @@ def show(home: Home, claude: str | None) -> None:
     home.run("tq approve mend")
 
     say("\n4. The worker runs it" + ("." if claude else ", with a shell script in Claude's place."))
-    home.run("tq logs -f mend")
-    home.wait_for("claude")
+    following = home.start("tq logs -f mend", stderr=subprocess.STDOUT)
+    home.wait_for("claude", LONG_SECONDS)
+    following.wait(STEP_SECONDS)
     if not (home.notes / "pier.md").is_file():
         raise Failed("Claude did not write pier.md")
     say(f"\nAll of this took {time.monotonic() - started:.1f} s.")
@@ -315,17 +314,17 @@ def write_program(path: Path, text: str) -> None:
     path.chmod(0o755)
 
 
-def end(worker: subprocess.Popen) -> None:
-    """End a worker and its handlers: the first SIGTERM lets them finish, the second does not."""
+def end(process: subprocess.Popen) -> None:
+    """End a process: the first SIGTERM lets a worker's handlers finish, the second does not."""
     for _ in range(2):
-        worker.terminate()
+        process.terminate()
         try:
-            worker.wait(END_SECONDS)
+            process.wait(END_SECONDS)
             return
         except subprocess.TimeoutExpired:
             pass
-    os.killpg(worker.pid, signal.SIGKILL)
-    worker.wait()
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
 
 
 if __name__ == "__main__":

@@ -90,14 +90,18 @@ def test_a_demo_that_is_stopped_leaves_nothing_behind(surroundings, tmp_path, nu
         os.kill(int(lock.name.split("-")[0]), 0)
 
 
+REFUSED = '"is_error": true, "api_error_status": 401'
+
+
 @pytest.mark.parametrize(
     ("constant", "text", "says"),
     [
-        ("ADD", "exit 3", "demo: exit 3 of: exit 3\n"),
+        ("ADD", "false", "demo: exit 1 of: false\n"),
         ("LONG_SECONDS", 0.001, "timed out"),
         ("LINK_CHECK", "#!/bin/sh\nexit 65\n", "the link_validation task has not completed"),
         ("LINK_CHECK", "#!/bin/sh\necho '{}'\n", "was not told of the broken link"),
         ("CLAUDE", demo.CLAUDE.replace(">pier.md", ""), "Claude did not write pier.md"),
+        ("CLAUDE", demo.CLAUDE.replace('"is_error": false', REFUSED), "run claude, then /login"),
     ],
 )
 def test_a_step_that_does_not_happen_is_said(monkeypatch, tmp_path, capfd, constant, text, says):
