@@ -60,6 +60,7 @@ UNTOLD_SECONDS = 7 * 86_400.0
 NEWBORN_SECONDS = 60.0
 # What a killed process left half done is removed after this time.
 LEFT_BEHIND_SECONDS = 86_400.0
+NOTES_SECONDS = 60 * 86_400.0
 # A detached worker's own log of this size is set aside; the one before it goes.
 WORKER_LOG_BYTES = 10 * 2**20
 RUN_FILE = re.compile(r"(?P<run>(?P<id>\d+)-\d+-.+)\.(?:out|err)", re.DOTALL)
@@ -431,6 +432,8 @@ def kinds(
     yield Kind("log_files", "logs/*/*", run_is_over, Path.unlink)
     yield Kind("set_aside", "logs/worker.*.log", is_large, lambda path: path.replace(f"{path}.old"))
     yield Kind("reports", "reports/link_validation/*.json", is_older(keep), Path.unlink)
+    # Of claude tasks that nobody retried; Claude Code keeps a session for 30 days.
+    yield Kind("", "claude/*.json", is_older(NOTES_SECONDS), Path.unlink)
     yield Kind("lock_files", "workers/*", is_stale_lock, Path.unlink)
     yield Kind("", "runs/*", has_no_owner, shutil.rmtree)
     # Only a cache, of one name for each session's directory.

@@ -55,6 +55,13 @@ def visible_lines(text: str) -> str:
 # What may be larger than the memory is copied in such pieces.
 
 
+def one_line(text: str, longest: int) -> str:
+    """Return the text on one line, visible, with an ellipsis where it has more characters."""
+    # Blanks may go away, so some more than `longest` are looked at.
+    line = visible(" ".join(text[: 10 * longest].split()))
+    return line if len(line) <= longest else line[: longest - 1] + "…"
+
+
 def short(text: str | None, longest: int = 200) -> str:
     """Return a text as one line of at most `longest` characters."""
     text = " ".join((text or "").split())

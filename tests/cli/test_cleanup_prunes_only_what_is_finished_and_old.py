@@ -408,3 +408,15 @@ def test_reports_of_link_checks_go_with_the_history(installation):
     assert cleanup(installation)["reports"] == 1
     assert sorted(path.name for path in reports.iterdir()) == ["new.json", "notes.txt"]
     assert cleanup(installation, "--keep", "1h")["reports"] == 1
+
+
+def test_the_notes_of_claude_tasks_go_after_two_months(installation):
+    installation.enqueue("notifications", "t")
+    notes = installation.state / "claude"
+    notes.mkdir()
+    for name, days in (("old.json", 61), ("new.json", 59), ("sessions", 99)):
+        (notes / name).write_text("{}")
+        at = (notes / name).stat().st_mtime - days * 86_400
+        os.utime(notes / name, (at, at))
+    cleanup(installation)
+    assert sorted(path.name for path in notes.iterdir()) == ["new.json", "sessions"]

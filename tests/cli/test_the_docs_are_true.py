@@ -133,7 +133,7 @@ def test_the_map_of_the_modules_is_the_directory():
     [drawn] = re.findall(r"^## The modules\n+```text\n(.*?)^```$", HOW, re.MULTILINE | re.DOTALL)
     scripts, modules = drawn.split("taskqueue/")
     assert set(re.findall(r"[a-z_]+\.py\b", scripts)) == set(SCRIPTS)
-    columns = re.findall(r"(?m)^  ([a-z]+) {2,}|  {2,}([a-z]+) {2,}", modules.split("core\n")[0])
+    columns = re.findall(r"(?m)^  ([a-z_]+) {2,}|  {2,}([a-z_]+) {2,}", modules.split("core\n")[0])
     assert {a or b for a, b in columns} == {path.stem for path in MODULES}
 
 
