@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from taskqueue.markdown import Unfit, read_plain
 from taskqueue.text import visible
 
-EX_TEMPFAIL = 75
+EX_DATAERR, EX_TEMPFAIL = 65, 75
 SETTINGS_BYTES = 2**20
 PANIC = re.compile(r"^thread '.*' .*panicked at", re.MULTILINE)
 PROXIES = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY")
@@ -186,14 +186,18 @@ class Lychee:
         if self.find_ignore_file() != self.ignore_file:
             raise Failed(".lycheeignore changed during the check: it starts again", EX_TEMPFAIL)
         if PANIC.search(log):  # lychee may end with 0 all the same.
-            raise Panicked(f"lychee failed in {self.workspace}: {one_line(log)}")
+            raise Panicked(f"lychee failed in {self.workspace}: {first_words(log)}")
         # 0: all links are fine; 2: some are broken.
         if lychee.returncode == 0 or (lychee.returncode == 2 and lychee.stdout):
             return lychee.stdout, log
         if not all(os.path.isfile(os.path.join(self.workspace, path)) for path in files):
             raise Failed("files went away during the check: it starts again", EX_TEMPFAIL)
-        how = f"failed in {self.workspace} (exit {lychee.returncode})"
-        raise Failed(f"lychee {how}: {one_line(log) or 'it gave no reason'}")
+        reason = first_words(log) or "it gave no reason"
+        if not files:
+            raise Failed(f"lychee refuses its settings in {self.workspace}: {reason}", EX_DATAERR)
+        # Without a file to check, lychee fails only because of its settings.
+        self.run([], seconds, "--offline")
+        raise Failed(f"lychee failed in {self.workspace} (exit {lychee.returncode}): {reason}")
 
     def find_ignore_file(self) -> tuple | None:
         """Return which .lycheeignore there is. lychee opens it by itself, so it must be plain."""
@@ -203,7 +207,8 @@ class Lychee:
                 return None
             file = os.lstat(path)
         except Unfit as unfit:
-            raise Failed(f"lychee's settings in {path} are not read: {unfit}") from None
+            why = f"lychee's settings in {path} are not read: {unfit}"
+            raise Failed(why, EX_DATAERR) from None
         return file.st_dev, file.st_ino, file.st_size, file.st_mtime_ns, file.st_ctime_ns
 
 
@@ -211,7 +216,7 @@ class Panicked(Failed):
     """lychee met a fault of its own, and stopped in the middle."""
 
 
-def one_line(log: str) -> str:
+def first_words(log: str) -> str:
     return " ".join(line.strip() for line in log.splitlines() if "[WARN]" not in line)[:400]
 
 

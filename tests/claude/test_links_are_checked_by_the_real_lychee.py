@@ -638,17 +638,23 @@ def test_exclude_path_matches_the_path_in_the_workspace(workspace, check, patter
     assert (done.summary["files"], done.summary["skipped"]) == (len(left), [])
 
 
-@pytest.mark.parametrize("name", ["lychee.toml", ".lycheeignore"])
-def test_a_pattern_that_lychee_refuses_is_a_failed_attempt_that_says_why(workspace, check, name):
+@pytest.mark.parametrize("name, text, why", [
+    ("lychee.toml", "exclude = ['(']", "unclosed group"),
+    ("lychee.toml", "include = ['(']", "unclosed group"),
+    ("lychee.toml", "exclude_path = ['(']", "unclosed group"),
+    ("lychee.toml", "exclude = ['a{1000}{1000}']", "exceeds size limit"),
+    ("lychee.toml", "exclude = [7]", "expected a string"),
+    ("lychee.toml", "accept = ['abc']", "no range pattern found"),
+    (".lycheeignore", "(", "unclosed group"),
+])  # fmt: skip
+def test_a_setting_that_lychee_refuses_is_a_dead_letter_at_once(workspace, check, name, text, why):
     write(workspace, README="[x](missing.md)")
-    (workspace / name).write_text("exclude = ['(']\n" if name == "lychee.toml" else "(\n")
+    (workspace / name).write_text(f"{text}\n")
     done = check()
-    assert (done.returncode, done.stdout) == (1, b"")
+    assert (done.returncode, done.stdout) == (65, b"")
     last = done.words.strip().splitlines()[-1]
-    assert (
-        last.startswith(f"link_validation: lychee failed in {workspace}")
-        and "unclosed group" in last
-    )
+    assert last.startswith(f"link_validation: lychee refuses its settings in {workspace}: ")
+    assert why in last
 
 
 def test_a_stopped_check_leaves_nothing_behind(tmp_path, workspace):
