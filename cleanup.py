@@ -42,8 +42,9 @@ from taskqueue import cli, database
 from taskqueue import recovery as owners
 from taskqueue.cli import EX_FAILED
 from taskqueue.remedies import command, remedies_as_typed
-from taskqueue.report import DIRECTORIES, IS_NEWS, make_is_told
+from taskqueue.report import IS_NEWS, make_is_told
 from taskqueue.text import plural, size, visible
+from taskqueue.workspaces import DIRECTORIES
 
 # So many rows are looked up, and so many pages given back, before others get their turn.
 BATCH_ROWS, BATCH_PAGES = 250, 64

@@ -3,25 +3,25 @@
 # requires-python = ">=3.11"
 # dependencies = []
 # ///
-"""Tell what became of a workspace's tasks since this was last told: to Claude, or to you.
+"""Tell Claude, or you, how a workspace's tasks have ended since the last report.
 
-    report.py              what ended for the directory you are in
-    report.py --peek       the same, and it is told again next time
+    report.py              the tasks of the directory you are in
+    report.py --peek       the same, and the next report tells them again
     report.py --hook       as the command of a UserPromptSubmit or SessionStart hook of Claude Code
 
-It tells of tasks that a handler completed, that failed, or that expired: the latest 10, and the
-number of the others. A result that equals the last one told for the same task type and directory is
-not told again; that all is well is told only after something was not. A first report goes back a
-week. It takes nothing from any queue. It quotes what handlers printed, since that is data.
+Reports tasks that a handler completed, that failed, or that expired: the latest 10, and the number
+of the others. A result that equals the last one told for the same task type and directory is not
+told again; a result without faults is told only after one with faults. The first report goes back a
+week. No task is taken from a queue. Output of handlers is quoted, since it is data.
 
 A task belongs to the project whose hook enqueued it, else to its directory and to the project around
-it. A git worktree is a workspace of its own.
+that. A git worktree is a workspace of its own.
 
-  --hook        stdin is the hook's payload; the report goes into Claude's context, and a line of it
-                to you. Inside a handler's own run of Claude, and when a session is resumed, it tells
-                nothing. A session that nobody attends hears it besides those that somebody does.
+  --hook        read the hook's payload from stdin; the report goes into Claude's context, and a line
+                of it to you. Inside a handler's own run of Claude, and when a session is resumed, it
+                tells nothing. A session that nobody attends takes no report away from yours.
   --marker FILE  with --hook: link FILE to STATE/quiet until the next task ends
-  --peek        do not remember what was told
+  --peek        do not remember the report
   -h, --help    this text
 
 exit codes: 0 told, or nothing to tell; 1 the database cannot be used; 64 usage; 75 the database
@@ -53,6 +53,5 @@ if __name__ == "__main__":
     except OSError:
         pass
     finally:
-        # All is told and marked: neither Python's own end nor SQLite's clean-up is worth
-        # a hook's time.
+        # The report is out and marked: a hook need not wait for Python's own end.
         os._exit(code)
