@@ -232,3 +232,31 @@ def queue(installation, monkeypatch):
     monkeypatch.setattr(queue_helpers, "QUEUE_PATH", installation.state)
     yield queue_helpers
     queue_helpers.resign(installation.state)
+
+
+@pytest.fixture
+def claude(tmp_path):
+    """The real Claude Code, with a stand-in for its API."""
+    from claude_stub.client import ClaudeCode
+
+    made = ClaudeCode(tmp_path)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def fake(tmp_path):
+    """A stand-in for Claude Code that prints the lines that a test gives it."""
+    from claude_stub.fake import Fake
+
+    return Fake(tmp_path)
+
+
+@pytest.fixture
+def claude_handler(installation, request):
+    """Have the installation's workers run handlers/claude; the real client can reach its API."""
+    import shlex
+
+    within = request.getfixturevalue("claude").within if "claude" in request.fixturenames else ()
+    command = shlex.join([*within, sys.executable, str(ROOT / "handlers/claude")])
+    return installation.handler("claude", f"#!/bin/sh\nexec {command}\n")

@@ -8,15 +8,9 @@ import json
 import signal
 
 import pytest
-from claude_stub.fake import DONE, INIT, Fake
+from claude_stub.fake import DONE, INIT
 from conftest import end, wait_for
 from processes import lives
-
-
-@pytest.fixture
-def fake(tmp_path):
-    return Fake(tmp_path)
-
 
 LIVES_ON = 'echo $$ >"$HOME/pid"; {}'
 HANGS = {

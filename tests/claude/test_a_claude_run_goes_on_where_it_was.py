@@ -6,25 +6,16 @@ from __future__ import annotations
 
 import json
 import os
-import shlex
 import signal
-import sys
 import uuid
 
 import pytest
 from claude_stub.client import ClaudeCode, session_of, words_of
 from claude_stub.task import PROMPT, Task
-from conftest import ROOT, end, wait_for
+from conftest import end, wait_for
 from processes import children, lives
 
 GO_ON = "Go on; what you had done stands."
-
-
-@pytest.fixture
-def claude(tmp_path):
-    made = ClaudeCode(tmp_path)
-    yield made
-    made.close()
 
 
 def wait_for_the_first_step(claude: ClaudeCode) -> None:
@@ -124,9 +115,7 @@ def test_a_task_that_was_moved_goes_on_in_its_session(claude, interrupted):
     went_on(claude, task)
 
 
-def test_a_completed_task_that_is_retried_gets_its_prompt(installation, claude):
-    handler = shlex.join([*claude.within, sys.executable, str(ROOT / "handlers/claude")])
-    installation.handler("claude", f"#!/bin/sh\nexec {handler}\n")
+def test_a_completed_task_that_is_retried_gets_its_prompt(installation, claude, claude_handler):
     data = json.dumps({"prompt": PROMPT, "workspace_path": str(claude.workspace)})
     task = installation.enqueue("approvals", "claude", data)
     for _ in range(2):
@@ -185,10 +174,8 @@ def test_a_run_that_is_stopped_has_its_session_saved(claude, interrupted, whom):
     "handler_dies", [False, True], ids=["worker and supervisor", "and handler"]
 )
 def test_a_killed_worker_and_its_supervisor_do_not_begin_the_work_again(
-    installation, claude, handler_dies
+    installation, claude, claude_handler, handler_dies
 ):
-    handler = shlex.join([*claude.within, sys.executable, str(ROOT / "handlers/claude")])
-    installation.handler("claude", f"#!/bin/sh\nexec {handler}\n")
     data = {
         "prompt": PROMPT,
         "workspace_path": str(claude.workspace),

@@ -5,18 +5,10 @@ of the real client that it cannot be brought to say quickly.
 from __future__ import annotations
 
 import json
-import sys
 import time
 
 import pytest
-from claude_stub.fake import DONE, INIT, Fake
-from conftest import ROOT
-
-
-@pytest.fixture
-def fake(tmp_path):
-    return Fake(tmp_path)
-
+from claude_stub.fake import DONE, INIT
 
 HOUR = 3600
 ANSWER = {"type": "assistant", "message": {"content": [{"type": "text", "text": "I see."}]}}
@@ -43,9 +35,13 @@ def retry(name: str, status: int | None) -> dict:
     return {"type": "system", "subtype": "api_retry", "error": name, "error_status": status}
 
 
+def compacted(why: str) -> dict:
+    return COMPACTED | {"compact_error": why}
+
+
 def run(fake, *lines, **data):
     fake.says(INIT, *lines)
-    return fake.task(**data).run()
+    return fake.task(**data).call()
 
 
 def pause_of(done) -> float:
@@ -53,134 +49,101 @@ def pause_of(done) -> float:
     return json.loads(done.stdout)["pause"]
 
 
-@pytest.mark.parametrize("last", ["error_during_execution", "success"])
-def test_a_success_that_an_error_follows_is_a_success(fake, last):
-    done = run(fake, DONE, error("server_error"), FAILED | {"subtype": last})
-    assert done.returncode == 0 and json.loads(done.stdout)["result"] == "Done.", done.stderr
+# (lines after the first, exit code, words of the last line on stderr)
+ENDS = [
+    # A success that an error follows is a success; of two, the later counts.
+    ([DONE, error("server_error"), FAILED], 0, ""),
+    ([DONE, error("server_error"), FAILED | {"subtype": "error_during_execution"}], 0, ""),
+    ([DONE | {"result": "Half."}, FAILED, DONE], 0, ""),
+    # One that broke off is a failed attempt.
+    ([DONE | {"stop_reason": "tool_use", "result": ""}], 1, "stopped in the middle"),
+    ([DONE | {"stop_reason": "tool_use", "result": None}], 1, "stopped in the middle"),
+    ([DONE | {"terminal_reason": "aborted_tools"}], 1, "stopped in the middle"),
+    ([DONE | {"terminal_reason": "aborted_streaming"}], 1, "stopped in the middle"),
+    # A busy API is one wherever it is met.
+    ([FAILED | {"api_error_status": 529}], 75, "overloaded or cannot be reached"),
+    ([error("unknown"), FAILED | {"api_error_status": 503}], 75, "overloaded"),
+    ([compacted("API Error: 529 Overloaded. This is …"), *BLOCKED], 75, "overloaded"),
+    ([compacted("API Error: Connection dropped (ECONNRESET)."), *BLOCKED], 75, "overloaded"),
+    ([retry("server_error", None)], 75, "overloaded"),
+    # A status 429 is a limit.
+    ([FAILED | {"api_error_status": 429}], 75, "a usage limit: the queue is paused for 1800 s"),
+    ([error("unknown"), FAILED | {"api_error_status": 429}], 75, "paused for 1800 s"),
+    ([compacted("API Error: Request rejected (429) \u00b7 …"), *BLOCKED], 75, "for 1800 s"),
+    # No retry helps.
+    ([error("unknown"), FAILED | {"api_error_status": 413}], 65, "the prompt is too long"),
+    ([error("unknown"), FAILED | {"api_error_status": 404}], 65, "no such model"),
+    ([error("unknown"), FAILED | {"stop_reason": "refusal"}], 65, "Claude refuses it"),
+    ([error("unknown"), DONE | {"stop_reason": "refusal"}], 65, "Claude refuses it"),
+    ([compacted(""), *BLOCKED], 65, "the prompt is too long"),
+    ([compacted("a new kind of trouble"), *BLOCKED], 1, "failed: Prompt is too long"),
+    # A refused login, or any error, counts only where the run ends so.
+    ([retry("authentication_failed", 401), error("unknown"), FAILED | {"api_error_status": 401}],
+     75, "not logged in"),
+    ([retry("authentication_failed", 401), ANSWER, FAILED | {"api_error_status": None}], 1, "failed"),
+    ([error("rate_limit"), ANSWER, FAILED | {"result": "it went wrong"}], 1, "it went wrong"),
+    # A limit that was lifted, or is paid for, does not count.
+    ([window("five_hour", HOUR, isUsingOverage=True), FAILED | {"result": "it went"}], 1, "it went"),
+    ([window("five_hour", HOUR), window("five_hour", HOUR, status="allowed"), FAILED], 1, "failed"),
+]  # fmt: skip
 
 
-def test_of_two_successes_the_later_counts(fake):
-    done = run(fake, DONE, FAILED, DONE | {"result": "All of it."})
-    assert done.returncode == 0 and json.loads(done.stdout)["result"] == "All of it."
-
-
-@pytest.mark.parametrize(
-    "result",
-    [
-        {"stop_reason": "tool_use", "result": ""},
-        {"stop_reason": "tool_use", "result": None},
-        {"terminal_reason": "aborted_tools"},
-        {"terminal_reason": "aborted_streaming"},
-    ],
-    ids=str,
-)
-def test_a_success_that_broke_off_is_a_failed_attempt(fake, result):
-    done = run(fake, DONE | result)
-    assert done.returncode == 1, done.stderr
-    assert "stopped in the middle" in done.stderr.splitlines()[-1]
-
-
-@pytest.mark.parametrize("order", [1, -1])
-@pytest.mark.parametrize("kind", ["five_hour", "seven_day"])
-def test_of_two_limits_the_later_reset_counts(fake, order, kind):
-    windows = [window(kind, HOUR), window("seven_day", 48 * HOUR)][::order]
-    done = run(fake, *windows, error("rate_limit"), FAILED)
-    assert 47.9 * HOUR < pause_of(done) <= 48 * HOUR
-
-
-def test_a_limit_that_was_lifted_does_not_count(fake):
-    windows = [window("five_hour", HOUR), window("seven_day", 48 * HOUR)]
-    lifted = window("seven_day", 48 * HOUR, status="allowed_warning")
-    done = run(fake, *windows, lifted, error("rate_limit"), FAILED)
-    assert 0.9 * HOUR < pause_of(done) <= HOUR
-    over = window("five_hour", HOUR, isUsingOverage=True)
-    assert run(fake, over, FAILED | {"result": "it went wrong"}).returncode == 1
-
-
-@pytest.mark.parametrize(
-    "lines",
-    [
-        [window("five_hour", HOUR), *BLOCKED],
-        [window("five_hour", HOUR), COMPACTED | {"compact_error": "You have hit"}, *BLOCKED],
-        [window("five_hour", HOUR), error("unknown"), FAILED],
-        [window("five_hour", HOUR)],
-    ],
-)
-def test_a_limit_is_one_whatever_the_last_line_says(fake, lines):
-    assert 0.9 * HOUR < pause_of(run(fake, *lines)) <= HOUR
+@pytest.mark.parametrize("lines, code, why", ENDS)
+def test_a_run_ends_as_its_lines_say(fake, lines, code, why):
+    done = run(fake, *lines)
+    assert done.returncode == code and why in done.stderr.splitlines()[-1], done.stderr
+    if code == 0:
+        assert json.loads(done.stdout)["result"] == "Done."
 
 
 @pytest.mark.parametrize(
-    "lines",
+    "lines, hours",
     [
-        [FAILED | {"api_error_status": 429}],
-        [error("unknown"), FAILED | {"api_error_status": 429}],
-        [COMPACTED | {"compact_error": "API Error: Request rejected (429) \u00b7 …"}, *BLOCKED],
+        ([window("five_hour", HOUR), window("seven_day", 48 * HOUR)], 48),
+        ([window("seven_day", 48 * HOUR), window("five_hour", HOUR)], 48),
+        ([window("seven_day", HOUR), window("seven_day", 48 * HOUR)], 48),
+        ([window("seven_day", 48 * HOUR), window("seven_day", HOUR)], 48),
+        ([window("five_hour", HOUR), window("seven_day", 48 * HOUR),
+          window("seven_day", 48 * HOUR, status="allowed_warning")], 1),
+        ([window("five_hour", HOUR), *BLOCKED], 1),
+        ([window("five_hour", HOUR), compacted("You have hit"), *BLOCKED], 1),
+        ([window("five_hour", HOUR), error("unknown")], 1),
+        ([window("five_hour", 1e11)], 30 * 24),
     ],
-)
-def test_a_status_429_is_a_limit(fake, lines):
-    assert pause_of(run(fake, *lines)) == 1800
-
-
-@pytest.mark.parametrize(
-    "lines",
-    [
-        [FAILED | {"api_error_status": 529}],
-        [error("unknown"), FAILED | {"api_error_status": 503}],
-        [COMPACTED | {"compact_error": "API Error: 529 Overloaded. This is …"}, *BLOCKED],
-        [COMPACTED | {"compact_error": "API Error: Connection dropped (ECONNRESET)."}, *BLOCKED],
-        [retry("server_error", None)],
-    ],
-)
-def test_a_busy_api_is_one_wherever_it_is_met(fake, lines):
-    done = run(fake, ANSWER, *lines)
-    assert (done.returncode, json.loads(done.stdout)) == (75, {"retry_after": 30}), done.stderr
-
-
-@pytest.mark.parametrize(
-    "line, reason",
-    [
-        (FAILED | {"api_error_status": 413}, "the prompt is too long"),
-        (FAILED | {"api_error_status": 404}, "no such model"),
-        (FAILED | {"stop_reason": "refusal"}, "Claude refuses it"),
-        (DONE | {"stop_reason": "refusal"}, "Claude refuses it"),
-    ],
-)
-def test_what_no_retry_helps_is_a_dead_letter(fake, line, reason):
-    done = run(fake, error("unknown"), line)
-    assert done.returncode == 65 and reason in done.stderr.splitlines()[-1], done.stderr
-
-
-def test_a_session_that_is_gone_is_one_where_only_stderr_says_so(fake):
-    fake.says(errors=b"No conversation found with session ID: 0d6e2f0a\n")
-    done = fake.task(resume="0d6e2f0a-5a0a-4c56-9a8e-6f7a3a4b5c6d").run()
-    assert done.returncode == 65 and len(fake.calls()) == 1, done.stderr
-
-
-def test_a_compaction_that_fails_otherwise_is_a_failed_attempt(fake):
-    done = run(fake, COMPACTED | {"compact_error": "a new kind of trouble"}, *BLOCKED)
-    assert done.returncode == 1, done.stderr
-
-
-@pytest.mark.parametrize("answered", [True, False])
-def test_a_refused_login_counts_where_the_run_ends_so(fake, answered):
-    lines = [retry("authentication_failed", 401), ANSWER if answered else error("unknown")]
-    done = run(fake, *lines, FAILED | {"api_error_status": None if answered else 401})
-    assert done.returncode == (1 if answered else 75), done.stderr
+)  # fmt: skip
+@pytest.mark.parametrize("ends", [[], [error("rate_limit"), FAILED]], ids=["cut off", "ended"])
+def test_a_limit_pauses_until_the_later_reset_whatever_the_last_line_says(fake, lines, hours, ends):
+    # The times count from when the table was made.
+    assert (hours - 0.9) * HOUR < pause_of(run(fake, *lines, *ends)) <= hours * HOUR
 
 
 def test_a_limit_that_goes_on_after_its_reset_is_asked_ever_less(fake):
     fake.says(INIT, window("five_hour", -60), error("rate_limit"), FAILED)
     task = fake.task()
-    assert [pause_of(task.run()) for _ in range(4)] == [30, 60, 120, 240]
+    assert [pause_of(task.call()) for _ in range(4)] == [30, 60, 120, 240]
     # One that resets again and again, a moment from now.
     soon = []
     for _ in range(4):
         fake.says(INIT, window("five_hour", 3), error("rate_limit"), FAILED)
-        soon.append(pause_of(task.run()))
+        soon.append(pause_of(task.call()))
     assert soon == [80, 160, 320, 640]
     fake.says(INIT, ANSWER, window("five_hour", -60), error("rate_limit"), FAILED)
-    assert pause_of(task.run()) == 30
+    assert pause_of(task.call()) == 30
+
+
+def test_weeks_of_waiting_are_no_overflow(fake):
+    fake.says(INIT, error("overloaded"), FAILED)
+    task = fake.task()
+    task.call()
+    (note,) = task.state.rglob("*.json")
+    note.write_text('{"handed": true, "waits": 5000}')
+    assert json.loads(task.call().stdout) == {"retry_after": 1800}
+
+
+def test_a_session_that_is_gone_is_one_where_only_stderr_says_so(fake):
+    fake.says(errors=b"No conversation found with session ID: 0d6e2f0a\n")
+    done = fake.task(resume="0d6e2f0a-5a0a-4c56-9a8e-6f7a3a4b5c6d").call()
+    assert done.returncode == 65 and len(fake.calls()) == 1, done.stderr
 
 
 def test_a_denial_is_told_whatever_its_tool_and_input(fake):
@@ -217,10 +180,7 @@ def test_an_error_names_the_option_however_long_the_command(fake):
 
 class TestThroughAWorker:
     @pytest.fixture
-    def drain(self, installation, fake):
-        handler = f"#!/bin/sh\nexec {sys.executable} {ROOT}/handlers/claude\n"
-        installation.handler("claude", handler)
-
+    def drain(self, installation, claude_handler, fake):
         def drain(queue: str) -> None:
             done = installation.run("worker.py", queue, "--drain", "--handlers",
                                     installation.handlers, env={"PATH": fake.env["PATH"]})  # fmt: skip
@@ -237,10 +197,8 @@ class TestThroughAWorker:
         drain("approvals")
         ended = installation.history(task)
         assert (ended["status"], ended["attempts"]) == ("failed", 1)
-        assert (
-            'denied: Bash git push; to allow it: "allowed_tools": ["Bash(git push)"]'
-            in (ended["error"])
-        )
+        allow = 'to allow it: "allowed_tools": ["Bash(git push)"]'
+        assert f"denied: Bash git push; {allow}" in ended["error"]
         assert json.loads(ended["result"])["cost_usd"] == 0.5
 
     def test_a_task_that_is_moved_keeps_its_session(self, installation, fake, drain):
@@ -256,5 +214,4 @@ class TestThroughAWorker:
         left = installation.rows("select task_id, status, due_at from notifications")
         assert not left and installation.history(task)["status"] == "completed"
         assert len(fake.calls()) == 2
-        sessions = {call[0][-1].partition("=")[2] for call in fake.calls()}
-        assert len(sessions) == 1
+        assert len({args[-1].partition("=")[2] for args, _, _ in fake.calls()}) == 1

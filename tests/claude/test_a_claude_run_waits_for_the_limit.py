@@ -5,27 +5,16 @@ complete after it.
 from __future__ import annotations
 
 import json
-import shlex
-import sys
 import time
 
 import pytest
-from claude_stub.client import ClaudeCode, session_of
-from conftest import ROOT, wait_for
+from claude_stub.client import session_of
+from conftest import wait_for
 
 
 @pytest.fixture
-def claude(tmp_path):
-    made = ClaudeCode(tmp_path)
-    yield made
-    made.close()
-
-
-@pytest.fixture
-def approvals(installation, claude):
+def approvals(installation, claude, claude_handler):
     """Enqueues claude tasks into approvals, whose handler can reach the API."""
-    handler = shlex.join([*claude.within, sys.executable, str(ROOT / "handlers/claude")])
-    installation.handler("claude", f"#!/bin/sh\nexec {handler}\n")
 
     def enqueue(text: str) -> str:
         data = {"prompt": text, "workspace_path": str(claude.workspace)}

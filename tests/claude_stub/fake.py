@@ -7,22 +7,20 @@ brought to quickly is tested with that.
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 from claude_stub.task import Task
 
-# It notes how it was called, and then says what the test put beside it.
-FAKE = f"""#!{sys.executable}
-import json, os, sys
-home = os.environ["HOME"]
-with open(home + "/calls", "a") as file:
-    print(json.dumps([sys.argv[1:], sys.stdin.read(), os.getcwd()]), file=file)
-sys.stdout.buffer.write(open(home + "/says", "rb").read())
-sys.stdout.flush()
-os.write(2, open(home + "/errors", "rb").read())
-if os.path.exists(home + "/then"):
-    os.execv("/bin/sh", ["sh", home + "/then"])
+# It notes how it was called, and then says the lines that the test put beside it.
+FAKE = """#!/bin/sh
+n=$(($(cat "$HOME/count" 2>/dev/null || echo 0) + 1))
+echo $n >"$HOME/count"
+printf '%s\\0' "$@" >"$HOME/call-$n.args"
+cat >"$HOME/call-$n.stdin"
+pwd >"$HOME/call-$n.cwd"
+cat "$HOME/says"
+cat "$HOME/errors" >&2
+if [ -e "$HOME/then" ]; then exec sh "$HOME/then"; fi
 """
 INIT = {"type": "system", "subtype": "init", "session_id": "s"}
 DONE = {
@@ -58,6 +56,10 @@ class Fake:
     def task(self, **data) -> Task:
         return Task(self.home, self.env, **{"prompt": "Do it.", **data})
 
-    def calls(self) -> list:
-        file = self.home / "calls"
-        return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    def calls(self) -> list[tuple[list[str], str, str]]:
+        """Return the arguments, stdin and directory of each call."""
+        calls = []
+        while (file := self.home / f"call-{len(calls) + 1}.cwd").exists():
+            args = file.with_suffix(".args").read_text().split("\0")[:-1]
+            calls.append((args, file.with_suffix(".stdin").read_text(), file.read_text()[:-1]))
+        return calls

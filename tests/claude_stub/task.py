@@ -1,19 +1,35 @@
-"""A claude task, run by the handler alone as a worker would run it."""
+"""A claude task, given to the handler as a worker gives it."""
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
+import os
+import signal
 import subprocess
 import sys
+from importlib.machinery import SourceFileLoader
+from importlib.util import module_from_spec, spec_from_loader
 from pathlib import Path
+from unittest import mock
 
 from conftest import ROOT, end
 
 PROMPT = "Paint the harbour's lighthouse red."
+HANDLER = str(ROOT / "handlers/claude")
+
+
+def load_handler():
+    """Return handlers/claude as a module."""
+    loader = SourceFileLoader("claude_handler", HANDLER)
+    module = module_from_spec(spec_from_loader("claude_handler", loader))
+    loader.exec_module(module)
+    return module
 
 
 class Task:
-    """`within` is what its command begins with."""
+    """`within` is the beginning of the handler's command."""
 
     def __init__(self, directory: Path, env: dict, within: tuple = (), **data) -> None:
         self.state, self.clean, self.within = directory / "state", env, within
@@ -33,7 +49,7 @@ class Task:
 
     def start(self, env: dict | None = None) -> subprocess.Popen:
         """Start the handler, in a group of its own."""
-        command = [*self.within, sys.executable, ROOT / "handlers/claude"]
+        command = [*self.within, sys.executable, HANDLER]
         process = subprocess.Popen(command, env=(env or self.clean) | self.env, cwd="/", stdin=subprocess.PIPE,
                                    stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)  # fmt: skip
         process.stdin.write(json.dumps(self.envelope).encode())
@@ -49,3 +65,21 @@ class Task:
         finally:
             end(process)
         return subprocess.CompletedProcess((), process.returncode, stdout.decode(), stderr.decode())
+
+    def call(self, env: dict | None = None) -> subprocess.CompletedProcess:
+        """Call the handler's main() in this process: sooner than run(), and otherwise the same."""
+        streams = {name: io.TextIOWrapper(io.BytesIO(), "utf-8") for name in ("stdout", "stderr")}
+        stdin = io.TextIOWrapper(io.BytesIO(json.dumps(self.envelope).encode()))
+        environment = mock.patch.dict(os.environ, (env or self.clean) | self.env, clear=True)
+        before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+        with environment, mock.patch.multiple(sys, stdin=stdin, **streams), contextlib.chdir("/"):
+            try:
+                code = load_handler().main([])
+            finally:
+                for number, action in before.items():
+                    signal.signal(number, action)
+            said = []
+            for stream in streams.values():
+                stream.flush()
+                said.append(stream.buffer.getvalue().decode())
+        return subprocess.CompletedProcess((), code, *said)

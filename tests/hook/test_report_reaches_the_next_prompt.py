@@ -8,19 +8,11 @@ import subprocess
 import sys
 
 import pytest
-from claude_stub.client import ClaudeCode
 from conftest import ROOT
 
 from taskqueue.settings import SESSION_STARTS
 
 SUMMARY = "1 broken link: README.md:4 → pier.md"
-
-
-@pytest.fixture
-def claude(tmp_path):
-    made = ClaudeCode(tmp_path / "claude")
-    yield made
-    made.close()
 
 
 @pytest.fixture
