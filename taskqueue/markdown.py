@@ -1,5 +1,7 @@
-"""Find the Markdown files of a workspace, without trusting the workspace: no program is run, no
-symbolic link is followed, and no file outside is read but the user's own rules of git.
+"""Find the Markdown files of a workspace that is not trusted.
+
+This runs no program and follows no symbolic link. Outside of the workspace's repository, it reads
+only the user's own rules of git.
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ import stat
 from collections.abc import Callable
 
 SUFFIXES = (".md", ".markdown", ".mdx", ".mkd", ".mkdn", ".mkdown", ".mdown", ".mdwn")
-# Folders of these names are left out, and so is every name with a leading dot.
+# Folders of these names are left out, and so are all names with a leading dot.
 LEFT_OUT = ("node_modules", "site-packages")
 FILE_BYTES = 2 * 2**20
 RULES_BYTES = 2**20
@@ -19,15 +21,15 @@ Levels = list[tuple]
 
 
 class Unfit(Exception):
-    """A file or a setting of the workspace is not used, for a reason."""
+    """A file or a setting of the workspace is not used; the message is the reason."""
 
 
 def markdown_files(workspace: str, skip: Callable[[str, str], None]) -> dict[str, int]:
     """Return the sizes of the files to check; call skip(path, reason) for those that cannot be.
 
-    lychee's own walk stops at the first folder that it may not read, and git runs what a
-    repository's settings name; so neither lists the files. As with lychee, a file that .gitignore
-    matches is left out, tracked or not.
+    Neither lychee nor git lists the files: lychee's walk stops at the first folder that it may not
+    read, and git runs programs that a repository's settings name. As with lychee, a file that
+    .gitignore matches is left out, tracked or not. Raises OSError if the workspace cannot be read.
     """
     root, prefix = repository_of(workspace)
     files: dict[str, int] = {}
@@ -63,6 +65,7 @@ def markdown_files(workspace: str, skip: Callable[[str, str], None]) -> dict[str
 
 
 def why_not_checked(entry: os.DirEntry, path: str) -> str | None:
+    """Return the reason why a file cannot be checked, or None."""
     if os.fsencode(path).decode("utf-8", "replace") != path:
         return "its name is not UTF-8"
     if not os.access(entry.path, os.R_OK):
@@ -72,9 +75,9 @@ def why_not_checked(entry: os.DirEntry, path: str) -> str | None:
 
 
 def repository_of(workspace: str) -> tuple[str, str]:
-    """Return the root of the repository around the workspace, and the path from there, with a slash.
+    """Return the root of the repository around the workspace, and the path from there to it.
 
-    Without a repository, the root is the workspace.
+    The path ends in a slash. Without a repository, the root is the workspace and the path is empty.
     """
     root = workspace = os.path.realpath(workspace)
     while not os.path.lexists(os.path.join(root, ".git")):
@@ -86,21 +89,21 @@ def repository_of(workspace: str) -> tuple[str, str]:
 
 
 def rules_above(root: str, prefix: str, skip: Callable) -> Levels | None:
-    """Return the rules from above the workspace; None outside of a repository, where none count."""
+    """Return the rules from above the workspace; None outside of a repository, where no rules count."""
     if not prefix:
         return [] if os.path.lexists(os.path.join(root, ".git")) else None
     levels, folder = [], ""
     for name in prefix.split("/")[:-1]:
         levels = with_rules_of(root, folder, levels, skip)
         folder += f"{name}/"
-        # Whoever names an ignored workspace does not want all of its files left out.
+        # A person who names an ignored workspace wants its files checked.
         if is_ignored(folder, levels):
             return []
     return levels
 
 
 def with_rules_of(root: str, folder: str, levels: Levels, skip: Callable) -> Levels:
-    """Return the rules, and those of a folder; at a repository's root, the user's own come first."""
+    """Return the rules and those of a folder; at a repository's root, the user's own come first."""
     length, place = len(in_bytes(folder)), os.path.join(root, folder)
     git = os.path.join(place, ".git")
     if os.path.lexists(git):
@@ -116,7 +119,7 @@ def with_rules_of(root: str, folder: str, levels: Levels, skip: Callable) -> Lev
 
 
 def rules_in(path: str, skip: Callable):
-    """Return the rules of one file, without lines that pathspec does not understand."""
+    """Return a file's rules as a GitIgnoreSpec, without lines that pathspec does not understand."""
     from pathspec import GitIgnoreSpec
 
     try:
@@ -127,7 +130,7 @@ def rules_in(path: str, skip: Callable):
     lines = []
     for line in content.removeprefix(b"\xef\xbb\xbf").decode("latin-1").split("\n"):
         line = line.removesuffix("\r")
-        # a/** is about what is inside of a. pathspec would apply it to a itself.
+        # a/** matches everything inside of a. pathspec would match a itself.
         line += "/*" if line.endswith("/**") else ""
         try:
             GitIgnoreSpec.from_lines([line])
@@ -138,7 +141,7 @@ def rules_in(path: str, skip: Callable):
 
 
 def is_ignored(path: str, levels: Levels | None) -> bool:
-    """Tell whether the last rule that matches, in the nearest folder that has one, ignores it."""
+    """Return whether the rules ignore a path: the last match in the nearest folder decides."""
     path = in_bytes(path)
     for length, rules in reversed(levels or ()):
         verdict = rules.check_file(path[length:]).include
@@ -153,7 +156,7 @@ def in_bytes(path: str) -> str:
 
 
 def read_plain(path: str, limit: int) -> bytes | None:
-    """Return a file's content, None if it does not exist. Raise Unfit unless it is plain and small."""
+    """Return a file's content, or None if it does not exist. Raises Unfit if it is no small file."""
     try:
         if stat.S_ISLNK(os.lstat(path).st_mode):
             raise Unfit("it is a symbolic link, which is not followed")
