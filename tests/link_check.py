@@ -2,6 +2,7 @@
 with a task on stdin.
 """
 
+import io
 import json
 import os
 import re
@@ -10,7 +11,9 @@ import signal
 import socket
 import subprocess
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from importlib.machinery import SourceFileLoader
+from importlib.util import module_from_spec, spec_from_loader
 from pathlib import Path
 
 import pytest
@@ -80,6 +83,28 @@ def check(tmp_path, workspace):
         return done
 
     return run
+
+
+@pytest.fixture
+def refused(monkeypatch):
+    """refused(data) is the reason for which the handler refuses a task for good; None if it does not."""
+    loader = SourceFileLoader("link_validation_handler", str(HANDLER))
+    module = module_from_spec(spec_from_loader("link_validation_handler", loader))
+    loader.exec_module(module)
+    # The bound would hold for the tests' own process.
+    monkeypatch.setattr(module, "limit_memory", lambda: None)
+
+    def call(data=None, *, task=None):
+        raw = json.dumps({"data": data}).encode() if task is None else task
+        out, errors = io.StringIO(), io.StringIO()
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(raw)))
+        with redirect_stdout(out), redirect_stderr(errors):
+            code = module.main([])
+        said = errors.getvalue()
+        is_one_line = said.startswith("link_validation: ") and said.count("\n") == 1
+        return said if code == 65 and is_one_line and not out.getvalue() else None
+
+    return call
 
 
 @pytest.fixture
