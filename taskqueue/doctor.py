@@ -373,6 +373,9 @@ def look_at(db: Path) -> Finding | None:
                 mend = f"the next enqueue or worker makes it version {q.SCHEMA_VERSION}, tasks kept"
                 return note(f"{db} has schema version {version}", mend)
             return look_for_damage(conn, db)
+    except sqlite3.OperationalError:
+        # It is locked or cannot be opened, and that is no damage.
+        raise
     except sqlite3.DatabaseError as error:
         rescue = f"sqlite3 {sh(db)} .recover | sqlite3 recovered.db, then: {command('restore')}"
         mend = f"{restore}; without one, save what can be read: {rescue} recovered.db"
