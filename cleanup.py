@@ -27,7 +27,6 @@ import re
 import shutil
 import signal
 import sqlite3
-import stat
 import sys
 import threading
 import time
@@ -46,16 +45,16 @@ from taskqueue.report import IS_NEWS, make_is_told
 from taskqueue.text import plural, size, visible
 from taskqueue.workspaces import DIRECTORIES
 
-# So many rows are looked up, and so many pages given back, before others get their turn.
+# How many rows are looked up, and pages given back, before other writers get their turn.
 BATCH_ROWS, BATCH_PAGES = 250, 64
 # A batch of deletions holds the write lock this long: SQLite's busy handler looks after 1, 3, 8 ms,
 # and finds it free soon.
 HOLD_SECONDS = 0.004
-# More rows than this get a progress bar.
+# From this number of rows on, a progress bar is shown.
 LONG_WORK = 20_000
 # This share of the database's pages stays free: tomorrow's tasks need them.
 SPARE_SHARE = 0.1
-# So long the history keeps what report.py has not told.
+# How long the history keeps what report.py has not told.
 UNTOLD_SECONDS = 7 * 86_400.0
 # A lock file this young may not be locked yet.
 NEWBORN_SECONDS = 60.0
@@ -141,7 +140,7 @@ class Stop(threading.Event):
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
     cli.open_standard_streams()
-    # The usual state is not the one that was meant.
+    # A state that cannot be used must not be replaced by the usual one.
     if q.state_complaint:
         return cli.complain(cli.EX_USAGE, "cleanup.py", q.state_complaint)
     stop, before, told = Stop(), {}, ()
@@ -166,11 +165,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def clean_and_tell(args: argparse.Namespace, stop: Stop) -> tuple[int, tuple[str, ...]]:
-    """One clean-up and its summary: (the exit code, what is to be complained about)."""
+    """Clean up once and print the summary. Return the exit code and the complaints."""
     try:
         report = clean(q.STATE_DIR, args.keep, args.keep_failed, stop, dry_run=args.dry_run)
-    except q.QueueError as error:
-        return cli.code_of(error), (str(error),)
+    except (q.QueueError, sqlite3.Error) as error:
+        told = q.explain(error, q.STATE_DIR) if isinstance(error, sqlite3.Error) else error
+        return cli.code_of(told), (str(told),)
     try:
         text = (
             json.dumps(asdict(report)) if args.json else "\n".join(map(visible, sentences(report)))
@@ -193,7 +193,7 @@ def clean_and_tell(args: argparse.Namespace, stop: Stop) -> tuple[int, tuple[str
 
 @dataclass
 class Report:
-    """What one run did; with dry_run, what it would do."""
+    """Counts of what one clean-up did; with `dry_run`, what it would do."""
 
     state: str
     dry_run: bool
@@ -214,8 +214,6 @@ class Report:
     complaints: list[str] = field(default_factory=list)
     # What could not be done, and why.
     left_undone: list[str] = field(default_factory=list)
-    # Files and directories that other users could read.
-    modes: int = 0
     recovered: int = 0
     # Handlers that outlive their worker; their tasks are left alone.
     orphans: int = 0
@@ -233,46 +231,42 @@ class Report:
 def clean(
     state: Path, keep: float, keep_failed: float, stop: Stop, *, dry_run: bool = False
 ) -> Report:
-    """Do everything once. Raises QueueBusy and QueueUnavailable; what was done until then stays
-    done.
-    """
+    """Clean up once. Raise QueueBusy or QueueUnavailable; work that was done stays done."""
     began, now = time.monotonic(), time.time()
     conn = q.connect(state, create=False)
     report = Report(str(state), dry_run, bytes_before=size_of(state, "", "-wal"))
     limits = {"finished_before": q.utc(now - keep), "failed_before": q.utc(now - keep_failed)}
-    # Whoever keeps nothing means it.
+    # With --keep 0s, untold results go, too.
     limits["untold_before"] = q.utc(now - (UNTOLD_SECONDS if keep else 0.0))
     conn.create_function("is_told", 3, make_is_told(conn))
     conn.execute("pragma wal_autocheckpoint = 0")
-    with errors_explained(state):
-        if dry_run:
-            count(conn, limits, report)
-        else:
-            with left_undone(report, "the spool"):
-                report.spooled, report.complaints = q.take_in_spool(state)
-                if report.complaints and any(spool_files(state)):
-                    report.left_undone += report.complaints
-            with left_undone(report, "tasks of dead owners"):
-                recovered, report.orphans = q.recover(state)
-                report.recovered = len(recovered)
-            expire(conn, stop, report)
-            prune(conn, limits, stop, report)
-        for kind in kinds(conn, limits, keep, keep_failed, dry_run):
-            remove(state, kind, stop, report)
-        close_to_others(state, report)
-        if not dry_run:
-            give_back(conn, stop)
-            checkpoint(conn)
-        page_size = conn.execute("pragma page_size").fetchone()[0]
-        report.free_bytes = conn.execute("pragma freelist_count").fetchone()[0] * page_size
-        report.can_shrink = conn.execute("pragma auto_vacuum").fetchone()[0] == 2
+    if dry_run:
+        count(conn, limits, report)
+    else:
+        with left_undone(report, "the spool"):
+            report.spooled, report.complaints = q.take_in_spool(state)
+            if report.complaints and any(spool_files(state)):
+                report.left_undone += report.complaints
+        with left_undone(report, "tasks of dead owners"):
+            recovered, report.orphans = q.recover(state)
+            report.recovered = len(recovered)
+        expire(conn, stop, report)
+        prune(conn, limits, stop, report)
+    for kind in kinds(conn, limits, keep, keep_failed, dry_run):
+        remove(state, kind, stop, report)
+    if not dry_run:
+        give_back(conn, stop)
+        checkpoint(conn)
+    page_size = conn.execute("pragma page_size").fetchone()[0]
+    report.free_bytes = conn.execute("pragma freelist_count").fetchone()[0] * page_size
+    report.can_shrink = conn.execute("pragma auto_vacuum").fetchone()[0] == 2
     report.wal_bytes, report.bytes_after = size_of(state, "-wal"), size_of(state, "", "-wal")
     report.stopped, report.seconds = stop.is_set(), round(time.monotonic() - began, 3)
     return report
 
 
 def count(conn: q.Connection, limits: dict[str, str], report: Report) -> None:
-    """Say what a clean-up would do to the tables."""
+    """Count what a clean-up would do to the tables."""
     report.spooled = sum(1 for _ in spool_files(conn.state))
     report.recovered, report.orphans = count_dead_claims(conn)
     now = time.time()
@@ -285,7 +279,7 @@ def count(conn: q.Connection, limits: dict[str, str], report: Report) -> None:
 
 @contextmanager
 def left_undone(report: Report, what: object) -> Iterator[None]:
-    """One entry's trouble is written down, and the rest is done."""
+    """Note an entry that could not be cleaned up, so that the rest is."""
     try:
         yield
     except FileNotFoundError:
@@ -302,27 +296,11 @@ def left_undone(report: Report, what: object) -> Iterator[None]:
         )
 
 
-@contextmanager
-def errors_explained(state: Path) -> Iterator[None]:
-    try:
-        yield
-    except sqlite3.Error as error:
-        raise q.explain(error, state) from error
-    except BrokenPipeError:
-        raise
-    except OSError as error:
-        raise q.QueueUnavailable(
-            f"{error.filename}: {error.strerror}; check the permissions: ls -laR '{state}'"
-        ) from error
-
-
 # ---------------------------------------------------------------------------------------- the tables
 
 
 def expire(conn: q.Connection, stop: Stop, report: Report) -> None:
-    """End the waiting tasks whose time is over; a claim does the same in the queues that are
-    served.
-    """
+    """End the waiting tasks whose time is over. In a queue that is served, a claim does that."""
     for queue in database.queues_of(conn):
         while q.execute(conn, COUNT_EXPIRING, queue, now=time.time()).fetchone()[0]:
             if stop.wait(database.PAUSE_SECONDS):
@@ -335,7 +313,7 @@ def expire(conn: q.Connection, stop: Stop, report: Report) -> None:
 
 
 def prune(conn: q.Connection, limits: dict[str, str], stop: Stop, report: Report) -> None:
-    """Delete expired history, oldest first, a batch at a time with a pause between."""
+    """Delete old history, oldest first, in batches with a pause between."""
     expired = sum(count for _, count in conn.execute(COUNT_EXPIRED, limits))
     since = ""
 
@@ -357,7 +335,7 @@ def prune(conn: q.Connection, limits: dict[str, str], stop: Stop, report: Report
 
 
 def write_back(conn: q.Connection) -> None:
-    """Keep the write-ahead log so short that no enqueue has to write it back at its commit."""
+    """Write the log back, so that no enqueue has to do it at its commit."""
     conn.execute("pragma wal_checkpoint(passive)").fetchall()
 
 
@@ -366,9 +344,7 @@ def until(stop: Stop, items: Sequence) -> Iterator:
 
 
 def give_back(conn: q.Connection, stop: Stop) -> None:
-    """Shrink the file by its free pages, but SPARE_SHARE of it. Needs auto_vacuum = incremental,
-    else does nothing.
-    """
+    """Shrink the file, if auto_vacuum is incremental; SPARE_SHARE of its pages stay free."""
     while conn.execute("pragma auto_vacuum").fetchone()[0] == 2 and not stop.is_set():
         pages = conn.execute("pragma page_count").fetchone()[0]
         free = conn.execute("pragma freelist_count").fetchone()[0]
@@ -384,7 +360,7 @@ def give_back(conn: q.Connection, stop: Stop) -> None:
 
 
 def checkpoint(conn: q.Connection) -> None:
-    """Write the log into the database, and empty it unless somebody reads or writes right now."""
+    """Write the log into the database, and empty it unless another process is using it."""
     write_back(conn)
     # Waiting for readers, it would hold the write lock all the time.
     conn.execute("pragma busy_timeout = 0")
@@ -398,7 +374,7 @@ def checkpoint(conn: q.Connection) -> None:
 
 
 class Kind(NamedTuple):
-    """Files that are pruned: where they lie, which of them are over, and how they go."""
+    """Files to prune: where they lie, which of them are over, and how they go."""
 
     counted_as: str
     pattern: str
@@ -409,12 +385,10 @@ class Kind(NamedTuple):
 def kinds(
     conn: q.Connection, limits: dict[str, str], keep: float, keep_failed: float, dry_run: bool
 ) -> Iterator[Kind]:
-    """The table of what is pruned beside the history."""
+    """Yield the kinds of files to prune."""
     limits = limits if dry_run else {name: "" for name in limits}
     run_is_over = runs_that_are_over(conn, limits)
     held = {task.owner for _, task in database.claims(conn)}
-    # relay.py sees to the jobs of its dead ones: their handlers may still run.
-    held |= {hub.parent.name for hub in (conn.state / "runs").glob("*/hub")}
     workers = conn.state / "workers"
 
     def is_stale_lock(path: Path) -> bool:
@@ -424,12 +398,6 @@ def kinds(
     def has_no_owner(path: Path) -> bool:
         return path.name not in held and not (workers / path.name).exists()
 
-    def is_old_job(path: Path) -> bool:
-        return (
-            bool(RUN_FILE.fullmatch(path.name)) and is_older(keep_failed)(path) and is_quiet(path)
-        )
-
-    yield Kind("log_files", "logs/relay.*/*", is_old_job, Path.unlink)
     yield Kind("log_files", "logs/*/*", run_is_over, Path.unlink)
     yield Kind("set_aside", "logs/worker.*.log", is_large, lambda path: path.replace(f"{path}.old"))
     yield Kind("reports", "reports/link_validation/*.json", is_older(keep), Path.unlink)
@@ -444,7 +412,7 @@ def kinds(
 
 
 def remove(state: Path, kind: Kind, stop: Stop, report: Report) -> None:
-    """Remove the files of a kind that are over, and count them; with dry_run only count."""
+    """Remove the files of a kind that are over, or only count them for a dry run."""
     for path in state.glob(kind.pattern):
         if stop.is_set():
             return
@@ -469,7 +437,7 @@ def is_large(path: Path) -> bool:
 
 
 def is_free(path: Path) -> bool:
-    """Whether nobody holds a lock file."""
+    """Tell whether no process holds a lock file."""
     fd = q.lock_file(path, probe=True)
     if fd is not None:
         os.close(fd)
@@ -477,7 +445,7 @@ def is_free(path: Path) -> bool:
 
 
 def is_quiet(path: Path) -> bool:
-    """Whether no handler holds the output of a file's run any more."""
+    """Tell whether no handler holds the output of a file's run any more."""
     try:
         return is_free(path.with_suffix(".out"))
     except FileNotFoundError:
@@ -485,7 +453,7 @@ def is_quiet(path: Path) -> bool:
 
 
 def runs_that_are_over(conn: q.Connection, limits: dict[str, str]) -> Callable[[Path], bool]:
-    """Whether a file is of a run whose task is neither in its queue nor in the history."""
+    """Return a test for files of runs whose task is neither in its queue nor in the history."""
     # One snapshot: a task on its way from queue to history is in exactly one of them.
     with database.snapshot(conn):
         queues = database.queues_of(conn)
@@ -506,20 +474,6 @@ def runs_that_are_over(conn: q.Connection, limits: dict[str, str]) -> Callable[[
     return is_over
 
 
-def close_to_others(state: Path, report: Report) -> None:
-    """Close the files that other users could read."""
-    for top, _, files in os.walk(state):
-        for name in (".", *files):
-            path = Path(top, name)
-            with left_undone(report, path):
-                found = path.lstat()
-                is_ours = found.st_uid == os.getuid() and not stat.S_ISLNK(found.st_mode)
-                if is_ours and found.st_mode & 0o077:
-                    report.modes += 1
-                    if not report.dry_run:
-                        path.chmod(stat.S_IMODE(found.st_mode) & 0o700)
-
-
 def spool_files(state: Path) -> Iterator[Path]:
     for path in (state / "spool").glob("*/*"):
         if not path.name.startswith(".") and path.is_file():
@@ -527,14 +481,14 @@ def spool_files(state: Path) -> Iterator[Path]:
 
 
 def count_dead_claims(conn: q.Connection) -> tuple[int, int]:
-    """(tasks of dead owners that can be taken back, those whose handlers still run)."""
+    """Count the tasks of dead owners to take back, and those whose handlers still run."""
     dead = [task for _, task in database.claims(conn) if owners.is_dead(conn.state, task.owner)]
     orphans = sum(owners.look_at_run(conn.state, task)[1] for task in dead)
     return len(dead) - orphans, orphans
 
 
 def size_of(state: Path, *suffixes: str) -> int:
-    """Bytes of tasks.db and its sidecars."""
+    """Return the bytes of tasks.db, with these of its sidecars."""
     sizes = 0
     for suffix in suffixes:
         try:
@@ -550,9 +504,7 @@ def size_of(state: Path, *suffixes: str) -> int:
 
 @contextmanager
 def progress(total: int, what: str) -> Iterator:
-    """A function that moves a bar on a terminal's stderr; without a terminal, or for little work,
-    it does nothing.
-    """
+    """Show a bar on a terminal's stderr for long work; yield the function that advances it."""
     bar = nullcontext()
     if total >= LONG_WORK and sys.stderr.isatty():
         from rich.console import Console
@@ -566,7 +518,7 @@ def progress(total: int, what: str) -> Iterator:
 
 
 def sentences(report: Report) -> Iterator[str]:
-    """The summary for people."""
+    """Yield the lines of the summary."""
     would = "would be " if report.dry_run else ""
     if report.spooled or report.complaints:
         yield f"spool: {plural(report.spooled, 'task')} {would}taken in"
@@ -588,8 +540,6 @@ def sentences(report: Report) -> Iterator[str]:
         yield f"reports: {plural(report.reports, 'link report')} {would}removed"
     if report.set_aside:
         yield f"logs: {plural(report.set_aside, 'log')} of workers {would}set aside as .old"
-    if report.modes:
-        yield f"state: {plural(report.modes, 'file')} {would}closed to other users"
     if report.lock_files:
         yield f"workers: {plural(report.lock_files, 'stale lock file')} {would}removed"
     shrunk = f"{size(report.bytes_before)} -> " if not report.dry_run else ""

@@ -111,23 +111,6 @@ def test_rows_of_persist_queues_own_making_are_counted_and_taken_back(filled):
     assert filled.rows("select status from approvals") == [(1,)]
 
 
-def test_modes_are_mended_and_what_is_no_part_of_the_state_keeps_its_own(filled):
-    outside = filled.directory / "outside"
-    outside.write_text("")
-    outside.chmod(0o644)
-    (filled.state / "link").symlink_to(outside)
-    for path in (filled.state, *filled.state.rglob("*")):
-        if not path.is_symlink():
-            path.chmod(0o777 if path.is_dir() else 0o666)
-    dry = json.loads(filled.run("cleanup.py", "--dry-run", "--json").stdout)
-    assert dry["modes"] > 5 and (filled.state / "spool").stat().st_mode & 0o777 == 0o777
-    assert filled.run("cleanup.py").returncode == 0
-    for path in (filled.state, *filled.state.rglob("*")):
-        if not path.is_symlink():
-            assert path.stat().st_mode & 0o777 == (0o700 if path.is_dir() else 0o600), path
-    assert outside.stat().st_mode & 0o777 == 0o644
-
-
 def test_a_restore_that_ends_at_this_moment_hinders_nothing(filled, monkeypatch, capsys):
     """Its directory was listed, and is gone when it is looked at."""
     import cleanup

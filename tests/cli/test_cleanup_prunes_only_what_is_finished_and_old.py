@@ -10,7 +10,6 @@ import signal
 import sqlite3
 import subprocess
 import sys
-import time
 
 import pytest
 from conftest import ROOT, wait_for
@@ -154,24 +153,6 @@ def test_the_log_of_a_living_handler_stays(old):
         assert cleanup(old)["log_files"] == 0
         assert log.exists() and log.with_suffix(".err").exists()
     assert cleanup(old)["log_files"] == 2
-
-
-def test_the_output_of_other_machines_jobs_goes_by_its_age(old):
-    """The ids of a hub's jobs are others than those of the local queue of that name."""
-    directory = old.state / "logs" / "relay.notifications"
-    directory.mkdir(parents=True)
-    for name, days in (("3-1-9-a-1", 31), ("4-1-9-a-1", 29), ("99999-1-9-a-1", 31)):
-        for ending in ("out", "err"):
-            (directory / f"{name}.{ending}").write_text("text")
-            os.utime(directory / f"{name}.{ending}", (time.time() - days * 86_400,) * 2)
-    # Somebody's own log of a relay.py push may lie beside it.
-    (directory.parent / "relay.push.log").write_text("text")
-    assert cleanup(old, "--dry-run")["log_files"] == 4
-    with open(directory / "3-1-9-a-1.out", "a") as handler:
-        fcntl.flock(handler, fcntl.LOCK_EX)
-        assert cleanup(old)["log_files"] == 2
-    assert cleanup(old)["log_files"] == 2
-    assert sorted(path.name for path in directory.iterdir()) == ["4-1-9-a-1.err", "4-1-9-a-1.out"]
 
 
 def test_stale_lock_files_go_and_held_ones_stay(old):
