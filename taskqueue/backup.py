@@ -45,7 +45,7 @@ where not exists (select 1 from backed_up.task_history h where h.task_id = l.tas
 
 
 def use_ids(conn: sqlite3.Connection, queue: str, last: int) -> None:
-    """Have no row id of a queue up to `last` given again."""
+    """Keep the row ids of a queue up to `last` from being given again."""
     for statement in (USE_ID, FIRST_USED_ID):
         conn.execute(statement, {"queue": queue, "id": last})
 
@@ -54,9 +54,7 @@ def use_ids(conn: sqlite3.Connection, queue: str, last: int) -> None:
 
 
 def check_target(path: Path, state: Path) -> None:
-    """Raise Refused unless path can be written to and is no part of the queue's state, through any
-    link.
-    """
+    """Raise Refused if a file cannot be written there, or belongs to the queue's state."""
     real = Path(os.path.realpath(path))
     if path.is_dir() or not path.name:
         raise Refused(f"{path} is a directory: give a file's name")
@@ -70,7 +68,7 @@ def check_target(path: Path, state: Path) -> None:
 
 
 def is_within(real: Path, directory: Path) -> bool:
-    """Whether a path lies in a directory, by whatever name that goes."""
+    """Tell whether a path lies in a directory, through links, too."""
     for parent in real.parents:
         try:
             if os.path.samefile(parent, directory):
@@ -81,9 +79,7 @@ def is_within(real: Path, directory: Path) -> bool:
 
 
 def is_part_of(real: Path, state: Path) -> bool:
-    """Whether it is the database or a sidecar of it elsewhere, or another name (a hard link) of a
-    file of the state.
-    """
+    """Tell whether a path is the database or a sidecar, or a hard link to a file of the state."""
     db = database.database_file(state)
     if real in (db, *(Path(f"{db}{ending}") for ending in database.SIDECARS)):
         return True
@@ -109,8 +105,9 @@ def is_file(path: Path, found: os.stat_result) -> bool:
 
 @contextmanager
 def whole_file(path: Path, directory: Path | None = None) -> Iterator[Path]:
-    """A temporary name beside path, or in that directory. It becomes path, on disk, when the block
-    ends well; else it is removed.
+    """Yield a temporary file, beside `path` or in `directory`, that replaces `path` at the end.
+
+    If the block fails, it is removed. Raises Refused if it cannot be written.
     """
     # The name is known before the file is made: a signal may come in between.
     name = f".{path.name[:200]}.{os.urandom(4).hex()}"
@@ -132,7 +129,7 @@ def whole_file(path: Path, directory: Path | None = None) -> Iterator[Path]:
 
 
 def sync(path: Path) -> None:
-    """Have a file or a directory on disk when this returns."""
+    """Write a file or a directory to the disk."""
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         os.fsync(fd)
@@ -155,8 +152,7 @@ def not_written(path: Path, error: OSError | sqlite3.Error) -> str:
 @takes(option("file", metavar="FILE", type=Path))
 def backup(file: Path, as_json: bool) -> int:
     """Copy the database to FILE as it is at this moment, while workers go on. FILE is replaced once
-    the copy is whole.
-    """
+    the copy is whole."""
     conn = database.open_queue()
     check_target(file, conn.state)
     with whole_file(file) as temporary:
@@ -169,9 +165,7 @@ def backup(file: Path, as_json: bool) -> int:
 
 
 def copy_database(conn: q.Connection, target: Path, check: bool = True) -> None:
-    """Write one state of the database into one file without sidecars. Raises Refused when that is
-    damaged.
-    """
+    """Write one state of the database into a file. Raise Refused if it is damaged."""
     with closing(sqlite3.connect(target, isolation_level=None)) as copy:
         with database.snapshot(conn):
             # The first read makes the snapshot, so that the copy never has to start over.
@@ -184,9 +178,7 @@ def copy_database(conn: q.Connection, target: Path, check: bool = True) -> None:
 
 
 class Loss(NamedTuple):
-    """How many tasks of the state before are in no form in the backup; None where that could not be
-    read.
-    """
+    """Numbers of tasks of the replaced state that the backup lacks; None if it was unreadable."""
 
     waiting: int | None
     finished: int | None
@@ -195,8 +187,7 @@ class Loss(NamedTuple):
 @takes(option("file", metavar="FILE", type=Path, help="of backup"))
 def restore(file: Path, as_json: bool) -> int:
     """Put a backup into the place of the database, while no worker runs. The present state is kept
-    beside it.
-    """
+    beside it."""
     state = q.STATE_DIR
     if any(is_file(path, os.stat(file)) for path in database.database_files(state)):
         raise Refused(f"{file} is the database itself: give a backup of it")
@@ -238,7 +229,7 @@ def refuse_while_running(state: Path, conn: sqlite3.Connection | None) -> None:
 
 
 def unused_name(state: Path) -> Path:
-    """Where the present state is to be kept."""
+    """Return a name under which to keep the present state."""
     name = f"tasks.db.before-restore-{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}"
     names = (name, *(f"{name}-{number}" for number in range(2, 1000)))
     return next(state / name for name in names if not (state / name).exists())
@@ -260,9 +251,7 @@ def sentences(file: Path, kept: Path | None, loss: Loss) -> Iterator[str]:
 
 @contextmanager
 def prepared(file: Path, state: Path) -> Iterator[q.Connection]:
-    """The backup as a database of its own within the state, checked, of the present schema; removed
-    at the end.
-    """
+    """Yield a checked copy of the backup in the present schema; remove it at the end."""
     directory = state / f".restore-{os.urandom(4).hex()}"
     conn = None
     try:
@@ -309,8 +298,7 @@ def copy_of_backup(file: Path, target: Path) -> None:
 def put_in_place(
     backed_up: q.Connection, present: q.Connection, kept: Path | None, file: Path
 ) -> Loss:
-    """Copy the prepared backup into the live database, in one transaction that all processes see at
-    once.
+    """Copy the prepared backup into the live database, in one transaction.
 
     SQLite's backup takes the write lock with its first page. Only then the present state is copied
     and compared: no commit can come in between, so what is kept is complete, and what is counted is
@@ -348,7 +336,7 @@ def put_in_place(
 
 
 def compare(kept: Path, backed_up: q.Connection) -> Loss:
-    """What the state before has, and the backup has not."""
+    """Count the tasks of the replaced state that the backup lacks."""
     with closing(sqlite3.connect(kept, isolation_level=None)) as conn:
         conn.text_factory = lambda raw: raw.decode("utf-8", "replace")
         conn.execute("attach ? as backed_up", (str(backed_up.state / "tasks.db"),))
@@ -363,7 +351,7 @@ def compare(kept: Path, backed_up: q.Connection) -> Loss:
 
 
 def keep_ids(backed_up: q.Connection, present: q.Connection) -> None:
-    """Have no row id given again whose logs are still here."""
+    """Keep row ids whose logs still exist from being given again."""
     with q.transaction(backed_up):
         for queue in database.queues_of(present):
             q.ensure_queue(backed_up, queue)
@@ -372,7 +360,7 @@ def keep_ids(backed_up: q.Connection, present: q.Connection) -> None:
 
 
 def is_damage(error: BaseException) -> bool:
-    """Whether the live database is one that SQLite cannot read."""
+    """Tell whether SQLite found the database unreadable."""
     cause = error if isinstance(error, sqlite3.Error) else error.__cause__
     return (getattr(cause, "sqlite_errorname", None) or "").startswith(
         ("SQLITE_NOTADB", "SQLITE_CORRUPT")
@@ -380,8 +368,7 @@ def is_damage(error: BaseException) -> bool:
 
 
 def replace_damaged(backed_up: q.Connection, state: Path, kept: Path) -> Loss:
-    """Move a database that SQLite cannot read aside, with its sidecars, and put the backup into its
-    place.
+    """Move an unreadable database and its sidecars aside, and put the backup into its place.
 
     The write-ahead log goes before the backup comes: SQLite would apply the old log to the new
     file.

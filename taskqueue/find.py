@@ -21,11 +21,11 @@ from taskqueue.database import FINISHED, LIVE
 from taskqueue.outcome import Control
 from taskqueue.remedies import command
 
-# A row's number in a list.
+# The number of a row in a list.
 ROW = r"[1-9]\d{0,3}"
-# An ambiguous ID lists so many of the tasks that it fits.
+# How many tasks the message about an ambiguous ID names.
 MATCHES = 10
-# What a list printed may be named by its row for so long.
+# How long a row number of a printed list is valid.
 LISTED_SECONDS = 86_400.0
 
 CLAIM_ORDER = {
@@ -85,13 +85,13 @@ select id from task_history where task_id = :task_id and +queue = :queue order b
 
 
 class Ambiguous(Refused):
-    """An ID that names a row of the list and another task; the message names both."""
+    """An ID that names a row of the list and another task."""
 
     exit_code = cli.EX_USAGE
 
 
 class Found(NamedTuple):
-    """A task that an ID named. row_id is its row, None when it is in the history alone."""
+    """A task. `row_id` is None if it is in the history alone."""
 
     queue: str
     task_id: str
@@ -101,8 +101,8 @@ class Found(NamedTuple):
 def find(
     conn: q.Connection, ident: str, queue: str | None = None, option: str = "--queue"
 ) -> Found:
-    """Return the task of this id, or of this row of the list that was printed last, or else the
-    only one whose id begins so. A number is never taken for the beginning of an id.
+    """Return the task that an ID names: by its id, by its row in the last list, or by the
+    beginning of its id if no other begins so. A number is never the beginning of an id.
 
     `option` is the command's option that names the queue. Raises Refused, Ambiguous.
     """
@@ -160,9 +160,7 @@ def find(
 
 
 def remember(state: Path, rows: Sequence[dict]) -> None:
-    """Keep which task each row of a list named, for this terminal; where that fails, it is not
-    kept.
-    """
+    """Note which task each row of a list names in this terminal. A failure is ignored."""
     with suppress(OSError):
         directory = q.make_private(state / "listed")
         for entry in os.scandir(directory):
@@ -178,7 +176,7 @@ def remember(state: Path, rows: Sequence[dict]) -> None:
 
 
 def listed(state: Path, ident: str) -> Found | None:
-    """The task of a row of the list that this terminal has shown last, as it was then."""
+    """Return the task of a row in the list that this terminal has shown last, or None."""
     if not re.fullmatch(ROW, ident):
         return None
     file = state / "listed" / str(os.getsid(0))
@@ -192,7 +190,7 @@ def listed(state: Path, ident: str) -> Found | None:
 
 
 def source_of(conn: q.Connection, data: object) -> list[dict]:
-    """The task from which one came, as its envelope names it: none or one."""
+    """Return the task that a task came from, by its envelope: none or one."""
     source = data.get("source") if isinstance(data, dict) else None
     if not isinstance(source, dict) or not {"queue", "task_id"} <= source.keys():
         return []
@@ -207,7 +205,7 @@ def source_of(conn: q.Connection, data: object) -> list[dict]:
 
 
 def live_id(conn: q.Connection, queue: str, task_id: str) -> int | None:
-    """The row of a waiting or running task."""
+    """Return the row of a waiting or running task, or None."""
     bare = re.fullmatch(rf"{queue}-(\d{{1,18}})", task_id)
     row = q.execute(
         conn, LIVE_ID, queue, task_id=task_id, row_id=int(bare[1]) if bare else None
@@ -216,13 +214,13 @@ def live_id(conn: q.Connection, queue: str, task_id: str) -> int | None:
 
 
 def newest_record(conn: q.Connection, found: Found) -> dict:
-    """The task as it is now: waiting or running, else as it last ended. Raises Refused."""
+    """Return the task as it is now: waiting, running, or as it last ended. Raises Refused."""
     with database.snapshot(conn):
         return newest_of(conn, found)
 
 
 def newest_of(conn: q.Connection, found: Found) -> dict:
-    """The same, within a snapshot."""
+    """Return the same, within a snapshot."""
     row_id = live_id(conn, found.queue, found.task_id)
     if row_id is not None:
         return database.as_dict(q.execute(conn, LIVE_ROW, found.queue, id=row_id))
@@ -233,7 +231,7 @@ def newest_of(conn: q.Connection, found: Found) -> dict:
 
 
 def history_ids(conn: q.Connection, found: Found) -> list[int]:
-    """The finished records of a task, newest first."""
+    """Return the history ids of a task, newest first."""
     return [
         row_id
         for (row_id,) in conn.execute(HISTORY_OF, {"task_id": found.task_id, "queue": found.queue})
@@ -250,9 +248,9 @@ def all_records(conn: q.Connection, found: Found) -> list[dict]:
 
 
 class Wanted(NamedTuple):
-    """Which tasks a list is to have; queues, task_type and text are None where they do not matter.
+    """Conditions of a list; `queues`, `task_type` and `text` are None for any.
 
-    oldest and newest are Unix seconds: of finished tasks of their end, else of their enqueuing.
+    `oldest` and `newest` are Unix seconds of a finished task's end, else of its enqueueing.
     """
 
     queues: list[str] | None
@@ -264,7 +262,7 @@ class Wanted(NamedTuple):
 
 
 def find_tasks(conn: q.Connection, wanted: Wanted) -> Iterator[dict]:
-    """Matching tasks in list's order, as they are found."""
+    """Yield matching tasks in the order of a list."""
     queues, statuses, task_type, oldest, newest, text = wanted
     like = None if text is None else "%" + re.sub(r"([\\%_])", r"\\\1", text) + "%"
     which = {"task_type": task_type, "since": oldest, "before": newest, "text": like}
@@ -309,7 +307,7 @@ def find_tasks(conn: q.Connection, wanted: Wanted) -> Iterator[dict]:
 
 
 def matches(cursor: sqlite3.Cursor) -> Iterator[tuple]:
-    """The rows whose second column says that they match."""
+    """Yield the rows whose second column is true."""
     return (row for row in cursor if row[1])
 
 
@@ -344,11 +342,11 @@ order by completed_at desc limit :sample"""
 
 
 def gather(conn: q.Connection | database.Reader) -> dict:
-    """{"at", "serving": [queue, …], "remarks": [line, …], "queues": {queue: {…numbers, what holds it
-    back, "types": {type: {…numbers}}}}}, of one state of the database.
+    """Count one state of the database: {"at", "serving": [queue, …], "remarks": [line, …],
+    "queues": {queue: {…numbers, "paused", …, "types": {type: {…numbers}}}}}.
 
-    "serving" are the queues that a worker serves; "remarks" name the waiting tasks that nobody will
-    run. Raises sqlite3.Error.
+    "serving" are the queues that a worker serves; "remarks" name the waiting tasks that no worker
+    will run. Raises sqlite3.Error.
     """
     with nullcontext() if conn.in_transaction else database.snapshot(conn):
         return _gather(conn, time.time())
@@ -416,12 +414,12 @@ def _gather(conn: q.Connection | database.Reader, now: float) -> dict:
 
 
 def as_name(value: object) -> str:
-    """A queue or task type as text: a writer that checks nothing may have stored anything."""
+    """Return a queue or task type as text: the history may hold a number."""
     return value if isinstance(value, str) else str(value)
 
 
 def held_back(control: Control | None) -> dict:
-    """What holds a queue back; paused_until is UTC text, null where only a person resumes it."""
+    """Return the limits of a queue. `paused_until` is UTC text, None until a person resumes it."""
     paused, until, reason, by, slots = control or (False, None, None, None, None)
     told = {"paused": paused, "paused_until": None if until is None else q.utc(until)}
     return {**told, "pause_reason": reason, "paused_by": by, "slots": slots}
@@ -435,15 +433,13 @@ def zeros() -> dict:
 
 
 def known_times(sample: list) -> list:
-    """The newest (completed_at, waited, ran), but those whose times are none: bash may have written
-    them.
-    """
+    """Return the newest (completed_at, waited, ran) whose times are known."""
     known = [row for row in sample if None not in row]
     return sorted(known, key=lambda row: str(row[0]), reverse=True)[:SAMPLE]
 
 
 def times(sample: list) -> dict:
-    """Median and 95th percentile of finished tasks' (completed_at, waited, ran)."""
+    """Return the medians and 95th percentiles of (completed_at, waited, ran)."""
     if not sample:
         return {}
     waited, ran = (sorted(max(0.0, row[column]) for row in sample) for column in (1, 2))

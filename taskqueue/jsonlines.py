@@ -67,7 +67,7 @@ select json_extract(:line, '$.data')"""
 
 
 def columns_of(conn: sqlite3.Connection, table: str) -> list[str]:
-    """The columns of a table that an export and an import carry under their own names."""
+    """Return the columns of a table that move, export and import carry as they are."""
     names = [row[1] for row in conn.execute(f'pragma table_info("{table}")')]
     return [name for name in names if name not in NOT_EXPORTED]
 
@@ -82,8 +82,7 @@ def columns_of(conn: sqlite3.Connection, table: str) -> list[str]:
 )
 def export(file: str, queues: list[str] | None, history: bool, as_json: bool) -> int:
     """Write waiting and running tasks as JSON lines, for import; with --history the finished ones,
-    too.
-    """
+    too."""
     conn = database.open_queue()
     database.check_known(conn, queues or ())
     if file == "-" or os.path.exists(file) and not os.path.isfile(file) and not os.path.isdir(file):
@@ -118,9 +117,7 @@ def export_to_stream(conn: q.Connection, file: str, queues: list[str] | None, hi
 
 
 def write_lines(conn: q.Connection, out: BinaryIO, queues: list[str] | None, history: bool) -> int:
-    """Finished tasks first, in the order of their end, so that import meets a task's lives in their
-    order.
-    """
+    """Write finished tasks first, by their end, so that import meets a task's lives in order."""
     exported, on_terminal = 0, out.isatty()
     for task in exported_tasks(conn, queues, history):
         data = task.pop("data").split("\0")[0]
@@ -151,7 +148,7 @@ def column_list(conn: q.Connection, table: str) -> str:
 
 
 def as_json_text(data: str) -> str:
-    """Stored data as one line of JSON: as it stands where it is an object, else as a text.
+    """Return stored data as one line of JSON: an object as it stands, anything else as a text.
 
     Between JSON's tokens a newline is a space, and inside its strings there is none.
     """
@@ -163,7 +160,7 @@ def as_json_text(data: str) -> str:
 
 
 def readable(data: str) -> str:
-    """A task's data, its numbers kept as text that other readers of JSON could not read."""
+    """Return a task's data with numbers that not every JSON reader knows kept as text."""
     if re.search(q.ODD_NUMBER, data):
         try:
             stored, odd = q.read_task(data)
@@ -175,7 +172,7 @@ def readable(data: str) -> str:
 
 
 def escaped(line: str) -> str:
-    """A line of JSON in printable ASCII, for a terminal: what is not can only stand in strings."""
+    """Return a line of JSON in printable ASCII, for a terminal."""
     return re.sub(
         "[^\\x20-\\x7e\\n]",
         lambda found: json.dumps(found[0])[1:-1].replace("\x7f", "\\u007f"),
@@ -214,7 +211,7 @@ def import_(file: str, as_json: bool) -> int:
 def import_lines(
     conn: q.Connection, file: str, faults: list[str], notes: list[str]
 ) -> tuple[int, int]:
-    """(imported, known already)."""
+    """Import the lines; return how many were new, and how many known."""
     imported = known = 0
 
     def refuse(number: int, error: Exception) -> None:
@@ -257,7 +254,7 @@ def import_lines(
 
 
 def is_about_the_task(error: Exception, state: Path) -> bool:
-    """Whether a line or a file is at fault, and not the database or the disk."""
+    """Tell whether the line is at fault, and not the database or the disk."""
     if isinstance(error, sqlite3.Error) and not isinstance(
         error, (sqlite3.IntegrityError, sqlite3.ProgrammingError)
     ):
@@ -270,9 +267,10 @@ def is_about_the_task(error: Exception, state: Path) -> bool:
 
 
 def read_json(text: str) -> tuple[dict, list[str]]:
-    """A JSON object, and the numbers like 1e400 in it, which are kept as text; no field of ours may
-    be one. ValueError for what is none, NaN and Infinity among it, which only Python takes for
-    JSON."""
+    """Return a JSON object, and the numbers in it that are kept as text, like 1e400.
+
+    Raises ValueError for anything else, NaN and Infinity included: only Python reads those.
+    """
     value, odd = q.read_task(text)
     for number in odd:
         if number.strip("-") in ("NaN", "Infinity"):
@@ -288,9 +286,7 @@ def kept_as_text(odd: list[str]) -> str:
 
 
 def parse_line(conn: q.Connection, line: bytes) -> tuple[dict, list[str]]:
-    """The task of a line, its fields checked, and its numbers that are kept as text; its queue
-    exists when this returns.
-    """
+    """Return the checked task of a line and its numbers kept as text; make its queue."""
     text = line.decode("utf-8-sig").strip()
     task, odd = read_json(text)
     if task["status"] not in database.STATUSES:
@@ -327,7 +323,7 @@ def parse_line(conn: q.Connection, line: bytes) -> tuple[dict, list[str]]:
 
 
 def check(task: dict, name: str, is_right: Callable, required: bool = False) -> None:
-    """Raise InvalidTask unless a field is as it must be, or is missing and may be."""
+    """Raise InvalidTask unless a field is right, or missing and not required."""
     value = task[name] if required else task.get(name)
     if value is None and not required:
         task.pop(name, None)
@@ -344,12 +340,12 @@ def is_seconds(value: object) -> bool:
 
 
 def is_text(value: object) -> bool:
-    """Whether it is a text that UTF-8 can say."""
+    """Tell whether a value is a text that UTF-8 can hold."""
     return isinstance(value, str) and not re.search("[\ud800-\udfff]", value)
 
 
 def is_moment(value: object) -> bool:
-    """Whether it is a UTC time as the history has them."""
+    """Tell whether a value is a UTC time as the history has them."""
     if not isinstance(value, str) or not re.fullmatch(
         r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d(\.\d{1,6})?", value
     ):
@@ -362,7 +358,7 @@ def is_moment(value: object) -> bool:
 
 
 def import_finished(conn: q.Connection, task: dict) -> bool:
-    """Store a finished task, within a transaction; False when it is known already."""
+    """Store a finished task, within a transaction. Return False if it is known already."""
     queue = task["queue"]
     if conn.execute(q.on_queue(KNOWN_FINISHED, queue), task).fetchone()[0]:
         return False
@@ -377,7 +373,7 @@ def import_finished(conn: q.Connection, task: dict) -> bool:
 
 
 def import_live(conn: q.Connection, task: dict) -> bool:
-    """Store a waiting task, within a transaction; False when it is known already."""
+    """Store a waiting task, within a transaction. Return False if it is known already."""
     queue = task["queue"]
     # The history's time of it; SQLite's strftime() rounds some of them otherwise.
     task["enqueued"] = q.utc(task["enqueued_at"])

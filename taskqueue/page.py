@@ -67,7 +67,7 @@ from task_history where completed_at >= :day_ago group by 1, 2 order by 1"""
 
 
 def page(file: str | None, open_it: bool, refresh: int | None, as_json: bool) -> int:
-    """Write the page; with `refresh` go on writing it, and a browser reads it again so often."""
+    """Write the page. With `refresh` go on: a browser reads it again after so many seconds."""
     conn = database.open_queue()
     path = Path(file).absolute() if file else conn.state / "page.html"
     write(path, page_of(conn, refresh))
@@ -81,7 +81,7 @@ def page(file: str | None, open_it: bool, refresh: int | None, as_json: bool) ->
 
 
 def write_again(state: Path, path: Path, refresh: int) -> None:
-    """Write the page after each change, until a signal ends it: then the page says so no more."""
+    """Write the page after each change until a signal; then once more, without a refresh."""
     changed = threading.Event()
     q.Watch.of(state).listeners.add(changed)
     try:
@@ -96,7 +96,7 @@ def write_again(state: Path, path: Path, refresh: int) -> None:
 
 
 def write(path: Path, text: str) -> None:
-    """Put a whole file, for its owner alone, into the place of `path`."""
+    """Replace a file by a whole one that only its owner can read."""
     temporary = None
     try:
         fd, temporary = tempfile.mkstemp(prefix=".page.", dir=path.parent)
@@ -114,7 +114,7 @@ def write(path: Path, text: str) -> None:
 
 
 def page_of(conn: q.Connection, refresh: int | None) -> str:
-    """The HTML of one state of the database."""
+    """Return the HTML of one state of the database."""
     now = time.time()
     with database.snapshot(conn):
         controls = q.controls(conn)
@@ -149,13 +149,13 @@ def page_of(conn: q.Connection, refresh: int | None) -> str:
 
 
 def part(tasks: list[dict], shown: int, see: str) -> dict:
-    """The tasks that are shown, those folded in below them, and where the others are."""
+    """Return the tasks to show, those to fold, and the command that lists more."""
     more = f"These are the first {ROWS}. More: {command(see)}" if len(tasks) > ROWS else ""
     return {"shown": tasks[:shown], "folded": tasks[shown:ROWS], "more": more}
 
 
 def unserved(numbers: dict) -> Iterable[str]:
-    """Say what keeps waiting tasks from being run, as the commands do."""
+    """Yield why waiting tasks are not run, as the commands say it."""
     for line in numbers["remarks"]:
         yield f"{line[0].upper()}{line[1:]}."
 
@@ -173,7 +173,7 @@ def count_name(status: str) -> str:
 
 
 def count_rows(queue: str, total: dict) -> Iterable[tuple]:
-    """(queue, type, numbers by status, seconds) of a queue, then of each of its types."""
+    """Yield (queue, type, numbers by status, seconds) of a queue, then of each type."""
     for task_type, n in (("", total), *total["types"].items()):
         counts = {status: n[count_name(status)] for status in TILES}
         medians = [n[name] and n[name]["median"] for name in ("wait_seconds", "run_seconds")]
@@ -186,7 +186,7 @@ def count_rows(queue: str, total: dict) -> Iterable[tuple]:
 
 
 def tasks_of(conn: q.Connection, status: str, controls: dict) -> list[dict]:
-    """The first tasks of a status: waiting ones in the order of claims, finished ones newest first."""
+    """Return the first tasks of a status, in the order of claims or newest end first."""
     if status in FINISHED:
         ids = conn.execute(FINISHED_IDS, {"status": status, "rows": ROWS + 1}).fetchall()
         rows = [database.as_dict(conn.execute(FINISHED_ROW, {"id": id})) for _, id in ids]
@@ -205,7 +205,7 @@ def tasks_of(conn: q.Connection, status: str, controls: dict) -> list[dict]:
 
 
 def task_of(row: dict, controls: dict) -> dict:
-    """A task as the template shows it."""
+    """Return a task as the template shows it."""
     moment = row["completed_at"] or row["due_at"] or row["started_at"] or row["enqueued_at"]
     stored = show.payload_text(row["data"])
     note = show.note_of(row, controls)
@@ -228,7 +228,7 @@ def task_of(row: dict, controls: dict) -> dict:
 
 
 def about_of(stored: str) -> str:
-    """What a task is about: its prompt, file or summary, else its workspace's name."""
+    """Return a payload's prompt, file or summary, else the name of its workspace."""
     payload = show.payload(stored)
     if not isinstance(payload, dict):
         return ""
@@ -252,7 +252,7 @@ def cut(text: str | None) -> str:
 
 
 class Bar(NamedTuple):
-    """What finished between two moments: tasks by status, and the mean seconds that they waited."""
+    """Finished tasks between two moments, by status, and their mean seconds of waiting."""
 
     since: float
     until: float
@@ -261,7 +261,7 @@ class Bar(NamedTuple):
 
 
 def bars_of(conn: sqlite3.Connection, now: float) -> list[Bar]:
-    """The last hours in BARS parts; none when nothing has finished in the last day."""
+    """Return the last hours in BARS parts, none if no task finished in the last day."""
     found = conn.execute(EACH_MINUTE, {"day_ago": q.utc(now - DAY)}).fetchall()
     minutes = [(minute_of(row[0]), *row[1:]) for row in found if minute_of(row[0])]
     if not minutes:
@@ -294,7 +294,7 @@ def minute_of(text: object) -> float | None:
 
 
 class Chart(NamedTuple):
-    """The highest column, and for each column what it says and its blocks."""
+    """The highest column, and each column's text and blocks."""
 
     most: float
     columns: list[tuple[str, list[dict]]]
@@ -337,7 +337,7 @@ def template():
     from markupsafe import Markup
 
     def visible(value: object) -> object:
-        """What the template prints: text from outside without characters that hide or reorder."""
+        """Make text from outside visible."""
         return value if isinstance(value, Markup) else visible_lines(str(value))
 
     made = Environment(

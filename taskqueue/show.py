@@ -44,7 +44,7 @@ COLOURS = {
     "scheduled": "blue",
     "held": "magenta",
 }
-# A screen's lines that are no rows of a list: its head, the remarks below it, and the prompt.
+# Lines of a screen beside the rows of a list: the head, the remarks below, and the prompt.
 OTHER_LINES = 7
 # What a list leaves of each at least, before its queues and types are shortened further. A row's
 # number names its task as well, so ids are shortened first.
@@ -65,8 +65,10 @@ Cell = str | tuple[str, str]
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[Cell]], bold: Iterable[int] = ()):
-    """A rich table. Columns that begin with > are right-aligned; in a terminal the last is cut to
-    what space there is, and one that begins with * is folded where even that is not enough.
+    """Return a rich table. A column that begins with > is right-aligned.
+
+    In a terminal the last column is cut to the room that is left, and one that begins with * is
+    folded if even that is not enough.
     """
     from rich import box
     from rich.table import Table
@@ -106,7 +108,7 @@ def _styled(cell: Cell) -> tuple[str, str]:
 
 
 def widths_of(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[int]:
-    """How many cells of a screen each column takes."""
+    """Return how many cells of a screen each column takes."""
     from rich.cells import cell_len
 
     heads = [max(map(cell_len, name.lstrip(">*").split("\n"))) for name in columns]
@@ -116,7 +118,7 @@ def widths_of(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[int
 
 
 def middle(text: str, longest: int) -> str:
-    """A text without its middle, which is where ids that begin alike differ least."""
+    """Cut a text in its middle, where ids that begin alike differ least."""
     from rich.cells import cell_len
 
     text = visible(text)
@@ -142,9 +144,7 @@ def console():
 
 
 def draw(*drawings: object) -> None:
-    """Print; the text is made first and written by us, since rich has its own ideas of a closed
-    pipe.
-    """
+    """Print drawings. rich only makes the text: it handles a closed pipe in its own way."""
     screen = console()
     with screen.capture() as captured:
         for drawing in drawings:
@@ -169,7 +169,7 @@ def amount(number: int) -> str:
 
 
 def stats_drawing(numbers: dict):
-    """A line per queue, below it one per type, and what holds queues back or serves them.
+    """Draw a line per queue, below it one per type, then pauses, slots and workers.
 
     It has as many columns as fit: no number is cut.
     """
@@ -201,7 +201,7 @@ def _named(queues: dict) -> list[tuple[str, dict]]:
 
 
 def _stats_columns(numbers: dict) -> Iterable[list[tuple[str, Callable[[dict], Cell]]]]:
-    """The columns of the table, each time fewer: (head, what makes a cell)."""
+    """Yield the table's columns, (head, cell function), fewer each time."""
     queues = numbers["queues"].values()
 
     def live(name: str) -> tuple[str, Callable[[dict], Cell]]:
@@ -258,12 +258,12 @@ def _stats_lines(numbers: dict) -> Iterable[str]:
 
 
 def rows_on_screen() -> int:
-    """How many rows of a list a person sees at once."""
+    """Return how many rows of a list fit on the screen."""
     return max(shutil.get_terminal_size().lines - OTHER_LINES, 5)
 
 
 def list_table(rows: list[dict], controls: dict[str, Control]):
-    """A line per task. A terminal gets row numbers, and ids without their middle."""
+    """Draw a line per task. A terminal gets row numbers, and ids without their middle."""
     notes = [short(note_of(row, controls)) for row in rows]
     ages = [span(seconds_since(row["completed_at"] or row["enqueued_at"])) for row in rows]
     if not sys.stdout.isatty():
@@ -309,7 +309,7 @@ def list_table(rows: list[dict], controls: dict[str, Control]):
 
 
 def fitting(natural: list[int], room: int, note: int) -> list[int]:
-    """How wide queues, ids and types are in a room that they share with notes of that width."""
+    """Return the widths of queues, ids and types in a room that they share with notes."""
     queue, ident, kind = natural
     for_names = room - min(max(LEAST_NOTE, room // 2), note)
     ident = min(ident, max(LEAST_ID, for_names - queue - kind))
@@ -321,7 +321,7 @@ def fitting(natural: list[int], room: int, note: int) -> list[int]:
 
 
 def note_of(row: dict, controls: dict[str, Control]) -> str:
-    """What a person wants to know of a task, in a line."""
+    """Return the result, reason or payload of a task in a line."""
     status, payload = row["status"], payload_text(row["data"])
     if status == "completed":
         return summary(row["result"]) or payload
@@ -339,7 +339,7 @@ def note_of(row: dict, controls: dict[str, Control]) -> str:
 
 
 def payload(text: str | None) -> object:
-    """A task's data for --json: the object, or the text where that says more than JSON can."""
+    """Return a task's data as an object for --json, or its text if that is no plain JSON."""
     if text is None:
         return None
     try:
@@ -351,7 +351,7 @@ def payload(text: str | None) -> object:
 
 
 def payload_text(text: str) -> str:
-    """What the sender sent, without our envelope."""
+    """Return the payload that was enqueued, without its envelope."""
     stored = payload(text)
     if not isinstance(stored, dict):
         return text
@@ -360,7 +360,7 @@ def payload_text(text: str) -> str:
 
 
 def summary(printed: str | None) -> str:
-    """What a handler printed in one line: the `summary` of its JSON, else its first line."""
+    """Return the `summary` of a handler's JSON result, else the first line that it printed."""
     text = (printed or "").strip()
     value = payload(text) if text.startswith("{") else None
     said = value.get("summary") if isinstance(value, dict) else None
@@ -368,7 +368,7 @@ def summary(printed: str | None) -> str:
 
 
 def task_text(task: dict) -> str:
-    """Everything about a task, as tasks.py show has put it together."""
+    """Return all that `show` prints about a task."""
     lines = [field(name, visible(value)) for name, value in fields_of(task)]
     data = task["data"]
     lines += ["", "data", visible_lines(data if isinstance(data, str) else indented(data))]
@@ -382,7 +382,7 @@ def task_text(task: dict) -> str:
 
 
 def field(name: str, value: str) -> str:
-    """A field of a task. In a terminal its value stays in its column, and no path in it is broken."""
+    """Return a field as a line. In a terminal its value stays in its column, paths unbroken."""
     line = f"{name:<17} {value}"
     if not sys.stdout.isatty():
         return line
@@ -398,12 +398,12 @@ def indented(value: object) -> str:
     return json.dumps(value, ensure_ascii=False, indent=2)
 
 
-# Of a task's fields, those that a person reads elsewhere or not at all.
+# Fields that `show` prints elsewhere or not at all.
 NOT_FIELDS = {"data", "result", "log", "history", "runs", "came_from", "cancel_requested"}
 
 
 def fields_of(task: dict) -> Iterable[tuple[str, str]]:
-    """(name, value) of a task, its times as a clock has them, and how long it took."""
+    """Yield (name, value) of a task, its times as local time, and how long it took."""
     for name, value in task.items():
         if name in NOT_FIELDS or value is None:
             continue
@@ -424,7 +424,7 @@ def fields_of(task: dict) -> Iterable[tuple[str, str]]:
 
 
 def between(begin: object, end: object) -> float | None:
-    """Seconds from one time of the database's to another; None where one of them is no time."""
+    """Return the seconds between two times in the database, or None if one is no time."""
     first, last = seconds_of(begin), seconds_of(end)
     return None if first is None or last is None else last - first
 
@@ -455,9 +455,7 @@ def output_files(runs: list[dict]) -> str:
 
 
 class Printer:
-    """Passes a handler's output on: each byte into a file or pipe, and what a terminal only shows
-    to a terminal.
-    """
+    """Pass a handler's output on: its bytes to a file or pipe, visible text to a terminal."""
 
     def __init__(self, stream: TextIO) -> None:
         self.stream, self.on_terminal = stream, stream.isatty()
@@ -477,13 +475,13 @@ def make_printers() -> dict[str, Printer]:
 
 
 def copy(source: BinaryIO, printer: Printer) -> None:
-    """Print what has come since, a piece at a time: it may be larger than the memory."""
+    """Print what was written since the last call."""
     while piece := source.read(PIECE_BYTES):
         printer.write(piece)
 
 
 class Run(NamedTuple):
-    """One attempt's output: path with .out and .err added."""
+    """The output of an attempt: `path` with .out and .err added."""
 
     attempt: int
     path: str
@@ -491,7 +489,7 @@ class Run(NamedTuple):
 
 
 def runs_of(record: dict) -> list[Run]:
-    """What its attempts left in the logs, oldest first."""
+    """Return the runs of a task whose output is in the logs, oldest first."""
     pattern, runs = re.compile(rf"({record['id']}-(\d+)-.+)\.(?:out|err)", re.DOTALL), {}
     try:
         with os.scandir(q.STATE_DIR / "logs" / record["queue"]) as entries:
@@ -509,14 +507,14 @@ def runs_of(record: dict) -> list[Run]:
 
 
 def print_outputs(sources: dict[str, BinaryIO]) -> None:
-    """A run's stderr on stderr, its stdout on stdout."""
+    """Print a run's stderr on stderr, and its stdout on stdout."""
     printers = make_printers()
     for ending, source in sources.items():
         copy(source, printers[ending])
 
 
 def print_as_json(told: dict, sources: dict[str, BinaryIO]) -> None:
-    """One JSON object, written a piece at a time: outputs may be larger than the memory."""
+    """Print one JSON object, a piece at a time: output may be larger than the memory."""
     sys.stdout.write(json.dumps(told, indent=2)[:-2])
     for ending, name in (("out", "stdout"), ("err", "stderr")):
         sys.stdout.write(f',\n  "{name}": "')
@@ -528,7 +526,7 @@ def print_as_json(told: dict, sources: dict[str, BinaryIO]) -> None:
 
 
 def open_output(path: str | None, ending: str, record: dict) -> BinaryIO:
-    """A run's stderr or stdout, or what the history kept of it."""
+    """Open a run's stderr or stdout, or the part that the history has kept."""
     try:
         if path is not None and os.path.getsize(f"{path}.{ending}"):
             return open(f"{path}.{ending}", "rb")
@@ -538,11 +536,11 @@ def open_output(path: str | None, ending: str, record: dict) -> BinaryIO:
 
 
 def follow_logs(conn: q.Connection, found: Found) -> int:
-    """Print what is there, then what comes, attempt after attempt, until the task is finished."""
+    """Print the output as it grows, attempt after attempt, until the task is finished."""
     files: dict[str, BinaryIO] = {}
     printers, waited = make_printers(), False
     while True:
-        # Looked at before the files are: what is written until then is read.
+        # The record is read before the files, so that no output of a finished task is missed.
         record = newest_record(conn, found)
         runs = runs_of(record)
         for ending in KEPT if runs else ():
@@ -562,7 +560,7 @@ def follow_logs(conn: q.Connection, found: Found) -> int:
 
 
 def follow_file(files: dict[str, BinaryIO], ending: str, path: str, printer: Printer) -> None:
-    """Print what is new in the file that is open, then go on to the next attempt's file."""
+    """Print the rest of the open file, then go on to the next attempt's file."""
     if ending in files:
         copy(files[ending], printer)
     try:

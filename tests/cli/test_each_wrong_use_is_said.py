@@ -71,8 +71,6 @@ def test_a_wrong_command_line_of_the_others(installation, script, command, words
 
 REFUSED = {
     "show x": "no task has the id 'x', nor one that begins so; see: tasks.py list",
-    "pause nope": "there is no queue 'nope'; there are: approvals, completions, notifications",
-    "limit nope --slots 1": "there is no queue 'nope'; there are: approvals, completions, notifications",
     "move ready approvals": "queue 'approvals' is where it is already",
     "move ended completions": "task ended has ended: retry it first, then move it",
     "approve ready": "task ready of approvals was not approved: it is pending, not held",

@@ -211,7 +211,7 @@ def test_show_keeps_values_in_their_column_and_paths_whole(installation, columns
 def test_an_empty_list_says_so(installation):
     installation.enqueue("approvals", "review", "{}", "--task-id", "a")
     installation.run("tasks.py", "purge", "approvals", "--yes")
-    assert listed(installation) == ["no task is like that"]
+    assert listed(installation) == ["no matching tasks"]
     assert "no task waits or runs" in on_terminal(installation, "tasks.py", "stats")
 
 

@@ -13,7 +13,7 @@ from conftest import ROOT
 
 READING = (["stats"], ["stats", "--watch"], ["list"], ["show", "x"], ["logs", "x"], ["logs", "-f", "x"],
            ["export"], ["backup", "copy"])  # fmt: skip
-CHANGING = (["retry", "x"], ["retry", "--failed"], ["cancel", "x"], ["pause", "approvals"], ["resume", "approvals"],
+CHANGING = (["retry", "x"], ["retry", "--failed"], ["cancel", "x"], ["resume", "approvals"],
             ["move", "x", "approvals"], ["purge", "approvals", "--yes"])  # fmt: skip
 
 
@@ -114,10 +114,10 @@ def test_a_wrong_command_line_exits_64(installation, command):
 
 
 @pytest.mark.parametrize("command", [
-    ["list", "--queue", "nope"], ["show", "x", "--queue", "nope"], ["pause", "nope"], ["resume", "approvals", "nope"],
+    ["list", "--queue", "nope"], ["show", "x", "--queue", "nope"], ["resume", "approvals", "nope"],
     ["move", "--from", "nope", "approvals"], ["move", "--from", "approvals", "nope"], ["purge", "nope", "--yes"],
     ["export", "--queue", "nope"], ["retry", "--failed", "--queue", "nope"],
-    ["pause", 'x"; drop table approvals; --'], ["list", "--queue", "../x"]], ids=" ".join)  # fmt: skip
+    ["resume", 'x"; drop table approvals; --'], ["list", "--queue", "../x"]], ids=" ".join)  # fmt: skip
 def test_an_unknown_queue_is_named_with_those_that_there_are(installation, command):
     installation.enqueue("approvals", "review")
     refused(

@@ -417,3 +417,17 @@ def test_nobody_waits_long_for_the_lock_while_many_tasks_change(installation):
         thread.join()
     conn.close()
     assert len(slowest) > 10 and sorted(slowest)[int(len(slowest) * 0.95)] < 0.25
+
+
+def test_a_move_keeps_all_that_is_set_for_a_task(installation):
+    installation.enqueue(
+        *("approvals", "review", "{}", "--task-id", "m", "--delay", "1h"),
+        *("--ttl", "1d", "--priority", "7", "--group", "g"),
+    )
+    installation.sqlite3("update approvals set own_attempts = 9, approved = 1, error = 'before'")
+    names = "data, timestamp, status, priority, due_at, delayed_at, expires_at, group_id"
+    names += ", own_attempts, approved, error"
+    before = installation.rows(f"select {names} from approvals")
+    assert installation.run("tasks.py", "move", "m", "notifications").returncode == 0
+    assert installation.rows(f"select {names} from notifications") == before
+    assert installation.rows("select count(*) from approvals") == [(0,)]
