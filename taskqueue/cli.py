@@ -229,23 +229,14 @@ def _told(work: Callable[[], int]) -> int:
     return code
 
 
-# The standard streams that were closed when this process began.
-closed_streams: set[int] = set()
-
-
 def open_standard_streams() -> None:
-    """Open /dev/null in the place of standard streams that were closed.
-
-    The next file that a program opens would otherwise get such a number, and what is printed would
-    be written into it.
-    """
-    for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+    """Open /dev/null for each standard stream that was closed, so that no file takes its number."""
+    while (fd := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(fd)
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
-            fd = os.open(os.devnull, os.O_RDWR)
-            if fd > 2:
-                os.close(fd)
             setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
-            closed_streams.add(number)
 
 
 def complain(code: int, who: str, error: object) -> int:

@@ -60,7 +60,7 @@ def test_a_wrong_command_line(installation, command):
     ("cleanup.py", "--keep all", IS_A_DURATION), ("cleanup.py", "--every 0.5", "is less than a second"),
     ("tasks.py service", "--kind upstart", "invalid choice: 'upstart'"),
     ("install.py", "", "the following arguments are required: COMMAND"),
-    ("install.py", "install --event WorktreeCreate", "no worktree could be made any more")])  # fmt: skip
+    ("install.py", "install --event WorktreeCreate", "could make no worktree any more")])  # fmt: skip
 def test_a_wrong_command_line_of_the_others(installation, script, command, words):
     done = installation.run(*f"{script} {command}".split())
     assert done.returncode == 64 and done.stdout == "" and len(done.stderr.splitlines()) == 1, (

@@ -77,16 +77,6 @@ def test_nothing_that_is_said_gets_into_a_file_that_is_opened_meanwhile(ended):
     assert with_streams(ended, "<&- >&- 2>&-", ["tasks.py", "cancel", "a-1"])[0] == 1
 
 
-def test_what_cannot_be_had_from_a_closed_stream_is_refused(ended):
-    assert with_streams(ended, ">&-", ["tasks.py", "export"]) == (
-        1,
-        "tasks.py export: standard output is closed: give a file's name\n",
-    )
-    assert with_streams(ended, "<&-", ["tasks.py", "import", "-"])[1].startswith(
-        "tasks.py import: standard input is closed"
-    )
-
-
 @pytest.mark.parametrize("reader", ["true", "head -c 1"])
 def test_readers_that_go_away_give_no_traceback(ended, reader):
     for command in COMMANDS:

@@ -26,7 +26,6 @@ STATE = {
     "queue_helpers._process": "connections and ownership; a forked child begins anew",
     "queue_helpers._inherited": "what a forked child must neither close nor collect",
     "taskqueue.persist._claims": "the claims of this process's ack queues; a forked child has none",
-    "taskqueue.cli.closed_streams": "which of the standard streams were closed when the script began",
 }
 
 
