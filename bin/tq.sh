@@ -1,7 +1,7 @@
 #!/bin/sh
 # The task queue's command: tq add, tq work, tq list ... hands over to the scripts.
-# install.py copies this file to PREFIX/runtime/tq and ~/.local/bin, and fills in the four paths below. The
-# plugin's bin/task-queue runs it as it stands, and an installation's where there is one.
+# install.py copies this file to PREFIX/runtime/tq and ~/.local/bin, and fills in the four paths
+# below. The plugin's bin/task-queue runs it as it stands; an installation's tq goes first.
 lib=
 python=
 uv=
@@ -34,7 +34,7 @@ usage: $name COMMAND [ARGUMENTS]
   approve, reject               let a held task run, or end it
   retry, cancel, move, purge    act on tasks
   pause, resume, limit          hold a queue back
-  take-in                       what hooks have left becomes tasks; other commands do that first
+  take-in                       make tasks of what hooks have left
   doctor                        what is wrong, and what to do about it
   report                        what became of the tasks of this directory
   page                          all of it as an HTML page
@@ -50,7 +50,7 @@ The scripts are in $lib.
 END
 }
 
-# What a command is called that is not called like its script. A command that has no script is one of tasks.py.
+# add and work have scripts of other names. A command without a script is one of tasks.py.
 case ${1:-} in
 '' | -h | --help | help) usage; exit 0 ;;
 --version) exec sed -n "s/^VERSION = \"\(.*\)\"\$/$name \1/p" "$lib/queue_helpers.py" ;;

@@ -166,7 +166,7 @@ def test_it_hands_over_to_the_scripts(home):
     told = subprocess.run(
         [sys.executable, ROOT / "tasks.py", "--help"], capture_output=True, text=True
     ).stdout
-    listed = re.findall(r"^    ([a-z]+)(?:\s|$)", told.partition("  COMMAND\n")[2], re.MULTILINE)
+    listed = re.findall(r"^    ([a-z-]+)(?:\s|$)", told.partition("  COMMAND\n")[2], re.MULTILINE)
     scripts = "add work cleanup report relay install uninstall".split()
     assert len(listed) > 10 and named == {*listed, *scripts}
 
