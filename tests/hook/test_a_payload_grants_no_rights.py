@@ -5,11 +5,9 @@ command line, `tq add` or Python, whichever way the payload took.
 from __future__ import annotations
 
 import json
-import os
 import sys
 
 import pytest
-from conftest import ROOT
 
 # All that a payload might ask of Claude Code, over a hook that the person meant for its prompt alone.
 RIGHTS = {
@@ -27,31 +25,16 @@ GRANT = {"permission_mode": "acceptEdits", "model": "haiku"}
 
 
 @pytest.fixture
-def asked(installation, tmp_path):
-    """Runs the queues dry; the options that the one run of `claude` was given."""
-    calls, program = tmp_path / "calls", tmp_path / "bin/claude"
-    program.parent.mkdir()
-    init, result = (
-        json.dumps(line)
-        for line in (
-            {"type": "system", "subtype": "init"},
-            {"type": "result", "is_error": False, "result": "Done."},
-        )
-    )
-    program.write_text(
-        f'#!/bin/sh\nprintf "%s\\n" "$*" >>"{calls}"\ncat >>"{calls}"\necho \'{init}\'\necho \'{result}\'\n'
-    )
-    program.chmod(0o755)
-    installation.handler("claude", f"#!/bin/sh\nexec {sys.executable} {ROOT}/handlers/claude\n")
+def asked(installation, fake, claude_handler):
+    """Runs the queues dry; returns the options that the one run of `claude` was given."""
 
     def asked(*options: str) -> str:
-        env = {"PATH": f"{program.parent}:{os.environ['PATH']}"}
-        done = installation.run("worker.py", "notifications", "approvals", "--drain", *options,
-                                "--handlers", installation.handlers, env=env)  # fmt: skip
+        done = installation.run("worker.py", "notifications", "approvals", "--drain", *options, "--handlers",
+                                installation.handlers, env={"PATH": fake.env["PATH"]})  # fmt: skip
         assert done.returncode == 0, done.stderr
-        given, prompt = calls.read_text().splitlines()
+        [(args, prompt, _)] = fake.calls()
         assert prompt == "Do it."
-        return given
+        return " ".join(args)
 
     return asked
 
