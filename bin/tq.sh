@@ -29,21 +29,21 @@ usage: $name COMMAND [ARGUMENTS]
 
   add QUEUE TASK_TYPE [DATA]    put a task into a queue
   work QUEUE ...                run tasks
-  list, show, logs, stats       see what waits, runs and failed, and why
-  wait                          until tasks have ended; prints their results
+  list, show, logs, stats       show what waits, runs and failed, and why
+  wait                          wait until tasks have ended; print their results
   approve, reject               let a held task run, or end it
   retry, cancel, move, purge    act on tasks
   pause, resume, limit          hold a queue back
-  take-in                       make tasks of what hooks have left
-  doctor                        what is wrong, and what to do about it
-  report                        what became of the tasks of this directory
-  page                          all of it as an HTML page
+  take-in                       make tasks of the files that hooks left
+  doctor                        say what is wrong, and what mends it
+  report                        say what became of this directory's tasks
+  page                          write the queue as an HTML page
   cleanup                       prune the history
-  export, import                tasks as JSON lines
-  backup, restore               the whole database
-  relay                         have tasks run on another machine
+  export, import                copy tasks as JSON lines
+  backup, restore               copy the whole database
+  relay                         run tasks on another machine
   service                       start workers whenever there is work
-  install, uninstall            put all this in place, or take it out
+  install, uninstall            put all this in place, or remove it
 
 $name COMMAND --help says more, $name --version which version this is.
 The scripts are in $lib.
