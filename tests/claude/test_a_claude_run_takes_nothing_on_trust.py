@@ -4,12 +4,19 @@ With a fake claude.
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 
+import hypothesis
+import hypothesis.strategies as st
 import pytest
 from claude_stub.fake import DONE, INIT
 from claude_stub.task import load_handler
+
+from taskqueue.claude_stream import Said
+from taskqueue.claude_verdict import judge
 
 
 @pytest.mark.parametrize(
@@ -180,6 +187,33 @@ def test_a_line_that_is_not_as_expected_does_no_harm(fake, line):
     done = fake.task().call()
     assert done.returncode == 0 and json.loads(done.stdout)["result"] == "Done.", done.stderr
     assert "Traceback" not in done.stderr
+
+
+ANYTHING = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9),
+    lambda values: st.lists(values, max_size=3) | st.dictionaries(st.text(max_size=9), values),
+    max_leaves=5,
+)
+FIELDS = """subtype error message is_error is_api_error_message parent_tool_use_id rate_limit_info result
+errors stop_reason terminal_reason api_error_status permission_denials compact_result compact_error
+retry_delay_ms session_id total_cost_usd""".split()
+LINE = st.fixed_dictionaries(
+    {"type": st.sampled_from("system assistant user result rate_limit_event".split()) | ANYTHING},
+    optional={name: ANYTHING | st.sampled_from(["init", "success", "failed"]) for name in FIELDS},
+)
+
+
+@hypothesis.settings(deadline=None, max_examples=300)
+@hypothesis.given(lines=st.lists(LINE, max_size=4), waits=st.integers(0, 9999))
+def test_whatever_claude_prints_there_is_a_verdict(lines, waits):
+    with contextlib.redirect_stderr(io.StringIO()):
+        said = Said(lambda: None)
+        for line in lines:
+            said.hear(json.dumps(line).encode())
+        verdict = judge(said, {"prompt": "x"}, waits, False)
+    assert verdict.code in (0, 1, 65, 75) and bool(verdict.not_now) == (verdict.code == 75)
+    handler = load_handler()
+    assert len(handler.result_line(said.result, verdict, 1.0)) <= handler.RESULT_BYTES
 
 
 @pytest.mark.parametrize(

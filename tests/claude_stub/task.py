@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import json
 import os
@@ -20,6 +21,7 @@ PROMPT = "Paint the harbour's lighthouse red."
 HANDLER = str(ROOT / "handlers/claude")
 
 
+@functools.cache
 def load_handler():
     """Return handlers/claude as a module."""
     loader = SourceFileLoader("claude_handler", HANDLER)
