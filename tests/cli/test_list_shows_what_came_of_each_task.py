@@ -124,11 +124,13 @@ def test_a_row_is_named_by_the_number_that_this_terminal_was_shown(installation)
     assert done.returncode == 1 and "no task has the id '99'" in done.stderr
 
 
-def test_an_exact_id_wins_over_a_row_number_and_a_task_that_went_is_said(installation):
+def test_a_number_that_is_a_row_and_an_id_is_refused_and_a_task_that_went_is_said(installation):
     installation.enqueue("approvals", "review", "{}", "--task-id", "2")
     installation.enqueue("approvals", "review", "{}", "--task-id", "other")
     listed(installation)
-    assert json.loads(installation.run("tasks.py", "show", "2", "--json").stdout)["task_id"] == "2"
+    done = installation.run("tasks.py", "show", "2")
+    assert done.returncode == 64 and "other (approvals)" in done.stderr, done.stderr
+    assert "2 (approvals)" in done.stderr
     installation.sqlite3("delete from approvals where task_id = '2'")
     done = installation.run("tasks.py", "show", "1")
     assert done.returncode == 1 and "task 2 of approvals is gone" in done.stderr
