@@ -11,7 +11,7 @@
     tasks.py approve ID                         let a held task run; reject ID ends it
     tasks.py pause approvals --for 2h           hold a queue back for so long
     tasks.py wait ID --timeout 10m              until it has ended; prints its result
-    tasks.py doctor                             what is wrong, and what to do about it
+    tasks.py doctor                             what is wrong, and what mends it
 
 ID is a task's id, its beginning if only one task's id begins so, or a row's number in the list that
 this terminal has shown last. DURATION is like 30, 90m, 5min, 1.5h or 2d. Every command has --help,
