@@ -173,7 +173,7 @@ create table "{queue}" (
   timestamp     real not null default ((julianday('now') - 2440587.5) * 86400.0)  -- enqueued, Unix seconds
                 check (timestamp between 0 and {last_second}),
   status        integer not null default 1       -- 0, 1 ready, 2 claimed, 3 scheduled or held, 4 blocked, 5 handed over
-                check (status in (0, 1, 2, 3, 4, 5) and (status <> 4 or group_id is not null and released_at is null)),
+                check (typeof(status) = 'integer' and status between 0 and 5 and (status <> 4 or group_id is not null and released_at is null)),
   priority      integer not null default 0,      -- higher first
   due_at        real,                            -- a scheduled task becomes ready then; null: it is held
   group_id      text,                            -- tasks of one group run one at a time
@@ -197,9 +197,10 @@ create table "{queue}" (
   rerun         text                             -- a later firing, for when the run ends: INSERT's values
                 check (json_array_length(rerun) = 8 and json_type(json_extract(rerun, '$[0]')) = 'object'),
   error         text,                            -- of the last failed attempt
-  task_id       text generated always as (case when {is_envelope} then nullif(json_extract(data, '$.task_id'), '') end)
+  is_envelope   integer generated always as ({is_envelope}) virtual,
+  task_id       text generated always as (iif(is_envelope, nullif(json_extract(data, '$.task_id'), ''), null))
                 stored unique on conflict ignore,
-  task_type     text generated always as (coalesce(nullif(case when {is_envelope} then json_extract(data, '$.task_type')
+  task_type     text generated always as (coalesce(nullif(case when is_envelope then json_extract(data, '$.task_type')
                 when json_type(data, '$.hook_event_name') = 'text' then json_extract(data, '$.hook_event_name') end, ''),
                 '{queue}')) stored,
   constraint priority_must_be_a_whole_number_within_a_million
@@ -217,22 +218,20 @@ create index "{queue}.handed_over" on "{queue}" (claimed_at) where status = 5;
 create index "{queue}.expiring" on "{queue}" (expires_at) where expires_at is not null;
 create index "{queue}.group" on "{queue}" (group_id, status, released_at, priority desc, id) where group_id is not null;
 create trigger "{queue}.waits at insert" after insert on "{queue}"
-  when new.status in (0, 1, 4) and (new.due_at is not null or new.group_id is not null)
+  when (new.status < 2 or new.status = 4) and (new.due_at is not null or new.group_id is not null)
   begin update "{queue}" set status = iif(due_at is not null, 3, iif({group_is_busy}, 4, 1))
     where id = new.id and (due_at is not null or status = 4 or {group_is_busy}); end;
 create trigger "{queue}.waits at update" after update of status, group_id on "{queue}"
-  when new.group_id is not null and (new.status < 2 and old.status > 2
-    or new.status in (0, 1, 4) and new.group_id is not old.group_id)
-  begin update "{queue}" set status = iif({group_is_busy}, 4, 1) where id = new.id; end;
+  when new.status < 2 and old.status > 2 and (new.group_id is not null or old.due_at is null)
+    or new.group_id is not old.group_id and (new.status < 2 or new.status = 4)
+  begin update "{queue}" set status = iif(new.group_id is not null and {group_is_busy}, 4, 1),
+    approved = approved or old.status = 3 and old.due_at is null where id = new.id; end;
 create trigger "{queue}.next at update" after update of status, group_id on "{queue}"
   when old.group_id is not null and {old_has_turn} and not ({new_has_turn} and new.group_id is old.group_id)
   begin {next_of_group}; end;
 create trigger "{queue}.next at delete" after delete on "{queue}"
   when old.group_id is not null and {old_has_turn}
-  begin {next_of_group}; end;
-create trigger "{queue}.approved at update" after update of status on "{queue}"
-  when old.status = 3 and old.due_at is null and new.status < 2
-  begin update "{queue}" set approved = 1 where id = new.id; end
+  begin {next_of_group}; end
 """
 IS_OBJECT = "typeof(data) = 'text' and instr(data, char(0)) = 0 and json_valid(data) and json_type(data) = 'object'"
 IS_ENVELOPE = (
@@ -241,7 +240,9 @@ IS_ENVELOPE = (
 )
 # A group's turn belongs to its ready or claimed task, to one that another machine has, or to one that waits
 # for its retry.
-HAS_TURN = "({row}.status in (0, 1, 2, 5) or {row}.status = 3 and {row}.released_at is not null)"
+HAS_TURN = (
+    "({row}.status < 3 or {row}.status = 5 or {row}.status = 3 and {row}.released_at is not null)"
+)
 GROUP_IS_BUSY = """(
     exists (select 1 from "{queue}" where group_id = new.group_id and status in (0, 1, 2, 5) and id <> new.id)
     or exists (select 1 from "{queue}" where group_id = new.group_id and status = 3 and released_at >= 0 and id <> new.id))"""
@@ -422,7 +423,7 @@ def explain(error: sqlite3.Error, state: Path) -> QueueError:
     elif name == "SQLITE_IOERR_SHORT_READ":
         # So it is after a write-ahead log was removed: SQLite remembers the old one until the last is closed.
         for conn in _process.of(state):
-            conn.file, conn.check_at = None, 0.0
+            conn.file, conn.seen = None, None
     for names, kind, message in _MEANINGS:
         if name.startswith(tuple(names.split()) or ""):
             return kind(message.format(db=state / "tasks.db", state=state, text=text))
@@ -708,11 +709,17 @@ class Connection(sqlite3.Connection):
     """A connection that knows its state directory, its files, and the queues it has seen."""
 
     state: Path
+    # STATE_DIR/tasks.db, and, where that is a symbolic link, the file that SQLite has opened.
     db: str
-    # The device and inode of the database, and the inodes of the sidecars beside its real path, as they were opened.
-    file: tuple | None
     real: str
+    directory: str
+    # The database's device and inode as it was opened. None: it has to be opened again, and perhaps a
+    # file was removed; empty: one was, and that has been said.
+    file: tuple | None
+    # The inodes of its write-ahead log and shared memory.
     sidecars: tuple[int, int]
+    # The inode and last change of the directory in which these files were seen, and until when that holds.
+    seen: tuple[int, int] | None
     check_at: float
     queues: set[str]
     # When the spool of a queue last changed, where it was empty then.
@@ -809,12 +816,12 @@ def connect(
     conn = _process.thread.connections.get(state)
     db = conn.db if conn else f"{state}/tasks.db"
     try:
-        found = os.stat(db)
-        is_same = conn and conn.file in (None, (found.st_dev, found.st_ino))
-        if conn and is_same and not _sidecar_is_lost(conn) and conn.file:
+        if conn and _has_its_files(conn):
             if conn.busy_timeout_ms != busy_timeout_ms:
                 conn.set_busy_timeout(busy_timeout_ms)
             return conn
+        if not create:
+            os.stat(db)
     except OSError as error:
         if not create:
             mend = "the next enqueue makes a new one"
@@ -834,24 +841,31 @@ def connect(
 
 
 def _inodes(real: str) -> tuple[int, int]:
-    """The inodes of the write-ahead log and its shared memory."""
+    """Return the inodes of the write-ahead log and its shared memory."""
     return os.stat(f"{real}-wal").st_ino, os.stat(f"{real}-shm").st_ino
 
 
-def _sidecar_is_lost(conn: Connection) -> bool:
-    """Whether the shared memory or, looked at once a second, the write-ahead log was removed under a connection."""
-    now = time.monotonic()
-    try:
-        if os.stat(f"{conn.real}-shm").st_ino == conn.sidecars[1]:
-            if now < conn.check_at:
-                return False
-            conn.check_at = now + 1.0
-            if _inodes(conn.real) == conn.sidecars:
-                return False
-    except OSError:
-        pass
+def _has_its_files(conn: Connection) -> bool:
+    """Whether database, log and shared memory are the files that were opened. Raises OSError.
+
+    To remove or replace a file changes its directory, so they are looked at after such a change, and
+    once a second.
+    """
+    now, directory = time.monotonic(), os.stat(conn.directory)
+    seen = directory.st_ino, directory.st_mtime_ns
+    if seen == conn.seen and now < conn.check_at and conn.file:
+        return True
+    database = os.stat(conn.db)
+    if conn.file not in (None, (database.st_dev, database.st_ino)):
+        return False
+    with suppress(OSError):
+        if _inodes(conn.real) == conn.sidecars:
+            # A second change within the kernel's tick would not be told from the first.
+            is_settled = time.time() - directory.st_mtime > 0.1
+            conn.seen, conn.check_at = seen if is_settled else None, now + 1.0
+            return conn.file is not None
     _module("taskqueue.recovery").sidecar_is_lost(conn)
-    return True
+    return False
 
 
 def close(conn: Connection) -> None:
@@ -916,7 +930,8 @@ def _open(state: Path, db: str, busy_timeout_ms: int) -> Connection:
         table_names(conn)
         found = os.stat(db)
         conn.file, conn.real = (found.st_dev, found.st_ino), os.path.realpath(db)
-        conn.sidecars, conn.check_at = _inodes(conn.real), time.monotonic() + 1.0
+        conn.directory, conn.sidecars = os.path.dirname(conn.real), _inodes(conn.real)
+        conn.seen, conn.check_at = None, 0.0
         return conn
     except BaseException:
         conn.close()
@@ -1100,41 +1115,7 @@ class transaction:
 
 # ----------------------------------------------------------------- the verbs, in a task's order
 
-# What enqueue_task may be told of a task, beside its type, data and id.
-OPTIONS = {
-    # Seconds until it becomes ready; or that time, in Unix seconds.
-    "delay": 0.0,
-    "at": None,
-    # Higher is claimed first.
-    "priority": 0,
-    # Tasks of one group run one at a time, in order.
-    "group": None,
-    # Whether it waits until a person approves it.
-    "hold": False,
-    # Seconds from when it is due; not claimed by then, it ends as expired.
-    "ttl": None,
-    # Where a task with this id waits or runs, "skip" adds nothing. With "replace" and "rerun" a waiting
-    # one becomes this one, and a running one is followed by it. What a person decides on does not change:
-    # over a held or approved task this is a duplicate, but for a rerun over an approved one that runs,
-    # which is held when that run ends.
-    "on_duplicate": "skip",
-    # What tells two firings of a hook apart, where they mean the same task.
-    "firing": None,
-    # Seconds; one with this id that was enqueued this recently, and is finished, is a duplicate, too.
-    "window": 0.0,
-    # How many handlers stand before it (default: TASK_DEPTH), and which task it comes from.
-    "depth": None,
-    "source": None,
-    # Data is a hook's payload, and these of its fields are from the hook's command line. A payload
-    # grants no rights: a handler takes those from here alone.
-    "granted": None,
-    # When a hook fired, in Unix seconds: the times above count from then.
-    "now": None,
-    # The JSON text that data was read from, if any.
-    "text": None,
-}
-
-# A task that has passed new_row(); the first eight of its columns are INSERT's.
+# A checked task, as new_row() returns it. Its first eight fields are INSERT's.
 Row = namedtuple(
     "Row",
     "data status due_at priority group_id expires_at timestamp delayed_at task_id window on_duplicate firing",
@@ -1144,8 +1125,16 @@ Row = namedtuple(
 class Stored(namedtuple("Stored", "task_id is_new")):
     """What became of a row. One that is neither new nor updated is a duplicate."""
 
+    __slots__ = ()
     # Whether a task that was there has taken its data.
     is_updated = False
+
+
+class Updated(Stored):
+    """A row whose data a task that was there has taken."""
+
+    __slots__ = ()
+    is_updated = True
 
 
 def enqueue_task(
@@ -1154,7 +1143,7 @@ def enqueue_task(
     """Store a task and return its id, new or already there: it is on disk when this returns.
 
     Where a waiting or running task of the queue has this task_id, nothing is added, unless
-    on_duplicate says otherwise. `options` are some of OPTIONS. Raises InvalidTask, QueueBusy,
+    on_duplicate says otherwise. `options` are those of new_row(). Raises InvalidTask, QueueBusy,
     QueueUnavailable.
     """
     row = new_row(task_type, data, task_id, **options)
@@ -1162,7 +1151,7 @@ def enqueue_task(
     if queue_name not in conn.queues:
         ensure_queue(conn, queue_name)
     with transaction(conn):
-        insert(conn, queue_name, row)
+        store(conn, queue_name, row)
     wake(conn.state)
     return row.task_id
 
@@ -1182,81 +1171,92 @@ def enqueue_tasks(queue_name: str, tasks: Iterable[dict | Row], **how) -> list[S
     return stored
 
 
-def new_row(task_type: str, data: dict, task_id: str | None = None, **options) -> Row:
-    """Check a task and write its envelope; `options` are some of OPTIONS. Raises InvalidTask."""
-    told = _check_options(options) if options else OPTIONS
+def new_row(
+    task_type: str,
+    data: dict,
+    task_id: str | None = None,
+    *,
+    # Seconds until it becomes ready; or that time, in Unix seconds.
+    delay: float = 0.0,
+    at: float | None = None,
+    # From -1,000,000 to 1,000,000; the highest is claimed first.
+    priority: int = 0,
+    # Tasks of one group run one at a time, in order.
+    group: str | None = None,
+    # Whether it waits until a person approves it.
+    hold: bool = False,
+    # Seconds from when it is due; not claimed by then, it ends as expired.
+    ttl: float | None = None,
+    # Where a task with this id waits or runs, "skip" adds nothing. With "replace" and "rerun" a waiting
+    # task becomes this one, and a running one is followed by it. A held or approved task does not change:
+    # this one is a duplicate then, except for a rerun over a running one, which is held when the run ends.
+    on_duplicate: str = "skip",
+    # Tells two firings of a hook apart where they mean the same task.
+    firing: str | None = None,
+    # Seconds; a finished task with this id that was enqueued this recently makes this one a duplicate, too.
+    window: float = 0.0,
+    # How many handlers stand before it (default: TASK_DEPTH), and which task it comes from.
+    depth: int | None = None,
+    source: dict | None = None,
+    # Where data is a hook's payload: the fields of it that the hook's command line set. Handlers take
+    # rights from these alone.
+    granted: dict | None = None,
+    # When a hook fired, in Unix seconds: the times above count from then.
+    now: float | None = None,
+    # The JSON text that data was read from, if any.
+    text: str | None = None,
+) -> Row:
+    """Check a task and write its envelope. Raises InvalidTask."""
+    task_id = os.urandom(8).hex() if task_id is None else check_text("task_id", task_id, 500)
+    check_task_type(task_type)
     if not isinstance(data, dict):
         what = f"data is a {type(data).__name__}"
         raise InvalidTask(f"the task was refused: {what}; it must be a JSON object")
-    task_id = os.urandom(8).hex() if task_id is None else check_text("task_id", task_id, 500)
-    if isinstance(task_type, str):
-        _check_task_type(task_type)
-    else:
-        check_text("task_type", task_type, 200)
-    depth = task_depth() if told["depth"] is None else told["depth"]
+    if group is not None:
+        check_text("group", group, 500)
+    _check_terms(priority, on_duplicate, delay, window, ttl, at, now)
+    depth = task_depth() if depth is None else depth
     if depth > MAX_DEPTH:
         what = f"its chain of handlers is more than {MAX_DEPTH} deep (TASK_DEPTH)"
         raise InvalidTask(f"the task was refused: {what}")
-    now = time.time() if told["now"] is None else told["now"]
-    delayed_at = now if told["delay"] and told["at"] is None and not told["hold"] else None
-    due_at = now + told["delay"] if delayed_at else None if told["hold"] else told["at"]
-    status = SCHEDULED if told["hold"] or due_at is not None else READY
+
+    now = time.time() if now is None else now
+    delayed_at = now if delay and at is None and not hold else None
+    due_at = None if hold else at if delayed_at is None else now + delay
+    expires_at = None if ttl is None else max(now, due_at or 0) + ttl
+    status = SCHEDULED if hold or due_at is not None else READY
     head = f'"task_id": {_quote(task_id)}, "task_type": {_quote(task_type)}, "enqueued_at": "{utc(now)}"'
-    for name, value in {**told, "depth": depth}.items() if depth or options else ():
-        if (
-            name in ("depth", "source", "firing")
-            and value
-            or name == "granted"
-            and value is not None
-        ):
+    for name, value in ("depth", depth), ("source", source), ("firing", firing):
+        if value:
             head += f', "{name}": {to_json(value)}'
-    body = to_json(data) if told["text"] is None else told["text"]
-    return Row(
-        f'{{{head}, "data": {body}}}',
-        status,
-        due_at,
-        told["priority"],
-        told["group"],
-        None if told["ttl"] is None else max(now, due_at or 0) + told["ttl"],
-        now,
-        delayed_at,
-        task_id,
-        told["window"],
-        told["on_duplicate"],
-        told["firing"],
-    )
+    if granted is not None:
+        head += f', "granted": {to_json(granted)}'
+    body = to_json(data) if text is None else text
+    terms = status, due_at, priority, group, expires_at, now, delayed_at
+    return Row(f'{{{head}, "data": {body}}}', *terms, task_id, window, on_duplicate, firing)
 
 
-def _check_options(options: dict) -> dict:
-    """All of OPTIONS, as told. Raises InvalidTask, TypeError."""
-    told = _told(OPTIONS, options)
-    priority, on_duplicate = told["priority"], told["on_duplicate"]
+def _check_terms(priority: object, on_duplicate: object, delay, window, ttl, at, now) -> None:
+    """Raise InvalidTask for a term that no task can have. False, 0 and None say nothing."""
     if type(priority) is not int or abs(priority) > 1_000_000:
         wanted = "it is a whole number from -1000000 to 1000000"
         raise InvalidTask(f"priority {priority!r} was refused: {wanted}")
-    for what, most in (
-        ("delay", 1e9),
-        ("window", 1e9),
-        ("ttl", 1e9),
-        ("at", LAST_SECOND),
-        ("now", LAST_SECOND),
-    ):
-        value = told[what]
-        if value is not None and not (type(value) in (int, float) and 0 <= value < most):
-            raise InvalidTask(f"{what} {value!r} was refused: it is a number of seconds")
-    if told["group"] is not None:
-        check_text("group", told["group"], 500)
     if on_duplicate not in ("skip", "replace", "rerun"):
         raise InvalidTask(f"on_duplicate {on_duplicate!r} was refused: skip, replace or rerun")
-    return told
+    if not delay and not window and ttl is None and at is None and now is None:
+        return
+    for name, value, most in (
+        ("delay", delay, 1e9),
+        ("window", window, 1e9),
+        ("ttl", ttl, 1e9),
+        ("at", at, LAST_SECOND),
+        ("now", now, LAST_SECOND),
+    ):
+        if value is not None and not (type(value) in (int, float) and 0 <= value < most):
+            raise InvalidTask(f"{name} {value!r} was refused: it is a number of seconds")
 
 
-def _told(defaults: dict, told: dict) -> dict:
-    """The defaults, but for what was told. Raises TypeError."""
-    values = {**defaults, **told}
-    if len(values) != len(defaults):
-        raise TypeError(f"unexpected: {', '.join(told.keys() - defaults)}")
-    return values
+_has_control_characters = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]").search
 
 
 def check_text(what: str, value: object, longest: int) -> str:
@@ -1265,13 +1265,13 @@ def check_text(what: str, value: object, longest: int) -> str:
     if not is_text or not 0 < len(value.encode("utf-8", "surrogatepass")) <= longest:
         wanted = f"it is a text of 1 to {longest} bytes"
         raise InvalidTask(f"{what} {str(value)[:40]!r} was refused: {wanted}")
-    if re.search("[\x00-\x1f\x7f-\x9f\ud800-\udfff]", value):
+    if _has_control_characters(value):
         raise InvalidTask(f"{what} {value!r} was refused: it has control characters or surrogates")
     return value
 
 
-@lru_cache(256)
-def _check_task_type(task_type: str) -> None:
+def check_task_type(task_type: str) -> None:
+    """Raise InvalidTask unless it can name a handler: a text without / and without a leading . - or <."""
     if "/" in check_text("task_type", task_type, 200) or task_type[0] in ".-<":
         wanted = "it names a handler, so no / and no leading . - <"
         raise InvalidTask(f"task_type {task_type!r} was refused: {wanted}")
@@ -1290,7 +1290,6 @@ def insert(conn: Connection, queue: str, row: Row) -> bool:
 
 def store(conn: Connection, queue: str, row: Row) -> Stored:
     """Store a row within a transaction, unless it is a duplicate of a task that is there."""
-    stored = Stored(row.task_id, False)
     # Within the window a firing is only a duplicate of itself, and a rerun ignores it otherwise.
     if row.window and (row.firing or row.on_duplicate != "rerun"):
         told = {"queue": queue, "task_id": row.task_id, "firing": row.firing}
@@ -1299,15 +1298,13 @@ def store(conn: Connection, queue: str, row: Row) -> Stored:
             "until": utc(row.timestamp + row.window),
         }
         if conn.execute(FINISHED_SINCE, told).fetchone()[0]:
-            return stored
+            return Stored(row.task_id, False)
     if conn.execute(on_queue(INSERT, queue), row[:8]).rowcount == 1:
         return Stored(row.task_id, True)
-    if row.on_duplicate != "skip":
-        stored.is_updated = any(
-            conn.execute(on_queue(statement, queue), row._asdict()).rowcount == 1
-            for statement in (REPLACE, RERUN)
-        )
-    return stored
+    for statement in (REPLACE, RERUN) if row.on_duplicate != "skip" else ():
+        if conn.execute(on_queue(statement, queue), row._asdict()).rowcount == 1:
+            return Updated(row.task_id, False)
+    return Stored(row.task_id, False)
 
 
 def wake(state: Path) -> None:
@@ -1386,17 +1383,6 @@ def next_due(conn: Connection, queue: str) -> float | None:
     return min(times, default=None)
 
 
-# What a claimer may want done with a task: attempts, back-off in seconds, the queue that the result
-# goes to and whether it is held there, and whether a result may enqueue tasks.
-TERMS = {
-    "max_attempts": MAX_ATTEMPTS,
-    "backoff": BACKOFF_SECONDS,
-    "then_queue": None,
-    "then_hold": False,
-    "chain": False,
-}
-
-
 def claim(
     conn: Connection,
     queue: str,
@@ -1405,23 +1391,40 @@ def claim(
     limit: int = 1,
     row_id: int | None = None,
     overdue: bool = True,
-    **terms,
+    # How often the task is tried, and the seconds before its second attempt.
+    max_attempts: int = MAX_ATTEMPTS,
+    backoff: float = BACKOFF_SECONDS,
+    # The queue that its result goes to, and whether it is held there.
+    then_queue: str | None = None,
+    then_hold: bool = False,
+    # Whether its result may enqueue tasks.
+    chain: bool = False,
 ) -> list[Task]:
-    """Claim up to `limit` ready tasks, or one given row, for owner, within a transaction.
+    """Claim up to `limit` ready tasks, or the given row, for owner, within a transaction.
 
-    [] when nothing is ready, or the queue is paused or has no free slot; also while more tasks have
-    expired than one transaction takes: look() again says so. `terms` are some of TERMS: they are kept
-    with the task, so that whoever ends it does the same: this process, or another that finds this one
-    dead. `overdue` as look() says; when in doubt, true.
+    [] when nothing is ready, the queue is paused or no slot is free; also while more tasks have
+    expired than one transaction takes: look() says so. The task keeps the last five arguments, so that
+    any process can record how it ends. `overdue` is look()'s; true when in doubt.
     """
     now = time.time()
     if overdue:
         if expire(conn, queue, now) == AT_ONCE:
             return []
         promote(conn, queue, now)
-    values = {**_told(TERMS, terms), "owner": owner, "now": now, "limit": limit, "id": row_id}
-    statement = CLAIM if row_id is None else CLAIM_ROW
-    rows = execute(conn, statement, queue, **values).fetchall()
+    rows = execute(
+        conn,
+        CLAIM if row_id is None else CLAIM_ROW,
+        queue,
+        owner=owner,
+        now=now,
+        limit=limit,
+        id=row_id,
+        max_attempts=max_attempts,
+        backoff=backoff,
+        then_queue=then_queue,
+        then_hold=then_hold,
+        chain=chain,
+    ).fetchall()
     tasks = [Task.from_row(queue, row) for row in rows]
     # RETURNING gives them in any order.
     return sorted(tasks, key=lambda task: (-task.priority, task.id)) if len(tasks) > 1 else tasks
@@ -1457,20 +1460,41 @@ def claim_ready(conn: Connection, queue: str, **how) -> list[Task]:
             return tasks
 
 
-# How a run ended: the handler's exit code, the ends of its stdout and stderr, and what went wrong.
-ENDING = {"exit_code": None, "result": None, "log": None, "error": None}
+def finish(
+    conn: Connection,
+    task: Task,
+    outcome: str,
+    *,
+    error: str | None = None,
+    exit_code: int | None = None,
+    result: str | None = None,
+    log: str | None = None,
+) -> bool:
+    """Move the task to the history as `outcome`, within a transaction.
 
-
-def finish(conn: Connection, task: Task, outcome: str, **told) -> bool:
-    """Move the task to the history with that outcome, within a transaction; `told` is some of ENDING.
-
-    Where a later firing waits for the end of this run, it is enqueued. False when its owner no
-    longer holds the task; nothing changes then.
+    `error` is one line, `exit_code` the handler's, `result` and `log` the ends of its stdout and stderr.
+    A later firing that waits for the end of this run is enqueued. Returns False, and changes nothing,
+    when the task's owner no longer holds it.
     """
-    values = {**_told(ENDING, told), **_fence(task), "outcome": outcome}
-    values["enqueued_at"], values["completed_at"] = utc(task.enqueued_at), utc(time.time())
-    values["started_at"] = None if task.claimed_at is None else utc(task.claimed_at)
-    if execute(conn, ARCHIVE, task.queue, **values).rowcount != 1:
+    claimed_at = task.claimed_at
+    archived = execute(
+        conn,
+        ARCHIVE,
+        task.queue,
+        id=task.id,
+        owner=task.owner,
+        attempts=task.attempts,
+        claimed_at=claimed_at,
+        outcome=outcome,
+        enqueued_at=utc(task.enqueued_at),
+        started_at=None if claimed_at is None else utc(claimed_at),
+        completed_at=utc(time.time()),
+        exit_code=exit_code,
+        result=result,
+        log=log,
+        error=error,
+    )
+    if archived.rowcount != 1:
         return False
     end_quiet(conn.state)
     [(rerun,)] = execute(conn, REMOVE, task.queue, id=task.id).fetchall()
@@ -1481,14 +1505,9 @@ def finish(conn: Connection, task: Task, outcome: str, **told) -> bool:
 
 def end_quiet(state: Path) -> None:
     """Tell report.py that a task ends, within the transaction that records it."""
-    with suppress(OSError):
-        os.unlink(f"{state}/quiet")
-
-
-def _fence(task: Task) -> dict:
-    """The values of FENCE."""
-    names = ("id", "owner", "attempts", "claimed_at")
-    return {name: getattr(task, name) for name in names}
+    if os.access(f"{state}/quiet", os.F_OK):
+        with suppress(OSError):
+            os.unlink(f"{state}/quiet")
 
 
 def ack(conn: Connection, task: Task, **told) -> bool:
@@ -1524,8 +1543,19 @@ def release(
 
     Where a later firing waits for the end of this run, the task becomes that one.
     """
-    told = {"delay": delay, "error": error, "uncounted": uncounted, "now": time.time()}
-    rows = execute(conn, RELEASE, task.queue, **_fence(task), **told).fetchall()
+    rows = execute(
+        conn,
+        RELEASE,
+        task.queue,
+        id=task.id,
+        owner=task.owner,
+        attempts=task.attempts,
+        claimed_at=task.claimed_at,
+        delay=delay,
+        error=error,
+        uncounted=uncounted,
+        now=time.time(),
+    ).fetchall()
     for task_id, rerun in rows:
         if rerun is not None:
             later = dict(zip(Row._fields, json.loads(rerun), strict=False))

@@ -4,6 +4,7 @@ the reference's tables hold.
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import re
@@ -357,4 +358,6 @@ def test_nothing_that_readme_says_of_python_is_wrong():
     for name in re.findall(r"^\| `(\w+)\(", calls, re.MULTILINE):
         assert callable(getattr(queue_helpers, name))
     options = re.search(r"Options: (.*?) \|", calls)[1]
-    assert {name for name in re.findall(r"`(\w+)`", options)} <= set(queue_helpers.OPTIONS)
+    assert {name for name in re.findall(r"`(\w+)`", options)} <= set(
+        inspect.signature(queue_helpers.new_row).parameters
+    )

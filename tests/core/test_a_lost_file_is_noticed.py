@@ -157,7 +157,6 @@ putting = threading.Thread(target=put)
 putting.start()
 waits.wait()
 q.QUEUE_DB.with_name("tasks.db-wal").unlink()
-q.connect().check_at = 0.0
 threading.Thread(target=let_go).start()
 end = time.monotonic() + 10
 while True:
