@@ -280,12 +280,14 @@ update "{{queue}}"
 set data = :data, status = :status, due_at = :due_at, priority = :priority, group_id = :group_id, expires_at = :expires_at,
     timestamp = :timestamp, delayed_at = :delayed_at, released_at = null, attempts = 0, error = null, rerun = null
 where task_id = :task_id and not approved and (status in (0, 1, 4) or status = 3 and due_at is not null) and {IS_NEWS}"""
-# One that runs, here or elsewhere, keeps it for when its run ends; an approved one's rerun is held then.
+# One that runs, here or elsewhere, keeps it for when its run ends; an approved one's rerun is held then. A kept
+# firing that will be held does not change either.
 RERUN = f"""
 update "{{queue}}"
 set rerun = json_array(:data, iif(approved, 3, :status), iif(approved, null, :due_at), :priority, :group_id, :expires_at,
                        :timestamp, iif(approved, null, :delayed_at))
-where task_id = :task_id and status in (2, 5) and (not approved or :on_duplicate = 'rerun') and {IS_NEWS}"""
+where task_id = :task_id and status in (2, 5) and (not approved or :on_duplicate = 'rerun') and {IS_NEWS}
+  and (rerun is null or rerun ->> 1 <> 3 or rerun ->> 2 is not null)"""
 FINISHED_SINCE = """
 select exists (select 1 from task_history where task_id = :task_id and queue = :queue
   and enqueued_at > :since and enqueued_at < :until and (:firing is null or json_extract(data, '$.firing') = :firing))"""

@@ -132,7 +132,8 @@ class Model:
             return "duplicate"
         later = {"n": n, "due": due, "firing": firing, **terms}
         if task.state == "running":
-            if task.approved and how == "replace":
+            kept_is_held = task.rerun is not None and task.rerun["hold"]
+            if kept_is_held or task.approved and how == "replace":
                 return "duplicate"
             held = {"hold": True, "due": None, "delayed": None} if task.approved else {}
             task.rerun = later | held

@@ -69,7 +69,7 @@ def test_a_rerun_over_an_approved_task_that_runs_is_held_when_it_has_ended(
     (task,) = queue.claim_ready(conn, "approvals")
     assert fire(queue, 2, "replace", hold=hold) == "duplicate"
     assert fire(queue, 3, "rerun", hold=hold) == "updated"
-    assert fire(queue, 4, "rerun", hold=hold) == "updated"
+    assert fire(queue, 4, "rerun", hold=hold) == "duplicate"
     with queue.transaction(conn):
         # What a failed attempt leaves is what was approved.
         assert queue.nack(conn, task, error="no", delay=0)
@@ -80,7 +80,7 @@ def test_a_rerun_over_an_approved_task_that_runs_is_held_when_it_has_ended(
             assert queue.ack(conn, task)
         else:
             assert queue.bury(conn, task, error="no")
-    assert state(queue, conn) == [(4, "held", 0)]
+    assert state(queue, conn) == [(3, "held", 0)]
     assert queue.claim_ready(conn, "approvals") == []
 
 
@@ -98,6 +98,19 @@ def test_hold_holds_in_an_update(queue, conn, waits, how):
         with queue.transaction(conn):
             assert queue.ack(conn, task)
     assert state(queue, conn) == [(2, "held", 0)]
+
+
+@pytest.mark.parametrize("how", ["replace", "rerun"])
+@pytest.mark.parametrize("hold", [False, True])
+def test_a_firing_that_is_kept_to_be_held_does_not_change(queue, conn, how, hold):
+    fire(queue, 1)
+    (task,) = queue.claim_ready(conn, "approvals")
+    assert fire(queue, 2, "rerun", delay=60) == "updated"
+    assert fire(queue, 3, "rerun", hold=True) == "updated"
+    assert fire(queue, 4, how, hold=hold) == "duplicate"
+    with queue.transaction(conn):
+        assert queue.ack(conn, task)
+    assert state(queue, conn) == [(3, "held", 0)]
 
 
 @pytest.mark.parametrize("end", ["cancel", "reject", "expire"])
