@@ -351,8 +351,8 @@ class Queue(RuleBasedStateMachine):
         if owner not in self.fds:
             q.make_private(self.state / "workers")
             self.fds[owner] = q.lock_file(self.state / "workers" / owner)
-        # So that no two claims are the same.
-        self.model.now += 1 / 1024
+        # So that no two claims are the same. A kept firing's times are JSON, with 15 digits from older SQLites.
+        self.model.now += 1 / 32
         found, _ = q.look(self.conn, QUEUE)
         tasks = self.write(q.claim, QUEUE, owner, limit=limit, max_attempts=MAX_ATTEMPTS)
         expected = self.model.claim(owner, limit)
