@@ -192,7 +192,7 @@ def test_a_pause_holds_back_the_machine_that_has_it(machines):
     (there.here.directory / "limit").touch()
     task = here.enqueue("notifications", "limited")
     here.relay("push", "notifications", "--drain")
-    there.serve()
+    there.serve("--at-most", 2)
     here.start("pull")
     paused = "select paused_by, pause_reason from task_controls where queue = 'notifications' and paused_at is not null"
     assert wait_for(lambda: there.rows(paused), what="the pause") == [("handler", "limit")]
