@@ -17,7 +17,7 @@ home=
 packages=
 
 # bash as sh takes functions from the environment.
-unset -f cd command date dd echo env eval flock id kill ls mkdir mv printf pwd read rm setsid sleep sync timeout true wait [
+unset -f cd command date dd echo env eval flock id kill ls mkdir mv printf pwd read rm setsid sleep sync timeout true ulimit umask wait [
 unset LD_PRELOAD LD_AUDIT LD_LIBRARY_PATH
 PATH=/usr/bin:/bin LC_ALL=C
 export PATH

@@ -231,7 +231,8 @@ def test_nothing_of_the_environment_chooses_a_program(installation, queue, hook)
         (bin / name).write_text(f"#!/bin/sh\necho {name} >>'{hook.workspace}/hijacked'\n")
         (bin / name).chmod(0o755)
     evil = f"() {{ echo function >>'{hook.workspace}/hijacked'; }}"
-    env = {f"BASH_FUNC_{name}%%": evil for name in ("mv", "dd", "printf", "command", "read", "cd")}
+    names = ("mv", "dd", "printf", "command", "read", "cd", "umask", "ulimit")
+    env = {f"BASH_FUNC_{name}%%": evil for name in names}
     env |= {"PATH": "/proc/self/cwd/.bin:.bin", "ENV": ".bin/sh", "BASH_ENV": ".bin/sh"}
     env |= {"code": "0", "worker": "yes", "nested": "yes", "home": "/x", "state": "/x", "id": "x"}
     env |= {"CDPATH": str(hook.workspace), "IFS": "/", "TASK_DEPTH": "0"}
