@@ -323,19 +323,24 @@ def use_packages(place: Installation, uv: str) -> None:
 def warm_environment(place: Installation) -> dict[str, str]:
     """Return this process's environment with the Python that workers and handlers will have."""
     python = place.record["python"]
-    return {**os.environ, **({"UV_PYTHON": python} if python else {})}
+    # An error of uv is quoted by its last line.
+    return {**os.environ, "UV_NO_WRAP": "1", **({"UV_PYTHON": python} if python else {})}
 
 
 def why_not(command: list[str], **options) -> str:
-    """Run a command; return the last line of its complaint if it failed, else ""."""
+    """Run a command; return the last line of its complaint if it failed, else "".
+
+    After its complaint uv may give a hint about something else.
+    """
     try:
         ran = subprocess.run(
             command, check=False, stdin=subprocess.DEVNULL, capture_output=True, **options
         )
     except (OSError, subprocess.TimeoutExpired) as error:
         return str(error)
-    said = ran.stderr.decode("utf-8", "replace").strip().rsplit("\n", 1)[-1]
-    return said or f"exit code {ran.returncode}" if ran.returncode else ""
+    lines = ran.stderr.decode("utf-8", "replace").split("\n")
+    said = [line.strip() for line in lines if line.strip() and not line.strip().startswith("hint:")]
+    return (said[-1] if said else "") or f"exit code {ran.returncode}" if ran.returncode else ""
 
 
 def find_python() -> str | None:

@@ -336,9 +336,9 @@ def wait_for_end(state: Path, tasks: list[Found], timeout: float | None, quiet: 
         now = time.monotonic()
         left = math.inf if timeout is None else timeout - (now - began)
         if not is_over and not quiet and (now >= say_at or left <= 0):
-            lines = [line for line in why_waiting(conn, records) if line not in said]
-            say_all(lines)
-            said.update(lines)
+            reasons = why_waiting(conn, records)
+            say_all([line for key, line in reasons.items() if key not in said])
+            said.update(reasons)
             say_at = now + q.SAFETY_TICK_SECONDS
         if is_over or left <= 0:
             return records
@@ -346,17 +346,21 @@ def wait_for_end(state: Path, tasks: list[Found], timeout: float | None, quiet: 
         changed.wait(min(left, next_look, q.SAFETY_TICK_SECONDS, threading.TIMEOUT_MAX))
 
 
-def why_waiting(conn: q.Connection, records: Sequence[dict]) -> list[str]:
-    """Name what tasks wait for beside their turn: a person, the end of a pause, a worker."""
-    lines, controls = [], q.controls(conn)
+def why_waiting(conn: q.Connection, records: Sequence[dict]) -> dict[object, str]:
+    """Name what tasks wait for beside their turn: a person, the end of a pause, a worker.
+
+    A key stays the same while its line counts down.
+    """
+    lines, controls = {}, q.controls(conn)
     for record in records:
+        ident, queue = record["task_id"], record["queue"]
         if record["status"] == "held":
-            lines.append(f"{record['task_id']} is held: {command('approve')} {record['task_id']}")
-        control = controls.get(record["queue"])
+            lines[ident] = f"{ident} is held: {command('approve')} {ident}"
+        control = controls.get(queue)
         if record["status"] in serving.WAITING and control and control.paused:
-            lines.append(f"{record['queue']} is {pause_in_words(control)}")
+            lines[queue, control.until, control.reason] = f"{queue} is {pause_in_words(control)}"
     remarks = serving.remarks(conn, conn.state, waiting_types(records))
-    return list(dict.fromkeys([*lines, *remarks]))
+    return lines | {line: line for line in remarks}
 
 
 def result_of(record: dict) -> dict:

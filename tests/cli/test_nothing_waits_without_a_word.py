@@ -19,7 +19,7 @@ import enqueue
 import queue_helpers
 import tasks
 import worker
-from taskqueue import remedies, service, serving
+from taskqueue import look, remedies, service, serving
 
 NOBODY = "no worker serves approvals; start one: worker.py approvals"
 
@@ -140,6 +140,15 @@ def test_wait_names_a_person_and_a_pause_that_it_waits_for(house):
     house.add("notifications", "claude", "--task-id", "p")
     told = house.tell("wait", "p", "--timeout", "0.01", code=75)
     assert told[0] == "notifications is paused until a person resumes it"
+
+
+def test_wait_names_a_pause_once_while_its_end_comes_nearer(house, monkeypatch):
+    monkeypatch.setattr(look, "STARTING_SECONDS", 0.0)
+    monkeypatch.setattr(queue_helpers, "SAFETY_TICK_SECONDS", 0.05)
+    house.tell("pause", "notifications", "--for", "8s")
+    house.add("notifications", "claude", "--task-id", "p")
+    told = house.tell("wait", "p", "--timeout", "0.6", code=75)
+    assert sum("notifications is paused until" in line for line in told) == 1
 
 
 def test_whoever_makes_work_ready_says_which_command_runs_it(house):

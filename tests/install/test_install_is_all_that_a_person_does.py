@@ -70,6 +70,20 @@ def bare(home):
     return {"HOME": str(home), "PATH": "/usr/bin:/bin", "UV_CACHE_DIR": CACHE, "UV_OFFLINE": "1"}
 
 
+def test_install_says_why_a_script_does_not_run_yet_not_what_uv_hints_at(tmp_path):
+    env = {**os.environ, "HOME": str(tmp_path), "UV_CACHE_DIR": str(tmp_path / "empty")}
+    done = subprocess.run(
+        [sys.executable, MAIN / "install.py", "install", tmp_path / "prefix", "--no-command"],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        env={**env, "UV_OFFLINE": "1"},
+        timeout=120,
+    )
+    (line,) = [line for line in done.stderr.splitlines() if "worker.py does not run yet" in line]
+    assert done.returncode == 1 and "was not found in the cache" in line and "hint:" not in line
+
+
 @pytest.mark.parametrize("script", ["enqueue.py", "worker.py", "cleanup.py", "tasks.py"])
 def test_every_script_runs_without_a_network(home, script):
     path = home / ".claude/automation/lychee/runtime/lib" / script
