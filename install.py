@@ -166,6 +166,8 @@ def install(place: Installation, args: argparse.Namespace) -> int:
     hooks = steps.run(wanted_hooks, place, args)
     command = steps.run(wanted_command, place, args)
     if args.dry_run:
+        if command:
+            print(f"{'put':<10} {command_directory() / command}")
         return steps.failed
     files.put_in_order(place, planned)
     steps.run(make_state, place)

@@ -56,6 +56,12 @@ def test_it_is_put_there_when_wanted_and_taken_out_again(home, args):
     assert run(home, command="uninstall").returncode == 0 and os.listdir(bin_of(home)) == []
 
 
+def test_a_dry_run_names_it(home):
+    for args, is_named in ((["--yes"], True), (["--no-command"], False)):
+        told = run(home, *args, "--dry-run").stdout
+        assert (f"put        {bin_of(home) / 'tq'}" in told.splitlines()) == is_named
+
+
 @pytest.mark.parametrize(
     "args", [[], ["--no-command"], ["--yes", "--no-command"], ["--command", "tq", "--dry-run"]]
 )
