@@ -194,4 +194,5 @@ def is_success(result: dict) -> bool:
     if result.get("is_error") or str(result.get("terminal_reason")).startswith("aborted"):
         return False
     reason = result.get("stop_reason")
-    return reason != "refusal" and not (reason == "tool_use" and not result.get("result"))
+    said = str(result.get("result") or "").strip()
+    return reason != "refusal" and (reason != "tool_use" or bool(said))

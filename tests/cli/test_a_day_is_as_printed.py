@@ -98,7 +98,7 @@ def test_it_tells_of_the_real_claude_code():
         "Claude's usage limit is reached",
         "tq retry --failed",
         "tq cleanup",
-        "http://127.0.0.1:",
+        "tq page",
     ],
 )
 def test_the_whole_day_is_in_it(words):
@@ -106,7 +106,7 @@ def test_the_whole_day_is_in_it(words):
 
 
 def test_a_slower_day_is_the_same_day():
-    slower = WRITTEN.replace("3.4s  496ms", "980ms   1.2s")
+    slower = WRITTEN.replace("741ms  162ms", "980ms   1.2s")
     assert slower != WRITTEN
     assert parts(slower) == parts(WRITTEN)
 

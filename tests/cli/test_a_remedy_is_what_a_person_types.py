@@ -50,6 +50,8 @@ def installed(installation):
 
 
 def test_remedies_are_typed_as_tq(installation, installed):
+    # No connection of this process may keep the database's log open when its file is spoiled below.
+    installation.is_inside = False
     installation.enqueue("approvals", "nobodys", "{}", "--task-id", "h-1", "--hold")
     for args, words in ((["show", "x"], "see: tq list"), (["list", "--status", "odd"], "see tq list --help"), (["retry", "h-1"], "tq approve h-1"),
                         (["import"], "see tq import --help"), (["list", "--nope"], "see tq list --help")):  # fmt: skip

@@ -41,6 +41,8 @@ def test_a_result_names_its_source(installation):
 
 def test_times_have_their_zone_and_their_distance(installation):
     installation.enqueue("approvals", "review", "{}", "--task-id", "later", "--delay", "1h")
+    # A process takes its zone from TZ at its start.
+    installation.is_inside = False
     installation.env["TZ"] = "Asia/Tokyo"
     text = installation.run("tasks.py", "show", "later").stdout
     assert re.search(
