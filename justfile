@@ -137,6 +137,6 @@ pictures:
 lint:
     uvx 'ruff>=0.8,<1' check .
     uvx 'ruff>=0.8,<1' format --check .
-    uv run --no-project {{ python_deps }} --with 'rich>=13,<16' --with 'pyright>=1.1.390,<2' pyright --level error queue_helpers.py taskqueue
+    uv run --no-project {{ python_deps }} --with 'rich>=13,<16' --with 'jinja2>=3.1,<4' --with 'pathspec>=1,<2' --with 'procrastinate>=3.8,<4' --with 'psycopg[binary]>=3.2,<4' --with 'pyright>=1.1.390,<2' pyright --level error queue_helpers.py taskqueue
     for script in bin/*.sh bin/task-queue; do sh -n "$script"; done
     if command -v shellcheck >/dev/null; then shellcheck bin/*.sh bin/task-queue; fi
