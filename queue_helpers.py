@@ -1328,8 +1328,8 @@ def wake(state: Path) -> None:
 
 def take_in(conn: Connection, queue: str) -> bool:
     """Take in what hooks have left for the queue; whether there was anything. An empty spool costs one stat."""
+    directory = f"{conn.state}/spool/{queue}"
     try:
-        directory = f"{conn.state}/spool/{queue}"
         if os.stat(directory).st_mtime_ns == conn.spools.get(queue) or conn.in_transaction:
             return False
         spool = _module("taskqueue.spool")

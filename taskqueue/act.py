@@ -224,10 +224,10 @@ def move(ids: list[str], to: str, source: str | None, task_type: str | None, as_
     """Move waiting tasks to another queue, each under its own id."""
     conn = database.open_queue()
     database.check_known(conn, [to, *([source] if source else [])])
-    if ids:
-        wanted = [find(conn, ident, source, option="--from") for ident in ids]
-    else:
+    if source and not ids:
         wanted = change.waiting_in(conn, source, task_type)
+    else:
+        wanted = [find(conn, ident, source, option="--from") for ident in ids]
     for found in wanted:
         if found.row_id is None:
             raise Refused(f"task {found.task_id} has ended: retry it first, then move it")

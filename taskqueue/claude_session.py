@@ -73,7 +73,7 @@ class Session:
         if self.notes is None:
             return
         try:
-            self.folder.mkdir(mode=0o700, exist_ok=True)
+            self.notes.parent.mkdir(mode=0o700, exist_ok=True)
             flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
             with open(os.open(self.notes, flags, 0o600), "w") as file:
                 json.dump({"handed": self.handed, "waits": self.waits}, file)

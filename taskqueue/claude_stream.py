@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from typing import Any
 
 from taskqueue.text import one_line
 
@@ -176,7 +177,7 @@ def subject_of(given: object) -> str:
     return next(named, "") or json.dumps(given, ensure_ascii=False)
 
 
-def number(value: object) -> float | None:
+def number(value: Any) -> float | None:
     """Return a number of seconds or milliseconds, or None if it cannot be one."""
     return float(value) if type(value) in (int, float) and 0 <= value < 1e12 else None
 

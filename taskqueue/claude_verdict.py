@@ -136,7 +136,8 @@ def cause_of(said: Said, resumes: bool) -> str | None:
 
 def words_of(result: dict) -> str:
     """Return the text of a result, or its errors."""
-    errors = result.get("errors") if isinstance(result.get("errors"), list) else []
+    found = result.get("errors")
+    errors = found if isinstance(found, list) else []
     return str(result.get("result") or " ".join(map(str, errors)))
 
 
@@ -173,9 +174,9 @@ class Denial(NamedTuple):
     def rule(self) -> str:
         """The permission rule for exactly this use; for the whole tool where none is exact."""
         command = self.given.get("command")
-        is_command = self.tool == "Bash" and isinstance(command, str)
-        is_exact = is_command and not re.search(r"[\n*()]", command)
-        return f"Bash({command})" if is_exact else self.tool
+        if self.tool != "Bash" or not isinstance(command, str) or re.search(r"[\n*()]", command):
+            return self.tool
+        return f"Bash({command})"
 
 
 def denied(denials: list[Denial], data: dict) -> Verdict:

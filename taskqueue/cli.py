@@ -15,6 +15,7 @@ import sqlite3
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from typing import Protocol
 
 import queue_helpers as q
 from taskqueue.installation import Trouble, WrongUse
@@ -67,7 +68,16 @@ def keep_absolute_path() -> None:
     os.environ["PATH"] = os.pathsep.join(places) or os.defpath
 
 
-def add_command(commands, run: Callable[..., int]) -> Parser:
+class Command(Protocol):
+    """The function that runs a command, with the arguments that `takes` declared."""
+
+    __name__: str
+    options: tuple
+
+    def __call__(self, **arguments) -> int: ...
+
+
+def add_command(commands, run: Command) -> Parser:
     """Add a command with the name of the function, its docstring as help, and its `options`."""
     says = " ".join((run.__doc__ or "").split())
     name = run.__name__.rstrip("_").replace("_", "-")
@@ -127,7 +137,7 @@ def flag(*names: str, **settings) -> tuple:
 def takes(*options: tuple) -> Callable:
     """Declare the arguments of a command beside the function that runs it."""
 
-    def declare(run: Callable) -> Callable:
+    def declare(run: Command) -> Command:
         run.options = options
         return run
 

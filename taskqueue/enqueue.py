@@ -14,7 +14,7 @@ from taskqueue.arguments import LINE_KEYS, LINE_TIMES, Arguments, parse_object
 from taskqueue.text import visible
 
 if q.TYPE_CHECKING:
-    from typing import NoReturn
+    from typing import BinaryIO, NoReturn
 
 EX_USAGE = 64
 EXIT_CODES = {q.InvalidTask: 65, q.QueueBusy: 75, q.QueueUnavailable: 1}
@@ -184,7 +184,7 @@ def terms_of_line(task: dict) -> dict:
     return {**task, **times}
 
 
-def stdin() -> io.BufferedIOBase:
+def stdin() -> BinaryIO:
     """Return stdin as bytes, an empty one where it is closed."""
     return io.BytesIO() if sys.stdin is None else sys.stdin.buffer
 

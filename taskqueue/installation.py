@@ -135,10 +135,12 @@ class Installation:
     def typed(self) -> str:
         """Return the command as a person types it: its name if that is on PATH, else its path."""
         path = self.record.get("command")
-        found = shutil.which(Path(path).name) if path else None
+        if not path:
+            return shlex.quote(str(self.hook.with_name("tq")))
+        found = shutil.which(Path(path).name)
         if found and os.path.realpath(found) == os.path.realpath(path):
             return Path(path).name
-        return shlex.quote(path or str(self.hook.with_name("tq")))
+        return shlex.quote(path)
 
     def save(self) -> None:
         write_file(

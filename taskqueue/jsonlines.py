@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from datetime import datetime
 from itertools import islice
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import queue_helpers as q
 from taskqueue import cli, database
@@ -331,7 +331,7 @@ def whole(least: int, most: int) -> Callable:
     return lambda value: type(value) is int and least <= value <= most
 
 
-def is_seconds(value: object) -> bool:
+def is_seconds(value: Any) -> bool:
     return type(value) in (int, float) and 0 <= value <= q.LAST_SECOND
 
 

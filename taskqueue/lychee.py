@@ -13,6 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from typing import TypeGuard
 
 from taskqueue.markdown import Unfit, read_plain
 from taskqueue.text import visible
@@ -37,7 +38,7 @@ def is_online() -> bool:
     return os.environ.get("LYCHEE_ONLINE") == "1"
 
 
-def is_path(value: object) -> bool:
+def is_path(value: object) -> TypeGuard[str]:
     """Return whether a value is text that can be a path: not empty, no NUL, no lone surrogate."""
     try:
         return isinstance(value, str) and value != "" and b"\0" not in os.fsencode(value)
@@ -120,15 +121,14 @@ def obeyed(workspace: str, name: str, value: object) -> object:
         raise Unfit(f"it must be {f'{allowed[0]} to {allowed[-1]}' if is_range else allowed}")
     if name in BOOLEANS and type(value) is not bool:
         raise Unfit("it must be true or false")
-    if name in LISTS and not (
-        isinstance(value, list) and all(type(v) in (str, int) for v in value)
-    ):
-        raise Unfit("it must be a list of texts")
-    if name not in (*CHOICES, *BOOLEANS, *LISTS, "root_dir"):
+    if name in LISTS:
+        if not isinstance(value, list) or any(type(v) not in (str, int) for v in value):
+            raise Unfit("it must be a list of texts")
+        if name == "exclude_path":
+            # lychee matches ./a.md; from this handler it gets a.md.
+            return [re.sub(r"^\^\\?\./", "^", str(item)) for item in value]
+    elif name not in (*CHOICES, *BOOLEANS):
         raise Unfit(REASONS.get(name, "it is not a setting that a workspace decides"))
-    if name == "exclude_path":
-        # lychee matches ./a.md; from this handler it gets a.md.
-        return [re.sub(r"^\^\\?\./", "^", str(item)) for item in value]
     return value
 
 

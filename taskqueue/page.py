@@ -16,7 +16,7 @@ import tempfile
 import threading
 import time
 import webbrowser
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from functools import lru_cache
 from pathlib import Path
@@ -244,8 +244,9 @@ def indented(stored: str) -> str:
 
 
 def cut(text: str | None) -> str:
-    more = len(text or "") - BOX_CHARS
-    return text or "" if more <= 0 else f"{text[:BOX_CHARS]} … ({more:,} more characters)"
+    text = text or ""
+    more = len(text) - BOX_CHARS
+    return text if more <= 0 else f"{text[:BOX_CHARS]} … ({more:,} more characters)"
 
 
 # --------------------------------------------------------------------------------------- the charts
@@ -263,15 +264,13 @@ class Bar(NamedTuple):
 def bars_of(conn: sqlite3.Connection, now: float) -> list[Bar]:
     """Return the last hours in BARS parts, none if no task finished in the last day."""
     found = conn.execute(EACH_MINUTE, {"day_ago": q.utc(now - DAY)}).fetchall()
-    minutes = [(minute_of(row[0]), *row[1:]) for row in found if minute_of(row[0])]
+    minutes = [(minute, *row[1:]) for row in found if (minute := minute_of(row[0]))]
     if not minutes:
         return []
-    # Bars begin at full hours of the local clock, which are not those of UTC everywhere.
-    offset = datetime.fromtimestamp(now).astimezone().utcoffset().total_seconds()
-    for width in BAR_SECONDS:
-        begin = ((now + offset) // width + 1) * width - offset - BARS * width
-        if minutes[0][0] >= begin:
-            break
+    begins = {width: first_bar(now, width) for width in BAR_SECONDS}
+    fitting = (width for width in BAR_SECONDS if minutes[0][0] >= begins[width])
+    width = next(fitting, BAR_SECONDS[-1])
+    begin = begins[width]
     tasks: list[dict[str, int]] = [{} for _ in range(BARS)]
     waits, started = [0.0] * BARS, [0] * BARS
     for minute, status, count, with_start, waited in minutes:
@@ -283,7 +282,17 @@ def bars_of(conn: sqlite3.Connection, now: float) -> list[Bar]:
             started[number] += with_start
     means = [wait / number if number else None for wait, number in zip(waits, started, strict=True)]
     starts = [begin + number * width for number in range(BARS)]
-    return [Bar(at, at + width, *of) for at, *of in zip(starts, tasks, means, strict=True)]
+    return [
+        Bar(at, at + width, counts, mean)
+        for at, counts, mean in zip(starts, tasks, means, strict=True)
+    ]
+
+
+def first_bar(now: float, width: int) -> float:
+    """Return when the first of BARS bars of this width begins, so that the last one has `now`."""
+    # Bars begin at full hours of the local clock, which are not those of UTC everywhere.
+    offset = time.localtime(now).tm_gmtoff
+    return ((now + offset) // width + 1) * width - offset - BARS * width
 
 
 def minute_of(text: object) -> float | None:
@@ -300,7 +309,7 @@ class Chart(NamedTuple):
     columns: list[tuple[str, list[dict]]]
 
 
-def chart(values: list[dict[str, float]], bars: list[Bar], words) -> Chart:
+def chart(values: Sequence[Mapping[str, float]], bars: list[Bar], words) -> Chart:
     """Stack each column's values by status, in hundredths of the highest column."""
     most = max((sum(column.values()) for column in values), default=0)
     columns = []

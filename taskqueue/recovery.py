@@ -6,6 +6,7 @@ import logging
 import os
 import signal
 import sqlite3
+import sys
 import time
 from contextlib import contextmanager
 from pathlib import Path
@@ -372,7 +373,7 @@ def sidecar_is_lost(conn: q.Connection) -> None:
         each.file = ()
         # Without the shared memory, this connection does not know all that is in the log: it must not
         # write a part of it back, and remove the rest. Python 3.11 cannot tell SQLite so.
-        if lost == "-shm" and hasattr(each, "setconfig"):
+        if lost == "-shm" and sys.version_info >= (3, 12):
             each.setconfig(sqlite3.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE)
     logging.getLogger(__name__).error(
         "%s%s was removed while it was in use: what was committed since the log was last written back "

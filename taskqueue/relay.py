@@ -104,7 +104,7 @@ class Relay:
             self.end()
         return 0
 
-    def stop(self, signals: list[int], *_) -> None:
+    def stop(self, signals: list[signal.Signals], *_) -> None:
         """Leave at the next chance; a second signal ends the process at once."""
         self.stops += 1
         for number in signals:

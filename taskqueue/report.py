@@ -9,6 +9,7 @@ file, its marker, which a shell compares without starting Python.
 from __future__ import annotations
 
 import errno
+import io
 import json
 import os
 import sys
@@ -223,7 +224,7 @@ def write_wrapped(text: str) -> None:
 
 def write(text: str) -> None:
     """Print and flush, so that a report is out before it is marked as told. Raises OSError."""
-    if sys.stdout is None:
+    if not isinstance(sys.stdout, io.TextIOWrapper):
         raise OSError(errno.EBADF, os.strerror(errno.EBADF))
     sys.stdout.reconfigure(errors="backslashreplace")
     sys.stdout.write(text + "\n")

@@ -162,7 +162,7 @@ def no_work(queues: Sequence[str]) -> bool:
     return True
 
 
-def is_work(state: Path, queues: list[str]) -> bool:
+def is_work(state: Path, queues: Sequence[str]) -> bool:
     """Return whether a worker would find anything, after taking back the tasks of dead workers."""
     spools = [state / "spool" / queue for queue in queues]
     if any(

@@ -218,9 +218,11 @@ def _is_loaded(unit: Path) -> bool:
     else:
         watching = [f"{unit.stem}.path", f"{unit.stem}.timer"]
         command = ["systemctl", "--user", "is-active", "--quiet", *watching]
-    quiet = {name: subprocess.DEVNULL for name in ("stdin", "stdout", "stderr")}
+    none = subprocess.DEVNULL
     try:
-        ran = subprocess.run(command, check=False, timeout=MANAGER_SECONDS, **quiet)
+        ran = subprocess.run(
+            command, stdin=none, stdout=none, stderr=none, check=False, timeout=MANAGER_SECONDS
+        )
     except (OSError, subprocess.TimeoutExpired):
         return False
     return ran.returncode == 0

@@ -262,7 +262,7 @@ def _is_still_there(found: Found) -> bool:
     return (there.st_mtime_ns, there.st_ino) == (found.file.mtime_ns, found.file.inode)
 
 
-def _is_refused(error: Exception, conn: q.Connection) -> bool:
+def _is_refused(error: sqlite3.Error | OverflowError, conn: q.Connection) -> bool:
     """Return whether the database refused this row, and can go on with others."""
     return isinstance(error, OverflowError) or isinstance(
         q.explain(error, conn.state), q.InvalidTask

@@ -196,7 +196,8 @@ class Watch(threading.Thread):
         from watchdog.observers import Observer
 
         logging.getLogger("watchdog.observers.inotify").addFilter(_is_no_false_alarm)
-        observer = Observer()
+        # Of a handler, watchdog calls dispatch() alone.
+        observer: Any = Observer()
         observer.schedule(self, state, event_filter=[FileModifiedEvent])
         observer.schedule(self, workers, event_filter=[FileClosedEvent])
         observer.daemon = True
