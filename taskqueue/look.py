@@ -346,7 +346,7 @@ def wait_for_end(state: Path, tasks: list[Found], timeout: float | None, quiet: 
         changed.wait(min(left, next_look, q.SAFETY_TICK_SECONDS, threading.TIMEOUT_MAX))
 
 
-def why_waiting(conn: q.Connection, records: Sequence[dict]) -> dict[object, str]:
+def why_waiting(conn: q.Connection, records: Sequence[dict]) -> dict[str, str]:
     """Name what tasks wait for beside their turn: a person, the end of a pause, a worker.
 
     A key stays the same while its line counts down.
