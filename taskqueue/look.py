@@ -346,12 +346,13 @@ def wait_for_end(state: Path, tasks: list[Found], timeout: float | None, quiet: 
         changed.wait(min(left, next_look, q.SAFETY_TICK_SECONDS, threading.TIMEOUT_MAX))
 
 
-def why_waiting(conn: q.Connection, records: Sequence[dict]) -> dict[str, str]:
+def why_waiting(conn: q.Connection, records: Sequence[dict]) -> dict[object, str]:
     """Name what tasks wait for beside their turn: a person, the end of a pause, a worker.
 
     A key stays the same while its line counts down.
     """
-    lines, controls = {}, q.controls(conn)
+    lines: dict[object, str] = {}
+    controls = q.controls(conn)
     for record in records:
         ident, queue = record["task_id"], record["queue"]
         if record["status"] == "held":
@@ -360,7 +361,8 @@ def why_waiting(conn: q.Connection, records: Sequence[dict]) -> dict[str, str]:
         if record["status"] in serving.WAITING and control and control.paused:
             lines[queue, control.until, control.reason] = f"{queue} is {pause_in_words(control)}"
     remarks = serving.remarks(conn, conn.state, waiting_types(records))
-    return lines | {line: line for line in remarks}
+    lines.update((line, line) for line in remarks)
+    return lines
 
 
 def result_of(record: dict) -> dict:
