@@ -150,11 +150,12 @@ def as_json_text(data: str) -> str:
 
     Between JSON's tokens a newline is a space, and inside its strings there is none.
     """
+    text = readable(data)
     try:
-        is_object = isinstance(json.loads(data), dict)
+        is_object = isinstance(json.loads(text), dict)
     except (ValueError, RecursionError):
         is_object = False
-    return re.sub("[\r\n]", " ", readable(data)) if is_object else json.dumps(data)
+    return re.sub("[\r\n]", " ", text) if is_object else json.dumps(data)
 
 
 def readable(data: str) -> str:
