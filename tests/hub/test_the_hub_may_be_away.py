@@ -1,6 +1,7 @@
 """Whatever is the matter with the hub: a clear line, and no task is lost, counted or sent twice."""
 
 import json
+import signal
 import sqlite3
 import subprocess
 import sys
@@ -197,6 +198,18 @@ def test_a_frozen_server_keeps_no_command_from_ending(machines, command):
         here.hub.server.thaw()
     here.relay("push", "notifications", "--drain")
     assert (here.word("x"), here.word("y")) == ("handed_over", "handed_over")
+
+
+def test_a_second_signal_ends_a_command_at_once(machines):
+    here, _ = machines
+    process = here.start("pull")
+    wait_for(lambda: here.hub.one("select count(*) from relay_machines"), what="a connection")
+    with closing(sqlite3.connect(here.here.db, isolation_level=None)) as conn:
+        # The local database keeps it busy, so that the first signal alone does not end it yet.
+        conn.execute("begin exclusive")
+        process.terminate()
+        process.terminate()
+        assert process.wait(5) in (0, -signal.SIGTERM)
 
 
 def test_a_lock_on_the_hubs_tables_keeps_no_command_from_ending(machines):

@@ -183,6 +183,45 @@ def test_a_job_that_others_deferred_runs_too(machines):
     assert here.hub.one("select status::text from procrastinate_jobs") == "succeeded"
 
 
+@pytest.mark.parametrize(("options", "granted"), [([], {}), (["--trust"], None)])
+def test_the_hub_grants_no_rights_unless_it_is_trusted(machines, options, granted):
+    here, there = machines
+    there.handler("greet", "#!/bin/sh\nexec cat\n")
+    here.enqueue("notifications", "greet", '{"prompt": "p", "permission_mode": "acceptEdits"}')
+    here.relay("push", "notifications", "--drain")
+    there.run_all(*options)
+    here.relay("pull", "--drain")
+    [(printed,)] = here.rows("select result from task_history")
+    told = json.loads(printed)
+    # handlers/claude takes rights from "granted" alone, where there is one.
+    assert told.get("granted") == granted and told["data"]["permission_mode"] == "acceptEdits"
+
+
+def test_a_task_that_runs_a_shell_command_is_neither_pushed_nor_fetched(machines):
+    here, there = machines
+    there.handler("run", '#!/bin/sh\ntouch "$HOME/ran"\n')
+    here.put(q.new_row("run", {}, "stays"), q.new_row("greet", {}, "goes"))
+    here.relay("push", "notifications", "--drain")
+    assert (here.word("stays"), here.word("goes")) == ("pending", "handed_over")
+    # Somebody else put one on the hub.
+    here.hub.rows("update procrastinate_jobs set task_name = 'run'")
+    there.run_all()
+    here.relay("pull", "--drain")
+    assert here.history("goes")["error"] == 'a task of type "run" runs on its own machine alone'
+    assert not (there.here.directory / "ran").exists()
+
+
+def test_push_never_sends_a_fetched_task_on(machines):
+    here, there = machines
+    here.put(q.new_row("greet", {}, "x"))
+    here.relay("push", "notifications", "--drain")
+    fetch = there.start("fetch", "notifications")
+    wait_for(lambda: there.rows("select 1 from notifications"), what="the fetched task")
+    stop(fetch)
+    there.relay("push", "notifications", "--drain")
+    assert there.rows("select status from notifications") == [(1,)]
+
+
 def test_a_pause_holds_back_the_machine_that_has_it(machines):
     here, there = machines
     there.handler(
