@@ -248,4 +248,4 @@ def test_nothing_is_lost_or_doubled_while_a_killer_is_about():
     )
     assert done.returncode == 0, done.stdout + done.stderr
     killed = done.stdout.partition("killed: ")[2]
-    assert done.stdout.endswith("clean\n") and killed.count(",") == 4, done.stdout
+    assert done.stdout.endswith("clean\n") and killed.count(",") == 7, done.stdout
