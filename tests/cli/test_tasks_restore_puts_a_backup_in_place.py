@@ -78,6 +78,8 @@ def test_a_restore_amid_enqueues_keeps_every_acknowledged_task_in_one_of_both(ba
     """What is enqueued while the restore runs is in the restored database, or in what was kept:
     never in neither.
     """
+    # Threads of one process would share its environment.
+    backed_up.is_inside = False
     acknowledged, stop = [], threading.Event()
 
     def enqueue() -> None:

@@ -125,7 +125,7 @@ def test_every_script_is_named_and_every_recipe():
 def test_the_state_directory_and_the_handlers_are_named():
     for name in ("tasks.db", "workers", "spool", "logs", "runs", "reports", "turn", "wake"):
         assert f"state/{name}" in REFERENCE
-    for path in (ROOT / "handlers").iterdir():
+    for path in (ROOT / "handlers").glob("[!_.]*"):
         assert f"`{path.name}`" in REFERENCE
 
 

@@ -13,6 +13,8 @@ from conftest import ROOT, wait_for
 from homes import install
 from plugin import UV_CACHE
 
+from taskqueue.running import is_held
+
 # It notes its environment, that of the process which started it, what is loaded into it, and where it runs.
 HANDLER = """#!/bin/sh
 { env; tr '\\0' '\\n' </proc/$PPID/environ; cat /proc/self/maps; pwd; } >"$HOME/told.new"
@@ -146,6 +148,9 @@ def end_worker(state: Path) -> None:
                 os.kill(pid, signal.SIGKILL)
             except ProcessLookupError:
                 pass
+    # A process that waits for the disk dies a little later; until then the next hook finds it serving.
+    lock = state / "workers/serving.notifications"
+    wait_for(lambda: not is_held(lock), what="the end of the worker")
 
 
 def doctor(home, **env):
