@@ -52,13 +52,12 @@ MUTANTS = [Mutant(*each) for each in (
     ("a claim that counts no attempt", CORE, "attempts = attempts + 1, expires_at", "expires_at", "tests/worker/test_a_killed_worker_loses_nothing.py"),
     ("promote past a busy group", CORE, "status = iif(group_id is null or released_at is not null, 1, 4)", "status = 1", "tests/core/test_any_sequence_agrees_with_the_model.py"),
     ("a group forgets its retry", CORE, "{row}.status = 3 and {row}.released_at is not null", "{row}.status = 9", "tests/core/test_any_sequence_agrees_with_the_model.py"),
-    ("a group forgets what is handed over", CORE, "{group_is_busy}, 4, 1) where id = new.id; end;\ncreate trigger", "{group_is_busy}, 1, 1) where id = new.id; end;\ncreate trigger", "tests/core/test_any_sequence_agrees_with_the_model.py"),
     ("one slot too many", CORE, "slots - (select count(*)", "slots + 1 - (select count(*)", "tests/worker/test_slots_hold_across_workers.py"),
     ("a pause that is not honoured", CORE, "select case when {IS_PAUSED} then 0", "select case when 0 then 0", "tests/worker/test_a_person_holds_back_and_lets_go.py"),
     ("a task that never expires", CORE, 'where expires_at <= :now and status not in (2, 5) limit', 'where expires_at < 0 and status not in (2, 5) limit', "tests/core/test_no_transaction_is_unbounded.py"),
     ("a duplicate is stored", CORE, "stored unique on conflict ignore", "stored", "tests/core/test_a_duplicate_is_ignored_for_every_writer.py"),
     ("bash stores broken JSON", CORE, "constraint data_must_be_a_json_object check ({is_object})", "", "tests/core/test_hostile_input_is_stored_or_refused.py"),
-    ("bash stores an unknown status", CORE, "check (status in (0, 1, 2, 3, 4, 5) and", "check (", "tests/core/test_columns_from_bash_are_checked.py"),
+    ("bash stores an unknown status", CORE, "typeof(status) = 'integer' and status between 0 and 5 and", "", "tests/core/test_columns_from_bash_are_checked.py"),
     # A person's decision
     ("replace changes a held task", CORE, "(status in (0, 1, 4) or status = 3 and due_at is not null) and {IS_NEWS}", "status in (0, 1, 3, 4) and {IS_NEWS}", "tests/core/test_what_a_person_decides_on_does_not_change.py"),
     ("replace changes an approved task", CORE, "where task_id = :task_id and not approved and (status", "where task_id = :task_id and (status", "tests/core/test_what_a_person_decides_on_does_not_change.py"),
@@ -77,7 +76,7 @@ MUTANTS = [Mutant(*each) for each in (
     ("a hook that exits 2", "bin/hook.sh", '    echo "the task was not stored: $1" >&2\n    exit 1', '    echo "the task was not stored: $1" >&2\n    exit 2', "tests/hook/test_a_hook_writes_one_file.py"),
     ("a hook without sync", "bin/hook.sh", "dd bs=65536 conv=fsync", "dd bs=65536", "tests/hook/test_a_hook_writes_one_file.py"),
     ("a hook runs PATH's programs", "bin/hook.sh", "PATH=/usr/bin:/bin LC_ALL=C", "LC_ALL=C", "tests/hook/test_a_hook_writes_one_file.py"),
-    ("work starts itself again", "bin/hook.sh", '[ -n "$nested" ] || ! [', "true || ! [", "tests/hook/test_a_hook_writes_one_file.py -k depth"),
+    ("work starts itself again", "bin/hook.sh", '[ -n "$nested" ] || ! [', "true || ! [", "tests/hook/test_a_hook_writes_one_file.py -k inside_a_handler"),
     ("a spooled task without sync", CORE, "            file.flush()\n            os.fsync(fd)\n", "            file.flush()\n", "tests/hook/test_the_spool_loses_nothing.py"),
     ("a spooled file is taken in twice", "taskqueue/spool.py", '{"file": found.identity}).rowcount == 1:', '{"file": found.identity}):', "tests/hook/test_the_spool_loses_nothing.py -k crash"),
     # What is told
