@@ -58,7 +58,7 @@ SPARE_SHARE = 0.1
 UNTOLD_SECONDS = 7 * 86_400.0
 # A lock file this young may not be locked yet.
 NEWBORN_SECONDS = 60.0
-# What a killed process left half done is removed after this time.
+# Files that a killed process left half done are removed after this time.
 LEFT_BEHIND_SECONDS = 86_400.0
 NOTES_SECONDS = 60 * 86_400.0
 # A detached worker's own log of this size is set aside; the one before it goes.
@@ -212,7 +212,7 @@ class Report:
     spooled: int = 0
     # About files in the spool.
     complaints: list[str] = field(default_factory=list)
-    # What could not be done, and why.
+    # Failures, and their reasons.
     left_undone: list[str] = field(default_factory=list)
     recovered: int = 0
     # Handlers that outlive their worker; their tasks are left alone.

@@ -69,7 +69,7 @@ def _find_state() -> tuple[Path, str | None]:
 
 STATE_DIR, state_complaint = _find_state()
 QUEUE_DB = STATE_DIR / "tasks.db"
-# What QueueWatcher and watchdog are given.
+# The path for QueueWatcher and watchdog.
 QUEUE_PATH = STATE_DIR
 
 TASK_QUEUE_NOTIFICATION = "notifications"
@@ -80,9 +80,9 @@ DEFAULT_QUEUES = (TASK_QUEUE_NOTIFICATION, TASK_QUEUE_APPROVAL, TASK_QUEUE_COMPL
 SCHEMA_VERSION = 3
 # How long one wait for the write lock may take.
 BUSY_TIMEOUT_MS = 5_000
-# Who waits for its turn looks this often: the one who is next, and those behind it.
+# How often a waiting writer polls: first in line, and the rest.
 TURN_POLL_SECONDS, NEXT_POLL_SECONDS = 0.0002, 0.003
-# Who did not get its turn in time takes none for this long.
+# After missing its turn, a writer skips the line for this long.
 NO_TURN_SECONDS = 1.0
 # Where writers wait for each other, they leave the lock to those who take no turn: how often, how long.
 OTHERS_EVERY_SECONDS, OTHERS_SECONDS = 1.0, 0.05
@@ -94,11 +94,11 @@ BACKOFF_CAP_SECONDS = 3_600
 MAX_DEPTH = 16
 # The view is one compound SELECT, which SQLite limits to 500 terms.
 MAX_QUEUES = 200
-# What is kept of the write-ahead log once it has been written back.
+# A checkpoint cuts the write-ahead log to this size.
 WAL_BYTES = 16 * 2**20
 # A sleeping consumer looks this often whatever the events say.
 SAFETY_TICK_SECONDS = 5.0
-# Who wants a lock waits this long for those who only look whether it is held.
+# How long to wait for a lock that others may hold while they look at it.
 PROBE_SECONDS = 0.2
 # How many tasks that expire or become due one transaction takes, so that nobody waits for long.
 AT_ONCE = 200
@@ -396,7 +396,7 @@ class QueueUnavailable(QueueError):
     """The database cannot be used: missing, unreadable, full, damaged, or of a newer version."""
 
 
-# What SQLite's errors mean, by the beginnings of their names.
+# The meaning of SQLite's errors, by the beginnings of their names.
 _MEANINGS = (
     ("SQLITE_BUSY SQLITE_LOCKED", QueueBusy,
      "{db} is locked by another process: {text}; find who holds it with: fuser -v '{db}'"),
@@ -479,7 +479,7 @@ class Task(_Task):
 
     @property
     def run_name(self) -> str:
-        """What the files of this run in STATE_DIR/logs are called, before their endings."""
+        """The name of this run's files in STATE_DIR/logs, without their endings."""
         at = int((self.claimed_at or 0) * 1e6)
         return f"{self.queue}/{self.id}-{self.attempts}-{self.owner}-{at}"
 
@@ -595,7 +595,7 @@ def read_task(text: str) -> tuple[Any, list[str]]:
 
 
 def as_payload(raw: bytes) -> dict:
-    """What came from outside as a task's data: a JSON object as it is, anything else kept as text."""
+    """Return bytes from outside as a task's data: a JSON object as it is, anything else kept as text."""
     text = raw.decode("utf-8-sig", "replace")
     try:
         value, _ = read_task(text)
@@ -670,7 +670,7 @@ class _Turn:
                         return False
                     time.sleep(pause)
         flock(self.fds[0], LOCK_UN)
-        # Who takes no turn, like bash, looks for SQLite's lock every 100 ms at the longest: while
+        # A writer that takes no turn, like bash, looks for SQLite's lock every 100 ms at the longest: while
         # writers wait for each other, they leave it free for so long now and then.
         if time.time() - os.fstat(self.fds[1]).st_mtime > OTHERS_EVERY_SECONDS:
             os.utime(self.fds[1])
@@ -774,14 +774,14 @@ class _Connections(dict):
 
 
 class _Thread(threading.local):
-    """What each thread has of its own."""
+    """The state of one thread."""
 
     def __init__(self) -> None:
         self.connections = _Connections()
 
 
 class _Process:
-    """What a process truly has once; a forked child begins with a new one.
+    """The state that a process has once; a forked child begins with a new one.
 
     Its connections (closed before a fork), and by state directory its name as an owner, with the
     descriptor and inode of its lock file.
@@ -1090,7 +1090,7 @@ class transaction:
     def _undo(self) -> None:
         """Let the next writer in, and roll back what is not committed. Twice is as good as once."""
         failed = None
-        # What a signal's handler raises in here has to wait until this is done.
+        # An exception of a signal's handler has to wait until this is done.
         for _ in range(100):
             if not self.is_open:
                 break
@@ -1125,7 +1125,7 @@ Row = namedtuple(
 
 
 class Stored(namedtuple("Stored", "task_id is_new")):
-    """What became of a row. One that is neither new nor updated is a duplicate."""
+    """The outcome of storing a row. One that is neither new nor updated is a duplicate."""
 
     __slots__ = ()
     # Whether a task that was there has taken its data.
@@ -1697,7 +1697,7 @@ def close_before_fork(conn: Connection | None) -> None:
         conn.close()
 
 
-# What a child must not close, since that would drop its parent's locks.
+# Connections that a child must not close, since that would drop its parent's locks.
 _inherited: list = []
 
 

@@ -79,7 +79,7 @@ MUTANTS = [Mutant(*each) for each in (
     ("work starts itself again", "bin/hook.sh", '[ -n "$nested" ] || ! [', "true || ! [", "tests/hook/test_a_hook_writes_one_file.py -k inside_a_handler"),
     ("a spooled task without sync", CORE, "            file.flush()\n            os.fsync(fd)\n", "            file.flush()\n", "tests/hook/test_the_spool_loses_nothing.py"),
     ("a spooled file is taken in twice", "taskqueue/spool.py", '{"file": found.identity}).rowcount == 1:', '{"file": found.identity}):', "tests/hook/test_the_spool_loses_nothing.py -k crash"),
-    # What is told
+    # Output
     ("unseen characters pass", "taskqueue/text.py", "is_seen = character.isprintable() and code not in SHAPELESS", 'is_seen = code >= 0x80 or character.isprintable()', "tests/cli/test_tasks_print_no_control_characters.py"),
     ("handlers are told the hub's URL", "worker.py", '(*TOLD, "TASK_QUEUE_HUB")', "TOLD", "tests/hub/test_the_hub_runs_a_task_of_another_machine.py -k goes_there"),
     # The hub

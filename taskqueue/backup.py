@@ -319,7 +319,7 @@ def put_in_place(
             # A worker may have come meanwhile.
             refuse_while_running(present.state, present)
             if kept is not None:
-                # What a killed restore leaves there is removed by cleanup.
+                # cleanup removes the leftovers of a killed restore.
                 with whole_file(kept, backed_up.state) as temporary:
                     copy_database(present, temporary, check=False)
                     loss = compare(temporary, backed_up)

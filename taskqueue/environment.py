@@ -43,7 +43,7 @@ HEAD = """\
 # are added; nothing of a Claude Code session is. The next worker that starts obeys a change.
 """
 EXAMPLES = """\
-# What handlers need goes here. Take away the # to use a line:
+# List here the variables that handlers need. Remove the # to use a line:
 #ANTHROPIC_API_KEY=sk-ant-...
 #CLAUDE_CONFIG_DIR=/home/me/.claude-work
 #HTTPS_PROXY=http://proxy.example:3128

@@ -189,7 +189,7 @@ def import_(file: str, as_json: bool) -> int:
         database.open_queue()
     conn = q.connect()
     conn.create_function("readable", 1, readable, deterministic=True)
-    # What is said of lines: why they were refused, and what was changed in others.
+    # Messages about lines: why some were refused, and how others were changed.
     faults: list[str] = []
     notes: list[str] = []
     imported, known = import_lines(conn, file, faults, notes)

@@ -31,7 +31,7 @@ OUTPUT_BYTES = 65_536
 # Of a handler's stdout that may become the next task.
 RESULT_BYTES = 16 * 2**20
 # The shortest and the longest that a handler may ask for, and what one gets that asks for nothing.
-# What is not counted must not run as fast as it can.
+# An uncounted attempt must not repeat as fast as it can.
 SHORTEST_SECONDS, LONGEST_SECONDS, NOT_NOW_SECONDS = 0.1, 30 * 86_400, 60.0
 # Tasks that one result may enqueue.
 CHAIN_TASKS = 100
@@ -56,7 +56,7 @@ where queue = :queue and paused_at is not null"""
 LIMIT = """
 insert into task_controls (queue, slots) values (:queue, :slots)
 on conflict (queue) do update set slots = excluded.slots"""
-# What a person has approved is ready, or blocked where its group is busy: the triggers see to that.
+# An approved task is ready, or blocked where its group is busy: the triggers see to that.
 APPROVE = """
 update "{queue}" set status = 1 where id = :id and status = 3 and due_at is null"""
 HELD = """
@@ -66,7 +66,7 @@ select queue, paused_at, paused_until, pause_reason, paused_by, slots from task_
 
 
 class Settled(NamedTuple):
-    """What became of a task whose run has ended.
+    """The outcome of a task whose run has ended.
 
     outcome is "completed", "scheduled" (again), "failed", "cancelled", "put back", or None when the
     task was no longer held; error says what went wrong, if anything.
@@ -77,7 +77,7 @@ class Settled(NamedTuple):
 
 
 class Control(NamedTuple):
-    """What holds a queue back; times are Unix seconds."""
+    """The pause and the slots of a queue; times are Unix seconds."""
 
     paused: bool
     until: float | None
@@ -87,7 +87,7 @@ class Control(NamedTuple):
 
 
 def in_words(why: str) -> str:
-    """What people read for the token that says why a run was ended."""
+    """Return the words for the token that says why a run was ended."""
     if why == STOPPED:
         return "its worker was stopped"
     if why == CANCELLED:
@@ -98,7 +98,7 @@ def in_words(why: str) -> str:
 
 
 class Verdict(NamedTuple):
-    """What the end of a run means, wherever the task is kept.
+    """The meaning of the end of a run.
 
     do      "complete", "retry" (a failed attempt), "put back" (an uncounted one), "bury" or
     "cancel" error   what went wrong, in one line delay   seconds until the next attempt; None: the
@@ -114,7 +114,7 @@ class Verdict(NamedTuple):
 def judge(
     exit_code: int, told: dict, *, why: str | None = None, delay: float | None = None
 ) -> Verdict:
-    """What a handler's exit code and its last words mean; settle() says what `why` and `delay` are.
+    """Judge a handler's exit code and its last words; settle() explains `why` and `delay`.
 
     `told` is output_of() the run.
     """
@@ -267,7 +267,7 @@ def next_row(task: q.Task, stdout: str, size: int) -> q.Row:
 
 
 def _descent(task: q.Task) -> dict:
-    """What a task that follows from this one says of that."""
+    """Return the fields by which a follow-up names this task as its source."""
     envelope = task.envelope
     # Whose workspace it is, the first of a chain says, and no handler's output.
     first = envelope["source"] if isinstance(envelope.get("source"), dict) else envelope["data"]
@@ -394,7 +394,7 @@ def limit(conn: q.Connection, queue: str, slots: int | None) -> None:
 
 
 def controls(conn: q.Connection) -> dict[str, Control]:
-    """What holds each queue back, where anything does."""
+    """Return the Control of each queue that is paused or has slots."""
     now, found = time.time(), {}
     try:
         rows = conn.execute(CONTROLS).fetchall()

@@ -1,4 +1,4 @@
-"""What a worker does on behalf of tasks: the tasks of dead owners are recovered."""
+"""Recover tasks whose owner has died."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ CANCEL_REQUESTED = """
 select id from "{queue}" where status = 2 and owner = :owner and cancel_requested"""
 WHO_HOLDS = """
 select owner, claimed_at, attempts from "{queue}" where id = :id"""
-# What no queue's table would take is left where it is: a failing statement would end the whole
+# A row that no queue's table would take is left where it is: a failing statement would end the whole
 # step.
 REDRIVE = f"""
 insert or ignore into "{{queue}}" (id, data, priority, group_id, status, approved)
@@ -92,7 +92,7 @@ def _leave_for_a_person(conn: q.Connection, task: q.Task, error: str) -> tuple:
 
 # ------------------------------------------------------------------------------------------- the tasks of dead owners
 
-# What one transaction takes back at most: everybody else waits for it.
+# One transaction recovers at most so many tasks: everybody else waits for it.
 RECOVER_AT_ONCE = 50
 # The supervisor ends an overdue handler itself, if it lives; recovery waits so much longer for
 # that.

@@ -35,7 +35,7 @@ SETTLED_NS = 2 * 10**9
 File = namedtuple("File", "mtime_ns name inode")
 # A file and the row that it becomes.
 Found = namedtuple("Found", "path file identity row")
-# What reading a file raises that can be no task. NoTask and InvalidTask are ValueErrors, too.
+# The errors of reading a file that can be no task. NoTask and InvalidTask are ValueErrors, too.
 NO_TASK = (ValueError, OverflowError, RecursionError)
 
 

@@ -52,9 +52,6 @@ def visible_lines(text: str) -> str:
     return visible(text.replace("\t", "    "), keep="\n")
 
 
-# What may be larger than the memory is copied in such pieces.
-
-
 def one_line(text: str, longest: int) -> str:
     """Return the text on one line, visible, with an ellipsis where it has more characters."""
     # Blanks may go away, so some more than `longest` are looked at.
