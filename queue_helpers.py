@@ -77,7 +77,7 @@ TASK_QUEUE_APPROVAL = "approvals"
 TASK_QUEUE_COMPLETION = "completions"
 DEFAULT_QUEUES = (TASK_QUEUE_NOTIFICATION, TASK_QUEUE_APPROVAL, TASK_QUEUE_COMPLETION)
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 # How long one wait for the write lock may take.
 BUSY_TIMEOUT_MS = 5_000
 # How often a waiting writer polls: first in line, and the rest.
@@ -109,7 +109,7 @@ NOBODY = "nobody"
 
 # persist-queue also writes 0 for ready, and selects `status < 2`. What relay.py handed over to
 # another machine is nobody's here until it hears how that ended.
-READY, CLAIMED, SCHEDULED, BLOCKED, HANDED_OVER = 1, 2, 3, 4, 5
+READY, CLAIMED, SCHEDULED, BLOCKED, HANDED_OVER, AFTER = 1, 2, 3, 4, 5, 6
 
 # ------------------------------------------------------------------------ schema and statements
 
@@ -133,7 +133,8 @@ create table if not exists task_history (
   exit_code     integer,                         -- of the handler; 128 + n for signal n
   result        text,                            -- the end of its stdout
   log           text,                            -- the end of its stderr
-  error         text                             -- why it failed, in one line
+  error         text,                            -- why it failed, in one line
+  cost_usd      real                             -- of all its attempts; null: nothing is known
 );
 create index if not exists "task_history.completed_at" on task_history (completed_at, queue, task_type, status);
 create index if not exists "task_history.type" on task_history (queue, task_type, status, completed_at, started_at, enqueued_at);
@@ -158,6 +159,14 @@ create table if not exists task_told (           -- the last result that was rep
   told          text not null,
   primary key (workspace, task_type, directory)
 );
+create table if not exists task_after (          -- a task that waits for another's end
+  after_queue   text not null,
+  after_id      integer not null,
+  queue         text not null,                   -- the one that waits: its status is 6
+  row_id        integer not null,
+  whatever      integer not null default 0 check (whatever in (0, 1)),  -- it runs however the other ended
+  primary key (after_queue, after_id, queue, row_id)
+) without rowid;
 create table if not exists task_spooled (
   file          text primary key                 -- taken in, and perhaps not yet removed
 );
@@ -172,8 +181,8 @@ create table "{queue}" (
   data          text not null constraint data_must_be_a_json_object check ({is_object}),
   timestamp     real not null default ((julianday('now') - 2440587.5) * 86400.0)  -- enqueued, Unix seconds
                 check (timestamp between 0 and {last_second}),
-  status        integer not null default 1       -- 0, 1 ready, 2 claimed, 3 scheduled or held, 4 blocked, 5 handed over
-                check (typeof(status) = 'integer' and status between 0 and 5 and (status <> 4 or group_id is not null and released_at is null)),
+  status        integer not null default 1       -- 0, 1 ready, 2 claimed, 3 scheduled or held, 4 blocked, 5 handed over, 6 after another
+                check (typeof(status) = 'integer' and status between 0 and 6 and (status <> 4 or group_id is not null and released_at is null)),
   priority      integer not null default 0,      -- higher first
   due_at        real,                            -- a scheduled task becomes ready then; null: it is held
   group_id      text,                            -- tasks of one group run one at a time
@@ -187,6 +196,8 @@ create table "{queue}" (
   approved      integer not null default 0 check (approved in (0, 1)), -- by a person: it takes no new data
   own_attempts  integer                          -- the task's own maximum, instead of the claimer's
                 check (own_attempts is null or typeof(own_attempts) = 'integer' and own_attempts > 0),
+  timeout       real check (timeout > 0 and timeout <= {last_second}),  -- the task's own, in seconds
+  asks          text check (json_type(asks) = 'object'),               -- a held task's: approval puts these into its payload
   max_attempts  integer                          -- these five: what the claimer wants done when the run ends,
                 check (max_attempts is null or typeof(max_attempts) = 'integer' and max_attempts > 0),
   backoff       real check (backoff between 0 and {last_second}),      -- whoever records that
@@ -219,8 +230,9 @@ create index "{queue}.expiring" on "{queue}" (expires_at) where expires_at is no
 create index "{queue}.group" on "{queue}" (group_id, status, released_at, priority desc, id) where group_id is not null;
 create trigger "{queue}.waits at insert" after insert on "{queue}"
   when (new.status < 2 or new.status = 4) and (new.due_at is not null or new.group_id is not null)
+    or new.status = 6 and not exists (select 1 from task_after where queue = '{queue}' and row_id = new.id)
   begin update "{queue}" set status = iif(due_at is not null, 3, iif({group_is_busy}, 4, 1))
-    where id = new.id and (due_at is not null or status = 4 or {group_is_busy}); end;
+    where id = new.id and (due_at is not null or status in (4, 6) or {group_is_busy}); end;
 create trigger "{queue}.waits at update" after update of status, group_id on "{queue}"
   when new.status < 2 and old.status > 2 and (new.group_id is not null or old.due_at is null)
     or new.group_id is not old.group_id and (new.status < 2 or new.status = 4)
@@ -252,7 +264,7 @@ NEXT_OF_GROUP = """update "{queue}" set status = 1 where id = (
     and not exists (select 1 from "{queue}" where group_id = {group} and status = 3 and released_at >= 0)"""
 
 # A row's status, in words.
-STATUS_WORD = """case status when 2 then 'in_progress' when 4 then 'blocked' when 5 then 'handed_over'
+STATUS_WORD = """case status when 2 then 'in_progress' when 4 then 'blocked' when 5 then 'handed_over' when 6 then 'blocked'
   when 3 then iif(due_at is null, 'held', 'scheduled') else 'pending' end"""
 VIEW_SCHEMA = """
 create view task_queue as

@@ -156,7 +156,7 @@ def copy(conn: q.Connection, table: str, order: str, which: str = "true") -> dic
     columns = {name: name for name in settable(conn, table) if name in old}
     if "rerun_data" in old:
         columns |= {"rerun": RERUN_BEFORE, "delayed_at": "released_at"}
-    elif "status" in old and table not in SHARED:
+    elif "status" in old and table not in SHARED and "released_at" not in old:
         columns |= SET_ASIDE_BEFORE
     # A column that the old table does not have orders nothing.
     order = ", ".join(part for part in order.split(", ") if part.split()[0] in {*old, "rowid"})

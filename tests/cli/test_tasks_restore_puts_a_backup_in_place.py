@@ -343,7 +343,7 @@ def test_a_backup_of_version_1_is_restored_under_a_database_of_today(backed_up):
     told = restore(backed_up, old)
     assert told["missing"]["waiting"] == 2
     assert (
-        backed_up.rows("pragma user_version") == [(3,)]
+        backed_up.rows("pragma user_version") == [(4,)]
         and backed_up.sqlite3("pragma integrity_check") == "ok"
     )
     assert {

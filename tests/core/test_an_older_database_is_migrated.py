@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, wait_for
 
-SCHEMA_1, SCHEMA_2 = (
-    (Path(__file__).parents[1] / f"schema_{version}.sql").read_text() for version in (1, 2)
+SCHEMA_1, SCHEMA_2, SCHEMA_3 = (
+    (Path(__file__).parents[1] / f"schema_{version}.sql").read_text() for version in (1, 2, 3)
 )
 MANY = """
 with recursive n (i) as (select 1 union all select i + 1 from n where i < 15000)
@@ -160,6 +160,24 @@ def test_what_version_2_has_is_kept(second, queue):
         "select priority, group_id, json_extract(data, '$.data.n') from approvals where task_id = 'runs'"
     ).fetchall()
     assert task == (3, "g", 7)
+
+
+def test_what_version_3_has_is_kept(installation, queue):
+    third = make_old(installation, SCHEMA_3, 3)
+    names = "id, data, timestamp, status, due_at, priority, group_id, attempts, own_attempts, owner, delayed_at, approved, rerun"
+    tables = ("approvals", "notifications", "nightly")
+    before = [third.execute(f"select {names} from {table}").fetchall() for table in tables]
+    finished = third.execute("select * from task_history").fetchall()
+    controls = third.execute("select * from task_controls").fetchall()
+    third.close()
+    conn = queue.connect()
+    assert before == [conn.execute(f"select {names} from {table}").fetchall() for table in tables]
+    assert [(*row, None) for row in finished] == conn.execute(
+        "select * from task_history"
+    ).fetchall()
+    assert controls == conn.execute("select * from task_controls").fetchall()
+    assert conn.execute("select told from task_told").fetchall() == [("x",)]
+    assert len(before[0]) == 6 and len(finished) == 2 and len(controls) == 2
 
 
 def test_a_row_of_bash_that_never_ran_and_was_in_no_list_is_held_now(second, queue):

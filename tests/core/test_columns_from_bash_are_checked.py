@@ -30,7 +30,7 @@ NONSENSE = {
 MOMENTS = ["'tomorrow'", "'2026-12-01'", "1764547200000", "-1", "9e999", "x'01'"]
 NONSENSE |= {name: MOMENTS for name in ("timestamp", "claimed_at", "released_at", "delayed_at")}
 NONSENSE |= {
-    "status": ["'held'", "99", "-1", "6", "1.5", "4", "null", "x'01'"],
+    "status": ["'held'", "99", "-1", "7", "1.5", "4", "null", "x'01'"],
     "attempts": ["'many'", "-1", "1.5", "null", "9e999"],
     "approved": ["'yes'", "2", "-1", "null"],
     "cancel_requested": ["'yes'", "2", "null"],
@@ -200,3 +200,10 @@ def test_a_worker_runs_what_bash_scheduled_and_grouped(installation):
         "approvals-3",
         "approvals-2",
     ]
+
+
+def test_a_row_that_waits_for_nothing_is_an_ordinary_one(installation, queue):
+    """Status 6 says that a task waits for another; one inserted by hand names none."""
+    installation.sqlite3("insert into approvals (data, status) values ('{}', 6)")
+    installation.sqlite3("insert into approvals (data, status, due_at) values ('{}', 6, 9e9)")
+    assert installation.rows("select status from approvals order by id") == [(1,), (3,)]
