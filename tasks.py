@@ -28,7 +28,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from taskqueue import act, backup, cli, jsonlines, look, service, spool
+from taskqueue import act, backup, cli, jsonlines, look, notify, service, spool
 from taskqueue.cli import EX_USAGE
 from taskqueue.remedies import command
 
@@ -46,6 +46,7 @@ COMMANDS = (
     act.pause,
     act.resume,
     act.limit,
+    notify.notify,
     act.move,
     act.purge,
     act.take_in,

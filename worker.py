@@ -32,7 +32,6 @@ TASK_QUEUE_STATE.
 
 import argparse
 import importlib.util
-import json
 import os
 import select
 import shlex
@@ -47,7 +46,7 @@ from pathlib import Path
 from typing import NoReturn
 
 import queue_helpers as q
-from taskqueue import environment, recovery, service
+from taskqueue import environment, notify, recovery, service
 from taskqueue import outcome as outcomes
 from taskqueue.cli import duration, make_parser
 from taskqueue.database import LIVE
@@ -59,19 +58,16 @@ from taskqueue.running import (
     resolve,
     say,
     start_clean,
-    stdin_file,
     tidy_run,
     with_remedy,
 )
 from taskqueue.serving import ANY_TYPE, ServingLocks, default_handlers
-from taskqueue.supervisor import RESET_SIGNALS, wakeup_pipe
+from taskqueue.supervisor import wakeup_pipe
 from taskqueue.text import ago, pause_in_words, visible
 
 SCRIPT = os.path.abspath(__file__)
 # Seconds between two tries while the database cannot be used.
 RETRY_SECONDS = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
-# --on-dead runs its command this often at most.
-ON_DEAD_SECONDS = 60.0
 # Shorter than elsewhere: signals and handlers' ends are seen to between two tries.
 BUSY_TIMEOUT_MS = 1_000
 WAL_WARN_BYTES = 4 * q.WAL_BYTES
@@ -112,10 +108,26 @@ def check(args: argparse.Namespace, command: list[str] | None) -> None:
         raise ValueError(f"--handlers {args.handlers}: there is no such directory")
     if args.on_dead is not None:
         args.on_dead = resolve(shlex.split(args.on_dead), args.env["PATH"])
+    check_notify(args)
     if args.then:
         q.check_queue_name(args.then)
     elif args.then_hold:
         raise ValueError("--then-hold goes with --then")
+
+
+def check_notify(args: argparse.Namespace) -> None:
+    """Set the command of --notify and the types of --notify-done. Raises ValueError.
+
+    The environment may name them, too: then a command that is missing keeps no worker from its work.
+    """
+    args.notify_done += os.environ.get(notify.DONE_TYPES, "").replace(",", " ").split()
+    if args.notify is not None:
+        args.notify = notify.program(args.notify, args.env["PATH"])
+    elif named := os.environ.get(notify.COMMAND):
+        try:
+            args.notify = notify.program(named, args.env["PATH"])
+        except ValueError as error:
+            say(f"nobody is told: {notify.COMMAND}={named}: {error}")
 
 
 def count(text: str) -> int:
@@ -151,6 +163,10 @@ def add_options(add: Callable) -> None:
         help="a result's last line may enqueue tasks: {\"enqueue\": [{\"queue\", \"task_type\", \"data\"}, …]}")
     add("--on-dead", metavar="COMMAND",
         help="run this after tasks became dead letters, once a minute at most; it gets them as JSON on stdin")
+    add("--notify", metavar="COMMAND",
+        help="run this when a task failed or is held, a queue is paused or goes on, once a minute at most, all of it as JSON on stdin")
+    add("--notify-done", metavar="TYPE", action="append", default=[],
+        help="tell --notify, too, when a task of this type is done; may be given several times")
     add("--crash-backoff", metavar="DURATION", type=duration, default=0.0,
         help="before a dead worker's task runs again (default 0: at once)")
     add("--drain", action="store_true",
@@ -201,12 +217,13 @@ class Worker:
         self.runs = self.handlers.runs
         # The ends that are not yet recorded.
         self.ended: list[End] = []
-        # How many tasks ended how, how the last run ended of those that have not, and the dead
-        # letters of which --on-dead is still to be told.
+        # How many tasks ended how, and how the last run ended of those that have not.
         self.counts: Counter[str] = Counter()
         self.unended: dict[tuple[str, int], str] = {}
-        self.dead: list[dict] = []
-        self.tell_dead_at = 0.0
+        self.on_dead = notify.Teller("--on-dead", args.on_dead, args.env)
+        self.news = notify.Teller("--notify", args.notify, args.env)
+        # The pauses that were there at the last look; none was looked for yet.
+        self.pauses: dict[str, outcomes.Control] | None = None
         # Whether others may have changed the database or the spool since the last look.
         self.changed = True
         # How many signals came, and when to end what still runs.
@@ -253,12 +270,12 @@ class Worker:
                 self.hear()
                 self.end_overdue()
                 self.exchange()
-                self.tell_dead()
+                self.tell()
             # A task that is being taken back just now is still to be counted.
             q.Watch.of(self.state).leave()
             self.say_goodbye()
         finally:
-            self.tell_dead(now=True)
+            self.tell(now=True)
             self.handlers.leave()
             q.resign(self.state)
         return 0
@@ -294,7 +311,7 @@ class Worker:
         if self.stops:
             say("the supervisor of handlers was killed; the next worker sees to their tasks")
             os._exit(1)
-        self.tell_dead(now=True)
+        self.tell(now=True)
         self.handlers.start_afresh()
 
     def end_overdue(self) -> None:
@@ -352,40 +369,42 @@ class Worker:
         return f"; {queue} is {pause_in_words(control._replace(reason=reason))}"
 
     def count(self, task: q.Task, outcome: str | None, error: str | None) -> None:
-        """Count a task that has ended, once, and remember a dead letter for --on-dead."""
+        """Count a task that has ended, once, and remember what is to be told."""
         which = (task.queue, task.id)
         if outcome in ("completed", "failed", "cancelled"):
             self.unended.pop(which, None)
             self.counts[outcome] += 1
         else:
             self.unended[which] = outcome or "lost"
-        if outcome == "failed" and self.args.on_dead:
-            told = {"queue": task.queue, "task_id": task.task_id, "task_type": task.task_type}
-            self.dead.append({**told, "attempts": task.attempts, "error": error})
+        told = {"queue": task.queue, "task_id": task.task_id, "task_type": task.task_type}
+        told |= {"attempts": task.attempts, "error": error}
+        if outcome == "failed":
+            self.on_dead.add(**told)
+        if outcome in ("failed", "held"):
+            self.news.add(event=outcome, **told)
+        if outcome == "completed" and task.task_type in self.args.notify_done:
+            self.news.add(event="done", **told)
 
-    def tell_dead(self, now: bool = False) -> None:
-        """Run the command of --on-dead when it is due, and do not wait for it."""
-        if not self.dead or not now and time.monotonic() < self.tell_dead_at:
+    def tell(self, now: bool = False) -> None:
+        """Run the commands of --on-dead and --notify when they are due."""
+        self.on_dead.tell(now)
+        self.news.tell(now)
+
+    def look_at_pauses(self, conn: q.Connection) -> None:
+        """Tell --notify which queues were paused or go on since the last look."""
+        if not self.args.notify:
             return
-        letters, self.dead = self.dead, []
-        self.tell_dead_at = time.monotonic() + ON_DEAD_SECONDS
-        try:
-            fd = stdin_file(json.dumps(letters).encode())
-            try:
-                os.posix_spawn(
-                    self.args.on_dead[0],
-                    self.args.on_dead,
-                    self.args.env,
-                    file_actions=[(os.POSIX_SPAWN_DUP2, fd, 0), (os.POSIX_SPAWN_DUP2, 2, 1)],
-                    setsid=True,
-                    setsigmask=(),
-                    setsigdef=RESET_SIGNALS,
-                )
-            finally:
-                os.close(fd)
-        # The program was removed, or the machine has no room for one more process.
-        except OSError as error:
-            say(f"--on-dead could not be run: {error}")
+        controls, before = q.controls(conn), self.pauses
+        self.pauses = {
+            queue: controls[queue]
+            for queue in self.own()
+            if queue in controls and controls[queue].paused
+        }
+        # A pause that was there when this worker started is no news.
+        for queue in () if before is None else before.keys() ^ self.pauses.keys():
+            is_paused = queue in self.pauses
+            reason = pause_in_words(self.pauses[queue]) if is_paused else "its tasks run again"
+            self.news.add(event="paused" if is_paused else "resumed", queue=queue, reason=reason)
 
     def say_goodbye(self) -> None:
         """Say how many tasks ended how, and what is left in each queue."""
@@ -424,6 +443,7 @@ class Worker:
         self.leave_when_removed()
         try:
             conn, changed, self.changed = self.connect(), self.changed, False
+            may_be_news = changed or bool(self.ended)
             if changed:
                 self.take_in_spool()
                 self.end_cancelled(conn)
@@ -434,6 +454,8 @@ class Worker:
                 self.start(task)
             # Meanwhile handlers run.
             self.record(conn)
+            if may_be_news:
+                self.look_at_pauses(conn)
         except (q.QueueError, OSError) as error:
             if str(error) != self.trouble:
                 say(f"trouble: {with_remedy(error, self.state)}; trying again until it is mended")
@@ -579,8 +601,7 @@ class Worker:
             until.append(self.stop_at)
         if self.args.idle_exit is not None:
             until.append(self.idle_since + self.args.idle_exit)
-        if self.dead:
-            until.append(self.tell_dead_at)
+        until += [teller.due_at for teller in (self.on_dead, self.news) if teller.news]
         if self.wakeup in dict(self.poll.poll(max(0.0, min(until) - now) * 1000)):
             os.read(self.wakeup, 65536)
             self.changed = True

@@ -34,6 +34,7 @@ usage: $name COMMAND [ARGUMENTS]
   approve, reject               let a held task run, or end it
   retry, cancel, move, purge    act on tasks
   pause, resume, limit          hold a queue back
+  notify                        show or test the command that tells you at once
   take-in                       make tasks of the files that hooks left
   doctor                        say what is wrong, and what mends it
   report                        say what became of this directory's tasks

@@ -50,6 +50,8 @@ EXAMPLES = """\
 #AWS_PROFILE=work
 #UV_DEFAULT_INDEX=https://pypi.example/simple
 #LYCHEE_ONLINE=1
+#TASK_QUEUE_NOTIFY=~/.claude/automation/lychee/handlers/notify.sh
+#NTFY_TOPIC=a-name-that-nobody-guesses
 """
 
 
