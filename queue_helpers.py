@@ -347,7 +347,7 @@ ARCHIVE = f"""
 insert into task_history (id, queue, row_id, task_id, task_type, status, data, priority, group_id, attempts, max_attempts,
                           approval, enqueued_at, started_at, completed_at, exit_code, result, log, error)
 select (select max(coalesce(max(id), 0), (select coalesce(max(history_id), 0) from task_marks)) + 1 from task_history),
-       '{{queue}}', id, coalesce(task_id, '{{queue}}-' || id), task_type, :outcome, data, priority,
+       '{{queue}}', id, coalesce(task_id, '{{queue}}-' || id), task_type, :status, data, priority,
        group_id, attempts, max_attempts, case when status = 3 and due_at is null then 'held' when approved then 'approved' end,
        :enqueued_at, :started_at, :completed_at, :exit_code, :result, :log, :error
 from "{{queue}}" {FENCE}"""
@@ -1477,14 +1477,14 @@ def claim_ready(conn: Connection, queue: str, **how) -> list[Task]:
 def finish(
     conn: Connection,
     task: Task,
-    outcome: str,
+    status: str,
     *,
     error: str | None = None,
     exit_code: int | None = None,
     result: str | None = None,
     log: str | None = None,
 ) -> bool:
-    """Move the task to the history as `outcome`, within a transaction.
+    """Move the task to the history as `status`, within a transaction.
 
     `error` is one line, `exit_code` the handler's, `result` and `log` the ends of its stdout and stderr.
     A later firing that waits for the end of this run is enqueued. Returns False, and changes nothing,
@@ -1499,7 +1499,7 @@ def finish(
         owner=task.owner,
         attempts=task.attempts,
         claimed_at=claimed_at,
-        outcome=outcome,
+        status=status,
         enqueued_at=utc(task.enqueued_at),
         started_at=None if claimed_at is None else utc(claimed_at),
         completed_at=utc(time.time()),
@@ -1746,10 +1746,9 @@ os.register_at_fork(before=_before_fork, after_in_child=_after_fork)
 # ------------------------------------------------------------------------------------------------ the modules beside it
 
 _LATER = {
-    "taskqueue.outcome": "settle tail signal_name pause resume limit controls STOPPED CANCELLED TIMED_OUT"
-    " EX_DATAERR EX_TEMPFAIL OUTPUT_BYTES RESULT_BYTES",
+    "taskqueue.outcome": "pause resume limit controls",
     "taskqueue.spool": "spool_directories spooled_files take_in_spool",
-    "taskqueue.recovery": "recover redrive not_held sidecar_is_lost OWNERS CANCEL_REQUESTED",
+    "taskqueue.recovery": "recover redrive not_held OWNERS CANCEL_REQUESTED",
     "taskqueue.wake": "Watch WakeEvent QueueWatcher sleep_seconds",
     "taskqueue.persist": "get_queue get_ack_queue dequeue_task SQLiteQueue SQLiteAckQueue Empty COUNT_READY",
     "taskqueue.aio": "consume Delivery",

@@ -318,43 +318,36 @@ class Worker:
         """End what still runs when the grace after a signal is over, or after a second signal."""
         if self.stop_at is not None and time.monotonic() >= self.stop_at:
             self.stop_at = None
-            self.handlers.end_all(q.STOPPED, now=self.stops > 1)
+            self.handlers.end_all(outcomes.STOPPED, now=self.stops > 1)
 
     def record(self, conn: q.Connection) -> None:
         """Record in one transaction how runs ended, then say it."""
         if not self.ended:
             return
         with q.transaction(conn):
-            settled = [
-                recovery.verdict_alone(conn, end.task, lambda conn, end=end: settle(conn, end))
-                for end in self.ended
-            ]
+            recorded = [outcomes.record(conn, end.task, end.code, end.why) for end in self.ended]
         ended, self.ended = self.ended, []
-        for end, (outcome, error) in zip(ended, settled, strict=True):
+        for end, outcome in zip(ended, recorded, strict=True):
             tidy_run(self.state, end.task)
-            self.report(end, outcome, error)
+            self.report(end, outcome)
         if self.args.then or self.args.chain:
             q.wake(self.state)
 
-    def report(self, end: End, outcome: str | None, error: str | None) -> None:
+    def report(self, end: End, outcome: outcomes.Outcome) -> None:
         """Say how a run ended; what keeps all tasks from starting is said once for each type."""
-        task = end.task
-        self.count(task, outcome, error)
-        if outcome is None:
-            error = "it was no longer this worker's: its lock file or the state was removed"
-        if end.unstarted and end.unstarted.do == "put back":
+        task, error = end.task, outcome.error
+        self.count(task, outcome)
+        if end.code is None and outcome.status == "put back":
             if f"{task.task_type} {error}" in self.said:
                 return
             self.said.add(f"{task.task_type} {error}")
-        line = f"{task.queue} {task.task_type} {task.task_id} {outcome or 'lost'} attempt {task.attempts}"
         why = f": {error}{self.pause_of(task.queue, error)}" if error else ""
-        say(f"{line} {end.seconds:.2f} s{why}")
+        say(f"{line_of(task, outcome)} {end.seconds:.2f} s{why}")
 
-    def recovered(self, task: q.Task, outcome: str, error: str | None) -> None:
+    def recovered(self, task: q.Task, outcome: outcomes.Outcome) -> None:
         """Say and count what became of a dead owner's task; the watch calls this."""
-        self.count(task, outcome, error)
-        line = f"{task.queue} {task.task_type} {task.task_id} {outcome} attempt {task.attempts}"
-        say(f"{line}: {error or 'its handler ended without its worker'}")
+        self.count(task, outcome)
+        say(f"{line_of(task, outcome)}: {outcome.error or 'its handler ended without its worker'}")
 
     def pause_of(self, queue: str, told: str = "") -> str:
         """Say that a queue is paused now; without the reason if `told` has it."""
@@ -368,21 +361,21 @@ class Worker:
         reason = None if control.reason and control.reason in told else control.reason
         return f"; {queue} is {pause_in_words(control._replace(reason=reason))}"
 
-    def count(self, task: q.Task, outcome: str | None, error: str | None) -> None:
+    def count(self, task: q.Task, outcome: outcomes.Outcome) -> None:
         """Count a task that has ended, once, and remember what is to be told."""
-        which = (task.queue, task.id)
-        if outcome in ("completed", "failed", "cancelled"):
+        which, status = (task.queue, task.id), outcome.status
+        if status in ("completed", "failed", "cancelled"):
             self.unended.pop(which, None)
-            self.counts[outcome] += 1
+            self.counts[status] += 1
         else:
-            self.unended[which] = outcome or "lost"
+            self.unended[which] = status
         told = {"queue": task.queue, "task_id": task.task_id, "task_type": task.task_type}
-        told |= {"attempts": task.attempts, "error": error}
-        if outcome == "failed":
+        told |= {"attempts": task.attempts, "error": outcome.error}
+        if status == "failed":
             self.on_dead.add(**told)
-        if outcome in ("failed", "held"):
-            self.news.add(event=outcome, **told)
-        if outcome == "completed" and task.task_type in self.args.notify_done:
+        if status in ("failed", "held"):
+            self.news.add(event=status, **told)
+        if status == "completed" and task.task_type in self.args.notify_done:
             self.news.add(event="done", **told)
 
     def tell(self, now: bool = False) -> None:
@@ -448,7 +441,7 @@ class Worker:
                 self.take_in_spool()
                 self.end_cancelled(conn)
             # A handler may have paused its queue, which holds for the next claim.
-            if any(end.code == q.EX_TEMPFAIL for end in self.ended):
+            if any(end.code == outcomes.EX_TEMPFAIL for end in self.ended):
                 self.record(conn)
             for task in self.claim(conn):
                 self.start(task)
@@ -500,7 +493,7 @@ class Worker:
             rows = self.ask(conn, queue, recovery.cancel_requested, owner) or ()
             for run, task in self.runs.items():
                 if task.queue == queue and task.id in rows:
-                    self.handlers.supervisor.end(run, q.CANCELLED)
+                    self.handlers.supervisor.end(run, outcomes.CANCELLED)
 
     def ask(self, conn: q.Connection, queue: str, question: Callable, *args, **options):
         """Call `question` for a queue and return its answer, or None if the queue is broken.
@@ -698,11 +691,9 @@ class Worker:
         return False
 
 
-def settle(conn: q.Connection, end: End) -> outcomes.Settled:
-    """Record the end of a run, within a transaction."""
-    if end.unstarted:
-        return outcomes.record(conn, end.task, end.unstarted)
-    return outcomes.settle(conn, end.task, end.code, why=end.why)
+def line_of(task: q.Task, outcome: outcomes.Outcome) -> str:
+    name = f"{task.queue} {task.task_type} {task.task_id}"
+    return f"{name} {outcome.status} attempt {task.attempts}"
 
 
 if __name__ == "__main__":

@@ -70,7 +70,7 @@ MUTANTS = [Mutant(*each) for each in (
     ("look once per event", "taskqueue/wake.py", "self._event.wait(min(pause, longest))", "self._event.wait(longest)", "tests/core/test_a_sleeping_consumer_hears_every_commit.py"),
     ("a pause forgets an event", "taskqueue/wake.py", "        pause = max(", "        self._event.clear()\n        pause = max(", "tests/worker/test_a_killed_worker_loses_nothing.py -k death"),
     ("KILL the handler alone", "taskqueue/supervisor.py", "os.killpg(self.pid, number)", "os.kill(self.pid, number)", "tests/worker/test_a_timeout_ends_the_whole_group.py"),
-    ("exit 65 is tried again", "taskqueue/outcome.py", "if exit_code == EX_DATAERR:", "if False:", "tests/worker/test_handlers_end_as_their_exit_code_says.py"),
+    ("exit 65 is tried again", "taskqueue/outcome.py", "elif code == EX_DATAERR:", "elif False:", "tests/worker/test_handlers_end_as_their_exit_code_says.py"),
     # Hooks and the spool
     ("a hook without rename", "bin/hook.sh", 'mv "$new" "$spool/$id.hook" 2>/dev/null ||', 'true ||', "tests/hook/test_a_hook_writes_one_file.py"),
     ("a hook that exits 2", "bin/hook.sh", '    echo "the task was not stored: $1" >&2\n    exit 1', '    echo "the task was not stored: $1" >&2\n    exit 2', "tests/hook/test_a_hook_writes_one_file.py"),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from functools import partial
 
 import queue_helpers as q
 from taskqueue import database, hub
@@ -313,19 +312,14 @@ class Pull(Relay):
         if row is None:
             return []
         task = q.Task.from_row(queue, row)
-        how = {"exit_code": code, "result": result, "log": log}
 
-        def finish(conn, outcome, error):
-            if reply is not None and outcome == "completed":
-                try:
-                    follow_up = outcomes.next_row(task, reply, size)
-                    q.insert(conn, q.TASK_QUEUE_COMPLETION, follow_up)
-                except (q.InvalidTask, RecursionError) as refused:
-                    outcome = "failed"
-                    error = f"done, but what should follow was refused: {refused}"
-            return outcome if q.finish(conn, task, outcome, error=error, **how) else None, error
+        def follow_ups() -> list[tuple[str, q.Row]]:
+            return [(q.TASK_QUEUE_COMPLETION, outcomes.next_row(task, reply, size))]
 
-        verdict = partial(finish, outcome=outcome, error=error)
-        outcome, error = owners.verdict_alone(conn, task, verdict)
+        why = outcomes.Outcome(outcome, error)
+        if reply is not None and outcome == "completed":
+            why = outcomes.completed(conn, follow_ups)
+        told = why._replace(exit_code=code, result=result, log=log)
+        outcome, error, *_ = outcomes.record(conn, task, None, told)
         line = f"{queue} {task.task_type} {task.task_id} {outcome} attempt {task.attempts}"
         return [f"{line}: {error}" if error else line]

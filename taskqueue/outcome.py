@@ -19,6 +19,8 @@ import re
 import signal
 import sqlite3
 import time
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,8 +41,8 @@ CHAIN_KEYS = {"queue", "task_type", "data", "task_id", "priority", "delay", "gro
 
 # How the error of a task begins that no handler serves.
 NO_HANDLER = "no handler"
-# Why a run was ended by its worker: tokens that are sent and written down; see in_words().
-STOPPED, CANCELLED, TIMED_OUT = "stopped", "cancelled", "timed-out"
+# The delay of a task whose end no table takes: a person has to look at it.
+OUT_OF_THE_WAY_SECONDS = 86_400.0
 
 # The later end of two pauses wins; one without an end is later than any.
 PAUSE = """
@@ -65,15 +67,37 @@ CONTROLS = """
 select queue, paused_at, paused_until, pause_reason, paused_by, slots from task_controls"""
 
 
-class Settled(NamedTuple):
-    """The outcome of a task whose run has ended.
+class Outcome(NamedTuple):
+    """What becomes of a task whose run has ended, or could not begin.
 
-    outcome is "completed", "scheduled" (again), "failed", "cancelled", "put back", or None when the
-    task was no longer held; error says what went wrong, if anything.
+    status       "completed"; "failed": for good, a dead letter; "cancelled"
+                 "scheduled": a failed attempt, tried again after `delay`, or failed if it was the last
+                 "put back": tried again after `delay`, and the attempt does not count
+                 "lost": nothing was recorded, since its owner did not hold the task any more
+    error        what went wrong, in one line
+    delay        seconds until the next attempt; None: its back-off, or none if it is put back
+    pause        (seconds, or None: until a person resumes it; reason), to hold back the whole queue
+    exit_code, result, log    as the history keeps them
+    follow_ups   (queue, row) of each task that is enqueued with it
     """
 
-    outcome: str | None
+    status: str
     error: str | None = None
+    delay: float | None = None
+    pause: tuple[float | None, str] | None = None
+    exit_code: int | None = None
+    result: str | None = None
+    log: str | None = None
+    follow_ups: Sequence[tuple[str, q.Row]] = ()
+
+
+# Why a worker ends a run.
+STOPPED = Outcome("put back", "its worker was stopped")
+CANCELLED = Outcome("cancelled", "cancelled while it ran")
+
+
+def timed_out(seconds: float) -> Outcome:
+    return Outcome("scheduled", f"timed out after {seconds:g} s")
 
 
 class Control(NamedTuple):
@@ -86,111 +110,110 @@ class Control(NamedTuple):
     slots: int | None
 
 
-def in_words(why: str) -> str:
-    """Return the words for the token that says why a run was ended."""
-    if why == STOPPED:
-        return "its worker was stopped"
-    if why == CANCELLED:
-        return "cancelled while it ran"
-    if why.startswith(f"{TIMED_OUT} "):
-        return f"timed out after {why.split()[1]} s"
-    return why
+def record(
+    conn: q.Connection, task: q.Task, code: int | None, why: Outcome | None = None
+) -> Outcome:
+    """Record the end of a task's run, within a transaction, and return what became of the task.
 
-
-class Verdict(NamedTuple):
-    """The meaning of the end of a run.
-
-    do      "complete", "retry" (a failed attempt), "put back" (an uncounted one), "bury" or
-    "cancel" error   what went wrong, in one line delay   seconds until the next attempt; None: the
-    task's back-off pause   (seconds or None, reason) when the whole queue is to be held back
+    `code` is the handler's exit code, or None if it did not run. `why` says why it did not, or why
+    it was made to end. Whatever goes wrong with this end makes the task a dead letter, and troubles
+    no other; only the database's own trouble raises QueueBusy or QueueUnavailable.
     """
+    error = ""
+    for last_resort in (None, "failed", "put back"):
+        try:
+            with _savepoint(conn):
+                if last_resort is None:
+                    return _write(conn, task, judge(conn, task, code, why))
+                return _write(conn, task, Outcome(last_resort, error, OUT_OF_THE_WAY_SECONDS))
+        except Exception as trouble:
+            if _is_everybodys(conn, trouble):
+                raise
+            error = error or f"its end could not be recorded: {trouble}"
+            error = error.encode(errors="backslashreplace").decode()
+    return Outcome("lost", error)
 
-    do: str
-    error: str | None = None
-    delay: float | None = None
-    pause: tuple[float | None, str] | None = None
+
+def _write(conn: q.Connection, task: q.Task, outcome: Outcome) -> Outcome:
+    """Write an outcome into the database, with what follows from it."""
+    told = {name: getattr(outcome, name) for name in ("error", "exit_code", "result", "log")}
+    if outcome.status == "scheduled":
+        status = q.nack(conn, task, delay=outcome.delay, **told)
+    elif outcome.status == "put back":
+        held = q.release(conn, task, delay=outcome.delay or 0.0, error=outcome.error)
+        status = outcome.status if held else None
+    else:
+        held = q.finish(conn, task, outcome.status, **told)
+        status = outcome.status if held else None
+    if status is None:
+        return Outcome(
+            "lost", "its owner did not hold it any more: its lock file or the state was removed"
+        )
+    for queue, row in outcome.follow_ups:
+        q.insert(conn, queue, row)
+    if outcome.pause:
+        seconds, reason = outcome.pause
+        until = None if seconds is None else time.time() + seconds
+        pause(conn, task.queue, until, reason, by="handler")
+    return outcome._replace(status=status)
+
+
+@contextmanager
+def _savepoint(conn: q.Connection):
+    """Part of a transaction, undone when its block raises."""
+    conn.execute("savepoint part")
+    try:
+        yield
+    except BaseException:
+        # SQLite may have rolled back all of it already.
+        if conn.in_transaction:
+            conn.execute("rollback to part")
+            conn.execute("release part")
+        raise
+    conn.execute("release part")
+
+
+def _is_everybodys(conn: q.Connection, trouble: Exception) -> bool:
+    """Return whether the database cannot be used; else it refuses this one task."""
+    cause = trouble if isinstance(trouble, sqlite3.Error) else trouble.__cause__
+    if isinstance(cause, sqlite3.IntegrityError):
+        return False
+    if isinstance(cause, sqlite3.Error):
+        trouble = q.explain(cause, conn.state)
+    return isinstance(trouble, (q.QueueBusy, q.QueueUnavailable))
 
 
 def judge(
-    exit_code: int, told: dict, *, why: str | None = None, delay: float | None = None
-) -> Verdict:
-    """Judge a handler's exit code and its last words; settle() explains `why` and `delay`.
-
-    `told` is output_of() the run.
-    """
-    words = in_words(why) if why else None
-    if why == CANCELLED:
-        return Verdict("cancel", words)
-    if why == STOPPED and exit_code != 0:
-        return Verdict("put back", words, 0.0)
-    if why not in (None, STOPPED):
-        return Verdict("retry", words, delay)
-    if exit_code == 0:
-        return Verdict("complete")
-    if exit_code == EX_TEMPFAIL:
-        return _not_now(told)
-    last = last_words(told)
-    if exit_code == EX_DATAERR:
-        return Verdict("bury", f"refused by its handler (exit 65){last}")
-    how = f"killed by {signal_name(exit_code - 128)}" if exit_code > 128 else f"exit {exit_code}"
-    return Verdict("retry", how + last)
+    conn: q.Connection, task: q.Task, code: int | None, why: Outcome | None = None
+) -> Outcome:
+    """Return the outcome of a run from its exit code and its output; record() explains the arguments."""
+    if code is None:
+        return why or Outcome("lost")
+    told = output_of(conn.state, task)
+    # A handler that finished its work before its worker's stop could end it is done.
+    if why and not (why.status == "put back" and code == 0):
+        outcome = why
+    elif code == 0:
+        outcome = completed(conn, lambda: _follow_ups(conn, task))
+    elif code == EX_TEMPFAIL:
+        outcome = _not_now(told)
+    elif code == EX_DATAERR:
+        outcome = Outcome("failed", f"refused by its handler (exit 65){last_words(told)}")
+    else:
+        how = f"killed by {signal_name(code - 128)}" if code > 128 else f"exit {code}"
+        outcome = Outcome("scheduled", how + last_words(told))
+    return outcome._replace(exit_code=code, **told)
 
 
-def settle(
-    conn: q.Connection,
-    task: q.Task,
-    exit_code: int,
-    *,
-    why: str | None = None,
-    delay: float | None = None,
-) -> Settled:
-    """Record how a handler's run ended, from its exit code and its output files, in a transaction.
-
-    `why` it was ended, if it was: STOPPED, CANCELLED, or what to record as the error, with `delay`
-    seconds until the next attempt (default: its back-off). Raises QueueBusy, QueueUnavailable.
-    """
-    told = {"exit_code": exit_code, **output_of(conn.state, task)}
-    return record(conn, task, judge(exit_code, told, why=why, delay=delay), told)
-
-
-def record(conn: q.Connection, task: q.Task, verdict: Verdict, told: dict | None = None) -> Settled:
-    """Record the end of a run, within a transaction, with what its handler `told`, if it ran."""
-    told, error = told or {}, verdict.error
-    if verdict.do == "complete":
-        return _completed(conn, task, told)
-    if verdict.do == "cancel":
-        return _if_held(q.finish(conn, task, "cancelled", error=error, **told), "cancelled")
-    if verdict.do == "bury":
-        return _if_held(q.bury(conn, task, error=error or "", **told), "failed", error)
-    if verdict.do == "retry":
-        return Settled(q.nack(conn, task, error=error or "", delay=verdict.delay, **told), error)
-    held = q.release(conn, task, delay=verdict.delay or 0.0, error=error)
-    if held and verdict.pause:
-        seconds, reason = verdict.pause
-        until = None if seconds is None else time.time() + seconds
-        pause(conn, task.queue, until, reason, by="handler")
-    return _if_held(held, "scheduled" if verdict.delay else "put back", error)
-
-
-def _if_held(held: bool, outcome: str, error: str | None = None) -> Settled:
-    return Settled(outcome if held else None, error)
-
-
-def _completed(conn: q.Connection, task: q.Task, told: dict) -> Settled:
-    """Record the task as done, and what follows from it, together."""
+def completed(conn: q.Connection, follow_ups: Callable[[], list[tuple[str, q.Row]]]) -> Outcome:
+    """Return the outcome of a run that did its work: failed if what should follow is refused."""
     try:
-        follow_ups = _follow_ups(conn, task)
-        # Before anything is recorded: a queue that cannot be made is a reason to bury the task.
-        for queue in dict.fromkeys(queue for queue, _ in follow_ups):
+        rows = follow_ups()
+        for queue in dict.fromkeys(queue for queue, _ in rows):
             q.ensure_queue(conn, queue)
-    except (q.InvalidTask, RecursionError) as refused:
-        error = f"done, but what should follow was refused: {refused}"
-        return _if_held(q.bury(conn, task, error=error, **told), "failed", error)
-    if not q.ack(conn, task, **told):
-        return Settled(None)
-    for queue, row in follow_ups:
-        q.insert(conn, queue, row)
-    return Settled("completed")
+    except q.InvalidTask as refused:
+        return Outcome("failed", f"done, but what should follow was refused: {refused}")
+    return Outcome("completed", follow_ups=rows)
 
 
 def _follow_ups(conn: q.Connection, task: q.Task) -> list[tuple[str, q.Row]]:
@@ -286,7 +309,7 @@ def _as_object(text: str) -> dict | None:
     return None if "unreadable_because" in data else data
 
 
-def _not_now(told: dict) -> Verdict:
+def _not_now(told: dict) -> Outcome:
     """Uncounted, and again after as long as the last line of stdout says, else after a minute."""
     said = _as_object(told["result"].rstrip().rpartition("\n")[2]) or {}
     reason = said.get("reason")
@@ -294,11 +317,11 @@ def _not_now(told: dict) -> Verdict:
     if "pause" in said and (said["pause"] is None or seconds_in(said["pause"]) is not None):
         # Nothing here says that the queue is paused: the row outlives the pause.
         error = f"not now (exit 75){reason}"
-        return Verdict("put back", error, 0.0, (seconds_in(said["pause"]), reason[2:]))
+        return Outcome("put back", error, pause=(seconds_in(said["pause"]), reason[2:]))
     seconds = seconds_in(said.get("retry_after"))
     delay = NOT_NOW_SECONDS if seconds is None else seconds
     error = f"not now (exit 75){reason or ('' if said else last_words(told))}"
-    return Verdict("put back", error, delay)
+    return Outcome("put back", error, delay)
 
 
 def seconds_in(value: Any) -> float | None:

@@ -31,65 +31,6 @@ FORGET = """
 delete from task_history where id = :history_id"""
 
 
-def verdict_alone(conn: q.Connection, task: q.Task, verdict) -> tuple:
-    """Record a verdict within a transaction, so that it can fail without the others: (outcome,
-    error).
-
-    Whatever goes wrong with one task's verdict buries that task, with the reason. The database's
-    own trouble is everybody's, and is raised.
-    """
-    try:
-        with _savepoint(conn):
-            return verdict(conn)
-    except Exception as trouble:
-        if is_everybodys(conn, trouble):
-            raise
-        error = f"its end could not be recorded: {trouble}"
-        error = error.encode(errors="backslashreplace").decode()
-    for last_resort in (_bury, _leave_for_a_person):
-        try:
-            with _savepoint(conn):
-                return last_resort(conn, task, error)
-        except Exception as trouble:
-            if is_everybodys(conn, trouble):
-                raise
-    return None, error
-
-
-@contextmanager
-def _savepoint(conn: q.Connection):
-    """Part of a transaction, undone when its block raises."""
-    conn.execute("savepoint part")
-    try:
-        yield
-    except BaseException:
-        # SQLite may have rolled back all of it already.
-        if conn.in_transaction:
-            conn.execute("rollback to part")
-            conn.execute("release part")
-        raise
-    conn.execute("release part")
-
-
-def is_everybodys(conn: q.Connection, trouble: Exception) -> bool:
-    """Whether it is the database that cannot be used, and not this one task that it refuses."""
-    cause = trouble if isinstance(trouble, sqlite3.Error) else trouble.__cause__
-    if isinstance(cause, sqlite3.Error):
-        trouble = q.explain(cause, conn.state)
-    return isinstance(trouble, (q.QueueBusy, q.QueueUnavailable)) and not isinstance(
-        cause, sqlite3.IntegrityError
-    )
-
-
-def _bury(conn: q.Connection, task: q.Task, error: str) -> tuple:
-    return ("failed" if q.bury(conn, task, error=error) else None), error
-
-
-def _leave_for_a_person(conn: q.Connection, task: q.Task, error: str) -> tuple:
-    """Even its burial was refused: put it back, so far into the future that it is in nobody's way."""
-    return ("put back" if q.release(conn, task, delay=86_400.0, error=error) else None), error
-
-
 # ------------------------------------------------------------------------------------------- the tasks of dead owners
 
 # One transaction recovers at most so many tasks: everybody else waits for it.
@@ -100,9 +41,10 @@ SUPERVISOR_SECONDS = 1.0
 CLAIMED_NEXT = q.CLAIMED_BY + " and id > :after order by id limit :limit"
 
 
-def recover(state=None, *, crash_backoff: float = 0.0) -> tuple[list, int]:
-    """Take back the tasks of dead owners. Returns ([(task, outcome, error), …], how many handlers
-    outlive them).
+def recover(
+    state=None, *, crash_backoff: float = 0.0
+) -> tuple[list[tuple[q.Task, outcomes.Outcome]], int]:
+    """Take back the tasks of dead owners: ([(task, outcome), …], how many handlers outlive them).
 
     An owner is dead when its lock is free. How its handlers ended is on record, and counts. One
     that still runs keeps its task, and is ended here when it is overdue or to be cancelled. A task
@@ -203,7 +145,7 @@ def _recover_queue(
                 left += found is None
                 done += [found] if found else []
         recovered += done
-        for task, *_ in done:
+        for task, _ in done:
             running.tidy_run(conn.state, task)
         if len(rows) < RECOVER_AT_ONCE:
             return left
@@ -212,16 +154,33 @@ def _recover_queue(
 
 def _recover_task(
     conn: q.Connection, task: q.Task, crash_backoff: float, cancelled: bool
-) -> tuple | None:
-    """(task, outcome, error) of a dead owner's task, None while its handler runs."""
+) -> tuple[q.Task, outcomes.Outcome] | None:
+    """Record the end of a dead owner's task; return None while its handler runs."""
     run, goes_on = look_at_run(conn.state, task, cancelled)
     if goes_on:
         end_orphan(running.run_file(conn.state, task), run, cancelled)
         return None
     if cancelled and "code" not in run:
         run.setdefault("why", outcomes.CANCELLED)
-    outcome, error = verdict_alone(conn, task, lambda conn: _settle(conn, task, run, crash_backoff))
-    return task, outcome or "lost", error
+    return task, outcomes.record(conn, task, *_end_on_record(task, run, crash_backoff))
+
+
+def _end_on_record(
+    task: q.Task, run: dict, crash_backoff: float
+) -> tuple[int | None, outcomes.Outcome | None]:
+    """Return (exit code, why it ended) of a run of a dead owner, as outcome.record() takes them."""
+    code, why = run.get("code"), run.get("why")
+    if why is not None:
+        # Nobody saw the end of one that has no code, but it was sent a signal.
+        return 128 + signal.SIGKILL if code is None else code, outcomes.Outcome(*why)
+    died = f"its worker died ({task.owner})"
+    if code is None:
+        return None, outcomes.Outcome("scheduled", died, crash_backoff)
+    if code > 128:
+        killer = outcomes.signal_name(code - 128)
+        error = f"{died}, and its handler was killed by {killer}"
+        return code, outcomes.Outcome("scheduled", error, crash_backoff)
+    return code, None
 
 
 def look_at_run(state: Path, task: q.Task, cancelled: bool = False) -> tuple[dict, bool]:
@@ -240,21 +199,6 @@ def look_at_run(state: Path, task: q.Task, cancelled: bool = False) -> tuple[dic
     # way to it.
     runs_on = leader not in (None, "Z") or (leader == "Z" or held) and _supervisor(run) is not None
     return run, runs_on or held and not ("group" in run and cancelled)
-
-
-def _settle(conn: q.Connection, task: q.Task, run: dict, crash_backoff: float) -> tuple:
-    """Record how a run ended of which this is on record."""
-    code, why = run.get("code"), run.get("why")
-    if code is None and why is None:
-        error = f"its worker died ({task.owner})"
-        return q.nack(conn, task, error=error, delay=crash_backoff), error
-    # Nobody saw the end of one that has no code, but it was sent a signal.
-    code = 128 + signal.SIGKILL if code is None else code
-    if why is None and code > 128:
-        killer = outcomes.signal_name(code - 128)
-        error = f"its worker died ({task.owner}), and its handler was killed by {killer}"
-        return outcomes.settle(conn, task, code, why=error, delay=crash_backoff)
-    return outcomes.settle(conn, task, code, why=why)
 
 
 def end_orphan(path: str, run: dict, cancelled: bool) -> None:

@@ -26,15 +26,18 @@ from typing import NamedTuple, NoReturn
 import queue_helpers as q
 from taskqueue import environment
 from taskqueue import outcome as outcomes
-from taskqueue.supervisor import RESET_SIGNALS, add_to_run, process
+from taskqueue.supervisor import (
+    NOT_STARTED,
+    RESET_SIGNALS,
+    START_AGAIN_SECONDS,
+    add_to_run,
+    process,
+)
 from taskqueue.text import sh, visible
 
 # Seconds until a task without a usable handler is tried again. Each try is a failed attempt, so the
 # task ends as a dead letter.
 NO_HANDLER_SECONDS = 60.0
-# Seconds until a task is tried again that could not be started by no fault of its handler.
-START_AGAIN_SECONDS = 5.0
-NOT_STARTED = "its handler could not be started"
 # env and shells exit with this when they do not find a program.
 EXIT_NOT_FOUND = 127
 
@@ -47,13 +50,12 @@ SUPERVISE = (
 
 
 class End(NamedTuple):
-    """The end of a task's run; `unstarted` says why there was none."""
+    """The end of a task's run; outcome.record() explains `code` and `why`."""
 
     task: q.Task
-    code: int = 0
-    why: str | None = None
+    code: int | None
+    why: outcomes.Outcome | None
     seconds: float = 0.0
-    unstarted: outcomes.Verdict | None = None
 
 
 class SupervisorProcess:
@@ -86,7 +88,7 @@ class SupervisorProcess:
         """Order a handler's start. Raises OSError when too many descriptors are under way."""
         self._send({"start": order}, fds)
 
-    def end(self, run: str, why: str, *, now: bool = False) -> None:
+    def end(self, run: str, why: outcomes.Outcome, *, now: bool = False) -> None:
         """Order a run's end: TERM, then KILL; or KILL `now`. Safe to call twice."""
         self._send({"end": run, "why": why, "now": now})
 
@@ -140,7 +142,7 @@ class Handlers:
         self.command, self.env = command, env
         self.terms = {
             "timeout": timeout,
-            "overdue": f"{q.TIMED_OUT} {timeout:g}",
+            "overdue": outcomes.timed_out(timeout),
             "kill_after": kill_after,
         }
         try:
@@ -166,10 +168,10 @@ class Handlers:
             }
             envelope = json.dumps(task.envelope).encode()
         except LookupError as error:
-            return unstarted(task, "retry", str(error), NO_HANDLER_SECONDS)
+            return unstarted(task, "scheduled", str(error), NO_HANDLER_SECONDS)
         # No file can have this task type's name, or bash stored JSON that Python finds too deep.
         except (ValueError, RecursionError) as error:
-            return unstarted(task, "bury", f"it cannot be run: {error}")
+            return unstarted(task, "failed", f"it cannot be run: {error}")
         try:
             self.order(order, envelope)
         # A full disk, or too many open files: not the task's fault.
@@ -238,19 +240,15 @@ class Handlers:
 
     def end_of(self, task: q.Task, told: dict) -> End:
         """Return the end that the supervisor tells, with what is wrong with the handler's file."""
-        fault = self.fault_of_handler(task, told)
-        if "code" in told:
-            return End(task, told["code"], told["why"] or fault, told["seconds"])
-        if fault:
-            return unstarted(task, "retry", fault, NO_HANDLER_SECONDS)
-        error = told["error"] if told["do"] == "retry" else f"{NOT_STARTED}: {told['error']}"
-        delay = START_AGAIN_SECONDS if told["do"] == "put back" else None
-        return unstarted(task, told["do"], error, delay)
+        code, why, seconds = told["code"], told["why"], told["seconds"]
+        if fault := self.fault_of_handler(task, code, why):
+            why = ("scheduled", fault, NO_HANDLER_SECONDS if code is None else None)
+        return End(task, code, why and outcomes.Outcome(*why), seconds)
 
-    def fault_of_handler(self, task: q.Task, told: dict) -> str | None:
+    def fault_of_handler(self, task: q.Task, code: int | None, why: list | None) -> str | None:
         """Explain why a handler was not started, or why env did not find its interpreter."""
-        not_found = told.get("code") == EXIT_NOT_FOUND and told["why"] is None
-        if self.command is not None or not (not_found or told.get("do") == "put back"):
+        may_be = why is None if code == EXIT_NOT_FOUND else code is None and why[0] == "put back"
+        if self.command is not None or not may_be:
             return None
         try:
             fault = fault_of(f"{self.directory}/{task.task_type}", self.env["PATH"])
@@ -267,7 +265,7 @@ class Handlers:
         say("the supervisor of handlers was killed; starting afresh")
         os.execv(sys.executable, sys.orig_argv)
 
-    def end_all(self, why: str, *, now: bool = False) -> None:
+    def end_all(self, why: outcomes.Outcome, *, now: bool = False) -> None:
         """End all handlers that run."""
         for run in self.runs:
             self.supervisor.end(run, why, now=now)
@@ -286,16 +284,16 @@ class Handlers:
 
     def leave(self) -> None:
         """End what runs, and let the supervisor end."""
-        self.end_all(q.STOPPED, now=True)
+        self.end_all(outcomes.STOPPED, now=True)
         self.supervisor.leave(wait=not self.runs)
         # The directory is not empty while it holds an end that is not recorded.
         with suppress(q.QueueError, OSError):
             os.rmdir(run_directory(self.state, q.owner_name(self.state)))
 
 
-def unstarted(task: q.Task, do: str, error: str, delay: float | None = None) -> End:
-    """Return the end of a task whose handler did not run (see outcome.Verdict for the rest)."""
-    return End(task, unstarted=outcomes.Verdict(do, error, delay))
+def unstarted(task: q.Task, status: str, error: str, delay: float | None = None) -> End:
+    """Return the end of a task whose handler was not started (see outcome.Outcome)."""
+    return End(task, None, outcomes.Outcome(status, error, delay))
 
 
 def fault_of(handler: Path | str, path: str) -> tuple[str, str] | None:

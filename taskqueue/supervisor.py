@@ -16,9 +16,9 @@ The worker sends one of:
 
 The supervisor sends one of:
 
-    {"run", "code", "why", "seconds"}     the handler has ended
-    {"run", "error", "do"}                the handler was not started, and what to do with its task:
-        "retry" (the attempt counts), "bury" (it can never be started), "put back" (uncounted)
+    {"run", "code", "why", "seconds"}     the handler has ended; "code" is null if it was not started
+
+"why" and "overdue" are outcomes, as JSON lists: see outcome.Outcome.
 
 A run's record is a file of JSON lines. A later line replaces the fields of an earlier one:
 
@@ -43,6 +43,9 @@ from collections import deque
 from collections.abc import Sequence
 from functools import lru_cache
 
+NOT_STARTED = "its handler could not be started"
+# Seconds until a task is tried again that could not be started by no fault of its handler.
+START_AGAIN_SECONDS = 5.0
 # poll() takes milliseconds as a C int: 24 days at most.
 LONGEST_POLL_SECONDS = 86_400.0
 # Handlers begin with these at their defaults, whatever the worker was started with.
@@ -64,7 +67,7 @@ class Run:
         self.why = order["overdue"]
         self.signalled = False
 
-    def end(self, why: str, now: bool) -> None:
+    def end(self, why: Sequence, now: bool) -> None:
         """End the group: TERM first, or KILL if `now`."""
         if not self.signalled or now:
             self.why = self.why if self.signalled else why
@@ -158,7 +161,7 @@ class Supervisor:
             if len(fds) < 3:
                 raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
             if trouble := enter(order["cwd"]):
-                return self.tell(run=order["run"], error=trouble, do="retry")
+                return self.tell_unstarted(order, "scheduled", trouble)
             told = {os.fsencode(name): os.fsencode(value) for name, value in order["env"].items()}
             pid = os.posix_spawn(
                 order["command"][0],
@@ -182,7 +185,11 @@ class Supervisor:
         # A NUL in a task's id or type is a ValueError.
         except (OSError, ValueError) as error:
             never = isinstance(error, ValueError) or error.errno == errno.E2BIG
-            self.tell(run=order["run"], error=str(error), do="bury" if never else "put back")
+            why = f"{NOT_STARTED}: {error}"
+            if never:
+                self.tell_unstarted(order, "failed", why)
+            else:
+                self.tell_unstarted(order, "put back", why, START_AGAIN_SECONDS)
         finally:
             # Staying there would keep that file system from being unmounted.
             os.chdir("/")
@@ -206,6 +213,9 @@ class Supervisor:
             seconds = time.monotonic() - run.started
             self.tell(run=run.name, code=code, why=why.get("why"), seconds=seconds)
             os.close(run.out)
+
+    def tell_unstarted(self, order: dict, *why) -> None:
+        self.tell(run=order["run"], code=None, why=why, seconds=0.0)
 
     def tell(self, **message) -> None:
         self.unsent += json.dumps(message).encode() + b"\n"

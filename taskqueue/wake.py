@@ -110,7 +110,7 @@ class Watch(threading.Thread):
         # Seconds, for q.recover().
         self.crash_backoff = 0.0
         # Called with each task that was taken back from a dead owner, its outcome and the reason.
-        self.on_recovered: Callable = lambda task, outcome, error: None
+        self.on_recovered: Callable = lambda task, outcome: None
         # Called once, with a message, where file events cannot be had.
         self.on_deaf: Callable = lambda message: None
         self._heard = Heard()

@@ -11,7 +11,7 @@ NOW = 1e10  # later than any real due time in these tests
 TERMS = {"max_attempts": 4, "backoff": 1.0, "then_queue": None, "then_hold": 0, "chain": 0}
 FENCE = {"id": 7, "owner": "o", "attempts": 1, "claimed_at": NOW}
 TIMES = {"enqueued_at": "2000", "started_at": "2000", "completed_at": "2000"}
-ENDING = {"outcome": "completed", "exit_code": 0, "result": "", "log": "", "error": None}
+ENDING = {"status": "completed", "exit_code": 0, "result": "", "log": "", "error": None}
 LATER = {
     **dict.fromkeys(("due_at", "group_id", "expires_at", "delayed_at", "firing")),
     **{"data": "{}", "status": 1, "priority": 0, "timestamp": 1.0, "task_id": "7"},

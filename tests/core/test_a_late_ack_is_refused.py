@@ -9,6 +9,13 @@ from processes import lines
 
 pytestmark = pytest.mark.core
 
+
+def recorded(conn, task, code):
+    from taskqueue import outcome
+
+    return outcome.record(conn, task, code).status != "lost"
+
+
 VERBS = {
     "ack": lambda q, conn, task: q.ack(conn, task, exit_code=0, result="late"),
     "nack": lambda q, conn, task: q.nack(conn, task, error="late"),
@@ -18,10 +25,10 @@ VERBS = {
     "bury": lambda q, conn, task: q.bury(conn, task, error="late"),
     "release": lambda q, conn, task: q.release(conn, task, error="late"),
     "cancel": lambda q, conn, task: q.finish(conn, task, "cancelled", error="late"),
-    "settle as done": lambda q, conn, task: q.settle(conn, task, 0)[0],
-    "settle as failed": lambda q, conn, task: q.settle(conn, task, 3)[0],
-    "settle as not now": lambda q, conn, task: q.settle(conn, task, 75)[0],
-    "settle as never": lambda q, conn, task: q.settle(conn, task, 65)[0],
+    "settle as done": lambda q, conn, task: recorded(conn, task, 0),
+    "settle as failed": lambda q, conn, task: recorded(conn, task, 3),
+    "settle as not now": lambda q, conn, task: recorded(conn, task, 75),
+    "settle as never": lambda q, conn, task: recorded(conn, task, 65),
 }
 
 
@@ -124,8 +131,8 @@ def test_after_a_redrive(installation, queue, claims, owner):
 def test_after_recovery(installation, queue, claims):
     # This owner has no lock file.
     task = claims("1-dead")
-    ((_, outcome, _),) = queue.recover()[0]
-    assert outcome == "scheduled"
+    ((_, outcome),) = queue.recover()[0]
+    assert outcome.status == "scheduled"
     refused(installation, queue, claims, task)
     assert claims(queue.owner_name()).attempts == 2
     refused(installation, queue, claims, task)
@@ -160,8 +167,8 @@ def test_by_a_process_whose_lock_file_was_removed_returns_false_and_says_why(
         row_id = int(late.stdout.readline())
         for file in (installation.state / "workers").iterdir():
             file.unlink()
-        ((_, outcome, _),) = queue.recover()[0]
-        assert outcome == "scheduled"
+        ((_, outcome),) = queue.recover()[0]
+        assert outcome.status == "scheduled"
         mine = queue.get_ack_queue("notifications")
         assert mine.get(timeout=5)[0] == row_id
         before = everything(installation)

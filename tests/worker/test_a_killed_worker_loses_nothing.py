@@ -166,8 +166,9 @@ def test_a_child_that_outlives_a_consumer_does_not_keep_its_task(installation, q
         assert queue.recover() == ([], 0)
         consumer.kill()
         consumer.wait()
-        ((task, outcome, error),) = wait_for(lambda: queue.recover()[0], 5)
-        assert outcome == "scheduled" and "its worker died" in error and task.attempts == 1
+        ((task, outcome),) = wait_for(lambda: queue.recover()[0], 5)
+        assert outcome.status == "scheduled" and "its worker died" in outcome.error
+        assert task.attempts == 1
         assert lives(child)
         assert installation.rows("select status, attempts, owner from notifications") == [
             (1, 1, None)

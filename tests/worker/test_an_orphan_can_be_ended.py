@@ -257,9 +257,9 @@ def test_an_owner_of_any_name_costs_no_file(installation, queue, owner):
     installation.enqueue("notifications", "any", "--delay", 0)
     installation.sqlite3(f"update notifications set status = 2, owner = {owner}")
     (installation.state / "kept").touch()
-    ((task, outcome, _),) = queue.recover()[0]
+    ((task, outcome),) = queue.recover()[0]
     assert (
-        outcome == "scheduled"
+        outcome.status == "scheduled"
         and (installation.state / "kept").exists()
         and installation.db.exists()
     )

@@ -135,8 +135,8 @@ def test_any_process_may_recover(installation, queue, orphan):
     task, pid = orphan()
     assert queue.recover() == ([], 1) and lives(pid)
     let_it_end(installation, 0)
-    ((found, outcome, error),) = wait_for(lambda: queue.recover()[0])
-    assert (found.task_id, outcome, error) == (task, "completed", None)
+    ((found, outcome),) = wait_for(lambda: queue.recover()[0])
+    assert (found.task_id, outcome.status, outcome.error) == (task, "completed", None)
     assert installation.history(task)["status"] == "completed" and not records(installation)
     assert queue.recover() == ([], 0)
 
@@ -227,15 +227,15 @@ def test_an_exit_status_outlives_a_failed_attempt_to_record_it(installation, que
     worker.wait()
     let_it_end(installation, 0)
     wait_for(lambda: not any(lives(int(pid)) for pid in pids))
-    settle = queue_outcome.settle
+    record = queue_outcome.record
 
     def disk_is_full(conn, task, *args, **options):
         if task.task_id == tasks[1]:
             raise queue.QueueUnavailable("the disk is full")
-        return settle(conn, task, *args, **options)
+        return record(conn, task, *args, **options)
 
     with monkeypatch.context() as patched:
-        patched.setattr(queue_outcome, "settle", disk_is_full)
+        patched.setattr(queue_outcome, "record", disk_is_full)
         with pytest.raises(queue.QueueUnavailable, match="the disk is full"):
             queue.recover()
     assert [installation.history(task) for task in tasks] == [None, None]

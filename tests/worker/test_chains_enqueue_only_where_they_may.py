@@ -27,6 +27,8 @@ def envelopes(installation, queue: str) -> list[dict]:
 
 def settle(queue, said: str, **terms):
     """What becomes of a task whose handler said that; it is claimed with those terms."""
+    from taskqueue import outcome
+
     conn = queue.connect()
     queue.enqueue_task("notifications", "t", {}, "parent")
     (task,) = queue.claim_ready(conn, "notifications", **terms)
@@ -34,7 +36,7 @@ def settle(queue, said: str, **terms):
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(said)
     with queue.transaction(conn):
-        return queue.settle(conn, task, 0)
+        return outcome.record(conn, task, 0)
 
 
 def test_the_last_line_enqueues(installation, queue):
@@ -89,7 +91,7 @@ def test_with_then_the_line_is_no_part_of_the_result(installation, queue, said, 
     assert (
         settle(
             queue, f"{said}\n{line}\n" if said else line, chain=True, then_queue="completions"
-        ).outcome
+        ).status
         == "completed"
     )
     assert [envelope["data"] for envelope in envelopes(installation, "completions")] == [data]
@@ -136,7 +138,7 @@ DEEP = json.loads("[" * 250 + "]" * 250)
 def test_one_invalid_entry_buries_the_task_with_the_reason(installation, queue, entries, why):
     said = "words\n" + json.dumps({"enqueue": entries})
     settled = settle(queue, said, chain=True, then_queue="completions")
-    assert settled.outcome == "failed" and why in settled.error
+    assert settled.status == "failed" and why in settled.error
     assert installation.history("parent")["error"] == settled.error
     assert envelopes(installation, "approvals") == envelopes(installation, "completions") == []
 
@@ -151,7 +153,7 @@ def test_one_invalid_entry_buries_the_task_with_the_reason(installation, queue, 
     ],
 )
 def test_what_is_no_such_line_enqueues_nothing_and_is_only_words(installation, queue, last):
-    assert settle(queue, f"words\n{last}", chain=True).outcome == "completed"
+    assert settle(queue, f"words\n{last}", chain=True).status == "completed"
     assert envelopes(installation, "approvals") == []
 
 
@@ -168,7 +170,7 @@ def test_what_is_no_such_line_enqueues_nothing_and_is_only_words(installation, q
 )
 def test_a_line_that_means_to_enqueue_and_cannot_is_not_passed_over(installation, queue, last, why):
     settled = settle(queue, f"words\n{last}", chain=True)
-    assert settled.outcome == "failed" and why in settled.error
+    assert settled.status == "failed" and why in settled.error
     assert envelopes(installation, "approvals") == []
 
 
@@ -178,12 +180,12 @@ def test_a_number_that_nobody_can_read_does_not_get_in(installation, queue):
         '{"enqueue": [{"queue": "approvals", "task_type": "ask", "priority": NaN}]}',
         chain=True,
     )
-    assert settled.outcome == "failed" and "priority 'NaN'" in settled.error
+    assert settled.status == "failed" and "priority 'NaN'" in settled.error
 
 
 def test_a_number_in_its_data_is_kept_as_text_and_said_so(installation, queue):
     said = '{"enqueue": [{"queue": "approvals", "task_type": "ask", "data": {"n": 1e400}}]}'
-    assert settle(queue, said, chain=True).outcome == "completed"
+    assert settle(queue, said, chain=True).status == "completed"
     [one] = envelopes(installation, "approvals")
     assert one["data"] == {"n": "1e400", "numbers_kept_as_text": ["1e400"]}
 
@@ -191,7 +193,7 @@ def test_a_number_in_its_data_is_kept_as_text_and_said_so(installation, queue):
 def test_a_hundred_are_enqueued_and_a_duplicate_is_none(installation, queue):
     queue.enqueue_task("approvals", "ask", {"n": "there"}, "7")
     said = enqueue_line(*({**GOOD, "task_id": str(number % 99)} for number in range(100)))
-    assert settle(queue, said, chain=True).outcome == "completed"
+    assert settle(queue, said, chain=True).status == "completed"
     assert installation.rows("select count(*) from approvals") == [(99,)]
     assert envelopes(installation, "approvals")[0]["data"] == {"n": "there"}
 
@@ -302,5 +304,5 @@ def test_a_result_that_cannot_become_a_task_buries_its_task(installation, queue)
         settled = settle(queue, "words", then_queue="one_too_many")
     finally:
         queue.MAX_QUEUES = most
-    assert settled.outcome == "failed" and "would be number 4" in settled.error
+    assert settled.status == "failed" and "would be number 4" in settled.error
     assert conn.execute("select count(*) from notifications").fetchone() == (0,)

@@ -93,64 +93,54 @@ def test_a_row_that_no_history_takes_holds_up_no_other(installation, beside):
     wait_for(lambda: "not this one" in worker.log.read_text(), what="a word on it")
 
 
-def test_what_a_verdict_raises_buries_its_task_alone(installation, queue):
-    from taskqueue import recovery as queue_owners
-
-    for number in range(3):
+def claimed(installation, queue, count: int, owner: str | None = None) -> tuple:
+    for number in range(count):
         installation.enqueue("notifications", "any", "--task-id", f"t-{number}")
-    owner, conn = queue.owner_name(), queue.connect()
+    conn, owner = queue.connect(), owner or queue.owner_name()
     with queue.transaction(conn, durable=False):
-        tasks = queue.claim(conn, "notifications", owner, limit=3)
+        return conn, queue.claim(conn, "notifications", owner, limit=count)
 
-    def verdict(task):
-        def record(conn):
-            done = queue.ack(conn, task)
-            if task.task_id == "t-1":
-                raise OverflowError("int too large to convert to float \ud800")
-            return ("completed" if done else None), None
 
-        return record
+def test_what_a_verdict_raises_buries_its_task_alone(installation, queue, monkeypatch):
+    from taskqueue import outcome
 
+    conn, tasks = claimed(installation, queue, 3)
+    judge = outcome.judge
+
+    def fails(conn, task, *args):
+        if task.task_id == "t-1":
+            assert queue.ack(conn, task)
+            raise OverflowError("int too large to convert to float \ud800")
+        return judge(conn, task, *args)
+
+    monkeypatch.setattr(outcome, "judge", fails)
     with queue.transaction(conn):
-        outcomes = [queue_owners.verdict_alone(conn, task, verdict(task))[0] for task in tasks]
-    assert outcomes == ["completed", "failed", "completed"]
-    assert (
-        installation.history("t-0")["status"]
-        == installation.history("t-2")["status"]
-        == "completed"
-    )
-    buried = installation.history("t-1")
-    assert buried["status"] == "failed" and "int too large" in buried["error"]
+        became = [outcome.record(conn, task, 0).status for task in tasks]
+    assert became == ["completed", "failed", "completed"]
+    assert [installation.history(f"t-{n}")["status"] for n in range(3)] == became
+    assert "int too large" in installation.history("t-1")["error"]
 
 
 @pytest.mark.parametrize("trouble", ["QueueBusy", "QueueUnavailable"])
-def test_the_databases_own_trouble_is_tried_again(installation, queue, trouble):
-    from taskqueue import recovery as queue_owners
+def test_the_databases_own_trouble_is_tried_again(installation, queue, monkeypatch, trouble):
+    from taskqueue import outcome
 
-    installation.enqueue("notifications", "any", "--task-id", "it")
-    owner, conn = queue.owner_name(), queue.connect()
-    with queue.transaction(conn, durable=False):
-        (task,) = queue.claim(conn, "notifications", owner)
+    conn, [task] = claimed(installation, queue, 1)
 
-    def verdict(conn):
+    def fails(*_):
         raise getattr(queue, trouble)("for now")
 
+    monkeypatch.setattr(outcome, "judge", fails)
     with pytest.raises(queue.QueueError), queue.transaction(conn):
-        queue_owners.verdict_alone(conn, task, verdict)
-    assert (
-        installation.rows("select status from notifications") == [(2,)]
-        and installation.history("it") is None
-    )
+        outcome.record(conn, task, 0)
+    assert installation.rows("select status from notifications") == [(2,)]
+    assert installation.history("t-0") is None
 
 
 def test_a_dead_workers_tasks_stand_alone_too(installation, queue, monkeypatch):
-    from taskqueue import recovery as queue_owners
+    from taskqueue import recovery
 
-    for number in range(3):
-        installation.enqueue("notifications", "any", "--task-id", f"t-{number}")
-    conn = queue.connect()
-    with queue.transaction(conn, durable=False):
-        queue.claim(conn, "notifications", "1-dead", limit=3)
+    claimed(installation, queue, 3, "1-dead")
     nack = queue.nack
 
     def fails(conn, task, **options):
@@ -159,5 +149,5 @@ def test_a_dead_workers_tasks_stand_alone_too(installation, queue, monkeypatch):
         return nack(conn, task, **options)
 
     monkeypatch.setattr(queue, "nack", fails)
-    outcomes = {task.task_id: outcome for task, outcome, _ in queue_owners.recover()[0]}
-    assert outcomes == {"t-0": "scheduled", "t-1": "failed", "t-2": "scheduled"}
+    became = {task.task_id: outcome.status for task, outcome in recovery.recover()[0]}
+    assert became == {"t-0": "scheduled", "t-1": "failed", "t-2": "scheduled"}

@@ -155,6 +155,8 @@ def test_consumers_of_other_programs_are_held_back_as_well(installation, queue):
     ],
 )
 def test_only_a_number_of_seconds_or_null_pauses(installation, queue, said, status, until):
+    from taskqueue import outcome
+
     conn = queue.connect()
     fill(queue, 1)
     (task,) = queue.claim_ready(conn, "notifications")
@@ -162,7 +164,7 @@ def test_only_a_number_of_seconds_or_null_pauses(installation, queue, said, stat
     output.parent.mkdir(parents=True)
     output.write_text(f"some text\n{said}\n")
     with queue.transaction(conn):
-        queue.settle(conn, task, queue.EX_TEMPFAIL)
+        outcome.record(conn, task, outcome.EX_TEMPFAIL)
     assert installation.rows("select status, attempts from notifications") == [(status, 0)]
     held = control(installation)
     if until is ...:
@@ -173,6 +175,8 @@ def test_only_a_number_of_seconds_or_null_pauses(installation, queue, said, stat
 
 
 def test_who_no_longer_holds_the_task_pauses_nothing(installation, queue):
+    from taskqueue import outcome
+
     conn = queue.connect()
     fill(queue, 1)
     (task,) = queue.claim_ready(conn, "notifications")
@@ -182,7 +186,7 @@ def test_who_no_longer_holds_the_task_pauses_nothing(installation, queue):
     with queue.transaction(conn):
         assert queue.ack(conn, task)
     with queue.transaction(conn):
-        assert queue.settle(conn, task, queue.EX_TEMPFAIL).outcome is None
+        assert outcome.record(conn, task, outcome.EX_TEMPFAIL).status == "lost"
     assert control(installation) is None
 
 
