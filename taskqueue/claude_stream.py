@@ -56,6 +56,8 @@ class Said:
         self.on_prompt: Callable[[], None] | None = on_prompt
         # Whether the session was started or resumed, and whether the model answered.
         self.began = self.answered = False
+        # The seconds without a line after which the run was ended.
+        self.silent_for: float | None = None
         # Claude Code's name for the trouble since the model's last answer, and for the cause of a
         # failed compaction.
         self.error: str | None = None

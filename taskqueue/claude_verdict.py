@@ -104,10 +104,16 @@ def judge(said: Said, data: dict, waits: int, stopped: bool) -> Verdict:
     if cause in HOPELESS:
         facts = {"words": words, "subtype": result.get("subtype"), "resume": data.get("resume")}
         return Verdict(EX_DATAERR, HOPELESS[cause].format(**facts))
+    if said.silent_for:
+        return Verdict(EX_FAILED, f"no sign of life for {in_minutes(said.silent_for)}")
     if result and not result.get("is_error"):
         reason = result.get("stop_reason")
         return Verdict(EX_FAILED, f"failed: Claude stopped in the middle ({reason})")
     return Verdict(EX_FAILED, f"failed: {words or said.last_words}")
+
+
+def in_minutes(seconds: float) -> str:
+    return f"{seconds / 60:g} min" if seconds >= 60 else f"{seconds:g} s"
 
 
 def cause_of(said: Said, resumes: bool) -> str | None:

@@ -9,8 +9,12 @@ import signal
 
 import pytest
 from claude_stub.fake import DONE, INIT
+from claude_stub.task import load_handler
 from conftest import end, wait_for
 from processes import lives
+
+from taskqueue.claude_stream import Said
+from taskqueue.claude_verdict import judge
 
 LIVES_ON = 'echo $$ >"$HOME/pid"; {}'
 HANGS = {
@@ -53,3 +57,30 @@ def test_term_ends_one_that_ignores_it(fake, said):
     finally:
         end(process)
     assert not lives(int((fake.home / "pid").read_text()))
+
+
+@pytest.mark.parametrize("said", [[], [INIT]], ids=["from the start", "after a line"])
+@pytest.mark.parametrize("hangs", ["it lives on", "it ignores TERM"])
+def test_a_claude_that_says_nothing_is_ended_and_its_session_goes_on(fake, said, hangs):
+    fake.says(*said)
+    fake.then(LIVES_ON.format(HANGS[hangs]))
+    task = fake.task(stall=0.3)
+    done = task.run(timeout=30)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.splitlines()[-1] == "no sign of life for 0.3 s"
+    assert not lives(int((fake.home / "pid").read_text()))
+    assert len(fake.calls()) == 1
+
+
+def test_a_claude_that_says_something_now_and_then_is_left_alone(fake):
+    fake.says(INIT)
+    line = json.dumps(DONE)
+    fake.then(f"for n in 1 2 3 4 5 6; do sleep 0.2; echo '{{}}'; done; echo '{line}'")
+    done = fake.task(stall=1).run(timeout=30)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_words_for_half_an_hour():
+    said = Said(lambda: None)
+    said.silent_for = load_handler().STALL_SECONDS
+    assert judge(said, {}, 0, False).why == "no sign of life for 30 min"
