@@ -37,7 +37,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import queue_helpers as q
-from taskqueue import cli, database
+from taskqueue import cli, costs, database
 from taskqueue import recovery as owners
 from taskqueue.cli import EX_FAILED
 from taskqueue.remedies import command, remedies_as_typed
@@ -252,6 +252,7 @@ def clean(
             report.recovered = len(recovered)
         expire(conn, stop, report)
         prune(conn, limits, stop, report)
+        prune_costs(conn)
     for kind in kinds(conn, limits, keep, keep_failed, dry_run):
         remove(state, kind, stop, report)
     if not dry_run:
@@ -310,6 +311,14 @@ def expire(conn: q.Connection, stop: Stop, report: Report) -> None:
             report.expired += ended
             if not ended:
                 break
+
+
+def prune_costs(conn: q.Connection) -> None:
+    """Delete the costs of runs that ended long ago."""
+    before = {"before": time.time() - costs.KEEP_SECONDS, "limit": BATCH_ROWS}
+    if conn.execute(costs.OLD, before).fetchone():
+        with q.transaction(conn):
+            conn.execute(costs.PRUNE, before)
 
 
 def prune(conn: q.Connection, limits: dict[str, str], stop: Stop, report: Report) -> None:

@@ -134,7 +134,8 @@ create table if not exists task_history (
   result        text,                            -- the end of its stdout
   log           text,                            -- the end of its stderr
   error         text,                            -- why it failed, in one line
-  cost_usd      real                             -- of all its attempts; null: nothing is known
+  cost_usd      real,                            -- of all its attempts; null: nothing is known
+  cost_at_least integer not null default 0 check (cost_at_least in (0, 1))  -- an attempt left no result
 );
 create index if not exists "task_history.completed_at" on task_history (completed_at, queue, task_type, status);
 create index if not exists "task_history.type" on task_history (queue, task_type, status, completed_at, started_at, enqueued_at);
@@ -146,8 +147,21 @@ create table if not exists task_controls (       -- what holds a queue back; no 
   paused_until  real check (paused_until between 0 and {last_second}),  -- null: until a person resumes it
   pause_reason  text,
   paused_by     text check (paused_by in ('person', 'handler')),
-  slots         integer check (slots is null or typeof(slots) = 'integer' and slots > 0)  -- that run at a time
+  slots         integer check (slots is null or typeof(slots) = 'integer' and slots > 0), -- that run at a time
+  bound_usd     real check (bound_usd > 0),      -- its runs cost no more in any bound_seconds
+  bound_seconds real check ((bound_usd is null) = (bound_seconds is null) and bound_seconds > 0)
 );
+create table if not exists task_costs (          -- of each attempt that cost something
+  id            integer primary key,
+  queue         text not null,
+  row_id        integer not null,                -- of the task
+  ended_at      real not null check (ended_at between 0 and {last_second}),  -- when the attempt did
+  cost_usd      real not null check (cost_usd >= 0),  -- that counts: its own budget, if it left no result
+  told_usd      real check (told_usd >= 0),      -- by its handler
+  at_least      integer not null default 0 check (at_least in (0, 1))
+);
+create index if not exists "task_costs.ended_at" on task_costs (queue, ended_at, cost_usd);
+create index if not exists "task_costs.task" on task_costs (queue, row_id, ended_at);
 create table if not exists task_marks (          -- the last row of the history that was reported
   workspace     text primary key,
   history_id    integer not null
@@ -204,6 +218,7 @@ create table "{queue}" (
   then_queue    text,
   then_hold     integer not null default 0 check (then_hold in (0, 1)),
   chain         integer not null default 0 check (chain in (0, 1)),
+  budget_usd    real check (budget_usd >= 0),    -- while it runs: reserved of the queue's bound
   cancel_requested integer not null default 0 check (cancel_requested in (0, 1)),  -- the owner ends the run
   rerun         text                             -- a later firing, for when the run ends: INSERT's values
                 check (json_array_length(rerun) = 8 and json_type(json_extract(rerun, '$[0]')) = 'object'),
@@ -307,10 +322,18 @@ select exists (select 1 from task_history where task_id = :task_id and queue = :
 # A delay or a pause that has more than twice as long to go as it was asked for is over: the clock was set back.
 IS_PAUSED = """exists (select 1 from task_controls where queue = '{queue}' and paused_at is not null
   and (paused_until is null or paused_until > :now and 2 * paused_at - paused_until <= :now + 1))"""
+# Of the queue's bound: what runs have cost lately, and what running ones may still cost.
+COUNTED = """round((select total(cost_usd) from task_costs where queue = '{queue}'
+      and ended_at > :now - bound_seconds and ended_at < :now + bound_seconds)
+    + (select total(budget_usd) from "{queue}" where status = 2), 6)"""
 # How many of :limit tasks may be claimed now.
-OPEN_SLOTS = f"""coalesce((select case when {IS_PAUSED} then 0 when slots is null then :limit
+OPEN_SLOTS = f"""coalesce((select case when {IS_PAUSED} then 0
+    when bound_usd is not null and bound_usd <= {COUNTED} then 0 when slots is null then :limit
     else max(0, min(:limit, slots - (select count(*) from "{{queue}}" where status = 2))) end
   from task_controls where queue = '{{queue}}'), :limit)"""
+HAS_BOUND = (
+    """exists (select 1 from task_controls where queue = '{queue}' and bound_usd is not null)"""
+)
 DUE = """select id from "{queue}" where status = 3 and due_at <= :now
   union all select id from "{queue}" where status = 3 and delayed_at is not null and 2 * delayed_at - due_at > :now + 1"""
 IS_OVERDUE = f"""(exists ({DUE}) or exists (select 1 from "{{queue}}" where expires_at <= :now and status not in (2, 5)))"""
@@ -320,9 +343,12 @@ NEXT_TIMES = f"""
 select (select min(due_at) from "{{queue}}" where status = 3),
   (select min(expires_at) from "{{queue}}" where expires_at is not null and status not in (2, 5)),
   exists (select 1 from "{{queue}}" where status < 2), {OPEN_SLOTS.replace(":limit", "1")} > 0,
-  {IS_PAUSED}, (select paused_until from task_controls where queue = '{{queue}}')"""
+  {IS_PAUSED}, (select paused_until from task_controls where queue = '{{queue}}'), {HAS_BOUND}"""
 COUNT_CLAIMED = """
 select count(*) from "{queue}" where status = 2"""
+
+IS_BOUND = f"""
+select {HAS_BOUND}"""
 
 PROMOTE = f"""
 update "{{queue}}"
@@ -342,15 +368,20 @@ CLAIMED_BY = """select {task} from "{queue}" where status = 2 and owner is :owne
 
 # owner and claimed_at are null unless claimed, so this is the fence: this row, this owner, this claim.
 FENCE = "where id = :id and owner is :owner and attempts = :attempts and claimed_at is :claimed_at"
+# A retry by hand has a new timestamp, and begins with nothing spent.
+OF_TASK = (
+    "from task_costs where queue = '{queue}' and row_id = task.id and ended_at >= task.timestamp"
+)
 # A row's id is greater than every mark: rows go, and an id that came again would be one told already.
 ARCHIVE = f"""
 insert into task_history (id, queue, row_id, task_id, task_type, status, data, priority, group_id, attempts, max_attempts,
-                          approval, enqueued_at, started_at, completed_at, exit_code, result, log, error)
+                          approval, enqueued_at, started_at, completed_at, exit_code, result, log, error, cost_usd, cost_at_least)
 select (select max(coalesce(max(id), 0), (select coalesce(max(history_id), 0) from task_marks)) + 1 from task_history),
        '{{queue}}', id, coalesce(task_id, '{{queue}}-' || id), task_type, :status, data, priority,
        group_id, attempts, max_attempts, case when status = 3 and due_at is null then 'held' when approved then 'approved' end,
-       :enqueued_at, :started_at, :completed_at, :exit_code, :result, :log, :error
-from "{{queue}}" {FENCE}"""
+       :enqueued_at, :started_at, :completed_at, :exit_code, :result, :log, :error,
+       (select sum(cost_usd) {OF_TASK}), (select coalesce(max(at_least), 0) {OF_TASK})
+from "{{queue}}" as task {FENCE}"""
 REMOVE = """delete from "{queue}" where id = :id returning rerun"""
 RELEASE = f"""
 update "{{queue}}"
@@ -1381,11 +1412,11 @@ def has_ready(conn: Connection, queue: str) -> bool:
 def next_due(conn: Connection, queue: str) -> float | None:
     """When there will be something to do at the latest, Unix seconds; None when nothing has a time.
 
-    That is the time of a scheduled task, of an expiry, or of the end of a pause.
+    That is the time of a scheduled task, of an expiry, or when a pause ends or the queue's costs allow more.
     """
     now = time.time()
     row = execute(conn, NEXT_TIMES, queue, now=now).fetchone()
-    due, expires, ready, is_open, paused, until = row
+    due, expires, ready, is_open, paused, until, has_bound = row
     times = [when for when in (due, expires) if when is not None]
     if paused:
         times = [until] if until is not None and (ready or due is not None) else []
@@ -1393,7 +1424,7 @@ def next_due(conn: Connection, queue: str) -> float | None:
         times = [max(*times, due)] if times and not ready else times
     elif not is_open:
         # All slots are taken: the end of a run is a commit, which wakes everybody.
-        return None
+        return _module("taskqueue.costs").goes_on(conn, queue) if has_bound else None
     return min(times, default=None)
 
 
@@ -1405,6 +1436,8 @@ def claim(
     limit: int = 1,
     row_id: int | None = None,
     overdue: bool = True,
+    # How many tasks there is room for, where that is more than the limit: they share the queue's bound.
+    places: int = 1,
     # How often the task is tried, and the seconds before its second attempt.
     max_attempts: int = MAX_ATTEMPTS,
     backoff: float = BACKOFF_SECONDS,
@@ -1440,6 +1473,8 @@ def claim(
         chain=chain,
     ).fetchall()
     tasks = [Task.from_row(queue, row) for row in rows]
+    if tasks and execute(conn, IS_BOUND, queue).fetchone()[0]:
+        _module("taskqueue.costs").reserve(conn, queue, tasks, max(limit, places))
     # RETURNING gives them in any order.
     return sorted(tasks, key=lambda task: (-task.priority, task.id)) if len(tasks) > 1 else tasks
 

@@ -59,6 +59,7 @@ COMMANDS = (
 )
 # Wrong combinations of arguments, each of which is right.
 FAULTS = {act.retry: act.fault_in_retry, act.move: act.fault_in_move, act.purge: act.fault_in_purge}
+FAULTS |= {act.limit: act.fault_in_limit}
 # Commands with a parser of their own.
 OTHERS = {"service": "Have a worker started whenever there is work, by systemd or launchd"}
 

@@ -46,12 +46,13 @@ from pathlib import Path
 from typing import NoReturn
 
 import queue_helpers as q
-from taskqueue import environment, notify, recovery, service
+from taskqueue import costs, environment, notify, recovery, service
 from taskqueue import outcome as outcomes
 from taskqueue.cli import duration, make_parser
 from taskqueue.database import LIVE
 from taskqueue.remedies import as_typed, remedies_as_typed
 from taskqueue.running import (
+    COSTS,
     TOLD,
     End,
     Handlers,
@@ -101,7 +102,9 @@ def check(args: argparse.Namespace, command: list[str] | None) -> None:
     """Set args.env, the handlers' environment, and resolve programs. Raises ValueError."""
     args.queues = list(dict.fromkeys(map(q.check_queue_name, args.queues)))
     # The hub's URL may hold a password.
-    args.env = environment.handler_environment(os.environ, without=(*TOLD, "TASK_QUEUE_HUB"))
+    args.env = environment.handler_environment(
+        os.environ, without=(*TOLD, *COSTS, "TASK_QUEUE_HUB")
+    )
     args.command = None if command is None else resolve(command, args.env["PATH"])
     args.concurrency = args.concurrency or len(args.queues)
     if command is None and not args.handlers.is_dir():
@@ -443,8 +446,8 @@ class Worker:
             # A handler may have paused its queue, which holds for the next claim.
             if any(end.code == outcomes.EX_TEMPFAIL for end in self.ended):
                 self.record(conn)
-            for task in self.claim(conn):
-                self.start(task)
+            for task, told in self.claim(conn):
+                self.start(task, told)
             # Meanwhile handlers run.
             self.record(conn)
             if may_be_news:
@@ -524,8 +527,8 @@ class Worker:
             self.broken.pop(queue, None)
         return is_new is not None
 
-    def claim(self, conn: q.Connection) -> list[q.Task]:
-        """Claim a task for each free place, one of each queue in turn."""
+    def claim(self, conn: q.Connection) -> list[tuple[q.Task, dict[str, str]]]:
+        """Claim a task for each free place, one of each queue in turn; with what handlers are told."""
         if self.stops or len(self.runs) >= self.args.concurrency:
             return []
         queues = [queue for queue in self.own() if self.room(queue) and self.prepare(conn, queue)]
@@ -539,18 +542,21 @@ class Worker:
             while ready:
                 queue = ready.pop(0)
                 # All that there is room for, once no other queue has anything ready.
-                limit = min(self.room(queue, tasks), 1 if ready else args.concurrency)
+                room = self.room(queue, tasks)
+                limit = min(room, 1 if ready else args.concurrency)
                 if not limit:
                     continue
-                claimed = self.ask(conn, queue, q.claim, owner, limit=limit, **terms) or []
+                how = dict(limit=limit, places=room, **terms)
+                claimed = self.ask(conn, queue, q.claim, owner, **how) or []
                 tasks += claimed
                 if len(claimed) == limit:
                     ready.append(queue)
+            told = [costs.environment(conn, task) for task in tasks]
         # The queue after the last one served is first next time.
         if tasks:
             turn = args.queues.index(tasks[-1].queue) + 1
             args.queues = args.queues[turn:] + args.queues[:turn]
-        return tasks
+        return list(zip(tasks, told, strict=True))
 
     def room(self, queue: str, claimed: Sequence[q.Task] = ()) -> int:
         """Return how many more tasks of a queue may start; `claimed` are about to.
@@ -564,9 +570,9 @@ class Worker:
         kept = kept if places >= len(queues) else []
         return max(0, places - running.total() - len(kept))
 
-    def start(self, task: q.Task) -> None:
-        """Start the handler of a claimed task."""
-        end = self.handlers.start(task)
+    def start(self, task: q.Task, told: dict[str, str]) -> None:
+        """Start the handler of a claimed task; `told` are variables of its own."""
+        end = self.handlers.start(task, told)
         if end:
             self.ended.append(end)
         else:

@@ -10,9 +10,10 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import queue_helpers as q
-from taskqueue import change, cli, database, outcome, service, spool
+from taskqueue import change, cli, costs, database, outcome, service, spool
 from taskqueue.cli import (
     EX_FAILED,
     IDS,
@@ -34,6 +35,8 @@ from taskqueue.remedies import command
 from taskqueue.text import pause_in_words, plural, short
 
 CANCEL_SECONDS = 30.0
+# The value of an option of limit that was not given: None takes a limit away.
+AS_IS: Any = ...
 
 
 # ----------------------------------------------------------------------------------- changing tasks
@@ -312,6 +315,14 @@ def slots(text: str) -> int | None:
     return None if text == "none" else cli.whole_number(text)
 
 
+def bound(text: str) -> tuple[float, float] | None:
+    """Return the dollars and seconds of a bound on costs, None for any amount."""
+    try:
+        return costs.parse(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
 @takes(
     QUEUES,
     span_option("--for", "it goes on by itself then (default: until resume)", dest="seconds"),
@@ -356,15 +367,42 @@ def resume(queues: list[str], as_json: bool) -> int:
 
 @takes(
     QUEUES,
-    option("--slots", metavar="N", type=slots, required=True, help="a number, or none for any"),
-)
-def limit(queues: list[str], slots: int | None, as_json: bool) -> int:
-    """Let at most N tasks of a queue run at a time, whichever workers and consumers serve it."""
-    change_queues(queues, lambda conn, queue: q.limit(conn, queue, slots))
-    number = "any number" if slots is None else f"at most {slots}"
-    lines = [f"{queue}: {number} of its tasks at a time" for queue in queues]
-    cli.report(as_json, [{"queue": queue, "slots": slots} for queue in queues], "\n".join(lines))
+    option("--slots", metavar="N", type=slots, help="a number, or none for any", default=AS_IS),
+    option("--cost", metavar="USD/PERIOD", type=bound, default=AS_IS,
+           help="what its runs may cost, like 20/day, 1/hour or 50/week; or none for any"),
+)  # fmt: skip
+def limit(queues: list[str], slots: int | None, cost: tuple | None, as_json: bool) -> int:
+    """Let at most N tasks of a queue run at a time, or its runs cost so much, whichever workers and
+    consumers serve it. What costs too much starts later."""
+    told, lines = {}, []
+
+    def change_one(conn: q.Connection, queue: str) -> None:
+        if slots is not AS_IS:
+            q.limit(conn, queue, slots)
+        if cost is not AS_IS:
+            costs.limit(conn, queue, cost)
+
+    conn, _ = change_queues(queues, change_one)
+    if slots is not AS_IS:
+        told["slots"] = slots
+        number = "any number" if slots is None else f"at most {slots}"
+        lines += [f"{queue}: {number} of its tasks at a time" for queue in queues]
+    if cost is not AS_IS:
+        told |= dict(zip(("cost_usd", "seconds"), cost or (None, None), strict=True))
+        lines += [cost_line(queue, q.controls(conn).get(queue)) for queue in queues]
+    cli.report(as_json, [{"queue": queue, **told} for queue in queues], "\n".join(lines))
     return 0
+
+
+def cost_line(queue: str, control: outcome.Control | None) -> str:
+    if control is None or control.bound is None:
+        return f"{queue}: its runs may cost any amount"
+    paused = f"; it is {pause_in_words(control)}" if control.by == "costs" else ""
+    return f"{queue}: {control.bound}{paused}"
+
+
+def fault_in_limit(args: argparse.Namespace) -> str:
+    return "give --slots, --cost or both" if args.slots is AS_IS and args.cost is AS_IS else ""
 
 
 def change_queues(

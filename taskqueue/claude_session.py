@@ -11,7 +11,7 @@ import fcntl
 import json
 import os
 import uuid
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 from taskqueue.claude_stream import say
@@ -99,6 +99,21 @@ class Session:
         """Find the file in which Claude Code keeps the session."""
         home = os.environ.get("CLAUDE_CONFIG_DIR") or Path.home() / ".claude"
         return next(Path(home, "projects").glob(f"*/{self.id}.jsonl"), None)
+
+    def cost(self) -> tuple[int, float]:
+        """Return (how many runs told it, what the session has cost), as Claude Code notes it.
+
+        A resumed run counts on from there, in its total and against its budget.
+        """
+        told, total = 0, 0.0
+        file = self.file()
+        with open(file, "rb") if file else nullcontext(()) as lines:
+            for line in lines:
+                if b'"cost-state"' in line:
+                    with suppress(ValueError, KeyError, TypeError):
+                        total = float(json.loads(line)["totalCostUSD"])
+                        told += 1
+        return told, total
 
 
 def set_aside_if_empty(file: Path) -> None:

@@ -25,6 +25,9 @@ LIMIT_SECONDS, LIMIT_AT_LEAST_SECONDS, PAUSE_AT_MOST_SECONDS = 1800.0, 5.0, 30 *
 # second number.
 WAIT_SECONDS, WAIT_AT_MOST_SECONDS = 30.0, 1800.0
 
+# A run that used up its share of the queue's bound goes on then, if the bound allows it.
+AGAIN_SECONDS = 1.0
+
 # Causes that only a person can mend. No other task of the queue fares better.
 FOR_A_PERSON = {
     "authentication_failed": "Claude Code is not logged in: run claude, then /login",
@@ -73,11 +76,13 @@ class Verdict(NamedTuple):
     more: dict = {}
 
 
-def judge(said: Said, data: dict, waits: int, stopped: bool) -> Verdict:
+def judge(
+    said: Said, data: dict, waits: int, stopped: bool, budget_is_lent: bool = False
+) -> Verdict:
     """Return the verdict on a run.
 
     `data` is the task's, `waits` the number of runs before this one that got no answer, and
-    `stopped` tells whether the handler was told to end.
+    `stopped` tells whether the handler was told to end. A budget that is lent is the queue's.
     """
     if said.success:
         denials = denials_of(said.result)
@@ -101,6 +106,12 @@ def judge(said: Said, data: dict, waits: int, stopped: bool) -> Verdict:
         why = f"the API is overloaded or cannot be reached: the task is tried again in {wait:.0f} s"
         return Verdict(EX_TEMPFAIL, why, {"retry_after": wait})
     result, words = said.result, words_of(said.result)
+    if budget_is_lent and result.get("subtype") == "error_max_budget_usd":
+        order = {
+            "retry_after": AGAIN_SECONDS,
+            "reason": "its share of the queue's bound is used up",
+        }
+        return Verdict(EX_TEMPFAIL, "its share of what the queue may cost is used up", order)
     if cause in HOPELESS:
         facts = {"words": words, "subtype": result.get("subtype"), "resume": data.get("resume")}
         return Verdict(EX_DATAERR, HOPELESS[cause].format(**facts))

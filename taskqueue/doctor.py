@@ -20,11 +20,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import queue_helpers as q
-from taskqueue import environment, installation, outcome, recovery, service, serving, spool
+from taskqueue import environment, installation, notify, outcome, recovery, service, serving, spool
 from taskqueue.cli import put_json
 from taskqueue.database import claims, database_file, is_in_use, open_to_read, queues_of
 from taskqueue.installation import Installation, installed
-from taskqueue.remedies import command
+from taskqueue.remedies import command, lets_go_on
 from taskqueue.running import fault_of
 from taskqueue.settings import our_hooks
 from taskqueue.text import pause_in_words, plural, sh, span, visible
@@ -214,6 +214,12 @@ def check_environment(place: Place) -> Findings:
     except environment.Unfit as error:
         yield problem(f"{error}", "until it is mended, no hook and no service starts a worker")
         return
+    if told := env.get(notify.COMMAND):
+        try:
+            notify.program(told, env["PATH"])
+        except ValueError as error:
+            mend = f"mend {notify.COMMAND} in {file}; then: {command('notify --test')}"
+            yield problem(f"workers tell nobody what fails: {error}", mend)
     names = ", ".join(environment.differences(file, os.environ))
     if names:
         told = f"workers that hooks and the service start differ from this terminal in {names}"
@@ -479,7 +485,7 @@ def check_waiting(
         nobody = "no worker serves it, no unit is loaded for it, and no hook starts a worker for it"
         yield problem(f"{what}; {nobody}", start)
     if ready and control and control.paused:
-        resume = f"to let it go on now: {command('resume')} {queue}"
+        resume = f"to let it go on now: {lets_go_on(queue, control.by)}"
         yield note(f"{what}; the queue is {pause_in_words(control)}", resume)
     elif ready and now - oldest > max_wait and runner.kind == "worker":
         slots = control and control.slots

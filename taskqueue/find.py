@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import queue_helpers as q
-from taskqueue import cli, database, serving
+from taskqueue import cli, costs, database, serving
 from taskqueue.cli import Refused
 from taskqueue.database import FINISHED, LIVE
 from taskqueue.outcome import Control
@@ -61,11 +61,12 @@ select '{{queue}}' as queue, id, coalesce(task_id, '{{queue}}-' || id) as task_i
        priority, group_id, attempts, max_attempts, strftime('%Y-%m-%d %H:%M:%f', timestamp, 'unixepoch') as enqueued_at,
        strftime('%Y-%m-%d %H:%M:%f', due_at, 'unixepoch') as due_at,
        strftime('%Y-%m-%d %H:%M:%f', claimed_at, 'unixepoch') as started_at, null as completed_at, owner,
-       expires_at, cancel_requested, then_queue, error, data
-from "{{queue}}" where id = :id"""
+       expires_at, cancel_requested, then_queue, error,
+       (select sum(cost_usd) {q.OF_TASK}) as cost_usd, (select coalesce(max(at_least), 0) {q.OF_TASK}) as cost_at_least, data
+from "{{queue}}" as task where id = :id"""
 FINISHED_ROW = """
 select queue, row_id as id, task_id, task_type, status, priority, group_id, attempts, max_attempts, enqueued_at,
-       null as due_at, started_at, completed_at, exit_code, error, result, log, data
+       null as due_at, started_at, completed_at, exit_code, error, cost_usd, cost_at_least, result, log, data
 from task_history where id = :id"""
 
 LIVE_ID = """
@@ -380,7 +381,7 @@ def _gather(conn: q.Connection | database.Reader, now: float) -> dict:
             }
             names = (as_name(queue), as_name(task_type))
             samples.setdefault(names, []).extend(conn.execute(NEWEST_TIMES, which))
-    queues = {}
+    queues, days = {}, costs.per_day(conn)
     for queue in sorted(types):
         total, of_queue = zeros(), []
         for task_type, numbers in sorted(types[queue].items()):
@@ -401,6 +402,7 @@ def _gather(conn: q.Connection | database.Reader, now: float) -> dict:
         queues[queue] = {
             **total,
             **held_back(controls.get(queue)),
+            "costs": days.get(queue, []),
             "types": dict(sorted(types[queue].items())),
         }
     waiting = {
@@ -420,9 +422,10 @@ def as_name(value: object) -> str:
 
 def held_back(control: Control | None) -> dict:
     """Return the limits of a queue. `paused_until` is UTC text, None until a person resumes it."""
-    paused, until, reason, by, slots = control or (False, None, None, None, None)
+    paused, until, reason, by, slots, bound = control or Control(False, None, None, None, None)
     told = {"paused": paused, "paused_until": None if until is None else q.utc(until)}
-    return {**told, "pause_reason": reason, "paused_by": by, "slots": slots}
+    told |= {"pause_reason": reason, "paused_by": by, "slots": slots}
+    return told | {"bound": bound and {**bound._asdict(), "spent": round(bound.spent, 6)}}
 
 
 def zeros() -> dict:

@@ -32,7 +32,7 @@ MOST_ATTEMPTS = 1_000_000
 NOT_EXPORTED = set(
     "id row_id queue data status task_id task_type timestamp owner claimed_at".split()
 )
-NOT_EXPORTED |= set("cancel_requested backoff chain then_queue then_hold".split())
+NOT_EXPORTED |= set("cancel_requested backoff chain then_queue then_hold budget_usd".split())
 
 EXPORT_FINISHED = """
 select queue, row_id as id, task_id, coalesce(nullif(task_type, ''), queue) as task_type, status, {columns}, data

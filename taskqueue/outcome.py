@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import queue_helpers as q
+from taskqueue import costs
 
 # The exit codes of handlers that mean more than failure (sysexits.h): never again; not now.
 EX_DATAERR, EX_TEMPFAIL = 65, 75
@@ -64,7 +65,7 @@ update "{queue}" set status = 1 where id = :id and status = 3 and due_at is null
 HELD = """
 select {task} from "{queue}" where id = :id and status = 3 and due_at is null"""
 CONTROLS = """
-select queue, paused_at, paused_until, pause_reason, paused_by, slots from task_controls"""
+select queue, paused_at, paused_until, pause_reason, paused_by, slots, bound_usd, bound_seconds from task_controls"""
 
 
 class Outcome(NamedTuple):
@@ -101,13 +102,17 @@ def timed_out(seconds: float) -> Outcome:
 
 
 class Control(NamedTuple):
-    """The pause and the slots of a queue; times are Unix seconds."""
+    """The pause, the slots and the bound of a queue; times are Unix seconds.
+
+    A queue whose bound is reached is paused, too, `by` its "costs".
+    """
 
     paused: bool
     until: float | None
     reason: str | None
     by: str | None
     slots: int | None
+    bound: costs.Bound | None = None
 
 
 def record(
@@ -119,12 +124,17 @@ def record(
     it was made to end. Whatever goes wrong with this end makes the task a dead letter, and troubles
     no other; only the database's own trouble raises QueueBusy or QueueUnavailable.
     """
-    error = ""
+    told, error = {}, ""
+    if code is not None:
+        told = output_of(conn.state, task)
+        # A stop that came too late to end the run, and an interpreter that was not found.
+        exited = code in (0, 127) or code <= 128 and why is None
+        costs.record(conn, task, **told, exited=exited)
     for last_resort in (None, "failed", "put back"):
         try:
             with _savepoint(conn):
                 if last_resort is None:
-                    return _write(conn, task, judge(conn, task, code, why))
+                    return _write(conn, task, judge(conn, task, code, why, told))
                 return _write(conn, task, Outcome(last_resort, error, OUT_OF_THE_WAY_SECONDS))
         except Exception as trouble:
             if _is_everybodys(conn, trouble):
@@ -184,12 +194,11 @@ def _is_everybodys(conn: q.Connection, trouble: Exception) -> bool:
 
 
 def judge(
-    conn: q.Connection, task: q.Task, code: int | None, why: Outcome | None = None
+    conn: q.Connection, task: q.Task, code: int | None, why: Outcome | None, told: dict[str, str]
 ) -> Outcome:
-    """Return the outcome of a run from its exit code and its output; record() explains the arguments."""
+    """Return the outcome of a run; record() explains the arguments, and `told` is its output."""
     if code is None:
         return why or Outcome("lost")
-    told = output_of(conn.state, task)
     # A handler that finished its work before its worker's stop could end it is done.
     if why and not (why.status == "put back" and code == 0):
         outcome = why
@@ -417,17 +426,20 @@ def limit(conn: q.Connection, queue: str, slots: int | None) -> None:
 
 
 def controls(conn: q.Connection) -> dict[str, Control]:
-    """Return the Control of each queue that is paused or has slots."""
+    """Return the Control of each queue that is paused, or has slots or a bound."""
     now, found = time.time(), {}
     try:
         rows = conn.execute(CONTROLS).fetchall()
     except sqlite3.Error as error:
         raise q.explain(error, conn.state) from error
-    for queue, paused_at, until, reason, by, slots in rows:
+    for queue, paused_at, until, reason, by, slots, usd, seconds in rows:
         paused = paused_at is not None and (
             until is None or until > now and 2 * paused_at - until <= now + 1
         )
         told = (until, reason, by) if paused else (None, None, None)
-        if paused or slots is not None:
-            found[queue] = Control(paused, *told, slots)
+        bound, goes_on = costs.look(conn, queue, usd, seconds) if usd else (None, None)
+        if goes_on is not None and not paused:
+            paused, told = True, (goes_on, str(bound), "costs")
+        if paused or slots is not None or bound:
+            found[queue] = Control(paused, *told, slots, bound)
     return found

@@ -28,9 +28,9 @@ from taskqueue.cli import Refused
 from taskqueue.database import FINISHED, LIVE
 from taskqueue.find import CLAIM_ORDER, FINISHED_ROW, LIVE_ROW, gather
 from taskqueue.outcome import Control
-from taskqueue.remedies import command
+from taskqueue.remedies import command, lets_go_on
 from taskqueue.template import STYLE, TEMPLATE
-from taskqueue.text import ago, clock, pause_in_words, sh, short, span, visible_lines
+from taskqueue.text import ago, clock, dollars, pause_in_words, sh, short, span, visible_lines
 
 # With --watch, the page is not written more often than this.
 PAUSE_SECONDS = 1.0
@@ -144,6 +144,7 @@ def page_of(conn: q.Connection, refresh: int | None) -> str:
         bars=bars,
         finished=chart([bar.tasks for bar in bars], bars, str),
         waited=chart([{"pending": bar.waited or 0} for bar in bars], bars, span),
+        costs=costs_of(queues),
         counts=[row for queue, n in queues.items() for row in count_rows(queue, n)],
     )
 
@@ -165,7 +166,22 @@ def paused(queues: dict) -> Iterable[str]:
         if n["paused"]:
             control = Control(True, n["paused_until"], n["pause_reason"], None, None)
             words = pause_in_words(control)
-            yield f"{queue} is {words}. Go on now: {command('resume')} {queue}"
+            yield f"{queue} is {words}. Go on now: {lets_go_on(queue, n['paused_by'])}"
+
+
+def costs_of(queues: dict) -> dict[str, list[str]]:
+    """Return a row of amounts for each day that had costs: all together, then each queue's."""
+    table: dict[str, dict] = {}
+    costly = [queue for queue, n in queues.items() if n["costs"]]
+    for queue in costly:
+        for day in queues[queue]["costs"]:
+            table.setdefault(day["day"], {})[queue] = (day["cost_usd"], day["at_least"])
+    rows = {}
+    for day, amounts in sorted(table.items(), reverse=True):
+        total = sum(usd for usd, _ in amounts.values()), any(least for _, least in amounts.values())
+        each = [amounts[queue] if queue in amounts else (0, False) for queue in costly]
+        rows[day] = [dollars(*amount) for amount in (total, *each)]
+    return {"": ["all", *costly], **rows} if rows else {}
 
 
 def count_name(status: str) -> str:

@@ -12,8 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import queue_helpers as q
+from taskqueue import costs, running
 from taskqueue import outcome as outcomes
-from taskqueue import running
 
 OWNERS = """
 select distinct owner from "{queue}" where status = 2"""
@@ -162,6 +162,9 @@ def _recover_task(
         return None
     if cancelled and "code" not in run:
         run.setdefault("why", outcomes.CANCELLED)
+    if "group" in run and not {"code", "why"} & run.keys():
+        # outcome.record() takes it for one that did not run.
+        costs.record(conn, task, **outcomes.output_of(conn.state, task), exited=False)
     return task, outcomes.record(conn, task, *_end_on_record(task, run, crash_backoff))
 
 

@@ -35,6 +35,11 @@ def command(words: str) -> str:
     return f"{SCRIPTS[name]}{space}{rest}" if name in SCRIPTS else f"tasks.py {words}"
 
 
+def lets_go_on(queue: str, paused_by: str | None) -> str:
+    """Return the command that lets a paused queue go on now."""
+    return command(f"limit {queue} --cost N/day" if paused_by == "costs" else f"resume {queue}")
+
+
 def as_typed(script: str) -> str:
     """Return a script and its command, like "tasks.py list", as a person here types it."""
     name, _, rest = script.partition(".py")

@@ -18,7 +18,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple, NoReturn
@@ -43,6 +43,8 @@ EXIT_NOT_FOUND = 127
 
 # Each handler's own variables.
 TOLD = ("TASK_ID", "TASK_TYPE", "TASK_QUEUE", "TASK_ATTEMPT", "TASK_DEPTH", "TASK_QUEUE_STATE")
+# Of its costs: those that it may have, and those of earlier attempts.
+COSTS = ("TASK_BUDGET_USD", "TASK_SPENT_USD")
 
 SUPERVISE = (
     "import sys; sys.path.append(sys.argv[1]); from taskqueue.supervisor import main; main()"
@@ -154,15 +156,18 @@ class Handlers:
         self.runs: dict[str, q.Task] = {}
         self.supervisor = SupervisorProcess(env)
 
-    def start(self, task: q.Task) -> End | None:
-        """Start the handler of a claimed task; return an End if that cannot be done."""
+    def start(self, task: q.Task, told: Mapping[str, str] | None = None) -> End | None:
+        """Start the handler of a claimed task; return an End if that cannot be done.
+
+        `told` are variables besides TOLD.
+        """
         try:
             command = self.command_for(task.task_type)
             order = {
                 "run": task.run_name,
                 "command": command,
                 "cwd": self.directories(task),
-                "env": self.environment(task, command[0]),
+                "env": self.environment(task, command[0]) | dict(told or {}),
                 "record": run_file(self.state, task),
                 **self.terms,
             }

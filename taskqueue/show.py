@@ -17,13 +17,15 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import BinaryIO, NamedTuple, TextIO
 
 import queue_helpers as q
+from taskqueue.costs import Bound
 from taskqueue.database import LIVE
 from taskqueue.find import Found, newest_record
 from taskqueue.outcome import Control
-from taskqueue.remedies import command
+from taskqueue.remedies import command, lets_go_on
 from taskqueue.text import (
     ago,
     clock,
+    dollars,
     pause_in_words,
     plural,
     seconds_of,
@@ -244,9 +246,16 @@ def _stats_lines(numbers: dict) -> Iterable[str]:
     for name, n in numbers["queues"].items():
         if n["paused"]:
             told = Control(True, n["paused_until"], n["pause_reason"], n["paused_by"], n["slots"])
-            yield f"{name} is {pause_in_words(told)}; see: {command('resume')} {name}"
+            yield f"{name} is {pause_in_words(told)}; see: {lets_go_on(name, n['paused_by'])}"
+        elif n["bound"]:
+            yield f"{name}: {Bound(**n['bound'])}"
         if n["slots"]:
             yield f"{name} runs at most {plural(n['slots'], 'task')} at a time"
+        if n["costs"]:
+            days = (
+                f"{dollars(day['cost_usd'], day['at_least'])} on {day['day']}" for day in n["costs"]
+            )
+            yield f"{name} cost {', '.join(days)}"
     serving = numbers["serving"]
     yield f"workers serve: {', '.join(serving)}" if serving else "no worker runs now"
     yield from map(visible, numbers["remarks"])
@@ -400,6 +409,7 @@ def indented(value: object) -> str:
 
 # Fields that `show` prints elsewhere or not at all.
 NOT_FIELDS = {"data", "result", "log", "history", "runs", "came_from", "cancel_requested"}
+NOT_FIELDS |= {"cost_usd", "cost_at_least"}
 
 
 def fields_of(task: dict) -> Iterable[tuple[str, str]]:
@@ -419,6 +429,8 @@ def fields_of(task: dict) -> Iterable[tuple[str, str]]:
         until = task["completed_at"] if is_over else time.time()
         yield "waited", span(between(task["enqueued_at"], task["started_at"]))
         yield "ran" if is_over else "has run", span(between(task["started_at"], until))
+    if task["cost_usd"] is not None:
+        yield "cost", dollars(task["cost_usd"], task["cost_at_least"])
     for other in task["came_from"]:
         yield "came from", f"{other['queue']} {other['task_id']} ({other['status']})"
 

@@ -153,6 +153,16 @@ TEMPLATE = """<!doctype html>
 <section id="ended"><h2>Ended lately</h2>{{ task_lines(ended, true) }}
 {%- if not ended.shown %}<p class="quiet">Nothing has ended.</p>{% endif %}</section>
 
+{% if costs %}
+<section id="costs"><h2>Cost per day</h2>
+<table><thead><tr><th>day</th>{% for name in costs[""] %}<th class="number">{{ name }}</th>{% endfor %}</tr></thead>
+<tbody>
+{% for day, amounts in costs.items() if day %}
+<tr><td data-label="day">{{ day }}</td>{% for amount in amounts %}<td class="number" data-label="{{ costs[""][loop.index0] }}">{{ amount }}</td>{% endfor %}</tr>
+{% endfor %}
+</tbody></table></section>
+{% endif %}
+
 <section id="counts"><h2>By queue and type of task</h2>
 <table><thead><tr><th>queue and type</th>
 {% for status, _, _ in tiles %}<th class="number">{{ status | word }}{% if status not in live %}, 24 h{% endif %}</th>{% endfor %}

@@ -6,6 +6,7 @@ reverse the text behind them, or cannot be seen and yet are read by Claude: `vis
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import shlex
@@ -89,6 +90,15 @@ def size(count: float) -> str:
             return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1000
     return f"{count:.1f} GB"
+
+
+def dollars(usd: float, at_least: bool = False) -> str:
+    """Return an amount as people read it: "$0.42", "at least $3", "$0.0004"."""
+    amount = f"{usd:,.2f}"
+    if 0 < usd < 0.0995:
+        # Two digits that are not zeros.
+        amount = f"{usd:.{1 - math.floor(math.log10(usd))}f}".rstrip("0")
+    return f"{'at least ' if at_least else ''}${amount}"
 
 
 def span(value: float | None) -> str:

@@ -163,7 +163,9 @@ def test_a_run_that_is_stopped_has_its_session_saved(claude, interrupted, whom):
     (program,) = children(process.pid)
     (os.kill if whom == "handler" else os.killpg)(process.pid, signal.SIGTERM)
     assert process.wait(30) == 143
-    assert not lives(program) and process.stdout.read() == b""
+    assert not lives(program)
+    told = json.loads(process.stdout.read())
+    assert told["stopped"] and told["cost_usd"] > 0, "what Claude Code notes at its end"
     assert b"stopped; the session goes on" in process.stderr.read()
     (session,) = claude.sessions()
     assert '"cost-state"' in session.read_text(), "what Claude Code writes at an orderly end"

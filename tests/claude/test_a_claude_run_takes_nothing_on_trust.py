@@ -91,9 +91,9 @@ def test_the_prompt_goes_to_stdin_and_no_value_can_pose_as_an_option(fake):
         "--permission-mode=plan",
         "--append-system-prompt=-x",
         "--allowed-tools=Bash(git *),Edit",
-        "--max-budget-usd=0.5",
         "--max-turns",
         "3",
+        "--max-budget-usd=0.5",
     ]
     assert args[-1].startswith("--session-id=")
 
@@ -216,7 +216,7 @@ def test_whatever_claude_prints_there_is_a_verdict(lines, waits):
         verdict = judge(said, {"prompt": "x"}, waits, False)
     assert verdict.code in (0, 1, 65, 75) and bool(verdict.not_now) == (verdict.code == 75)
     handler = load_handler()
-    assert len(handler.result_line(said.result, verdict, 1.0)) <= handler.RESULT_BYTES
+    assert len(handler.result_line(said.result, verdict, 1.0, None)) <= handler.RESULT_BYTES
 
 
 @pytest.mark.parametrize(
