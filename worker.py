@@ -376,10 +376,8 @@ class Worker:
         told |= {"attempts": task.attempts, "error": outcome.error}
         if status == "failed":
             self.on_dead.add(**told)
-        if status in ("failed", "held"):
-            self.news.add(event=status, **told)
-        if status == "completed" and task.task_type in self.args.notify_done:
-            self.news.add(event="done", **told)
+        if self.args.notify:
+            self.news.news += notify.news_of(told, outcome, self.args.notify_done)
 
     def tell(self, now: bool = False) -> None:
         """Run the commands of --on-dead and --notify when they are due."""

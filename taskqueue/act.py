@@ -31,7 +31,7 @@ from taskqueue.cli import (
 )
 from taskqueue.database import LIVE, STATUS_TERMS
 from taskqueue.find import Found, find, live_id
-from taskqueue.remedies import command
+from taskqueue.remedies import command, lets_go_on
 from taskqueue.text import pause_in_words, plural, short
 
 CANCEL_SECONDS = 30.0
@@ -360,6 +360,11 @@ def resume(queues: list[str], as_json: bool) -> int:
     conn, changed = change_queues(queues, q.resume, create=False)
     told = [{"queue": name, "paused": False, "changed": changed[name]} for name in queues]
     lines = [f"resumed {name}" if changed[name] else f"{name} was not paused" for name in queues]
+    for name in queues:
+        control = q.controls(conn).get(name)
+        if control and control.paused:
+            go_on = lets_go_on(name, control.by)
+            lines.append(f"{name} is {pause_in_words(control)}; to let it go on: {go_on}")
     cli.report(as_json, told, "\n".join(lines))
     have_run(conn, queues, as_json)
     return 0

@@ -13,12 +13,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 import queue_helpers as q
 from taskqueue import cli, environment, service
 from taskqueue.cli import Refused, flag, option, takes
+from taskqueue.outcome import Outcome
 from taskqueue.running import resolve, say, stdin_file
 from taskqueue.supervisor import RESET_SIGNALS, process
 from taskqueue.text import one_line
@@ -43,6 +44,24 @@ def program(text: str, path: str) -> list[str]:
     """Return the command in a text, its program found on `path`. Raises ValueError."""
     first, *rest = shlex.split(text) or [""]
     return resolve([os.path.expanduser(first), *rest], path)
+
+
+def news_of(told: dict, outcome: Outcome, done_types: Collection[str]) -> list[dict]:
+    """Return what a person is told of a task's end: a failure, a question, a result that waits."""
+    news, status = [], outcome.status
+    if status in ("failed", "held"):
+        news.append({"event": status, **told})
+    if status == "completed" and told["task_type"] in done_types:
+        from taskqueue.show import summary
+
+        news.append({"event": "done", **told, "summary": summary(outcome.result)})
+    for queue, row in outcome.follow_ups:
+        if row.status == q.SCHEDULED and row.due_at is None:
+            which = {"queue": queue, "task_id": row.task_id}
+            which["task_type"] = json.loads(row.data)["task_type"]
+            reason = f"the result of {told['task_id']}"
+            news.append({"event": "held", **which, "attempts": 0, "error": reason})
+    return news
 
 
 def line_of(event: Mapping) -> str:

@@ -76,6 +76,29 @@ def test_all_that_came_is_told_with_its_reason_in_two_runs_at_most(installation)
     assert len(told(installation)) <= 2
 
 
+def test_a_result_that_waits_for_its_person_is_told(installation):
+    installation.handler("good", "#!/bin/sh\necho fine\n")
+    installation.handler(
+        "chains",
+        """#!/bin/sh
+    echo '{"enqueue": [{"queue": "notifications", "task_type": "other", "task_id": "c", "hold": true}]}'
+    """,
+    )
+    installation.enqueue("notifications", "good", "--task-id", "it")
+    options = ("--notify", teller(installation), "--notify-done", "good")
+    drain(installation, "notifications", "--then", "results", "--then-hold", *options)
+    [[held]] = [installation.rows("select task_id from results")]
+    expected = [("done", "notifications", "it"), ("held", "results", held[0])]
+    wait_for(lambda: events(installation) == expected, what=str(expected))
+    text = told(installation)[0][1]
+    assert "notifications: good it done: fine" in text
+    assert f"results: good {held[0]} held: the result of it" in text
+    installation.enqueue("notifications", "chains", "--task-id", "chains")
+    drain(installation, "notifications", "--chain", *options)
+    expected.append(("held", "notifications", "c"))
+    wait_for(lambda: sorted(events(installation)) == sorted(expected), what=str(expected))
+
+
 def test_a_queue_that_goes_on_is_told_before_the_worker_leaves(installation):
     installation.handler("stuck", PAUSES % "0.3")
     installation.enqueue("notifications", "stuck")

@@ -278,5 +278,7 @@ def test_doctor_names_what_lets_the_queue_go_on(installation, spender):
     for task_id in ("a", "b"):
         spend(installation, task_id, 1)
     drain(installation)
+    said = installation.run("tasks.py", "resume", "work").stdout
+    assert "work was not paused" in said and "limit work --cost N/day" in said
     said = installation.run("tasks.py", "doctor").stdout
     assert "$1.00 of $0.50 a day are spent" in said and "limit work --cost N/day" in said
