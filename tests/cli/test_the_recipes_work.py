@@ -1,0 +1,98 @@
+"""Each recipe of docs/recipes.md is pasted as printed into a HOME with an installation, and does what
+its title says.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+
+import pytest
+from conftest import ROOT, wait_for
+from homes import Home, blocks_of, install
+
+TEXT = (ROOT / "docs/recipes.md").read_text()
+RECIPES = {
+    title: blocks_of(text, "bash")
+    for title, text in re.findall(r"(?ms)^## (.*?)\n(.*?)(?=^## |\Z)", TEXT)
+}
+# What is looked at after a recipe was pasted, by its title.
+EFFECTS: dict[str, Callable[[Home, str], None]] = {}
+
+
+def recipe(title: str) -> Callable:
+    """Declare that a function looks at a recipe's effect, given the HOME and what was printed."""
+    return lambda effect: EFFECTS.setdefault(title, effect)
+
+
+@pytest.fixture
+def home(tmp_path):
+    """A HOME with an installation, and programs of its own in ~/bin, the first on its PATH."""
+    made = Home(tmp_path)
+    (made.directory / "bin").mkdir()
+    made.env["PATH"] = f"{made.directory}/bin:{made.env['PATH']}"
+    (made.directory / ".claude").mkdir()
+    install(made.directory, "--command", "tq", env={"PATH": made.env["PATH"]})
+    return made
+
+
+def program(home: Home, name: str, text: str) -> None:
+    path = home.directory / "bin" / name
+    path.write_text(text)
+    path.chmod(0o755)
+
+
+def handler(home: Home, name: str, text: str) -> None:
+    path = home.prefix / "handlers" / name
+    path.write_text(text)
+    path.chmod(0o755)
+
+
+def drain(home: Home, queue: str) -> None:
+    """Run a queue's tasks as a worker that a hook starts does."""
+    home.paste(
+        f"tq work {queue} --drain --backoff 0 --environment ~/.claude/automation/lychee/environment"
+    )
+
+
+def test_each_recipe_has_one_block_and_an_effect():
+    assert {title: len(blocks) for title, blocks in RECIPES.items()} == dict.fromkeys(EFFECTS, 1)
+
+
+@pytest.mark.parametrize("title", RECIPES)
+def test_a_recipe_does_what_its_title_says(home, title):
+    # No test reaches the network: this is what would.
+    program(
+        home,
+        "curl",
+        '#!/bin/sh\nfor last; do :; done\n{ echo "to $last"; cat; echo; } >>"$HOME/sent"\n',
+    )
+    program(home, "notify-send", "#!/bin/sh\nexit 1\n")
+    printed = home.paste(RECIPES[title][0])
+    EFFECTS[title](home, printed)
+
+
+@recipe("Tell my phone when a run failed")
+def tells_the_phone(home, printed):
+    [topic] = re.findall(r"Subscribe to (tq-[0-9a-f]{16}) in the app", printed)
+    sent = home.directory / "sent"
+    test = f"to https://ntfy.sh/{topic}\nnotifications: example example failed: this is a test\n"
+    assert sent.read_text() == test and "exit 0" in printed
+    handler(home, "bad", "#!/bin/sh\necho no such file >&2\nexit 65\n")
+    home.paste("tq add notifications bad --task-id it")
+    drain(home, "notifications")
+    wait_for(lambda: "bad it failed" in sent.read_text(), what="the message")
+    assert sent.read_text().endswith(
+        "bad it failed: refused by its handler (exit 65): no such file\n"
+    )
+
+
+@recipe("Never more than 20 dollars a day")
+def stops_at_20_dollars(home, printed):
+    assert "approvals: $0.00 of $20.00 a day are spent" in printed
+    handler(home, "spend", """#!/bin/sh\necho '{"cost_usd": 12}'\n""")
+    for task_id in ("a", "b", "c"):
+        home.paste(f"tq add approvals spend --task-id {task_id}")
+    drain(home, "approvals")
+    assert home.rows("select task_id from approvals") == [("c",)]
+    assert "$24.00 of $20.00 a day are spent" in home.paste("tq list")
