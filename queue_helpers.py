@@ -500,7 +500,7 @@ class Task(_Task):
     @property
     def envelope(self) -> dict:
         """{"task_id", "task_type", "enqueued_at", "data", …}, whatever was stored. ValueError if it is not JSON."""
-        stored = read_task(self.text)[0]
+        stored = parse_json(self.text)
         names = {"task_id": self.task_id, "task_type": self.task_type}
         is_envelope = isinstance(stored.get("data"), dict) and names.keys() <= stored.keys()
         # A hook's payload may look like an envelope: it must not grant itself anything.
@@ -531,7 +531,7 @@ class Task(_Task):
         try:
             dict(self.envelope)
             return None
-        except (ValueError, RecursionError, TypeError, AttributeError) as error:
+        except (ValueError, RecursionError) as error:
             return f"data cannot be read: {error}"
 
 
@@ -590,8 +590,6 @@ def parse_time(text: str, now: float | None = None) -> float:
 # One rule for JSON: what is stored is JSON that any reader reads.
 _encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False).encode
 _quote = json.encoder.encode_basestring
-# Where a JSON text may hold a number that other readers could not read.
-ODD_NUMBER = "NaN|Infinity|[0-9][eE][+]?[0-9]{3}|[0-9]{200}"
 
 
 def to_json(value: object) -> str:
@@ -604,44 +602,35 @@ def to_json(value: object) -> str:
     return text if text.isascii() or not re.search("[\ud800-\udfff]", text) else json.dumps(value)
 
 
-def parse_json(text: str, lenient: bool = False) -> tuple[Any, list[str]]:
-    """The value of a JSON text, and the numbers in it that other readers could not read.
+def parse_json(text: str) -> Any:
+    """Return the value of a JSON text.
 
-    Those are NaN, Infinity, 1e400, and whole numbers of thousands of digits. When lenient, each
-    becomes a text; else ValueError names the first one. Raises ValueError, RecursionError.
+    Raises RecursionError, and ValueError for what is not JSON, or holds a number that other readers
+    could not read: NaN, Infinity, 1e400, a whole number of thousands of digits.
     """
-    odd: list[str] = []
-    if not re.search(ODD_NUMBER, text):
-        return json.loads(text), odd
-
-    def refuse(number: str) -> str:
-        if not lenient:
-            raise ValueError(f"{number[:40]} is a number that JSON readers cannot read")
-        odd.append(number[:40])
-        return number
-
-    decoder = json.JSONDecoder(
-        parse_float=lambda text: found if abs(found := float(text)) < math.inf else refuse(text),
-        parse_int=lambda number: int(number) if len(number) < 4300 else refuse(number),
-        parse_constant=refuse,
-    )
-    return decoder.decode(text), odd
+    return _decode(text)
 
 
-def read_task(text: str) -> tuple[Any, list[str]]:
-    """A task's data, and the numbers in it that became a text, since others could not read them: its payload names them."""
-    stored, odd = parse_json(text, lenient=True)
-    if odd and isinstance(stored, dict):
-        inner = stored.get("data") if {"task_id", "task_type"} <= stored.keys() else None
-        (inner if isinstance(inner, dict) else stored)["numbers_kept_as_text"] = odd
-    return stored, odd
+def _refuse_number(number: str) -> Any:
+    raise ValueError(f"{number[:40]} is a number that JSON readers cannot read")
+
+
+def _float(text: str) -> float:
+    return number if abs(number := float(text)) < math.inf else _refuse_number(text)
+
+
+def _int(text: str) -> int:
+    return int(text) if len(text) < 4300 else _refuse_number(text)
+
+
+_decode = json.JSONDecoder(parse_float=_float, parse_int=_int, parse_constant=_refuse_number).decode
 
 
 def as_payload(raw: bytes) -> dict:
-    """Return bytes from outside as a task's data: a JSON object as it is, anything else kept as text."""
+    """Return bytes from outside as a task's data: a JSON object as it is, anything else as text."""
     text = raw.decode("utf-8-sig", "replace")
     try:
-        value, _ = read_task(text)
+        value = parse_json(text)
         if isinstance(value, dict) and _nesting(value) <= 200:
             return value
         why = "nested more than 200 deep" if isinstance(value, dict) else "not a JSON object"

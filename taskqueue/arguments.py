@@ -15,7 +15,7 @@ def parse_object(raw: bytes) -> tuple[dict, str]:
     """Return a JSON object and its text. Raises InvalidTask."""
     try:
         text = raw.decode().removeprefix("\ufeff").strip(" \t\r\n")
-        value = q.parse_json(text)[0]
+        value = q.parse_json(text)
     except UnicodeDecodeError as error:
         raise q.InvalidTask(f"not UTF-8: {error}") from None
     except (ValueError, RecursionError) as error:

@@ -48,7 +48,7 @@ CONTENT = {
 PER_FIRING = {
     *("session_id", "prompt_id", "transcript_path", "tool_use_id", "duration_ms", "agent_id"),
     *("agent_transcript_path", "background_tasks", "session_crons", "effort", "permission_mode"),
-    *("stop_hook_active", "model", "session_title", "timestamp", "numbers_kept_as_text"),
+    *("stop_hook_active", "model", "session_title", "timestamp"),
     "session_attended",
 }
 

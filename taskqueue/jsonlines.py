@@ -49,7 +49,7 @@ insert into "{table}" ({names}) values ({places})"""
 # later one. A bare payload is called after its row, so that alone does not say that it is the same
 # task.
 SAME_DATA = """
-case when json_valid(data) then json(readable(data)) else data end =
+case when json_valid(data) then json(as_json_text(data)) else data end =
 case when json_valid(:data) then json(:data) else :data end"""
 KNOWN_LIVE = """
 select exists (select 1 from "{queue}" where task_id = :task_id)
@@ -146,28 +146,16 @@ def column_list(conn: q.Connection, table: str) -> str:
 
 
 def as_json_text(data: str) -> str:
-    """Return stored data as one line of JSON: an object as it stands, anything else as a text.
+    """Return stored data as one line of JSON: an object as it stands, anything else as a payload
+    that keeps it as text.
 
     Between JSON's tokens a newline is a space, and inside its strings there is none.
     """
-    text = readable(data)
     try:
-        is_object = isinstance(json.loads(text), dict)
+        is_object = isinstance(q.parse_json(data), dict)
     except (ValueError, RecursionError):
         is_object = False
-    return re.sub("[\r\n]", " ", text) if is_object else json.dumps(data)
-
-
-def readable(data: str) -> str:
-    """Return a task's data with numbers that not every JSON reader knows kept as text."""
-    if re.search(q.ODD_NUMBER, data):
-        try:
-            stored, odd = q.read_task(data)
-            return q.to_json(stored) if odd else data
-        except (ValueError, RecursionError):
-            # It is no JSON, or nested too deep for Python.
-            pass
-    return data
+    return re.sub("[\r\n]", " ", data) if is_object else q.to_json(q.as_payload(data.encode()))
 
 
 def escaped(line: str) -> str:
@@ -188,27 +176,22 @@ def import_(file: str, as_json: bool) -> int:
     if (q.STATE_DIR / "tasks.db").exists():
         database.open_queue()
     conn = q.connect()
-    conn.create_function("readable", 1, readable, deterministic=True)
-    # Messages about lines: why some were refused, and how others were changed.
+    conn.create_function("as_json_text", 1, as_json_text, deterministic=True)
     faults: list[str] = []
-    notes: list[str] = []
-    imported, known = import_lines(conn, file, faults, notes)
-    for said in (faults, notes):
-        for line in said[:MOST_FAULTS_SHOWN]:
-            cli.complain(EX_DATAERR, "tasks.py import", line)
-        if len(said) > MOST_FAULTS_SHOWN:
-            more = f"… and {len(said) - MOST_FAULTS_SHOWN:,} more"
-            cli.complain(EX_DATAERR, "tasks.py import", more)
+    imported, known = import_lines(conn, file, faults)
+    for line in faults[:MOST_FAULTS_SHOWN]:
+        cli.complain(EX_DATAERR, "tasks.py import", line)
+    if len(faults) > MOST_FAULTS_SHOWN:
+        more = f"… and {len(faults) - MOST_FAULTS_SHOWN:,} more"
+        cli.complain(EX_DATAERR, "tasks.py import", more)
     told = {"imported": imported, "already_there": known, "refused": faults}
     says = f"imported {plural(imported, 'task')}; {known:,} already there; {len(faults):,} refused"
     cli.report(as_json, told, says)
     return EX_DATAERR if faults else 0
 
 
-def import_lines(
-    conn: q.Connection, file: str, faults: list[str], notes: list[str]
-) -> tuple[int, int]:
-    """Import the lines; return how many were new, and how many known."""
+def import_lines(conn: q.Connection, file: str, faults: list[str]) -> tuple[int, int]:
+    """Import the lines; return how many were new, and how many known. `faults` get what was refused."""
     imported = known = 0
 
     def refuse(number: int, error: Exception) -> None:
@@ -239,9 +222,7 @@ def import_lines(
             for number, line in batch:
                 try:
                     if line.strip():
-                        task, odd = parse_line(conn, line)
-                        parsed.append((number, task))
-                        notes += [f"line {number}: {kept_as_text(odd)}"] if odd else []
+                        parsed.append((number, parse_line(conn, line)))
                 except Exception as error:
                     refuse(number, error)
             results = list(database.in_steps(conn, parsed, store))
@@ -263,29 +244,12 @@ def is_about_the_task(error: Exception, state: Path) -> bool:
     )
 
 
-def read_json(text: str) -> tuple[dict, list[str]]:
-    """Return a JSON object, and the numbers in it that are kept as text, like 1e400.
-
-    Raises ValueError for anything else, NaN and Infinity included: only Python reads those.
-    """
-    value, odd = q.read_task(text)
-    for number in odd:
-        if number.strip("-") in ("NaN", "Infinity"):
-            raise ValueError(f"{number} is not JSON")
-    if not isinstance(value, dict):
-        raise q.InvalidTask("it is not a JSON object")
-    return value, odd
-
-
-def kept_as_text(odd: list[str]) -> str:
-    more = f" and {len(odd) - 1} more" if len(odd) > 1 else ""
-    return f"the number {odd[0]}{more} is kept as text: not every reader of JSON can read it"
-
-
-def parse_line(conn: q.Connection, line: bytes) -> tuple[dict, list[str]]:
-    """Return the checked task of a line and its numbers kept as text; make its queue."""
+def parse_line(conn: q.Connection, line: bytes) -> dict:
+    """Return the checked task of a line; make its queue."""
     text = line.decode("utf-8-sig").strip()
-    task, odd = read_json(text)
+    task = q.parse_json(text)
+    if not isinstance(task, dict):
+        raise q.InvalidTask("it is not a JSON object")
     if task["status"] not in database.STATUSES:
         raise q.InvalidTask(f"{task['status']!r} is not a status")
     queue = q.check_queue_name(task["queue"])
@@ -313,10 +277,9 @@ def parse_line(conn: q.Connection, line: bytes) -> tuple[dict, list[str]]:
         check(task, "approved", whole(0, 1))
     task["task_type"] = task.get("task_type") or queue
     # SQLite gives the numbers as they stand; Python would round some.
-    stored = conn.execute(DATA_OF, {"line": text}).fetchone()[0]
-    task["data"] = readable(stored) if odd and isinstance(task["data"], dict) else stored
+    task["data"] = conn.execute(DATA_OF, {"line": text}).fetchone()[0]
     q.ensure_queue(conn, queue)
-    return task, odd
+    return task
 
 
 def check(task: dict, name: str, is_right: Callable, required: bool = False) -> None:

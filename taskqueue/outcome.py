@@ -255,9 +255,6 @@ def _take_chain(stdout: str) -> tuple[str, list]:
     entries = said["enqueue"]
     if not isinstance(entries, list) or len(entries) > CHAIN_TASKS:
         raise q.InvalidTask(f'"enqueue" must be a list of at most {CHAIN_TASKS} tasks')
-    for entry in entries if "numbers_kept_as_text" in said else ():
-        if isinstance(entry, dict) and isinstance(entry.get("data"), dict):
-            entry["data"]["numbers_kept_as_text"] = said["numbers_kept_as_text"]
     return f"{body}\n" if body else "", entries
 
 

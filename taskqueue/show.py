@@ -352,10 +352,8 @@ def payload(text: str | None) -> object:
     if text is None:
         return None
     try:
-        value = json.loads(text)
-        json.dumps(value, allow_nan=False)
-        return value
-    except (TypeError, ValueError, RecursionError):
+        return q.parse_json(text)
+    except (ValueError, RecursionError):
         return text
 
 

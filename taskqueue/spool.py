@@ -305,14 +305,12 @@ def row_of_text(raw: bytes, at: float) -> q.Row:
         "on_duplicate": "skip",
         "firing": None,
     }
-    stored, odd = q.read_task(text)
+    stored = q.parse_json(text)
     told = stored.get("spooled_row") if isinstance(stored, dict) else None
     # It had no delayed_at.
     if isinstance(told, dict) and {*told, "delayed_at"} == columns.keys():
         columns |= stored.pop("spooled_row")
         if not isinstance(columns["window"], (int, float)):
             raise ValueError(f"window {columns['window']!r} is no number")
-        text = q.to_json(stored)
-    elif odd:
         text = q.to_json(stored)
     return q.Row(text, timestamp=at, **columns)

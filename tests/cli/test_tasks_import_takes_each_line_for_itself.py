@@ -82,7 +82,7 @@ def test_what_only_python_takes_for_json_is_refused_wherever_it_stands(installat
         "-",
         input=f"{GOOD}\n{inside}\n{GOOD.replace('good', 'fine').replace('9', '10')}\n",
     )
-    assert done.returncode == 65 and f"line 2 was refused: {number} is not JSON" in done.stderr
+    assert done.returncode == 65 and f"line 2 was refused: {number} is a number that" in done.stderr
     assert sorted(installation.rows("select task_id from task_queue")) == [("fine",), ("good",)]
 
 
@@ -174,30 +174,13 @@ def test_one_task_id_in_two_queues_is_two_tasks_everywhere(installation, tmp_pat
     assert installation.rows("select count(*) from completions where task_id = 'same'") == [(1,)]
 
 
-HUGE = ["1e400", "-1E+999", "9" * 5000]
-
-
-@pytest.mark.parametrize("number", HUGE, ids=lambda number: number[:9])
-@pytest.mark.parametrize("kind", ["envelope", "bare", "finished"])
-def test_a_number_that_other_readers_cannot_read_is_kept_as_text_and_said_so(
-    installation, number, kind
-):
-    payload = {"n": "@@", "list": [1.5]}
-    task = {
-        "envelope": LIVE | {"data": {"task_id": "it", "task_type": "t", "data": payload}},
-        "bare": LIVE | {"task_id": "approvals-1", "task_type": "approvals", "data": payload},
-        "finished": ENDED | {"task_id": "it", "data": payload},
-    }[kind]
-    line = json.dumps(task).replace('"@@"', number)
+@pytest.mark.parametrize("number", ["1e400", "-1E+999", "9" * 5000], ids=lambda text: text[:9])
+def test_a_number_that_other_readers_cannot_read_is_refused(installation, number):
+    line = json.dumps(LIVE | {"data": {"n": "@@"}}).replace('"@@"', number)
     done = installation.run("tasks.py", "import", "-", input=f"{GOOD}\n{line}\n")
-    assert done.returncode == 0
-    assert done.stderr.count("\n") == 1 and f"line 2: the number {number[:40]}" in done.stderr
-    [(text,)] = installation.rows("select data from task_queue where task_id <> 'good'")
-    stored = json.loads(text, parse_constant=pytest.fail)
-    stored = stored if kind == "finished" else stored["data"]
-    assert stored == {"n": number, "list": [1.5], "numbers_kept_as_text": [number[:40]]}
-    again = installation.run("tasks.py", "import", "-", "--json", input=f"{GOOD}\n{line}\n")
-    assert json.loads(again.stdout) == {"imported": 0, "already_there": 2, "refused": []}
+    assert done.returncode == 65
+    assert done.stderr.count("\n") == 1 and f"line 2 was refused: {number[:40]}" in done.stderr
+    assert installation.rows("select task_id from task_queue") == [("good",)]
 
 
 @pytest.mark.parametrize("payload", [{"a": 1}, {}, {"task_id": "other"}, {"hook_event_name": "x"}])

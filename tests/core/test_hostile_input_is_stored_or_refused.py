@@ -86,7 +86,7 @@ def nothing_stored(installation) -> bool:
     tables = [
         name for (name,) in installation.rows("select name from sqlite_master where type = 'table'")
     ]
-    return (set(tables) <= {"notifications", "approvals", "completions", "task_history", "task_controls", "task_marks", "task_spooled", "task_told", "sqlite_sequence"}
+    return (set(tables) <= {"notifications", "approvals", "completions", "task_history", "task_controls", "task_marks", "task_spooled", "task_told", "task_after", "sqlite_sequence"}
             and not any(installation.rows(f"select 1 from {table}") for table in tables if table != "sqlite_sequence")
             and not list(installation.state.glob("spool/*/*")))  # fmt: skip
 
@@ -382,7 +382,9 @@ def test_what_sqlite_reads_and_python_cannot_does_not_stop_those_who_take_text(i
 
 
 @pytest.mark.parametrize("number", ["1e400", "-1e999", "9" * 5000], ids=lambda n: n[:9])
-def test_what_bash_stored_leaves_as_json_that_any_reader_reads(installation, queue, number):
+def test_what_python_cannot_read_is_buried_and_leaves_as_json_that_any_reader_reads(
+    installation, queue, number
+):
     """SQLite takes such a number for JSON."""
     queue.connect()
     installation.sqlite3(f"""insert into notifications (data) values ('{{"n": {number}}}')""")
@@ -393,7 +395,8 @@ def test_what_bash_stored_leaves_as_json_that_any_reader_reads(installation, que
         json.dumps(value, allow_nan=False)
         return value
 
-    kept = {"n": number, "numbers_kept_as_text": [number[:40]]}
+    why = f"{number[:40]} is a number that JSON readers cannot read"
+    kept = {"unreadable_payload": f'{{"n": {number}}}', "unreadable_because": f"not JSON: {why}"}
     assert read(installation.run("tasks.py", "export").stdout)["data"] == kept
     assert read(installation.run("tasks.py", "list", "--json").stdout)
     installation.handler("notifications", "#!/bin/sh\nexec cat\n")
@@ -401,7 +404,8 @@ def test_what_bash_stored_leaves_as_json_that_any_reader_reads(installation, que
         "worker.py", "notifications", "--drain", "--handlers", installation.handlers
     )
     assert done.returncode == 0
-    assert read(installation.history("notifications-1")["result"])["data"] == kept
+    buried = installation.history("notifications-1")
+    assert buried["status"] == "failed" and why in buried["error"]
     assert read(installation.run("tasks.py", "show", "notifications-1", "--json").stdout)
     assert read(installation.run("tasks.py", "export", "--history").stdout)["data"] == kept
 
