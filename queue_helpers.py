@@ -80,11 +80,11 @@ DEFAULT_QUEUES = (TASK_QUEUE_NOTIFICATION, TASK_QUEUE_APPROVAL, TASK_QUEUE_COMPL
 SCHEMA_VERSION = 4
 # How long one wait for the write lock may take.
 BUSY_TIMEOUT_MS = 5_000
-# How often a waiting writer polls: first in line, and the rest.
-TURN_POLL_SECONDS, NEXT_POLL_SECONDS = 0.0002, 0.003
-# After missing its turn, a writer skips the line for this long.
+# How often a waiting writer polls: those behind, and the first in line.
+POLL_SECONDS = (0.003, 0.0002)
+# After missing its turn, a writer skips the line for this long: its holder may be stopped.
 NO_TURN_SECONDS = 1.0
-# Where writers wait for each other, they leave the lock to those who take no turn: how often, how long.
+# How often, and for how long, writers that wait for each other leave the lock to those who take no turn.
 OTHERS_EVERY_SECONDS, OTHERS_SECONDS = 1.0, 0.05
 MAX_ATTEMPTS = 4
 # Before the second attempt; it doubles with each one after.
@@ -656,15 +656,15 @@ def _nesting(value: dict) -> int:
 class _Turn:
     """A connection's place in the line of writers: two files in STATE_DIR/turn, and locks on them.
 
-    SQLite's busy handler starves writers: it sleeps up to 100 ms between two looks, while the holder
-    comes back at once. So a writer locks `next`, locks `turn`, unlocks `next`, and unlocks `turn`
-    after its commit. Who has just written must wait at `next`, behind whoever waits at `turn`. The
-    turn is courtesy: SQLite's lock remains the truth.
+    SQLite's busy handler starves writers: it sleeps up to 100 ms between two tries, and a writer that
+    never pauses takes the lock again in that time. So a writer locks `next`, locks `turn`, unlocks
+    `next`, and unlocks `turn` after its commit. It then waits at `next`, behind the one that waits at
+    `turn`. The turn only orders: SQLite's lock decides.
     """
 
     def __init__(self, state: Path) -> None:
         self.directory, self.fds = f"{state}/turn", []
-        self.none_until, self.check_at = 0.0, 0.0
+        self.none_until = 0.0
 
     def take(self, seconds: float) -> float:
         """Wait for the turn for `seconds` at most, then go on without it; how long that took."""
@@ -672,42 +672,38 @@ class _Turn:
         if began < self.none_until:
             return 0.0
         try:
-            if began > self.check_at:
-                self._open()
-                self.check_at = began + 1.0
-            flock(self.fds[0], LOCK_EX | LOCK_NB)
-            flock(self.fds[1], LOCK_EX | LOCK_NB)
+            self._open()
+            had = self._lock(0, began + seconds) and self._lock(1, began + seconds)
             flock(self.fds[0], LOCK_UN)
-            return 0.0
-        except BlockingIOError:
-            had = self._wait(began + seconds)
+            waited = time.monotonic() - began
+            if had and waited > POLL_SECONDS[0]:
+                self._leave_room()
         except OSError:
             # The directory cannot be made or written: everybody writes without a turn.
-            had = False
-        now = time.monotonic()
+            had, waited = False, time.monotonic() - began
         if not had:
-            self.none_until = now + NO_TURN_SECONDS
-            self.release()
-        return now - began
+            self.none_until = began + waited + NO_TURN_SECONDS
+        return waited
 
-    def _wait(self, deadline: float) -> bool:
-        """Wait in line, for `next` and then for `turn`; whether it was had by the deadline."""
-        for fd, pause in zip(self.fds, (NEXT_POLL_SECONDS, TURN_POLL_SECONDS), strict=True):
-            while True:
-                try:
-                    flock(fd, LOCK_EX | LOCK_NB)
-                    break
-                except BlockingIOError:
-                    if time.monotonic() >= deadline:
-                        return False
-                    time.sleep(pause)
-        flock(self.fds[0], LOCK_UN)
-        # A writer that takes no turn, like bash, looks for SQLite's lock every 100 ms at the longest: while
-        # writers wait for each other, they leave it free for so long now and then.
+    def _lock(self, which: int, deadline: float) -> bool:
+        """Wait for one of the locks; return whether it was had by the deadline."""
+        while True:
+            try:
+                flock(self.fds[which], LOCK_EX | LOCK_NB)
+                return True
+            except BlockingIOError:
+                if time.monotonic() >= deadline:
+                    return False
+                time.sleep(POLL_SECONDS[which])
+
+    def _leave_room(self) -> None:
+        """Leave SQLite's lock to writers that take no turn, like bash, now and then.
+
+        Their busy handler tries every 100 ms at the longest.
+        """
         if time.time() - os.fstat(self.fds[1]).st_mtime > OTHERS_EVERY_SECONDS:
             os.utime(self.fds[1])
             time.sleep(OTHERS_SECONDS)
-        return True
 
     def release(self) -> None:
         """Let the next writer in; also where nothing is held.
@@ -718,8 +714,8 @@ class _Turn:
             flock(fd, LOCK_UN)
 
     def _open(self) -> None:
-        """Open the files, anew where somebody has removed them: others would take another turn."""
-        if len(self.fds) == 2 and all(os.fstat(fd).st_nlink for fd in self.fds):
+        """Open the files, anew if somebody has removed `turn`: others would take another turn."""
+        if len(self.fds) == 2 and os.fstat(self.fds[1]).st_nlink:
             return
         self.close()
         if not os.path.isdir(self.directory):
@@ -731,7 +727,6 @@ class _Turn:
     def close(self) -> None:
         """Close the files, without letting anybody in: a forked child does that, too."""
         fds, self.fds = self.fds, []
-        self.check_at = 0.0
         for fd in fds:
             os.close(fd)
 
@@ -1047,13 +1042,16 @@ def ensure_queue(conn: Connection, queue: str) -> bool:
     """Create the queue's table, or adopt the bare one that a hook made. Whether it did. Raises a QueueError."""
     if queue in conn.queues:
         return False
-    conn.queues = {name for (name,) in execute(conn, QUEUES, check_queue_name(queue))}
-    if queue in conn.queues:
+    queues = {name for (name,) in execute(conn, QUEUES, check_queue_name(queue))}
+    if not conn.in_transaction:
+        # One that this transaction makes is known once it is committed.
+        conn.queues = queues
+    if queue in queues:
         return False
     with nullcontext() if conn.in_transaction else transaction(conn):
         if queue in {name for (name,) in conn.execute(QUEUES)}:
             return False
-        if len(conn.queues) >= MAX_QUEUES:
+        if len(queues) >= MAX_QUEUES:
             wanted = "use an existing one"
             raise InvalidTask(f"queue {queue!r} would be number {MAX_QUEUES + 1}: {wanted}")
         if queue in table_names(conn):
@@ -1061,7 +1059,6 @@ def ensure_queue(conn: Connection, queue: str) -> bool:
         else:
             create_queue(conn, queue)
         create_view(conn)
-    conn.queues.add(queue)
     return True
 
 
@@ -1095,56 +1092,43 @@ class transaction:
             conn.execute("begin immediate")
             return conn
         except BaseException as error:
-            self._undo()
-            if isinstance(error, sqlite3.Error):
-                raise explain(error, conn.state) from error
+            self.__exit__(None, error, None)
             raise
 
     def __exit__(self, kind, error, traceback) -> None:
         try:
             if error is None:
                 self.conn.execute("commit")
-                # `next` was let go when the turn came.
-                for fd in self.conn.turn.fds[1:]:
-                    flock(fd, LOCK_UN)
-                self.is_open = False
-                self.conn.lock.release()
-            else:
-                self._undo()
-        except BaseException as failed:
-            self._undo()
+        except sqlite3.Error as failed:
             error = failed
-            if not isinstance(failed, sqlite3.Error):
+        finally:
+            try:
+                self._end()
+            except BaseException:
+                # An exception from a signal's handler may have cut it short.
+                self._end()
                 raise
         if isinstance(error, sqlite3.Error):
             raise explain(error, self.conn.state) from error
 
-    def _undo(self) -> None:
-        """Let the next writer in, and roll back what is not committed. Twice is as good as once."""
-        failed = None
-        # An exception of a signal's handler has to wait until this is done.
-        for _ in range(100):
-            if not self.is_open:
-                break
-            try:
-                self.conn.turn.release()
-                # Another thread may have closed it, just before this transaction began.
-                with suppress(sqlite3.ProgrammingError):
-                    if self.conn.in_transaction:
-                        self.conn.execute("rollback")
-                # Some of these queues may have been made here.
-                self.conn.queues = set()
-                self.is_open = False
-                self.conn.lock.release()
-            except BaseException as error:
-                failed = error
-        if failed:
-            raise failed
+    def _end(self) -> None:
+        """Let the next writer in, and roll back what is not committed. Safe to call twice."""
+        if not self.is_open:
+            return
+        try:
+            self.conn.turn.release()
+            if self.conn.in_transaction:
+                self.conn.execute("rollback")
+        except sqlite3.ProgrammingError:
+            # Another thread has closed it, just before this transaction began.
+            pass
+        self.is_open = False
+        self.conn.lock.release()
 
     def __del__(self) -> None:
         # An exception out of a signal's handler can keep __exit__ from its first line, and __init__, too.
         if getattr(self, "is_open", False):
-            self._undo()
+            self._end()
 
 
 # ----------------------------------------------------------------- the verbs, in a task's order
