@@ -5,12 +5,15 @@ clearly.
 import json
 import math
 import os
+import re
 import sqlite3
 import subprocess
 import sys
 
 import pytest
 from conftest import ROOT
+
+from queue_helpers import DEFAULT_QUEUES, HISTORY_SCHEMA
 
 ENQUEUE = ROOT / "enqueue.py"
 
@@ -86,9 +89,20 @@ def nothing_stored(installation) -> bool:
     tables = [
         name for (name,) in installation.rows("select name from sqlite_master where type = 'table'")
     ]
-    return (set(tables) <= {"notifications", "approvals", "completions", "task_history", "task_controls", "task_marks", "task_spooled", "task_told", "task_after", "sqlite_sequence"}
-            and not any(installation.rows(f"select 1 from {table}") for table in tables if table != "sqlite_sequence")
-            and not list(installation.state.glob("spool/*/*")))  # fmt: skip
+    ours = {
+        *DEFAULT_QUEUES,
+        "sqlite_sequence",
+        *re.findall("table if not exists (\\w+)", HISTORY_SCHEMA),
+    }
+    return (
+        set(tables) <= ours
+        and not any(
+            installation.rows(f"select 1 from {table}")
+            for table in tables
+            if table != "sqlite_sequence"
+        )
+        and not list(installation.state.glob("spool/*/*"))
+    )
 
 
 def refused(installation, done, code=65) -> str:
