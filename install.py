@@ -11,8 +11,8 @@
 install asks first, then acts. It copies the scripts to PREFIX/runtime/lib and the example handlers
 to PREFIX/handlers; handlers that you changed stay yours. It makes PREFIX/state (or
 TASK_QUEUE_STATE) with its queues, and fills uv's cache so that no hook downloads anything. It
-offers two hooks for settings.json (a link check when Claude has answered, and a report of what
-tasks have found with your next prompt) and the command tq. Run it again to upgrade: running workers
+offers hooks for settings.json (a link check when Claude has answered, a report of what tasks have
+found with your next prompt, and one that wakes an idle session) and the command tq. Run it again to upgrade: running workers
 go on. uninstall removes what install and `tq service` put in place, never the state and nothing
 that you changed.
 
@@ -79,6 +79,11 @@ def parser() -> cli.Parser:
     add("--hook", choices=("yes", "no"), help=f"add the hook that checks links, {ask}")
     add("--event", metavar="NAME", type=event, default="Stop", help="which fires it (default Stop)")
     add("--report", choices=("yes", "no"), help=f"add the hook that tells what was found, {ask}")
+    add(
+        "--wake",
+        choices=("yes", "no"),
+        help="add the hook that wakes idle sessions, or take it out",
+    )
     add("--environment", choices=("yes", "no"), help=f"give workers what is set here, {ask}")
     add("--command", metavar="NAME", type=program, help="put it into ~/.local/bin as NAME (or ask)")
     add("--no-command", action="store_true", help="put no command there")
@@ -148,6 +153,10 @@ class Steps:
         except Trouble as trouble:
             self.failed = complain(trouble)
 
+    def collect(self, steps: Iterable[Callable], *args) -> list:
+        """Return all that the steps return, each a list."""
+        return [found for step in steps for found in self.run(step, *args) or ()]
+
 
 def install(place: Installation, args: argparse.Namespace) -> int:
     needed = [HERE / name for name in ("queue_helpers.py", "enqueue.py", "bin/hook.sh")]
@@ -163,7 +172,7 @@ def install(place: Installation, args: argparse.Namespace) -> int:
         actions.append(("make", f"the queues in {place.state}"))
     tell_files(actions, args.dry_run)
     variables = steps.run(wanted_variables, place, args)
-    hooks = steps.run(wanted_hooks, place, args)
+    hooks = steps.collect((wanted_hooks, wanted_wake), place, args)
     command = steps.run(wanted_command, place, args)
     if args.dry_run:
         if command:
@@ -181,6 +190,7 @@ def install(place: Installation, args: argparse.Namespace) -> int:
     steps.run(service.rewrite, place)
     if hooks:
         steps.run(add_hooks, place, hooks)
+    steps.run(take_out_wake, place, args)
     if command:
         put_command(place, command)
     if not uv:
@@ -501,6 +511,44 @@ def wants_hook(
         )
         return False
     return agrees(f"{offer.what} Add this hook to {place.settings}? [Y/n] ")
+
+
+def wanted_wake(place: Installation, args: argparse.Namespace) -> list[queue_settings.Offer]:
+    """Return the hook that wakes sessions where the person wants it, who has to say so.
+
+    Raises Trouble for a client that was not seen to support it.
+    """
+    offer, path = queue_settings.WAKE, place.settings
+    text = queue_settings.read(path)
+    is_there = queue_settings.has_wake(json.loads(text or "{}"), place.prefix)
+    may_ask = not args.yes and not args.dry_run and sys.stdin.isatty()
+    if args.wake == "no" or not (args.wake or is_there or may_ask):
+        return []
+    why = queue_settings.why_no_wake(queue_settings.claude_version())
+    new, action = queue_settings.with_hook(text, place, offer)
+    if why:
+        if not args.wake:
+            return []
+        raise Trouble(f"{why}: no hook was added for the {offer.name}")
+    if new == text:
+        print(f"unchanged  {path}: the {offer.name}: {action}")
+        return []
+    if not (args.wake or is_there):
+        answered = answer(f"{offer.what} Add this hook to {path}? [y/N] ").lower()
+        return [offer] if answered in ("y", "yes") else []
+    print("".join(queue_settings.difference(text, new, path)), end="")
+    return [offer]
+
+
+def take_out_wake(place: Installation, args: argparse.Namespace) -> None:
+    """Take the hook that wakes sessions out of settings.json where that was asked. Raises Trouble."""
+
+    def change(text: str | None) -> str | None:
+        offer = queue_settings.WAKE
+        return text and queue_settings.without_hooks(text, place, place.settings, offer)
+
+    if args.wake == "no":
+        queue_settings.edit(place, place.settings, change)
 
 
 def add_hooks(place: Installation, offers: list[queue_settings.Offer]) -> None:

@@ -21,6 +21,10 @@ that. A git worktree is a workspace of its own.
                 of it to you. Inside a handler's own run of Claude, and when a session is resumed, it
                 tells nothing. A session that nobody attends takes no report away from yours.
   --marker FILE  with --hook: link FILE to STATE/quiet until the next task ends
+  --wake        as the command of a Stop hook with "asyncRewake": wait for the tasks that this stop
+                enqueued, and wake the session if one has failed or found something broken: exit
+                code 42, which the installed hook turns into 2. A session is woken three times at
+                most between two prompts of yours.
   --peek        do not remember the report
   -h, --help    this text
 

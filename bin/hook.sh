@@ -1,11 +1,12 @@
 #!/bin/sh
 # Keeps the firing of a Claude Code hook for the queue: hook QUEUE [TASK_TYPE] [OPTION ...]
 # The options are those of enqueue.py. Or tells Claude what became of a workspace's tasks: hook --report
+# Or waits for a session's tasks and wakes it: hook --wake
 #
 # A firing is one file in STATE/spool/QUEUE. Whoever looks at the queue next makes a task of it
 # (taskqueue/hook.py), so nothing here needs Python, a database or a program that PATH chose.
-# Exit status 2 would block Claude and never leaves this file. stdout can end up in Claude's context:
-# only a report does.
+# Exit status 2 would block Claude: only --wake ends so, for a client that takes it as a wake-up.
+# stdout can end up in Claude's context: only a report does.
 #
 # install.py copies this file to PREFIX/runtime/hook and fills in the six paths below. The plugin
 # runs it as it stands.
@@ -75,6 +76,20 @@ find_programs() {
     done
 }
 
+# The plugin's option says whether its hook wakes sessions. Only clients that were seen to support
+# asyncRewake may: another one would take exit status 2 as a block. settings.py names the same version.
+plugin_may_wake() {
+    [ "${CLAUDE_PLUGIN_OPTION_WAKE:-}" = true ] || return
+    version=${AI_AGENT#claude-code_}
+    version=${version%%_*}
+    case $version in
+    2-1-*[!0-9]*) return 1 ;;
+    2-1-*) [ "${version#2-1-}" -ge 332 ] ;;
+    2-[2-9]-* | 2-[1-9][0-9]-*) ;;
+    *) return 1 ;;
+    esac
+}
+
 # The session may name a directory for tasks; it never supplies handlers or a worker.
 choose_state() {
     asked=$TASK_QUEUE_STATE
@@ -98,13 +113,14 @@ choose_state() {
 # Runs a program with nothing of the session but what is named here. Claude waits for it.
 run_report() {
     env -i HOME="$home" PATH="$PATH" TASK_QUEUE_STATE="$state" \
-        ${TASK_DEPTH:+TASK_DEPTH="$TASK_DEPTH"} \
+        ${TASK_DEPTH:+TASK_DEPTH="$TASK_DEPTH"} ${CLAUDE_PID:+CLAUDE_PID="$CLAUDE_PID"} \
         ${CLAUDE_PROJECT_DIR:+CLAUDE_PROJECT_DIR="$CLAUDE_PROJECT_DIR"} \
         ${CLAUDE_CODE_SESSION_ATTENDED:+CLAUDE_CODE_SESSION_ATTENDED="$CLAUDE_CODE_SESSION_ATTENDED"} \
-        "$@" "$lib/report.py" --hook ${told:+--marker "$told"}
+        "$@" "$lib/report.py" "$mode" ${told:+--marker "$told"}
     code=$?
+    [ $code != 42 ] || exit 2
     # These come from an interpreter that did not get as far as the script: stdin is unread.
-    case $code in 2 | 126 | 127) ;; *) exit $code ;; esac
+    case $mode$code in --wake1 | *[!0-9]2 | *126 | *127) ;; *) exit $code ;; esac
 }
 
 # Copies stdin, for a second at most: it may never close.
@@ -145,6 +161,7 @@ start_worker() {
 
 environment=${lib%/runtime/lib}/environment
 if [ -z "$lib" ]; then
+    [ "${1:-}" != --wake ] || plugin_may_wake || exit 0
     find_home
     installed=${state%/*}/runtime/hook
     [ ! -r "$installed" ] || exec /bin/sh "$installed" "$@"
@@ -158,12 +175,28 @@ if [ "${1:-}" = --report ]; then
     case $told in */../* | */./*) told= ;; esac
     # dash, bash, busybox, mksh and zsh have -ef.
     # shellcheck disable=SC3013
-    [ ! "$told" -ef "$state/quiet" ] || exit 0
+    if [ "$told" -ef "$state/quiet" ] && [ ! -d "$state/waits" ]; then exit 0; fi
+    mode=--hook
     find_programs
     cd / || exit 1
     [ ! -x "$python" ] || run_report "$python" -E -s
     [ ! -x "$uv" ] || run_report "$uv" run -qq --offline --no-config --script
     echo "no report: no Python 3.11 was found" >&2
+    exit 1
+fi
+
+if [ "${1:-}" = --wake ]; then
+    # Claude's own work and a session that nobody attends are not woken.
+    [ "${CLAUDE_CODE_SESSION_ATTENDED:-}" != 0 ] || exit 0
+    [ -z "${TASK_DEPTH:-}" ] || exit 0
+    mode=--wake told=
+    find_programs
+    cd / || exit 1
+    # watchdog lets it sleep; without, it looks again and again.
+    [ ! -x "$packages" ] || run_report "$packages" -E -s
+    [ ! -x "$uv" ] || run_report "$uv" run -qq --offline --no-config --with 'watchdog>=4' --script
+    [ ! -x "$python" ] || run_report "$python" -E -s
+    echo "nothing waits for the tasks: no Python 3.11 was found" >&2
     exit 1
 fi
 

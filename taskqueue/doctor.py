@@ -26,7 +26,7 @@ from taskqueue.database import claims, database_file, is_in_use, open_to_read, q
 from taskqueue.installation import Installation, installed
 from taskqueue.remedies import command, lets_go_on
 from taskqueue.running import fault_of
-from taskqueue.settings import our_hooks
+from taskqueue.settings import claude_version, has_wake, our_hooks, why_no_wake
 from taskqueue.text import pause_in_words, plural, sh, span, visible
 
 DAY_SECONDS = 86_400.0
@@ -187,6 +187,23 @@ def check_hook(place: Place) -> Findings:
     if state and os.path.realpath(state) != os.path.realpath(place.state):
         look = f"TASK_QUEUE_STATE={sh(state)} {command('doctor')}"
         yield note(f"the hooks' tasks go to {state}; this looks at {place.state}", look)
+
+
+def check_wake(place: Place) -> Findings:
+    """Compare the version of Claude Code with those that take the wake-up's exit status as one."""
+    file = installation.settings_file()
+    try:
+        settings = json.loads(file.read_bytes())
+    except (OSError, ValueError):
+        return
+    if not has_wake(settings, place.installation and place.installation.prefix):
+        return
+    why = why_no_wake(claude_version())
+    if why:
+        yield problem(
+            f"{why}: another version may take exit status 2 of its hook as a block",
+            "just install --wake no takes the hook out",
+        )
 
 
 def check_sync(place: Place) -> Findings:
@@ -563,6 +580,7 @@ CHECKS: dict[str, Callable[[Place], Findings]] = {
     "installation": check_installation,
     "plugin": check_plugin,
     "hook": check_hook,
+    "wake": check_wake,
     "sync": check_sync,
     "environment": check_environment,
     "handlers": check_handlers,

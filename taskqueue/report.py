@@ -79,7 +79,7 @@ select task_type, status, task_id,
 from parsed"""
 
 # A task that ended, for its reader. A later one with the same `told` is not told again.
-Ended = namedtuple("Ended", "task_type status task_id text at place is_state told")
+Ended = namedtuple("Ended", "task_type status task_id text at place is_state told row")
 
 
 def main(args: list[str]) -> int:
@@ -90,6 +90,10 @@ def main(args: list[str]) -> int:
     if "--marker" in args[:-1]:
         at = args.index("--marker")
         marker, args = args[at + 1], args[:at] + args[at + 2 :]
+    if args == ["--wake"]:
+        from taskqueue import waiter
+
+        return 0 if os.environ.get("TASK_DEPTH") else waiter.main()
     unknown = [arg for arg in args if arg not in ("--hook", "--peek")]
     if unknown:
         return fail(EX_USAGE, f"{unknown[0]!r} is not known; see report.py --help")
@@ -152,6 +156,10 @@ def tell_claude(peek: bool, marker: str | None) -> int:
         return fail(EX_FAILED, "stdin is not the payload of a hook", hook=True)
     if event not in EVENTS or not isinstance(cwd, str):
         return fail(EX_FAILED, f"a hook of {' or '.join(EVENTS)} is required", hook=True)
+    if event == "UserPromptSubmit" and os.path.isdir(f"{q.STATE_DIR}/waits"):
+        from taskqueue import waiter
+
+        waiter.goes_on(q.STATE_DIR, payload)
     # A resumed session drops a report that equals an earlier one: its first prompt will tell.
     if payload.get("source") == "resume":
         return 0
@@ -241,10 +249,11 @@ def tell(
     deadline: float,
     *,
     marker: str | None = None,
+    wants: Callable[[list[Ended]], bool] = lambda news: True,
 ) -> bool:
     """Show the reader its news, mark them as told, and return whether there were any.
 
-    Of several readers at once, one tells: all happens under the write lock. After a kill between
+    News that it does not want now wait for the next report. Of several readers at once, one tells: all happens under the write lock. After a kill between
     showing and marking, the news are told twice rather than never.
     """
     patience = max(100, int((deadline - time.monotonic()) * 1000))
@@ -261,6 +270,8 @@ def tell(
             make_quiet(conn.state)
         after, last, rows = look(conn, reader)
         news, told = changes(conn, reader, rows)
+        if not wants(news):
+            return False
         if news:
             try:
                 show(news[-TASKS:], count_of_others(rows, news))
@@ -340,7 +351,7 @@ def read_ended(conn: q.Connection, row: int, reader: Reader, directory: bytes) -
         # Each dead letter needs a person, even where another failed alike.
         told = text if status == "completed" else f"{status} {task_id} {text}"
     place = workspaces.relative(directory, reader.directory)
-    return Ended(task_type, status, task_id, text, at, place, is_state, told)
+    return Ended(task_type, status, task_id, text, at, place, is_state, told, row)
 
 
 def report(news: list[Ended], more: int) -> str:

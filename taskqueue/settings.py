@@ -9,7 +9,9 @@ import json
 import os
 import re
 import shlex
+import shutil
 import stat
+import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
@@ -20,6 +22,11 @@ from pathlib import Path
 from taskqueue.installation import Installation, Trouble, digest, digest_there, only_one, write_file
 
 HOOK_TIMEOUT_SECONDS = 10
+# A session that nobody comes back to is given up after half a day.
+WAKE_TIMEOUT_SECONDS = 43_200
+# The first version of Claude Code that was seen to take exit status 2 of an asyncRewake hook as a
+# wake-up (bin/hook.sh names it, too). A client that ignores asyncRewake would be blocked by it.
+WAKES_SINCE, WAKES_UNTIL = (2, 1, 332), (3,)
 # Not "resume": Claude Code drops a context there that equals an earlier one.
 SESSION_STARTS = "startup|clear|compact"
 
@@ -38,8 +45,15 @@ class Offer:
 
     def is_like(self, words: list[str]) -> bool:
         """Return whether a hook of ours has the same purpose."""
-        reports = any(word == "--report" or word.endswith("/report.py") for word in words)
-        return reports == (self.arguments == "--report")
+        return purpose(words) == purpose(self.arguments.split())
+
+
+def purpose(words: list[str]) -> str:
+    """Return what a hook of ours is for: "wake", "report" or "task"."""
+    if "--wake" in words:
+        return "wake"
+    reports = any(word == "--report" or word.endswith("/report.py") for word in words)
+    return "report" if reports else "task"
 
 
 LINK_CHECK = Offer(
@@ -54,6 +68,48 @@ REPORT = Offer(
     ("UserPromptSubmit", "SessionStart"),
     "--report",
 )
+WAKE = Offer(
+    "wake-up",
+    "When a check finds a broken link or a task fails, an idle session is woken to mend it, which costs"
+    " money; three times at most between two prompts of yours.",
+    ("Stop", "SessionEnd"),
+    "--wake",
+)
+
+
+def claude_version() -> str:
+    """Return what `claude --version` prints, "" where that is unknown."""
+    home = Path.home()
+    places = (shutil.which("claude"), home / ".local/bin/claude", home / ".claude/local/claude")
+    for place in places:
+        if place and os.access(place, os.X_OK):
+            words = [str(place), "--version"]
+            try:
+                ran = subprocess.run(
+                    words, stdin=subprocess.DEVNULL, capture_output=True, timeout=20, check=False
+                )
+            except (OSError, subprocess.TimeoutExpired):
+                return ""
+            return ran.stdout.decode("utf-8", "replace").strip()
+    return ""
+
+
+def why_no_wake(version: str) -> str:
+    """Return why a client of this version gets no wake-up, "" if it was seen to support it."""
+    found = re.match(r"(\d+)\.(\d+)\.(\d+)\b", version)
+    since = ".".join(map(str, WAKES_SINCE))
+    if not found:
+        return f"the version of claude is unknown, and wake-ups need {since} or newer"
+    if not WAKES_SINCE <= tuple(map(int, found.groups())) < WAKES_UNTIL:
+        known = f"{since} or newer, below {WAKES_UNTIL[0]}"
+        return f"claude is {found[0]}, and wake-ups were seen to work with {known}"
+    return ""
+
+
+def has_wake(settings: object, prefix: Path | None) -> bool:
+    """Return whether the settings have a hook of ours that wakes sessions."""
+    return any(purpose(words) == "wake" for _, _, _, words in our_hooks(settings, prefix))
+
 
 # ------------------------------------------------------------------------------------ hooks of ours
 
@@ -125,9 +181,11 @@ def our_hooks(
 def hook_command(place: Installation, offer: Offer) -> str:
     """Return the command of a hook.
 
-    It exits 0 after everything was removed, and never 2, as sh alone would.
+    It exits 0 after everything was removed, and never 2, as sh alone would; the wake-up alone does.
     """
     hook = shlex.quote(str(place.hook))
+    if offer is WAKE:
+        return f"test ! -r {hook} || exec /bin/sh {hook} {offer.arguments}"
     return f"test ! -r {hook} || /bin/sh {hook} {offer.arguments} || exit 1"
 
 
@@ -136,6 +194,8 @@ def hook_group(place: Installation, offer: Offer, event: str) -> dict:
     command = hook_command(place, offer)
     matcher = {"matcher": SESSION_STARTS} if event == "SessionStart" else {}
     hook = {"type": "command", "command": command, "timeout": HOOK_TIMEOUT_SECONDS}
+    if offer is WAKE and event == "Stop":
+        hook |= {"asyncRewake": True, "timeout": WAKE_TIMEOUT_SECONDS}
     return {**matcher, "hooks": [hook]}
 
 
@@ -190,16 +250,18 @@ def with_hook_of(settings: dict, place: Installation, offer: Offer, event: str) 
     return "added"
 
 
-def without_hooks(text: str, place: Installation, path: Path) -> str | None:
+def without_hooks(
+    text: str, place: Installation, path: Path, offer: Offer | None = None
+) -> str | None:
     """Return the settings without our hooks and the groups made for them; changed hooks stay.
 
-    Return None if install made the file, and nothing else is in it.
+    With an offer, only its hooks go. Return None if install made the file, and nothing else is in it.
     """
     settings, ours = json.loads(text), recorded_commands(place, path)
     found = [
         (event, listed, hook)
-        for event, listed, hook, _ in hooks_in(settings)
-        if hook["command"] in ours
+        for event, listed, hook, words in hooks_in(settings)
+        if hook["command"] in ours and (offer is None or offer.is_like(words))
     ]
     for event, listed, hook in found:
         listed.remove(hook)
