@@ -519,7 +519,13 @@ def wanted_wake(place: Installation, args: argparse.Namespace) -> list[queue_set
     Raises Trouble for a client that was not seen to support it.
     """
     offer, path = queue_settings.WAKE, place.settings
-    text = queue_settings.read(path)
+    try:
+        text = queue_settings.read(path)
+    except Trouble:
+        # wanted_hooks() told it, unless it was not asked to read the file.
+        if args.wake == "yes":
+            raise
+        return []
     is_there = queue_settings.has_wake(json.loads(text or "{}"), place.prefix)
     may_ask = not args.yes and not args.dry_run and sys.stdin.isatty()
     if args.wake == "no" or not (args.wake or is_there or may_ask):

@@ -42,6 +42,10 @@ def main(argv: list[str] | None = None) -> int:
         print(__doc__)
         return 0
     try:
+        if args == ["--wake"]:
+            from taskqueue import waiter
+
+            return waiter.main()
         from taskqueue import report
     except ImportError as error:
         print(f"report.py: {error}: run just install again", file=sys.stderr)

@@ -90,10 +90,6 @@ def main(args: list[str]) -> int:
     if "--marker" in args[:-1]:
         at = args.index("--marker")
         marker, args = args[at + 1], args[:at] + args[at + 2 :]
-    if args == ["--wake"]:
-        from taskqueue import waiter
-
-        return 0 if os.environ.get("TASK_DEPTH") else waiter.main()
     unknown = [arg for arg in args if arg not in ("--hook", "--peek")]
     if unknown:
         return fail(EX_USAGE, f"{unknown[0]!r} is not known; see report.py --help")
@@ -157,9 +153,9 @@ def tell_claude(peek: bool, marker: str | None) -> int:
     if event not in EVENTS or not isinstance(cwd, str):
         return fail(EX_FAILED, f"a hook of {' or '.join(EVENTS)} is required", hook=True)
     if event == "UserPromptSubmit" and os.path.isdir(f"{q.STATE_DIR}/waits"):
-        from taskqueue import waiter
+        from taskqueue import waits
 
-        waiter.goes_on(q.STATE_DIR, payload)
+        waits.goes_on(q.STATE_DIR, payload)
     # A resumed session drops a report that equals an earlier one: its first prompt will tell.
     if payload.get("source") == "resume":
         return 0

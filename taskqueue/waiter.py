@@ -1,15 +1,12 @@
 """Wake an idle session when a task of its last answer needs Claude; the body of `report.py --wake`.
 
-A Stop hook with asyncRewake starts a waiter beside the session. STATE/waits has a file for each
-session: how often it was woken since the last prompt of its person, then the name of its waiter. A
-waiter that finds another text there, or no file, leaves: a later one has come, or the session goes
-on.
+A Stop hook with asyncRewake starts a waiter beside the session. It sleeps on the queue's events until
+the tasks of this stop have ended, the session goes on or ends, or a later waiter replaces it.
 """
 
 from __future__ import annotations
 
 import os
-import re
 import select
 import time
 from collections.abc import Iterator
@@ -17,7 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import queue_helpers as q
-from taskqueue import hook, report, spool, workspaces
+from taskqueue import report, spool, waits, workspaces
 from taskqueue.database import queues_of
 from taskqueue.wake import Watch
 
@@ -27,8 +24,6 @@ EX_WOKEN = 42
 MOST = 3
 # Both Stop hooks start at once. A task that is not seen so long after the stop was not enqueued.
 UNSEEN_SECONDS = 10.0
-# The prompts that Claude Code writes itself begin so, those that wake a session among them.
-NOT_A_PERSON = "<task-notification>"
 LAST_LINE = (
     "You were woken since this needs work: mend what your answers broke. If it is not yours to mend,"
     " say so in one line."
@@ -51,6 +46,8 @@ def is_firing(data: str, names: tuple[str, ...]) -> str:
 
 def main() -> int:
     """Wait for the tasks of a Stop, or note that a session goes on or ends; return the exit code."""
+    if os.environ.get("TASK_DEPTH"):
+        return 0
     try:
         payload = report.read_payload(time.monotonic() + report.HOOK_SECONDS)
         event, session, cwd = (
@@ -58,10 +55,10 @@ def main() -> int:
         )
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return fail("stdin is not the payload of a hook")
-    file = file_of(q.STATE_DIR, session)
+    file = waits.file_of(q.STATE_DIR, session)
     try:
         if event != "Stop":
-            goes_on(q.STATE_DIR, payload)
+            waits.goes_on(q.STATE_DIR, payload)
             return 0
         # Another Stop hook, or the wake-up itself, made Claude go on: no answer is checked for ever.
         if payload.get("stop_hook_active"):
@@ -79,56 +76,6 @@ def fail(message: object) -> int:
 
 def project() -> str:
     return os.environ.get("CLAUDE_PROJECT_DIR", "")
-
-
-# ---------------------------------------------------------------------------- the file of a session
-
-
-def file_of(state: Path, session: str) -> Path:
-    """Return the file of a session, whose id may be any text."""
-    is_name = re.fullmatch(r"[A-Za-z0-9_-]{1,100}", session)
-    return state / "waits" / (session if is_name else hook.digest(session))
-
-
-def goes_on(state: Path, payload: dict) -> None:
-    """Have a session's waiter leave. A person's prompt and the session's end reset the count."""
-    file, prompt = file_of(state, str(payload.get("session_id"))), payload.get("prompt")
-    with suppress(OSError):
-        if isinstance(prompt, str) and prompt.startswith(NOT_A_PERSON):
-            write(file, count_in(file.read_text()))
-        else:
-            remove(file)
-        q.wake(state)
-
-
-def count_in(text: str) -> int:
-    count = text.partition(" ")[0]
-    return int(count) if count.isdecimal() else 0
-
-
-def write(file: Path, count: int, waiter: str = "") -> str:
-    """Write a session's file, and return its text. Raises OSError."""
-    q.make_private(file.parent)
-    text = f"{count} {waiter}"
-    new = file.with_name(f".{file.name}.{os.getpid()}")
-    new.write_text(text)
-    new.replace(file)
-    return text
-
-
-def remove(file: Path) -> None:
-    """Remove a session's file. Without a directory, the report's hook starts Python less often."""
-    file.unlink()
-    with suppress(OSError):
-        file.parent.rmdir()
-
-
-def text_of(file: Path) -> str:
-    """Return the text of a session's file, "" where it has none."""
-    try:
-        return file.read_text()
-    except OSError:
-        return ""
 
 
 # ------------------------------------------------------------------------------------ the waiting
@@ -185,13 +132,13 @@ class Waiter:
 
     def run(self) -> int:
         """Return EX_WOKEN once the session is to wake up, 0 once it is to sleep on."""
-        self.count = count_in(text_of(self.file))
+        self.count = waits.count_in(waits.text_of(self.file))
         if self.count >= MOST:
             return 0
         q.connect()
         alarm = Alarm([os.getppid(), *claude_process()])
         try:
-            self.text = write(self.file, self.count, f"{os.getpid()}-{time.time_ns()}")
+            self.text = waits.write(self.file, self.count, f"{os.getpid()}-{time.time_ns()}")
             Watch.of(q.STATE_DIR).listeners.add(alarm)
             while self.is_mine():
                 with suppress(q.QueueBusy):
@@ -207,14 +154,14 @@ class Waiter:
             self.leave()
 
     def is_mine(self) -> bool:
-        return text_of(self.file) == self.text
+        return waits.text_of(self.file) == self.text
 
     def leave(self) -> None:
         with suppress(OSError):
             if self.is_mine() and self.count:
-                write(self.file, self.count)
+                waits.write(self.file, self.count)
             elif self.is_mine():
-                remove(self.file)
+                waits.remove(self.file)
 
     def look(self) -> int | None:
         """Return the exit code if all tasks of the stop have ended, or it enqueued none."""
@@ -271,7 +218,7 @@ class Waiter:
 
         def show(news: list[report.Ended], more: int) -> None:
             self.count += 1
-            self.text = write(self.file, self.count, "woke")
+            self.text = waits.write(self.file, self.count, "woke")
             text = f"{report.report(news, more)}\n{LAST_LINE}\n"
             os.write(2, text.encode("utf-8", "backslashreplace"))
 

@@ -116,7 +116,9 @@ class Session:
 @pytest.fixture
 def session(installation, home, tmp_path):
     install(home, "--no-command")
-    installation.handler("link_validation", "#!/bin/sh\n[ ! -e before ] || . ./before\ncat result\n")
+    installation.handler(
+        "link_validation", "#!/bin/sh\n[ ! -e before ] || . ./before\ncat result\n"
+    )
     made = Session(installation, home, tmp_path / "workspace")
     made.finds(result("pier.md"))
     yield made

@@ -1,0 +1,156 @@
+"""With the real Claude Code in a terminal, installed as a person installs it: an idle session hears of
+its broken link, mends it, and is not woken again; one that the person goes on typing in hears once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import signal
+import sys
+import threading
+import time
+
+import pytest
+from claude_stub.client import ClaudeCode, words_of
+from conftest import end, wait_for
+from plugin import Home, give_uv, is_alive
+
+FOUND = "1 broken link: README.md:1 → pier.md"
+WOKEN = "You were woken"
+
+
+class Terminal(Home):
+    """Claude Code in a terminal, in a fresh home with all three hooks."""
+
+    def __init__(self, directory) -> None:
+        self.claude = ClaudeCode(directory)
+        super().__init__(self.claude.home)
+        self.workspace = self.claude.workspace
+        give_uv(self.home)
+        path = {"PATH": self.claude.env["PATH"]}
+        self.install("--hook", "yes", "--report", "yes", "--wake", "yes", env=path)
+        # The Python of the tests has what that of an installed worker has.
+        hook = self.prefix / "runtime/hook"
+        hook.write_text(
+            hook.read_text().replace("\npackages=''\n", f"\npackages={sys.executable}\n")
+        )
+        told = {
+            "hasCompletedOnboarding": True,
+            "customApiKeyResponses": {"approved": ["stub"], "rejected": []},
+            "projects": {str(self.workspace): {"hasTrustDialogAccepted": True}},
+        }
+        (self.home / ".claude.json").write_text(json.dumps(told))
+        self.shown = b""
+        self.pid, self.terminal = pty.fork()
+        if self.pid == 0:
+            os.chdir(self.workspace)
+            env = {**self.claude.env, "TERM": "xterm-256color", "LANG": "C.UTF-8"}
+            program = [
+                *self.claude.within,
+                str(self.home / "bin/claude"),
+                "--permission-mode=acceptEdits",
+            ]
+            os.execvpe(program[0], program, env)
+        threading.Thread(target=self.read, daemon=True).start()
+        wait_for(lambda: "❯".encode() in self.shown, 60, "the prompt")
+
+    def read(self) -> None:
+        while True:
+            try:
+                self.shown += os.read(self.terminal, 65536)
+            except OSError:
+                # It has ended.
+                return
+
+    def type(self, text: str) -> None:
+        """Type a prompt; the terminal has to show it before Enter counts."""
+        before = len(self.shown)
+        os.write(self.terminal, text.encode())
+        wait_for(lambda: text.split()[-1].encode() in self.shown[before:], 30, "the text")
+        os.write(self.terminal, b"\r")
+
+    def asked(self, count: int, seconds: float = 60) -> str:
+        """All that Claude was told by the request with this number, once it was sent."""
+        requests = wait_for(lambda: self.requests()[count - 1 :] and self.requests(), seconds, "it")
+        return words_of(requests[count - 1])
+
+    def requests(self) -> list[dict]:
+        """The requests of the session, without Claude Code's side questions."""
+        return [request for request in self.claude.requests() if request["body"].get("tools")]
+
+    def waiting(self) -> int:
+        """The process number of the waiter, 0 where there is none."""
+        for file in self.state.glob("waits/*"):
+            name = file.read_text().partition(" ")[2].partition("-")[0]
+            if name.isdecimal() and is_alive(int(name)):
+                return int(name)
+        return 0
+
+    def close(self) -> None:
+        super().close()
+        for ended in (self.waiting(), self.pid):
+            if ended:
+                os.kill(ended, signal.SIGKILL)
+        os.waitpid(self.pid, 0)
+        os.close(self.terminal)
+        end(self.claude.api)
+
+
+@pytest.fixture
+def session(tmp_path):
+    made = Terminal(tmp_path / "claude")
+    yield made
+    print(made.worker_log())
+    made.close()
+
+
+def test_an_idle_session_hears_of_its_broken_link_and_mends_it(session):
+    readme = session.workspace / "README.md"
+    readme.write_text("[the pier](pier.md)\n")
+    session.type("Write about the harbour.")
+    ((status, result),) = session.ended()
+    ended_at = time.time()
+    assert status == "completed" and json.loads(result)["summary"] == FOUND
+    # The answer to the wake-up mends the link.
+    pier = {"file_path": str(session.workspace / "pier.md"), "content": "The pier.\n"}
+    write = {"name": "Write", "input": pier}
+    session.claude.answer("tool", commands=[write], text="Mended.")
+    told = session.asked(2)
+    assert WOKEN in told and told.count(FOUND) == 1
+    assert session.requests()[1]["time"] - ended_at < 5
+    # Its check finds nothing, and nobody wakes the session again.
+    (_, (_, second)) = session.ended(2)
+    assert json.loads(second)["failed"] == 0
+    session.claude.answer("fine")
+    asked = len(session.requests())
+    wait_for(lambda: not session.waiting(), what="the end of the waiter")
+    session.type("And about the lighthouse.")
+    assert session.asked(asked + 1).count(WOKEN) == 1, "the conversation's own"
+
+
+def test_a_session_that_its_person_goes_on_typing_in_hears_once(session):
+    (session.workspace / "README.md").write_text("[the pier](pier.md)\n")
+    # The check waits until the person has typed.
+    check = session.prefix / "handlers/link_validation"
+    check.rename(check.with_name("real"))
+    check.write_text(
+        '#!/bin/sh\nuntil [ -e "$HOME/go" ]; do sleep 0.01; done\nexec "${0%/*}/real"\n'
+    )
+    check.chmod(0o755)
+    session.type("Write about the harbour.")
+    wait_for(session.waiting, 60, "the waiter")
+    session.claude.answer("hang")
+    session.type("And about the pier.")
+    session.asked(2)
+    wait_for(lambda: not session.waiting(), what="the waiter gives way to the prompt")
+    (session.home / "go").touch()
+    session.ended()
+    # The second answer has its check, too, and that wakes the idle session.
+    session.claude.answer("fine")
+    assert WOKEN in session.asked(3)
+    wait_for(lambda: not session.waiting(), what="the end of the second waiter")
+    session.type("And about the lighthouse.")
+    session.asked(4)
+    assert json.dumps(session.requests()[3]["body"], ensure_ascii=False).count(FOUND) == 1
