@@ -4,7 +4,9 @@ its title says.
 
 from __future__ import annotations
 
+import json
 import re
+import subprocess
 from collections.abc import Callable
 
 import pytest
@@ -68,6 +70,7 @@ def test_a_recipe_does_what_its_title_says(home, title):
         '#!/bin/sh\nfor last; do :; done\n{ echo "to $last"; cat; echo; } >>"$HOME/sent"\n',
     )
     program(home, "notify-send", "#!/bin/sh\nexit 1\n")
+    program(home, "claude", "#!/bin/sh\necho '2.1.332 (Claude Code)'\n")
     printed = home.paste(RECIPES[title][0])
     EFFECTS[title](home, printed)
 
@@ -85,6 +88,36 @@ def tells_the_phone(home, printed):
     assert sent.read_text().endswith(
         "bad it failed: refused by its handler (exit 65): no such file\n"
     )
+
+
+@recipe("Wake Claude when a link it wrote is broken")
+def wakes_claude(home, printed):
+    settings = json.loads((home.directory / ".claude/settings.json").read_text())
+    hooks = [hook for group in settings["hooks"]["Stop"] for hook in group["hooks"]]
+    [wake] = [hook for hook in hooks if hook.get("asyncRewake")]
+    assert "the wake-up" in printed and re.search(r"ok +wake", printed)
+    readme = home.directory / "notes/README.md"
+    readme.parent.mkdir()
+    readme.write_text("[the pier](pier.md)\n")
+    payload = {"session_id": "s", "prompt_id": "p", "cwd": str(readme.parent)}
+    payload = json.dumps({**payload, "hook_event_name": "Stop", "stop_hook_active": False})
+    broken = """echo '{"summary": "1 broken link", "failed": 1, "broken": [{}], "skipped": []}'"""
+    handler(home, "link_validation", f"#!/bin/sh\n{broken}\n")
+    place = home.prefix / "runtime/hook"
+    waits = subprocess.Popen(
+        ["/bin/sh", "-c", wake["command"]],
+        stdin=subprocess.PIPE, stderr=subprocess.PIPE, env=home.env, text=True,
+    )  # fmt: skip
+    waits.stdin.write(payload)
+    waits.stdin.close()
+    waits.stdin = None
+    check = "notifications link_validation --on-duplicate rerun --once-per workspace"
+    subprocess.run(
+        ["/bin/sh", place, *check.split()], input=payload, env=home.env, text=True, check=True
+    )
+    drain(home, "notifications")
+    said = waits.communicate(timeout=60)[1]
+    assert waits.returncode == 2 and "1 broken link" in said
 
 
 @recipe("Never more than 20 dollars a day")
