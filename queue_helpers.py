@@ -17,7 +17,7 @@ the owner and the attempt it expects, so a late or foreign ack changes nothing.
 
 This file is all that enqueuing, claiming and acknowledging need, with the standard library alone. It
 reads from top to bottom: constants, the schema, the statements, tasks and errors, the turn,
-connections and transactions, the verbs in a task's order, the spool, which owners run. The modules beside
+connections and transactions, the verbs in a task's order, which owners run. The modules beside
 it are loaded when one of their names is first asked for.
 """
 
@@ -339,11 +339,6 @@ DUE = """select id from "{queue}" where status = 3 and due_at <= :now
 IS_OVERDUE = f"""(exists ({DUE}) or exists (select 1 from "{{queue}}" where expires_at <= :now and status not in (2, 5)))"""
 LOOK = f"""
 select exists (select 1 from "{{queue}}" where status < 2), {IS_OVERDUE}, {OPEN_SLOTS.replace(":limit", "1")} > 0"""
-NEXT_TIMES = f"""
-select (select min(due_at) from "{{queue}}" where status = 3),
-  (select min(expires_at) from "{{queue}}" where expires_at is not null and status not in (2, 5)),
-  exists (select 1 from "{{queue}}" where status < 2), {OPEN_SLOTS.replace(":limit", "1")} > 0,
-  {IS_PAUSED}, (select paused_until from task_controls where queue = '{{queue}}'), {HAS_BOUND}"""
 COUNT_CLAIMED = """
 select count(*) from "{queue}" where status = 2"""
 
@@ -549,44 +544,6 @@ def _whole_seconds(seconds: int) -> str:
     return time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(seconds))
 
 
-def parse_duration(text: str) -> float:
-    """Seconds: "30", "90m", "5min", "1.5h", "2d", "1h30m". ValueError for anything else."""
-    part = r"([0-9]+(?:\.[0-9]+)?)\s*(sec|s|min|m|h|d|w|)"
-    units = {"": 1, "s": 1, "sec": 1, "m": 60, "min": 60, "h": 3600, "d": 86_400, "w": 604_800}
-    if not re.fullmatch(rf"\s*(?:{part}\s*)+", text):
-        raise ValueError(f"{text!r} is not a duration like 30, 90m, 5min, 1.5h or 2d")
-    seconds = sum(float(number) * units[unit] for number, unit in re.findall(part, text))
-    if seconds >= 1e9:
-        raise ValueError(f"{text!r} is longer than 30 years")
-    return seconds
-
-
-def parse_time(text: str, now: float | None = None) -> float:
-    """Unix seconds of 2026-12-01T09:00, of 23:30, which is the next one, or of tomorrow 9:00.
-
-    Local time unless the text names a zone. Raises ValueError for anything else.
-    """
-    from datetime import datetime, timedelta
-
-    now = time.time() if now is None else now
-    clock = re.fullmatch(r"(today|tomorrow|)[ T]*(\d?\d):(\d\d)(?::(\d\d))?", text.strip().lower())
-    try:
-        if clock:
-            today = datetime.fromtimestamp(now).replace(microsecond=0)
-            hour, minute, second = (int(part or 0) for part in clock.groups()[1:])
-            at = today.replace(hour=hour, minute=minute, second=second, fold=0)
-            if clock[1] == "tomorrow" or not clock[1] and at.timestamp() <= now:
-                at += timedelta(days=1)
-        else:
-            at = datetime.fromisoformat(text.strip())
-        seconds = at.timestamp()
-    except (ValueError, OverflowError, OSError):
-        seconds = -1
-    if not 0 <= seconds <= LAST_SECOND:
-        raise ValueError(f"{text!r} is not a time like 23:30, tomorrow 9:00 or 2026-12-01T09:00")
-    return seconds
-
-
 # One rule for JSON: what is stored is JSON that any reader reads.
 _encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False).encode
 _quote = json.encoder.encode_basestring
@@ -624,30 +581,6 @@ def _int(text: str) -> int:
 
 
 _decode = json.JSONDecoder(parse_float=_float, parse_int=_int, parse_constant=_refuse_number).decode
-
-
-def as_payload(raw: bytes) -> dict:
-    """Return bytes from outside as a task's data: a JSON object as it is, anything else as text."""
-    text = raw.decode("utf-8-sig", "replace")
-    try:
-        value = parse_json(text)
-        if isinstance(value, dict) and _nesting(value) <= 200:
-            return value
-        why = "nested more than 200 deep" if isinstance(value, dict) else "not a JSON object"
-    except (ValueError, RecursionError) as error:
-        why = f"not JSON: {error}" if text.strip() else "empty"
-    return {"unreadable_payload": text, "unreadable_because": why}
-
-
-def _nesting(value: dict) -> int:
-    """How deep lists and objects lie in each other."""
-    depth: int = 0
-    level: list[dict | list] = [value]
-    while level:
-        depth += 1
-        inner = [each.values() if isinstance(each, dict) else each for each in level]
-        level = [child for each in inner for child in each if isinstance(child, (dict, list))]
-    return depth
 
 
 # --------------------------------------------------------------------------------- the turn
@@ -1382,25 +1315,6 @@ def has_ready(conn: Connection, queue: str) -> bool:
     return look(conn, queue)[0]
 
 
-def next_due(conn: Connection, queue: str) -> float | None:
-    """When there will be something to do at the latest, Unix seconds; None when nothing has a time.
-
-    That is the time of a scheduled task, of an expiry, or when a pause ends or the queue's costs allow more.
-    """
-    now = time.time()
-    row = execute(conn, NEXT_TIMES, queue, now=now).fetchone()
-    due, expires, ready, is_open, paused, until, has_bound = row
-    times = [when for when in (due, expires) if when is not None]
-    if paused:
-        times = [until] if until is not None and (ready or due is not None) else []
-        # The first of what waits may become ready later than the pause ends.
-        times = [max(*times, due)] if times and not ready else times
-    elif not is_open:
-        # All slots are taken: the end of a run is a commit, which wakes everybody.
-        return _module("taskqueue.costs").goes_on(conn, queue) if has_bound else None
-    return min(times, default=None)
-
-
 def claim(
     conn: Connection,
     queue: str,
@@ -1594,42 +1508,6 @@ def backoff_delay(task: Task) -> float:
     return min(BACKOFF_CAP_SECONDS, doubled) * random.uniform(0.5, 1.0)
 
 
-# ------------------------------------------------------------------------------------ the spool
-
-
-def spool(
-    queue: str, content: str | bytes, state: Path | None = None, suffix: str = ".json"
-) -> Path:
-    """Write a task that could not reach the database to state/spool/QUEUE.
-
-    It is on disk when this returns. `content` is what would be a row's data, or with ".hook" what
-    bin/hook.sh writes. Raises OSError, InvalidTask. A shell can do the same: write a file elsewhere
-    on the disk, and mv it there.
-    """
-    state = state or STATE_DIR
-    make_private(state, parents=True)
-    directory = make_private(make_private(state / "spool") / check_queue_name(queue))
-    name = f"{time.time_ns()}-{os.urandom(4).hex()}{suffix}"
-    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
-    fd = os.open(directory / f".{name}", flags, 0o600)
-    try:
-        with open(fd, "wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
-            file.flush()
-            os.fsync(fd)
-        os.rename(directory / f".{name}", directory / name)
-    except BaseException:
-        os.unlink(directory / f".{name}")
-        raise
-    fd = os.open(directory, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-    wake(state)
-    return directory / name
-
-
 # ---------------------------------------------------------------------------- which owners run
 
 
@@ -1755,9 +1633,9 @@ os.register_at_fork(before=_before_fork, after_in_child=_after_fork)
 
 _LATER = {
     "taskqueue.outcome": "pause resume limit controls",
-    "taskqueue.spool": "spool_directories spooled_files take_in_spool",
+    "taskqueue.spool": "spool spool_directories spooled_files take_in_spool",
     "taskqueue.recovery": "recover redrive not_held OWNERS CANCEL_REQUESTED",
-    "taskqueue.wake": "Watch WakeEvent QueueWatcher sleep_seconds",
+    "taskqueue.wake": "Watch WakeEvent QueueWatcher sleep_seconds next_due NEXT_TIMES",
     "taskqueue.persist": "get_queue get_ack_queue dequeue_task SQLiteQueue SQLiteAckQueue Empty COUNT_READY",
     "taskqueue.aio": "consume Delivery",
 }

@@ -6,6 +6,7 @@ import getopt
 import time
 
 import queue_helpers as q
+from taskqueue.times import parse_duration, parse_time
 
 # Two hooks tell of the same firing within this time.
 HOOK_WINDOW_SECONDS = 10.0
@@ -28,14 +29,14 @@ def parse_object(raw: bytes) -> tuple[dict, str]:
 FLAGS = ("hook", "jsonl", "hold", "new", "start-worker", "nested", "version", "help")
 OPTIONS = {
     "task-id": str,
-    "delay": q.parse_duration,
-    "at": q.parse_time,
-    "ttl": q.parse_duration,
+    "delay": parse_duration,
+    "at": parse_time,
+    "ttl": parse_duration,
     "priority": int,
     "group": str,
     "on-duplicate": str,
-    "window": q.parse_duration,
-    "wait": q.parse_duration,
+    "window": parse_duration,
+    "wait": parse_duration,
     "data": lambda text: parse_object(text.encode("utf-8", "surrogateescape"))[0],
     "once-per": str,
     "group-by": str,
@@ -50,8 +51,8 @@ LINE_KEYS = {
     *("task_type", "data", "task_id", "delay", "at", "hold", "ttl", "priority", "group"),
     *("on_duplicate", "window"),
 }
-LINE_TIMES = {"delay": q.parse_duration, "ttl": q.parse_duration, "window": q.parse_duration}
-LINE_TIMES["at"] = q.parse_time
+LINE_TIMES = {"delay": parse_duration, "ttl": parse_duration, "window": parse_duration}
+LINE_TIMES["at"] = parse_time
 
 
 class Arguments:

@@ -21,6 +21,7 @@ import queue_helpers as q
 from taskqueue.installation import Trouble, WrongUse
 from taskqueue.remedies import as_typed, remedies_as_typed
 from taskqueue.text import visible, visible_lines
+from taskqueue.times import parse_duration
 
 VERSION = q.VERSION
 
@@ -97,7 +98,7 @@ def utf8(argument: str) -> str:
 def duration(text: str) -> float:
     """Return the seconds of a duration like 30, 90m, 5min, 1.5h or 2d."""
     try:
-        return q.parse_duration(text)
+        return parse_duration(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
 

@@ -15,6 +15,7 @@ from collections import namedtuple
 
 import queue_helpers as q
 from taskqueue.arguments import Arguments
+from taskqueue.payload import as_payload
 
 FORMAT = "hook-2"
 # One firing: the hook's arguments without --hook, and the directory, environment and time of then.
@@ -124,7 +125,7 @@ def payload(firing: Firing) -> dict:
     main checkout, while cwd follows worktrees. session_attended says whether a person attends the
     session.
     """
-    data = q.as_payload(firing.payload)
+    data = as_payload(firing.payload)
     cwd = data.get("cwd")
     if not isinstance(data.get("workspace_path"), str):
         workspace = cwd if isinstance(cwd, str) and cwd else firing.directory

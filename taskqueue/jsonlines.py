@@ -19,6 +19,7 @@ from taskqueue import cli, database
 from taskqueue.backup import LAST_ID, check_target, use_ids, whole_file
 from taskqueue.cli import EACH_QUEUE, EX_DATAERR, Refused, flag, option, takes
 from taskqueue.database import FINISHED
+from taskqueue.payload import as_payload
 from taskqueue.text import plural, short, visible
 
 # An import reads and checks so many lines before it stores them.
@@ -155,7 +156,7 @@ def as_json_text(data: str) -> str:
         is_object = isinstance(q.parse_json(data), dict)
     except (ValueError, RecursionError):
         is_object = False
-    return re.sub("[\r\n]", " ", data) if is_object else q.to_json(q.as_payload(data.encode()))
+    return re.sub("[\r\n]", " ", data) if is_object else q.to_json(as_payload(data.encode()))
 
 
 def escaped(line: str) -> str:

@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 
 import queue_helpers as q
 from taskqueue import costs
+from taskqueue.payload import as_payload
 
 # The exit codes of handlers that mean more than failure (sysexits.h): never again; not now.
 EX_DATAERR, EX_TEMPFAIL = 65, 75
@@ -249,7 +250,7 @@ def _take_chain(stdout: str) -> tuple[str, list]:
     if not re.match(r'\{\s*"enqueue"\s*:', last.lstrip()):
         return stdout, []
     # From here on it means to enqueue, and what is wrong with it is said.
-    said = q.as_payload(last.encode("utf-8", "surrogatepass"))
+    said = as_payload(last.encode("utf-8", "surrogatepass"))
     if "enqueue" not in said:
         raise q.InvalidTask(f"its last line is {said['unreadable_because']}")
     entries = said["enqueue"]
@@ -311,7 +312,7 @@ def _descent(task: q.Task) -> dict:
 
 def _as_object(text: str) -> dict | None:
     """A JSON object that can be stored; None for anything else."""
-    data = q.as_payload(text.encode("utf-8", "surrogatepass"))
+    data = as_payload(text.encode("utf-8", "surrogatepass"))
     return None if "unreadable_because" in data else data
 
 

@@ -1,4 +1,4 @@
-"""Take in the spool: hooks' firings, and tasks that could not reach the database.
+"""Write to the spool, and take it in: hooks' firings, and tasks that could not reach the database.
 
 Each is a file in state/spool/QUEUE, and none stops another. A file that can be no task moves to
 spool/QUEUE/malformed, one that cannot be read stays where it is, and each makes one complaint.
@@ -37,6 +37,39 @@ File = namedtuple("File", "mtime_ns name inode")
 Found = namedtuple("Found", "path file identity row")
 # The errors of reading a file that can be no task. NoTask and InvalidTask are ValueErrors, too.
 NO_TASK = (ValueError, OverflowError, RecursionError)
+
+
+def spool(
+    queue: str, content: str | bytes, state: Path | None = None, suffix: str = ".json"
+) -> Path:
+    """Write a task that could not reach the database to state/spool/QUEUE.
+
+    It is on disk when this returns. `content` is what would be a row's data, or with ".hook" what
+    bin/hook.sh writes. Raises OSError, InvalidTask. A shell can do the same: write a file elsewhere
+    on the disk, and mv it there.
+    """
+    state = state or q.STATE_DIR
+    q.make_private(state, parents=True)
+    directory = q.make_private(q.make_private(state / "spool") / q.check_queue_name(queue))
+    name = f"{time.time_ns()}-{os.urandom(4).hex()}{suffix}"
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+    fd = os.open(directory / f".{name}", flags, 0o600)
+    try:
+        with open(fd, "wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(fd)
+        os.rename(directory / f".{name}", directory / name)
+    except BaseException:
+        os.unlink(directory / f".{name}")
+        raise
+    fd = os.open(directory, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+    q.wake(state)
+    return directory / name
 
 
 def spool_directories(state: Path) -> list[Path]:

@@ -22,6 +22,13 @@ except ImportError:
     _Handler = object
 
 import queue_helpers as q
+from taskqueue import costs
+
+NEXT_TIMES = f"""
+select (select min(due_at) from "{{queue}}" where status = 3),
+  (select min(expires_at) from "{{queue}}" where expires_at is not null and status not in (2, 5)),
+  exists (select 1 from "{{queue}}" where status < 2), {q.OPEN_SLOTS.replace(":limit", "1")} > 0,
+  {q.IS_PAUSED}, (select paused_until from task_controls where queue = '{{queue}}'), {q.HAS_BOUND}"""
 
 # How often to look where the platform reports no file events.
 POLL_SECONDS = 0.05
@@ -283,6 +290,25 @@ class WakeEvent:
             return woken
 
 
+def next_due(conn: q.Connection, queue: str) -> float | None:
+    """When there will be something to do at the latest, Unix seconds; None when nothing has a time.
+
+    That is the time of a scheduled task, of an expiry, or when a pause ends or the queue's costs allow more.
+    """
+    now = time.time()
+    row = q.execute(conn, NEXT_TIMES, queue, now=now).fetchone()
+    due, expires, ready, is_open, paused, until, has_bound = row
+    times = [when for when in (due, expires) if when is not None]
+    if paused:
+        times = [until] if until is not None and (ready or due is not None) else []
+        # The first of what waits may become ready later than the pause ends.
+        times = [max(*times, due)] if times and not ready else times
+    elif not is_open:
+        # All slots are taken: the end of a run is a commit, which wakes everybody.
+        return costs.goes_on(conn, queue) if has_bound else None
+    return min(times, default=None)
+
+
 def sleep_seconds(conn: q.Connection, queues: Iterable[str], longest: float | None = None) -> float:
     """Return how many seconds a consumer may sleep unless an event wakes it.
 
@@ -292,7 +318,7 @@ def sleep_seconds(conn: q.Connection, queues: Iterable[str], longest: float | No
     now = time.time()
     due = [
         max(0.0, when - now)
-        for when in (q.next_due(conn, queue) for queue in queues)
+        for when in (next_due(conn, queue) for queue in queues)
         if when is not None
     ]
     return min([q.SAFETY_TICK_SECONDS if longest is None else longest, *due])

@@ -19,7 +19,7 @@ import enqueue
 import queue_helpers
 import tasks
 import worker
-from taskqueue import look, remedies, service, serving
+from taskqueue import look, remedies, service, serving, times
 
 NOBODY = "no worker serves approvals; start one: worker.py approvals"
 
@@ -313,9 +313,7 @@ def evening(monkeypatch):
     ],
 )
 def test_a_time_is_the_next_one(house, evening, text, when):
-    assert (
-        time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(queue_helpers.parse_time(text))) == when
-    )
+    assert time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(times.parse_time(text))) == when
 
 
 @pytest.mark.parametrize(

@@ -254,7 +254,6 @@ def test_queue_helpers_alone_enqueues_claims_and_acks(installation, tmp_path):
             task = take()
             with q.transaction(conn):
                 assert verb(conn, task, **told)
-        q.spool("reviews", "{}")
         q.resign()
         assert [name for name in sys.modules if name.startswith(("queue_", "taskqueue"))] == ["queue_helpers"]
         for ask in (lambda: q.get_ack_queue("reviews"), lambda: q.consume, lambda: q.recover()):
