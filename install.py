@@ -553,8 +553,14 @@ def take_out_wake(place: Installation, args: argparse.Namespace) -> None:
         offer = queue_settings.WAKE
         return text and queue_settings.without_hooks(text, place, place.settings, offer)
 
-    if args.wake == "no":
-        queue_settings.edit(place, place.settings, change)
+    if args.wake != "no":
+        return
+    queue_settings.edit(place, place.settings, change)
+    text = queue_settings.read(place.settings)
+    if queue_settings.has_wake(json.loads(text or "{}"), place.prefix):
+        raise Trouble(
+            f"{place.settings} has a hook with --wake that you changed: take it out by hand"
+        )
 
 
 def add_hooks(place: Installation, offers: list[queue_settings.Offer]) -> None:

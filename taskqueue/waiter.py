@@ -51,7 +51,7 @@ def main() -> int:
     try:
         payload = report.read_payload(time.monotonic() + report.HOOK_SECONDS)
         event, session, cwd = (
-            str(payload[name]) for name in ("hook_event_name", "session_id", "cwd")
+            plain(payload[name]) for name in ("hook_event_name", "session_id", "cwd")
         )
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return fail("stdin is not the payload of a hook")
@@ -72,6 +72,13 @@ def fail(message: object) -> int:
     """Say why nobody waits. Exit code 1 would have the hook try another Python."""
     report.fail(0, message, hook=True)
     return 0
+
+
+def plain(value: object) -> str:
+    """Return a field as the database has it. Raises TypeError."""
+    if not isinstance(value, str):
+        raise TypeError(value)
+    return value.encode(errors="replace").decode()
 
 
 def project() -> str:
@@ -124,8 +131,11 @@ class Waiter:
 
     def __init__(self, file: Path, payload: dict, reader: workspaces.Reader) -> None:
         self.file, self.reader = file, reader
-        self.fields = {name: payload.get(name) for name in ("session_id", "prompt_id", "cwd")}
-        self.fields |= {"hook_event_name": "Stop"}
+        names = ("hook_event_name", "session_id", "prompt_id", "cwd")
+        fields = {name: payload.get(name) for name in names}
+        self.fields = {name: plain(each) for name, each in fields.items() if isinstance(each, str)}
+        # An older client names no prompt.
+        self.fields.setdefault("prompt_id", None)
         self.began, self.tasks = time.monotonic(), set()
         self.since = time.time() - UNSEEN_SECONDS
         self.count, self.text = 0, ""
@@ -135,6 +145,7 @@ class Waiter:
         self.count = waits.count_in(waits.text_of(self.file))
         if self.count >= MOST:
             return 0
+        waits.prune(q.STATE_DIR)
         q.connect()
         alarm = Alarm([os.getppid(), *claude_process()])
         try:

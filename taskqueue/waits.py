@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import re
+import time
 from contextlib import suppress
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from taskqueue.hook import digest
 
 # The prompts that Claude Code writes itself begin so, those that wake a session among them.
 NOT_A_PERSON = "<task-notification>"
+KEPT_SECONDS = 7 * 86_400.0
 
 
 def file_of(state: Path, session: str) -> Path:
@@ -34,6 +36,14 @@ def goes_on(state: Path, payload: dict) -> None:
         else:
             remove(file)
         q.wake(state)
+
+
+def prune(state: Path) -> None:
+    """Remove the files of sessions that were killed."""
+    with suppress(OSError):
+        for entry in os.scandir(state / "waits"):
+            if entry.stat().st_mtime < time.time() - KEPT_SECONDS:
+                os.unlink(entry)
 
 
 def count_in(text: str) -> int:

@@ -42,7 +42,7 @@ def give_uv(home: Path) -> dict[str, str]:
 
 def hook_command(event: str, root: Path) -> list[str]:
     """The plugin's hook for an event, as Claude Code runs it from a directory."""
-    (group,) = json.loads((root / "hooks/hooks.json").read_text())["hooks"][event]
+    group = json.loads((root / "hooks/hooks.json").read_text())["hooks"][event][0]
     (hook,) = group["hooks"]
     return [
         hook["command"],

@@ -8,6 +8,7 @@ import json
 import os
 import pty
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -15,20 +16,24 @@ import time
 import pytest
 from claude_stub.client import ClaudeCode
 from conftest import end, wait_for
-from plugin import Home, give_uv, is_alive
+from plugin import NAME, Home, copy_of_the_plugin, give_uv, is_alive
 
 FOUND = "1 broken link: README.md:1 → pier.md"
 WOKEN = "You were woken"
 
 
 class Terminal(Home):
-    """Claude Code in a terminal, in a fresh home with all three hooks."""
+    """Claude Code in a terminal, in a fresh home."""
 
     def __init__(self, directory) -> None:
         self.claude = ClaudeCode(directory)
         super().__init__(self.claude.home)
+        self.shown, self.pid, self.terminal = b"", 0, -1
         self.workspace = self.claude.workspace
-        give_uv(self.home)
+        self.claude.env |= give_uv(self.home)
+
+    def install_hooks(self) -> None:
+        """Install all three hooks."""
         path = {"PATH": self.claude.env["PATH"]}
         self.install("--hook", "yes", "--report", "yes", "--wake", "yes", env=path)
         # The Python of the tests has what that of an installed worker has.
@@ -36,13 +41,30 @@ class Terminal(Home):
         hook.write_text(
             hook.read_text().replace("\npackages=''\n", f"\npackages={sys.executable}\n")
         )
+
+    def install_plugin(self, market, wake: bool) -> None:
+        """Install the plugin, which has the hooks, too."""
+        for words in (["marketplace", "add", copy_of_the_plugin(market)], ["install", NAME]):
+            subprocess.run(
+                [*self.claude.within, self.home / "bin/claude", "plugin", *words],
+                env=self.claude.env,
+                stdin=subprocess.DEVNULL,
+                check=True,
+            )
+        settings = self.home / ".claude/settings.json"
+        told = json.loads(settings.read_text())
+        told["pluginConfigs"] = {NAME: {"options": {"wake": wake}}}
+        settings.write_text(json.dumps(told))
+
+    def start(self) -> None:
         told = {
             "hasCompletedOnboarding": True,
             "customApiKeyResponses": {"approved": ["stub"], "rejected": []},
             "projects": {str(self.workspace): {"hasTrustDialogAccepted": True}},
         }
-        (self.home / ".claude.json").write_text(json.dumps(told))
-        self.shown = b""
+        file = self.home / ".claude.json"
+        before = json.loads(file.read_text()) if file.exists() else {}
+        file.write_text(json.dumps(before | told))
         self.pid, self.terminal = pty.fork()
         if self.pid == 0:
             os.chdir(self.workspace)
@@ -95,12 +117,12 @@ class Terminal(Home):
 
     def close(self) -> None:
         super().close()
-        for ended in (self.waiting(), self.pid):
-            if ended:
-                os.kill(ended, signal.SIGKILL)
+        waiting = self.waiting()
+        os.kill(self.pid, signal.SIGKILL)
         os.waitpid(self.pid, 0)
         os.close(self.terminal)
         end(self.claude.api)
+        wait_for(lambda: not is_alive(waiting), what="the waiter's end")
 
 
 @pytest.fixture
@@ -112,6 +134,8 @@ def session(tmp_path):
 
 
 def test_an_idle_session_hears_of_its_broken_link_and_mends_it(session):
+    session.install_hooks()
+    session.start()
     readme = session.workspace / "README.md"
     readme.write_text("[the pier](pier.md)\n")
     session.type("Write about the harbour.")
@@ -134,6 +158,8 @@ def test_an_idle_session_hears_of_its_broken_link_and_mends_it(session):
 
 
 def test_a_session_that_its_person_goes_on_typing_in_hears_once(session):
+    session.install_hooks()
+    session.start()
     (session.workspace / "README.md").write_text("[the pier](pier.md)\n")
     # The check waits until the person has typed.
     check = session.prefix / "handlers/link_validation"
@@ -156,3 +182,16 @@ def test_a_session_that_its_person_goes_on_typing_in_hears_once(session):
     wait_for(lambda: not session.waiting(), what="the end of the second waiter")
     session.type("And about the lighthouse.")
     assert session.told("lighthouse").count(FOUND) == 1
+
+
+@pytest.mark.parametrize("wake", [True, False], ids=["on", "off"])
+def test_the_plugin_wakes_where_its_option_says_so(session, tmp_path, wake):
+    session.install_plugin(tmp_path / "market", wake)
+    session.start()
+    (session.workspace / "README.md").write_text("[the pier](pier.md)\n")
+    session.type("Write about the harbour.")
+    session.ended()
+    if wake:
+        assert session.told(WOKEN).count(FOUND) == 1
+    session.type("And about the lighthouse.")
+    assert session.told("lighthouse").count(WOKEN) == wake
