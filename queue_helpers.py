@@ -47,7 +47,7 @@ VERSION = "0.2.0"
 
 
 def _find_state() -> tuple[Path, str | None]:
-    """The state directory, and why TASK_QUEUE_STATE is ignored, if it is."""
+    """Return the state directory, and why TASK_QUEUE_STATE is ignored (None: it is not)."""
     # A relative one would be another in every workspace: that of the account is meant.
     if not os.path.isabs(os.environ.get("HOME", "/")):
         del os.environ["HOME"]
@@ -390,7 +390,7 @@ TASK_COLUMNS = """id, task_id, task_type, data, timestamp, priority, attempts, m
 
 
 def check_queue_name(name: str) -> str:
-    """Return name, which may now be put into SQL: every {queue} in a statement went through here."""
+    """Return a queue's name that is safe within SQL. Raises InvalidTask."""
     if isinstance(name, str) and re.fullmatch(r"(?!task_|sqlite_)[a-z][a-z0-9_]{0,62}", name):
         return name
     reserved = isinstance(name, str) and name.startswith(("task_", "sqlite_"))
@@ -401,7 +401,7 @@ def check_queue_name(name: str) -> str:
 
 @lru_cache(4096)
 def on_queue(statement: str, queue: str) -> str:
-    """One of the statements above, for this queue's table. Raises InvalidTask."""
+    """Return one of the statements above for this queue's table. Raises InvalidTask."""
     return statement.format(queue=check_queue_name(queue), task=TASK_COLUMNS)
 
 
@@ -453,7 +453,7 @@ _MEANINGS = (
 
 
 def explain(error: sqlite3.Error, state: Path) -> QueueError:
-    """The QueueError for what SQLite said."""
+    """Return the QueueError that explains an error of SQLite."""
     name, text = getattr(error, "sqlite_errorname", "") or "", str(error)
     if "JSON" in text and not name.startswith(("SQLITE_BUSY", "SQLITE_LOCKED")):
         # "malformed JSON" comes from the generated columns.
@@ -489,12 +489,15 @@ class Task(_Task):
 
     @classmethod
     def from_row(cls, queue: str, row: tuple) -> Task:
-        """The task of a row with TASK_COLUMNS."""
+        """Return the task of a row of TASK_COLUMNS."""
         return cls(queue, row[0], row[1] or f"{queue}-{row[0]}", *row[2:])
 
     @property
     def envelope(self) -> dict:
-        """{"task_id", "task_type", "enqueued_at", "data", …}, whatever was stored. ValueError if it is not JSON."""
+        """{"task_id", "task_type", "enqueued_at", "data", …}, also for a bare payload.
+
+        Raises ValueError or RecursionError where Python cannot read the stored JSON.
+        """
         stored = parse_json(self.text)
         names = {"task_id": self.task_id, "task_type": self.task_type}
         is_envelope = isinstance(stored.get("data"), dict) and names.keys() <= stored.keys()
@@ -511,7 +514,7 @@ class Task(_Task):
 
     @property
     def depth(self) -> int:
-        """How many handlers stand between this task and the outside world; 0 for most."""
+        """How many handlers stand before this task in its chain; 0 for most."""
         depth = self.envelope.get("depth")
         return depth if type(depth) is int and depth > 0 else 0
 
@@ -522,7 +525,7 @@ class Task(_Task):
         return f"{self.queue}/{self.id}-{self.attempts}-{self.owner}-{at}"
 
     def unreadable(self) -> str | None:
-        """Why the JSON cannot be read: SQLite takes some that Python does not."""
+        """Return why the stored JSON cannot be read, or None: SQLite takes some that Python does not."""
         try:
             dict(self.envelope)
             return None
@@ -531,9 +534,9 @@ class Task(_Task):
 
 
 def utc(seconds: float) -> str:
-    """Unix seconds as YYYY-MM-DD HH:MM:SS.SSS, UTC: what the database holds, and what sorts.
+    """Return Unix seconds as UTC, the way the database has times: YYYY-MM-DD HH:MM:SS.SSS.
 
-    A time outside of 1970 to 3000 becomes the nearest of the two.
+    A time before 1970 or after 3000 becomes the nearest of the two.
     """
     whole, milliseconds = divmod(round(min(max(seconds, 0), LAST_SECOND) * 1000), 1000)
     return f"{_whole_seconds(whole)}.{milliseconds:03d}"
@@ -550,7 +553,7 @@ _quote = json.encoder.encode_basestring
 
 
 def to_json(value: object) -> str:
-    """JSON text for the database; raises InvalidTask for what JSON cannot say."""
+    """Return a value as JSON text for the database. Raises InvalidTask for what JSON cannot say."""
     try:
         text = _encode(value)
     except (TypeError, ValueError, RecursionError) as error:
@@ -600,7 +603,10 @@ class _Turn:
         self.none_until = 0.0
 
     def take(self, seconds: float) -> float:
-        """Wait for the turn for `seconds` at most, then go on without it; how long that took."""
+        """Wait for the turn, for `seconds` at most; return the seconds that it took.
+
+        A writer that has not got its turn by then goes on without it.
+        """
         began = time.monotonic()
         if began < self.none_until:
             return 0.0
@@ -639,9 +645,9 @@ class _Turn:
             time.sleep(OTHERS_SECONDS)
 
     def release(self) -> None:
-        """Let the next writer in; also where nothing is held.
+        """Let the next writer in. Safe to call where nothing is held.
 
-        With LOCK_UN, since a forked child's copy would keep the lock.
+        It unlocks, since to close the file is not enough while a forked child has a copy.
         """
         for fd in self.fds:
             flock(fd, LOCK_UN)
@@ -699,7 +705,7 @@ class Connection(sqlite3.Connection):
             return super().execute(*args)
 
     def set_busy_timeout(self, milliseconds: int) -> None:
-        """How long SQLite waits for a lock."""
+        """Set how long SQLite waits for a lock."""
         self.execute(f"pragma busy_timeout = {milliseconds}")
         self.busy_timeout_ms = milliseconds
 
@@ -709,9 +715,9 @@ class Connection(sqlite3.Connection):
         super().close()
 
     def close_for_its_thread(self) -> None:
-        """Close it from another thread, when its own does not use it, or has done so for its busy time.
+        """Close it from another thread, once its own thread does not use it; give up after its busy time.
 
-        Its own closes the turn, and gets another connection from connect().
+        Its own thread closes the turn, and gets another connection from connect().
         """
         if self.lock.acquire(timeout=self.busy_timeout_ms / 1000):
             try:
@@ -721,14 +727,14 @@ class Connection(sqlite3.Connection):
 
 
 class _Connections(dict):
-    """A thread's {state: Connection}, closed when the thread ends and not only at gc's next run."""
+    """A thread's {state: Connection}. They are closed as soon as the thread ends."""
 
     def __init__(self) -> None:
         super().__init__()
         self.pid = os.getpid()
 
     def __del__(self) -> None:
-        # A forked child must not close its copies: that would drop its parent's locks.
+        # A forked child closes none of them: see _after_fork().
         for conn in self.values() if self.pid == os.getpid() else ():
             conn.close()
 
@@ -741,10 +747,10 @@ class _Thread(threading.local):
 
 
 class _Process:
-    """The state that a process has once; a forked child begins with a new one.
+    """The state of this process; a forked child begins with a new one.
 
-    Its connections (closed before a fork), and by state directory its name as an owner, with the
-    descriptor and inode of its lock file.
+    owners: by state directory, the name of this process as an owner, and the descriptor and inode
+    of its lock file.
     """
 
     def __init__(self) -> None:
@@ -754,7 +760,7 @@ class _Process:
         self.owners_lock = threading.Lock()
 
     def of(self, state: Path) -> list[Connection]:
-        """The open connections of all threads to one state."""
+        """Return the open connections of all threads to one state."""
         return [conn for conn in list(self.connections) if conn.state == state]
 
 
@@ -764,10 +770,11 @@ _process = _Process()
 def connect(
     state: Path | None = None, create: bool = True, busy_timeout_ms: int | None = None
 ) -> Connection:
-    """This thread's connection to STATE_DIR/tasks.db, opened or reopened as needed.
+    """Return this thread's connection to state/tasks.db (default: STATE_DIR), open it if necessary.
 
-    Its schema is made, or brought to the present version. A deleted or replaced database or sidecar
-    is noticed here. With create=False a missing database raises QueueUnavailable.
+    It makes the schema, or rebuilds an older one. It opens the database anew if its files were
+    removed or replaced. `busy_timeout_ms` bounds each wait for the write lock. Raises QueueBusy,
+    and QueueUnavailable, also with create=False where there is no database.
     """
     if state is None:
         if state_complaint:
@@ -808,10 +815,10 @@ def _inodes(real: str) -> tuple[int, int]:
 
 
 def _has_its_files(conn: Connection) -> bool:
-    """Whether database, log and shared memory are the files that were opened. Raises OSError.
+    """Return whether database, log and shared memory are still the files that were opened.
 
-    To remove or replace a file changes its directory, so they are looked at after such a change, and
-    once a second.
+    To remove or replace a file changes its directory: it looks after such a change, and once a
+    second. Raises OSError.
     """
     now, directory = time.monotonic(), os.stat(conn.directory)
     seen = directory.st_ino, directory.st_mtime_ns
@@ -837,9 +844,9 @@ def close(conn: Connection) -> None:
 
 
 def make_private(directory: Path, parents: bool = False) -> Path:
-    """Make a directory for its owner only, also where somebody has made it for all.
+    """Make a directory for its owner alone, and return it. One that others may enter is closed to them.
 
-    Without parents none is made for a state that was moved away; those that are made are private.
+    `parents` are made only if wanted: a state that was moved away is not to come back empty.
     """
     for parent in reversed(directory.parents) if parents else ():
         parent.mkdir(mode=0o700, exist_ok=True)
@@ -917,13 +924,13 @@ def _switch_to_wal(conn: Connection) -> None:
 
 
 def table_names(conn: Connection) -> list[str]:
-    """The database's tables but SQLite's own."""
+    """Return the names of the tables, without SQLite's own."""
     rows = conn.execute("select name from sqlite_master where type = 'table'").fetchall()
     return [name for (name,) in rows if not name.startswith("sqlite_")]
 
 
 def _make_schema(conn: Connection) -> None:
-    """Make the schema in an empty database; one that is not empty is taskqueue/migrate.py's business."""
+    """Make the schema in an empty database, or have taskqueue/migrate.py rebuild an older one."""
     with transaction(conn):
         (version,) = conn.execute("pragma user_version").fetchone()
         if version == SCHEMA_VERSION:
@@ -972,7 +979,10 @@ def run_statements(conn: Connection, text: str) -> None:
 
 
 def ensure_queue(conn: Connection, queue: str) -> bool:
-    """Create the queue's table, or adopt the bare one that a hook made. Whether it did. Raises a QueueError."""
+    """Make a queue if it is missing, or adopt the bare table that bash has made; return whether it did.
+
+    Raises InvalidTask, QueueBusy, QueueUnavailable.
+    """
     if queue in conn.queues:
         return False
     queues = {name for (name,) in execute(conn, QUEUES, check_queue_name(queue))}
@@ -996,11 +1006,11 @@ def ensure_queue(conn: Connection, queue: str) -> bool:
 
 
 class transaction:
-    """`with transaction(conn):` has a fair turn, then the write lock, from its start.
+    """Hold the write lock for a block: `with transaction(conn):`.
 
-    It commits at the end of its block, and rolls back when that raises. A durable one survives a
-    power cut once it has ended (synchronous=FULL). Raises QueueBusy, QueueUnavailable, InvalidTask.
-    A class, since contextmanager costs more than most statements.
+    It commits at the end of the block, and rolls back if the block raises. What a `durable` one has
+    committed survives a power cut (synchronous=FULL). Raises QueueBusy, QueueUnavailable, InvalidTask.
+    It is a class, since contextlib.contextmanager costs more than most statements.
     """
 
     __slots__ = ("conn", "durable", "is_open")
@@ -1074,15 +1084,14 @@ Row = namedtuple(
 
 
 class Stored(namedtuple("Stored", "task_id is_new")):
-    """The outcome of storing a row. One that is neither new nor updated is a duplicate."""
+    """What became of a stored row: it is new, or has updated a task, or else is a duplicate."""
 
     __slots__ = ()
-    # Whether a task that was there has taken its data.
     is_updated = False
 
 
 class Updated(Stored):
-    """A row whose data a task that was there has taken."""
+    """The Stored of a row that has updated a task with the same id."""
 
     __slots__ = ()
     is_updated = True
@@ -1091,11 +1100,10 @@ class Updated(Stored):
 def enqueue_task(
     queue_name: str, task_type: str, data: dict, task_id: str | None = None, **options
 ) -> str:
-    """Store a task and return its id, new or already there: it is on disk when this returns.
+    """Store a task and return its id. It is on disk when this returns.
 
-    Where a waiting or running task of the queue has this task_id, nothing is added, unless
-    on_duplicate says otherwise. `options` are those of new_row(). Raises InvalidTask, QueueBusy,
-    QueueUnavailable.
+    If a task with this task_id waits or runs in the queue, nothing is added, unless `on_duplicate`
+    says otherwise. `options` are those of new_row(). Raises InvalidTask, QueueBusy, QueueUnavailable.
     """
     row = new_row(task_type, data, task_id, **options)
     conn = connect()
@@ -1108,7 +1116,7 @@ def enqueue_task(
 
 
 def enqueue_tasks(queue_name: str, tasks: Iterable[dict | Row], **how) -> list[Stored]:
-    """Store many tasks in one transaction, all or none: what became of each, in their order.
+    """Store many tasks in one transaction, all or none; return what became of each, in their order.
 
     A task is a dict of enqueue_task's arguments: {"task_type": …, "data": …, "task_id": …}, or a
     new_row(). `how` goes to connect(). Raises InvalidTask, QueueBusy, QueueUnavailable.
@@ -1211,7 +1219,10 @@ _has_control_characters = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]").search
 
 
 def check_text(what: str, value: object, longest: int) -> str:
-    """A task_id, task_type or group: text that fits into an environment variable and a log line."""
+    """Return a task_id, task_type or group that fits into an environment variable and a log line.
+
+    `longest` is in bytes. Raises InvalidTask.
+    """
     is_text = isinstance(value, str)
     if not is_text or not 0 < len(value.encode("utf-8", "surrogatepass")) <= longest:
         wanted = f"it is a text of 1 to {longest} bytes"
@@ -1229,18 +1240,18 @@ def check_task_type(task_type: str) -> None:
 
 
 def task_depth() -> int:
-    """TASK_DEPTH: 0 outside handlers; a handler's is one more than its task's."""
+    """Return TASK_DEPTH: how many handlers stand before what this process enqueues; 0 outside of them."""
     text = os.environ.get("TASK_DEPTH")
     return int(text) if text and text.isdecimal() else 0
 
 
 def insert(conn: Connection, queue: str, row: Row) -> bool:
-    """Store a row within a transaction; whether it is new."""
+    """Store a row, within a transaction; return whether it is new."""
     return store(conn, queue, row).is_new
 
 
 def store(conn: Connection, queue: str, row: Row) -> Stored:
-    """Store a row within a transaction, unless it is a duplicate of a task that is there."""
+    """Store a row, within a transaction, or update the task that has its id, or leave that alone."""
     # Within the window a firing is only a duplicate of itself, and a rerun ignores it otherwise.
     if row.window and (row.firing or row.on_duplicate != "rerun"):
         told = {"queue": queue, "task_id": row.task_id, "firing": row.firing}
@@ -1276,7 +1287,10 @@ def wake(state: Path) -> None:
 
 
 def take_in(conn: Connection, queue: str) -> bool:
-    """Take in what hooks have left for the queue; whether there was anything. An empty spool costs one stat."""
+    """Take in the files that hooks have left for the queue; return whether there were any.
+
+    An empty spool costs one stat.
+    """
     directory = f"{conn.state}/spool/{queue}"
     try:
         if os.stat(directory).st_mtime_ns == conn.spools.get(queue) or conn.in_transaction:
@@ -1301,9 +1315,9 @@ def _say_once(message: str) -> None:
 
 
 def look(conn: Connection, queue: str) -> tuple[bool, bool]:
-    """(whether a claim would find something, whether tasks have become due or expired).
+    """Return (whether a claim would find a task, whether tasks have become due or expired).
 
-    What hooks have left is taken in first.
+    It takes in first what hooks have left.
     """
     take_in(conn, queue)
     ready, overdue, is_open = execute(conn, LOOK, queue, now=time.time()).fetchone()
@@ -1311,7 +1325,7 @@ def look(conn: Connection, queue: str) -> tuple[bool, bool]:
 
 
 def has_ready(conn: Connection, queue: str) -> bool:
-    """Whether a claim would find something."""
+    """Return whether a claim would find a task."""
     return look(conn, queue)[0]
 
 
@@ -1334,11 +1348,12 @@ def claim(
     # Whether its result may enqueue tasks.
     chain: bool = False,
 ) -> list[Task]:
-    """Claim up to `limit` ready tasks, or the given row, for owner, within a transaction.
+    """Claim up to `limit` ready tasks, or the given row, for an owner, within a transaction.
 
-    [] when nothing is ready, the queue is paused or no slot is free; also while more tasks have
-    expired than one transaction takes: look() says so. The task keeps the last five arguments, so that
-    any process can record how it ends. `overdue` is look()'s; true when in doubt.
+    Returns [] if no task is ready, the queue is paused, or no slot is free; also while more tasks have
+    expired than one transaction takes: look() tells these apart. `overdue` is what look() says; true
+    when in doubt. The row keeps the last five arguments, so that any process can record how it ends.
+    Raises QueueBusy, QueueUnavailable.
     """
     now = time.time()
     if overdue:
@@ -1377,14 +1392,17 @@ def promote(conn: Connection, queue: str, now: float) -> None:
 
 
 def expire(conn: Connection, queue: str, now: float) -> int:
-    """Move tasks whose time is over to the history, AT_ONCE at most, within a transaction; how many."""
+    """Move tasks that have expired to the history, AT_ONCE at most, within a transaction; return how many."""
     rows = execute(conn, EXPIRED, queue, now=now).fetchall()
     error = "it was not started before its time was over"
     return sum(finish(conn, Task.from_row(queue, row), "expired", error=error) for row in rows)
 
 
 def claim_ready(conn: Connection, queue: str, **how) -> list[Task]:
-    """Claim for this process, in a transaction of its own. A look that finds nothing takes no lock."""
+    """Claim tasks for this process, in a transaction of its own; `how` are claim()'s terms.
+
+    It takes no lock where no task is ready. Raises QueueBusy, QueueUnavailable.
+    """
     while True:
         found, overdue = look(conn, queue)
         if not found:
@@ -1447,12 +1465,15 @@ def end_quiet(state: Path) -> None:
 
 
 def ack(conn: Connection, task: Task, **told) -> bool:
-    """Record the claimed task as completed. False when its owner no longer holds it."""
+    """Record a claimed task as completed, within a transaction. `told` is finish()'s.
+
+    Returns False, and changes nothing, when the task's owner no longer holds it.
+    """
     return finish(conn, task, "completed", **told)
 
 
 def bury(conn: Connection, task: Task, *, error: str, **told) -> bool:
-    """Record the claimed task as failed for good, a dead letter. False when not held."""
+    """Record a claimed task as failed for good, within a transaction: a dead letter. Else like ack()."""
     return finish(conn, task, "failed", error=error, **told)
 
 
@@ -1461,8 +1482,8 @@ def nack(
 ) -> str | None:
     """Record a failed attempt, within a transaction.
 
-    "scheduled" again after `delay` seconds (default: its back-off), or, with its attempts spent,
-    "failed" for good. None when its owner no longer holds it; nothing changes then.
+    Returns "scheduled", again after `delay` seconds (default: its back-off), or "failed" for good if
+    this was its last attempt, or None, and changes nothing, when its owner no longer holds it.
     """
     most = task.max_attempts or MAX_ATTEMPTS
     if task.attempts >= most:
@@ -1475,9 +1496,10 @@ def nack(
 def release(
     conn: Connection, task: Task, *, delay: float = 0, error: str | None = None, uncounted: int = 1
 ) -> bool:
-    """Put the claimed task back for `delay` seconds: this attempt does not count. False when not held.
+    """Put a claimed task back for `delay` seconds, within a transaction; its attempt does not count.
 
-    Where a later firing waits for the end of this run, the task becomes that one.
+    If a later firing waits for the end of this run, the task becomes that one. Returns False, and
+    changes nothing, when its owner no longer holds it.
     """
     rows = execute(
         conn,
@@ -1500,7 +1522,10 @@ def release(
 
 
 def backoff_delay(task: Task) -> float:
-    """Seconds until the next attempt: doubling from the task's base, capped, less up to half at random."""
+    """Return the seconds until the next attempt: they double from the task's base, up to an hour.
+
+    Up to half of that is left out at random, so that tasks that failed together do not come together.
+    """
     import random
 
     base = BACKOFF_SECONDS if task.backoff is None else task.backoff
@@ -1514,10 +1539,10 @@ def backoff_delay(task: Task) -> float:
 def lock_file(
     path: Path | str, *, shared: bool = False, probe: bool = False, patience: float = 0.0
 ) -> int | None:
-    """A descriptor that holds the flock on path; None when another holds it for `patience` seconds.
+    """Return a descriptor that holds the flock on path, or None if another holds it for `patience` seconds.
 
-    A probe opens for reading and creates nothing: closing a descriptor that was open for writing
-    is what tells everybody that an owner has died. Raises OSError; a probe FileNotFoundError.
+    A probe opens for reading and creates nothing: a watch takes the close of a descriptor that was
+    open for writing for the end of an owner. Raises OSError; a probe FileNotFoundError.
     """
     flags = os.O_RDONLY if probe else os.O_RDWR | os.O_CREAT
     deadline = time.monotonic() + patience
@@ -1542,7 +1567,7 @@ def lock_file(
 
 
 def owner_name(state: Path | None = None) -> str:
-    """This process as an owner of tasks: its lock file in state/workers is held when this returns.
+    """Return the name of this process as an owner: its lock file in state/workers, which it holds.
 
     Raises QueueUnavailable.
     """
@@ -1572,7 +1597,7 @@ def owner_name(state: Path | None = None) -> str:
 
 
 def resign(state: Path | None = None) -> None:
-    """Give up this process's ownership: nothing of its is claimed any more."""
+    """Remove this process's lock file: it holds no tasks any more."""
     state = state or STATE_DIR
     with _process.owners_lock:
         name, fd, _ = _process.owners.pop(state, (None, None, None))
@@ -1585,9 +1610,9 @@ def resign(state: Path | None = None) -> None:
 
 
 def close_before_fork(conn: Connection | None) -> None:
-    """Close a connection: a child would take its parent's locks on the database for its own.
+    """Close a connection, unless a transaction is under way.
 
-    One with a transaction under way is left open.
+    SQLite in a forked child would believe that it holds its parent's locks on the database.
     """
     if conn is not None and conn in _process.connections and not conn.in_transaction:
         # So that connect() opens another.
@@ -1595,7 +1620,7 @@ def close_before_fork(conn: Connection | None) -> None:
         conn.close()
 
 
-# Connections that a child must not close, since that would drop its parent's locks.
+# What a forked child has of its parent's: kept, so that nothing closes those connections.
 _inherited: list = []
 
 
@@ -1614,7 +1639,7 @@ def _refuse(*_) -> Any:
 
 
 def _after_fork() -> None:
-    """A child opens its own connections, owns nothing of its parent's, and holds no turn of its."""
+    """Begin anew in a forked child: it has no connection, no turn and no tasks of its parent's."""
     global _process
     _inherited.append(_process)
     for conn in _process.connections:
@@ -1642,7 +1667,7 @@ _LATER = {
 
 
 def _module(name: str):
-    """One of the modules beside this file. Raises ImportError that names it where somebody took this file alone."""
+    """Import one of the modules of taskqueue. Raises ImportError where this file was taken alone."""
     import importlib
 
     try:
@@ -1657,7 +1682,7 @@ def _module(name: str):
 
 
 def __getattr__(name: str):
-    """The names of the modules beside this one: their libraries are heavy, so they are loaded late."""
+    """Load a module of taskqueue when one of its names is first asked for: their libraries are heavy."""
     for module, names in _LATER.items():
         if name in names.split():
             value = globals()[name] = getattr(_module(module), name)
