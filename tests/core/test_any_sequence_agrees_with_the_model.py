@@ -27,6 +27,7 @@ from hypothesis.stateful import (
 import queue_helpers as q
 from taskqueue import outcome as queue_outcome
 from taskqueue import recovery as queue_owners
+from taskqueue import wake as queue_wake
 
 QUEUE = "notifications"
 START = 1_800_000_000
@@ -251,13 +252,13 @@ class Queue(RuleBasedStateMachine):
             **{name: getattr(time, name) for name in dir(time) if name[0] != "_"}
         )
         clock.time = lambda: float(self.model.now)
-        q.time = queue_outcome.time = clock
+        q.time = queue_outcome.time = queue_wake.time = clock
         self.conn = q.connect(self.state)
         # As bash opens one.
         self.bash = sqlite3.connect(self.state / "tasks.db", isolation_level=None)
 
     def teardown(self) -> None:
-        q.time = queue_outcome.time = self.real_time
+        q.time = queue_outcome.time = queue_wake.time = self.real_time
         for fd in self.fds.values():
             os.close(fd)
         self.bash.close()

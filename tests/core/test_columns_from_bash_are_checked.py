@@ -204,6 +204,7 @@ def test_a_worker_runs_what_bash_scheduled_and_grouped(installation):
 
 def test_a_row_that_waits_for_nothing_is_an_ordinary_one(installation, queue):
     """Status 6 says that a task waits for another; one inserted by hand names none."""
+    queue.connect()
     installation.sqlite3("insert into approvals (data, status) values ('{}', 6)")
     installation.sqlite3("insert into approvals (data, status, due_at) values ('{}', 6, 9e9)")
     assert installation.rows("select status from approvals order by id") == [(1,), (3,)]
