@@ -9,6 +9,7 @@
     tasks.py list --status failed --since 1h    the dead letters of the last hour, newest first
     tasks.py retry --failed --queue approvals   put them all back
     tasks.py approve ID                         let a held task run; reject ID ends it
+    tasks.py ask                                go through the held tasks, and answer for each
     tasks.py pause approvals --for 2h           hold a queue back for so long
     tasks.py wait ID --timeout 10m              until it has ended; prints its result
     tasks.py doctor                             what is wrong, and what mends it
@@ -28,7 +29,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from taskqueue import act, backup, cli, jsonlines, look, notify, service, spool
+from taskqueue import act, ask, backup, cli, jsonlines, look, notify, service, spool
 from taskqueue.cli import EX_USAGE
 from taskqueue.remedies import command
 
@@ -39,6 +40,7 @@ COMMANDS = (
     look.show,
     look.logs,
     look.wait,
+    ask.ask,
     act.approve,
     act.reject,
     act.retry,

@@ -403,7 +403,8 @@ class Worker:
     def say_goodbye(self) -> None:
         """Say how many tasks ended how, and what is left in each queue."""
         words = {"completed": "done", "failed": "failed", "cancelled": "cancelled",
-                 "scheduled": "to be tried again", "put back": "put back", "lost": "lost"}  # fmt: skip
+                 "scheduled": "to be tried again", "held": "held", "put back": "put back",
+                 "lost": "lost"}  # fmt: skip
         counts = self.counts + Counter(self.unended.values())
         ended = [f"{counts[outcome]} {word}" for outcome, word in words.items() if counts[outcome]]
         say("; ".join([", ".join(ended) or "no task was run", *self.left_behind()]))

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import queue_helpers as q
-from taskqueue import change, cli, costs, database, outcome, service, spool
+from taskqueue import approval, change, cli, costs, database, outcome, service, spool
 from taskqueue.cli import (
     EX_FAILED,
     IDS,
@@ -32,7 +32,7 @@ from taskqueue.cli import (
 from taskqueue.database import LIVE, STATUS_TERMS
 from taskqueue.find import Found, find, live_id
 from taskqueue.remedies import command, lets_go_on
-from taskqueue.text import pause_in_words, plural, short
+from taskqueue.text import pause_in_words, plural, sh, short
 
 CANCEL_SECONDS = 30.0
 # The value of an option of limit that was not given: None takes a limit away.
@@ -98,14 +98,22 @@ def have_run(conn: q.Connection, queues: Iterable[str], as_json: bool) -> None:
     say_all([] if as_json else lines)
 
 
-@takes(IDS, WHOSE)
-def approve(ids: list[str], queue: str | None, as_json: bool) -> int:
-    """Let held tasks run."""
+@takes(
+    IDS,
+    WHOSE,
+    option("--with", dest="fields", metavar="JSON", type=cli.json_object,
+           help="fields of the payload to replace, instead of those that the task asks for; null takes one away"),
+)  # fmt: skip
+def approve(ids: list[str], queue: str | None, fields: dict | None, as_json: bool) -> int:
+    """Let held tasks run. Where a task's handler asks for something, show says what changes."""
     conn = database.open_queue()
 
     def let_run(found: Found) -> str | None:
-        if found.row_id and outcome.approve(conn, found.queue, found.row_id):
-            return None
+        try:
+            if found.row_id and approval.approve(conn, found.queue, found.row_id, fields):
+                return None
+        except q.InvalidTask as refused:
+            return f"{refused}: {command('approve')} {sh(found.task_id)} --with '{{…}}'"
         return change.why_not_held(conn, found)
 
     wanted = [find(conn, ident, queue) for ident in ids]
@@ -121,7 +129,7 @@ def reject(ids: list[str], queue: str | None, reason: str | None, as_json: bool)
     conn, why = database.open_queue(), short(reason, 500)
 
     def end(found: Found) -> str | None:
-        if found.row_id and outcome.reject(conn, found.queue, found.row_id, why):
+        if found.row_id and approval.reject(conn, found.queue, found.row_id, why):
             return None
         return change.why_not_held(conn, found)
 

@@ -43,7 +43,7 @@ where status = 'failed' and completed_at >= :since and (:queue is null or queue 
   and (:task_type is null or task_type = :task_type) order by completed_at, id"""
 RETRYING = """
 select id, coalesce(task_id, '{queue}-' || id) from "{queue}"
-where status = 3 and released_at is not null and (:task_type is null or task_type = :task_type)
+where status = 3 and released_at is not null and due_at is not null and (:task_type is null or task_type = :task_type)
 order by released_at, id"""
 IS_DEAD_LETTER = """
 select exists (select 1 from task_history where id = :id and queue = :queue and task_id = :task_id and status = 'failed')"""

@@ -44,10 +44,13 @@ class Session:
         self.handed = False
         # How many of the last runs got no answer from the API.
         self.waits = 0
+        # Whether a person was asked to allow what Claude was denied.
+        self.asked = False
         # A first run finds no notes, and a full disk leaves an empty file.
         with suppress(OSError, ValueError, KeyError, TypeError):
             noted = json.loads(self.notes.read_bytes()) if self.notes else {}
             self.handed, self.waits = bool(noted["handed"]), int(noted["waits"])
+            self.asked = bool(noted.get("asked"))
 
     def lock(self) -> bool:
         """Return whether no other run is in the session; none can be until this process ends.
@@ -68,7 +71,7 @@ class Session:
         return True
 
     def note(self, **noted: bool | int) -> None:
-        """Set `handed` or `waits`, and write both down."""
+        """Set `handed`, `waits` or `asked`, and write all down."""
         vars(self).update(noted)
         if self.notes is None:
             return
@@ -76,7 +79,8 @@ class Session:
             self.notes.parent.mkdir(mode=0o700, exist_ok=True)
             flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
             with open(os.open(self.notes, flags, 0o600), "w") as file:
-                json.dump({"handed": self.handed, "waits": self.waits}, file)
+                noted = {"handed": self.handed, "waits": self.waits, "asked": self.asked}
+                json.dump(noted, file)
         except OSError as error:
             say(f"{self.notes}: {error.strerror}")
 

@@ -6,7 +6,6 @@ the tables below say what follows from each cause.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import signal
@@ -60,7 +59,6 @@ TOO_LONG = ("prompt_too_long", "blocking_limit", "rapid_refill_breaker")
 # The bounds that the task itself sets. To go on would be to go beyond them.
 USED_UP = ("error_max_budget_usd", "error_max_turns")
 GONE = "No conversation found"
-EDITS = ("Edit", "MultiEdit", "Write", "NotebookEdit")
 
 
 class Verdict(NamedTuple):
@@ -70,7 +68,7 @@ class Verdict(NamedTuple):
     code: int
     # The reason, for people.
     why: str = ""
-    # With exit code 75, the worker's order: {"pause": …} or {"retry_after": …}.
+    # With exit code 75, the worker's order: {"pause": …}, {"retry_after": …} or {"hold": …}.
     not_now: dict | None = None
     # Fields that the task's result has besides the usual ones.
     more: dict = {}
@@ -87,8 +85,8 @@ def judge(
     if said.success:
         denials = denials_of(said.result)
         if denials and "on_denied" not in data:
-            return denied(denials, data)
-        return Verdict(0, in_words(denials) if denials else "")
+            return asking(denials, data)
+        return Verdict(0, f"Claude was denied: {in_words(denials)}" if denials else "")
     if stopped:
         return Verdict(STOPPED, "stopped; the session goes on when the task runs again")
     cause = cause_of(said, "resume" in data)
@@ -187,23 +185,61 @@ class Denial(NamedTuple):
     tool: str
     given: dict
 
+    def __str__(self) -> str:
+        subject = subject_of(self.given)
+        if self.tool == "Bash":
+            return f"Bash({subject})"
+        return f"{self.tool} {subject.removeprefix(f'{os.getcwd()}/')}"
+
     @property
-    def rule(self) -> str:
-        """The permission rule for exactly this use; for the whole tool where none is exact."""
-        command = self.given.get("command")
-        if self.tool != "Bash" or not isinstance(command, str) or re.search(r"[\n*()]", command):
-            return self.tool
-        return f"Bash({command})"
+    def rule(self) -> str | None:
+        """The permission rule for exactly this use, None where there is none.
+
+        Claude Code takes * in a command for anything, \\ for an escape, and may stop reading at a
+        bracket; to send output to a file needs more than a rule. A file's name is a pattern like
+        those of .gitignore, in which Claude Code ignores the case.
+        """
+        if self.tool == "Bash":
+            command = self.given.get("command")
+            command = HARMLESS_END.sub("", command.strip()) if isinstance(command, str) else ""
+            return f"Bash({command})" if command and is_plain(command, "()*<>\\") else None
+        kind = FILE_RULES.get(self.tool)
+        path = self.given.get("file_path") or self.given.get("notebook_path")
+        if kind is None or not isinstance(path, str) or not path:
+            return None
+        path = os.path.normpath(os.path.join(os.getcwd(), path))
+        return f"{kind}(/{path})" if is_plain(path, "()*?[]\\") and path == path.strip() else None
 
 
-def denied(denials: list[Denial], data: dict) -> Verdict:
-    """Return the verdict on a run that was denied a tool: the error names the option that helps."""
-    fields = remedy(denials, data)
-    # The error of a task has 200 characters: of long rules, only the fields' names fit.
-    allow = json.dumps(fields, ensure_ascii=False)[1:-1]
-    allow = allow if len(allow) <= 90 else " and ".join(fields)
-    why = f"{in_words(denials)}; to allow it: {allow}"
-    return Verdict(EX_DATAERR, why, more={"to_allow": fields})
+# The kinds of rules that hold for tools that have one file.
+FILE_RULES = dict.fromkeys(("Edit", "MultiEdit", "Write", "NotebookEdit"), "Edit") | {
+    "Read": "Read"
+}
+# Claude Code compares a command with its rule without this.
+HARMLESS_END = re.compile(r"\s+2>\s*(&1|/dev/null)$")
+
+
+def is_plain(text: str, special: str) -> bool:
+    """Return whether a text has no control characters and none of the special ones."""
+    return not set(text) & set(special) and text.isprintable()
+
+
+def asking(denials: list[Denial], data: dict) -> Verdict:
+    """Return the verdict on a run that was denied a tool: a person is asked to allow just that.
+
+    A rule that was there before did not help. Where a use has no exact rule, the person must say
+    which fields of data to change.
+    """
+    allowed = data.get("allowed_tools", [])
+    allowed = allowed if isinstance(allowed, list) else [allowed]
+    rules = list(dict.fromkeys(denial.rule for denial in denials))
+    wants = f"wants: {in_words(denials)}"
+    change = None
+    if set(rules) & {None, *allowed}:
+        wants = f"{wants}; no exact rule allows that"
+    else:
+        change = {"allowed_tools": [*allowed, *rules]}
+    return Verdict(EX_TEMPFAIL, wants, {"hold": wants, "data": change})
 
 
 def denials_of(result: dict) -> list[Denial]:
@@ -219,24 +255,7 @@ def denials_of(result: dict) -> list[Denial]:
 
 def in_words(denials: list[Denial]) -> str:
     """Name the denied uses; of more than three, the first two and the number of the others."""
-    here = f"{os.getcwd()}/"
-    uses = (f"{tool} {subject_of(given).removeprefix(here)}" for tool, given in denials)
-    named = list(dict.fromkeys(one_line(use, 40) for use in uses))
+    named = list(dict.fromkeys(one_line(str(denial), 50) for denial in denials))
     if len(named) > 3:
         named = [*named[:2], f"{len(named) - 2} more"]
-    return f"Claude was denied: {', '.join(named)}"
-
-
-def remedy(denials: list[Denial], data: dict) -> dict:
-    """Return the fields of data that would have allowed the denied uses."""
-    mode = data.get("permission_mode", "default")
-    by_mode = EDITS if mode in ("default", "manual") else ()
-    fields = {}
-    if any(denial.tool in by_mode for denial in denials):
-        fields["permission_mode"] = "acceptEdits"
-    rules = [denial.rule for denial in denials if denial.tool not in by_mode]
-    if rules:
-        earlier = data.get("allowed_tools", [])
-        earlier = earlier if isinstance(earlier, list) else [earlier]
-        fields["allowed_tools"] = list(dict.fromkeys(earlier + rules))
-    return fields
+    return ", ".join(named)

@@ -145,6 +145,17 @@ def takes(*options: tuple) -> Callable:
     return declare
 
 
+def json_object(text: str) -> dict:
+    """Return the object of a JSON text. Raises ArgumentTypeError."""
+    try:
+        value, _ = q.parse_json(text)
+    except (ValueError, RecursionError) as error:
+        raise argparse.ArgumentTypeError(f"not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError("not a JSON object")
+    return value
+
+
 IDS = option("ids", metavar="ID", nargs="+", type=some_text)
 MAYBE_IDS = option("ids", metavar="ID", nargs="*", type=some_text)
 QUEUES = option("queues", metavar="QUEUE", nargs="+", type=some_text)

@@ -61,7 +61,7 @@ select '{{queue}}' as queue, id, coalesce(task_id, '{{queue}}-' || id) as task_i
        priority, group_id, attempts, max_attempts, strftime('%Y-%m-%d %H:%M:%f', timestamp, 'unixepoch') as enqueued_at,
        strftime('%Y-%m-%d %H:%M:%f', due_at, 'unixepoch') as due_at,
        strftime('%Y-%m-%d %H:%M:%f', claimed_at, 'unixepoch') as started_at, null as completed_at, owner,
-       expires_at, cancel_requested, then_queue, error,
+       expires_at, cancel_requested, then_queue, error, asks,
        (select sum(cost_usd) {q.OF_TASK}) as cost_usd, (select coalesce(max(at_least), 0) {q.OF_TASK}) as cost_at_least, data
 from "{{queue}}" as task where id = :id"""
 FINISHED_ROW = """

@@ -259,7 +259,7 @@ def parse_line(conn: q.Connection, line: bytes) -> dict:
         raise q.InvalidTask("its data is not a JSON object")
     check(task, "id", whole(1, 2**53), required=True)
     check(task, "task_id", is_text, required=True)
-    for name in ("task_type", "group_id", "approval", "rerun", "error", "result", "log"):
+    for name in ("task_type", "group_id", "approval", "rerun", "asks", "error", "result", "log"):
         check(task, name, is_text)
     check(task, "priority", whole(-1_000_000, 1_000_000))
     check(task, "attempts", whole(0, MOST_ATTEMPTS))
@@ -355,7 +355,9 @@ def import_live(conn: q.Connection, task: dict) -> bool:
     row = {name: task[name] for name in columns_of(conn, queue) if name in task}
     is_later = task["status"] in ("scheduled", "held")
     if task["status"] != "scheduled":
-        row |= {name: None for name in ("due_at", "delayed_at", "released_at") if name in row}
+        row |= {name: None for name in ("due_at", "delayed_at") if name in row}
+    if not is_later:
+        row |= {name: None for name in ("released_at", "asks") if name in row}
     row |= {"data": task["data"], "timestamp": float(task["enqueued_at"])}
     row["status"] = q.SCHEDULED if is_later else q.READY
     return insert(conn, queue, row) == 1

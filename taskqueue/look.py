@@ -249,7 +249,10 @@ def show(ids: list[str], queue: str | None, as_json: bool) -> int:
 def all_about(conn: q.Connection, found: Found) -> dict:
     """Return a task as it is now, with its earlier records, its source and its runs."""
     records = [
-        record | {"data": shown.payload(record["data"])} for record in all_records(conn, found)
+        record
+        | {"data": shown.payload(record["data"])}
+        | ({"asks": shown.payload(record["asks"])} if "asks" in record else {})
+        for record in all_records(conn, found)
     ]
     task = records[0]
     return task | {
@@ -356,7 +359,8 @@ def why_waiting(conn: q.Connection, records: Sequence[dict]) -> dict[object, str
     for record in records:
         ident, queue = record["task_id"], record["queue"]
         if record["status"] == "held":
-            lines[ident] = f"{ident} is held: {command('approve')} {ident}"
+            why = f" ({record['error']})" if record["error"] else ""
+            lines[ident] = f"{ident} is held{why}: {command('approve')} {ident}"
         control = controls.get(queue)
         if record["status"] in serving.WAITING and control and control.paused:
             lines[queue, control.until, control.reason] = f"{queue} is {pause_in_words(control)}"

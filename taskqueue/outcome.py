@@ -3,12 +3,12 @@
     0    done. With --then, what it printed is the next task; with --chain, its last line may say
          {"enqueue": [{"queue", "task_type", "data", …}, …]}
     75   not now, uncounted: after a minute, or as the last line of stdout says:
-         {"retry_after": SECONDS}, or {"pause": SECONDS or null, "reason": "…"} for the whole queue
+         {"retry_after": SECONDS}, or {"pause": SECONDS or null, "reason": "…"} for the whole queue,
+         or {"hold": "reason", "data": {…}}: not before a person approves it; see approval.py
     65   never: a dead letter
     else a failed attempt
 
-Here, too, is what holds tasks back: a person who has not yet approved one, and of a whole queue a
-pause and a number of slots.
+Here, too, is what holds a whole queue back: a pause and a number of slots.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import queue_helpers as q
-from taskqueue import costs
+from taskqueue import approval, costs
 from taskqueue.payload import as_payload
 
 # The exit codes of handlers that mean more than failure (sysexits.h): never again; not now.
@@ -37,6 +37,8 @@ RESULT_BYTES = 16 * 2**20
 # The shortest and the longest that a handler may ask for, and what one gets that asks for nothing.
 # An uncounted attempt must not repeat as fast as it can.
 SHORTEST_SECONDS, LONGEST_SECONDS, NOT_NOW_SECONDS = 0.1, 30 * 86_400, 60.0
+# Of a reason that a handler gives.
+REASON_CHARACTERS = 200
 # Tasks that one result may enqueue.
 CHAIN_TASKS = 100
 CHAIN_KEYS = {"queue", "task_type", "data", "task_id", "priority", "delay", "group", "hold"}
@@ -60,11 +62,6 @@ where queue = :queue and paused_at is not null"""
 LIMIT = """
 insert into task_controls (queue, slots) values (:queue, :slots)
 on conflict (queue) do update set slots = excluded.slots"""
-# An approved task is ready, or blocked where its group is busy: the triggers see to that.
-APPROVE = """
-update "{queue}" set status = 1 where id = :id and status = 3 and due_at is null"""
-HELD = """
-select {task} from "{queue}" where id = :id and status = 3 and due_at is null"""
 CONTROLS = """
 select queue, paused_at, paused_until, pause_reason, paused_by, slots, bound_usd, bound_seconds from task_controls"""
 
@@ -74,12 +71,14 @@ class Outcome(NamedTuple):
 
     status       "completed"; "failed": for good, a dead letter; "cancelled"
                  "scheduled": a failed attempt, tried again after `delay`, or failed if it was the last
+                 "held": until a person approves it, and the attempt does not count
                  "put back": tried again after `delay`, and the attempt does not count
                  "lost": nothing was recorded, since its owner did not hold the task any more
     error        what went wrong, in one line
     delay        seconds until the next attempt; None: its back-off, or none if it is put back
     pause        (seconds, or None: until a person resumes it; reason), to hold back the whole queue
     exit_code, result, log    as the history keeps them
+    asks         the fields that approval puts into the payload of a held task; {}: a person must say
     follow_ups   (queue, row) of each task that is enqueued with it
     """
 
@@ -90,6 +89,7 @@ class Outcome(NamedTuple):
     exit_code: int | None = None
     result: str | None = None
     log: str | None = None
+    asks: dict | None = None
     follow_ups: Sequence[tuple[str, q.Row]] = ()
 
 
@@ -152,6 +152,9 @@ def _write(conn: q.Connection, task: q.Task, outcome: Outcome) -> Outcome:
         status = q.nack(conn, task, delay=outcome.delay, **told)
     elif outcome.status == "put back":
         held = q.release(conn, task, delay=outcome.delay or 0.0, error=outcome.error)
+        status = outcome.status if held else None
+    elif outcome.status == "held":
+        held = approval.ask(conn, task, outcome.error, outcome.asks)
         status = outcome.status if held else None
     else:
         held = q.finish(conn, task, outcome.status, **told)
@@ -319,8 +322,17 @@ def _as_object(text: str) -> dict | None:
 def _not_now(told: dict) -> Outcome:
     """Uncounted, and again after as long as the last line of stdout says, else after a minute."""
     said = _as_object(told["result"].rstrip().rpartition("\n")[2]) or {}
+    if isinstance(said.get("hold"), str):
+        asks = said.get("data", {})
+        # An empty object changes nothing, and anything else leaves it to the person.
+        asks = (asks or None) if isinstance(asks, dict) else {}
+        return Outcome("held", " ".join(said["hold"].split())[:REASON_CHARACTERS], asks=asks)
     reason = said.get("reason")
-    reason = f": {' '.join(reason.split())[:200]}" if isinstance(reason, str) and reason else ""
+    reason = (
+        f": {' '.join(reason.split())[:REASON_CHARACTERS]}"
+        if isinstance(reason, str) and reason
+        else ""
+    )
     if "pause" in said and (said["pause"] is None or seconds_in(said["pause"]) is not None):
         # Nothing here says that the queue is paused: the row outlives the pause.
         error = f"not now (exit 75){reason}"
@@ -381,18 +393,6 @@ def signal_name(number: int) -> str:
 
 
 # ------------------------------------------------------------------------ what holds tasks back
-
-
-def approve(conn: q.Connection, queue: str, row_id: int) -> bool:
-    """Have a held task run in its turn, within a transaction. False when it is not held."""
-    return q.execute(conn, APPROVE, queue, id=row_id).rowcount == 1
-
-
-def reject(conn: q.Connection, queue: str, row_id: int, reason: str | None = None) -> bool:
-    """End a held task as cancelled, within a transaction. False when it is not held."""
-    row = q.execute(conn, HELD, queue, id=row_id).fetchone()
-    error = f"rejected: {reason}" if reason else "rejected"
-    return row is not None and q.finish(conn, q.Task.from_row(queue, row), "cancelled", error=error)
 
 
 def pause(

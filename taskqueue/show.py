@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import BinaryIO, NamedTuple, TextIO
 
 import queue_helpers as q
+from taskqueue import approval
 from taskqueue.costs import Bound
 from taskqueue.database import LIVE
 from taskqueue.find import Found, newest_record
@@ -359,11 +360,16 @@ def payload(text: str | None) -> object:
 
 def payload_text(text: str) -> str:
     """Return the payload that was enqueued, without its envelope."""
-    stored = payload(text)
+    inner = payload_in(payload(text))
+    return json.dumps(inner, ensure_ascii=False) if isinstance(inner, dict) else text
+
+
+def payload_in(stored: object) -> object:
+    """Return the payload of a task's data."""
     if not isinstance(stored, dict):
-        return text
+        return stored
     inner = stored.get("data") if {"task_id", "task_type"} <= stored.keys() else None
-    return json.dumps(inner if isinstance(inner, dict) else stored, ensure_ascii=False)
+    return inner if isinstance(inner, dict) else stored
 
 
 def summary(printed: str | None) -> str:
@@ -407,7 +413,7 @@ def indented(value: object) -> str:
 
 # Fields that `show` prints elsewhere or not at all.
 NOT_FIELDS = {"data", "result", "log", "history", "runs", "came_from", "cancel_requested"}
-NOT_FIELDS |= {"cost_usd", "cost_at_least"}
+NOT_FIELDS |= {"cost_usd", "cost_at_least", "asks"}
 
 
 def fields_of(task: dict) -> Iterable[tuple[str, str]]:
@@ -422,6 +428,8 @@ def fields_of(task: dict) -> Iterable[tuple[str, str]]:
             yield "", f"until {command('approve')} or {command('reject')}"
         if name == "status" and value == "failed":
             yield "", f"runs again after {command('retry')} {sh(task['task_id'])}"
+    for number, line in enumerate(changes_of(task)):
+        yield "" if number else "approval changes", line
     is_over = task["completed_at"] is not None
     if task["started_at"] is not None:
         until = task["completed_at"] if is_over else time.time()
@@ -431,6 +439,19 @@ def fields_of(task: dict) -> Iterable[tuple[str, str]]:
         yield "cost", dollars(task["cost_usd"], task["cost_at_least"])
     for other in task["came_from"]:
         yield "came from", f"{other['queue']} {other['task_id']} ({other['status']})"
+
+
+def changes_of(task: dict) -> list[str]:
+    """Return what approval changes in the payload of a task that asks, a line for each field."""
+    asks, data = (payload(text) if isinstance(text, str) else text
+                  for text in (task.get("asks"), task["data"]))  # fmt: skip
+    if not isinstance(asks, dict):
+        return []
+    before = payload_in(data)
+    lines = approval.lines_of(before if isinstance(before, dict) else {}, asks)
+    return lines or [
+        f"the fields that you name: {command('approve')} {sh(task['task_id'])} --with '{{…}}'"
+    ]
 
 
 def between(begin: object, end: object) -> float | None:

@@ -146,36 +146,89 @@ def test_a_session_that_is_gone_is_one_where_only_stderr_says_so(fake):
     assert done.returncode == 65 and len(fake.calls()) == 1, done.stderr
 
 
-def test_a_denial_is_told_whatever_its_tool_and_input(fake):
+def bash(command: str) -> dict:
+    return {"tool_name": "Bash", "tool_input": {"command": command}}
+
+
+def file(tool: str, path: str) -> dict:
+    name = "notebook_path" if tool == "NotebookEdit" else "file_path"
+    return {"tool_name": tool, "tool_input": {name: path}}
+
+
+@pytest.mark.parametrize(
+    "denial, rule",
+    [
+        (bash("git push"), "Bash(git push)"),
+        (bash(" git push \n"), "Bash(git push)"),
+        (bash("git push 2>&1"), "Bash(git push)"),
+        (bash("make 2>/dev/null"), "Bash(make)"),
+        (bash("a && b; c | d"), "Bash(a && b; c | d)"),
+        (bash("echo 'x, y: é'"), "Bash(echo 'x, y: é')"),
+        (file("Edit", "/x/a b.md"), "Edit(//x/a b.md)"),
+        (file("Write", "/x/../y//a.md"), "Edit(//y/a.md)"),
+        (file("NotebookEdit", "/x/a.ipynb"), "Edit(//x/a.ipynb)"),
+        (file("Read", "/x/a.md"), "Read(//x/a.md)"),
+        *(
+            (denial, None)
+            for denial in (
+                bash("ls *"),
+                bash("git:*"),
+                bash("a\nb"),
+                bash("a\tb"),
+                bash("echo (x)"),
+                bash("echo ')', Bash(rm -r /)"),
+                bash("echo a\\\\b"),
+                bash("a >b"),
+                bash("a 2>&1 >b"),
+                bash("cat <a"),
+                bash("2>&1"),
+                bash(""),
+                bash("a\u202eb"),
+                {"tool_name": "Bash", "tool_input": {"command": 5}},
+                {"tool_name": "Bash", "tool_input": None},
+                file("Edit", "/x/*.md"),
+                file("Edit", "/x/[a].md"),
+                file("Edit", "/x/a?.md"),
+                file("Edit", "/x/a(1).md"),
+                file("Edit", "/x/a\\b"),
+                file("Edit", "/x/a.md "),
+                file("Edit", "/x/a\nb"),
+                file("Edit", ""),
+                file("Glob", "/x"),
+                {"tool_name": "mcp__bank__pay", "tool_input": {"sum": 5}},
+                {"tool_name": "WebFetch", "tool_input": {"url": "http://localhost/"}},
+                {"tool_name": "Edit(**)", "tool_input": {"file_path": "/x"}},
+            )
+        ),
+    ],
+)
+def test_only_an_exact_rule_is_asked_for(fake, denial, rule):
+    done = run(fake, DONE | {"permission_denials": [denial, bash("true")]}, allowed_tools="Read")
+    assert done.returncode == 75, done.stderr
+    order = json.loads(done.stdout)
+    assert order["hold"].startswith("wants: ") and len(order["hold"]) <= 200
+    if rule is None:
+        assert order["data"] is None and order["hold"].endswith("; no exact rule allows that")
+    else:
+        assert order["data"] == {"allowed_tools": ["Read", rule, "Bash(true)"]}
+
+
+def test_a_question_names_what_is_wanted_and_how_much_more(fake):
     denials = [
-        {"tool_name": "Bash", "tool_input": {"command": "ls *"}},
-        {"tool_name": "Bash", "tool_input": {"command": "a\nb"}},
-        {"tool_name": "Edit", "tool_input": {"file_path": "/x/README.md"}},
+        bash("git push"),
+        bash("git push"),
+        file("Edit", f"{fake.workspace}/docs/README.md"),
         {"tool_name": "mcp__bank__pay", "tool_input": {"sum": 5}},
-        {"tool_name": "WebFetch", "tool_input": None},
+        bash("echo " + "x" * 300),
         "nonsense",
     ]
-    done = run(fake, DONE | {"permission_denials": denials}, allowed_tools="Read")
-    assert done.returncode == 65
-    error = done.stderr.splitlines()[-1]
-    assert error == (
-        "Claude was denied: Bash ls *, Bash a b, 3 more; "
-        "to allow it: permission_mode and allowed_tools"
+    data = {"workspace_path": str(fake.workspace)}
+    order = json.loads(run(fake, DONE | {"permission_denials": denials[:3]}, **data).stdout)
+    assert order["hold"] == "wants: Bash(git push), Edit docs/README.md"
+    order = json.loads(run(fake, DONE | {"permission_denials": denials}, **data).stdout)
+    assert order["hold"] == (
+        "wants: Bash(git push), Edit docs/README.md, 2 more; no exact rule allows that"
     )
-    assert json.loads(done.stdout)["summary"] == error
-    # Rules are exact, or none is: no wildcard, no second line.
-    assert json.loads(done.stdout)["to_allow"] == {
-        "permission_mode": "acceptEdits",
-        "allowed_tools": ["Read", "Bash", "mcp__bank__pay", "WebFetch"],
-    }
-
-
-def test_an_error_names_the_option_however_long_the_command(fake):
-    denials = [
-        {"tool_name": "Bash", "tool_input": {"command": f"echo {n} " + "x" * 300}} for n in range(9)
-    ]
-    error = run(fake, DONE | {"permission_denials": denials}).stderr.splitlines()[-1]
-    assert len(error) <= 200 and error.endswith("; to allow it: allowed_tools")
 
 
 class TestThroughAWorker:
@@ -188,18 +241,36 @@ class TestThroughAWorker:
 
         return drain
 
-    def test_a_denial_is_the_error_of_the_task_and_its_cost_is_recorded(
-        self, installation, fake, drain
-    ):
-        denial = {"tool_name": "Bash", "tool_input": {"command": "git push"}}
-        fake.says(INIT, DONE | {"permission_denials": [denial]})
+    def test_a_denied_task_asks_and_is_one_task_with_one_attempt(self, installation, fake, drain):
+        fake.says(INIT, DONE | {"permission_denials": [bash("git push")]})
         task = installation.enqueue("approvals", "claude", '{"prompt": "Do it."}')
         drain("approvals")
+        held = installation.rows("select task_id, status, error_message from task_queue")
+        assert held == [(task, "held", "wants: Bash(git push)")]
+        assert installation.call("tasks.py", ["approve", task]).returncode == 0
+        fake.says(INIT, DONE)
+        drain("approvals")
         ended = installation.history(task)
-        assert (ended["status"], ended["attempts"]) == ("failed", 1)
-        allow = 'to allow it: "allowed_tools": ["Bash(git push)"]'
-        assert f"denied: Bash git push; {allow}" in ended["error"]
-        assert json.loads(ended["result"])["cost_usd"] == 0.5
+        assert (ended["status"], ended["attempts"]) == ("completed", 1)
+        assert "--allowed-tools=Bash(git push)" in fake.calls()[1][0]
+        assert installation.rows("select cost_usd from task_history") == [(1.0,)]
+
+    def test_of_a_hooks_payload_only_what_a_person_approved_is_a_right(
+        self, installation, fake, drain
+    ):
+        """The payload's own fields stay without effect, whatever is approved beside them."""
+        fake.says(INIT, DONE | {"permission_denials": [bash("git push")]})
+        payload = {"prompt": "Do it.", "allowed_tools": ["Bash"], "permission_mode": "acceptEdits",
+                   "hook_event_name": "claude"}  # fmt: skip
+        installation.enqueue("approvals", "claude", "{}", "--hold")
+        installation.sqlite3(f"insert into approvals (data) values ('{json.dumps(payload)}')")
+        drain("approvals")
+        assert installation.call("tasks.py", ["approve", "approvals-2"]).returncode == 0
+        fake.says(INIT, DONE)
+        drain("approvals")
+        first, second = ([word for word in call[0] if "allow" in word or "mode" in word]
+                         for call in fake.calls())  # fmt: skip
+        assert (first, second) == ([], ["--allowed-tools=Bash(git push)"])
 
     def test_a_task_that_is_moved_keeps_its_session(self, installation, fake, drain):
         fake.says(INIT, error("overloaded"), FAILED)

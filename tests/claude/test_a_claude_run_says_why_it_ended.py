@@ -9,6 +9,7 @@ import time
 
 import pytest
 from claude_stub.client import session_of, words_of
+from claude_stub.task import PROMPT
 
 pytestmark = pytest.mark.first
 
@@ -184,40 +185,71 @@ def test_a_client_that_does_not_start_is_a_failed_attempt_that_says_its_words(cl
 
 
 class TestDenied:
-    """Claude Code says `success` where it was not allowed to do the work."""
+    """Claude Code says `success` where it was not allowed to do the work: the task asks."""
 
-    COMMANDS = ["git push", "rm README.md"]
+    def order(self, done) -> dict:
+        assert done.returncode == 75, done.stderr
+        return json.loads(done.stdout)
 
-    def test_it_is_a_dead_letter_that_says_what_and_which_option_allows_it(self, claude):
-        claude.answer("tool", commands=self.COMMANDS, text="I could not push.")
-        done = claude.task().run()
-        assert done.returncode == 65, done.stderr
-        error = done.stderr.splitlines()[-1]
-        assert "Claude was denied: Bash git push, Bash rm README.md" in error
-        assert '"allowed_tools": ["Bash(git push)", "Bash(rm README.md)"]' in error
-        result = told(done)
-        assert result["summary"].startswith("Claude was denied: Bash git push")
-        assert result["result"] == "I could not push." and result["session_id"]
-
-    def test_what_it_names_does_allow_it(self, claude):
+    def test_it_asks_for_just_that_and_goes_on_in_its_session(self, claude):
         (claude.workspace / "README.md").write_text("words")
-        claude.answer("tool", commands=["rm README.md"], text="Removed.")
-        task = claude.task()
-        task.envelope["data"] |= told(task.run())["to_allow"]
-        claude.answer("tool", commands=["true", "rm README.md"], text="Removed.")
+        pier = {"file_path": str(claude.workspace / "pier.md"), "content": "words"}
+        wanted = ["rm README.md", {"name": "Write", "input": pier}]
+        claude.answer("tool", commands=wanted, text="I may not.")
+        task = claude.task(allowed_tools="Read")
+        order = self.order(task.run())
+        assert order["hold"] == "wants: Bash(rm README.md), Write pier.md"
+        rules = ["Read", "Bash(rm README.md)", f"Edit(/{claude.workspace}/pier.md)"]
+        assert order["data"] == {"allowed_tools": rules} and order["cost_usd"] > 0
+        task.envelope["data"] |= order["data"]
+        claude.answer("tool", commands=[None, None, *wanted], text="Removed.")
         done = task.run()
         assert done.returncode == 0, done.stderr
         assert not (claude.workspace / "README.md").exists()
-        assert GO_ON in words_of(claude.requests()[-1])
+        assert (claude.workspace / "pier.md").read_text() == "words"
+        assert len({session_of(request) for request in claude.requests()}) == 1
+        words = words_of(claude.requests()[-1])
+        assert words.count(PROMPT) == 1 and f"{GO_ON} A person has seen" in words
 
-    def test_an_edit_wants_acceptEdits_and_has_it(self, claude):
+    def test_a_rule_allows_nothing_but_what_it_was_made_for(self, claude):
+        """Each use is one for which the rule was made, then others that are near."""
+        here = str(claude.workspace)
+        write = lambda path: {"name": "Write", "input": {"file_path": path, "content": "x"}}  # noqa: E731
+        made_for = [
+            "touch one",
+            "touch 'a, b' && touch c",
+            "FOO=1 touch d 2>&1",
+            write(f"{here}/x y.md"),
+        ]
+        near = ["touch one two", "touch one && touch z", "touch one >z", "touch c", "touch d",
+                "FOO=1 touch d >z", "touch 'a, b'", write(f"{here}/sub/x y.md"),
+                write(f"{here}/x"), write(f"{here}/x y.mdx")]  # fmt: skip
+        claude.answer("tool", commands=made_for)
+        task = claude.task()
+        order = self.order(task.run())
+        task.envelope["data"] |= order["data"]
+        claude.answer("tool", commands=[*[None] * len(made_for), *made_for, *near])
+        assert self.order(task.run())["hold"].startswith("wants: Bash(touch one two), ")
+        made = {path.name for path in claude.workspace.iterdir()}
+        assert made == {"one", "a, b", "c", "d", "x y.md"}
+
+    def test_what_no_rule_allows_is_not_offered_again(self, claude):
+        """Claude Code allows no write into .git by a rule."""
+        call = {"file_path": str(claude.workspace / ".git/config"), "content": "x"}
+        claude.answer("tool", commands=[{"name": "Write", "input": call}])
+        task = claude.task()
+        order = self.order(task.run())
+        task.envelope["data"] |= order["data"]
+        claude.answer("tool", commands=[None, {"name": "Write", "input": call}])
+        again = self.order(task.run())
+        assert again["data"] is None
+        assert again["hold"] == "wants: Write .git/config; no exact rule allows that"
+
+    def test_the_mode_that_a_person_names_counts(self, claude):
         edit = {"file_path": str(claude.workspace / "a.md"), "content": "words"}
         claude.answer("tool", commands=[{"name": "Write", "input": edit}])
         task = claude.task()
-        done = task.run()
-        assert done.returncode == 65, done.stderr
-        assert "Claude was denied: Write a.md; " in done.stderr
-        assert done.stderr.rstrip().endswith('to allow it: "permission_mode": "acceptEdits"')
+        assert self.order(task.run())["hold"] == "wants: Write a.md"
         task.envelope["data"]["permission_mode"] = "acceptEdits"
         claude.answer("tool", commands=[None, {"name": "Write", "input": edit}])
         assert task.run().returncode == 0
@@ -227,4 +259,4 @@ class TestDenied:
         claude.answer("tool", commands=["git push"], text="All but the push.")
         done = claude.task(on_denied="accept").run()
         assert done.returncode == 0, done.stderr
-        assert told(done)["summary"] == "(Claude was denied: Bash git push) All but the push."
+        assert told(done)["summary"] == "(Claude was denied: Bash(git push)) All but the push."

@@ -25,6 +25,7 @@ from hypothesis.stateful import (
 )
 
 import queue_helpers as q
+from taskqueue import approval
 from taskqueue import outcome as queue_outcome
 from taskqueue import recovery as queue_owners
 from taskqueue import wake as queue_wake
@@ -448,12 +449,12 @@ class Queue(RuleBasedStateMachine):
             assert self.write(q.finish, q.Task.from_row(QUEUE, row), "cancelled")
             self.model.end(task, "cancelled", self.new_id)
         elif how == "approve":
-            assert self.write(queue_outcome.approve, QUEUE, task.id) == (task.state == "held")
+            assert self.write(approval.approve, QUEUE, task.id) == (task.state == "held")
             if task.state == "held":
                 task.approved = True
                 self.model.come(task)
         else:
-            assert self.write(queue_outcome.reject, QUEUE, task.id, "too late") == (
+            assert self.write(approval.reject, QUEUE, task.id, "too late") == (
                 task.state == "held"
             )
             task.state == "held" and self.model.end(task, "cancelled", self.new_id)

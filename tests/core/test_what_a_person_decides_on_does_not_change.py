@@ -31,11 +31,11 @@ def state(queue, conn) -> list[tuple]:
 
 
 def approve(queue, conn) -> None:
-    from taskqueue import outcome
+    from taskqueue import approval
 
     (row_id,) = conn.execute("select id from approvals").fetchone()
     with queue.transaction(conn):
-        assert outcome.approve(conn, "approvals", row_id)
+        assert approval.approve(conn, "approvals", row_id)
 
 
 @pytest.mark.parametrize("how", ["replace", "rerun"])

@@ -259,24 +259,24 @@ def test_then_hold_makes_results_that_wait_for_a_person(installation, queue):
     assert installation.sqlite3("select status from task_queue where queue = 'approvals'") == "held"
     conn = queue.connect()
     assert queue.claim_ready(conn, "approvals") == []
-    from taskqueue import outcome as queue_outcome
+    from taskqueue import approval
 
     with queue.transaction(conn):
-        assert queue_outcome.approve(conn, "approvals", 1) and not queue_outcome.approve(
+        assert approval.approve(conn, "approvals", 1) and not approval.approve(
             conn, "approvals", 1
         )
     assert [task.data for task in queue.claim_ready(conn, "approvals")] == [{"plan": 1}]
 
 
 def test_what_a_person_rejects_ends_as_cancelled(installation, queue):
-    from taskqueue import outcome as queue_outcome
+    from taskqueue import approval
 
     conn = queue.connect()
     queue.enqueue_task("approvals", "t", {}, "one", hold=True)
     queue.enqueue_task("approvals", "t", {}, "ready")
     with queue.transaction(conn):
-        assert queue_outcome.reject(conn, "approvals", 1, "not today")
-        assert not queue_outcome.reject(conn, "approvals", 2) and not queue_outcome.reject(
+        assert approval.reject(conn, "approvals", 1, "not today")
+        assert not approval.reject(conn, "approvals", 2) and not approval.reject(
             conn, "approvals", 3
         )
     assert installation.history("one") | {"log": None, "result": None} == {
