@@ -6,8 +6,8 @@
 """Show the queue at work, step by step, in a home directory that is thrown away.
 
     just demo             A hook fires, the link check finds a broken link, the next prompt is told,
-                          and a task for Claude is approved and runs. It takes about two seconds and
-                          no network: a shell script stands in for Claude.
+                          and a task for Claude asks to write a file, is approved and is done. It
+                          takes some seconds and no network: a shell script stands in for Claude.
     just demo --claude    The same with your Claude Code. It first names the account and the budget,
                           and asks.
     just demo-hub         A task goes to another machine, and its result comes back. uv downloads a
@@ -42,21 +42,24 @@ END_SECONDS = 5
 BUDGET_USD = 0.5
 
 HOOK = "~/.claude/automation/lychee/runtime/hook"
-ADD = f"""tq add approvals claude --task-id mend --hold '{{"prompt": "Write pier.md, in one line.",
-    "workspace_path": "'"$PWD"'", "permission_mode": "acceptEdits", "max_budget_usd": {BUDGET_USD}}}'"""
+ADD = f"""tq add approvals claude --task-id mend '{{"prompt": "Write pier.md, in one line.",
+    "workspace_path": "'"$PWD"'", "max_budget_usd": {BUDGET_USD}}}'"""
 FILES = {
     "notes/README.md": "# Harbour\n\nThe [tides](tides.md) are right.\nThe [pier](pier.md) is new.\n",
     "notes/tides.md": "# High water at noon\n",
     "stop.json": '{"session_id": "1", "cwd": "%s", "hook_event_name": "Stop"}\n',
     "prompt.json": '{"session_id": "1", "cwd": "%s", "hook_event_name": "UserPromptSubmit"}\n',
 }
-# Stands in for Claude Code: it does the work, and prints lines like those of `claude -p`.
+# Stands in for Claude Code: it does the work if it may, and prints lines like those of `claude -p`.
 CLAUDE = """#!/bin/sh
 cat >/dev/null
 echo '{"type": "system", "subtype": "init", "session_id": "1", "model": "a shell script", "cwd": "~/notes"}'
-echo '# The pier is 80 m long' >pier.md
 echo '{"type": "assistant", "message": {"content": [{"type": "tool_use", "name": "Write", "input": {"file_path": "pier.md"}}]}}'
-echo '{"type": "result", "is_error": false, "result": "I wrote pier.md.", "session_id": "1", "num_turns": 2, "total_cost_usd": 0}'
+case "$*" in
+    *pier.md*) echo '# The pier is 80 m long' >pier.md; says="I wrote pier.md." denied= ;;
+    *) says="I may not write." denied='{"tool_name": "Write", "tool_input": {"file_path": "pier.md"}}' ;;
+esac
+echo '{"type": "result", "is_error": false, "result": "'"$says"'", "session_id": "1", "num_turns": 2, "total_cost_usd": 0, "permission_denials": ['"$denied"']}'
 """
 REAL_CLAUDE = """#!/bin/sh
 HOME={home} exec {claude} "$@"
@@ -107,6 +110,8 @@ class Home:
         self.directory, self.stack, self.name = directory, stack, name
         self.notes, self.log = directory / "notes", directory / "worker.log"
         self.commands = directory / ".local/bin"
+        # How much of the worker's log was read.
+        self.read = 0
         prefix = directory / ".claude/automation/lychee"
         self.handlers, runtime = prefix / "handlers", prefix / "runtime"
         for folder in (self.notes, self.commands, self.handlers, runtime):
@@ -149,16 +154,20 @@ class Home:
         with self.log.open("wb") as log:
             self.worker = self.start(f"{command} &", stdout=log, stderr=log)
 
-    def wait_for(self, task_type: str, seconds: float) -> None:
-        """Wait until the worker's log says that a task of this type has completed."""
+    def wait_for(self, task_type: str, seconds: float, *states: str) -> str:
+        """Wait until the worker's log says how a task of this type ended, and return that: one of
+        the states, or completed."""
         deadline = time.monotonic() + seconds
-        ended = re.compile(rf" {task_type} \S+ (?!started|scheduled)(.*)")
-        while not (found := ended.search(log := self.log.read_text())):
+        ended = re.compile(rf" {task_type} \S+ (?!started|scheduled)(\S+)")
+        while not (found := ended.findall(log := self.log.read_text()[self.read :])):
             if self.worker.poll() is not None or time.monotonic() > deadline:
                 raise Failed(f"no {task_type} task has ended; the worker says:\n{log}")
             time.sleep(0.01)
-        if not found[1].startswith("completed"):
+        if found[0] not in ("completed", *states):
             raise Failed(f"the {task_type} task has not completed; the worker says:\n{log}")
+        # The next end is one after this.
+        self.read += len(log)
+        return found[0]
 
 
 # ------------------------------------------------------------------------- from a hook to Claude
@@ -189,22 +198,30 @@ def show(home: Home, claude: str | None) -> None:
     home.wait_for("link_validation", STEP_SECONDS)
 
     say(f"\n2. The worker has checked the links, with {checker}. Your next prompt tells Claude:")
-    told = home.run(f"{HOOK} --report <~/prompt.json", stdout=subprocess.PIPE)
-    if b"pier.md" not in told:
-        raise Failed("the next prompt was not told of the broken link")
-    say(json.loads(told)["systemMessage"])
+    tell(home, "the broken link")
 
-    say("\n3. A task for Claude is held until you approve it.")
+    stand_in = "" if claude else " (here: a shell script)"
+    say(f"\n3. Claude{stand_in} may read for a task, and asks you before it writes.")
     home.run(ADD)
-    home.run("tq approve mend")
-
-    say("\n4. The worker runs it" + ("." if claude else ", with a shell script in Claude's place."))
-    following = home.start("tq logs -f mend", stderr=subprocess.STDOUT)
-    home.wait_for("claude", LONG_SECONDS)
-    following.wait(STEP_SECONDS)
+    if home.wait_for("claude", LONG_SECONDS, "held") == "held":
+        tell(home, "what Claude asks")
+        say("\n4. You allow just that. The same session goes on.")
+        home.run("tq approve mend")
+        home.wait_for("claude", LONG_SECONDS)
+    else:
+        say("\n4. Your settings allow it, so Claude did not ask.")
+    home.run("tq wait mend")
     if not (home.notes / "pier.md").is_file():
         raise Failed("Claude did not write pier.md")
     say(f"\nAll of this took {time.monotonic() - started:.1f} s.")
+
+
+def tell(home: Home, news: str) -> None:
+    """Have the hook of a prompt tell the news; show the line that the person sees."""
+    told = home.run(f"{HOOK} --report <~/prompt.json", stdout=subprocess.PIPE)
+    if b"pier.md" not in told:
+        raise Failed(f"the next prompt was not told of {news}")
+    say(json.loads(told)["systemMessage"])
 
 
 def put_link_check(home: Home) -> str:

@@ -100,7 +100,7 @@ REFUSED = '"is_error": true, "api_error_status": 401'
         ("LONG_SECONDS", 0.001, "timed out"),
         ("LINK_CHECK", "#!/bin/sh\nexit 65\n", "the link_validation task has not completed"),
         ("LINK_CHECK", "#!/bin/sh\necho '{}'\n", "was not told of the broken link"),
-        ("CLAUDE", demo.CLAUDE.replace(">pier.md", ""), "Claude did not write pier.md"),
+        ("CLAUDE", demo.CLAUDE.replace(">pier.md;", ";"), "Claude did not write pier.md"),
         ("CLAUDE", demo.CLAUDE.replace('"is_error": false', REFUSED), "run claude, then /login"),
     ],
 )
@@ -149,13 +149,15 @@ def test_the_real_claude_code_does_the_task_in_its_own_home(surroundings, tmp_pa
     (tmp_path / "claude").mkdir()
     claude = ClaudeCode(tmp_path / "claude")
     try:
-        # The mode acceptEdits lets it copy a file in its workspace.
-        claude.answer("tool", commands=["cp tides.md pier.md"], text="I wrote pier.md.")
+        copy = "cp tides.md pier.md"
+        claude.answer("tool", commands=[copy, copy], text="I wrote pier.md.")
         env = claude.env | {"PATH": f"{claude.home}/bin:{surroundings['PATH']}"}
         env = surroundings | env | {"NO_PROXY": "127.0.0.1"}
         done = run(env, "--claude", within=claude.within, answer="y\n")
         assert done.returncode == 0, done.stdout + done.stderr
         assert "API key: ANTHROPIC_API_KEY" in done.stdout
+        assert "Claude was told: claude held: wants: Bash(cp tides.md pier.md)" in done.stdout
+        assert "You allow just that" in done.stdout
         assert '"result": "I wrote pier.md."' in done.stdout
         assert len(claude.sessions()) == 1
         # Claude Code itself leaves directories there.

@@ -183,6 +183,11 @@ class Model:
         if task.rerun and not task.approved:
             self.become(task, **task.rerun)
 
+    def ask(self, task) -> None:
+        """It is held with its group's turn, and keeps a later firing for its end."""
+        task.state, task.owner, task.due, task.delayed = "held", None, None, None
+        task.attempts, task.again = task.attempts - 1, True
+
     def is_due(self, task) -> bool:
         """Also where the clock was set back, and it would wait more than twice as long as it was told."""
         return task.state == "scheduled" and (
@@ -372,7 +377,7 @@ class Queue(RuleBasedStateMachine):
 
     @rule(
         tasks=claims,
-        ending=st.sampled_from(["ack", "nack", "bury", "release"]),
+        ending=st.sampled_from(["ack", "nack", "bury", "release", "ask"]),
         delay=delays,
         which=moments,
     )
@@ -382,7 +387,7 @@ class Queue(RuleBasedStateMachine):
             self.end_task(tasks[which % len(tasks)], ending, delay)
 
     @rule(
-        ending=st.sampled_from(["ack", "nack", "nack", "bury", "release"]),
+        ending=st.sampled_from(["ack", "nack", "nack", "bury", "release", "ask"]),
         delay=delays,
         which=moments,
     )
@@ -399,6 +404,9 @@ class Queue(RuleBasedStateMachine):
         elif ending == "bury":
             assert self.write(q.bury, task, error="no") == (there is not None)
             there and self.model.end(there, "failed", self.new_id)
+        elif ending == "ask":
+            assert self.write(approval.ask, task, "why", None) == (there is not None)
+            there and self.model.ask(there)
         elif ending == "release":
             assert self.write(q.release, task, delay=float(delay)) == (there is not None)
             there and self.put_back(there, delay, counted=False)
@@ -454,9 +462,7 @@ class Queue(RuleBasedStateMachine):
                 task.approved = True
                 self.model.come(task)
         else:
-            assert self.write(approval.reject, QUEUE, task.id, "too late") == (
-                task.state == "held"
-            )
+            assert self.write(approval.reject, QUEUE, task.id, "too late") == (task.state == "held")
             task.state == "held" and self.model.end(task, "cancelled", self.new_id)
 
     @rule(which=moments)

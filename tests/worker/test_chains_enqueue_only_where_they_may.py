@@ -262,9 +262,7 @@ def test_then_hold_makes_results_that_wait_for_a_person(installation, queue):
     from taskqueue import approval
 
     with queue.transaction(conn):
-        assert approval.approve(conn, "approvals", 1) and not approval.approve(
-            conn, "approvals", 1
-        )
+        assert approval.approve(conn, "approvals", 1) and not approval.approve(conn, "approvals", 1)
     assert [task.data for task in queue.claim_ready(conn, "approvals")] == [{"plan": 1}]
 
 
