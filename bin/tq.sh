@@ -32,6 +32,7 @@ usage: $name COMMAND [ARGUMENTS]
   list, show, logs, stats       show what waits, runs and failed, and why
   wait                          wait until tasks have ended; print their results
   approve, reject               let a held task run, or end it
+  ask                           go through the held tasks, and answer for each
   retry, cancel, move, purge    act on tasks
   pause, resume, limit          hold a queue back
   notify                        show or test the command that tells you at once

@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -150,10 +151,15 @@ def test_the_real_claude_code_does_the_task_in_its_own_home(surroundings, tmp_pa
     claude = ClaudeCode(tmp_path / "claude")
     try:
         copy = "cp tides.md pier.md"
-        claude.answer("tool", commands=[copy, copy], text="I wrote pier.md.")
+        claude.answer("tool", commands=[copy], text="I may not.")
         env = claude.env | {"PATH": f"{claude.home}/bin:{surroundings['PATH']}"}
         env = surroundings | env | {"NO_PROXY": "127.0.0.1"}
-        done = run(env, "--claude", within=claude.within, answer="y\n")
+        with ThreadPoolExecutor() as pool:
+            running = pool.submit(run, env, "--claude", within=claude.within, answer="y\n")
+            # The first run has had its last answer; the next one begins when it was approved.
+            wait_for(lambda: len(claude.requests()) == 2 or running.done(), 120, "the question")
+            claude.answer("tool", commands=[None, copy], text="I wrote pier.md.")
+            done = running.result()
         assert done.returncode == 0, done.stdout + done.stderr
         assert "API key: ANTHROPIC_API_KEY" in done.stdout
         assert "Claude was told: claude held: wants: Bash(cp tides.md pier.md)" in done.stdout

@@ -50,6 +50,29 @@ def handler(home: Home, name: str, text: str) -> None:
     path.chmod(0o755)
 
 
+# Stands in for Claude Code. It commits each file that its prompt names, and pushes if it may.
+CLAUDE = """#!/bin/sh
+if [ "$1" = --version ]; then echo "2.1.332 (Claude Code)"; exit; fi
+prompt=$(cat)
+file=$(echo "$prompt" | grep -o '[a-z]*\\.md') && echo proofread >>"$file" && git commit -qam "$file" && [ "$file" != same.md ] || git reset -q --hard HEAD~1
+denied='{"tool_name": "Bash", "tool_input": {"command": "git push"}}'
+case "$prompt $*" in *Bash*push*) git push -q && denied= ;; *push*) ;; *) denied= ;; esac
+echo '{"type": "system", "subtype": "init", "session_id": "s"}'
+echo '{"type": "result", "is_error": false, "result": "Done.", "total_cost_usd": 0, "permission_denials": ['"$denied"']}'
+"""
+
+
+def make_notes(home: Home) -> None:
+    """Make ~/notes, a repository with a remote."""
+    program(home, "claude", CLAUDE)
+    (home.directory / "notes").mkdir()
+    home.paste("""
+        git config --global user.name t && git config --global user.email t@localhost
+        git init -q --bare remote && cd notes && git init -q && git remote add origin ../remote
+        for name in one two same; do echo "$name" >"$name.md"; done
+        git add . && git commit -qm first && git push -qu origin HEAD""")
+
+
 def drain(home: Home, queue: str) -> None:
     """Run a queue's tasks as a worker that a hook starts does."""
     home.paste(
@@ -70,7 +93,7 @@ def test_a_recipe_does_what_its_title_says(home, title):
         '#!/bin/sh\nfor last; do :; done\n{ echo "to $last"; cat; echo; } >>"$HOME/sent"\n',
     )
     program(home, "notify-send", "#!/bin/sh\nexit 1\n")
-    program(home, "claude", "#!/bin/sh\necho '2.1.332 (Claude Code)'\n")
+    make_notes(home)
     printed = home.paste(RECIPES[title][0])
     EFFECTS[title](home, printed)
 
@@ -129,3 +152,25 @@ def stops_at_20_dollars(home, printed):
     drain(home, "approvals")
     assert home.rows("select task_id from approvals") == [("c",)]
     assert "$24.00 of $20.00 a day are spent" in home.paste("tq list")
+
+
+@recipe("Ask me before it pushes")
+def asks_before_it_pushes(home, printed):
+    assert "wants: Bash(git push)" in printed
+    home.paste("cd notes && git commit -q --allow-empty -m second")
+    last = "git -C remote log -1 --format=%s"
+    assert home.paste(last) == "first\n"
+    home.paste("tq approve push-notes && tq work approvals --drain")
+    assert home.paste(last) == "second\n"
+    told = "select status, attempts from task_history where task_id = 'push-notes'"
+    assert home.rows(told) == [("completed", 1)]
+
+
+@recipe("A worktree for each")
+def each_has_a_worktree(home, printed):
+    branches = re.findall(r"^\+ (tq/proofread-\w+-md-\w+)$", printed, re.M)
+    assert [branch.split("-")[1] for branch in branches] == ["one", "two"]
+    assert home.paste("cd notes && git status --porcelain && git log --format=%s") == "first\n"
+    for branch in branches:
+        home.paste(f"cd notes && git merge -q --no-edit {branch}")
+    assert home.paste("cat notes/*.md").split() == ["one", "proofread", "same", "two", "proofread"]
