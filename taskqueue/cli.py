@@ -148,7 +148,7 @@ def takes(*options: tuple) -> Callable:
 def json_object(text: str) -> dict:
     """Return the object of a JSON text. Raises ArgumentTypeError."""
     try:
-        value, _ = q.parse_json(text)
+        value = q.parse_json(text)
     except (ValueError, RecursionError) as error:
         raise argparse.ArgumentTypeError(f"not JSON: {error}") from None
     if not isinstance(value, dict):

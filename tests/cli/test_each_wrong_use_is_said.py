@@ -33,7 +33,7 @@ WRONG = {
     "pause": "the following arguments are required: QUEUE",
     "pause approvals --for 1year": f"'1year' {IS_A_DURATION}",
     "pause approvals --for 99999w": "is longer than 30 years",
-    "limit approvals": "the following arguments are required: --slots",
+    "limit approvals": "give --slots, --cost or both",
     "limit approvals --slots 0": "'0' is not a number of at least 1",
     "limit approvals --slots some": "'some' is not a number of at least 1",
     "move approvals": "give the IDs to move, or --from",

@@ -54,7 +54,10 @@ def handler(home: Home, name: str, text: str) -> None:
 CLAUDE = """#!/bin/sh
 if [ "$1" = --version ]; then echo "2.1.332 (Claude Code)"; exit; fi
 prompt=$(cat)
-file=$(echo "$prompt" | grep -o '[a-z]*\\.md') && echo proofread >>"$file" && git commit -qam "$file" && [ "$file" != same.md ] || git reset -q --hard HEAD~1
+for file in $(echo "$prompt" | grep -o '[a-z]*\\.md'); do
+    echo proofread >>"$file" && git commit -qam "$file"
+    if [ "$file" = same.md ]; then git reset -q --hard HEAD~1; fi
+done
 denied='{"tool_name": "Bash", "tool_input": {"command": "git push"}}'
 case "$prompt $*" in *Bash*push*) git push -q && denied= ;; *push*) ;; *) denied= ;; esac
 echo '{"type": "system", "subtype": "init", "session_id": "s"}'
