@@ -42,8 +42,7 @@ END_SECONDS = 5
 BUDGET_USD = 0.5
 
 HOOK = "~/.claude/automation/lychee/runtime/hook"
-ADD = f"""tq add approvals claude --task-id mend '{{"prompt": "Write pier.md, in one line.",
-    "workspace_path": "'"$PWD"'", "max_budget_usd": {BUDGET_USD}}}'"""
+ADD = f"""tq add approvals claude --task-id mend '{{"prompt": "Write pier.md.", "workspace_path": "'"$PWD"'", "max_budget_usd": {BUDGET_USD}}}'"""
 FILES = {
     "notes/README.md": "# Harbour\n\nThe [tides](tides.md) are right.\nThe [pier](pier.md) is new.\n",
     "notes/tides.md": "# High water at noon\n",

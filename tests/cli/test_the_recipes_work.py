@@ -52,7 +52,6 @@ def handler(home: Home, name: str, text: str) -> None:
 
 # Stands in for Claude Code. It commits each file that its prompt names, and pushes if it may.
 CLAUDE = """#!/bin/sh
-if [ "$1" = --version ]; then echo "2.1.332 (Claude Code)"; exit; fi
 prompt=$(cat)
 for file in $(echo "$prompt" | grep -o '[a-z]*\\.md'); do
     echo proofread >>"$file" && git commit -qam "$file"
@@ -63,6 +62,9 @@ case "$prompt $*" in *Bash*push*) git push -q && denied= ;; *push*) ;; *) denied
 echo '{"type": "system", "subtype": "init", "session_id": "s"}'
 echo '{"type": "result", "is_error": false, "result": "Done.", "total_cost_usd": 0, "permission_denials": ['"$denied"']}'
 """
+
+
+WITH_NOTES = ("Ask me before it pushes", "A worktree for each")
 
 
 def make_notes(home: Home) -> None:
@@ -96,7 +98,9 @@ def test_a_recipe_does_what_its_title_says(home, title):
         '#!/bin/sh\nfor last; do :; done\n{ echo "to $last"; cat; echo; } >>"$HOME/sent"\n',
     )
     program(home, "notify-send", "#!/bin/sh\nexit 1\n")
-    make_notes(home)
+    program(home, "claude", "#!/bin/sh\necho '2.1.332 (Claude Code)'\n")
+    if title in WITH_NOTES:
+        make_notes(home)
     printed = home.paste(RECIPES[title][0])
     EFFECTS[title](home, printed)
 
