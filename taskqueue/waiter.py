@@ -133,10 +133,11 @@ class Waiter:
         self.file, self.reader = file, reader
         names = ("hook_event_name", "session_id", "prompt_id", "cwd")
         fields = {name: payload.get(name) for name in names}
-        self.fields = {name: plain(each) for name, each in fields.items() if isinstance(each, str)}
         # An older client names no prompt.
-        self.fields.setdefault("prompt_id", None)
-        self.began, self.tasks = time.monotonic(), set()
+        self.fields = {
+            name: plain(each) if isinstance(each, str) else None for name, each in fields.items()
+        }
+        self.began, self.tasks = time.monotonic(), set[tuple[str, str, int]]()
         self.since = time.time() - UNSEEN_SECONDS
         self.count, self.text = 0, ""
 

@@ -56,6 +56,15 @@ class Terminal(Home):
         told["pluginConfigs"] = {NAME: {"options": {"wake": wake}}}
         settings.write_text(json.dumps(told))
 
+    def hold_checks(self) -> None:
+        """Have link checks wait for ~/go."""
+        check = self.prefix / "handlers/link_validation"
+        check.rename(check.with_name("real"))
+        check.write_text(
+            '#!/bin/sh\nuntil [ -e "$HOME/go" ]; do sleep 0.01; done\nexec "${0%/*}/real"\n'
+        )
+        check.chmod(0o755)
+
     def start(self) -> None:
         told = {
             "hasCompletedOnboarding": True,
@@ -115,14 +124,18 @@ class Terminal(Home):
                 return int(name)
         return 0
 
+    def kill(self) -> None:
+        if self.pid:
+            os.kill(self.pid, signal.SIGKILL)
+            os.waitpid(self.pid, 0)
+            os.close(self.terminal)
+            self.pid = 0
+
     def close(self) -> None:
         super().close()
-        waiting = self.waiting()
-        os.kill(self.pid, signal.SIGKILL)
-        os.waitpid(self.pid, 0)
-        os.close(self.terminal)
+        (self.home / "go").touch()
+        self.kill()
         end(self.claude.api)
-        wait_for(lambda: not is_alive(waiting), what="the waiter's end")
 
 
 @pytest.fixture
@@ -161,13 +174,7 @@ def test_a_session_that_its_person_goes_on_typing_in_hears_once(session):
     session.install_hooks()
     session.start()
     (session.workspace / "README.md").write_text("[the pier](pier.md)\n")
-    # The check waits until the person has typed.
-    check = session.prefix / "handlers/link_validation"
-    check.rename(check.with_name("real"))
-    check.write_text(
-        '#!/bin/sh\nuntil [ -e "$HOME/go" ]; do sleep 0.01; done\nexec "${0%/*}/real"\n'
-    )
-    check.chmod(0o755)
+    session.hold_checks()
     session.type("Write about the harbour.")
     wait_for(session.waiting, 60, "the waiter")
     session.claude.answer("hang")
@@ -195,3 +202,19 @@ def test_the_plugin_wakes_where_its_option_says_so(session, tmp_path, wake):
         assert session.told(WOKEN).count(FOUND) == 1
     session.type("And about the lighthouse.")
     assert session.told("lighthouse").count(WOKEN) == wake
+
+
+def test_a_session_that_ends_leaves_no_process_behind(session):
+    session.install_hooks()
+    session.hold_checks()
+    session.start()
+    session.type("Write about the harbour.")
+    wait_for(session.waiting, 60, "the waiter")
+    # Claude Code itself leaves the hooks of a cleared conversation running.
+    session.type("/clear")
+    wait_for(lambda: not session.waiting(), what="the end of the waiter")
+    session.type("Write about the pier.")
+    waiter = wait_for(session.waiting, 60, "the waiter of the new conversation")
+    session.kill()
+    wait_for(lambda: not is_alive(waiter), what="the end of the killed session's waiter")
+    assert not session.waiting()

@@ -10,6 +10,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -216,9 +217,13 @@ def test_nobody_waits_where_nobody_is_to_be_woken(session):
 def test_a_later_stops_waiter_replaces_it(session):
     first = session.stop()
     name = session.waits()
+    # What a killed session left goes after a week.
+    left = session.installation.state / "waits/killed"
+    left.write_text("2 ")
+    os.utime(left, (time.time() - 8 * 86_400,) * 2)
     second = session.stop()
     assert ended(first) == (0, "")
-    assert wait_for(session.waits) != name
+    assert wait_for(session.waits) != name and not left.exists()
     session.work()
     assert ended(second)[0] == 2
 
