@@ -172,6 +172,16 @@ def test_a_run_that_is_stopped_has_its_session_saved(claude, interrupted, whom):
     went_on(claude, task)
 
 
+def test_a_run_that_says_nothing_any_more_is_ended_and_goes_on_in_its_session(claude):
+    """The API does not answer, and Claude Code prints nothing meanwhile."""
+    task = claude.task(permission_mode="bypassPermissions", stall=4)
+    claude.answer("tool", commands=["echo red >>painted"], then_hang=True)
+    done = task.run()
+    assert done.returncode == 1, done.stderr
+    assert done.stderr.splitlines()[-1] == "no sign of life for 4 s"
+    went_on(claude, task)
+
+
 @pytest.mark.parametrize(
     "handler_dies", [False, True], ids=["worker and supervisor", "and handler"]
 )

@@ -147,3 +147,19 @@ def test_a_place_that_is_taken_is_a_failed_attempt(fake, repository):
     done = fake.task(workspace_path=str(repository), worktree=True).call()
     assert done.returncode == 1 and "already exists" in done.stderr
     assert len(fake.calls()) == 1
+
+
+def test_the_real_claude_code_asks_and_goes_on_in_its_worktree(claude):
+    git(claude.workspace, "init", "-q")
+    git(claude.workspace, "commit", "-q", "--allow-empty", "-m", "first")
+    claude.answer("tool", commands=["touch one"], text="I may not.")
+    task = claude.task(worktree=True)
+    asked = task.run()
+    assert asked.returncode == 75, asked.stderr
+    task.envelope["data"] |= json.loads(asked.stdout)["data"]
+    claude.answer("tool", commands=[None, "touch one"], text="Done.")
+    done = task.run()
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)["worktree"]
+    assert told["why"] == "1 file not committed" and Path(told["path"], "one").exists()
+    assert len(claude.sessions()) == 1 and not (claude.workspace / "one").exists()

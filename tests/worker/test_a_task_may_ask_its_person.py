@@ -296,6 +296,16 @@ class TestAsk:
         said = self.ask(installation, "y\ne\n", EDITOR="sed -i s/fast/slow/")
         assert "so name the fields" in said and "approved w" in said
 
+    def test_a_task_that_changed_while_the_person_looked_is_left_alone(self, asked):
+        """It was answered elsewhere, ran, and asks again."""
+        steps = [["tasks.py", "approve", "w", "--with", "{}"],
+                 ["worker.py", "approvals", "--drain", "--handlers", str(asked.handlers)]]  # fmt: skip
+        lines = [shlex.join([sys.executable, str(ROOT / step[0]), *step[1:]]) for step in steps]
+        editor = asked.handler("editor", "#!/bin/sh\n" + "\n".join(lines) + "\n")
+        said = self.ask(asked, "e\n", EDITOR=str(editor))
+        assert "skipped, since it is not held any more as it was shown" in said
+        assert column(asked, "status") == {"w": 3}
+
     def test_nothing_held_is_said(self, installation):
         installation.enqueue("approvals", "work", "{}")
         assert self.ask(installation, "") == "no task is held\n"
