@@ -87,7 +87,7 @@ def parser() -> cli.Parser:
     add("--environment", choices=("yes", "no"), help=f"give workers what is set here, {ask}")
     add("--command", metavar="NAME", type=program, help="put it into ~/.local/bin as NAME (or ask)")
     add("--no-command", action="store_true", help="put no command there")
-    add("--yes", action="store_true", help="answer yes to every question")
+    add("--yes", action="store_true", help="answer yes to every question but the wake-up")
     add("--no-warm", action="store_true", help="leave uv's cache alone; a first run may download")
     verb("uninstall", "take out what install and `tq service` put in, never the state")
     return top

@@ -11,10 +11,11 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from conftest import wait_for
+from conftest import ROOT, wait_for
 from homes import PREFIX, install
 
 pytest_plugins = ["homes"]
@@ -81,8 +82,10 @@ class Session:
             env=self.env | env,
             cwd=self.workspace,
         )
-        process.stdin.write(payload)
-        process.stdin.close()
+        # A hook that waits for nothing does not read it.
+        with suppress(BrokenPipeError):
+            process.stdin.write(payload)
+            process.stdin.close()
         process.stdin = None
         self.waiters.append(process)
         return process
@@ -242,6 +245,30 @@ def test_a_firing_that_merged_into_a_later_one_is_waited_for(session):
     codes = sorted(ended(waiter)[0] for waiter in (first, second))
     assert codes == [0, 2], "one finding is told once"
     worker.terminate()
+
+
+@pytest.mark.parametrize(
+    ("option", "agent", "waits"),
+    [
+        ("true", "claude-code_2-1-332_harness", True),
+        ("true", "claude-code_2-10-0_harness", True),
+        ("false", "claude-code_2-1-332_harness", False),
+        ("true", "claude-code_2-1-331_harness", False),
+        ("true", "claude-code_3-0-0_harness", False),
+        ("true", "", False),
+    ],
+)
+def test_the_plugins_option_counts_in_a_client_that_was_seen_to_wake_up(
+    session, option, agent, waits
+):
+    env = {"CLAUDE_PLUGIN_OPTION_WAKE": option, "AI_AGENT": agent}
+    session.hook = ROOT / "bin/hook.sh"
+    payload = session.payload("Stop", "s-1", stop_hook_active=False)
+    waiter = session.wait(payload, **env)
+    if waits:
+        wait_for(session.waits, what="the waiter")
+        ended(session.wait(session.payload("SessionEnd", "s-1"), **env))
+    assert ended(waiter) == (0, "")
 
 
 def test_it_ends_with_its_session(session):
