@@ -12,6 +12,8 @@ import sys
 import pytest
 from conftest import ROOT, wait_for
 
+from worker import parse
+
 REPORT = """#!/usr/bin/env python3
 import os, signal
 ignored = [s.name for s in signal.valid_signals() if s not in (signal.SIGPIPE, signal.SIGXFSZ) and signal.getsignal(s) is signal.SIG_IGN
@@ -116,11 +118,16 @@ def test_a_log_that_cannot_be_written(installation):
 @pytest.mark.parametrize(
     "number", ["nan", "inf", "-inf", "1e400", "-1", "", "1e9", "9" * 5000, "0x10", "١e"]
 )
-def test_numbers_that_are_none_are_refused(installation, option, number):
-    done = installation.run("worker.py", "notifications", f"{option}={number}")
-    assert done.returncode == 64 and done.stderr.count("\n") == 1 and option in done.stderr, (
-        done.stderr
-    )
+def test_numbers_that_are_none_are_refused(option, number, capsys):
+    with pytest.raises(SystemExit) as ended:
+        parse(["notifications", f"{option}={number}"])
+    said = capsys.readouterr().err
+    assert ended.value.code == 64 and said.count("\n") == 1 and option in said, said
+
+
+def test_a_worker_with_a_wrong_option_ends_before_it_makes_anything(installation):
+    done = installation.run("worker.py", "notifications", "--timeout=nan")
+    assert done.returncode == 64 and done.stderr.count("\n") == 1 and "--timeout" in done.stderr
     assert not installation.state.exists()
 
 
