@@ -14,11 +14,10 @@ import queue_helpers as q
 from taskqueue import act, approval, cli, database, show
 from taskqueue.approval import Held
 from taskqueue.cli import EACH_QUEUE, Refused, takes
-from taskqueue.find import Found
 from taskqueue.text import plural, visible, visible_lines
 
 HELD_IDS = """
-select id, coalesce(task_id, '{queue}-' || id) from "{queue}" where status = 3 and due_at is null order by id"""
+select id from "{queue}" where status = 3 and due_at is null order by id"""
 ANSWERS = "[y]es, [n]o, [s]kip, [e]dit, [q]uit? "
 # A line of a payload has at most so many characters here; show has all of them.
 LINE_CHARACTERS = 300
@@ -38,45 +37,46 @@ def ask(queues: list[str] | None, as_json: bool) -> int:
     database.check_known(conn, queues or ())
     answered, freed = 0, []
     tasks = list(held_tasks(conn, queues))
-    for number, (found, held) in enumerate(tasks, 1):
-        print(f"{number} of {len(tasks)}: {visible_lines(description(found, held))}")
+    for number, held in enumerate(tasks, 1):
+        print(f"{number} of {len(tasks)}: {visible_lines(description(held))}")
         try:
-            done = answer(conn, found, held)
+            done = answer(conn, held)
         except Gone:
             print()
             break
-        print(visible(f"{done} {found.task_id}"))
+        print(visible(f"{done} {held.task.task_id}"))
         answered += not done.startswith("skipped")
-        freed += [found.queue] if done == "approved" else []
+        freed += [held.task.queue] if done == "approved" else []
     left = len(tasks) - answered
     print(f"{plural(left, 'task')} left" if tasks else "no task is held")
     act.have_run(conn, freed, False)
     return 0
 
 
-def held_tasks(conn: q.Connection, queues: list[str] | None) -> Iterator[tuple[Found, Held]]:
+def held_tasks(conn: q.Connection, queues: list[str] | None) -> Iterator[Held]:
     for queue in queues or database.queues_of(conn):
-        for row_id, task_id in q.execute(conn, HELD_IDS, queue).fetchall():
+        for (row_id,) in q.execute(conn, HELD_IDS, queue).fetchall():
             held = approval.held(conn, queue, row_id)
             if held:
-                yield Found(queue, task_id, row_id), held
+                yield held
 
 
-def description(found: Found, held: Held) -> str:
+def description(held: Held) -> str:
     """Return what a person should know about a held task."""
-    lines = [f"{found.task_id}, {held.task.task_type} in {found.queue}"]
+    task = held.task
+    lines = [f"{task.task_id}, {task.task_type} in {task.queue}"]
     lines += [held.reason] if held.reason else []
-    for name, value in held.task.data.items():
+    for name, value in task.data.items():
         lines.append(f"{name}: {json.dumps(value, ensure_ascii=False)}")
     lines = [
         line if len(line) <= LINE_CHARACTERS else f"{line[:LINE_CHARACTERS]}…" for line in lines
     ]
-    stored = {"task_id": found.task_id, "data": held.task.data, "asks": held.asks}
+    stored = {"task_id": task.task_id, "data": task.data, "asks": held.asks}
     lines += [f"yes changes {line}" for line in show.changes_of(stored)]
     return "\n  ".join(lines)
 
 
-def answer(conn: q.Connection, found: Found, held: Held) -> str:
+def answer(conn: q.Connection, held: Held) -> str:
     """Ask until the answer can be obeyed; return what became of the task. Raises Gone."""
     while True:
         word = read_line().strip().lower()
@@ -86,13 +86,13 @@ def answer(conn: q.Connection, found: Found, held: Held) -> str:
             raise Gone
         try:
             if word in ("y", "yes"):
-                return decided("approved", approve(conn, found, held, None))
+                return decided("approved", approve(conn, held, None))
             if word in ("n", "no"):
                 with q.transaction(conn):
-                    ended = approval.reject(conn, found.queue, found.row_id)
+                    ended = approval.reject(conn, held.task.queue, held.task.id)
                 return decided("rejected", ended)
             if word in ("e", "edit"):
-                return decided("approved", approve(conn, found, held, edited(held)))
+                return decided("approved", approve(conn, held, edited(held)))
         except (q.InvalidTask, Refused) as refused:
             print(visible(str(refused)))
 
@@ -101,9 +101,9 @@ def decided(done: str, is_done: bool) -> str:
     return done if is_done else "skipped, since it is not held any more as it was shown:"
 
 
-def approve(conn: q.Connection, found: Found, held: Held, change: dict | None) -> bool:
+def approve(conn: q.Connection, held: Held, change: dict | None) -> bool:
     with q.transaction(conn):
-        return approval.approve(conn, found.queue, found.row_id, change, held)
+        return approval.approve(conn, held.task.queue, held.task.id, change, held)
 
 
 def read_line() -> str:
