@@ -32,7 +32,7 @@ from taskqueue.cli import (
 from taskqueue.database import LIVE, STATUS_TERMS
 from taskqueue.find import Found, find, live_id
 from taskqueue.remedies import command, lets_go_on
-from taskqueue.text import pause_in_words, plural, sh, short
+from taskqueue.text import pause_in_words, plural, short
 
 CANCEL_SECONDS = 30.0
 # The value of an option of limit that was not given: None takes a limit away.
@@ -113,7 +113,7 @@ def approve(ids: list[str], queue: str | None, fields: dict | None, as_json: boo
             if found.row_id and approval.approve(conn, found.queue, found.row_id, fields):
                 return None
         except q.InvalidTask as refused:
-            return f"{refused}: {command('approve')} {sh(found.task_id)} --with '{{…}}'"
+            return str(refused)
         return change.why_not_held(conn, found)
 
     wanted = [find(conn, ident, queue) for ident in ids]

@@ -13,6 +13,8 @@ import time
 from typing import NamedTuple
 
 import queue_helpers as q
+from taskqueue.remedies import command
+from taskqueue.text import sh
 
 HELD_ROW = """
 select {task}, asks, released_at, error from "{queue}" where id = :id and status = 3 and due_at is null"""
@@ -90,7 +92,8 @@ def approve(
     if found is None or seen not in (None, found):
         return False
     if change is None and found.needs_fields:
-        raise q.InvalidTask("no exact rule allows what it wants, so name the fields to change")
+        how = f"{command('approve')} {sh(found.task.task_id)} --with '{{…}}'"
+        raise q.InvalidTask(f"no exact rule allows what it wants, so name the fields: {how}")
     change = found.asks if change is None else change
     text = changed(found.task, change or {})
     return q.execute(conn, APPROVE, queue, id=row_id, data=text).rowcount == 1
@@ -107,6 +110,8 @@ def changed(task: q.Task, change: dict) -> str:
     """Return a task's data with other fields in its payload, as it is stored. Raises InvalidTask."""
     if not change:
         return task.text
+    if why := task.unreadable():
+        raise q.InvalidTask(f"its {why}, so no field can change")
     envelope = task.envelope
     envelope["data"] = merged(envelope["data"], change)
     if isinstance(envelope.get("granted"), dict):

@@ -66,12 +66,13 @@ def description(held: Held) -> str:
     task = held.task
     lines = [f"{task.task_id}, {task.task_type} in {task.queue}"]
     lines += [held.reason] if held.reason else []
-    for name, value in task.data.items():
+    data = task.text if task.unreadable() else task.data
+    for name, value in data.items() if isinstance(data, dict) else [("data", data)]:
         lines.append(f"{name}: {json.dumps(value, ensure_ascii=False)}")
     lines = [
         line if len(line) <= LINE_CHARACTERS else f"{line[:LINE_CHARACTERS]}…" for line in lines
     ]
-    stored = {"task_id": task.task_id, "data": task.data, "asks": held.asks}
+    stored = {"task_id": task.task_id, "data": data, "asks": held.asks}
     lines += [f"yes changes {line}" for line in show.changes_of(stored)]
     return "\n  ".join(lines)
 
@@ -119,6 +120,8 @@ def read_line() -> str:
 
 def edited(held: Held) -> dict:
     """Let the person edit the payload as approval would make it; return the change. Raises Refused."""
+    if why := held.task.unreadable():
+        raise Refused(f"its {why}")
     before = held.task.data
     with tempfile.NamedTemporaryFile("w+", suffix=".json", encoding="utf-8") as file:
         payload = approval.merged(before, held.asks or {})

@@ -306,6 +306,17 @@ class TestAsk:
         assert "skipped, since it is not held any more as it was shown" in said
         assert column(asked, "status") == {"w": 3}
 
+    def test_a_row_that_python_cannot_read_is_no_trouble_of_the_others(self, installation):
+        installation.enqueue("approvals", "work", "{}", "--hold", "--task-id", "w")
+        row = """insert into approvals (data, status) values ('{"a": 1e400}', 3)"""
+        installation.sqlite3(row)
+        said = self.ask(installation, "y\ne\ny\n")
+        assert "approved w" in said and "its data cannot be read: 1e400" in said
+        assert "approved approvals-2" in said
+        installation.sqlite3(row)
+        refused = tasks(installation, "approve", "approvals-3", "--with", '{"b": 1}', code=1)
+        assert "its data cannot be read: 1e400" in refused
+
     def test_nothing_held_is_said(self, installation):
         installation.enqueue("approvals", "work", "{}")
         assert self.ask(installation, "") == "no task is held\n"
