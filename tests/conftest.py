@@ -82,9 +82,10 @@ def end(process: subprocess.Popen) -> None:
     process.wait()
 
 
-# Scripts that tests/cli calls inside its own process, and the commands that need one of theirs.
-INSIDE = {"tasks.py", "enqueue.py"}
-OUTSIDE = {"doctor", "service", "restore"}
+# These folders' tests call these scripts inside their own process; these words need one of theirs.
+FOLDERS = {"cli", "worker", "claude"}
+INSIDE = {"tasks.py", "enqueue.py", "cleanup.py"}
+OUTSIDE = {"doctor", "service", "restore", "--hook", "--start-worker", "-"}
 
 
 class Installation:
@@ -113,14 +114,14 @@ class Installation:
     ) -> subprocess.CompletedProcess:
         """Run one of our scripts to its end.
 
-        In tests/cli, tasks.py and enqueue.py run inside this process unless stdin, an environment
-        or another option asks for one of their own.
+        In most folders these scripts run inside this process, unless an environment or
+        another option asks for one of their own.
         """
-        if self.is_inside and script in INSIDE and not (input or env or options):
+        raw = input.encode() if isinstance(input, str) else input
+        if self.is_inside and script in INSIDE and not (env or options):
             words = [str(word) for word in args]
             if not OUTSIDE & {*words}:
-                return self.call(script, words)
-        raw = input.encode() if isinstance(input, str) else input
+                return self.call(script, words, raw or b"")
         stdin = {"stdin": subprocess.DEVNULL} if raw is None else {"input": raw}
         done = subprocess.run(
             [sys.executable, ROOT / script, *map(str, args)],
@@ -133,14 +134,20 @@ class Installation:
         done.stdout, done.stderr = done.stdout.decode(), done.stderr.decode()
         return done
 
-    def call(self, script: str, words: list[str]) -> subprocess.CompletedProcess:
+    def call(
+        self, script: str, words: list[str], stdin: bytes = b""
+    ) -> subprocess.CompletedProcess:
         """Call a script's main() with an environment and streams of its own."""
         import queue_helpers
         from taskqueue import remedies
 
         out, err = (io.TextIOWrapper(io.BytesIO(), "utf-8", newline="") for _ in range(2))
         state = {"STATE_DIR": self.state, "QUEUE_DB": self.db, "QUEUE_PATH": self.state}
-        streams = {"stdin": io.TextIOWrapper(io.BytesIO()), "stdout": out, "stderr": err}
+        streams = {
+            "stdin": io.TextIOWrapper(io.BytesIO(stdin), "utf-8"),
+            "stdout": out,
+            "stderr": err,
+        }
         remedies.installed_command.cache_clear()
         with (
             mock.patch.multiple(queue_helpers, **state),
@@ -246,7 +253,7 @@ class Installation:
 def installation(tmp_path, request):
     """An Installation; its processes are killed at the end."""
     made = Installation(tmp_path)
-    made.is_inside = request.path.parent.name == "cli"
+    made.is_inside = request.path.parent.name in FOLDERS
     yield made
     if made.is_inside:
         import queue_helpers
@@ -280,6 +287,26 @@ def queue(installation, monkeypatch):
     monkeypatch.setattr(queue_helpers, "QUEUE_PATH", installation.state)
     yield queue_helpers
     queue_helpers.resign(installation.state)
+
+
+def settle(queue, said: str, code: int = 0, before=None, **terms):
+    """Record the end of a task whose handler said that; it is claimed with those terms.
+
+    `before(conn, task)` runs while the task is claimed, in a transaction of its own.
+    """
+    from taskqueue import outcome
+
+    conn = queue.connect()
+    queue.enqueue_task("notifications", "t", {}, "parent")
+    (task,) = queue.claim_ready(conn, "notifications", **terms)
+    output = conn.state / "logs" / f"{task.run_name}.out"
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(said)
+    if before:
+        with queue.transaction(conn):
+            before(conn, task)
+    with queue.transaction(conn):
+        return outcome.record(conn, task, code)
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import json
 import math
 
 import pytest
-from conftest import end, wait_for
+from conftest import end, settle, wait_for
 
 HANDLER = "#!/bin/sh\ncat > /dev/null\nprintf '%s\\n' {said}\n"
 
@@ -24,20 +24,6 @@ def envelopes(installation, queue: str) -> list[dict]:
     return [
         json.loads(data) for (data,) in installation.rows(f"select data from {queue} order by id")
     ]
-
-
-def settle(queue, said: str, **terms):
-    """What becomes of a task whose handler said that; it is claimed with those terms."""
-    from taskqueue import outcome
-
-    conn = queue.connect()
-    queue.enqueue_task("notifications", "t", {}, "parent")
-    (task,) = queue.claim_ready(conn, "notifications", **terms)
-    output = conn.state / "logs" / f"{task.run_name}.out"
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(said)
-    with queue.transaction(conn):
-        return outcome.record(conn, task, 0)
 
 
 def test_the_last_line_enqueues(installation, queue):

@@ -65,6 +65,12 @@ def immutable():
     undo()
 
 
+@pytest.fixture(autouse=True)
+def commands_have_their_own_process(installation):
+    """This process would remember the database from before the fault."""
+    installation.is_inside = False
+
+
 def troubles(worker) -> list[str]:
     return [line for line in worker.log.read_text().splitlines() if "trouble" in line]
 

@@ -5,7 +5,7 @@ by itself.
 import time
 
 import pytest
-from conftest import wait_for
+from conftest import settle, wait_for
 from processes import lines, stays_true
 
 # Task 2 pauses the queue when it runs for the first time.
@@ -155,16 +155,7 @@ def test_consumers_of_other_programs_are_held_back_as_well(installation, queue):
     ],
 )
 def test_only_a_number_of_seconds_or_null_pauses(installation, queue, said, status, until):
-    from taskqueue import outcome
-
-    conn = queue.connect()
-    fill(queue, 1)
-    (task,) = queue.claim_ready(conn, "notifications")
-    output = installation.state / "logs" / f"{task.run_name}.out"
-    output.parent.mkdir(parents=True)
-    output.write_text(f"some text\n{said}\n")
-    with queue.transaction(conn):
-        outcome.record(conn, task, outcome.EX_TEMPFAIL)
+    settle(queue, f"some text\n{said}\n", 75)
     assert installation.rows("select status, attempts from notifications") == [(status, 0)]
     held = control(installation)
     if until is ...:
@@ -175,18 +166,10 @@ def test_only_a_number_of_seconds_or_null_pauses(installation, queue, said, stat
 
 
 def test_who_no_longer_holds_the_task_pauses_nothing(installation, queue):
-    from taskqueue import outcome
-
-    conn = queue.connect()
-    fill(queue, 1)
-    (task,) = queue.claim_ready(conn, "notifications")
-    output = installation.state / "logs" / f"{task.run_name}.out"
-    output.parent.mkdir(parents=True)
-    output.write_text('{"pause": null}')
-    with queue.transaction(conn):
+    def finish(conn, task) -> None:
         assert queue.ack(conn, task)
-    with queue.transaction(conn):
-        assert outcome.record(conn, task, outcome.EX_TEMPFAIL).status == "lost"
+
+    assert settle(queue, '{"pause": null}', 75, before=finish).status == "lost"
     assert control(installation) is None
 
 
