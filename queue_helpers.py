@@ -702,7 +702,13 @@ class Connection(sqlite3.Connection):
 
     def execute(self, *args) -> sqlite3.Cursor:
         with self.lock:
-            return super().execute(*args)
+            try:
+                return super().execute(*args)
+            except UnicodeDecodeError:
+                # SQLite's message quotes the bytes of a damaged schema.
+                error = sqlite3.DatabaseError("malformed database schema")
+                error.sqlite_errorname = "SQLITE_CORRUPT"
+                raise error from None
 
     def set_busy_timeout(self, milliseconds: int) -> None:
         """Set how long SQLite waits for a lock."""

@@ -24,9 +24,6 @@ LIMIT_SECONDS, LIMIT_AT_LEAST_SECONDS, PAUSE_AT_MOST_SECONDS = 1800.0, 5.0, 30 *
 # second number.
 WAIT_SECONDS, WAIT_AT_MOST_SECONDS = 30.0, 1800.0
 
-# A run that used up its share of the queue's bound goes on then, if the bound allows it.
-AGAIN_SECONDS = 1.0
-
 # Causes that only a person can mend. No other task of the queue fares better.
 FOR_A_PERSON = {
     "authentication_failed": "Claude Code is not logged in: run claude, then /login",
@@ -105,11 +102,8 @@ def judge(
         return Verdict(EX_TEMPFAIL, why, {"retry_after": wait})
     result, words = said.result, words_of(said.result)
     if budget_is_lent and result.get("subtype") == "error_max_budget_usd":
-        order = {
-            "retry_after": AGAIN_SECONDS,
-            "reason": "its share of the queue's bound is used up",
-        }
-        return Verdict(EX_TEMPFAIL, "its share of what the queue may cost is used up", order)
+        reason = "its share of the queue's bound is used up"
+        return Verdict(EX_TEMPFAIL, reason, {"retry_after": WAIT_SECONDS, "reason": reason})
     if cause in HOPELESS:
         facts = {"words": words, "subtype": result.get("subtype"), "resume": data.get("resume")}
         return Verdict(EX_DATAERR, HOPELESS[cause].format(**facts))

@@ -21,7 +21,7 @@ from typing import NamedTuple
 import queue_helpers as q
 from taskqueue.text import dollars
 
-PERIODS = {"hour": 3_600, "day": 86_400, "week": 7 * 86_400}
+PERIODS: dict[str, float] = {"hour": 3_600, "day": 86_400, "week": 7 * 86_400}
 # No handler's number beyond this is believed.
 MOST_USD = 1e6
 # Costs stay so long; the longest period is a week.

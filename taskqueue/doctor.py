@@ -123,7 +123,8 @@ def run(name: str, place: Place) -> list[Finding]:
     try:
         for finding in CHECKS[name](place):
             found.append(finding)
-    except (OSError, sqlite3.Error, subprocess.TimeoutExpired) as error:
+    # SQLite's message may quote the bytes of a damaged schema.
+    except (OSError, sqlite3.Error, UnicodeDecodeError, subprocess.TimeoutExpired) as error:
         found.append(problem(f"could not be checked: {error}", "mend that first"))
     return found or [Finding("ok", "", "")]
 
@@ -399,7 +400,8 @@ def look_at(db: Path) -> Finding | None:
     except sqlite3.OperationalError:
         # It is locked or cannot be opened, and that is no damage.
         raise
-    except sqlite3.DatabaseError as error:
+    # SQLite's message may quote the bytes of a damaged schema.
+    except (sqlite3.DatabaseError, UnicodeDecodeError) as error:
         rescue = f"sqlite3 {sh(db)} .recover | sqlite3 recovered.db, then: {command('restore')}"
         mend = f"{restore}; without one, save what can be read: {rescue} recovered.db"
         return problem(f"{db} is damaged or no database: {error}", mend)

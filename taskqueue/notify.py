@@ -105,24 +105,24 @@ class Teller:
     def tell(self, now: bool = False) -> None:
         """Run the command if there are news and it is due, or `now`; do not wait for it."""
         is_due = time.monotonic() >= self.due_at
-        if not self.news or not (now or is_due):
+        if not (self.command and self.news and (now or is_due)):
             return
         if is_due:
             self._end_last()
         news, self.news = self.news, []
         self.due_at = time.monotonic() + TELL_SECONDS
         try:
-            self._run(news)
+            self._run(self.command, news)
         # The program was removed, or the machine has no room for one more process.
         except OSError as error:
             say(f"{self.option} could not be run: {error}")
 
-    def _run(self, news: list[dict]) -> None:
+    def _run(self, command: list[str], news: list[dict]) -> None:
         fd = stdin_file(json.dumps(news).encode())
         try:
             pid = os.posix_spawn(
-                self.command[0],
-                self.command,
+                command[0],
+                command,
                 with_text([{"event": "failed"} | each for each in news], self.environ),
                 file_actions=[(os.POSIX_SPAWN_DUP2, fd, 0), (os.POSIX_SPAWN_DUP2, 2, 1)],
                 setsid=True,

@@ -171,7 +171,7 @@ def paused(queues: dict) -> Iterable[str]:
 
 def costs_of(queues: dict) -> dict[str, list[str]]:
     """Return a row of amounts for each day that had costs: all together, then each queue's."""
-    table: dict[str, dict] = {}
+    table: dict[str, dict[str, tuple[float, bool]]] = {}
     costly = [queue for queue, n in queues.items() if n["costs"]]
     for queue in costly:
         for day in queues[queue]["costs"]:
@@ -179,7 +179,7 @@ def costs_of(queues: dict) -> dict[str, list[str]]:
     rows = {}
     for day, amounts in sorted(table.items(), reverse=True):
         total = sum(usd for usd, _ in amounts.values()), any(least for _, least in amounts.values())
-        each = [amounts[queue] if queue in amounts else (0, False) for queue in costly]
+        each = [amounts[queue] if queue in amounts else (0.0, False) for queue in costly]
         rows[day] = [dollars(*amount) for amount in (total, *each)]
     return {"": ["all", *costly], **rows} if rows else {}
 

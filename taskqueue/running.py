@@ -247,13 +247,15 @@ class Handlers:
         """Return the end that the supervisor tells, with what is wrong with the handler's file."""
         code, why, seconds = told["code"], told["why"], told["seconds"]
         if fault := self.fault_of_handler(task, code, why):
-            why = ("scheduled", fault, NO_HANDLER_SECONDS if code is None else None)
+            delay = NO_HANDLER_SECONDS if code is None else None
+            return End(task, code, outcomes.Outcome("scheduled", fault, delay), seconds)
         return End(task, code, why and outcomes.Outcome(*why), seconds)
 
     def fault_of_handler(self, task: q.Task, code: int | None, why: list | None) -> str | None:
         """Explain why a handler was not started, or why env did not find its interpreter."""
-        may_be = why is None if code == EXIT_NOT_FOUND else code is None and why[0] == "put back"
-        if self.command is not None or not may_be:
+        put_back = code is None and why is not None and why[0] == "put back"
+        not_found = code == EXIT_NOT_FOUND and why is None
+        if self.command is not None or not (put_back or not_found):
             return None
         try:
             fault = fault_of(f"{self.directory}/{task.task_type}", self.env["PATH"])

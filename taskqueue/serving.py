@@ -18,6 +18,8 @@ import queue_helpers as q
 ANY_TYPE = "*"
 # A service manager that does not answer within this time counts as one that loaded nothing.
 MANAGER_SECONDS = 2.0
+# This file beside the handlers is a command for --notify.
+NOTIFIER = "notify.sh"
 # The statuses of tasks that need a worker; a held task needs its person first.
 WAITING = ("pending", "scheduled", "blocked")
 
@@ -65,7 +67,7 @@ def handlers_in(directory: Path) -> list[str]:
 
 def has_handler(directory: Path, task_type: str) -> bool:
     """Return whether a directory has an executable of a task type's name."""
-    if "/" in task_type or task_type.startswith("."):
+    if "/" in task_type or task_type.startswith(".") or task_type == NOTIFIER:
         return False
     handler = f"{directory}/{task_type}"
     return os.path.isfile(handler) and os.access(handler, os.X_OK)

@@ -299,13 +299,16 @@ def next_due(conn: q.Connection, queue: str) -> float | None:
     row = q.execute(conn, NEXT_TIMES, queue, now=now).fetchone()
     due, expires, ready, is_open, paused, until, has_bound = row
     times = [when for when in (due, expires) if when is not None]
+    if has_bound and not is_open and not paused:
+        until = costs.goes_on(conn, queue)
+        paused = until is not None
     if paused:
         times = [until] if until is not None and (ready or due is not None) else []
         # The first of what waits may become ready later than the pause ends.
         times = [max(*times, due)] if times and not ready else times
     elif not is_open:
         # All slots are taken: the end of a run is a commit, which wakes everybody.
-        return costs.goes_on(conn, queue) if has_bound else None
+        return None
     return min(times, default=None)
 
 

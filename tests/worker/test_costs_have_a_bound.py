@@ -236,6 +236,41 @@ def test_json_that_python_cannot_read_holds_up_no_bound(installation, spender):
     assert installation.history("it")["status"] == "completed"
 
 
+def test_a_run_that_nobody_saw_end_counts_its_budget(installation, spender):
+    """Its worker, its supervisor and its handler were killed."""
+    spender('[ "$TASK_ATTEMPT" = 2 ] || { echo "$PPID $$" >"$HOME/who"; exec sleep 100; }')
+    limit(installation, "5/day")
+    spend(installation, "it", 0.5, max_budget_usd=2)
+    first = installation.worker("work")
+    who = installation.directory / "who"
+    wait_for(lambda: who.exists() and who.read_text(), what="the run")
+    supervisor, handler = map(int, who.read_text().split())
+    for pid in (first.pid, supervisor):
+        os.kill(pid, signal.SIGKILL)
+    os.killpg(handler, signal.SIGKILL)
+    installation.worker("work")
+    installation.finished("it")
+    # The handler had shown 0.5; of its own budget that is spent.
+    assert runs(installation)[1] == "it may cost 1.5 after 0.5"
+    assert costs(installation) == {"it": (2.5, 0)}
+
+
+def test_a_worker_with_nothing_to_do_does_not_wait_for_the_bound(installation, spender):
+    limit(installation, "0.5/day")
+    spend(installation, "it", 0.5)
+    words = ("work", "--handlers", installation.handlers, "--idle-exit", 0.2)
+    said = installation.run("worker.py", *words).stderr
+    assert "1 done" in said and "leaving" in said
+
+
+def test_a_worker_within_a_run_passes_that_runs_bound_on_to_nobody(installation, spender):
+    spend(installation, "it", 0)
+    env = {"TASK_BUDGET_USD": "0.1", "TASK_SPENT_USD": "7"}
+    words = ("work", "--handlers", installation.handlers, "--drain")
+    installation.run("worker.py", *words, env=env)
+    assert runs(installation) == ["it may cost any amount after nothing"]
+
+
 def test_costs_per_day_are_in_stats_and_on_the_page(installation, spender):
     for task_id, cost in (("a", 1.25), ("b", 0.5)):
         spend(installation, task_id, cost)
