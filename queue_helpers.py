@@ -341,10 +341,6 @@ LOOK = f"""
 select exists (select 1 from "{{queue}}" where status < 2), {IS_OVERDUE}, {OPEN_SLOTS.replace(":limit", "1")} > 0"""
 COUNT_CLAIMED = """
 select count(*) from "{queue}" where status = 2"""
-
-IS_BOUND = f"""
-select {HAS_BOUND}"""
-
 PROMOTE = f"""
 update "{{queue}}"
 set status = iif(group_id is null or released_at is not null, 1, 4), due_at = null, delayed_at = null, released_at = null
@@ -357,7 +353,7 @@ update "{{queue}}"
 set status = 2, owner = :owner, claimed_at = :now, attempts = attempts + 1, expires_at = null, max_attempts = coalesce(own_attempts, :max_attempts),
     backoff = :backoff, then_queue = :then_queue, then_hold = :then_hold, chain = :chain
 where id in (select id from "{{queue}}" where status < 2 order by priority desc, id limit {OPEN_SLOTS})
-returning {{task}}"""
+returning {{task}}, {HAS_BOUND}"""
 CLAIM_ROW = CLAIM.replace("order by priority desc, id limit", "and id = :id limit")
 CLAIMED_BY = """select {task} from "{queue}" where status = 2 and owner is :owner"""
 
@@ -600,7 +596,7 @@ class _Turn:
 
     def __init__(self, state: Path) -> None:
         self.directory, self.fds = f"{state}/turn", []
-        self.none_until = 0.0
+        self.none_until, self.check_at = 0.0, 0.0
 
     def take(self, seconds: float) -> float:
         """Wait for the turn, for `seconds` at most; return the seconds that it took.
@@ -611,7 +607,9 @@ class _Turn:
         if began < self.none_until:
             return 0.0
         try:
-            self._open()
+            if began > self.check_at:
+                self._open()
+                self.check_at = began + 1.0
             had = self._lock(0, began + seconds) and self._lock(1, began + seconds)
             flock(self.fds[0], LOCK_UN)
             waited = time.monotonic() - began
@@ -665,7 +663,7 @@ class _Turn:
 
     def close(self) -> None:
         """Close the files, without letting anybody in: a forked child does that, too."""
-        fds, self.fds = self.fds, []
+        fds, self.fds, self.check_at = self.fds, [], 0.0
         for fd in fds:
             os.close(fd)
 
@@ -1380,8 +1378,8 @@ def claim(
         then_hold=then_hold,
         chain=chain,
     ).fetchall()
-    tasks = [Task.from_row(queue, row) for row in rows]
-    if tasks and execute(conn, IS_BOUND, queue).fetchone()[0]:
+    tasks = [Task.from_row(queue, row[:-1]) for row in rows]
+    if rows and rows[0][-1]:
         _module("taskqueue.costs").reserve(conn, queue, tasks, max(limit, places))
     # RETURNING gives them in any order.
     return sorted(tasks, key=lambda task: (-task.priority, task.id)) if len(tasks) > 1 else tasks
