@@ -98,6 +98,8 @@ MAX_QUEUES = 200
 WAL_BYTES = 16 * 2**20
 # A sleeping consumer looks this often whatever the events say.
 SAFETY_TICK_SECONDS = 5.0
+# Claims that find a task do without a look of their own for this long.
+LOOK_SECONDS = 0.01
 # How long to wait for a lock that others may hold while they look at it.
 PROBE_SECONDS = 0.2
 # How many tasks that expire or become due one transaction takes, so that nobody waits for long.
@@ -690,6 +692,8 @@ class Connection(sqlite3.Connection):
     queues: set[str]
     # When the spool of a queue last changed, where it was empty then.
     spools: dict[str, int]
+    # When a look at a queue last found a task, Unix seconds.
+    found: dict[str, float]
     durable: bool | None
     turn: _Turn
     busy_timeout_ms: int
@@ -872,7 +876,7 @@ def _open(state: Path, db: str, busy_timeout_ms: int) -> Connection:
     conn = sqlite3.connect(db, busy_timeout_ms / 1000, factory=Connection, **how)
     try:
         conn.state, conn.db, conn.queues, conn.turn = state, db, set(), _Turn(state)
-        conn.spools = {}
+        conn.spools, conn.found = {}, {}
         conn.lock, conn.opened = threading.RLock(), _process.connections
         conn.durable, conn.busy_timeout_ms = None, busy_timeout_ms
         # bash may have cast any bytes to text.
@@ -1405,16 +1409,23 @@ def expire(conn: Connection, queue: str, now: float) -> int:
 def claim_ready(conn: Connection, queue: str, **how) -> list[Task]:
     """Claim tasks for this process, in a transaction of its own; `how` are claim()'s terms.
 
-    It takes no lock where no task is ready. Raises QueueBusy, QueueUnavailable.
+    It takes no lock where no task is ready, but after a look that found one: that serves the claims of
+    the next moment, too, until one of them finds none. Raises QueueBusy, QueueUnavailable.
     """
     while True:
-        found, overdue = look(conn, queue)
+        now = time.time()
+        has_looked = 0 <= now - conn.found.get(queue, 0.0) < LOOK_SECONDS
+        found, overdue = (True, False) if has_looked else look(conn, queue)
         if not found:
             return []
         owner = owner_name(conn.state)
         with transaction(conn, durable=False):
             tasks = claim(conn, queue, owner, overdue=overdue, **how)
-        if tasks or not overdue:
+        if not tasks:
+            conn.found.pop(queue, None)
+        elif not (has_looked or overdue):
+            conn.found[queue] = now
+        if tasks or not (has_looked or overdue):
             return tasks
 
 
