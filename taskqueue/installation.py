@@ -13,7 +13,6 @@ import re
 import shlex
 import shutil
 import stat
-import subprocess
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -184,6 +183,8 @@ def find_uv() -> str | None:
 
     A version manager's stand-in on PATH needs its environment; it is asked for the uv behind it.
     """
+    import subprocess
+
     home = Path.home()
     places = (
         os.environ.get("UV"),
@@ -232,6 +233,8 @@ def find_uv() -> str | None:
 
 def works_alone(command: Sequence[str]) -> bool:
     """Tell whether a command succeeds with next to no environment, as under a service."""
+    import subprocess
+
     environment = {"HOME": os.environ.get("HOME", "/"), "PATH": "/usr/bin:/bin"}
     try:
         return (
