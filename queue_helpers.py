@@ -1672,7 +1672,6 @@ os.register_at_fork(before=_before_fork, after_in_child=_after_fork)
 # ------------------------------------------------------------------------------------------------ the modules beside it
 
 _LATER = {
-    "taskqueue.outcome": "pause resume limit controls",
     "taskqueue.spool": "spool spool_directories spooled_files take_in_spool",
     "taskqueue.recovery": "recover redrive not_held OWNERS CANCEL_REQUESTED",
     "taskqueue.wake": "Watch WakeEvent QueueWatcher sleep_seconds next_due NEXT_TIMES",

@@ -49,6 +49,7 @@ import queue_helpers as q
 from taskqueue import costs, environment, notify, recovery, service
 from taskqueue import outcome as outcomes
 from taskqueue.cli import duration, make_parser
+from taskqueue.control import Control, controls_of
 from taskqueue.database import LIVE
 from taskqueue.remedies import as_typed, remedies_as_typed
 from taskqueue.running import (
@@ -226,7 +227,7 @@ class Worker:
         self.on_dead = notify.Teller("--on-dead", args.on_dead, args.env)
         self.news = notify.Teller("--notify", args.notify, args.env)
         # The pauses that were there at the last look; none was looked for yet.
-        self.pauses: dict[str, outcomes.Control] | None = None
+        self.pauses: dict[str, Control] | None = None
         # Whether others may have changed the database or the spool since the last look.
         self.changed = True
         # How many signals came, and when to end what still runs.
@@ -355,7 +356,7 @@ class Worker:
     def pause_of(self, queue: str, told: str = "") -> str:
         """Say that a queue is paused now; without the reason if `told` has it."""
         try:
-            control = q.controls(self.connect()).get(queue)
+            control = controls_of(self.connect()).get(queue)
         # The loop meets this trouble, and says it.
         except q.QueueError:
             return ""
@@ -388,7 +389,7 @@ class Worker:
         """Tell --notify which queues were paused or go on since the last look."""
         if not self.args.notify:
             return
-        controls, before = q.controls(conn), self.pauses
+        controls, before = controls_of(conn), self.pauses
         self.pauses = {
             queue: controls[queue]
             for queue in self.own()

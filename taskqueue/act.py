@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import queue_helpers as q
-from taskqueue import approval, change, cli, costs, database, outcome, service, spool
+from taskqueue import approval, change, cli, costs, database, service, spool
 from taskqueue.cli import (
     EX_FAILED,
     IDS,
@@ -28,6 +28,13 @@ from taskqueue.cli import (
     some_text,
     span_option,
     takes,
+)
+from taskqueue.control import (
+    Control,
+    controls_of,
+    limit_slots,
+    pause_queue,
+    resume_queue,
 )
 from taskqueue.database import LIVE, STATUS_TERMS
 from taskqueue.find import Found, find, live_id
@@ -342,9 +349,9 @@ def pause(queues: list[str], seconds: float | None, reason: str | None, as_json:
     until = None if seconds is None else time.time() + seconds
     why = None if reason is None else short(reason, 500)
     conn, changed = change_queues(
-        queues, lambda conn, queue: q.pause(conn, queue, until, why, by="person")
+        queues, lambda conn, queue: pause_queue(conn, queue, until, why, by="person")
     )
-    controls, told, lines = q.controls(conn), [], []
+    controls, told, lines = controls_of(conn), [], []
     for queue in queues:
         control = controls.get(queue)
         until, why = (control.until, control.reason) if control else (None, None)
@@ -365,11 +372,11 @@ def pause(queues: list[str], seconds: float | None, reason: str | None, as_json:
 @takes(QUEUES)
 def resume(queues: list[str], as_json: bool) -> int:
     """Let a paused queue's tasks be claimed again."""
-    conn, changed = change_queues(queues, q.resume, create=False)
+    conn, changed = change_queues(queues, resume_queue, create=False)
     told = [{"queue": name, "paused": False, "changed": changed[name]} for name in queues]
     lines = [f"resumed {name}" if changed[name] else f"{name} was not paused" for name in queues]
     for name in queues:
-        control = q.controls(conn).get(name)
+        control = controls_of(conn).get(name)
         if control and control.paused:
             go_on = lets_go_on(name, control.by)
             lines.append(f"{name} is {pause_in_words(control)}; to let it go on: {go_on}")
@@ -391,7 +398,7 @@ def limit(queues: list[str], slots: int | None, cost: tuple | None, as_json: boo
 
     def change_one(conn: q.Connection, queue: str) -> None:
         if slots is not AS_IS:
-            q.limit(conn, queue, slots)
+            limit_slots(conn, queue, slots)
         if cost is not AS_IS:
             costs.limit(conn, queue, cost)
 
@@ -402,12 +409,12 @@ def limit(queues: list[str], slots: int | None, cost: tuple | None, as_json: boo
         lines += [f"{queue}: {number} of its tasks at a time" for queue in queues]
     if cost is not AS_IS:
         told |= dict(zip(("cost_usd", "seconds"), cost or (None, None), strict=True))
-        lines += [cost_line(queue, q.controls(conn).get(queue)) for queue in queues]
+        lines += [cost_line(queue, controls_of(conn).get(queue)) for queue in queues]
     cli.report(as_json, [{"queue": queue, **told} for queue in queues], "\n".join(lines))
     return 0
 
 
-def cost_line(queue: str, control: outcome.Control | None) -> str:
+def cost_line(queue: str, control: Control | None) -> str:
     if control is None or control.bound is None:
         return f"{queue}: its runs may cost any amount"
     paused = f"; it is {pause_in_words(control)}" if control.by == "costs" else ""

@@ -22,6 +22,7 @@ from typing import NamedTuple
 import queue_helpers as q
 from taskqueue import environment, installation, notify, outcome, recovery, service, serving, spool
 from taskqueue.cli import put_json
+from taskqueue.control import Control, controls_of
 from taskqueue.database import claims, database_file, is_in_use, open_to_read, queues_of
 from taskqueue.installation import Installation, installed
 from taskqueue.remedies import command, lets_go_on
@@ -469,7 +470,7 @@ def check_tasks(place: Place) -> Findings:
         queues = queues_of(conn)
         for queue in queues:
             runner = serving.runner_of(conn, place.state, queue)
-            control = q.controls(conn).get(queue)
+            control = controls_of(conn).get(queue)
             for finding in (
                 *check_waiting(conn, queue, runner, control, place.max_wait),
                 *check_held(conn, queue, place.max_wait),
@@ -490,7 +491,7 @@ def check_waiting(
     conn: sqlite3.Connection,
     queue: str,
     runner: serving.Runner,
-    control: outcome.Control | None,
+    control: Control | None,
     max_wait: float,
 ) -> Findings:
     """Find tasks that nobody will run, and those that wait for long."""

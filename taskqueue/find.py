@@ -17,8 +17,8 @@ from typing import NamedTuple
 import queue_helpers as q
 from taskqueue import cli, costs, database, serving
 from taskqueue.cli import Refused
+from taskqueue.control import Control, controls_of
 from taskqueue.database import FINISHED, LIVE
-from taskqueue.outcome import Control
 from taskqueue.remedies import command
 
 # The number of a row in a list.
@@ -356,7 +356,7 @@ def gather(conn: q.Connection | database.Reader) -> dict:
 def _gather(conn: q.Connection | database.Reader, now: float) -> dict:
     ago = {"hour_ago": q.utc(now - HOUR), "day_ago": q.utc(now - DAY)}
     types: dict[str, dict[str, dict]] = {}
-    controls = q.controls(conn)
+    controls = controls_of(conn)
     served = [queue for queue in database.queues_of(conn) if serving.is_served(conn.state, queue)]
     for queue in database.queues_of(conn):
         types[queue] = {}

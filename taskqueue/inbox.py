@@ -10,6 +10,7 @@ from typing import Any
 import queue_helpers as q
 from taskqueue import hub, show
 from taskqueue import outcome as outcomes
+from taskqueue.control import controls_of
 from taskqueue.hub import HubRefused
 from taskqueue.relay import STAYS, TICK_SECONDS, TIDY_SECONDS, Relay
 from taskqueue.running import say
@@ -155,7 +156,7 @@ class Fetch(Relay):
 
     def free(self, conn: q.Connection) -> dict[str, int]:
         """Return the free places of each queue that has some."""
-        controls, places = outcomes.controls(conn), {}
+        controls, places = controls_of(conn), {}
         for queue in self.args.queues:
             control = controls.get(queue)
             most = self.args.at_most

@@ -33,6 +33,7 @@ from taskqueue.cli import (
     span_option,
     takes,
 )
+from taskqueue.control import controls_of
 from taskqueue.database import STATUS_TERMS, STATUSES
 from taskqueue.find import (
     Found,
@@ -189,7 +190,7 @@ def list_(
         wanted = Wanted(queues, statuses or STATUSES, task_type, oldest, newest, text)
         # One row more than the list shows says whether there are more.
         rows = first(limit + 1, find_tasks(conn, wanted), SORTS.get(sort or ""))
-        controls = q.controls(conn)
+        controls = controls_of(conn)
     more, rows = len(rows) > limit, rows[:limit]
     if as_json:
         cli.put_json([row | {"data": shown.payload(row["data"])} for row in rows])
@@ -355,7 +356,7 @@ def why_waiting(conn: q.Connection, records: Sequence[dict]) -> dict[object, str
     A key stays the same while its line counts down.
     """
     lines: dict[object, str] = {}
-    controls = q.controls(conn)
+    controls = controls_of(conn)
     for record in records:
         ident, queue = record["task_id"], record["queue"]
         if record["status"] == "held":

@@ -1,14 +1,12 @@
 """How the end of a handler's run becomes an outcome: its exit code and its last words decide.
 
-    0    done. With --then, what it printed is the next task; with --chain, its last line may say
-         {"enqueue": [{"queue", "task_type", "data", …}, …]}
-    75   not now, uncounted: after a minute, or as the last line of stdout says:
-         {"retry_after": SECONDS}, or {"pause": SECONDS or null, "reason": "…"} for the whole queue,
-         or {"hold": "reason", "data": {…}}: not before a person approves it; see approval.py
-    65   never: a dead letter
-    else a failed attempt
-
-Here, too, is what holds a whole queue back: a pause and a number of slots.
+0    done. With --then, what it printed is the next task; with --chain, its last line may say
+     {"enqueue": [{"queue", "task_type", "data", …}, …]}
+75   not now, uncounted: after a minute, or as the last line of stdout says:
+     {"retry_after": SECONDS}, or {"pause": SECONDS or null, "reason": "…"} for the whole queue,
+     or {"hold": "reason", "data": {…}}: not before a person approves it; see approval.py
+65   never: a dead letter
+else a failed attempt
 """
 
 from __future__ import annotations
@@ -25,7 +23,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import queue_helpers as q
-from taskqueue import approval, costs
+from taskqueue import approval, control, costs
 from taskqueue.payload import as_payload
 
 # The exit codes of handlers that mean more than failure (sysexits.h): never again; not now.
@@ -47,23 +45,6 @@ CHAIN_KEYS = {"queue", "task_type", "data", "task_id", "priority", "delay", "gro
 NO_HANDLER = "no handler"
 # The delay of a task whose end no table takes: a person has to look at it.
 OUT_OF_THE_WAY_SECONDS = 86_400.0
-
-# The later end of two pauses wins; one without an end is later than any.
-PAUSE = """
-insert into task_controls (queue, paused_at, paused_until, pause_reason, paused_by)
-values (:queue, :now, :until, :reason, :by)
-on conflict (queue) do update set paused_at = excluded.paused_at, paused_until = excluded.paused_until,
-  pause_reason = excluded.pause_reason, paused_by = excluded.paused_by
-where paused_at is null or paused_until <= :now or 2 * paused_at - paused_until > :now + 1 or paused_until is not null
-  and (excluded.paused_until is null or excluded.paused_until > paused_until)"""
-RESUME = """
-update task_controls set paused_at = null, paused_until = null, pause_reason = null, paused_by = null
-where queue = :queue and paused_at is not null"""
-LIMIT = """
-insert into task_controls (queue, slots) values (:queue, :slots)
-on conflict (queue) do update set slots = excluded.slots"""
-CONTROLS = """
-select queue, paused_at, paused_until, pause_reason, paused_by, slots, bound_usd, bound_seconds from task_controls"""
 
 
 class Outcome(NamedTuple):
@@ -100,20 +81,6 @@ CANCELLED = Outcome("cancelled", "cancelled while it ran")
 
 def timed_out(seconds: float) -> Outcome:
     return Outcome("scheduled", f"timed out after {seconds:g} s")
-
-
-class Control(NamedTuple):
-    """The pause, the slots and the bound of a queue; times are Unix seconds.
-
-    A queue whose bound is reached is paused, too, `by` its "costs".
-    """
-
-    paused: bool
-    until: float | None
-    reason: str | None
-    by: str | None
-    slots: int | None
-    bound: costs.Bound | None = None
 
 
 def record(
@@ -168,13 +135,13 @@ def _write(conn: q.Connection, task: q.Task, outcome: Outcome) -> Outcome:
     if outcome.pause:
         seconds, reason = outcome.pause
         until = None if seconds is None else time.time() + seconds
-        pause(conn, task.queue, until, reason, by="handler")
+        control.pause_queue(conn, task.queue, until, reason, by="handler")
     return outcome._replace(status=status)
 
 
 @contextmanager
 def _savepoint(conn: q.Connection):
-    """Part of a transaction, undone when its block raises."""
+    """Undo a part of a transaction if the block raises."""
     conn.execute("savepoint part")
     try:
         yield
@@ -230,7 +197,7 @@ def completed(conn: q.Connection, follow_ups: Callable[[], list[tuple[str, q.Row
 
 
 def _follow_ups(conn: q.Connection, task: q.Task) -> list[tuple[str, q.Row]]:
-    """The tasks that a result becomes and enqueues. Raises InvalidTask."""
+    """Return the (queue, row) of each task that a result becomes or enqueues. Raises InvalidTask."""
     if not task.then_queue and not task.chain:
         return []
     stdout, size = read_output(f"{conn.state}/logs/{task.run_name}.out", RESULT_BYTES)
@@ -244,15 +211,14 @@ def _follow_ups(conn: q.Connection, task: q.Task) -> list[tuple[str, q.Row]]:
 
 
 def _take_chain(stdout: str) -> tuple[str, list]:
-    """(stdout without its last line, the tasks that this line enqueues); unchanged where it has
-    none.
+    """Return stdout without a last line that enqueues tasks, and that line's tasks.
 
-    It has some where that line begins with {"enqueue":. Raises InvalidTask.
+    Such a line begins with {"enqueue":. Raises InvalidTask if it is wrong.
     """
     body, _, last = stdout.rstrip().rpartition("\n")
     if not re.match(r'\{\s*"enqueue"\s*:', last.lstrip()):
         return stdout, []
-    # From here on it means to enqueue, and what is wrong with it is said.
+    # From here on it means to enqueue, so a fault is reported.
     said = as_payload(last.encode("utf-8", "surrogatepass"))
     if "enqueue" not in said:
         raise q.InvalidTask(f"its last line is {said['unreadable_because']}")
@@ -263,7 +229,7 @@ def _take_chain(stdout: str) -> tuple[str, list]:
 
 
 def _chained(conn: q.Connection, task: q.Task, entry: object, number: int) -> tuple[str, q.Row]:
-    """A task that a result enqueues, checked. Raises InvalidTask."""
+    """Return the queue and row of a task that a result enqueues. Raises InvalidTask."""
     try:
         if not isinstance(entry, dict) or not {"queue", "task_type"} <= entry.keys() <= CHAIN_KEYS:
             raise q.InvalidTask(
@@ -281,9 +247,9 @@ def _chained(conn: q.Connection, task: q.Task, entry: object, number: int) -> tu
 
 
 def next_row(task: q.Task, stdout: str, size: int) -> q.Row:
-    """The task that a result becomes: what the handler printed, if that is a JSON object.
+    """Return the task that a result becomes; its data is what the handler printed, if that is JSON.
 
-    Each result is a task of its own, whatever waits: hence a part of the id that is never the same.
+    A part of its id is random: each result is a task of its own.
     """
     data = None if size > RESULT_BYTES else _as_object(stdout)
     if data is None:
@@ -302,7 +268,7 @@ def next_row(task: q.Task, stdout: str, size: int) -> q.Row:
 def _descent(task: q.Task) -> dict:
     """Return the fields by which a follow-up names this task as its source."""
     envelope = task.envelope
-    # Whose workspace it is, the first of a chain says, and no handler's output.
+    # The first task of a chain says whose workspace it is; no handler's output does.
     first = envelope["source"] if isinstance(envelope.get("source"), dict) else envelope["data"]
     source = {"queue": task.queue, "task_id": task.task_id}
     for name, value in (
@@ -314,13 +280,13 @@ def _descent(task: q.Task) -> dict:
 
 
 def _as_object(text: str) -> dict | None:
-    """A JSON object that can be stored; None for anything else."""
+    """Return the JSON object in a text; None if it holds anything else, or cannot be stored."""
     data = as_payload(text.encode("utf-8", "surrogatepass"))
     return None if "unreadable_because" in data else data
 
 
 def _not_now(told: dict) -> Outcome:
-    """Uncounted, and again after as long as the last line of stdout says, else after a minute."""
+    """Return the outcome of exit 75: what the last line of stdout asks for, else again in a minute."""
     said = _as_object(told["result"].rstrip().rpartition("\n")[2]) or {}
     if isinstance(said.get("hold"), str):
         asks = said.get("data", {})
@@ -334,7 +300,7 @@ def _not_now(told: dict) -> Outcome:
         else ""
     )
     if "pause" in said and (said["pause"] is None or seconds_in(said["pause"]) is not None):
-        # Nothing here says that the queue is paused: the row outlives the pause.
+        # The error does not mention the pause: the row may outlive it.
         error = f"not now (exit 75){reason}"
         return Outcome("put back", error, pause=(seconds_in(said["pause"]), reason[2:]))
     seconds = seconds_in(said.get("retry_after"))
@@ -344,14 +310,14 @@ def _not_now(told: dict) -> Outcome:
 
 
 def seconds_in(value: Any) -> float | None:
-    """A number that a handler gave, within bounds; None for what is no number of seconds."""
+    """Return a handler's number of seconds, within bounds; None if it is no such number."""
     if type(value) not in (int, float) or not 0 <= value < math.inf:
         return None
     return float(max(SHORTEST_SECONDS, min(value, LONGEST_SECONDS)))
 
 
 def last_words(told: dict) -> str:
-    """ ": " and the last line of stderr, or of stdout where stderr is empty; "" where both are."""
+    """Return ": " and the last line of stderr, or of stdout if stderr is empty; "" if both are."""
     for text in (told["log"], told["result"]):
         line = text.strip().rpartition("\n")[2].strip()
         if line:
@@ -360,18 +326,18 @@ def last_words(told: dict) -> str:
 
 
 def output_of(state: Path, task: q.Task) -> dict[str, str]:
-    """The ends of a run's stdout and stderr, as the history keeps them."""
+    """Return the ends of a run's stdout and stderr, as the history keeps them."""
     run = f"{state}/logs/{task.run_name}"
     return {"result": tail(f"{run}.out", OUTPUT_BYTES), "log": tail(f"{run}.err", OUTPUT_BYTES)}
 
 
 def tail(path: str, size: int) -> str:
-    """The last `size` bytes of a file as text, "" where there is none."""
+    """Return the last `size` bytes of a file as text, "" if there is no file."""
     return read_output(path, size)[0]
 
 
 def read_output(path: str, size: int) -> tuple[str, int]:
-    """(the last `size` bytes of a file as text, the file's size); ("", 0) where there is none."""
+    """Return the last `size` bytes of a file as text, and its whole size; ("", 0) without a file."""
     try:
         length = os.stat(path).st_size
         if length == 0:
@@ -385,59 +351,8 @@ def read_output(path: str, size: int) -> tuple[str, int]:
 
 
 def signal_name(number: int) -> str:
-    """SIGKILL for 9, and so on."""
+    """Return a signal's name: SIGKILL for 9."""
     try:
         return signal.Signals(number).name
     except ValueError:
         return f"signal {number}"
-
-
-# ------------------------------------------------------------------------ what holds tasks back
-
-
-def pause(
-    conn: q.Connection, queue: str, until: float | None, reason: str | None, *, by: str
-) -> bool:
-    """Hold back a queue's claims until a time (Unix seconds), or, with None, until a person resumes
-    it.
-
-    Within a transaction. `by` is "person" or "handler". False when a pause with a later end holds.
-    """
-    told = {"queue": q.check_queue_name(queue), "now": time.time(), "until": until}
-    return conn.execute(PAUSE, {**told, "reason": reason or None, "by": by}).rowcount == 1
-
-
-def resume(conn: q.Connection, queue: str) -> bool:
-    """End a queue's pause, within a transaction; whether there was one."""
-    return conn.execute(RESUME, {"queue": q.check_queue_name(queue)}).rowcount == 1
-
-
-def limit(conn: q.Connection, queue: str, slots: int | None) -> None:
-    """Have at most `slots` of the queue's tasks run at a time, within a transaction; None: any
-    number.
-
-    Raises InvalidTask.
-    """
-    if slots is not None and (type(slots) is not int or not 1 <= slots < 2**31):
-        raise q.InvalidTask(f"slots {slots!r} was refused: it is a whole number from 1 on")
-    conn.execute(LIMIT, {"queue": q.check_queue_name(queue), "slots": slots})
-
-
-def controls(conn: q.Connection) -> dict[str, Control]:
-    """Return the Control of each queue that is paused, or has slots or a bound."""
-    now, found = time.time(), {}
-    try:
-        rows = conn.execute(CONTROLS).fetchall()
-    except sqlite3.Error as error:
-        raise q.explain(error, conn.state) from error
-    for queue, paused_at, until, reason, by, slots, usd, seconds in rows:
-        paused = paused_at is not None and (
-            until is None or until > now and 2 * paused_at - until <= now + 1
-        )
-        told = (until, reason, by) if paused else (None, None, None)
-        bound, goes_on = costs.look(conn, queue, usd, seconds) if usd else (None, None)
-        if goes_on is not None and not paused:
-            paused, told = True, (goes_on, str(bound), "costs")
-        if paused or slots is not None or bound:
-            found[queue] = Control(paused, *told, slots, bound)
-    return found

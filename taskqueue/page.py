@@ -25,9 +25,9 @@ from typing import NamedTuple
 import queue_helpers as q
 from taskqueue import cli, database, show
 from taskqueue.cli import Refused
+from taskqueue.control import Control, controls_of
 from taskqueue.database import FINISHED, LIVE
 from taskqueue.find import CLAIM_ORDER, FINISHED_ROW, LIVE_ROW, gather
-from taskqueue.outcome import Control
 from taskqueue.remedies import command, lets_go_on
 from taskqueue.template import STYLE, TEMPLATE
 from taskqueue.text import ago, clock, dollars, pause_in_words, sh, short, span, visible_lines
@@ -117,7 +117,7 @@ def page_of(conn: q.Connection, refresh: int | None) -> str:
     """Return the HTML of one state of the database."""
     now = time.time()
     with database.snapshot(conn):
-        controls = q.controls(conn)
+        controls = controls_of(conn)
         numbers = gather(conn)
         bars = bars_of(conn, now)
         tasks = {status: tasks_of(conn, status, controls) for status in database.STATUSES}

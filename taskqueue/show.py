@@ -18,10 +18,10 @@ from typing import BinaryIO, NamedTuple, TextIO
 
 import queue_helpers as q
 from taskqueue import approval
+from taskqueue.control import Control
 from taskqueue.costs import Bound
 from taskqueue.database import LIVE
 from taskqueue.find import Found, newest_record
-from taskqueue.outcome import Control
 from taskqueue.remedies import command, lets_go_on
 from taskqueue.text import (
     ago,

@@ -15,7 +15,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from taskqueue.outcome import Control
+    from taskqueue.control import Control
 
 SECONDS_OF_UNIT = {"d": 86_400, "h": 3_600, "m": 60}
 

@@ -106,23 +106,23 @@ def test_a_clock_that_was_set_back_leaves_no_delay_and_no_pause_in_force_for_so_
     queue, clock, hours
 ):
     """A person's --at and a pause without an end stay as they are."""
-    from taskqueue import outcome
+    from taskqueue import control
 
     queue.enqueue_task("notifications", "t", {}, "delayed", delay=1.0)
     queue.enqueue_task("notifications", "t", {}, "at", at=time.time() + 60.0)
     conn = queue.connect()
     with queue.transaction(conn):
-        outcome.pause(conn, "notifications", time.time() + 2.0, "limit", by="handler")
+        control.pause_queue(conn, "notifications", time.time() + 2.0, "limit", by="handler")
     assert queue.claim_ready(conn, "notifications") == []
     clock[0] += hours * HOURS
     assert [t.task_id for t in queue.claim_ready(conn, "notifications", limit=9)] == ["delayed"]
-    assert outcome.controls(conn) == {}
+    assert control.controls_of(conn) == {}
     with queue.transaction(conn):
         # A pause that is over is no later one.
-        assert outcome.pause(conn, "notifications", time.time() + 1.0, None, by="handler")
-        assert outcome.pause(conn, "approvals", None, None, by="person")
+        assert control.pause_queue(conn, "notifications", time.time() + 1.0, None, by="handler")
+        assert control.pause_queue(conn, "approvals", None, None, by="person")
     clock[0] += hours * HOURS
-    assert outcome.controls(conn)["approvals"].paused
+    assert control.controls_of(conn)["approvals"].paused
 
 
 def test_a_small_step_back_starts_nothing_early(queue, clock):

@@ -25,8 +25,7 @@ from hypothesis.stateful import (
 )
 
 import queue_helpers as q
-from taskqueue import approval
-from taskqueue import outcome as queue_outcome
+from taskqueue import approval, control
 from taskqueue import recovery as queue_owners
 from taskqueue import wake as queue_wake
 
@@ -258,13 +257,13 @@ class Queue(RuleBasedStateMachine):
             **{name: getattr(time, name) for name in dir(time) if name[0] != "_"}
         )
         clock.time = lambda: float(self.model.now)
-        q.time = queue_outcome.time = queue_wake.time = clock
+        q.time = control.time = queue_wake.time = clock
         self.conn = q.connect(self.state)
         # As bash opens one.
         self.bash = sqlite3.connect(self.state / "tasks.db", isolation_level=None)
 
     def teardown(self) -> None:
-        q.time = queue_outcome.time = queue_wake.time = self.real_time
+        q.time = control.time = queue_wake.time = self.real_time
         for fd in self.fds.values():
             os.close(fd)
         self.bash.close()
@@ -493,18 +492,18 @@ class Queue(RuleBasedStateMachine):
             float("inf") if end is None else end for end in ((self.model.pause or (0,))[0], until)
         ]
         wins = not self.model.paused() or ends[1] > ends[0]
-        assert self.write(queue_outcome.pause, QUEUE, until, "why", by=by) == wins
+        assert self.write(control.pause_queue, QUEUE, until, "why", by=by) == wins
         if wins:
             self.model.pause = (until, by, self.model.now)
 
     @rule()
     def resume(self) -> None:
-        assert self.write(queue_outcome.resume, QUEUE) == (self.model.pause is not None)
+        assert self.write(control.resume_queue, QUEUE) == (self.model.pause is not None)
         self.model.pause = None
 
     @rule(slots=st.sampled_from([None, None, 1, 2]))
     def limit(self, slots) -> None:
-        self.write(queue_outcome.limit, QUEUE, slots)
+        self.write(control.limit_slots, QUEUE, slots)
         self.model.slots = slots
 
     @rule(seconds=st.sampled_from([1, 5, 10, 30, -3, -30]))
@@ -557,12 +556,12 @@ class Queue(RuleBasedStateMachine):
 
     @invariant()
     def controls_say_what_holds_it_back(self) -> None:
-        control = queue_outcome.controls(self.conn).get(QUEUE)
+        held = control.controls_of(self.conn).get(QUEUE)
         model = self.model
-        assert (control is not None and control.paused) == model.paused()
+        assert (held is not None and held.paused) == model.paused()
         if model.paused():
-            assert (control.until, control.by) == model.pause[:2]
-        assert (control and control.slots) == model.slots
+            assert (held.until, held.by) == model.pause[:2]
+        assert (held and held.slots) == model.slots
 
 
 # What it finds is made small, which may take five minutes.
