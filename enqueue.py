@@ -27,6 +27,11 @@ zone. A time that has passed is refused.
   --at TIME             start the task at this time at the earliest
   --hold                keep the task until a person approves it
   --ttl DURATION        let the task expire unless it starts this long after it is due
+  --timeout DURATION    end an attempt that takes longer; a worker's shorter timeout counts
+  --max-attempts N      try the task this often, whatever the worker's number is
+  --after ID            start the task when that one has completed; if it ends otherwise, so does
+                        this one, as cancelled (several: give the option several times)
+  --after-any ID        start the task when that one has ended, however
   --priority N          start tasks with a higher number first (default 0)
   --group KEY           run the queue's tasks of one group one at a time, in order
   --on-duplicate DO     where a task with this id waits or runs, do one of these (default skip):
@@ -41,7 +46,8 @@ zone. A time that has passed is refused.
                         the firing goes to the spool)
   --jsonl               take a task from each line of stdin: its payload, or without TASK_TYPE an
                         object with task_type and any of data, task_id, delay, at, hold, ttl,
-                        priority, group, on_duplicate and window
+                        timeout, max_attempts, after, after_any, priority, group, on_duplicate and
+                        window
   --new                 do not remark that the queue is new
   --start-worker        start a detached worker if none serves the queue
   --version             print the version

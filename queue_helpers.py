@@ -40,7 +40,7 @@ from pathlib import Path
 # Type checkers take this for true. To import typing would cost each hook 2 ms.
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
     from typing import Any
 
 VERSION = "0.2.0"
@@ -175,14 +175,22 @@ create table if not exists task_told (           -- the last result that was rep
   told          text not null,
   primary key (workspace, task_type, directory)
 );
-create table if not exists task_after (          -- a task that waits for another's end
+create table if not exists task_after (          -- the tasks that wait for another's end
   after_queue   text not null,
   after_id      integer not null,
-  queue         text not null,                   -- the one that waits: its status is 6
+  after_task    text not null,                   -- the other's task_id, for people
+  queue         text not null,                   -- the one that waits: its status is 6, or it is held
   row_id        integer not null,
   whatever      integer not null default 0 check (whatever in (0, 1)),  -- it runs however the other ended
+  ended         text,                            -- how the other ended, until this one is told
   primary key (after_queue, after_id, queue, row_id)
 ) without rowid;
+create index if not exists "task_after.waits" on task_after (queue, row_id);
+create index if not exists "task_after.ended" on task_after (ended) where ended is not null;
+create trigger if not exists "task_history.ends" after insert on task_history
+  when exists (select 1 from task_after where after_queue = new.queue and after_id = new.row_id)
+  begin update task_after set ended = new.status || coalesce(': ' || new.error, '')
+    where after_queue = new.queue and after_id = new.row_id; end;
 create table if not exists task_spooled (
   file          text primary key                 -- taken in, and perhaps not yet removed
 );
@@ -223,7 +231,7 @@ create table "{queue}" (
   budget_usd    real check (budget_usd >= 0),    -- while it runs: reserved of the queue's bound
   cancel_requested integer not null default 0 check (cancel_requested in (0, 1)),  -- the owner ends the run
   rerun         text                             -- a later firing, for when the run ends: INSERT's values
-                check (json_array_length(rerun) = 8 and json_type(json_extract(rerun, '$[0]')) = 'object'),
+                check (json_array_length(rerun) in (8, 10) and json_type(json_extract(rerun, '$[0]')) = 'object'),
   error         text,                            -- of the last failed attempt
   is_envelope   integer generated always as ({is_envelope}) virtual,
   task_id       text generated always as (iif(is_envelope, nullif(json_extract(data, '$.task_id'), ''), null))
@@ -244,17 +252,22 @@ create index "{queue}.scheduled" on "{queue}" (due_at) where status = 3;
 create index "{queue}.delayed" on "{queue}" (2 * delayed_at - due_at) where status = 3 and delayed_at is not null;
 create index "{queue}.handed_over" on "{queue}" (claimed_at) where status = 5;
 create index "{queue}.expiring" on "{queue}" (expires_at) where expires_at is not null;
+create index "{queue}.blocked" on "{queue}" (id) where status in (4, 6);
 create index "{queue}.group" on "{queue}" (group_id, status, released_at, priority desc, id) where group_id is not null;
 create trigger "{queue}.waits at insert" after insert on "{queue}"
   when (new.status < 2 or new.status = 4) and (new.due_at is not null or new.group_id is not null)
-    or new.status = 6 and not exists (select 1 from task_after where queue = '{queue}' and row_id = new.id)
+    or new.status = 6 and not {waits_for_another}
   begin update "{queue}" set status = iif(due_at is not null, 3, iif({group_is_busy}, 4, 1))
     where id = new.id and (due_at is not null or status in (4, 6) or {group_is_busy}); end;
 create trigger "{queue}.waits at update" after update of status, group_id on "{queue}"
   when new.status < 2 and old.status > 2 and (new.group_id is not null or old.due_at is null)
     or new.group_id is not old.group_id and (new.status < 2 or new.status = 4)
-  begin update "{queue}" set status = iif(new.group_id is not null and {group_is_busy}, 4, 1),
+  begin update "{queue}" set status = iif(old.status = 3 and {waits_for_another}, 6, iif(new.group_id is not null and {group_is_busy}, 4, 1)),
     approved = approved or old.status = 3 and old.due_at is null where id = new.id; end;
+create trigger "{queue}.free at update" after update of status on "{queue}" when old.status = 6 and new.status <> 6
+  begin {forget_waiting}; end;
+create trigger "{queue}.free at delete" after delete on "{queue}" when old.status in (3, 6)
+  begin {forget_waiting}; end;
 create trigger "{queue}.next at update" after update of status, group_id on "{queue}"
   when old.group_id is not null and {old_has_turn} and not ({new_has_turn} and new.group_id is old.group_id)
   begin {next_of_group}; end;
@@ -279,6 +292,9 @@ NEXT_OF_GROUP = """update "{queue}" set status = 1 where id = (
       select b.id from "{queue}" b where b.group_id = {group} and b.status = 4 and b.released_at is null order by b.priority desc, b.id limit 1)
     and not exists (select 1 from "{queue}" where group_id = {group} and status in (0, 1, 2, 5))
     and not exists (select 1 from "{queue}" where group_id = {group} and status = 3 and released_at >= 0)"""
+
+WAITS_FOR_ANOTHER = "exists (select 1 from task_after where queue = '{queue}' and row_id = new.id)"
+FORGET_WAITING = "delete from task_after where queue = '{queue}' and row_id = old.id"
 
 # A row's status, in words.
 STATUS_WORD = """case status when 2 then 'in_progress' when 4 then 'blocked' when 5 then 'handed_over' when 6 then 'blocked'
@@ -307,16 +323,19 @@ IS_NEWS = """(:firing is null or coalesce(json_extract(data, '$.firing'), '') <>
 REPLACE = f"""
 update "{{queue}}"
 set data = :data, status = :status, due_at = :due_at, priority = :priority, group_id = :group_id, expires_at = :expires_at,
-    timestamp = :timestamp, delayed_at = :delayed_at, released_at = null, attempts = 0, error = null, rerun = null
-where task_id = :task_id and not approved and (status in (0, 1, 4) or status = 3 and due_at is not null) and {IS_NEWS}"""
+    timestamp = :timestamp, delayed_at = :delayed_at, own_attempts = :own_attempts, timeout = :timeout,
+    released_at = null, attempts = 0, error = null, rerun = null
+where task_id = :task_id and not approved and (status in (0, 1, 4, 6) or status = 3 and due_at is not null) and {IS_NEWS}"""
 # One that runs, here or elsewhere, keeps it for when its run ends; an approved one's rerun is held then. A kept
 # firing that will be held does not change either.
 RERUN = f"""
 update "{{queue}}"
 set rerun = json_array(:data, iif(approved, 3, :status), iif(approved, null, :due_at), :priority, :group_id, :expires_at,
-                       :timestamp, iif(approved, null, :delayed_at))
+                       :timestamp, iif(approved, null, :delayed_at), :own_attempts, :timeout)
 where task_id = :task_id and status in (2, 5) and (not approved or :on_duplicate = 'rerun') and {IS_NEWS}
   and (rerun is null or rerun ->> 1 <> 3 or rerun ->> 2 is not null)"""
+SET_OWN = """
+update "{queue}" set own_attempts = :own_attempts, timeout = :timeout where id = :id"""
 FINISHED_SINCE = """
 select exists (select 1 from task_history where task_id = :task_id and queue = :queue
   and enqueued_at > :since and enqueued_at < :until and (:firing is null or json_extract(data, '$.firing') = :firing))"""
@@ -384,7 +403,7 @@ set status = iif(:delay > 0, 3, 1), due_at = iif(:delay > 0, :now + :delay, null
 {FENCE} returning task_id, rerun"""
 
 TASK_COLUMNS = """id, task_id, task_type, data, timestamp, priority, attempts, max_attempts, backoff, then_queue,
-  then_hold, chain, owner, claimed_at"""
+  then_hold, chain, owner, claimed_at, timeout"""
 
 
 def check_queue_name(name: str) -> str:
@@ -472,7 +491,8 @@ def explain(error: sqlite3.Error, state: Path) -> QueueError:
 _Task = namedtuple(
     "_Task",
     "queue id task_id task_type text enqueued_at priority attempts max_attempts backoff then_queue "
-    "then_hold chain owner claimed_at",
+    "then_hold chain owner claimed_at timeout",
+    defaults=(None,),
 )
 
 
@@ -963,6 +983,8 @@ def create_queue(conn: Connection, queue: str) -> None:
     """Make a queue's table, indexes and triggers, within a transaction; create_view() has to follow."""
     parts = {"is_object": IS_OBJECT, "is_envelope": IS_ENVELOPE, "last_second": LAST_SECOND}
     parts["group_is_busy"] = on_queue(GROUP_IS_BUSY, queue)
+    parts["waits_for_another"] = WAITS_FOR_ANOTHER.format(queue=queue)
+    parts["forget_waiting"] = FORGET_WAITING.format(queue=queue)
     parts["next_of_group"] = NEXT_OF_GROUP.format(queue=queue, group="old.group_id")
     parts |= {f"{row}_has_turn": HAS_TURN.format(row=row) for row in ("old", "new")}
     run_statements(conn, QUEUE_SCHEMA.format(queue=queue, **parts))
@@ -1084,10 +1106,11 @@ class transaction:
 
 # ----------------------------------------------------------------- the verbs, in a task's order
 
-# A checked task, as new_row() returns it. Its first eight fields are INSERT's.
+# A checked task, as new_row() returns it. Its first eight fields are INSERT's, the next two SET_OWN's.
 Row = namedtuple(
     "Row",
-    "data status due_at priority group_id expires_at timestamp delayed_at task_id window on_duplicate firing",
+    "data status due_at priority group_id expires_at timestamp delayed_at own_attempts timeout"
+    " task_id window on_duplicate firing after after_any",
 )
 
 
@@ -1154,6 +1177,12 @@ def new_row(
     hold: bool = False,
     # Seconds from when it is due; not claimed by then, it ends as expired.
     ttl: float | None = None,
+    # Seconds for one attempt, and how often it is tried; the claimer's terms where these say nothing.
+    timeout: float | None = None,
+    max_attempts: int | None = None,
+    # The tasks that must have completed before, by their ids, and those that must have ended in any way.
+    after: str | Iterable[str] = (),
+    after_any: str | Iterable[str] = (),
     # Where a task with this id waits or runs, "skip" adds nothing. With "replace" and "rerun" a waiting
     # task becomes this one, and a running one is followed by it. A held or approved task does not change:
     # this one is a duplicate then, except for a rerun over a running one, which is held when the run ends.
@@ -1182,6 +1211,10 @@ def new_row(
     if group is not None:
         check_text("group", group, 500)
     _check_terms(priority, on_duplicate, delay, window, ttl, at, now)
+    if timeout is not None or max_attempts is not None:
+        _check_own(timeout, max_attempts)
+    if after or after_any:
+        after, after_any = _check_after(after, on_duplicate), _check_after(after_any, on_duplicate)
     depth = task_depth() if depth is None else depth
     if depth > MAX_DEPTH:
         what = f"its chain of handlers is more than {MAX_DEPTH} deep (TASK_DEPTH)"
@@ -1199,8 +1232,9 @@ def new_row(
     if granted is not None:
         head += f', "granted": {to_json(granted)}'
     body = to_json(data) if text is None else text
-    terms = status, due_at, priority, group, expires_at, now, delayed_at
-    return Row(f'{{{head}, "data": {body}}}', *terms, task_id, window, on_duplicate, firing)
+    terms = status, due_at, priority, group, expires_at, now, delayed_at, max_attempts, timeout
+    told = task_id, window, on_duplicate, firing, after, after_any
+    return Row(f'{{{head}, "data": {body}}}', *terms, *told)
 
 
 def _check_terms(priority: object, on_duplicate: object, delay, window, ttl, at, now) -> None:
@@ -1221,6 +1255,26 @@ def _check_terms(priority: object, on_duplicate: object, delay, window, ttl, at,
     ):
         if value is not None and not (type(value) in (int, float) and 0 <= value < most):
             raise InvalidTask(f"{name} {value!r} was refused: it is a number of seconds")
+
+
+def _check_own(timeout: Any, max_attempts: Any) -> None:
+    """Raise InvalidTask for a time-out or a number of attempts that no task can have."""
+    if timeout is not None and not (type(timeout) in (int, float) and 0 < timeout < 1e9):
+        raise InvalidTask(f"timeout {timeout!r} was refused: it is a number of seconds above 0")
+    if max_attempts is not None and not (
+        type(max_attempts) is int and 0 < max_attempts <= 1_000_000
+    ):
+        raise InvalidTask(
+            f"max_attempts {max_attempts!r} was refused: it is a whole number from 1 on"
+        )
+
+
+def _check_after(ids: str | Iterable[str], on_duplicate: str) -> tuple[str, ...]:
+    """Return the ids of tasks to wait for. Raises InvalidTask."""
+    ids = (ids,) if isinstance(ids, str) else tuple(ids)
+    if ids and on_duplicate != "skip":
+        raise InvalidTask(f"on_duplicate {on_duplicate!r} was refused: not with after or after_any")
+    return tuple(check_text("after", ident, 1000) for ident in ids)
 
 
 _has_control_characters = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]").search
@@ -1260,6 +1314,8 @@ def insert(conn: Connection, queue: str, row: Row) -> bool:
 
 def store(conn: Connection, queue: str, row: Row) -> Stored:
     """Store a row, within a transaction, or update the task that has its id, or leave that alone."""
+    if row.after or row.after_any:
+        return _module("taskqueue.after").store(conn, queue, row)
     # Within the window a firing is only a duplicate of itself, and a rerun ignores it otherwise.
     if row.window and (row.firing or row.on_duplicate != "rerun"):
         told = {"queue": queue, "task_id": row.task_id, "firing": row.firing}
@@ -1269,12 +1325,24 @@ def store(conn: Connection, queue: str, row: Row) -> Stored:
         }
         if conn.execute(FINISHED_SINCE, told).fetchone()[0]:
             return Stored(row.task_id, False)
-    if conn.execute(on_queue(INSERT, queue), row[:8]).rowcount == 1:
+    if _insert(conn, queue, row):
         return Stored(row.task_id, True)
     for statement in (REPLACE, RERUN) if row.on_duplicate != "skip" else ():
         if conn.execute(on_queue(statement, queue), row._asdict()).rowcount == 1:
             return Updated(row.task_id, False)
     return Stored(row.task_id, False)
+
+
+def _insert(conn: Connection, queue: str, row: Sequence) -> int | None:
+    """Insert a row with INSERT's and SET_OWN's values; return its id, or None for a duplicate."""
+    inserted = conn.execute(on_queue(INSERT, queue), row[:8])
+    if inserted.rowcount != 1:
+        return None
+    own_attempts, timeout = row[8:10] or (None, None)
+    if own_attempts is not None or timeout is not None:
+        own = {"own_attempts": own_attempts, "timeout": timeout, "id": inserted.lastrowid}
+        conn.execute(on_queue(SET_OWN, queue), own)
+    return inserted.lastrowid
 
 
 def wake(state: Path) -> None:
@@ -1438,14 +1506,17 @@ def finish(
     exit_code: int | None = None,
     result: str | None = None,
     log: str | None = None,
+    settles: bool = True,
 ) -> bool:
     """Move the task to the history as `status`, within a transaction.
 
     `error` is one line, `exit_code` the handler's, `result` and `log` the ends of its stdout and stderr.
-    A later firing that waits for the end of this run is enqueued. Returns False, and changes nothing,
-    when the task's owner no longer holds it.
+    A later firing that waits for the end of this run is enqueued, and tasks that wait for this one are
+    settled; settle() itself does without. Returns False, and changes nothing, when the task's owner no
+    longer holds it.
     """
     claimed_at = task.claimed_at
+    changes = conn.total_changes
     archived = execute(
         conn,
         ARCHIVE,
@@ -1465,10 +1536,16 @@ def finish(
     )
     if archived.rowcount != 1:
         return False
+    # A trigger has told the tasks that wait for this one.
+    is_awaited = conn.total_changes > changes + 1
     end_quiet(conn.state)
     [(rerun,)] = execute(conn, REMOVE, task.queue, id=task.id).fetchall()
     if rerun is not None:
-        conn.execute(on_queue(INSERT, task.queue), json.loads(rerun))
+        _insert(conn, task.queue, json.loads(rerun))
+    if settles and is_awaited:
+        # Without that module beside this file, the next worker that has it does this.
+        with suppress(ImportError):
+            _module("taskqueue.after").settle(conn)
     return True
 
 
@@ -1531,7 +1608,8 @@ def release(
     ).fetchall()
     for task_id, rerun in rows:
         if rerun is not None:
-            later = dict(zip(Row._fields, json.loads(rerun), strict=False))
+            blank = {"own_attempts": None, "timeout": None}
+            later = blank | dict(zip(Row._fields, json.loads(rerun), strict=False))
             execute(conn, REPLACE, task.queue, **later, task_id=task_id, firing=None)
     return bool(rows)
 

@@ -66,6 +66,7 @@ from taskqueue.running import (
 from taskqueue.serving import ANY_TYPE, ServingLocks, default_handlers
 from taskqueue.supervisor import wakeup_pipe
 from taskqueue.text import ago, pause_in_words, visible
+from taskqueue.times import parse_duration
 
 SCRIPT = os.path.abspath(__file__)
 # Seconds between two tries while the database cannot be used.
@@ -113,6 +114,8 @@ def check(args: argparse.Namespace, command: list[str] | None) -> None:
     if args.on_dead is not None:
         args.on_dead = resolve(shlex.split(args.on_dead), args.env["PATH"])
     check_notify(args)
+    if args.timeout is None:
+        args.timeout = default_timeout()
     if args.then:
         q.check_queue_name(args.then)
     elif args.then_hold:
@@ -134,6 +137,16 @@ def check_notify(args: argparse.Namespace) -> None:
             say(f"nobody is told: {notify.COMMAND}={named}: {error}")
 
 
+def default_timeout() -> float:
+    """Return the seconds that the environment allows for an attempt; 0 if it does not say."""
+    text = os.environ.get(environment.TIMEOUT, "0")
+    try:
+        return parse_duration(text)
+    except ValueError as error:
+        say(f"{environment.TIMEOUT}={text}: {error}; it is {environment.TIMEOUT_DEFAULT}")
+        return parse_duration(environment.TIMEOUT_DEFAULT)
+
+
 def count(text: str) -> int:
     value = int(text)
     if not 1 <= value <= 1000:
@@ -153,8 +166,8 @@ def add_options(add: Callable) -> None:
         help="then it is a dead letter (default %(default)s)")
     add("--backoff", metavar="DURATION", type=duration, default=q.BACKOFF_SECONDS,
         help="before the second attempt, doubling with each one after, an hour at most (default %(default)s)")
-    add("--timeout", metavar="DURATION", type=duration, default=0.0,
-        help="for one attempt (default 0: none)")
+    add("--timeout", metavar="DURATION", type=duration,
+        help="for one attempt; a task's own may be shorter (default: $TASK_QUEUE_TIMEOUT, else 0, none)")
     add("--grace", metavar="DURATION", type=duration, default=10.0,
         help="for handlers to finish when stopped (default 10)")
     add("--kill-after", metavar="DURATION", type=duration, default=5.0,

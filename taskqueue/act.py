@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import queue_helpers as q
-from taskqueue import approval, change, cli, costs, database, service, spool
+from taskqueue import after, approval, change, cli, costs, database, service, spool
 from taskqueue.cli import (
     EX_FAILED,
     IDS,
@@ -294,6 +294,7 @@ def purge(
         return change.delete(conn, queue, each, conditions)
 
     deleted = sum(database.in_steps(conn, doomed, delete))
+    after.sweep(conn)
     says = f"deleted {plural(deleted, 'task')} of {queue}"
     cli.report(as_json, {"queue": queue, "deleted": deleted}, says)
     return 0

@@ -32,8 +32,12 @@ OPTIONS = {
     "delay": parse_duration,
     "at": parse_time,
     "ttl": parse_duration,
+    "timeout": parse_duration,
+    "max-attempts": int,
     "priority": int,
     "group": str,
+    "after": str,
+    "after-any": str,
     "on-duplicate": str,
     "window": parse_duration,
     "wait": parse_duration,
@@ -49,10 +53,12 @@ CHOICES = {
 # The keys of a task in a line of --jsonl, and those whose texts are read like the options.
 LINE_KEYS = {
     *("task_type", "data", "task_id", "delay", "at", "hold", "ttl", "priority", "group"),
-    *("on_duplicate", "window"),
+    *("on_duplicate", "window", "timeout", "max_attempts", "after", "after_any"),
 }
-LINE_TIMES = {"delay": parse_duration, "ttl": parse_duration, "window": parse_duration}
-LINE_TIMES["at"] = parse_time
+LINE_TIMES = {name: parse_duration for name in ("delay", "ttl", "window", "timeout")}
+LINE_TIMES |= {"at": parse_time}
+# Options that may be given several times.
+REPEATED = ("after", "after_any")
 
 
 class Arguments:
@@ -64,6 +70,10 @@ class Arguments:
     delay = 0.0
     at: float | None = None
     ttl: float | None = None
+    timeout: float | None = None
+    max_attempts: int | None = None
+    after: tuple[str, ...] = ()
+    after_any: tuple[str, ...] = ()
     priority = 0
     group: str | None = None
     on_duplicate = "skip"
@@ -82,7 +92,9 @@ class Arguments:
         for option, text in found:
             name = {"-h": "help"}.get(option, option[2:])
             attribute = "granted" if name == "data" else name.replace("-", "_")
-            setattr(self, attribute, read_option(name, text))
+            value = read_option(name, text)
+            earlier = getattr(self, attribute) if attribute in REPEATED else None
+            setattr(self, attribute, value if earlier is None else (*earlier, value))
         if not (self.help or self.version):
             self.take_words(words)
             self.check()
@@ -102,6 +114,8 @@ class Arguments:
             raise ValueError(
                 "with --hook or --jsonl the tasks come on stdin: no DATA, no --task-id"
             )
+        if (self.after or self.after_any) and self.hook:
+            raise ValueError("--after and --after-any go without --hook")
         if self.hook and self.jsonl:
             raise ValueError("--hook goes without --jsonl")
         if (self.once_per or self.group_by or self.granted is not None) and not self.hook:
@@ -117,7 +131,8 @@ class Arguments:
 
     def terms(self) -> dict:
         """Return new_row()'s options for each task."""
-        names = ("delay", "at", "ttl", "priority", "group", "hold", "on_duplicate")
+        names = ("delay", "at", "ttl", "timeout", "max_attempts", "priority", "group", "hold")
+        names += ("on_duplicate", "after", "after_any")
         default = HOOK_WINDOW_SECONDS if self.hook else 0.0
         window = default if self.window is None else self.window
         return {**{name: getattr(self, name) for name in names}, "window": window}

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import queue_helpers as q
-from taskqueue import database, recovery
+from taskqueue import after, database, recovery
 from taskqueue.database import LIVE
 from taskqueue.find import Found, history_ids, live_id, newest_record
 from taskqueue.jsonlines import columns_of, envelope_of
@@ -234,8 +234,10 @@ def move(conn: q.Connection, found: Found, to: str) -> str | None:
         data = envelope_of(found.task_id, task_type, timestamp, data)
     columns = ", ".join(columns_of(conn, found.queue))
     statement = q.on_queue(MOVE, found.queue).format(to=to, columns=columns)
-    if conn.execute(statement, {"id": found.row_id, "data": data}).rowcount != 1:
+    inserted = conn.execute(statement, {"id": found.row_id, "data": data})
+    if inserted.rowcount != 1:
         return f"a task of this id is waiting or running in {to}"
+    after.moved(conn, found, to, inserted.lastrowid)
     statement = q.on_queue(DELETE_WAITING, found.queue).format(condition="status not in (2, 5)")
     conn.execute(statement, {"id": found.row_id})
     return None

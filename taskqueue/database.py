@@ -24,7 +24,7 @@ LIVE = {
     "pending": "status < 2",
     "scheduled": "status = 3 and due_at is not null",
     "held": "status = 3 and due_at is null",
-    "blocked": "status = 4 and group_id is not null",
+    "blocked": "status in (4, 6)",
     "handed_over": "status = 5",
 }
 FINISHED = ("completed", "failed", "cancelled", "expired")

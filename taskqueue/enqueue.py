@@ -42,7 +42,8 @@ def main(argv: list[str] | None = None, help_text: str | None = None) -> int:
             start_worker(args.queue)
         return code
     except q.QueueError as error:
-        return fail(EXIT_CODES[type(error)], error, hook=args.hook)
+        code = getattr(error, "exit_code", None) or EXIT_CODES[type(error)]
+        return fail(code, error, hook=args.hook)
 
 
 def command_line() -> list[str]:

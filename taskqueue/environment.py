@@ -37,6 +37,9 @@ CLAUDE_SETTING_FAMILIES = (
     "CLAUDE_CODE_OTEL_", "CLAUDE_CODE_SKIP_", "CLAUDE_CODE_USE_",
 )  # fmt: skip
 
+# How long an attempt may take with workers that hooks and the service start, unless the file says.
+TIMEOUT, TIMEOUT_DEFAULT = "TASK_QUEUE_TIMEOUT", "6h"
+
 HEAD = """\
 # The environment of workers that hooks and `tq service` start. A line is NAME=value, taken as it
 # stands: no quotes, no $NAME, no continuation. USER, XDG_RUNTIME_DIR and DBUS_SESSION_BUS_ADDRESS
@@ -50,6 +53,7 @@ EXAMPLES = """\
 #AWS_PROFILE=work
 #UV_DEFAULT_INDEX=https://pypi.example/simple
 #LYCHEE_ONLINE=1
+#TASK_QUEUE_TIMEOUT=6h
 #TASK_QUEUE_NOTIFY=~/.claude/automation/lychee/handlers/notify.sh
 #NTFY_TOPIC=a-name-that-nobody-guesses
 """
@@ -70,7 +74,7 @@ def enter(file: Path, state: Path) -> None:
 def of_worker(file: Path) -> dict[str, str]:
     """Return the whole environment of a worker: defaults, the file's lines, the account's variables."""
     home = os.environ.get("HOME") or account().pw_dir
-    return defaults(home) | read(file) | of_the_account()
+    return defaults(home) | {TIMEOUT: TIMEOUT_DEFAULT} | read(file) | of_the_account()
 
 
 def read(file: Path) -> dict[str, str]:

@@ -362,6 +362,8 @@ def why_waiting(conn: q.Connection, records: Sequence[dict]) -> dict[object, str
         if record["status"] == "held":
             why = f" ({record['error']})" if record["error"] else ""
             lines[ident] = f"{ident} is held{why}: {command('approve')} {ident}"
+        if record.get("after"):
+            lines[ident] = f"{ident} waits for {record['after']}"
         control = controls.get(queue)
         if record["status"] in serving.WAITING and control and control.paused:
             lines[queue, control.until, control.reason] = f"{queue} is {pause_in_words(control)}"

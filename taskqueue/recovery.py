@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import queue_helpers as q
-from taskqueue import costs, running
+from taskqueue import after, costs, running
 from taskqueue import outcome as outcomes
 
 OWNERS = """
@@ -52,6 +52,8 @@ def recover(
     spent. Raises QueueError when that works for no queue.
     """
     conn = q.connect(state, create=False)
+    # The tasks that wait for a deleted one.
+    after.sweep(conn)
     claims, trouble = _claims(conn)
     recovered, orphans, worked = [], 0, False
     for owner, queues in claims.items():

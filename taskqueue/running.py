@@ -142,11 +142,7 @@ class Handlers:
         """
         self.state, self.logs, self.directory = state, f"{state}/logs", os.path.abspath(directory)
         self.command, self.env = command, env
-        self.terms = {
-            "timeout": timeout,
-            "overdue": outcomes.timed_out(timeout),
-            "kill_after": kill_after,
-        }
+        self.timeout, self.kill_after = timeout, kill_after
         try:
             self.cwd = os.getcwd()
         # The working directory was removed while this process was in it.
@@ -169,7 +165,7 @@ class Handlers:
                 "cwd": self.directories(task),
                 "env": self.environment(task, command[0]) | dict(told or {}),
                 "record": run_file(self.state, task),
-                **self.terms,
+                **self.terms(task),
             }
             envelope = json.dumps(task.envelope).encode()
         except LookupError as error:
@@ -185,6 +181,12 @@ class Handlers:
             return unstarted(task, "put back", f"{NOT_STARTED}: {why}", START_AGAIN_SECONDS)
         self.runs[task.run_name] = task
         return None
+
+    def terms(self, task: q.Task) -> dict:
+        """Return a run's limits; of the worker's and the task's own timeout the smaller one counts."""
+        timeout = min(filter(None, (self.timeout, task.timeout)), default=0.0)
+        overdue = outcomes.timed_out(timeout)
+        return {"timeout": timeout, "overdue": overdue, "kill_after": self.kill_after}
 
     def order(self, order: dict, envelope: bytes) -> None:
         """Make the run's files and hand them to the supervisor. Raises OSError."""

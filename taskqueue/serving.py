@@ -25,7 +25,7 @@ WAITING = ("pending", "scheduled", "blocked")
 
 OWNERS = """
 select distinct owner from "{queue}" where status = 2"""
-IS_WAITING = "(status < 2 or status = 3 and due_at is not null or status = 4)"
+IS_WAITING = "(status < 2 or status = 3 and due_at is not null or status in (4, 6))"
 WAITING_TYPES = f"""
 select coalesce(task_type, '{{queue}}'), count(*) from "{{queue}}" where {IS_WAITING} group by 1"""
 UNTRIED_TYPES = WAITING_TYPES.replace(" group by", " and attempts = 0 group by")

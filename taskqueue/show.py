@@ -339,6 +339,8 @@ def note_of(row: dict, controls: dict[str, Control]) -> str:
         why = f", after: {row['error']}" if row["error"] else f": {payload}"
         was = "" if (seconds_of(row["due_at"]) or 0.0) > time.time() else "due "
         return f"{was}{ago(row['due_at'])}{why}"
+    if status == "blocked" and row["after"]:
+        return f"after {row['after']}: {payload}"
     control = controls.get(row["queue"])
     if status == "pending" and control and control.paused:
         return pause_in_words(control)

@@ -346,4 +346,5 @@ def row_of_text(raw: bytes, at: float) -> q.Row:
         if not isinstance(columns["window"], (int, float)):
             raise ValueError(f"window {columns['window']!r} is no number")
         text = q.to_json(stored)
-    return q.Row(text, timestamp=at, **columns)
+    later = {"own_attempts": None, "timeout": None, "after": (), "after_any": ()}
+    return q.Row(text, timestamp=at, **columns, **later)

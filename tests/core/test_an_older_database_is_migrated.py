@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, wait_for
 
+from taskqueue import control
+
 SCHEMA_1, SCHEMA_2, SCHEMA_3 = (
     (Path(__file__).parents[1] / f"schema_{version}.sql").read_text() for version in (1, 2, 3)
 )
@@ -84,7 +86,7 @@ def test_history_pauses_and_spooled_files_are_kept(old, queue):
     conn = queue.connect()
     assert conn.execute(every).fetchall() == before
     assert conn.execute("select * from task_spooled").fetchall() == [("notifications/1.json:1:1",)]
-    controls = queue.controls(conn)
+    controls = control.controls_of(conn)
     assert {name: control[:2] for name, control in controls.items()} == {
         "approvals": (True, None),
         "nightly": (True, None),
@@ -199,7 +201,7 @@ def test_a_row_of_bash_that_never_ran_and_was_in_no_list_is_held_now(second, que
     }
     for row_id, _, error in rows:
         assert refused[row_id] in error, error
-    controls = queue.controls(conn)
+    controls = control.controls_of(conn)
     assert controls["approvals"].slots == 2 and controls["completions"].reason == "lunch"
     assert controls["notifications"].paused and controls["notifications"].until is None
 
@@ -207,7 +209,7 @@ def test_a_row_of_bash_that_never_ran_and_was_in_no_list_is_held_now(second, que
 def test_a_group_waits_for_the_one_of_it_that_runs(old, queue):
     conn = queue.connect()
     with queue.transaction(conn):
-        queue.resume(conn, "approvals")
+        control.resume_queue(conn, "approvals")
     assert queue.claim_ready(conn, "approvals") == []
     # Its owner is dead.
     recovered, _ = queue.recover(conn.state)

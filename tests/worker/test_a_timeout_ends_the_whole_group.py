@@ -7,6 +7,9 @@ import pytest
 from conftest import wait_for
 from processes import group_lives, lines, lives
 
+import worker
+from taskqueue import environment
+
 
 def run(installation, handler: str, *options, data: str = "{}", seconds: float = 15) -> dict:
     """The history of a task that one worker ran, with one attempt."""
@@ -110,6 +113,34 @@ def test_a_handler_that_forks_and_exits_is_done(installation):
     # What a handler leaves behind on purpose is left alone.
     assert lives(child)
     os.kill(child, signal.SIGKILL)
+
+
+@pytest.mark.parametrize(
+    "own, workers, env",
+    [("0.3", "60", {}), ("60", "0.3", {}), ("0.3", None, {}), (None, None, {"TASK_QUEUE_TIMEOUT": "0.3"})],
+)  # fmt: skip
+def test_the_shorter_timeout_counts_and_a_task_has_its_own_attempts(
+    installation, own, workers, env
+):
+    installation.handler("sleeps", "#!/bin/sh\nexec sleep 60\n")
+    terms = ["--timeout", own] if own else []
+    installation.enqueue("notifications", "sleeps", "--task-id", "t", "--max-attempts", 2, *terms)
+    options = ["--timeout", workers] if workers else []
+    options += ["--backoff", 0.01, "--max-attempts", 1]
+    installation.worker("notifications", *options, env=env)
+    found = installation.finished("t")
+    assert (found["error"], found["attempts"]) == ("timed out after 0.3 s (attempt 2 of 2)", 2)
+
+
+def test_workers_of_hooks_end_an_attempt_after_six_hours(installation, monkeypatch, capfd):
+    file = installation.directory / "environment"
+    assert environment.of_worker(file)["TASK_QUEUE_TIMEOUT"] == "6h"
+    file.write_text("TASK_QUEUE_TIMEOUT=90m\n")
+    file.chmod(0o600)
+    monkeypatch.setattr(os, "environ", environment.of_worker(file))
+    assert worker.default_timeout() == 90 * 60
+    monkeypatch.setattr(os, "environ", {"TASK_QUEUE_TIMEOUT": "soon"})
+    assert worker.default_timeout() == 6 * 3600 and "soon" in capfd.readouterr().err
 
 
 MEBIBYTE = json.dumps({"text": "ä" * 2**19})

@@ -13,6 +13,8 @@ import pytest
 from conftest import end, wait_for
 from processes import lines, processor_seconds
 
+from taskqueue import control
+
 HANDLER = """#!/bin/sh
 echo "begin $TASK_ID $$" >> {log}
 sleep 0.03
@@ -23,7 +25,7 @@ echo "end $TASK_ID $$" >> {log}
 def limit(queue, slots: int | None) -> None:
     conn = queue.connect()
     with queue.transaction(conn):
-        queue.limit(conn, "notifications", slots)
+        control.limit_slots(conn, "notifications", slots)
     queue.wake(conn.state)
 
 

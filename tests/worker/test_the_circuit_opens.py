@@ -8,6 +8,8 @@ import pytest
 from conftest import settle, wait_for
 from processes import lines, stays_true
 
+from taskqueue.control import controls_of, pause_queue, resume_queue
+
 # Task 2 pauses the queue when it runs for the first time.
 HANDLER = """#!/bin/sh
 echo "begin $TASK_ID $(date +%s.%N)" >> {directory}/log
@@ -80,7 +82,7 @@ def test_its_own_worker_claims_nothing_more_before_a_person_resumes_it(installat
     ]
     conn = queue.connect()
     with queue.transaction(conn):
-        assert queue.resume(conn, "notifications")
+        assert resume_queue(conn, "notifications")
     wait_for(lambda: installation.rows("select count(*) from task_history") == [(40,)])
     assert worker.poll() is None
 
@@ -111,7 +113,7 @@ def test_idle_exit_waits_for_a_pause_that_ends_and_drain_does_not(installation, 
     installation.handler("t", "#!/bin/sh\n")
     fill(queue, 3)
     with queue.transaction(conn):
-        queue.pause(conn, "notifications", time.time() + 2.5, "for a while", by="person")
+        pause_queue(conn, "notifications", time.time() + 2.5, "for a while", by="person")
     assert (
         installation.run(
             "worker.py", "notifications", "--drain", "--handlers", installation.handlers
@@ -128,14 +130,14 @@ def test_consumers_of_other_programs_are_held_back_as_well(installation, queue):
     conn = queue.connect()
     fill(queue, 2)
     with queue.transaction(conn):
-        queue.pause(conn, "notifications", None, "by hand", by="person")
+        pause_queue(conn, "notifications", None, "by hand", by="person")
     with pytest.raises(queue.Empty):
         queue.get_ack_queue("notifications").get(timeout=0.1)
     with pytest.raises(queue.Empty):
         queue.get_queue("notifications").get(block=False)
     assert queue.dequeue_task("notifications") is None
     with queue.transaction(conn):
-        queue.resume(conn, "notifications")
+        resume_queue(conn, "notifications")
     assert queue.dequeue_task("notifications")["task_id"] == "0"
 
 
@@ -178,5 +180,5 @@ def test_a_handler_never_shortens_a_persons_pause(installation, queue):
     for until, by, holds in ((now + 60, "person", now + 60), (now + 9, "handler", now + 60), (now + 99, "handler", now + 99),
                              (None, "person", None), (now + 999, "handler", None)):  # fmt: skip
         with queue.transaction(conn):
-            assert queue.pause(conn, "notifications", until, by, by=by) == (until == holds)
-        assert queue.controls(conn)["notifications"].until == holds
+            assert pause_queue(conn, "notifications", until, by, by=by) == (until == holds)
+        assert controls_of(conn)["notifications"].until == holds
