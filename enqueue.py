@@ -12,6 +12,7 @@
 usage: enqueue.py QUEUE TASK_TYPE [DATA] [options]
        enqueue.py QUEUE [TASK_TYPE] --jsonl [options]
        enqueue.py --hook QUEUE [TASK_TYPE] [options]
+       enqueue.py --run [--queue QUEUE] [options] -- COMMAND ...
 
 DATA is a JSON object. `-` reads it from stdin, and without it the data is {}. TASK_TYPE names the
 handler. This prints `queued ID`. Where a task with that id waits or runs already, it prints
@@ -52,6 +53,10 @@ zone. A time that has passed is refused.
   --start-worker        start a detached worker if none serves the queue
   --version             print the version
   -h, --help            print this text
+
+  --run                 make a task of a shell's command: handlers/run runs it as it stands, in the
+                        present directory, once unless --max-attempts says more. Queue:
+                        notifications, or --queue.
 
   --hook                take a hook's payload from stdin as the task's data, with workspace_path
                         from its cwd and project_dir from CLAUDE_PROJECT_DIR. TASK_TYPE defaults to

@@ -1197,6 +1197,8 @@ def new_row(
     # Where data is a hook's payload: the fields of it that the hook's command line set. Handlers take
     # rights from these alone.
     granted: dict | None = None,
+    # The command of a task that `tq run` makes, word by word: handlers/run takes none from data.
+    argv: list[str] | None = None,
     # When a hook fired, in Unix seconds: the times above count from then.
     now: float | None = None,
     # The JSON text that data was read from, if any.
@@ -1229,8 +1231,9 @@ def new_row(
     for name, value in ("depth", depth), ("source", source), ("firing", firing):
         if value:
             head += f', "{name}": {to_json(value)}'
-    if granted is not None:
-        head += f', "granted": {to_json(granted)}'
+    for name, value in ("granted", granted), ("argv", argv):
+        if value is not None:
+            head += f', "{name}": {to_json(value)}'
     body = to_json(data) if text is None else text
     terms = status, due_at, priority, group, expires_at, now, delayed_at, max_attempts, timeout
     told = task_id, window, on_duplicate, firing, after, after_any

@@ -28,6 +28,7 @@ usage() {
 usage: $name COMMAND [ARGUMENTS]
 
   add QUEUE TASK_TYPE [DATA]    put a task into a queue
+  run -- COMMAND ...            put a command into a queue
   work QUEUE ...                run tasks
   list, show, logs, stats       show what waits, runs and failed, and why
   wait                          wait until tasks have ended; print their results
@@ -57,6 +58,7 @@ case ${1:-} in
 '' | -h | --help | help) usage; exit 0 ;;
 --version) exec sed -n "s/^VERSION = \"\(.*\)\"\$/$name \1/p" "$lib/queue_helpers.py" ;;
 add) script=enqueue ;;
+run) script=enqueue; shift; set -- run --run "$@" ;;
 work) script=worker ;;
 *[!a-z-]*) script= ;;
 *) script=$1 ;;

@@ -64,6 +64,8 @@ REPEATED = ("after", "after_any")
 class Arguments:
     """A parsed command line. Raises ValueError for wrong use."""
 
+    options = OPTIONS
+
     task_type: str | None = None
     data: str | None = None
     task_id: str | None = None
@@ -86,13 +88,14 @@ class Arguments:
 
     def __init__(self, argv: list[str]) -> None:
         try:
-            found, words = getopt.gnu_getopt(argv, "h", [*FLAGS, *(f"{name}=" for name in OPTIONS)])
+            names = [*FLAGS, *(f"{name}=" for name in self.options)]
+            found, words = getopt.gnu_getopt(argv, "h", names)
         except getopt.GetoptError as error:
             raise ValueError(error) from None
         for option, text in found:
             name = {"-h": "help"}.get(option, option[2:])
             attribute = "granted" if name == "data" else name.replace("-", "_")
-            value = read_option(name, text)
+            value = self.read_option(name, text)
             earlier = getattr(self, attribute) if attribute in REPEATED else None
             setattr(self, attribute, value if earlier is None else (*earlier, value))
         if not (self.help or self.version):
@@ -137,15 +140,35 @@ class Arguments:
         window = default if self.window is None else self.window
         return {**{name: getattr(self, name) for name in names}, "window": window}
 
+    def read_option(self, name: str, text: str) -> object:
+        """Return the value of an option. Raises ValueError."""
+        if name not in self.options:
+            return True
+        if name in CHOICES and text not in CHOICES[name]:
+            raise ValueError(f"--{name} takes {' or '.join(CHOICES[name])}, not {text!r}")
+        try:
+            return self.options[name](text)
+        except ValueError as error:
+            why = f"{text!r} is not a whole number" if self.options[name] is int else error
+            raise ValueError(f"--{name}: {why}") from None
 
-def read_option(name: str, text: str) -> object:
-    """Return the value of an option. Raises ValueError."""
-    if name not in OPTIONS:
-        return True
-    if name in CHOICES and text not in CHOICES[name]:
-        raise ValueError(f"--{name} takes {' or '.join(CHOICES[name])}, not {text!r}")
-    try:
-        return OPTIONS[name](text)
-    except ValueError as error:
-        why = f"{text!r} is not a whole number" if OPTIONS[name] is int else error
-        raise ValueError(f"--{name}: {why}") from None
+
+class RunArguments(Arguments):
+    """The command line of `tq run`: options, --, and a command."""
+
+    options = {**OPTIONS, "queue": str}
+    queue = q.TASK_QUEUE_NOTIFICATION
+    task_type = "run"
+    # A command that failed may have done half of its work.
+    max_attempts = 1
+
+    def __init__(self, argv: list[str]) -> None:
+        first = argv.index("--") if "--" in argv else len(argv)
+        self.command = argv[first + 1 :]
+        super().__init__(argv[:first])
+
+    def take_words(self, words: list[str]) -> None:
+        if words or not self.command:
+            raise ValueError("the command goes behind --, like: tq run --at 23:30 -- make deploy")
+        if self.hook or self.jsonl:
+            raise ValueError("a command comes from the command line alone: no --hook, no --jsonl")

@@ -10,7 +10,7 @@ import time
 
 import queue_helpers as q
 from taskqueue import hook as hooks
-from taskqueue.arguments import LINE_KEYS, LINE_TIMES, Arguments, parse_object
+from taskqueue.arguments import LINE_KEYS, LINE_TIMES, Arguments, RunArguments, parse_object
 from taskqueue.text import visible
 
 if q.TYPE_CHECKING:
@@ -27,7 +27,7 @@ MOST_BYTES = 64 * 2**20
 def main(argv: list[str] | None = None, help_text: str | None = None) -> int:
     argv = command_line() if argv is None else argv
     try:
-        args = Arguments(argv)
+        args = RunArguments(argv[1:]) if argv[:1] == ["--run"] else Arguments(argv)
     except ValueError as error:
         return fail(EX_USAGE, f"{error}; see enqueue.py --help")
     if args.help or args.version:
@@ -140,6 +140,11 @@ def milliseconds(seconds: float) -> int:
 
 
 def task_of_command_line(args: Arguments) -> q.Row:
+    if isinstance(args, RunArguments):
+        import shlex
+
+        data = {"command": shlex.join(args.command), "workspace_path": os.getcwd()}
+        return q.new_row("run", data, args.task_id, argv=args.command, **args.terms())
     if args.data == "-":
         raw = stdin().read()
     else:

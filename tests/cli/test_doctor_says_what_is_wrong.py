@@ -528,7 +528,7 @@ def test_a_type_without_a_handler_is_told_while_there_is_none(home):
     dead(home, "new", error, "-1 hour")
     dead(home, "old", error, "-2 days")
     dead(home, "other", "exit 1: no handler", "-1 hour")
-    there = "no handler is called probe; there are claude, command, link_validation"
+    there = "no handler is called probe; there are run, claude, command, link_validation"
     assert home.the_problem() == f'queue "notifications": 1 failed in the last day: {there}'
     remedy = home.remedy("no handler is called")
     assert remedy.endswith("retry --failed --queue notifications --type probe")

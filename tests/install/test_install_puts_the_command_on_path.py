@@ -168,12 +168,12 @@ def test_it_hands_over_to_the_scripts(home):
     assert all(len(line) <= 80 for line in lines)
     # All commands are in it, and each is one.
     named = {word for line in lines for word in line[:32].lower().replace(",", "").split()}
-    named -= {"queue", "task_type", "[data]", "..."}
+    named -= {"queue", "task_type", "[data]", "...", "--", "command"}
     told = subprocess.run(
         [sys.executable, ROOT / "tasks.py", "--help"], capture_output=True, text=True
     ).stdout
     listed = re.findall(r"^    ([a-z-]+)(?:\s|$)", told.partition("  COMMAND\n")[2], re.MULTILINE)
-    scripts = "add work cleanup report relay install uninstall".split()
+    scripts = "add run work cleanup report relay install uninstall".split()
     assert len(listed) > 10 and named == {*listed, *scripts}
 
 
