@@ -49,9 +49,10 @@ zone. A time that has passed is refused.
                         object with task_type and any of data, task_id, delay, at, hold, ttl,
                         timeout, max_attempts, after, after_any, priority, group, on_duplicate and
                         window
+  --json                print a JSON object for each task: outcome, task_id, queue and notes
   --new                 do not remark that the queue is new
   --start-worker        start a detached worker if none serves the queue
-  --version             print the version
+  -V, --version         print the version
   -h, --help            print this text
 
   --run                 make a task of a shell's command: handlers/run runs it as it stands, in the

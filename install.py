@@ -49,6 +49,7 @@ from taskqueue.installation import (  # noqa: E402
     only_one,
     write_file,
 )
+from taskqueue.remedies import as_typed  # noqa: E402
 from taskqueue.text import plural  # noqa: E402
 
 # Long enough for one script's packages to be downloaded.
@@ -68,7 +69,8 @@ def parser() -> cli.Parser:
     )
 
     def verb(name: str, help: str) -> Callable:
-        sub = verbs.add_parser(name, help=help, description=help)
+        prog = as_typed(f"install.py {name}")
+        sub = verbs.add_parser(name, prog=prog, help=help, description=help)
         default = "default ~/.claude/automation/lychee"
         sub.add_argument("prefix", metavar="PREFIX", nargs="?", help=default)
         sub.add_argument("--dry-run", action="store_true", help="show it all, and write nothing")

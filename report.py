@@ -25,6 +25,7 @@ that. A git worktree is a workspace of its own.
                 enqueued, and wake the session if one has failed or found something broken: exit
                 code 42, which the installed hook turns into 2. A session is woken three times at
                 most between two prompts of yours.
+  -V, --version  print the version
   --peek        do not remember the report
   -h, --help    this text
 
@@ -39,7 +40,9 @@ import sys
 def main(argv: list[str] | None = None) -> int:
     args = sys.argv[1:] if argv is None else argv
     if "-h" in args or "--help" in args:
-        print(__doc__)
+        from taskqueue.remedies import remedies_as_typed
+
+        print(remedies_as_typed(__doc__))
         return 0
     try:
         if args == ["--wake"]:

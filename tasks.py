@@ -19,10 +19,10 @@ this terminal has shown last. DURATION is like 30, 90m, 5min, 1.5h or 2d. Every 
 and --json for scripts. A status is pending, scheduled, held, blocked, in_progress, handed_over,
 completed, failed, cancelled or expired. Only import, pause and limit make a database if there is none.
 
-exit codes: 0 fine; 1 not found, not possible, or the database cannot be used; 64 usage; 65 import
-refused lines (it names them, the others are in); 75 the database is locked, try again; 130
-interrupted. Of wait: 0 all completed; 1 one ended otherwise; 64 an id that is not known, or of
-several tasks; 75 the time-out. Of doctor: 1 something is wrong.
+exit codes: 0 fine; 1 not possible, or the database cannot be used; 64 usage, or an id or a queue
+that is not known, or an id of several tasks; 65 import refused lines (it names them, the others are
+in); 75 the database is locked, try again; 130 interrupted. Of wait: 0 all completed; 1 one ended
+otherwise; 75 the time-out. Of doctor: 1 something is wrong.
 """
 
 import argparse
@@ -31,7 +31,8 @@ from collections.abc import Sequence
 
 from taskqueue import act, ask, backup, cli, jsonlines, look, notify, service, spool
 from taskqueue.cli import EX_USAGE
-from taskqueue.remedies import command
+from taskqueue.remedies import SCRIPTS, command
+from taskqueue.text import did_you_mean
 
 # In the order in which --help names them.
 COMMANDS = (
@@ -64,6 +65,7 @@ FAULTS = {act.retry: act.fault_in_retry, act.move: act.fault_in_move, act.purge:
 FAULTS |= {act.limit: act.fault_in_limit}
 # Commands with a parser of their own.
 OTHERS = {"service": "Have a worker started whenever there is work, by systemd or launchd"}
+NAMES = (*map(cli.name_of, COMMANDS), *OTHERS)
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -85,11 +87,19 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else list(argv)
+    if argv[:1] == ["help"]:
+        argv = [*argv[1:2], "--help"]
+    elif argv[:1] == ["version"]:
+        argv = ["--version"]
     if argv[:1] == ["service"]:
         return service.main(argv[1:])
     if argv[:1] == ["dashboard"]:
         why = f"{command('page --open')} replaced it"
         return cli.complain(EX_USAGE, "tasks.py dashboard", why)
+    if argv and not argv[0].startswith("-") and argv[0] not in NAMES:
+        near = did_you_mean(argv[0], [*NAMES, *SCRIPTS])
+        why = f"there is no command {argv[0]!r}{near}; see {command('--help')}"
+        return cli.complain(EX_USAGE, "tasks.py", why)
     args = vars(parse(argv))
     run, name = args.pop("run"), args.pop("command")
 

@@ -48,34 +48,25 @@ usage: $name COMMAND [ARGUMENTS]
   service                       start workers whenever there is work
   install, uninstall            put all this in place, or remove it
 
-$name COMMAND --help says more, $name --version which version this is.
+$name help COMMAND says more, $name --version which version this is.
 The scripts are in $lib.
 END
 }
 
-# add and work have scripts of other names. A command without a script is one of tasks.py.
+# add and work have scripts of other names. A command without a script is one of tasks.py, which knows
+# what is near to a mistyped one.
+if [ "${1:-}" = help ] && [ $# -gt 1 ]; then set -- "$2" --help; fi
 case ${1:-} in
 '' | -h | --help | help) usage; exit 0 ;;
---version) exec sed -n "s/^VERSION = \"\(.*\)\"\$/$name \1/p" "$lib/queue_helpers.py" ;;
+-V | --version | version) exec sed -n "s/^VERSION = \"\(.*\)\"\$/$name \1/p" "$lib/queue_helpers.py" ;;
 add) script=enqueue ;;
 run) script=enqueue; shift; set -- run --run "$@" ;;
 work) script=worker ;;
-*[!a-z-]*) script= ;;
-*) script=$1 ;;
-esac
-case $script in
+cleanup | demo | relay | report) script=$1 ;;
 install | uninstall) script=install ;;
-*)
-    if [ -n "$script" ] && [ -r "$lib/$script.py" ]; then
-        shift
-    elif [ -n "$script" ] && { usage && echo dashboard; } | grep -qwF -- "$script"; then
-        script=tasks
-    else
-        echo "$name: there is no such command; see $name --help" >&2
-        exit 64
-    fi
-    ;;
+*) script=tasks ;;
 esac
+case $script in tasks | install) ;; *) shift ;; esac
 
 if [ ! -r "$lib/$script.py" ]; then
     echo "$name: $lib/$script.py is gone; run just install again, or remove $0" >&2

@@ -6,6 +6,7 @@ import getopt
 import time
 
 import queue_helpers as q
+from taskqueue.text import did_you_mean
 from taskqueue.times import parse_duration, parse_time
 
 # Two hooks tell of the same firing within this time.
@@ -26,7 +27,7 @@ def parse_object(raw: bytes) -> tuple[dict, str]:
     return value, text
 
 
-FLAGS = ("hook", "jsonl", "hold", "new", "start-worker", "nested", "version", "help")
+FLAGS = ("hook", "jsonl", "json", "hold", "new", "start-worker", "nested", "version", "help")
 OPTIONS = {
     "task-id": str,
     "delay": parse_duration,
@@ -84,16 +85,18 @@ class Arguments:
     once_per: str | None = None
     group_by: str | None = None
     granted: dict | None = None
-    hook = jsonl = hold = new = start_worker = nested = version = help = False
+    hook = jsonl = json = hold = new = start_worker = nested = version = help = False
 
     def __init__(self, argv: list[str]) -> None:
         try:
             names = [*FLAGS, *(f"{name}=" for name in self.options)]
-            found, words = getopt.gnu_getopt(argv, "h", names)
+            found, words = getopt.gnu_getopt(argv, "hV", names)
         except getopt.GetoptError as error:
-            raise ValueError(error) from None
+            names = [f"--{name}" for name in (*FLAGS, *self.options)]
+            near = did_you_mean(f"--{error.opt}", names) if "recognized" in error.msg else ""
+            raise ValueError(f"{error}{near}") from None
         for option, text in found:
-            name = {"-h": "help"}.get(option, option[2:])
+            name = {"-h": "help", "-V": "version"}.get(option, option[2:])
             attribute = "granted" if name == "data" else name.replace("-", "_")
             value = self.read_option(name, text)
             earlier = getattr(self, attribute) if attribute in REPEATED else None
@@ -119,8 +122,8 @@ class Arguments:
             )
         if (self.after or self.after_any) and self.hook:
             raise ValueError("--after and --after-any go without --hook")
-        if self.hook and self.jsonl:
-            raise ValueError("--hook goes without --jsonl")
+        if self.hook and (self.jsonl or self.json):
+            raise ValueError("--hook goes without --jsonl and --json")
         if (self.once_per or self.group_by or self.granted is not None) and not self.hook:
             raise ValueError("--once-per, --group-by and --data go with --hook")
         if self.group is not None and self.group_by:

@@ -20,7 +20,7 @@ from typing import Protocol
 import queue_helpers as q
 from taskqueue.installation import Trouble, WrongUse
 from taskqueue.remedies import as_typed, remedies_as_typed
-from taskqueue.text import visible, visible_lines
+from taskqueue.text import did_you_mean, visible, visible_lines
 from taskqueue.times import parse_duration
 
 VERSION = q.VERSION
@@ -35,6 +35,12 @@ class Refused(q.QueueError):
     exit_code = EX_FAILED
 
 
+class Unknown(Refused):
+    """A name that no task or queue has, or several tasks have."""
+
+    exit_code = EX_USAGE
+
+
 # ------------------------------------------------------------------------------------- command line
 
 
@@ -45,21 +51,31 @@ class Parser(argparse.ArgumentParser):
         """Report an argument that a command does not know as that command's error."""
         namespace, unknown = super().parse_known_args(*args, **named)
         if unknown:
-            self.error(f"unrecognized arguments: {' '.join(unknown)}")
+            near = did_you_mean(unknown[0].partition("=")[0], self._option_string_actions)
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{near}")
         return namespace, unknown
 
+    def _check_value(self, action, value):
+        """Report an unknown command with its nearest neighbours, not with all that there are."""
+        if isinstance(action, argparse._SubParsersAction) and value not in action.choices:
+            self.error(f"there is no command {value!r}{did_you_mean(value, action.choices)}")
+        super()._check_value(action, value)
+
     def error(self, message: str):
-        me = as_typed(self.prog)
-        self.exit(EX_USAGE, f"{me}: {visible(message)}; see {me} --help\n")
+        help_ = remedies_as_typed(f"{self.prog} --help")
+        self.exit(EX_USAGE, f"{as_typed(self.prog)}: {visible(message)}; see {help_}\n")
 
 
 def make_parser(script: str, description: str | None) -> Parser:
     """Return the parser of a script, whose docstring is its help."""
     keep_absolute_path()
     parser = Parser(
-        prog=script, description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=as_typed(script),
+        description=remedies_as_typed(description or ""),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--version", action="version", version=f"{script} {VERSION}")
+    version = f"{script} {VERSION}"
+    parser.add_argument("-V", "--version", action="version", version=version)
     return parser
 
 
@@ -81,13 +97,19 @@ class Command(Protocol):
 def add_command(commands, run: Command) -> Parser:
     """Add a command with the name of the function, its docstring as help, and its `options`."""
     says = " ".join((run.__doc__ or "").split())
-    name = run.__name__.rstrip("_").replace("_", "-")
-    entry = commands.add_parser(name, help=says.split(". ")[0].rstrip("."), description=says)
+    entry = commands.add_parser(
+        name_of(run), help=says.split(". ")[0].rstrip("."), description=says
+    )
     entry.add_argument("--json", dest="as_json", action="store_true", help="for scripts")
     for names, settings in run.options:
         entry.add_argument(*names, **settings)
     entry.set_defaults(run=run)
     return entry
+
+
+def name_of(run: Command) -> str:
+    """Return the name of a function's command."""
+    return run.__name__.rstrip("_").replace("_", "-")
 
 
 def utf8(argument: str) -> str:

@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import queue_helpers as q
-from taskqueue.cli import Refused
+from taskqueue.cli import Unknown
 
 # The files that SQLite may put beside a database, after its name.
 SIDECARS = ("-wal", "-shm", "-journal")
@@ -149,7 +149,7 @@ def check_known(conn: sqlite3.Connection, queues: Iterable[str]) -> None:
     known = queues_of(conn)
     for queue in queues:
         if queue not in known:
-            raise Refused(f"there is no queue {queue!r}; there are: {', '.join(known)}")
+            raise Unknown(f"there is no queue {queue!r}; there are: {', '.join(known)}")
 
 
 def as_dict(cursor: sqlite3.Cursor) -> dict:

@@ -31,7 +31,7 @@ def main(argv: list[str] | None = None, help_text: str | None = None) -> int:
     except ValueError as error:
         return fail(EX_USAGE, f"{error}; see enqueue.py --help")
     if args.help or args.version:
-        say(str(help_text) if args.help else f"enqueue.py {q.VERSION}\n")
+        say(help_as_typed(help_text) if args.help else f"enqueue.py {q.VERSION}\n")
         return 0
     if q.state_complaint and not args.hook:
         return fail(EX_USAGE, q.state_complaint)
@@ -46,6 +46,12 @@ def main(argv: list[str] | None = None, help_text: str | None = None) -> int:
         return fail(code, error, hook=args.hook)
 
 
+def help_as_typed(text: str | None) -> str:
+    from taskqueue.remedies import remedies_as_typed
+
+    return remedies_as_typed(str(text))
+
+
 def command_line() -> list[str]:
     """Return the arguments as UTF-8, whatever the locale's encoding."""
     return [hooks.from_bytes(os.fsencode(word)) for word in sys.argv[1:]]
@@ -55,11 +61,12 @@ def fail(code: int, message: object, *, hook: bool = False) -> int:
     """Say what is wrong in one line and return the code. A person reads commands as people type them."""
     # Without a stderr, print() would write to stdout.
     if sys.stderr is not None:
-        line = " ".join(f"enqueue.py: {message}".split())
+        who, text = "enqueue.py", str(message)
         if not hook:
-            from taskqueue.remedies import remedies_as_typed
+            from taskqueue.remedies import as_typed, remedies_as_typed
 
-            line = remedies_as_typed(line)
+            who, text = as_typed(who), remedies_as_typed(text)
+        line = f"{who}: {' '.join(text.split())}"
         try:
             print(visible(line), file=sys.stderr)
         except OSError:
@@ -100,14 +107,19 @@ def enqueue(args: Arguments) -> int:
     rows = tasks_of_lines(args) if args.jsonl else [task_of_command_line(args)]
     wait = None if args.wait is None else milliseconds(args.wait)
     made, stored = store(args.queue, rows, wait)
-    lines = [
-        f"{'queued' if task.is_new else 'updated' if task.is_updated else 'duplicate'} {visible(task.task_id)}"
+    notes = [f"a new queue: {args.queue}"] if made and not args.new else []
+    notes += notes_on(args, rows) if stored else []
+    said = [
+        ("queued" if task.is_new else "updated" if task.is_updated else "duplicate", task.task_id)
         for task in stored
     ]
-    if lines:
-        notes = [f"a new queue: {args.queue}"] if made and not args.new else []
-        notes += notes_on(args, rows)
-        lines[0] += f" ({'; '.join(notes)})" if notes else ""
+    if args.json:
+        told = {"queue": args.queue, "notes": notes}
+        lines = [json.dumps({"outcome": did, "task_id": ident, **told}) for did, ident in said]
+    else:
+        lines = [f"{did} {visible(ident)}" for did, ident in said]
+        if notes:
+            lines[0] += f" ({'; '.join(notes)})"
     say("".join(f"{line}\n" for line in lines))
     return 0
 

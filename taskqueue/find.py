@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import queue_helpers as q
-from taskqueue import cli, costs, database, serving
-from taskqueue.cli import Refused
+from taskqueue import costs, database, serving
+from taskqueue.cli import Refused, Unknown
 from taskqueue.control import Control, controls_of
 from taskqueue.database import FINISHED, LIVE
 from taskqueue.remedies import command
@@ -87,12 +87,6 @@ HISTORY_OF = """
 select id from task_history where task_id = :task_id and +queue = :queue order by id desc"""
 
 
-class Ambiguous(Refused):
-    """An ID that names a row of the list and another task."""
-
-    exit_code = cli.EX_USAGE
-
-
 class Found(NamedTuple):
     """A task. `row_id` is None if it is in the history alone."""
 
@@ -107,7 +101,7 @@ def find(
     """Return the task that an ID names: by its id, by its row in the last list, or by the
     beginning of its id if no other begins so. A number is never the beginning of an id.
 
-    `option` is the command's option that names the queue. Raises Refused, Ambiguous.
+    `option` is the command's option that names the queue. Raises Refused.
     """
     if queue is not None:
         database.check_known(conn, [queue])
@@ -120,7 +114,7 @@ def find(
     if numbered and queue not in (None, numbered.queue):
         numbered = None
     if numbered and matches - {numbered[:2]}:
-        raise Ambiguous(
+        raise Unknown(
             f"{ident!r} names two tasks: {numbered.task_id} ({numbered.queue}), row {ident} of the list shown last, "
             f"and {', '.join(f'{found} ({name})' for name, found in sorted(matches))}, by its id: give the whole id "
             f"of the first; for the other, show a list whose row {ident} is that task: {command('list')}"
@@ -143,11 +137,11 @@ def find(
         matches |= set(conn.execute(FINISHED_PREFIX, {"prefix": ident, "queue": queue, **limit}))
     if not matches:
         see = command("list")
-        raise Refused(f"no task has the id {ident!r}, nor one that begins so; see: {see}")
+        raise Unknown(f"no task has the id {ident!r}, nor one that begins so; see: {see}")
     if len(matches) > 1:
         named = [f"{found} ({name})" for name, found in sorted(matches)]
         named = named[:MATCHES] + (["…"] if len(named) > MATCHES else [])
-        raise Refused(
+        raise Unknown(
             f"{ident!r} fits several tasks: {', '.join(named)}; give more of the id, or {option}"
         )
     ((name, found),) = matches

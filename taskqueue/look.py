@@ -21,7 +21,6 @@ from taskqueue.cli import (
     EACH_QUEUE,
     EX_FAILED,
     EX_TEMPFAIL,
-    EX_USAGE,
     IDS,
     TYPE,
     WHOSE,
@@ -301,10 +300,7 @@ def wait(ids: list[str], queue: str | None, timeout: float | None, as_json: bool
     """Wait until tasks have ended, and print their results. A task that is tried again has not
     ended."""
     conn = database.open_queue()
-    try:
-        tasks = [find(conn, ident, queue) for ident in ids]
-    except Refused as error:
-        return cli.complain(EX_USAGE, "tasks.py wait", error)
+    tasks = [find(conn, ident, queue) for ident in ids]
     records = wait_for_end(conn.state, tasks, timeout, as_json)
     results = [result_of(record) for record in records]
     if as_json:

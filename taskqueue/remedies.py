@@ -1,7 +1,7 @@
 """Name our commands as a person here types them. Every remedy in a message comes from here.
 
 With an installation that is `tq list`, with the plugin `task-queue list`, in a checkout
-`tasks.py list`.
+`./tasks.py list`.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from pathlib import Path
 
 import queue_helpers as q
 from taskqueue import installation
+from taskqueue.text import sh
 
 PLUGIN_COMMAND = "task-queue"
 # The commands that are scripts of their own; all others belong to tasks.py.
@@ -23,6 +24,9 @@ SCRIPTS = {
     "work": "worker.py",
     "cleanup": "cleanup.py",
     "relay": "relay.py",
+    "report": "report.py",
+    "install": "install.py install",
+    "uninstall": "install.py uninstall",
 }
 
 
@@ -32,7 +36,17 @@ def command(words: str) -> str:
     tq = installed_command()
     if tq:
         return f"{tq} {words}"
-    return f"{SCRIPTS[name]}{space}{rest}" if name in SCRIPTS else f"tasks.py {words}"
+    script = f"{SCRIPTS[name]}{space}{rest}" if name in SCRIPTS else f"tasks.py {words}"
+    return f"{_place()}{script}"
+
+
+def _place() -> str:
+    """Return the scripts' directory as a shell here takes it."""
+    here = Path(q.__file__).resolve().parent
+    try:
+        return "./" if os.path.samefile(here, os.curdir) else f"{sh(here)}/"
+    except OSError:
+        return f"{sh(here)}/"
 
 
 def lets_go_on(queue: str, paused_by: str | None) -> str:
@@ -41,9 +55,9 @@ def lets_go_on(queue: str, paused_by: str | None) -> str:
 
 
 def as_typed(script: str) -> str:
-    """Return a script and its command, like "tasks.py list", as a person here types it."""
-    name, _, rest = script.partition(".py")
-    if not installed_command():
+    """Return the name of a script and its command, like "tasks.py list", as a person here knows it."""
+    name, found, rest = script.partition(".py")
+    if not found or not installed_command():
         return script
     if name == "tasks" or name == "install" and rest:
         return command(rest.strip()) if rest else str(installed_command())
@@ -52,15 +66,13 @@ def as_typed(script: str) -> str:
 
 
 def remedies_as_typed(text: str) -> str:
-    """Return a message with each script and command in it as a person here types it."""
-    if not installed_command():
-        return text
+    """Return a text with each script and command in it as a person here types it."""
     scripts = "tasks|worker|cleanup|enqueue|report|relay"
     return re.sub(rf"(?<![\w/.-])({scripts})\.py(?: [a-z]+)?", _typed, text)
 
 
 def _typed(found: re.Match) -> str:
-    return as_typed(found[0])
+    return as_typed(found[0]) if installed_command() else f"{_place()}{found[0]}"
 
 
 @lru_cache(1)

@@ -95,7 +95,7 @@ Ended = namedtuple("Ended", "task_type status task_id text at place is_state tol
 
 
 def main(args: list[str]) -> int:
-    if args == ["--version"]:
+    if args in (["-V"], ["--version"]):
         print(f"report.py {q.VERSION}")
         return 0
     marker = None
@@ -141,11 +141,12 @@ def fail(code: int, message: object, *, hook: bool = False) -> int:
 
     For a person, commands are written as people type them.
     """
-    line = " ".join(f"report.py: {message}".split())
+    who, text = "report.py", str(message)
     if not hook:
-        from taskqueue.remedies import remedies_as_typed
+        from taskqueue.remedies import as_typed, remedies_as_typed
 
-        line = remedies_as_typed(line)
+        who, text = as_typed(who), remedies_as_typed(text)
+    line = f"{who}: {' '.join(text.split())}"
     with suppress(OSError):
         print(visible(line), file=sys.stderr)
     return code

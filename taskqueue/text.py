@@ -15,6 +15,8 @@ from functools import lru_cache
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from taskqueue.control import Control
 
 SECONDS_OF_UNIT = {"d": 86_400, "h": 3_600, "m": 60}
@@ -76,6 +78,14 @@ def sh(word: object) -> str:
         for byte in os.fsencode(text)
     )
     return f"$'{''.join(plain)}'"
+
+
+def did_you_mean(word: str, names: Iterable[str]) -> str:
+    """Return " (did you mean list or limit?)" with the names that are like a word, or ""."""
+    from difflib import get_close_matches
+
+    near = get_close_matches(word, list(names), n=2)
+    return f" (did you mean {' or '.join(near)}?)" if near else ""
 
 
 def plural(count: int, noun: str) -> str:

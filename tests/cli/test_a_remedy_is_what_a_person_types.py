@@ -1,4 +1,6 @@
-"""Where install.py has put tq on PATH, messages say `tq list`; elsewhere they name the script."""
+"""Where install.py has put tq on PATH, messages and help say `tq list`; elsewhere they name the
+script as a shell there takes it.
+"""
 
 from __future__ import annotations
 
@@ -99,15 +101,33 @@ def test_wrong_use_is_told_as_it_was_typed(installed):
         assert (done.returncode, done.stderr) == (64, words)
 
 
-def test_elsewhere_remedies_name_the_script(installation, installed):
+def test_elsewhere_remedies_name_the_script_where_it_lies(installation, installed, tmp_path):
     installation.enqueue("approvals", "review")
-    assert "see: tasks.py list" in installation.run("tasks.py", "show", "x").stderr
-    assert (
-        "see tasks.py list --help" in installation.run("tasks.py", "list", "--status", "odd").stderr
-    )
+    assert "see: ./tasks.py list" in installation.run("tasks.py", "show", "x", cwd=ROOT).stderr
+    said = installation.run("tasks.py", "list", "--status", "odd", cwd=ROOT).stderr
+    assert "see ./tasks.py list --help" in said
+    said = installation.run("tasks.py", "show", "x", cwd=tmp_path).stderr
+    assert f"see: {ROOT}/tasks.py list" in said
     # It is installed, but what a person types finds another program or none.
-    assert "see: tasks.py list" in installed("tasks.py", "show", "x", on_path=False).stderr
+    lib = installation.directory / "prefix/runtime/lib"
+    said = installed("tasks.py", "show", "x", on_path=False).stderr
+    assert f"see: {lib}/tasks.py list" in said
     assert "worker.py approvals" in installation.run("tasks.py", "doctor", "--max-wait", "0").stdout
+
+
+def test_help_speaks_of_tq_alone(installation, installed):
+    import tasks
+    from taskqueue import cli
+
+    words = [["tasks.py", cli.name_of(run), "--help"] for run in tasks.COMMANDS[::6]]
+    words += [[f"{script}.py", "--help"] for script in SCRIPTS if script not in ("demo", "install")]
+    words += [["install.py", "install", "--help"], ["tasks.py", "service", "--help"]]
+    for args in words:
+        said = installed(*args).stdout
+        assert "tq" in said and not re.search(r"\b(tasks|worker|enqueue)\.py", said), (args, said)
+    assert (
+        "\n    tq add notifications link_validation '{" in installed("enqueue.py", "--help").stdout
+    )
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

@@ -127,7 +127,7 @@ def test_a_person_reads_a_line_for_each_finding_and_its_remedy_below(home):
     lines = home.capsys.readouterr().out.splitlines()
     at = next(n for n, line in enumerate(lines) if line.startswith("problem  tasks: "))
     assert "1 waiting" in lines[at] and "(31d)" in lines[at]
-    assert lines[at + 1].startswith("         -> start one: worker.py notifications")
+    assert lines[at + 1].startswith("         -> start one: ./worker.py notifications")
     assert lines[-1] == f"1 problem, no notes ({home.state})" and "ok       database" in lines
 
 

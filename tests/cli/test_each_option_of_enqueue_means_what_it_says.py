@@ -409,3 +409,18 @@ def test_what_bash_says_in_columns_means_the_same_as_options(installation, queue
     assert of_bash[:4] == row(installation)[:4] == (3, 2524608000.0, 5, "g") and os.path.exists(
         installation.db
     )
+
+
+def test_json_is_told_on_request_for_each_task(installation):
+    done = installation.run("enqueue.py", "fresh", "t", "{}", "--task-id", "j-1", "--json")
+    told = json.loads(done.stdout)
+    notes = told.pop("notes")
+    assert told == {"outcome": "queued", "task_id": "j-1", "queue": "fresh"}
+    assert notes[0] == "a new queue: fresh" and len(notes) > 1
+    lines = '{"task_type": "t", "task_id": "j-1"}\n{"task_type": "t", "task_id": "j-2"}\n'
+    done = installation.run("enqueue.py", "fresh", "--jsonl", "--json", input=lines)
+    outcomes = [json.loads(line)["outcome"] for line in done.stdout.splitlines()]
+    assert outcomes == ["duplicate", "queued"]
+    done = installation.run("enqueue.py", "fresh", "t", "--prioritty", "1")
+    assert done.returncode == 64
+    assert "--prioritty not recognized (did you mean --priority?); see" in done.stderr

@@ -9,8 +9,10 @@ import pytest
 IS_A_DURATION = "is not a duration like 30, 90m, 5min, 1.5h or 2d"
 WRONG = {
     "": "the following arguments are required: COMMAND",
-    "nope": "invalid choice: 'nope'",
+    "nope": "there is no command 'nope'",
+    "stat": "there is no command 'stat' (did you mean stats?)",
     "list --nope": "unrecognized arguments: --nope",
+    "list --statsu failed": "unrecognized arguments: --statsu failed (did you mean --status?)",
     "list --status odd": "'odd' is not a status: in_progress, pending, scheduled, held, blocked, ",
     "list --limit 0": "'0' is not a number of at least 1",
     "list --limit many": "'many' is not a number of at least 1",
@@ -38,7 +40,7 @@ WRONG = {
     "limit approvals --slots some": "'some' is not a number of at least 1",
     "move approvals": "give the IDs to move, or --from",
     "move x approvals --type t": "--type goes with --from and no ID",
-    "purge approvals --status running": "a running task is not purged: tasks.py cancel ID",
+    "purge approvals --status running": "a running task is not purged: ./tasks.py cancel ID",
     "import": "the following arguments are required: FILE",
     "import - --legacy d": "unrecognized arguments: --legacy d",
     "export a b": "unrecognized arguments: b",
@@ -70,7 +72,6 @@ def test_a_wrong_command_line_of_the_others(installation, script, command, words
 
 
 REFUSED = {
-    "show x": "no task has the id 'x', nor one that begins so; see: tasks.py list",
     "move ready approvals": "queue 'approvals' is where it is already",
     "move ended completions": "task ended has ended: retry it first, then move it",
     "approve ready": "task ready of approvals was not approved: it is pending, not held",

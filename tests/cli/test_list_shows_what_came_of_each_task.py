@@ -121,7 +121,7 @@ def test_a_row_is_named_by_the_number_that_this_terminal_was_shown(installation)
     installation.enqueue("notifications", "link_validation", "{}", "--priority", "9")
     assert installation.run("tasks.py", "cancel", number).stdout == "cancelled later\n"
     done = installation.run("tasks.py", "show", "99")
-    assert done.returncode == 1 and "no task has the id '99'" in done.stderr
+    assert done.returncode == 64 and "no task has the id '99'" in done.stderr
 
 
 def test_a_number_that_is_a_row_and_an_id_is_refused_and_a_task_that_went_is_said(installation):
@@ -140,7 +140,7 @@ def test_another_terminals_list_names_nothing_here(installation):
     installation.enqueue("approvals", "review", "{}", "--task-id", "only")
     listed(installation)
     done = installation.run("tasks.py", "show", "1", start_new_session=True)
-    assert done.returncode == 1 and "no task has the id" in done.stderr
+    assert done.returncode == 64 and "no task has the id" in done.stderr
 
 
 def test_list_is_sorted_as_asked(installation):

@@ -21,7 +21,7 @@ import tasks
 import worker
 from taskqueue import look, remedies, service, serving, times
 
-NOBODY = "no worker serves approvals; start one: worker.py approvals"
+NOBODY = "no worker serves approvals; start one: ./worker.py approvals"
 
 
 class House:
@@ -134,7 +134,8 @@ def findings(house, level: str = "") -> list[dict]:
 def test_wait_names_a_person_and_a_pause_that_it_waits_for(house):
     house.add("approvals", "claude", "--task-id", "h", "--hold")
     assert (
-        house.tell("wait", "h", "--timeout", "0.01", code=75)[0] == "h is held: tasks.py approve h"
+        house.tell("wait", "h", "--timeout", "0.01", code=75)[0]
+        == "h is held: ./tasks.py approve h"
     )
     house.tell("pause", "notifications")
     house.add("notifications", "claude", "--task-id", "p")
@@ -183,7 +184,7 @@ def test_a_hook_that_starts_a_worker_is_named_and_started_by_approve(house, monk
     house.settings(**house.hook("notifications"))
     assert "; start one: " in house.add("notifications", "link_validation")
     house.settings(**house.hook("notifications", "--start-worker"))
-    line = "no worker serves notifications until a hook starts one; start one now: worker.py notifications"
+    line = "no worker serves notifications until a hook starts one; start one now: ./worker.py notifications"
     assert house.add("notifications", "link_validation", "--task-id", "a") == f"queued a ({line})"
     assert findings(house, "problem") == []
     house.settings(**house.hook("notifications", "--start-worker"), disableAllHooks=True)
@@ -426,7 +427,7 @@ def test_commands_are_named_as_the_plugins_reader_types_them(installation):
     (other / "task-queue").symlink_to("/bin/true")
     installation.enqueue("approvals", "claude", "--task-id", "b", "--hold")
     env = {"PATH": f"{other}:{installation.env['PATH']}"}
-    assert "until tasks.py approve" in installation.run("tasks.py", "show", "b", env=env).stdout
+    assert "until ./tasks.py approve" in installation.run("tasks.py", "show", "b", env=env).stdout
 
 
 @pytest.mark.parametrize("word", ["--version"])

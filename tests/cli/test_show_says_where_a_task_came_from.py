@@ -77,4 +77,4 @@ def test_json_is_indented_and_durations_are_given(installation):
 def test_a_held_task_says_what_it_waits_for(installation):
     installation.enqueue("approvals", "review", "{}", "--task-id", "h", "--hold")
     text = installation.run("tasks.py", "show", "h").stdout
-    assert "held" in text and "until tasks.py approve or tasks.py reject" in text
+    assert "held" in text and "until ./tasks.py approve or ./tasks.py reject" in text

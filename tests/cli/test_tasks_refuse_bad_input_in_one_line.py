@@ -116,7 +116,7 @@ def test_a_wrong_command_line_exits_64(installation, command):
 
 
 @pytest.mark.parametrize("command", [
-    ["list", "--queue", "nope"], ["show", "x", "--queue", "nope"], ["resume", "approvals", "nope"],
+    ["list", "--queue", "nope"], ["show", "x", "--queue", "nope"], ["wait", "x", "--queue", "nope"], ["resume", "approvals", "nope"],
     ["move", "--from", "nope", "approvals"], ["move", "--from", "approvals", "nope"], ["purge", "nope", "--yes"],
     ["export", "--queue", "nope"], ["retry", "--failed", "--queue", "nope"],
     ["resume", 'x"; drop table approvals; --'], ["list", "--queue", "../x"]], ids=" ".join)  # fmt: skip
@@ -124,7 +124,7 @@ def test_an_unknown_queue_is_named_with_those_that_there_are(installation, comma
     installation.enqueue("approvals", "review")
     refused(
         installation.run("tasks.py", *command),
-        1,
+        64,
         "there is no queue",
         "approvals, completions, notifications",
     )
@@ -132,9 +132,9 @@ def test_an_unknown_queue_is_named_with_those_that_there_are(installation, comma
 
 def test_an_unknown_id_is_said(installation):
     installation.enqueue("approvals", "review", "{}", "--task-id", "a-1")
-    for command in (["show", "b"], ["logs", "b"], ["retry", "b"], ["cancel", "b"], ["move", "b", "completions"], ["show", "a_1"],
+    for command in (["show", "b"], ["wait", "b"], ["logs", "b"], ["retry", "b"], ["cancel", "b"], ["move", "b", "completions"], ["show", "a_1"],
                     ["show", "a-1 "], ["show", "a-%"], ["show", "approvals-1"], ["show", "approvals-" + "9" * 40]):  # fmt: skip
-        refused(installation.run("tasks.py", *command), 1, "no task has the id")
+        refused(installation.run("tasks.py", *command), 64, "no task has the id")
 
 
 def test_an_argument_that_is_not_utf_8_is_refused(installation):
@@ -162,13 +162,13 @@ def test_an_ambiguous_id_lists_what_it_fits_and_an_exact_one_wins(installation):
     done = installation.run("tasks.py", "cancel", "job")
     refused(
         done,
-        1,
+        64,
         "job-1 (approvals)",
         "job-11 (approvals)",
         "job-12 (approvals)",
         "job-11 (completions)",
     )
-    refused(installation.run("tasks.py", "show", "job-11"), 1, "--queue")
+    refused(installation.run("tasks.py", "show", "job-11"), 64, "--queue")
     assert installation.run("tasks.py", "show", "job-11", "--queue", "completions").returncode == 0
     assert installation.run("tasks.py", "cancel", "job-1").stdout == "cancelled job-1\n"
     installation.sqlite3(
@@ -176,7 +176,7 @@ def test_an_ambiguous_id_lists_what_it_fits_and_an_exact_one_wins(installation):
         "select json_object('task_id', 'many-' || i, 'task_type', 't', 'data', json('{}')) from n"
     )
     done = installation.run("tasks.py", "show", "many")
-    refused(done, 1, "…")
+    refused(done, 64, "…")
     assert done.stderr.count("(approvals)") == 10
 
 

@@ -156,7 +156,7 @@ def test_a_paused_queue_is_named_with_its_reason_and_its_end(installation, brows
         "return [...document.querySelectorAll('.note')].map(e => e.innerText)"
     )
     at = time.strftime("%H:%M", time.gmtime(until + 19_800))
-    assert "No worker serves no_more; start one: worker.py no_more." in notes
+    assert "No worker serves no_more; start one: ./worker.py no_more." in notes
     assert any(note.startswith("No handler is called t; there are ") for note in notes)
     for_a_while, for_good = [note for note in notes if " is paused " in note]
     assert re.search(rf"for_a_while is paused until ([\d-]+ )?{at} IST", for_a_while), for_a_while

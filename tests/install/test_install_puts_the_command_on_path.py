@@ -155,10 +155,14 @@ def test_it_hands_over_to_the_scripts(home):
     assert tq(home, "work", "approvals", "--drain", "--", "cat").returncode == 0
     ran = tq(home, "show", "one task", "--json")
     assert ran.returncode == 0 and "completed" in ran.stdout
-    assert tq(home, "cancel", "nothing").returncode == 1
-    for word in ("no-such-command", "lost", "--nope", ".", "doc"):
+    assert tq(home, "cancel", "nothing").returncode == 64
+    for word, near in (("zzz", ""), (".", ""), ("lst", " (did you mean list?)"), ("wrok", " (did you mean work?)")):  # fmt: skip
         ran = tq(home, word)
-        assert (ran.returncode, ran.stderr) == (64, "tq: there is no such command; see tq --help\n")
+        assert ran.returncode == 64 and f": there is no command {word!r}{near}; see " in ran.stderr
+    for words in (["-V"], ["version"], ["--version"]):
+        assert tq(home, *words).stdout.startswith("tq ")
+    assert tq(home, "help", "wait").stdout == tq(home, "wait", "--help").stdout
+    assert tq(home, "help", "add").stdout.startswith("Put a task into a queue.")
     ran = tq(home, "dashboard", "--port", "0")
     assert ran.returncode == 64 and "page --open replaced it" in ran.stderr
     assert tq(home, "service", "--dry-run", "--kind", "systemd").stdout.startswith("# ")

@@ -87,7 +87,7 @@ def test_only_what_is_held_is_approved_or_rejected(installation, verb):
 def test_retry_of_a_held_task_names_approve(installation):
     hold(installation, "h-1")
     done = installation.run("tasks.py", "retry", "h-1")
-    assert done.returncode == 1 and "it is held for a person: tasks.py approve h-1" in done.stderr
+    assert done.returncode == 1 and "it is held for a person: ./tasks.py approve h-1" in done.stderr
     assert statuses(installation) == {"h-1": "held"}
 
 
@@ -126,7 +126,7 @@ def test_the_later_end_wins_and_the_shorter_one_is_told_so(installation):
     tasks(installation, "pause", "approvals", "--for", "2h")
     done = installation.run("tasks.py", "pause", "approvals", "--for", "1h")
     assert done.returncode == 0 and "was paused already, until" in done.stdout
-    assert "to shorten that: tasks.py resume approvals" in done.stdout
+    assert "to shorten that: ./tasks.py resume approvals" in done.stdout
     assert tasks(installation, "pause", "approvals")[0]["changed"] is True
     assert tasks(installation, "stats")["queues"]["approvals"]["paused_until"] is None
     assert "until a person resumes it" in installation.run("tasks.py", "stats").stdout
