@@ -25,7 +25,6 @@ that. A git worktree is a workspace of its own.
                 enqueued, and wake the session if one has failed or found something broken: exit
                 code 42, which the installed hook turns into 2. A session is woken three times at
                 most between two prompts of yours.
-  -V, --version  print the version
   --peek        do not remember the report
   -h, --help    this text
 

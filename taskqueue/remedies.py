@@ -21,6 +21,7 @@ PLUGIN_COMMAND = "task-queue"
 # The commands that are scripts of their own; all others belong to tasks.py.
 SCRIPTS = {
     "add": "enqueue.py",
+    "run": "enqueue.py --run",
     "work": "worker.py",
     "cleanup": "cleanup.py",
     "relay": "relay.py",
