@@ -264,7 +264,8 @@ create trigger "{queue}.waits at update" after update of status, group_id on "{q
     or new.group_id is not old.group_id and (new.status < 2 or new.status = 4)
   begin update "{queue}" set status = iif(old.status = 3 and {waits_for_another}, 6, iif(new.group_id is not null and {group_is_busy}, 4, 1)),
     approved = approved or old.status = 3 and old.due_at is null where id = new.id; end;
-create trigger "{queue}.free at update" after update of status on "{queue}" when old.status = 6 and new.status <> 6
+create trigger "{queue}.free at update" after update of status on "{queue}" 
+  when old.status = 6 and new.status <> 6 and not (new.status = 3 and new.due_at is null)
   begin {forget_waiting}; end;
 create trigger "{queue}.free at delete" after delete on "{queue}" when old.status in (3, 6)
   begin {forget_waiting}; end;
@@ -481,6 +482,9 @@ def explain(error: sqlite3.Error, state: Path) -> QueueError:
         # So it is after a write-ahead log was removed: SQLite remembers the old one until the last is closed.
         for conn in _process.of(state):
             conn.file, conn.seen = None, None
+    elif text.startswith("no such table"):
+        for conn in _process.of(state):
+            conn.queues.clear()
     for names, kind, message in _MEANINGS:
         if name.startswith(tuple(names.split()) or ""):
             return kind(message.format(db=state / "tasks.db", state=state, text=text))
@@ -1137,12 +1141,7 @@ def enqueue_task(
     says otherwise. `options` are those of new_row(). Raises InvalidTask, QueueBusy, QueueUnavailable.
     """
     row = new_row(task_type, data, task_id, **options)
-    conn = connect()
-    if queue_name not in conn.queues:
-        ensure_queue(conn, queue_name)
-    with transaction(conn):
-        store(conn, queue_name, row)
-    wake(conn.state)
+    _store(connect(), queue_name, [row])
     return row.task_id
 
 
@@ -1153,12 +1152,22 @@ def enqueue_tasks(queue_name: str, tasks: Iterable[dict | Row], **how) -> list[S
     new_row(). `how` goes to connect(). Raises InvalidTask, QueueBusy, QueueUnavailable.
     """
     rows = [task if isinstance(task, Row) else new_row(**task) for task in tasks]
-    conn = connect(**how)
-    ensure_queue(conn, queue_name)
-    with transaction(conn):
-        stored = [store(conn, queue_name, row) for row in rows]
-    wake(conn.state)
-    return stored
+    return _store(connect(**how), queue_name, rows)
+
+
+def _store(conn: Connection, queue: str, rows: list[Row]) -> list[Stored]:
+    """Store rows in a transaction; make the queue first if it is missing."""
+    while True:
+        ensure_queue(conn, queue)
+        try:
+            with transaction(conn):
+                stored = [store(conn, queue, row) for row in rows]
+            wake(conn.state)
+            return stored
+        except QueueUnavailable:
+            # explain() forgets the queues where one of them has gone: it was dropped, or a backup is back.
+            if conn.queues:
+                raise
 
 
 def new_row(

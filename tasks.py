@@ -29,7 +29,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from taskqueue import act, ask, backup, cli, jsonlines, look, notify, service, spool
+from taskqueue import act, ask, backup, cli, edit, jsonlines, look, notify, service, spool
 from taskqueue.cli import EX_USAGE
 from taskqueue.remedies import SCRIPTS, command
 from taskqueue.text import did_you_mean
@@ -49,9 +49,11 @@ COMMANDS = (
     act.pause,
     act.resume,
     act.limit,
+    edit.edit,
     notify.notify,
     act.move,
     act.purge,
+    act.drop,
     act.take_in,
     look.page,
     look.doctor,

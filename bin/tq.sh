@@ -34,7 +34,8 @@ usage: $name COMMAND [ARGUMENTS]
   wait                          wait until tasks have ended; print their results
   approve, reject               let a held task run, or end it
   ask                           go through the held tasks, and answer for each
-  retry, cancel, move, purge    act on tasks
+  retry, cancel, move, edit     act on tasks
+  purge, drop                   delete tasks; remove an empty queue
   pause, resume, limit          hold a queue back
   notify                        show or test the command that tells you at once
   take-in                       make tasks of the files that hooks left

@@ -6,14 +6,16 @@ Each is a function; what it takes on the command line is declared above it.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from typing import Any
 
 import queue_helpers as q
-from taskqueue import after, approval, change, cli, costs, database, service, spool
+from taskqueue import after, approval, change, cli, costs, database, service, serving, spool
 from taskqueue.cli import (
     EX_FAILED,
     IDS,
@@ -42,6 +44,16 @@ from taskqueue.remedies import command, lets_go_on
 from taskqueue.text import pause_in_words, plural, short
 
 CANCEL_SECONDS = 30.0
+COUNT = 'select count(*) from "{queue}"'
+# If the queue comes back, its rows go on from the last number: the history knows them by it.
+DROP = (
+    "create temp table last_row as select seq from sqlite_sequence where name = '{queue}'",
+    'drop table "{queue}"',
+    "insert into sqlite_sequence (name, seq) select '{queue}', seq from last_row",
+    "drop table last_row",
+    "delete from task_controls where queue = '{queue}'",
+    "delete from task_after where after_queue = '{queue}'",
+)
 # The value of an option of limit that was not given: None takes a limit away.
 AS_IS: Any = ...
 
@@ -184,7 +196,7 @@ def retry(
     code = tell("retried", outcomes, as_json, None if ids else "")
     for found, task in zip(wanted, outcomes, strict=True):
         row_id = task["retried"] and live_id(conn, found.queue, found.task_id)
-        if row_id and change.status_of(conn, found.queue, row_id) == "held":
+        if row_id and database.status_of(conn, found.queue, row_id) == "held":
             held = f"task {found.task_id} is held again, as it was"
             say_all([f"{held}: {command('approve')} {found.task_id}"])
     have_run(conn, [task["queue"] for task in outcomes if task["retried"]], as_json)
@@ -443,6 +455,30 @@ def change_queues(
         changed = {queue: change_one(conn, queue) for queue in queues}
     q.wake(conn.state)
     return conn, changed
+
+
+@takes(option("queue", metavar="QUEUE", type=some_text))
+def drop(queue: str, as_json: bool) -> int:
+    """Remove an empty queue, with its pause and limits. The history keeps what ran there."""
+    conn = database.open_queue()
+    database.check_known(conn, [queue])
+    if serving.is_served(conn.state, queue):
+        raise Refused(f"a worker serves {queue}: end it first")
+    with q.transaction(conn):
+        number = q.execute(conn, COUNT, queue).fetchone()[0]
+        if number:
+            purge_it = f"{command('purge')} {queue}, or {command('move')} --from {queue} --to ..."
+            raise Refused(f"{queue} has {plural(number, 'task')}: {purge_it}")
+        for statement in DROP:
+            q.execute(conn, statement, queue)
+        conn.queues.discard(queue)
+        q.create_view(conn)
+    for name in (f"spool/{queue}", f"logs/{queue}"):
+        with suppress(OSError):
+            os.rmdir(conn.state / name)
+    q.wake(conn.state)
+    cli.report(as_json, {"queue": queue, "dropped": True}, f"dropped {queue}")
+    return 0
 
 
 @takes()

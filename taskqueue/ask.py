@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-import shlex
-import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
 
 import queue_helpers as q
-from taskqueue import act, approval, cli, database, show
+from taskqueue import act, approval, database, edit, show
 from taskqueue.approval import Held
 from taskqueue.cli import EACH_QUEUE, Refused, takes
 from taskqueue.text import plural, visible, visible_lines
@@ -123,20 +119,4 @@ def edited(held: Held) -> dict:
     if why := held.task.unreadable():
         raise Refused(f"its {why}")
     before = held.task.data
-    with tempfile.NamedTemporaryFile("w+", suffix=".json", encoding="utf-8") as file:
-        payload = approval.merged(before, held.asks or {})
-        file.write(json.dumps(payload, ensure_ascii=False, indent=2) + "\n")
-        file.flush()
-        editor = shlex.split(os.environ.get("VISUAL") or os.environ.get("EDITOR") or "vi")
-        try:
-            code = subprocess.run([*editor, file.name]).returncode
-        except OSError as error:
-            raise Refused(f"{editor[0]}: {error.strerror}; set EDITOR") from None
-        if code != 0:
-            raise Refused(f"{editor[0]} ended with exit {code}, so nothing was changed")
-        with open(file.name, encoding="utf-8", errors="replace") as written:
-            text = written.read()
-    try:
-        return approval.difference(before, cli.json_object(text))
-    except cli.argparse.ArgumentTypeError as error:
-        raise Refused(f"what you wrote is {error}") from None
+    return edit.edited(before, approval.merged(before, held.asks or {}))

@@ -47,8 +47,7 @@ where status = 3 and released_at is not null and due_at is not null and (:task_t
 order by released_at, id"""
 IS_DEAD_LETTER = """
 select exists (select 1 from task_history where id = :id and queue = :queue and task_id = :task_id and status = 'failed')"""
-STATUS = f"""
-select {q.STATUS_WORD} from "{{queue}}" where id = :id"""
+
 
 WAITING_ROW = """
 select task_id, task_type, timestamp, data from "{queue}" where id = :id and status not in (2, 5)"""
@@ -69,15 +68,9 @@ DELETE_FINISHED = """
 delete from task_history where id = :id and queue = :queue and completed_at = :completed_at"""
 
 
-def status_of(conn: q.Connection, queue: str, row_id: int | None) -> str | None:
-    """Return the status of a waiting or running task, or None if the row is gone."""
-    row = row_id and q.execute(conn, STATUS, queue, id=row_id).fetchone()
-    return row[0] if row else None
-
-
 def why_not_held(conn: q.Connection, found: Found) -> str:
     """Say that a task which was to be approved or rejected is not held."""
-    status = status_of(conn, found.queue, found.row_id)
+    status = database.status_of(conn, found.queue, found.row_id)
     return f"it is {status}, not held" if status else "it has ended already"
 
 
@@ -118,7 +111,7 @@ def retry(conn: q.Connection, found: Found, dead_letter: int | None) -> str | No
         return retry_ended(conn, found, dead_letter)
     if not dead_letter and q.execute(conn, START_NOW, found.queue, id=row_id).rowcount == 1:
         return None
-    status = status_of(conn, found.queue, row_id)
+    status = database.status_of(conn, found.queue, row_id)
     if status == "held":
         return f"it is held for a person: {command('approve')} {found.task_id}"
     return f"a task of this id is waiting or running already ({status})"

@@ -49,6 +49,8 @@ STATUS_TERMS = {"dest": "statuses", "metavar": "STATUS", "type": status, "action
 # PAUSE_SECONDS in between.
 HOLD_SECONDS, PAUSE_SECONDS = 0.01, 0.01
 
+STATUS = f"""
+select {q.STATUS_WORD} from "{{queue}}" where id = :id"""
 CLAIMS = """
 select {task} from "{queue}" where status = 2"""
 
@@ -150,6 +152,12 @@ def check_known(conn: sqlite3.Connection, queues: Iterable[str]) -> None:
     for queue in queues:
         if queue not in known:
             raise Unknown(f"there is no queue {queue!r}; there are: {', '.join(known)}")
+
+
+def status_of(conn: q.Connection, queue: str, row_id: int | None) -> str | None:
+    """Return the status of a waiting or running task, or None if the row is gone."""
+    row = row_id and q.execute(conn, STATUS, queue, id=row_id).fetchone()
+    return row[0] if row else None
 
 
 def as_dict(cursor: sqlite3.Cursor) -> dict:
