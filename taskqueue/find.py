@@ -40,17 +40,19 @@ CLAIM_ORDER = {
 # --------------------------------------------------------------------------------------- statements
 
 LIST_LIVE = """
-select id, {{match}}, {{key}} from "{queue}"
+select id, {{match}} as matches, {{key}} from "{queue}"
 where {{condition}} and {{in_time}} and {{of_type}}
 order by {{order}}, id"""
 LIVE_MATCHES = """
 (data like :text escape '\\' or '{queue}-' || id like :text escape '\\' or coalesce(error, '') like :text escape '\\')"""
 LIST_FINISHED = """
-select id, {match} from task_history
-where completed_at >= :since and completed_at <= :before and +status in (select value from json_each(:statuses))
+select id, {match} as matches from task_history
+where completed_at >= :ended_since and completed_at <= :ended_before and +status in (select value from json_each(:statuses))
   and (:queues is null or +queue in (select value from json_each(:queues)))
   and (:task_type is null or +task_type = :task_type)
 order by completed_at desc"""
+COUNT_MATCHES = """
+select count(*) from ({select}) where matches"""
 FINISHED_MATCHES = """
 (data like :text escape '\\' or task_id like :text escape '\\' or coalesce(error, '') like :text escape '\\'
   or coalesce(result, '') like :text escape '\\' or coalesce(log, '') like :text escape '\\')"""
@@ -260,47 +262,78 @@ class Wanted(NamedTuple):
 
 def find_tasks(conn: q.Connection, wanted: Wanted) -> Iterator[dict]:
     """Yield matching tasks in the order of a list."""
-    queues, statuses, task_type, oldest, newest, text = wanted
-    like = None if text is None else "%" + re.sub(r"([\\%_])", r"\\\1", text) + "%"
-    which = {"task_type": task_type, "since": oldest, "before": newest, "text": like}
-    is_bounded = math.isfinite(oldest) or math.isfinite(newest)
-    in_time = "timestamp between :since and :before" if is_bounded else "1"
-    for name, condition in LIVE.items():
-        if name not in statuses:
-            continue
-        found = []
-        for queue in queues or database.queues_of(conn):
-            match = "1" if like is None else LIVE_MATCHES.format(queue=queue)
-            key = CLAIM_ORDER[name]
-            # As the index has it.
-            order = "priority desc" if name == "pending" else key
-            # One condition with an OR would use no index.
-            of_type = "1" if task_type is None else "task_type = :task_type"
-            parts = {
-                "condition": condition,
-                "key": key,
-                "order": order,
-                "match": match,
-                "in_time": in_time,
-                "of_type": of_type,
-            }
-            statement = q.on_queue(LIST_LIVE, queue).format(**parts)
-            found.append(in_order(queue, matches(conn.execute(statement, which))))
-        # Each is read only as far as needed.
-        for _, row_id, queue in heapq.merge(*found):
-            yield database.as_dict(q.execute(conn, LIVE_ROW, queue, id=row_id))
-    finished = [name for name in FINISHED if name in statuses]
-    if finished:
-        which |= {
-            "statuses": json.dumps(finished),
-            "queues": json.dumps(queues) if queues else None,
-            "since": q.utc(oldest) if math.isfinite(oldest) else "",
-            # Behind any text.
-            "before": q.utc(newest) if math.isfinite(newest) else "\U0010ffff",
-        }
-        statement = LIST_FINISHED.format(match="1" if like is None else FINISHED_MATCHES)
-        for row in matches(conn.execute(statement, which)):
+    which = terms_of(wanted)
+    for name in wanted.statuses:
+        if name in LIVE:
+            found = [
+                in_order(queue, matches(conn.execute(select, which)))
+                for queue, select in live_selects(conn, wanted, name)
+            ]
+            # Each is read only as far as needed.
+            for _, row_id, queue in heapq.merge(*found):
+                yield database.as_dict(q.execute(conn, LIVE_ROW, queue, id=row_id))
+    if any(name in FINISHED for name in wanted.statuses):
+        for row in matches(conn.execute(finished_select(wanted), which)):
             yield database.as_dict(conn.execute(FINISHED_ROW, {"id": row[0]}))
+
+
+def count_tasks(conn: q.Connection, wanted: Wanted, seconds: float) -> int | None:
+    """Return how many tasks match, or None if counting them takes longer than that."""
+    selects = [
+        select
+        for name in wanted.statuses
+        if name in LIVE
+        for _, select in live_selects(conn, wanted, name)
+    ]
+    if any(name in FINISHED for name in wanted.statuses):
+        selects.append(finished_select(wanted))
+    which, until = terms_of(wanted), time.monotonic() + seconds
+    conn.set_progress_handler(lambda: time.monotonic() > until, 10_000)
+    try:
+        counts = (conn.execute(COUNT_MATCHES.format(select=each), which) for each in selects)
+        return sum(cursor.fetchone()[0] for cursor in counts)
+    except sqlite3.OperationalError as error:
+        if error.sqlite_errorname != "SQLITE_INTERRUPT":
+            raise
+        return None
+    finally:
+        conn.set_progress_handler(None, 0)
+
+
+def terms_of(wanted: Wanted) -> dict:
+    """Return the values of the conditions in the statements of a list."""
+    _, _, task_type, oldest, newest, text = wanted
+    like = None if text is None else "%" + re.sub(r"([\\%_])", r"\\\1", text) + "%"
+    return {
+        **{"task_type": task_type, "since": oldest, "before": newest, "text": like},
+        "statuses": json.dumps([name for name in wanted.statuses if name in FINISHED]),
+        "queues": json.dumps(wanted.queues) if wanted.queues else None,
+        "ended_since": q.utc(oldest) if math.isfinite(oldest) else "",
+        # Behind any text.
+        "ended_before": q.utc(newest) if math.isfinite(newest) else "\U0010ffff",
+    }
+
+
+def live_selects(conn: q.Connection, wanted: Wanted, status: str) -> Iterator[tuple[str, str]]:
+    """Yield (queue, statement) for each queue: its tasks of a status in the order of claims."""
+    is_bounded = math.isfinite(wanted.oldest) or math.isfinite(wanted.newest)
+    key = CLAIM_ORDER[status]
+    for queue in wanted.queues or database.queues_of(conn):
+        parts = {
+            "condition": LIVE[status],
+            "key": key,
+            # As the index has it.
+            "order": "priority desc" if status == "pending" else key,
+            "match": "1" if wanted.text is None else LIVE_MATCHES.format(queue=queue),
+            "in_time": "timestamp between :since and :before" if is_bounded else "1",
+            # One condition with an OR would use no index.
+            "of_type": "1" if wanted.task_type is None else "task_type = :task_type",
+        }
+        yield queue, q.on_queue(LIST_LIVE, queue).format(**parts)
+
+
+def finished_select(wanted: Wanted) -> str:
+    return LIST_FINISHED.format(match="1" if wanted.text is None else FINISHED_MATCHES)
 
 
 def matches(cursor: sqlite3.Cursor) -> Iterator[tuple]:
@@ -314,7 +347,7 @@ def in_order(queue: str, rows: Iterator[tuple]) -> Iterator[tuple]:
 
 # ----------------------------------------------------------------------------------------- counting
 
-HOUR, DAY = 3_600, 86_400
+HOUR, DAY, MONTH = 3_600, 86_400, 30 * 86_400
 # Medians and percentiles are made of so many finished tasks of a queue, type and status, the
 # newest.
 SAMPLE = 2_000
@@ -330,6 +363,8 @@ group by task_type"""
 COUNT_FINISHED = """
 select queue, task_type, status, count(*), sum(completed_at >= :hour_ago) from task_history
 where +completed_at >= :day_ago group by queue, task_type, status"""
+ENDED_SINCE = """
+select exists (select 1 from task_history where queue = :queue and +completed_at >= :since)"""
 NEWEST_TIMES = """
 select completed_at, (julianday(started_at) - julianday(enqueued_at)) * 86400.0,
        (julianday(completed_at) - julianday(started_at)) * 86400.0
@@ -338,23 +373,25 @@ where queue = :queue and task_type = :task_type and status = :status and complet
 order by completed_at desc limit :sample"""
 
 
-def gather(conn: q.Connection | database.Reader) -> dict:
+def gather(conn: q.Connection | database.Reader, only: Sequence[str] | None = None) -> dict:
     """Count one state of the database: {"at", "serving": [queue, …], "remarks": [line, …],
-    "queues": {queue: {…numbers, "paused", …, "types": {type: {…numbers}}}}}.
+    "queues": {queue: {…numbers, "paused", …, "types": {type: {…numbers}}}}}, of all queues or those.
 
     "serving" are the queues that a worker serves; "remarks" name the waiting tasks that no worker
     will run. Raises sqlite3.Error.
     """
     with nullcontext() if conn.in_transaction else database.snapshot(conn):
-        return _gather(conn, time.time())
+        return _gather(conn, time.time(), only or database.queues_of(conn), bool(only))
 
 
-def _gather(conn: q.Connection | database.Reader, now: float) -> dict:
+def _gather(
+    conn: q.Connection | database.Reader, now: float, wanted: Sequence[str], is_named: bool
+) -> dict:
     ago = {"hour_ago": q.utc(now - HOUR), "day_ago": q.utc(now - DAY)}
     types: dict[str, dict[str, dict]] = {}
     controls = controls_of(conn)
-    served = [queue for queue in database.queues_of(conn) if serving.is_served(conn.state, queue)]
-    for queue in database.queues_of(conn):
+    served = [queue for queue in wanted if serving.is_served(conn.state, queue)]
+    for queue in wanted:
         types[queue] = {}
         for name, statement in COUNT_BY_TYPE.items():
             for task_type, tasks, oldest in conn.execute(q.on_queue(statement, queue)):
@@ -365,6 +402,8 @@ def _gather(conn: q.Connection | database.Reader, now: float) -> dict:
                     numbers["oldest_pending_seconds"] = round(age, 3)
     samples: dict[tuple[str, str], list] = {}
     for queue, task_type, name, day, hour in conn.execute(COUNT_FINISHED, ago).fetchall():
+        if is_named and queue not in wanted:
+            continue
         numbers = types.setdefault(as_name(queue), {}).setdefault(as_name(task_type), zeros())
         numbers[f"{name}_day"], numbers[f"{name}_hour"] = day, hour
         if name in ("completed", "failed"):
@@ -395,8 +434,11 @@ def _gather(conn: q.Connection | database.Reader, now: float) -> dict:
         ]
         total["oldest_pending_seconds"] = max(oldest, default=None)
         total |= times(known_times(of_queue))
+        ended = {"queue": queue, "since": q.utc(now - MONTH)}
+        is_used = bool(types[queue]) or conn.execute(ENDED_SINCE, ended).fetchone()[0]
         queues[queue] = {
             **total,
+            "unused": not is_used,
             **held_back(controls.get(queue)),
             "costs": days.get(queue, []),
             "types": dict(sorted(types[queue].items())),

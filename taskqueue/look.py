@@ -6,11 +6,13 @@ Each is a function; what it takes on the command line is declared above it.
 from __future__ import annotations
 
 import heapq
+import json
 import math
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +40,7 @@ from taskqueue.find import (
     Found,
     Wanted,
     all_records,
+    count_tasks,
     find,
     find_tasks,
     gather,
@@ -49,8 +52,8 @@ from taskqueue.find import (
 from taskqueue.remedies import command
 from taskqueue.text import pause_in_words, plural, seconds_of, span, visible, visible_lines
 
-# How many rows list shows without a screen to fill.
-ROWS = 50
+# How many rows list shows without a screen to fill, and how long it counts the others.
+ROWS, COUNT_SECONDS = 50, 0.2
 # A worker that was started a moment ago may still be starting: wait names what is missing then.
 STARTING_SECONDS = 2.0
 
@@ -76,16 +79,18 @@ SORTS: dict[str, Callable[[dict], Any]] = {
 
 
 @takes(
+    EACH_QUEUE,
     flag("--watch", help="redraw until Ctrl-C"),
     span_option("--interval", "of --watch (1 s)", default=1.0),
 )
-def stats(watch: bool, interval: float, as_json: bool) -> int:
+def stats(queues: list[str] | None, watch: bool, interval: float, as_json: bool) -> int:
     """Show how many tasks of each queue and type wait, run, and ended in the last hour and day, and
     how long they took."""
     conn = database.open_queue()
+    database.check_known(conn, queues or ())
     if watch:
-        return watch_stats(interval, as_json)
-    numbers = gather(conn)
+        return watch_stats(queues, interval, as_json)
+    numbers = gather(conn, queues)
     if as_json:
         cli.put_json(numbers)
     else:
@@ -93,12 +98,12 @@ def stats(watch: bool, interval: float, as_json: bool) -> int:
     return 0
 
 
-def watch_stats(interval: float, as_json: bool) -> int:
+def watch_stats(queues: list[str] | None, interval: float, as_json: bool) -> int:
     """Show the numbers again and again: in place on a terminal, below each other elsewhere."""
 
     def look() -> tuple[dict, float]:
         began = time.monotonic()
-        numbers = gather(database.open_queue())
+        numbers = gather(database.open_queue(), queues)
         # A big database is looked at less often: the look must not become the load that it shows.
         return numbers, max(interval, 4 * (time.monotonic() - began))
 
@@ -164,7 +169,12 @@ def doctor(max_wait: float, as_json: bool) -> int:
     span_option("--before", "… at least this long ago"),
     option("--text", type=some_text, help="in the task, its error or its output"),
     option("--sort", choices=SORTS, help="(default: in the order of claims, then by the end)"),
-    option("--limit", metavar="N", type=cli.whole_number, help=f"(default: a screen, or {ROWS})"),
+    option(
+        *("-n", "--limit"),
+        metavar="N",
+        type=cli.whole_number,
+        help=f"show so many (default: a screen, or {ROWS}; with --json all)",
+    ),
 )
 def list_(
     queues: list[str] | None,
@@ -181,40 +191,57 @@ def list_(
     newest first."""
     conn, now = database.open_queue(), time.time()
     database.check_known(conn, queues or ())
-    on_screen = sys.stdout.isatty() and not as_json
-    limit = limit or (shown.rows_on_screen() if on_screen else ROWS)
     newest = math.inf if before is None else now - before
     oldest = -math.inf if since is None else now - since
+    wanted = Wanted(queues, statuses or STATUSES, task_type, oldest, newest, text)
+    key = SORTS.get(sort or "")
+    if as_json:
+        with database.snapshot(conn):
+            some = put_rows(first(limit, find_tasks(conn, wanted), key))
+        say_all([] if some else ["no matching tasks"])
+        return 0
+    on_screen = sys.stdout.isatty()
+    limit = limit or (shown.rows_on_screen() if on_screen else ROWS)
     with database.snapshot(conn):
-        wanted = Wanted(queues, statuses or STATUSES, task_type, oldest, newest, text)
         # One row more than the list shows says whether there are more.
-        rows = first(limit + 1, find_tasks(conn, wanted), SORTS.get(sort or ""))
+        rows = list(first(limit + 1, find_tasks(conn, wanted), key))
+        total = count_tasks(conn, wanted, COUNT_SECONDS) if len(rows) > limit else None
         controls = controls_of(conn)
     more, rows = len(rows) > limit, rows[:limit]
-    if as_json:
-        cli.put_json([row | {"data": shown.payload(row["data"])} for row in rows])
-    elif rows:
+    if rows:
         if on_screen and len(rows) > shown.rows_on_screen():
             # Running tasks would scroll away at the top.
             rows.sort(key=lambda row: row["status"] == "in_progress")
-        shown.draw(shown.list_table(rows, controls))
+        shown.draw(*shown.list_drawing(rows, controls))
         if on_screen:
             remember(conn.state, rows)
     sys.stdout.flush()
-    if not as_json:
-        say_all(serving.remarks(conn, conn.state, waiting_types(rows)))
+    say_all(serving.remarks(conn, conn.state, waiting_types(rows)))
     if not rows:
         say_all(["no matching tasks"])
     if more:
-        say_all([f"only the first {limit}; --limit N shows more"])
+        how = f"-n {100 if limit < 100 else total or 10 * limit}"
+        is_all = wanted == Wanted(None, STATUSES, None, -math.inf, math.inf, None) and not sort
+        how = command(f"list {how}") if is_all else f"{how} shows more"
+        say_all([f"{limit:,} of {'many' if total is None else f'{total:,}'} ({how})"])
     return 0
 
 
-def first(number: int, rows: Iterable[dict], key: Callable | None) -> list[dict]:
-    """Return the first rows, in the order of the key if there is one."""
+def put_rows(rows: Iterable[dict]) -> bool:
+    """Print tasks as a JSON list, one at a time: there may be millions. Return whether it has any."""
+    before = "["
+    for row in rows:
+        print(f"{before}\n{json.dumps(row | {'data': shown.payload(row['data'])})}", end="")
+        before = ","
+    print("[]" if before == "[" else "\n]")
+    return before != "["
+
+
+def first(number: int | None, rows: Iterable[dict], key: Callable | None) -> Iterable[dict]:
+    """Return the first rows, or all, in the order of the key if there is one."""
     if key:
-        return heapq.nsmallest(number, rows, key=key)
-    return [row for row, _ in zip(rows, range(number), strict=False)]
+        return sorted(rows, key=key) if number is None else heapq.nsmallest(number, rows, key=key)
+    return islice(rows, number)
 
 
 def waiting_types(rows: Iterable[dict]) -> dict[str, set[str]]:
@@ -266,26 +293,32 @@ def all_about(conn: q.Connection, found: Found) -> dict:
     option("id", metavar="ID", type=some_text),
     WHOSE,
     flag("-f", "--follow", help="go on until the task is finished"),
+    option("--attempt", metavar="N", type=cli.whole_number, help="(default: the last)"),
 )
-def logs(id: str, queue: str | None, follow: bool, as_json: bool) -> int:
+def logs(id: str, queue: str | None, follow: bool, attempt: int | None, as_json: bool) -> int:
     """Print what the handler printed: its stdout on stdout, its stderr on stderr. Of the last
-    attempt, or the running one."""
+    attempt, or the running one, or with --attempt of an earlier one."""
     conn = database.open_queue()
     found = find(conn, id, queue)
-    if follow and not as_json:
+    if follow and not as_json and attempt is None:
         return shown.follow_logs(conn, found)
     record = newest_record(conn, found)
     runs = shown.runs_of(record)
-    is_there = bool(runs) and runs[-1].attempt >= record["attempts"]
+    if attempt is not None:
+        runs = [run for run in runs if run.attempt == attempt]
+    is_there = bool(runs) and (attempt is not None or runs[-1].attempt >= record["attempts"])
     if not is_there and not record["attempts"]:
         raise Refused(f"task {found.task_id} has not run yet ({record['status']}); -f waits for it")
+    if not is_there and attempt not in (None, record["attempts"]):
+        why = "it printed nothing, or cleanup has pruned it"
+        raise Refused(f"no output of attempt {attempt} of task {found.task_id} is there: {why}")
     sources = {
         ending: shown.open_output(runs[-1].path if is_there else None, ending, record)
         for ending in shown.KEPT
     }
     if as_json:
         told = {"queue": found.queue, "task_id": found.task_id}
-        told |= {"status": record["status"], "attempt": record["attempts"]}
+        told |= {"status": record["status"], "attempt": attempt or record["attempts"]}
         shown.print_as_json(told, sources)
     else:
         shown.print_outputs(sources)

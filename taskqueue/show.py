@@ -14,6 +14,7 @@ import sys
 import time
 from codecs import getincrementaldecoder
 from collections.abc import Callable, Iterable, Sequence
+from itertools import pairwise
 from typing import BinaryIO, NamedTuple, TextIO
 
 import queue_helpers as q
@@ -48,10 +49,10 @@ COLOURS = {
     "held": "magenta",
 }
 # Lines of a screen beside the rows of a list: the head, the remarks below, and the prompt.
-OTHER_LINES = 7
+OTHER_LINES = 8
 # What a list leaves of each at least, before its queues and types are shortened further. A row's
 # number names its task as well, so ids are shortened first.
-LEAST_NOTE, LEAST_ID, LEAST_NAME = 20, 8, 6
+LEAST_NOTE, LEAST_ID, LEAST_NAME = 30, 8, 6
 # Names of so many cells stand in stats before the 95th percentiles are left out ("
 # link_validation"), and of so many before a column is.
 STATS_NAME, LEAST_STATS_NAME = 17, 14
@@ -179,7 +180,8 @@ def stats_drawing(numbers: dict):
     from rich.console import Group
     from rich.text import Text
 
-    rows = [(name, total, True) for name, total in _named(numbers["queues"])]
+    used = {name: n for name, n in numbers["queues"].items() if not n["unused"]}
+    rows = [(name, total, True) for name, total in _named(used)]
     for at in range(len(rows) - 1, -1, -1):
         types = rows[at][1]["types"]
         rows[at + 1 : at + 1] = [(f"  {name}", of_type, False) for name, of_type in types.items()]
@@ -196,7 +198,8 @@ def stats_drawing(numbers: dict):
             break
         least = LEAST_STATS_NAME
     cells = [[middle(str(row[0]), max(spare, LEAST_NAME)), *row[1:]] for row in cells]
-    return Group(table(heads, cells, bold), Text("\n".join(_stats_lines(numbers))))
+    lines = Text("\n".join(_stats_lines(numbers)))
+    return Group(table(heads, cells, bold), lines) if rows else lines
 
 
 def _named(queues: dict) -> list[tuple[str, dict]]:
@@ -238,12 +241,18 @@ def _stats_columns(numbers: dict) -> Iterable[list[tuple[str, Callable[[dict], C
     for whole in (True, False):
         times = [took("wait_seconds", "waited", whole), took("run_seconds", "ran", whole)]
         yield [*first, *more, oldest, *finished, *times]
-    yield [*first, *more, oldest, *finished]
-    yield [*first, *more, *finished]
+    yield [*first, *more, *finished, *times]
+    others = [name for name in LIVE if name not in ("pending", "in_progress")]
+    other = (">wait\notherwise", lambda n: amount(sum(n[name] for name in others)))
+    more = [other] if more else []
+    yield [*first, *more, *finished[:2], *times]
+    yield [*first, *finished[:2], *times]
     yield [*first, *finished[:2]]
 
 
 def _stats_lines(numbers: dict) -> Iterable[str]:
+    if unused := [name for name, n in numbers["queues"].items() if n["unused"]]:
+        yield f"no tasks in 30 days: {', '.join(unused)}"
     for name, n in numbers["queues"].items():
         if n["paused"]:
             told = Control(True, n["paused_until"], n["pause_reason"], n["paused_by"], n["slots"])
@@ -272,26 +281,19 @@ def rows_on_screen() -> int:
     return max(shutil.get_terminal_size().lines - OTHER_LINES, 5)
 
 
-def list_table(rows: list[dict], controls: dict[str, Control]):
-    """Draw a line per task. A terminal gets row numbers, and ids without their middle."""
+def list_drawing(rows: list[dict], controls: dict[str, Control]) -> list[object]:
+    """Draw a line per task. A terminal gets row numbers; queue and type below the table where all
+    tasks share them; and ids as short as they are unique if they do not fit whole."""
     notes = [short(note_of(row, controls)) for row in rows]
     ages = [span(seconds_since(row["completed_at"] or row["enqueued_at"])) for row in rows]
     if not sys.stdout.isatty():
-        return table(
-            ["status", "queue", "*id", "type", ">age", ">tries", "what came of it, or the payload"],
-            [
-                (
-                    row["status"],
-                    row["queue"],
-                    row["task_id"],
-                    row["task_type"],
-                    age,
-                    str(row["attempts"]),
-                    note,
-                )
-                for row, age, note in zip(rows, ages, notes, strict=True)
-            ],
-        )
+        heads = ["status", "queue", "*id", "type", ">age", ">tries"]
+        names = ("status", "queue", "task_id", "task_type")
+        cells = [
+            (*(row[name] for name in names), age, str(row["attempts"]), note)
+            for row, age, note in zip(rows, ages, notes, strict=True)
+        ]
+        return [table([*heads, "what came of it, or the payload"], cells)]
     notes = [
         # How many attempts a dead letter had is in its error, after the reason.
         f"try {row['attempts']}: {note}"
@@ -299,40 +301,66 @@ def list_table(rows: list[dict], controls: dict[str, Control]):
         else note
         for row, note in zip(rows, notes, strict=True)
     ]
-    names = [[row["queue"], row["task_id"], row["task_type"]] for row in rows]
-    numbers = [str(number) for number in range(1, len(rows) + 1)]
-    fixed = [
-        [number, row["status"], age] for number, row, age in zip(numbers, rows, ages, strict=True)
+    columns = {
+        "#": [str(number) for number in range(1, len(rows) + 1)],
+        "status": [row["status"] for row in rows],
+        "queue": [row["queue"] for row in rows],
+        "id": [row["task_id"] for row in rows],
+        "type": [row["task_type"] for row in rows],
+        "age": ages,
+        "what came of it": notes,
+    }
+    shared = [name for name in ("queue", "type") if len(set(columns[name])) == 1]
+    said = [f"each {name} is {visible(columns.pop(name)[0])}" for name in shared]
+    widths = column_widths(columns)
+    if sum(widths.values()) + len(widths) - 1 > console().width:
+        columns["id"] = unique_heads(columns["id"])
+        widths = column_widths(columns)
+    for name, width in fitting(widths, console().width).items():
+        columns[name] = [middle(text, width) for text in columns[name]]
+    heads = [f">{name}" if name in ("#", "age") else name for name in columns]
+    return [table(heads, zip(*columns.values(), strict=True)), *([", ".join(said)] if said else [])]
+
+
+def column_widths(columns: dict[str, list[str]]) -> dict[str, int]:
+    rows = [*zip(*columns.values(), strict=True)]
+    return dict(zip(columns, widths_of([*columns], rows), strict=True))
+
+
+def unique_heads(ids: list[str]) -> list[str]:
+    """Return the beginnings of ids that tell them apart, of LEAST_ID characters at least."""
+    ordered = sorted(set(ids))
+    shared = [len(os.path.commonprefix(pair)) for pair in pairwise(ordered)]
+    least = {
+        ident: max(LEAST_ID, 1 + max(both))
+        for ident, *both in zip(ordered, [0, *shared], [*shared, 0], strict=True)
+    }
+    return [
+        ident if len(ident) <= least[ident] + 1 else f"{ident[: least[ident]]}…" for ident in ids
     ]
-    taken = sum(widths_of(["#", "status", "age"], fixed)) + 6
-    left = console().width - taken
-    natural = widths_of(["queue", "id", "type"], names)
-    widest = widths_of(["what came of it"], [[note] for note in notes])[0]
-    room = fitting(natural, left, widest)
-    return table(
-        [">#", "status", "queue", "id", "type", ">age", "what came of it"],
-        [
-            (number, status, *(middle(*of) for of in zip(name, room, strict=True)), age, note)
-            for (number, status, age), name, note in zip(fixed, names, notes, strict=True)
-        ],
-    )
 
 
-def fitting(natural: list[int], room: int, note: int) -> list[int]:
-    """Return the widths of queues, ids and types in a room that they share with notes."""
-    queue, ident, kind = natural
-    for_names = room - min(max(LEAST_NOTE, room // 2), note)
-    ident = min(ident, max(LEAST_ID, for_names - queue - kind))
-    for_names = room - min(LEAST_NOTE, note) - ident
-    names = [queue, kind]
-    while sum(names) > for_names and max(names) > LEAST_NAME:
-        names[names.index(max(names))] -= 1
-    return [names[0], ident, names[1]]
+def fitting(widths: dict[str, int], room: int) -> dict[str, int]:
+    """Return the widths of queues, ids and types in a room that they share with the other columns."""
+    note = widths["what came of it"]
+    names = {name: widths[name] for name in ("queue", "id", "type") if name in widths}
+    left = room - sum(widths.values()) - len(widths) + 1 + sum(names.values()) + note
+    others = sum(names.values()) - names["id"]
+    for_names = left - min(max(LEAST_NOTE, left // 2), note)
+    names["id"] = min(names["id"], max(LEAST_ID, for_names - others))
+    for_names = left - min(LEAST_NOTE, note) - names["id"]
+    while others > for_names:
+        longest = max((name for name in names if name != "id"), key=names.__getitem__)
+        if names[longest] <= LEAST_NAME:
+            break
+        names[longest] -= 1
+        others -= 1
+    return names
 
 
 def note_of(row: dict, controls: dict[str, Control]) -> str:
     """Return the result, reason or payload of a task in a line."""
-    status, payload = row["status"], payload_text(row["data"])
+    status, payload = row["status"], gist(row["data"])
     if status == "completed":
         return summary(row["result"]) or payload
     if status == "scheduled":
@@ -364,6 +392,16 @@ def payload_text(text: str) -> str:
     """Return the payload that was enqueued, without its envelope."""
     inner = payload_in(payload(text))
     return json.dumps(inner, ensure_ascii=False) if isinstance(inner, dict) else text
+
+
+def gist(text: str) -> str:
+    """Return the summary in a task's payload, as a completion has one, else the payload."""
+    inner = payload_in(payload(text))
+    if not isinstance(inner, dict):
+        return text
+    said, printed = inner.get("summary"), inner.get("result")
+    said = said if isinstance(said, str) else summary(printed) if isinstance(printed, str) else ""
+    return said.strip() or json.dumps(inner, ensure_ascii=False)
 
 
 def payload_in(stored: object) -> object:

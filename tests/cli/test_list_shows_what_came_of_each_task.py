@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 
 import pytest
 from conftest import wait_for
@@ -64,9 +65,41 @@ def test_columns_stand_and_nothing_is_wider_than_the_screen(installation, column
     assert len(set(ids)) == 3, rows
 
 
+@pytest.mark.parametrize("columns", (80, 100))
+def test_the_last_column_has_room_for_30_characters(installation, columns):
+    filled(installation)
+    ended(installation, "f" * 60, "failed", "", "the reason is of so many characters and more " * 3)
+    (row,) = (line for line in listed(installation, columns=columns) if "the reason" in line)
+    assert len(row) - row.index("the reason") >= 30, row
+    # Queue and type are said once where all tasks share them, and an id is as short as it is unique.
+    lines = listed(installation, "--status", "failed", columns=columns)
+    assert lines[0].split()[:4] == ["#", "status", "id", "age"] and "f" * 8 + "…" in lines[2]
+    assert lines[-1] == "each queue is approvals, each type is link_validation"
+    assert len(lines[2]) - lines[2].index("the reason") > columns // 2
+    assert installation.run("tasks.py", "show", "f" * 8).returncode == 0
+
+
+def test_a_completion_shows_its_summary(installation):
+    for data in ({"summary": "2 links\nare broken", "n": 1}, {"result": "first\nsecond"}):
+        installation.enqueue("completions", "link_validation", json.dumps(data))
+    said = installation.run("tasks.py", "list").stdout
+    assert re.search(r"  2 links are broken$", said, re.M) and re.search(r"  first$", said, re.M)
+
+
+def test_it_ends_with_how_many_more_there_are(installation):
+    installation.enqueue("approvals", "review", "--jsonl", input="{}\n" * 1234)
+    installation.enqueue("notifications", "note")
+    said = installation.run("tasks.py", "list").stderr.splitlines()[-1]
+    assert said == "50 of 1,235 (./tasks.py list -n 100)"
+    said = installation.run("tasks.py", "list", "--queue", "approvals", "-n", "7").stderr
+    assert said.splitlines()[-1] == "7 of 1,234 (-n 100 shows more)"
+    assert len(json.loads(installation.run("tasks.py", "list", "--json").stdout)) == 1235
+    assert len(json.loads(installation.run("tasks.py", "list", "--json", "-n", "9").stdout)) == 9
+
+
 def test_each_says_what_came_of_it(installation):
     filled(installation)
-    shown = {row.split()[3]: row for row in listed(installation, columns=140)[2:]}
+    shown = {row.split()[3]: row for row in listed(installation, columns=160)[2:]}
     assert "2 broken links: README.md:4" in shown["with-summary"]
     assert "first line" in shown["with-lines"] and "second line" not in shown["with-lines"]
     assert "refused by its handler (exit 65): no prompt" in shown["refused"]
@@ -88,14 +121,14 @@ def test_a_paused_queue_says_until_when_and_why(installation):
         ).returncode
         == 0
     )
-    (row,) = listed(installation, columns=140)[2:]
+    row = listed(installation, columns=140)[2]
     assert "paused until " in row and "usage limit" in row and "(in 90 m)" in row
 
 
 def test_as_many_rows_as_the_screen_has(installation):
     installation.enqueue("approvals", "review", "--jsonl", input="{}\n" * 60)
     shown = listed(installation, rows=20)
-    assert 12 <= len(shown) < 20 and "--limit N shows more" in shown[-1]
+    assert 12 <= len(shown) < 20 and shown[-1].startswith("12 of 60 (")
     assert len(listed(installation, rows=50)) > 40
 
 
@@ -106,7 +139,7 @@ def test_what_runs_is_first_and_never_scrolls_away(installation):
     )
     assert "in_progress" in listed(installation, rows=20)[2]
     long = listed(installation, "--limit", "60", rows=20)
-    assert len(long) == 62 and "in_progress" in long[-1]
+    assert len(long) == 63 and "in_progress" in long[-2]
 
 
 def test_a_row_is_named_by_the_number_that_this_terminal_was_shown(installation):
@@ -172,7 +205,7 @@ def test_queues_and_types_stand_whole_before_ids_do(installation, columns):
     assert all(cell_len(line) <= columns for line in shown)
     (link,) = (line.split() for line in shown if "link" in line)
     assert link[1:3] == ["pending", "notifications"] and link[4] == "link_validation"
-    assert link[3].endswith("7d34")
+    assert link[3] in ("link_val…", "link_val-219c96b20cfe7d34")
     assert sum(" in_progress approvals " in line for line in shown) == 1
 
 
@@ -204,7 +237,7 @@ def test_show_keeps_values_in_their_column_and_paths_whole(installation, columns
     assert any(f"{path}:" in line for line in shown[at : at + 3])
     assert shown[at + 1].startswith(" " * 18) and shown[at + 1][18] != " "
     assert any(
-        line.startswith(" " * 18 + "runs again after tasks.py retry refused") for line in shown
+        line.startswith(" " * 18 + "runs again after ./tasks.py retry refused") for line in shown
     )
     piped = installation.run("tasks.py", "show", "refused").stdout
     assert "put an executable of that name there, then retry the task\n" in piped
@@ -242,7 +275,6 @@ def test_stats_never_cut_a_unit(installation, columns):
 def test_colours_are_left_out_where_nobody_wants_them(installation):
     filled(installation)
     installation.env["NO_COLOR"] = "1"
-    import re
     import subprocess
     import sys
 

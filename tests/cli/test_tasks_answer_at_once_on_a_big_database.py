@@ -99,7 +99,7 @@ def test_stats(big):
     "--status scheduled", "--status in_progress", "--before 300d", "--since 1s", "--queue completions", "--type type_1 --status completed",
     "--queue approvals --type nobodys --status failed --since 1h"])  # fmt: skip
 def test_list(big, filters):
-    took, listed, said = fastest(big, "list", *filters.split())
+    took, listed, said = fastest(big, "list", "-n", "50", *filters.split())
     assert took < SECOND
     nothing = any(
         word in filters for word in ("nowhere", "nobodys", "scheduled", "in_progress", "300d", "1s")
@@ -114,4 +114,4 @@ def test_show(big, ident):
     began = time.monotonic()
     done = big.run("tasks.py", "show", ident, "--json")
     assert time.monotonic() - began < SECOND
-    assert done.returncode == (1 if ident == "h000050" else 0), done.stderr
+    assert done.returncode == (64 if ident == "h000050" else 0), done.stderr

@@ -108,7 +108,7 @@ def test_no_command_prints_any(hostile, command, as_json):
 
 def test_an_ambiguous_id_names_what_it_fits_in_printable_characters(hostile):
     done = hostile.run("tasks.py", "show", "notifications-")
-    assert done.returncode == 1 and is_clean(done.stderr)
+    assert done.returncode == 64 and is_clean(done.stderr)
     done = hostile.run("tasks.py", "move", "--from", "approvals", "notifications", "--json")
     assert is_clean(done.stdout) and is_clean(done.stderr)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pty
+import re
 import select
 import signal
 import subprocess
@@ -111,14 +112,6 @@ def test_list_filters_by_queue_status_type_age_and_text(installation):
     assert listed("--text", "needle%") == set() == listed("--text", "n_te")
     assert listed("--text", "eview-") == {"review-1", "review-2"}
     assert listed("--type", "nobody's") == set()
-
-
-def test_list_shows_so_many_and_says_that_there_are_more(installation):
-    installation.enqueue("approvals", "review", "--jsonl", input="{}\n" * 60)
-    done = installation.run("tasks.py", "list", "--json")
-    assert len(json.loads(done.stdout)) == 50 and "only the first 50" in done.stderr
-    done = installation.run("tasks.py", "list", "--json", "--limit", "60")
-    assert len(json.loads(done.stdout)) == 60 and done.stderr == ""
 
 
 def test_a_bare_payload_is_called_after_its_queue_and_row(installation):
@@ -302,3 +295,22 @@ def test_an_empty_list_says_so_and_stays_an_empty_list(installation):
         [],
         "no matching tasks\n",
     )
+
+
+def test_stats_of_one_queue_and_unused_queues_in_a_line(installation):
+    filled(installation)
+    named = tasks(installation, "stats", "--queue", "approvals")
+    assert [*named["queues"]] == ["approvals"]
+    whole = tasks(installation, "stats")["queues"]["approvals"]
+    assert named["queues"]["approvals"].keys() == whole.keys() and whole["pending"] == 2
+    installation.enqueue("ended", "t", "{}", "--task-id", "e")
+    installation.run("tasks.py", "cancel", "e")
+    before = installation.run("tasks.py", "stats").stdout
+    assert re.search("^ended ", before, re.M) and "no tasks in 30 days" not in before
+    installation.sqlite3(
+        "update task_history set enqueued_at = '2020-01-01 00:00:00.000', started_at = null,"
+        " completed_at = '2020-01-02 00:00:00.000' where task_id = 'e'"
+    )
+    after = installation.run("tasks.py", "stats").stdout
+    assert "no tasks in 30 days: ended\n" in after
+    assert not re.search("^ended ", after, re.M)

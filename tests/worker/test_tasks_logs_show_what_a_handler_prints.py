@@ -126,3 +126,16 @@ def test_a_reader_that_goes_away_ends_it_quietly(installation):
     done = subprocess.run(["bash", "-c", '"$@" | head -1; echo ${PIPESTATUS[0]}', "bash", sys.executable, ROOT / "tasks.py", "logs", "l-1"], check=False,
                           env=installation.env, capture_output=True, text=True)  # fmt: skip
     assert (done.stdout, done.stderr) == ("1\n0\n", "")
+
+
+def test_an_earlier_attempt_is_shown(installation):
+    installation.handler("t", "#!/bin/sh\necho try $TASK_ATTEMPT\n[ $TASK_ATTEMPT = 3 ]\n")
+    installation.enqueue("approvals", "t", "{}", "--task-id", "a")
+    installation.worker("approvals", "--backoff", "0.01")
+    assert installation.finished("a")["status"] == "completed"
+    for args, said in (([], "try 3\n"), (["--attempt", "1"], "try 1\n"), (["--attempt", "3"], "try 3\n")):  # fmt: skip
+        assert installation.run("tasks.py", "logs", "a", *args).stdout == said
+    told = json.loads(installation.run("tasks.py", "logs", "a", "--attempt", "2", "--json").stdout)
+    assert (told["attempt"], told["stdout"]) == (2, "try 2\n")
+    done = installation.run("tasks.py", "logs", "a", "--attempt", "4")
+    assert done.returncode == 1 and "no output of attempt 4 of task a is there" in done.stderr
