@@ -191,6 +191,18 @@ create trigger if not exists "task_history.ends" after insert on task_history
   when exists (select 1 from task_after where after_queue = new.queue and after_id = new.row_id)
   begin update task_after set ended = new.status || coalesce(': ' || new.error, '')
     where after_queue = new.queue and after_id = new.row_id; end;
+create table if not exists task_every (          -- what comes again and again: see taskqueue/every.py
+  name          text primary key check (length(name) between 1 and 200),  -- each firing's task_id
+  queue         text not null,
+  task_type     text not null,
+  data          text not null check (json_type(data) = 'object'),
+  schedule      text not null,                   -- '0 9 * * 1-5' or '6h'
+  terms         text not null default '{{}}' check (json_type(terms) = 'object'),  -- the options of tq add
+  is_on         integer not null default 1 check (is_on in (0, 1)),
+  next_at       real not null check (next_at between 0 and {last_second}),  -- it fires then, Unix seconds
+  set_at        real not null check (set_at between 0 and {last_second}),   -- when next_at was set
+  last_at       real check (last_at between 0 and {last_second})            -- when it fired last
+);
 create table if not exists task_spooled (
   file          text primary key                 -- taken in, and perhaps not yet removed
 );

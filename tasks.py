@@ -1,7 +1,7 @@
 #!/usr/bin/env -S uv run --script
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["jinja2>=3.1,<4", "rich>=13,<16", "watchdog>=4,<8"]
+# dependencies = ["cronsim>=2.6,<3", "jinja2>=3.1,<4", "rich>=13,<16", "watchdog>=4,<8"]
 # ///
 """See what waits, runs, failed and why, and act on it.
 
@@ -29,7 +29,19 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from taskqueue import act, ask, backup, cli, edit, jsonlines, look, notify, service, spool
+from taskqueue import (
+    act,
+    ask,
+    backup,
+    cli,
+    edit,
+    jsonlines,
+    look,
+    notify,
+    recurring,
+    service,
+    spool,
+)
 from taskqueue.cli import EX_USAGE
 from taskqueue.remedies import SCRIPTS, command
 from taskqueue.text import did_you_mean
@@ -66,7 +78,10 @@ COMMANDS = (
 FAULTS = {act.retry: act.fault_in_retry, act.move: act.fault_in_move, act.purge: act.fault_in_purge}
 FAULTS |= {act.limit: act.fault_in_limit}
 # Commands with a parser of their own.
-OTHERS = {"service": "Have a worker started whenever there is work, by systemd or launchd"}
+OTHERS = {
+    "every": "List recurring tasks, or add, switch and remove one",
+    "service": "Have a worker started whenever there is work, by systemd or launchd",
+}
 NAMES = (*map(cli.name_of, COMMANDS), *OTHERS)
 
 
@@ -95,6 +110,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv = ["--version"]
     if argv[:1] == ["service"]:
         return service.main(argv[1:])
+    if argv[:1] == ["every"]:
+        return recurring.main(argv[1:])
     if argv[:1] == ["dashboard"]:
         why = f"{command('page --open')} replaced it"
         return cli.complain(EX_USAGE, "tasks.py dashboard", why)

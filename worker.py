@@ -1,7 +1,7 @@
 #!/usr/bin/env -S uv run --script
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["watchdog>=4,<8"]
+# dependencies = ["cronsim>=2.6,<3", "watchdog>=4,<8"]
 # ///
 """Run the tasks of one or more queues.
 
@@ -32,6 +32,7 @@ TASK_QUEUE_STATE.
 
 import argparse
 import importlib.util
+import math
 import os
 import select
 import shlex
@@ -46,7 +47,7 @@ from pathlib import Path
 from typing import NoReturn
 
 import queue_helpers as q
-from taskqueue import costs, environment, notify, recovery, service
+from taskqueue import costs, environment, every, notify, recovery, service
 from taskqueue import outcome as outcomes
 from taskqueue.cli import duration, make_parser
 from taskqueue.control import Control, controls_of
@@ -254,6 +255,8 @@ class Worker:
         handlers = ANY_TYPE if args.command else os.path.abspath(args.handlers)
         self.serving = ServingLocks(self.state, handlers, args.single)
         self.tick_at = 0.0
+        # When the next recurring task comes, Unix seconds.
+        self.every_at = math.inf
         # One pipe wakes the loop: signals write their number, the watch writes a 0.
         self.wakeup, self.waker = wakeup_pipe()
         self.poll = select.poll()
@@ -280,6 +283,7 @@ class Worker:
             say(f"another worker serves {' and '.join(self.args.queues)}; leaving (--single)")
             return 0
         self.listen()
+        self.fire(conn)
         say(f"worker {q.owner_name(self.state)} serves {', '.join(self.usable())}")
         try:
             while not self.may_leave():
@@ -459,6 +463,8 @@ class Worker:
             # A handler may have paused its queue, which holds for the next claim.
             if any(end.code == outcomes.EX_TEMPFAIL for end in self.ended):
                 self.record(conn)
+            if changed or time.time() >= self.every_at:
+                self.fire(conn)
             for task, told in self.claim(conn):
                 self.start(task, told)
             # Meanwhile handlers run.
@@ -501,6 +507,14 @@ class Worker:
             self.changed = True
         except (q.QueueError, OSError) as error:
             self.complain(f"spool: {error}")
+
+    def fire(self, conn: q.Connection) -> None:
+        """Enqueue the recurring tasks whose time has come."""
+        try:
+            self.every_at = every.fire(conn, () if self.stops else self.own())
+        except ValueError as error:
+            self.every_at = time.time() + RETRY_SECONDS[-1]
+            self.complain(str(error))
 
     def end_cancelled(self, conn: q.Connection) -> None:
         """End the handlers of tasks that were cancelled."""
@@ -631,7 +645,8 @@ class Worker:
         with suppress(q.QueueError):
             if not self.stops and len(self.runs) < self.args.concurrency:
                 queues = [queue for queue in self.usable() if self.room(queue)]
-                return now + q.sleep_seconds(self.connect(), queues)
+                seconds = q.sleep_seconds(self.connect(), queues)
+                return now + min(seconds, max(0.0, self.every_at - time.time()))
         return now + q.SAFETY_TICK_SECONDS
 
     def tick(self) -> None:

@@ -31,6 +31,7 @@ usage: $name COMMAND [ARGUMENTS]
   run -- COMMAND ...            put a command into a queue
   work QUEUE ...                run tasks
   list, show, logs, stats       show what waits, runs and failed, and why
+  every                         have a task come again and again
   wait                          wait until tasks have ended; print their results
   approve, reject               let a held task run, or end it
   ask                           go through the held tasks, and answer for each

@@ -45,6 +45,7 @@ from taskqueue.text import pause_in_words, plural, short
 
 CANCEL_SECONDS = 30.0
 COUNT = 'select count(*) from "{queue}"'
+RECURRING = "select name from task_every where queue = ?"
 # If the queue comes back, its rows go on from the last number: the history knows them by it.
 DROP = (
     "create temp table last_row as select seq from sqlite_sequence where name = '{queue}'",
@@ -469,6 +470,10 @@ def drop(queue: str, as_json: bool) -> int:
         if number:
             purge_it = f"{command('purge')} {queue}, or {command('move')} --from {queue} --to ..."
             raise Refused(f"{queue} has {plural(number, 'task')}: {purge_it}")
+        names = [name for (name,) in conn.execute(RECURRING, (queue,))]
+        if names:
+            forget = f"{command('every')} NAME --remove"
+            raise Refused(f"tasks recur in {queue}, {', '.join(names)}: {forget}")
         for statement in DROP:
             q.execute(conn, statement, queue)
         conn.queues.discard(queue)

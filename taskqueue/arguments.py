@@ -65,7 +65,7 @@ REPEATED = ("after", "after_any")
 class Arguments:
     """A parsed command line. Raises ValueError for wrong use."""
 
-    options = OPTIONS
+    flags, options = FLAGS, OPTIONS
 
     task_type: str | None = None
     data: str | None = None
@@ -89,10 +89,10 @@ class Arguments:
 
     def __init__(self, argv: list[str]) -> None:
         try:
-            names = [*FLAGS, *(f"{name}=" for name in self.options)]
+            names = [*self.flags, *(f"{name}=" for name in self.options)]
             found, words = getopt.gnu_getopt(argv, "hV", names)
         except getopt.GetoptError as error:
-            names = [f"--{name}" for name in (*FLAGS, *self.options)]
+            names = [f"--{name}" for name in (*self.flags, *self.options)]
             near = did_you_mean(f"--{error.opt}", names) if "recognized" in error.msg else ""
             raise ValueError(f"{error}{near}") from None
         for option, text in found:

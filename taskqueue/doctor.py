@@ -20,7 +20,17 @@ from pathlib import Path
 from typing import NamedTuple
 
 import queue_helpers as q
-from taskqueue import environment, installation, notify, outcome, recovery, service, serving, spool
+from taskqueue import (
+    environment,
+    every,
+    installation,
+    notify,
+    outcome,
+    recovery,
+    service,
+    serving,
+    spool,
+)
 from taskqueue.cli import put_json
 from taskqueue.control import Control, controls_of
 from taskqueue.database import claims, database_file, is_in_use, open_to_read, queues_of
@@ -467,7 +477,7 @@ def check_tasks(place: Place) -> Findings:
     with closing(open_to_read(place.database)) as conn:
         if conn.execute("pragma user_version").fetchone()[0] != q.SCHEMA_VERSION:
             return
-        queues = queues_of(conn)
+        queues, recurring = queues_of(conn), every.types(conn)
         for queue in queues:
             runner = serving.runner_of(conn, place.state, queue)
             control = controls_of(conn).get(queue)
@@ -476,6 +486,7 @@ def check_tasks(place: Place) -> Findings:
                 *check_held(conn, queue, place.max_wait),
                 *check_handed_over(conn, queue),
                 *check_types(conn, queue, runner),
+                *(check_recurring(queue, runner) if queue in recurring else ()),
                 *check_failed(conn, queue),
             ):
                 yield finding._replace(message=f'queue "{queue}": {finding.message}')
@@ -515,6 +526,13 @@ def check_waiting(
         yield problem(f"{what}, although a worker serves it{why}", see)
     elif ready and now - oldest > max_wait and runner.kind:
         yield problem(f"{what}, and no worker serves it", start)
+
+
+def check_recurring(queue: str, runner: serving.Runner) -> Findings:
+    """Find a queue whose recurring tasks nobody enqueues when their time comes."""
+    if runner.kind not in ("worker", "service"):
+        start = f"{command('service')} --enable --queue {queue}, or {command('work')} {queue}"
+        yield problem("tasks recur in it, and no worker or unit enqueues them", start)
 
 
 def check_held(conn: sqlite3.Connection, queue: str, max_wait: float) -> Findings:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import queue_helpers as q
-from taskqueue import cli, database, serving
+from taskqueue import cli, database, every, serving
 from taskqueue import show as shown
 from taskqueue.cli import (
     EACH_QUEUE,
@@ -216,7 +216,7 @@ def list_(
         if on_screen:
             remember(conn.state, rows)
     sys.stdout.flush()
-    say_all(serving.remarks(conn, conn.state, waiting_types(rows)))
+    say_all(serving.remarks(conn, conn.state, every.types(conn) | waiting_types(rows)))
     if not rows:
         say_all(["no matching tasks"])
     if more:

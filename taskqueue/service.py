@@ -20,7 +20,7 @@ from functools import partial
 from pathlib import Path
 
 import queue_helpers as q
-from taskqueue import cli, environment, serving
+from taskqueue import cli, environment, every, serving
 from taskqueue.installation import (
     File,
     Installation,
@@ -175,6 +175,8 @@ def is_work(state: Path, queues: Sequence[str]) -> bool:
         return False
     conn = q.connect(state)
     q.recover(state)
+    if every.is_due(conn, queues):
+        return True
     for queue in queues:
         q.ensure_queue(conn, queue)
         if q.has_ready(conn, queue):

@@ -55,7 +55,7 @@ def test_what_was_approved_is_held_again(installation, editor):
         installation.enqueue("approvals", "t", "{}", "--task-id", name, "--hold", *terms)
         installation.run("tasks.py", "approve", name)
         done = editor("shift; echo '{\"n\": 1}' >$1", name)
-        assert f"changed; it is held again: tasks.py approve {name}" in done.stdout
+        assert f"changed; it is held again: ./tasks.py approve {name}" in done.stdout
         assert task(installation, name) == ("held", {"n": 1})
         installation.run("tasks.py", "approve", name)
     assert (
