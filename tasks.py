@@ -79,14 +79,15 @@ FAULTS = {act.retry: act.fault_in_retry, act.move: act.fault_in_move, act.purge:
 FAULTS |= {act.limit: act.fault_in_limit}
 # Commands with a parser of their own.
 OTHERS = {
+    "completion": "Print a completion script for bash, zsh or fish",
     "every": "List recurring tasks, or add, switch and remove one",
     "service": "Have a worker started whenever there is work, by systemd or launchd",
 }
 NAMES = (*map(cli.name_of, COMMANDS), *OTHERS)
 
 
-def parse(argv: Sequence[str]) -> argparse.Namespace:
-    """Parse the command line; `run` is the command's function."""
+def make_parser() -> tuple[cli.Parser, dict[str, cli.Parser]]:
+    """Return the parser, and those of the commands by their names."""
     parser = cli.make_parser("tasks.py", __doc__)
     commands = parser.add_subparsers(
         parser_class=cli.Parser, metavar="COMMAND", required=True, dest="command"
@@ -95,7 +96,12 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         cli.add_command(commands, run)
     for name, says in OTHERS.items():
         commands.add_parser(name, help=says, add_help=False)
-    args = parser.parse_args(argv)
+    return parser, commands.choices
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """Parse the command line; `run` is the command's function."""
+    args = make_parser()[0].parse_args(argv)
     fault = FAULTS[args.run](args) if args.run in FAULTS else ""
     if fault:
         cli.Parser(prog=f"tasks.py {args.command}").error(fault)
@@ -112,6 +118,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return service.main(argv[1:])
     if argv[:1] == ["every"]:
         return recurring.main(argv[1:])
+    if argv[:1] == ["completion"]:
+        from taskqueue import completion
+
+        return completion.main(argv[1:], make_parser()[1])
     if argv[:1] == ["dashboard"]:
         why = f"{command('page --open')} replaced it"
         return cli.complain(EX_USAGE, "tasks.py dashboard", why)

@@ -47,6 +47,7 @@ usage: $name COMMAND [ARGUMENTS]
   export, import                copy tasks as JSON lines
   backup, restore               copy the whole database
   relay                         run tasks on another machine
+  completion                    print a completion script for your shell
   service                       start workers whenever there is work
   install, uninstall            put all this in place, or remove it
 
@@ -61,6 +62,11 @@ if [ "${1:-}" = help ] && [ $# -gt 1 ]; then set -- "$2" --help; fi
 case ${1:-} in
 '' | -h | --help | help) usage; exit 0 ;;
 -V | --version | version) exec sed -n "s/^VERSION = \"\(.*\)\"\$/$name \1/p" "$lib/queue_helpers.py" ;;
+complete)
+    # A shell waits for it at each Tab.
+    shift
+    exec "${python:-python3}" -I -S "$lib/taskqueue/complete.py" "$@"
+    ;;
 add) script=enqueue ;;
 run) script=enqueue; shift; set -- run --run "$@" ;;
 work) script=worker ;;
@@ -76,7 +82,8 @@ if [ ! -r "$lib/$script.py" ]; then
 fi
 # Scripts without dependencies start faster without uv, and doctor must run where uv does not.
 needs_uv=yes
-if [ "$script ${1:-}" = "tasks doctor" ] || grep -q '^# dependencies = \[\]$' "$lib/$script.py"; then needs_uv=; fi
+case "$script ${1:-}" in "tasks doctor" | "tasks completion") needs_uv= ;; esac
+if grep -q '^# dependencies = \[\]$' "$lib/$script.py"; then needs_uv=; fi
 if [ -x "$uv" ] && { [ -n "$needs_uv" ] || [ ! -x "$python" ]; }; then
     # With an absolute Python, uv runs none that lies in the working directory or above, which may be a
     # workspace's; and no uv.toml there has a say.
