@@ -106,7 +106,7 @@ def check(args: argparse.Namespace, command: list[str] | None) -> None:
     args.queues = list(dict.fromkeys(map(q.check_queue_name, args.queues)))
     # The hub's URL may hold a password.
     args.env = environment.handler_environment(
-        os.environ, without=(*TOLD, *COSTS, "TASK_QUEUE_HUB")
+        os.environ, without=(*TOLD, *COSTS, "TASK_QUEUE_HUB", environment.TIMEOUT)
     )
     args.command = None if command is None else resolve(command, args.env["PATH"])
     args.concurrency = args.concurrency or len(args.queues)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import getopt
+import os
 import time
 
 import queue_helpers as q
@@ -162,8 +163,6 @@ class RunArguments(Arguments):
     options = {**OPTIONS, "queue": str}
     queue = q.TASK_QUEUE_NOTIFICATION
     task_type = "run"
-    # A command that failed may have done half of its work.
-    max_attempts = 1
 
     def __init__(self, argv: list[str]) -> None:
         first = argv.index("--") if "--" in argv else len(argv)
@@ -175,3 +174,14 @@ class RunArguments(Arguments):
             raise ValueError("the command goes behind --, like: tq run --at 23:30 -- make deploy")
         if self.hook or self.jsonl:
             raise ValueError("a command comes from the command line alone: no --hook, no --jsonl")
+
+    def terms(self) -> dict:
+        # A command that failed may have done half of its work.
+        tries = self.max_attempts or (1 if self.command else None)
+        return {**super().terms(), "max_attempts": tries}
+
+    def payload(self) -> dict:
+        """Return the task's data; people read the command in it, and handlers/run does not."""
+        import shlex
+
+        return {"command": shlex.join(self.command), "workspace_path": os.getcwd()}

@@ -153,10 +153,7 @@ def milliseconds(seconds: float) -> int:
 
 def task_of_command_line(args: Arguments) -> q.Row:
     if isinstance(args, RunArguments):
-        import shlex
-
-        data = {"command": shlex.join(args.command), "workspace_path": os.getcwd()}
-        return q.new_row("run", data, args.task_id, argv=args.command, **args.terms())
+        return q.new_row("run", args.payload(), args.task_id, argv=args.command, **args.terms())
     if args.data == "-":
         raw = stdin().read()
     else:

@@ -152,7 +152,10 @@ def search_path(entries: Iterable[str], home: str, uv: str | None) -> str:
     # The environment that uv made for this script has no programs for handlers.
     own = {os.path.dirname(sys.executable)} - {*STANDARD_PATH}
     wanted = [*([os.path.dirname(uv)] if uv else []), *(e for e in entries if e not in own), *usual]
-    return os.pathsep.join(entry for entry in dict.fromkeys(wanted) if is_ours(entry))
+    # Install makes this one for its command, perhaps later.
+    later = usual[0] if not os.path.lexists(usual[0]) else None
+    kept = (entry for entry in dict.fromkeys(wanted) if entry == later or is_ours(entry))
+    return os.pathsep.join(kept)
 
 
 def is_ours(directory: str) -> bool:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import queue_helpers as q
 from taskqueue import cli, database, every, serving, show
-from taskqueue.arguments import OPTIONS, Arguments, parse_object
+from taskqueue.arguments import Arguments, RunArguments, parse_object
 from taskqueue.every import Due, next_time, row_of
 from taskqueue.remedies import command
 from taskqueue.text import ago, clock, short
@@ -19,6 +19,7 @@ HELP = """\
 usage: tq every                                            list what recurs
        tq every NAME CRON QUEUE TYPE [DATA] [options]      have a task recur, or change that
        tq every NAME --every 6h QUEUE TYPE [DATA] [options]
+       tq every NAME CRON [--queue QUEUE] [options] -- COMMAND ...
        tq every NAME --off | --on | --now | --remove
 
 CRON is like '0 9 * * 1-5': minute, hour, day, month, weekday, in local time. The task's id is NAME:
@@ -49,11 +50,11 @@ LIVE = f"""
 select {q.STATUS_WORD} from "{{queue}}" where task_id = :name"""
 
 
-class EveryArguments(Arguments):
-    """The command line of `tq every`."""
+class EveryArguments(RunArguments):
+    """The command line of `tq every`: the words of `tq add`, or behind -- a command."""
 
     flags = (*Arguments.flags, "json", "on", "off", "now", "remove")
-    options = {**OPTIONS, "every": str}
+    options = {**RunArguments.options, "every": str}
     every: str | None = None
     json = on = off = now = remove = False
     name: str | None = None
@@ -72,7 +73,10 @@ class EveryArguments(Arguments):
             self.every, words = words[0], words[1:]
         if self.hook or self.jsonl or self.at is not None or self.after or self.after_any:
             raise ValueError("--at, --after, --hook and --jsonl do not go with tq every")
-        super().take_words(words)
+        if self.command:
+            super().take_words(words)
+        else:
+            Arguments.take_words(self, words)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -104,9 +108,12 @@ def run(args: EveryArguments) -> int:
 
 def put(args: EveryArguments, name: str, schedule: str) -> int:
     """Add a recurring task, or change the one of this name."""
-    data = parse_object((args.data or "{}").encode("utf-8", "surrogateescape"))[0]
     terms = args.terms()
     terms = {key: terms[key] for key in TERMS if terms[key] != getattr(Arguments, key)}
+    if args.command:
+        data, terms["argv"] = args.payload(), args.command
+    else:
+        data = parse_object((args.data or "{}").encode("utf-8", "surrogateescape"))[0]
     q.new_row(args.task_type or "", data, name, **terms)
     q.check_queue_name(args.queue)
     conn, now = q.connect(), time.time()

@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import re
 import subprocess
+import time
 from collections.abc import Callable
 
 import pytest
@@ -35,6 +36,10 @@ def home(tmp_path):
     made.env["PATH"] = f"{made.directory}/bin:{made.env['PATH']}"
     (made.directory / ".claude").mkdir()
     install(made.directory, "--command", "tq", env={"PATH": made.env["PATH"]})
+    # Workers take their packages from where the other tests have them.
+    cache = subprocess.run(["uv", "cache", "dir"], capture_output=True, text=True).stdout
+    with open(made.prefix / "environment", "a") as file:
+        file.write(f"UV_CACHE_DIR={cache.strip()}\nUV_OFFLINE=1\n")
     return made
 
 
@@ -64,7 +69,12 @@ echo '{"type": "result", "is_error": false, "result": "Done.", "total_cost_usd":
 """
 
 
-WITH_NOTES = ("Ask me before it pushes", "A worktree for each")
+WITH_NOTES = (
+    "Ask me before it pushes",
+    "A worktree for each",
+    "Every weekday at nine, summarise yesterday's commits",
+    "Check the notes' links every night",
+)
 
 
 def make_notes(home: Home) -> None:
@@ -85,6 +95,17 @@ def drain(home: Home, queue: str) -> None:
     )
 
 
+# Each directory says what ran in it, and when it began and ended; the tests of boats fail.
+MAKEFILE = """test build deploy:
+\t@echo begin $@ {name} >>$$HOME/ran; sleep 0.1; echo end $@ {name} >>$$HOME/ran
+\t@test $@ != test || test {name} != boats
+"""
+
+
+def ran(home: Home) -> list[str]:
+    return (home.directory / "ran").read_text().splitlines()
+
+
 def test_each_recipe_has_one_block_and_an_effect():
     assert {title: len(blocks) for title, blocks in RECIPES.items()} == dict.fromkeys(EFFECTS, 1)
 
@@ -101,6 +122,11 @@ def test_a_recipe_does_what_its_title_says(home, title):
     program(home, "claude", "#!/bin/sh\necho '2.1.332 (Claude Code)'\n")
     if title in WITH_NOTES:
         make_notes(home)
+    for name in ("pier", "boats", "tides"):
+        (home.directory / name).mkdir()
+        (home.directory / name / "Makefile").write_text(MAKEFILE.format(name=name))
+    if title in BEFORE:
+        BEFORE[title](home)
     printed = home.paste(RECIPES[title][0])
     EFFECTS[title](home, printed)
 
@@ -181,3 +207,94 @@ def each_has_a_worktree(home, printed):
     for branch in branches:
         home.paste(f"cd notes && git merge -q --no-edit {branch}")
     assert home.paste("cat notes/*.md").split() == ["one", "proofread", "same", "two", "proofread"]
+
+
+@recipe("Every weekday at nine, summarise yesterday's commits")
+def summarises_commits(home, printed):
+    assert "digest: next at " in printed and "completed: Done." in " ".join(printed.split())
+    [(schedule, next_at)] = home.rows("select schedule, next_at from task_every")
+    when = time.localtime(next_at)
+    assert schedule == "0 9 * * 1-5" and (when.tm_hour, when.tm_min) == (9, 0) and when.tm_wday < 5
+
+
+@recipe("Run the tests of three repositories tonight, one after the other, and tell me")
+def runs_tests_tonight(home, printed):
+    assert printed.count("starts at ") == 3 and not (home.directory / "ran").exists()
+    home.paste(
+        f"sqlite3 '{home.prefix}/state/tasks.db' 'update notifications set due_at = 1 where due_at > 0'"
+    )
+    drain(home, "notifications")
+    assert ran(home) == [
+        f"{word} test {name}" for name in ("pier", "boats", "tides") for word in ("begin", "end")
+    ]
+    told = (home.directory / "tests-of-tonight.txt").read_text()
+    assert re.search("failed .*test-boats", told) and re.search("completed .*test-tides", told)
+
+
+@recipe("Deploy when both builds are done")
+def deploys_after_builds(home, printed):
+    drain(home, "notifications")
+    assert ran(home)[-1] == "end deploy pier" and {"end build pier", "end build boats"} < {
+        *ran(home)[:4]
+    }
+
+
+@recipe("Check the notes' links every night")
+def checks_links(home, printed):
+    assert "links: next at " in printed
+    handler(home, "link_validation", "#!/bin/sh\ncat\n")
+    drain(home, "notifications")
+    [(result,)] = home.rows("select result from task_history where task_id = 'links'")
+    assert json.loads(result)["data"] == {"workspace_path": f"{home.directory}/notes"}
+
+
+@recipe("A backup every night, of a week")
+def backs_up(home, printed):
+    drain(home, "notifications")
+    [backup] = (home.directory / "backups").iterdir()
+    assert backup.name == f"tq-{time.strftime('%a')}.db"
+    # In the backup, the task that made it runs.
+    home.paste("tq every backup --now")
+    drain(home, "notifications")
+    assert home.rows("select status, count(*) from task_history group by 1") == [("completed", 2)]
+
+
+def ends_side_by_side(home):
+    program(home, "claude", """#!/bin/sh
+cat >/dev/null; echo "begin $PWD" >>"$HOME/ran"; sleep 0.3; echo "end $PWD" >>"$HOME/ran"
+echo '{"type": "system", "subtype": "init", "session_id": "s"}'
+echo '{"type": "result", "is_error": false, "result": "Done.", "total_cost_usd": 0}'
+""")  # fmt: skip
+
+
+@recipe("One at a time in each repository")
+def one_at_a_time(home, printed):
+    for name in ("pier", "boats"):
+        here = [line.split()[0] for line in ran(home) if line.endswith(name)]
+        assert here == ["begin", "end"] * 2
+    assert home.rows("select count(*) from task_history where status = 'completed'") == [(4,)]
+
+
+def has_failed(home):
+    handler(
+        home,
+        "fussy",
+        '#!/bin/sh\ngrep -q \'"colour": "red"\' || { echo no colour >&2; exit 65; }\n',
+    )
+    home.paste("tq add notifications fussy '{}' --task-id it")
+    drain(home, "notifications")
+    program(home, "vi", """#!/bin/sh\necho '{"colour": "red"}' >"$1"\n""")
+
+
+@recipe("See why it failed, mend it, and try again")
+def is_mended(home, printed):
+    assert "it: changed; it is pending" in printed
+    drain(home, "notifications")
+    assert home.rows("select status from task_history order by id desc limit 1") == [("completed",)]
+
+
+# What is there before a recipe is pasted, by its title.
+BEFORE = {
+    "One at a time in each repository": ends_side_by_side,
+    "See why it failed, mend it, and try again": has_failed,
+}

@@ -3,13 +3,14 @@
 import json
 import os
 import random
+import shutil
 import signal
 import time
 from datetime import datetime
 from zoneinfo import ZoneInfo
 
 import pytest
-from conftest import wait_for
+from conftest import ROOT, wait_for
 
 from taskqueue import every, recurring
 
@@ -248,6 +249,15 @@ def test_a_worker_sleeps_until_its_time_and_the_command_shows_what_came_of_it(in
     assert "tasks recur in approvals, it" in dropped.stderr
     assert tq_every(installation, "it", "--remove") == "it comes no more\n"
     assert tq_every(installation, "--json") == "[]\n"
+
+
+def test_a_command_may_recur(installation):
+    shutil.copy(ROOT / "handlers/run", installation.handlers)
+    tq_every(installation, "it", "0 4 * * *", "--", "sh", "-c", 'echo "$1"', "sh", "a  b")
+    tq_every(installation, "it", "--now")
+    installation.worker("notifications")
+    assert installation.finished("it")["result"] == "a  b\n"
+    assert installation.rows("select max_attempts from task_history") == [(1,)]
 
 
 def test_a_unit_starts_a_worker_when_a_time_has_come(installation):
