@@ -5,6 +5,8 @@ import os
 import random
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from datetime import datetime
 from zoneinfo import ZoneInfo
@@ -286,3 +288,38 @@ def test_a_unit_starts_a_worker_when_a_time_has_come(installation):
 def test_wrong_use_is_one_line(installation, words, says):
     said = tq_every(installation, *words, code=64)
     assert says in said and said.count("\n") == 1
+
+
+KILLED_AT = """
+import os, signal, sys
+import queue_helpers as q
+from taskqueue import every
+
+conn, left = q.connect(), [int(sys.argv[1])]
+execute = q.Connection.execute
+
+def counted(self, *words):
+    left[0] -= 1
+    if not left[0]:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return execute(self, *words)
+
+q.Connection.execute = counted
+every.fire(conn, ["approvals"])
+"""
+
+
+def test_a_worker_that_is_killed_at_any_statement_fires_once(installation, queue):
+    tq_every(installation, "it", "--every", "1h", "approvals", "t")
+    for statement in range(1, 100):
+        installation.sqlite3("delete from approvals; update task_every set next_at = 1")
+        words = [sys.executable, "-c", KILLED_AT, str(statement)]
+        done = subprocess.run(words, cwd=ROOT, env=installation.env)
+        [(next_at,)] = installation.rows("select next_at from task_every")
+        tasks = installation.rows("select task_id from approvals")
+        assert tasks == ([] if next_at == 1 else [("it",)]), statement
+        every.fire(queue.connect(), ["approvals"])
+        assert installation.rows("select task_id from approvals") == [("it",)]
+        if done.returncode == 0:
+            break
+    assert done.returncode == 0 and statement > 5
