@@ -1,4 +1,4 @@
-"""README's way into the spool, as printed: hooks that run at the same time overwrite nothing, and
+"""The reference's way into the spool, as printed: hooks that run at the same time overwrite nothing, and
 nobody else reads it.
 """
 
@@ -15,8 +15,8 @@ SHELLS = [shell for shell in ("dash", "bash", "zsh") if shutil.which(shell)]
 
 
 def snippet() -> str:
-    """The block of README that moves a file into the spool."""
-    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    """The block that moves a file into the spool."""
+    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "docs/reference.md").read_text(), re.DOTALL)
     (found,) = [block for block in blocks if "/spool/" in block and "mv " in block]
     return found
 
@@ -24,7 +24,7 @@ def snippet() -> str:
 @pytest.fixture
 def script(installation):
     """The snippet, on this installation's state, and with a payload of each process's own in the
-    place of README's.
+    place of the printed ones.
     """
     text = snippet()
     default = "~/.claude/automation/lychee/state/spool/notifications"
