@@ -203,9 +203,7 @@ def say_all(lines: Iterable[str]) -> None:
 
 
 def run(who: str, work: Callable[[], int]) -> int:
-    """Return work()'s exit code. An error that a person, a disk or another process may cause
-    becomes one line and a code.
-    """
+    """Return work()'s exit code; an error that is no fault of ours becomes one line and a code."""
     open_standard_streams()
     # A state that cannot be used must not be replaced by the usual one.
     if q.state_complaint:

@@ -100,10 +100,10 @@ class Found(NamedTuple):
 def find(
     conn: q.Connection, ident: str, queue: str | None = None, option: str = "--queue"
 ) -> Found:
-    """Return the task that an ID names: by its id, by its row in the last list, or by the
-    beginning of its id if no other begins so. A number is never the beginning of an id.
+    """Return the task that a person names.
 
-    `option` is the command's option that names the queue. Raises Refused.
+    `ident` is its id, its row in the last list, or the beginning of its id if no other begins so; a
+    number is never the beginning of an id. `option` is the command's option that names the queue. Raises Refused.
     """
     if queue is not None:
         database.check_known(conn, [queue])
@@ -374,10 +374,10 @@ order by completed_at desc limit :sample"""
 
 
 def gather(conn: q.Connection | database.Reader, only: Sequence[str] | None = None) -> dict:
-    """Count one state of the database: {"at", "serving": [queue, …], "remarks": [line, …],
-    "queues": {queue: {…numbers, "paused", …, "types": {type: {…numbers}}}}}, of all queues or those.
+    """Count one state of the database, of all queues or of `only` these.
 
-    "serving" are the queues that a worker serves; "remarks" name the waiting tasks that no worker
+    Returns {"at", "serving": [queue, …], "remarks": [line, …],
+    "queues": {queue: {…numbers, "paused", …, "types": {type: {…numbers}}}}}. "serving" are the queues that a worker serves; "remarks" name the waiting tasks that no worker
     will run. Raises sqlite3.Error.
     """
     with nullcontext() if conn.in_transaction else database.snapshot(conn):

@@ -147,8 +147,7 @@ def column_list(conn: q.Connection, table: str) -> str:
 
 
 def as_json_text(data: str) -> str:
-    """Return stored data as one line of JSON: an object as it stands, anything else as a payload
-    that keeps it as text.
+    """Return stored data as one line of JSON; what is no object becomes a payload that has it as text.
 
     Between JSON's tokens a newline is a space, and inside its strings there is none.
     """

@@ -112,7 +112,7 @@ def adopt(conn: q.Connection, queue: str) -> None:
 
 
 def is_bare(conn: q.Connection, table: str) -> bool:
-    """Whether a hook made this table before any Python ran: id and data, and a queue's name."""
+    """Return whether a hook made this table before any Python ran: id and data, and a queue's name."""
     try:
         q.check_queue_name(table)
     except q.InvalidTask:
@@ -166,7 +166,7 @@ def copy(conn: q.Connection, table: str, order: str, which: str = "true") -> dic
 
 
 def settable(conn: q.Connection, table: str) -> list[str]:
-    """The columns of a table but the generated ones."""
+    """Return the columns of a table but the generated ones."""
     return [row[1] for row in conn.execute(f'pragma table_xinfo("{table}")') if not row[6]]
 
 

@@ -22,7 +22,7 @@ def as_payload(raw: bytes) -> dict:
 
 
 def _nesting(value: dict) -> int:
-    """How deep lists and objects lie in each other."""
+    """Return how deep lists and objects lie in each other."""
     depth: int = 0
     level: list[dict | list] = [value]
     while level:

@@ -79,9 +79,7 @@ def recover(
 
 
 def _claims(conn: q.Connection) -> tuple[dict[str | None, list[str]], q.QueueError | None]:
-    """({owner: queues in which it has tasks}, the last trouble that a queue made); without this
-    process.
-    """
+    """Return the queues in which each other owner has tasks, and the last trouble with a queue."""
     claims: dict[str | None, list[str]] = {}
     trouble = None
     with errors_explained(conn):
@@ -100,7 +98,7 @@ def _claims(conn: q.Connection) -> tuple[dict[str | None, list[str]], q.QueueErr
 
 @contextmanager
 def dead(state: Path, owner: str | None):
-    """Whether an owner is dead; its lock is held meanwhile, so that nobody else recovers its tasks."""
+    """Tell whether an owner is dead; hold its lock meanwhile, so that nobody else recovers its tasks."""
     try:
         fd = q.lock_file(state / "workers" / running.file_name(owner), probe=True)
     # Nobody can hold the lock of a file that is not there.
@@ -119,13 +117,13 @@ def dead(state: Path, owner: str | None):
 
 
 def is_dead(state: Path, owner: str | None) -> bool:
-    """Whether an owner is dead, for those who only tell."""
+    """Return whether an owner is dead, to those who recover nothing."""
     with dead(state, owner) as it_is:
         return it_is
 
 
 def cancel_requested(conn: q.Connection, queue: str, owner: str | None) -> set[int]:
-    """The rows of an owner's tasks that are to be ended (tasks.py cancel)."""
+    """Return the rows of an owner's tasks that a person has cancelled."""
     rows = q.execute(conn, CANCEL_REQUESTED, queue, owner=owner).fetchall()
     return {row for (row,) in rows}
 
@@ -189,12 +187,12 @@ def _end_on_record(
 
 
 def look_at_run(state: Path, task: q.Task, cancelled: bool = False) -> tuple[dict, bool]:
-    """(what is on record, whether the run goes on) of a task whose owner is dead.
+    """Return what is on record of a dead owner's run, and whether the run goes on.
 
-    It goes on while its handler runs, or while somebody holds the output of one whose end nobody
-    saw: that cannot be ended by us, but a person may give it up, by cancelling the task.
+    It goes on while its handler runs. It also does while somebody holds the output of a handler whose
+    end nobody saw: we cannot end that one, but a person may give it up, by cancelling the task.
     """
-    # In this order: whoever lets go of the output's lock has written down the end before.
+    # In this order: a supervisor writes down the end, and then lets go of the output's lock.
     held = running.is_held(f"{state}/logs/{task.run_name}.out")
     run = running.read_run(running.run_file(state, task))
     if "code" in run:
@@ -235,14 +233,12 @@ def end_orphan(path: str, run: dict, cancelled: bool) -> None:
 
 
 def _leader(run: dict) -> str | None:
-    """The state of the process that leads a run's group, None when it is gone and the group may be
-    another's.
-    """
+    """Return the state of the process that leads a run's group, None once it is gone."""
     return _state_of(run.get("group"), run.get("started"))
 
 
 def _supervisor(run: dict) -> str | None:
-    """The state of a run's supervisor, None when it has ended."""
+    """Return the state of a run's supervisor, None when it has ended."""
     pid, started = run.get("supervisor") or (None, None)
     state = _state_of(pid, started)
     return None if state == "Z" else state

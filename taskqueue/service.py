@@ -120,8 +120,7 @@ def worker_command(lib: Path, queues: Sequence[str]) -> list[str]:
 
 
 def interpreter(lib: Path) -> list[str]:
-    """Return the command that runs a worker in lib: the Python or the uv that install.py recorded, or
-    this Python.
+    """Return the command that runs a worker in lib, which install.py has recorded; else this Python.
 
     The Python with the worker's packages is the first choice: it needs no uv to start.
     """
