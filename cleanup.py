@@ -31,7 +31,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -40,6 +40,7 @@ import queue_helpers as q
 from taskqueue import cli, costs, database
 from taskqueue import recovery as owners
 from taskqueue.cli import EX_FAILED
+from taskqueue.progress import progress
 from taskqueue.remedies import command, remedies_as_typed
 from taskqueue.report import IS_NEWS, make_is_told
 from taskqueue.text import plural, size, visible
@@ -50,8 +51,6 @@ BATCH_ROWS, BATCH_PAGES = 250, 64
 # A batch of deletions holds the write lock this long: SQLite's busy handler looks after 1, 3, 8 ms,
 # and finds it free soon.
 HOLD_SECONDS = 0.004
-# From this number of rows on, a progress bar is shown.
-LONG_WORK = 20_000
 # This share of the database's pages stays free: tomorrow's tasks need them.
 SPARE_SHARE = 0.1
 # How long the history keeps what report.py has not told.
@@ -331,7 +330,7 @@ def prune(conn: q.Connection, limits: dict[str, str], stop: Stop, report: Report
         found = conn.execute(PRUNE, {"id": row_id, "completed_at": completed_at}).rowcount
         report.pruned[status] = report.pruned.get(status, 0) + found
 
-    with progress(expired, "history") as advance:
+    with progress("history", expired, "tasks") as shown:
         while not stop.is_set():
             told = {**limits, "since": since, "limit": BATCH_ROWS}
             rows = conn.execute(EXPIRED, told).fetchall()
@@ -339,7 +338,7 @@ def prune(conn: q.Connection, limits: dict[str, str], stop: Stop, report: Report
                 break
             done = sum(1 for _ in database.in_steps(conn, until(stop, rows), delete, HOLD_SECONDS))
             write_back(conn)
-            advance(done)
+            shown.advance(done)
             since = rows[done - 1][1] if done else since
 
 
@@ -509,21 +508,6 @@ def size_of(state: Path, *suffixes: str) -> int:
 
 
 # ------------------------------------------------------------------------------------------ telling
-
-
-@contextmanager
-def progress(total: int, what: str) -> Iterator:
-    """Show a bar on a terminal's stderr for long work; yield the function that advances it."""
-    bar = nullcontext()
-    if total >= LONG_WORK and sys.stderr.isatty():
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-        bar = Progress(*columns, console=Console(stderr=True), transient=True)
-    with bar as shown:
-        job = shown.add_task(what, total=total) if shown else None
-        yield (lambda count: shown.advance(job, count)) if shown else (lambda count: None)
 
 
 def sentences(report: Report) -> Iterator[str]:

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import queue_helpers as q
 from taskqueue import cli, database, recovery, running
 from taskqueue.cli import Refused, option, takes
+from taskqueue.progress import progress
 from taskqueue.remedies import command
 from taskqueue.text import plural, sh
 
@@ -167,10 +168,15 @@ def backup(file: Path, as_json: bool) -> int:
 def copy_database(conn: q.Connection, target: Path, check: bool = True) -> None:
     """Write one state of the database into a file. Raise Refused if it is damaged."""
     with closing(sqlite3.connect(target, isolation_level=None)) as copy:
-        with database.snapshot(conn):
+        with database.snapshot(conn), progress("backup", None, "pages") as shown:
             # The first read makes the snapshot, so that the copy never has to start over.
             conn.execute("select 1 from sqlite_master").fetchone()
-            conn.backup(copy, pages=1_000)
+
+            def on_pages(status: int, remaining: int, total: int) -> None:
+                shown.total = total
+                shown.reach(total - remaining)
+
+            conn.backup(copy, pages=1_000, progress=on_pages)
         copy.execute("pragma journal_mode = delete")
         fault = copy.execute("pragma quick_check(1)").fetchone()[0] if check else "ok"
     if fault != "ok":

@@ -163,19 +163,26 @@ def task_of_command_line(args: Arguments) -> q.Row:
 
 
 def tasks_of_lines(args: Arguments) -> list[q.Row]:
+    from taskqueue.progress import progress
+
     rows, terms = [], {**args.terms(), "depth": q.task_depth()}
-    for number, line in enumerate(stdin(), 1):
-        if line.isspace():
-            continue
-        try:
-            task, text = parse_object(line)
-            if args.task_type is None:
-                rows.append(q.new_row(**{**terms, "data": {}, **terms_of_line(task)}))
-            else:
-                rows.append(q.new_row(args.task_type, task, text=text, **terms))
-        except q.InvalidTask as error:
-            raise q.InvalidTask(f"line {number}: {error}; nothing was stored") from None
+    with progress("read", None, "lines") as shown:
+        for number, line in enumerate(stdin(), 1):
+            shown.advance()
+            if not line.isspace():
+                rows.append(task_of_line(args, number, line, terms))
     return rows
+
+
+def task_of_line(args: Arguments, number: int, line: bytes, terms: dict) -> q.Row:
+    """Return the task of a line. Raises InvalidTask, which names the line."""
+    try:
+        task, text = parse_object(line)
+        if args.task_type is None:
+            return q.new_row(**{**terms, "data": {}, **terms_of_line(task)})
+        return q.new_row(args.task_type, task, text=text, **terms)
+    except q.InvalidTask as error:
+        raise q.InvalidTask(f"line {number}: {error}; nothing was stored") from None
 
 
 def terms_of_line(task: dict) -> dict:

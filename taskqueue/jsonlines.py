@@ -7,12 +7,15 @@ import json
 import os
 import re
 import sqlite3
+import stat
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from datetime import datetime
+from functools import lru_cache, partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import queue_helpers as q
 from taskqueue import cli, database
@@ -20,10 +23,12 @@ from taskqueue.backup import LAST_ID, check_target, use_ids, whole_file
 from taskqueue.cli import EACH_QUEUE, EX_DATAERR, Refused, flag, option, takes
 from taskqueue.database import FINISHED
 from taskqueue.payload import as_payload
+from taskqueue.progress import progress
 from taskqueue.text import plural, short, visible
 
-# An import reads and checks so many lines before it stores them.
-LINES_AT_A_TIME = 500
+# An import reads and checks so many lines before it stores them, and stores at most so many, and
+# bytes, in one statement.
+LINES_AT_A_TIME, ROWS_AT_A_TIME, BYTES_AT_A_TIME = 200, 50, 65_536
 MOST_FAULTS_SHOWN = 20
 MOST_ATTEMPTS = 1_000_000
 
@@ -44,23 +49,24 @@ select '{{queue}}' as queue, id, coalesce(task_id, '{{queue}}-' || id) as task_i
        timestamp as enqueued_at, {{columns}}, data
 from "{{queue}}" order by id"""
 INSERT = """
-insert into "{table}" ({names}) values ({places})"""
+insert into "{table}" ({names}) select {values} where not ({known})"""
 
 # A task comes in once: not while it waits or runs, nor when the history has this life of it, or a
 # later one. A bare payload is called after its row, so that alone does not say that it is the same
 # task.
 SAME_DATA = """
 case when json_valid(data) then json(as_json_text(data)) else data end =
-case when json_valid(:data) then json(:data) else :data end"""
+case when json_valid(:came) then json(:came) else :came end"""
 KNOWN_LIVE = """
-select exists (select 1 from "{queue}" where task_id = :task_id)
+exists (select 1 from "{queue}" where task_id = :task_id)
   or exists (select 1 from task_history where task_id = :task_id and +queue = '{queue}'
              and enqueued_at >= :enqueued)"""
 KNOWN_BARE = f"""
-select exists (select 1 from "{{queue}}" where id = :id and task_id is null and {SAME_DATA})
-  or exists (select 1 from task_history where task_id = :task_id and +queue = '{{queue}}' and {SAME_DATA})"""
+exists (select 1 from "{{queue}}" where id = :id and task_id is null and {SAME_DATA})
+  or exists (select 1 from task_history where task_id = :bare_id and +queue = '{{queue}}' and {SAME_DATA})
+  or {KNOWN_LIVE}"""
 KNOWN_FINISHED = f"""
-select exists (select 1 from "{{queue}}" where id = :id and coalesce(task_id, '{{queue}}-' || id) = :task_id and {SAME_DATA})
+exists (select 1 from "{{queue}}" where id = :id and coalesce(task_id, '{{queue}}-' || id) = :task_id and {SAME_DATA})
   or exists (select 1 from task_history where task_id = :task_id and +queue = '{{queue}}'
              and enqueued_at = :enqueued_at and completed_at = :completed_at)"""
 DATA_OF = """
@@ -117,16 +123,17 @@ def export_to_stream(conn: q.Connection, file: str, queues: list[str] | None, hi
 
 def write_lines(conn: q.Connection, out: BinaryIO, queues: list[str] | None, history: bool) -> int:
     """Write finished tasks first, by their end, so that import meets a task's lives in order."""
-    exported, on_terminal = 0, out.isatty()
-    for task in exported_tasks(conn, queues, history):
-        data = task.pop("data").split("\0")[0]
-        head = json.dumps(task)[:-1]
-        # The data goes in as it is stored, where it is JSON: no number is rounded.
-        line = f'{head}, "data": {as_json_text(data)}}}\n'
-        out.write((escaped(line) if on_terminal else line).encode("utf-8", "replace"))
-        exported += 1
-    out.flush()
-    return exported
+    on_terminal = out.isatty()
+    with progress("export", None, "tasks") as shown:
+        for task in exported_tasks(conn, queues, history):
+            data = task.pop("data").split("\0")[0]
+            head = json.dumps(task)[:-1]
+            # The data goes in as it is stored, where it is JSON: no number is rounded.
+            line = f'{head}, "data": {as_json_text(data)}}}\n'
+            out.write((escaped(line) if on_terminal else line).encode("utf-8", "replace"))
+            shown.advance()
+        out.flush()
+        return shown.done
 
 
 def exported_tasks(conn: q.Connection, queues: list[str] | None, history: bool) -> Iterator[dict]:
@@ -190,9 +197,20 @@ def import_(file: str, as_json: bool) -> int:
     return EX_DATAERR if faults else 0
 
 
+class Ready(NamedTuple):
+    """A checked line: the statement that stores its task, and the values."""
+
+    number: int
+    queue: str
+    is_over: bool
+    statement: str
+    values: dict
+
+
 def import_lines(conn: q.Connection, file: str, faults: list[str]) -> tuple[int, int]:
     """Import the lines; return how many were new, and how many known. `faults` get what was refused."""
     imported = known = 0
+    columns: dict[str, list[str]] = {}
 
     def refuse(number: int, error: Exception) -> None:
         if not is_about_the_task(error, conn.state):
@@ -200,35 +218,77 @@ def import_lines(conn: q.Connection, file: str, faults: list[str]) -> tuple[int,
         why = f"{error} is missing" if isinstance(error, KeyError) else str(error)
         faults.append(f"line {number} was refused: {short(why)}")
 
-    def store(item: tuple[int, dict]) -> bool | None:
-        number, task = item
-        conn.execute("savepoint line")
+    def read(number: int, line: bytes) -> Iterator[Ready]:
         try:
-            return (
-                import_finished(conn, task) if "completed_at" in task else import_live(conn, task)
-            )
+            if line.strip():
+                yield ready(conn, number, parse_line(conn, line), columns)
         except Exception as error:
-            conn.execute("rollback to line")
-            return refuse(number, error)
-        finally:
-            if conn.in_transaction:
-                conn.execute("release line")
+            refuse(number, error)
 
-    with open(0, "rb", closefd=False) if file == "-" else open(file, "rb") as lines:
+    with (
+        open(0, "rb", closefd=False) if file == "-" else open(file, "rb") as lines,
+        progress("import", bytes_in(lines), "bytes") as shown,
+    ):
         numbered = enumerate(lines, 1)
         while batch := list(islice(numbered, LINES_AT_A_TIME)):
             # Read outside of the transaction: that takes longer than storing.
-            parsed = []
-            for number, line in batch:
-                try:
-                    if line.strip():
-                        parsed.append((number, parse_line(conn, line)))
-                except Exception as error:
-                    refuse(number, error)
-            results = list(database.in_steps(conn, parsed, store))
-            imported, known = imported + results.count(True), known + results.count(False)
+            tasks = [task for number, line in batch for task in read(number, line)]
+            refused = len(faults)
+            new = sum(database.in_steps(conn, parts(tasks), partial(store, conn, refuse)))
+            imported, known = imported + new, known + len(tasks) - new - (len(faults) - refused)
             q.wake(conn.state)
+            shown.advance(sum(len(line) for _, line in batch))
     return imported, known
+
+
+def bytes_in(file: BinaryIO) -> int | None:
+    """Return a file's size, or None for a pipe or a device."""
+    found = os.fstat(file.fileno())
+    return found.st_size if stat.S_ISREG(found.st_mode) else None
+
+
+def parts(tasks: Sequence[Ready]) -> Iterator[list[Ready]]:
+    """Yield tasks that one statement stores together."""
+    part: list[Ready] = []
+    room = BYTES_AT_A_TIME
+    for task in tasks:
+        if part and (
+            room < 0 or len(part) == ROWS_AT_A_TIME or task.statement != part[0].statement
+        ):
+            yield part
+            part, room = [], BYTES_AT_A_TIME
+        part.append(task)
+        room -= len(task.values["data"])
+    if part:
+        yield part
+
+
+def store(conn: q.Connection, refuse: Callable, part: list[Ready]) -> int:
+    """Store tasks, within a transaction; return how many are new. A refused one stops no other."""
+    conn.execute("savepoint part")
+    try:
+        return store_all(conn, part)
+    except Exception as error:
+        conn.execute("rollback to part")
+        if len(part) > 1:
+            return sum(store(conn, refuse, [task]) for task in part)
+        refuse(part[0].number, error)
+        return 0
+    finally:
+        if conn.in_transaction:
+            conn.execute("release part")
+
+
+def store_all(conn: q.Connection, part: list[Ready]) -> int:
+    queue = part[0].queue
+    if part[0].is_over:
+        # Row ids of their own: those that they had may be other tasks' here.
+        last = conn.execute(LAST_ID, {"queue": queue}).fetchone()[0]
+        for row_id, task in enumerate(part, last + 1):
+            task.values["row_id"] = row_id
+        use_ids(conn, queue, last + len(part))
+        q.end_quiet(conn.state)
+    return conn.executemany(part[0].statement, [task.values for task in part]).rowcount
 
 
 def is_about_the_task(error: Exception, state: Path) -> bool:
@@ -245,50 +305,50 @@ def is_about_the_task(error: Exception, state: Path) -> bool:
 
 
 def parse_line(conn: q.Connection, line: bytes) -> dict:
-    """Return the checked task of a line; make its queue."""
-    text = line.decode("utf-8-sig").strip()
-    task = q.parse_json(text)
-    if not isinstance(task, dict):
-        raise q.InvalidTask("it is not a JSON object")
+    """Return the checked task of a line, with its data as text and, "stored", as an object; make its
+    queue."""
+    task = read_line(conn, line.decode("utf-8-sig").strip())
     if task["status"] not in database.STATUSES:
         raise q.InvalidTask(f"{task['status']!r} is not a status")
     queue = q.check_queue_name(task["queue"])
     is_over = task["status"] in FINISHED
-    if not isinstance(task["data"], dict) and not (is_over and isinstance(task["data"], str)):
+    if not isinstance(task["stored"], dict) and not (is_over and isinstance(task["stored"], str)):
         raise q.InvalidTask("its data is not a JSON object")
-    check(task, "id", whole(1, 2**53), required=True)
-    check(task, "task_id", is_text, required=True)
-    for name in ("task_type", "group_id", "approval", "rerun", "asks", "error", "result", "log"):
-        check(task, name, is_text)
-    check(task, "priority", whole(-1_000_000, 1_000_000))
-    check(task, "attempts", whole(0, MOST_ATTEMPTS))
-    check(task, "max_attempts", whole(1, MOST_ATTEMPTS))
-    check(task, "exit_code", whole(-(2**31), 2**31))
-    check(task, "enqueued_at", is_moment if is_over else is_seconds, required=True)
-    if is_over:
-        check(task, "completed_at", is_moment, required=True)
-        check(task, "started_at", is_moment)
-    else:
+    checks, required = (OF_ENDED, ENDED_NEEDS) if is_over else (OF_LIVE, LIVE_NEEDS)
+    for name, value in task.items():
+        if name in checks and not checks[name](value):
+            raise q.InvalidTask(f"its {name} is {short(repr(value), 40)}")
+    for name in (*required, *(["due_at"] if task["status"] == "scheduled" else [])):
+        if name not in task:
+            raise KeyError(name)
+    if not is_over:
         task.pop("completed_at", None)
-        check(task, "due_at", is_seconds, required=task["status"] == "scheduled")
-        check(task, "expires_at", is_seconds)
-        check(task, "delayed_at", is_seconds)
-        check(task, "released_at", is_seconds)
-        check(task, "approved", whole(0, 1))
     task["task_type"] = task.get("task_type") or queue
-    # SQLite gives the numbers as they stand; Python would round some.
-    task["data"] = conn.execute(DATA_OF, {"line": text}).fetchone()[0]
     q.ensure_queue(conn, queue)
     return task
 
 
-def check(task: dict, name: str, is_right: Callable, required: bool = False) -> None:
-    """Raise InvalidTask unless a field is right, or missing and not required."""
-    value = task[name] if required else task.get(name)
-    if value is None and not required:
-        task.pop(name, None)
-    elif not is_right(value):
-        raise q.InvalidTask(f"its {name} is {short(repr(value), 40)}")
+def read_line(conn: q.Connection, text: str) -> dict:
+    """Return the object of a line without its nulls, its data as text and, "stored", as a value."""
+    head, found, rest = text.partition(', "data": {')
+    if found and rest.endswith("}"):
+        # An export writes the data last. If both parts are JSON, so is the whole.
+        with suppress(ValueError):
+            data = "{" + rest[:-1]
+            return without_nulls(q.parse_json(head + "}")) | {
+                "data": data,
+                "stored": q.parse_json(data),
+            }
+    task = q.parse_json(text)
+    if not isinstance(task, dict):
+        raise q.InvalidTask("it is not a JSON object")
+    # SQLite gives the numbers as they stand; Python would round some.
+    data = conn.execute(DATA_OF, {"line": text}).fetchone()[0]
+    return without_nulls(task) | {"data": data, "stored": task["data"]}
+
+
+def without_nulls(task: dict) -> dict:
+    return {name: value for name, value in task.items() if value is not None}
 
 
 def whole(least: int, most: int) -> Callable:
@@ -317,60 +377,82 @@ def is_moment(value: object) -> bool:
     return True
 
 
-def import_finished(conn: q.Connection, task: dict) -> bool:
-    """Store a finished task, within a transaction. Return False if it is known already."""
-    queue = task["queue"]
-    if conn.execute(q.on_queue(KNOWN_FINISHED, queue), task).fetchone()[0]:
-        return False
-    row = {name: task[name] for name in columns_of(conn, "task_history") if name in task}
+IN_BOTH = {
+    "id": whole(1, 2**53),
+    "priority": whole(-1_000_000, 1_000_000),
+    "attempts": whole(0, MOST_ATTEMPTS),
+    "max_attempts": whole(1, MOST_ATTEMPTS),
+    "exit_code": whole(-(2**31), 2**31),
+    **dict.fromkeys(
+        "task_id task_type group_id approval rerun asks error result log".split(), is_text
+    ),
+}
+OF_ENDED = IN_BOTH | dict.fromkeys(("enqueued_at", "completed_at", "started_at"), is_moment)
+ENDED_NEEDS = ("id", "task_id", "enqueued_at", "completed_at")
+MOMENTS = ("enqueued_at", "due_at", "expires_at", "delayed_at", "released_at")
+OF_LIVE = IN_BOTH | {"approved": whole(0, 1)} | dict.fromkeys(MOMENTS, is_seconds)
+LIVE_NEEDS = ("id", "task_id", "enqueued_at")
+
+
+def ready(conn: q.Connection, number: int, task: dict, columns: dict[str, list[str]]) -> Ready:
+    """Return a checked task as it is stored. `columns` remember those of the tables."""
+    queue, is_over = task["queue"], "completed_at" in task
+    table = "task_history" if is_over else queue
+    if table not in columns:
+        columns[table] = columns_of(conn, table)
+    row = {name: task[name] for name in columns[table] if name in task}
+    known, more = finished_row(task, row) if is_over else live_row(task, row)
+    statement = insert_new(table, q.on_queue(known, queue), *row)
+    return Ready(number, queue, is_over, statement, row | more)
+
+
+@lru_cache
+def insert_new(table: str, known: str, *names: str) -> str:
+    """Return the statement that stores a row with these columns unless it is known."""
+    quoted, values = (
+        ", ".join(f'"{name}"' for name in names),
+        ", ".join(f":{name}" for name in names),
+    )
+    return INSERT.format(table=table, names=quoted, values=values, known=known)
+
+
+def finished_row(task: dict, row: dict) -> tuple[str, dict]:
+    """Fill the row of a finished task; return when it is known, and what else that asks for."""
     row |= {name: task[name] for name in ("queue", "task_id", "task_type", "status", "data")}
-    # A row id of its own: the one it had may be another task's here.
-    row["row_id"] = conn.execute(LAST_ID, {"queue": queue}).fetchone()[0] + 1
-    use_ids(conn, queue, row["row_id"])
-    insert(conn, "task_history", row)
-    q.end_quiet(conn.state)
-    return True
+    row["row_id"] = None
+    return KNOWN_FINISHED, {"id": task["id"], "came": task["data"]}
 
 
-def import_live(conn: q.Connection, task: dict) -> bool:
-    """Store a waiting task, within a transaction. Return False if it is known already."""
-    queue = task["queue"]
+def live_row(task: dict, row: dict) -> tuple[str, dict]:
+    """Fill the row of a waiting task; return when it is known, and what else that asks for."""
+    queue, data, task_id, known = task["queue"], task["data"], task["task_id"], KNOWN_LIVE
+    stored = task["stored"]
+    at = float(task["enqueued_at"])
     # The history's time of it; SQLite's strftime() rounds some of them otherwise.
-    task["enqueued"] = q.utc(task["enqueued_at"])
-    stored = json.loads(task["data"])
+    more = {"enqueued": q.utc(task["enqueued_at"])}
     if is_envelope(stored):
         # The database reads the id out of the data, and so do we.
-        task["task_id"] = stored["task_id"]
+        task_id = stored["task_id"]
     else:
-        if task["task_id"] == f"{queue}-{task['id']}":
-            if conn.execute(q.on_queue(KNOWN_BARE, queue), task).fetchone()[0]:
-                return False
+        if task_id == f"{queue}-{task['id']}":
+            known = KNOWN_BARE
+            more |= {"id": task["id"], "bare_id": task_id, "came": data}
             # The row after which it is called is another task here.
-            task["task_id"] += "-" + hashlib.sha256(task["data"].encode()).hexdigest()[:12]
-        at = float(task["enqueued_at"])
-        task["data"] = envelope_of(task["task_id"], task["task_type"], at, task["data"])
-    if conn.execute(q.on_queue(KNOWN_LIVE, queue), task).fetchone()[0]:
-        return False
-    row = {name: task[name] for name in columns_of(conn, queue) if name in task}
+            task_id += "-" + hashlib.sha256(data.encode()).hexdigest()[:12]
+        data = envelope_of(task_id, task["task_type"], at, data)
     is_later = task["status"] in ("scheduled", "held")
     if task["status"] != "scheduled":
         row |= {name: None for name in ("due_at", "delayed_at") if name in row}
     if not is_later:
         row |= {name: None for name in ("released_at", "asks") if name in row}
-    row |= {"data": task["data"], "timestamp": float(task["enqueued_at"])}
-    row["status"] = q.SCHEDULED if is_later else q.READY
-    return insert(conn, queue, row) == 1
+    row |= {"data": data, "timestamp": at, "status": q.SCHEDULED if is_later else q.READY}
+    return known, more | {"task_id": task_id}
 
 
 def is_envelope(stored: dict) -> bool:
     names = ("task_id", "task_type")
     named = all(isinstance(stored.get(name), str) and stored[name] for name in names)
     return named and isinstance(stored.get("data"), dict)
-
-
-def insert(conn: q.Connection, table: str, row: dict) -> int:
-    names, places = ", ".join(f'"{name}"' for name in row), ", ".join(f":{name}" for name in row)
-    return conn.execute(INSERT.format(table=table, names=names, places=places), row).rowcount
 
 
 def envelope_of(task_id: str, task_type: str, timestamp: float, text: str) -> str:
