@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import sqlite3
 import time
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import queue_helpers as q
 from taskqueue import costs
-from taskqueue.database import Reader
+
+if TYPE_CHECKING:
+    from taskqueue.database import Reader
 
 # The later end of two pauses wins; one without an end is later than any.
 PAUSE = """

@@ -70,7 +70,7 @@ def test_the_tasks_of_the_backup_are_there_and_what_they_replace_is_counted_and_
 
 def test_people_are_told_where_the_state_before_is_and_what_is_missing(backed_up):
     said = backed_up.run("tasks.py", "restore", backed_up.backup).stdout
-    assert "tasks.db.before-restore-" in said and "to go back: tasks.py restore '" in said
+    assert "tasks.db.before-restore-" in said and "to go back: ./tasks.py restore '" in said
     assert "not in the backup: 1 task that waited or ran, and 1 that had finished" in said
 
 
