@@ -12,7 +12,8 @@ install asks first, then acts. It copies the scripts to PREFIX/runtime/lib and t
 to PREFIX/handlers; handlers that you changed stay yours. It makes PREFIX/state (or
 TASK_QUEUE_STATE) with its queues, and fills uv's cache so that no hook downloads anything. It
 offers hooks for settings.json (a link check when Claude has answered, a report of what tasks have
-found with your next prompt, and one that wakes an idle session) and the command tq. Run it again to upgrade: running workers
+found with your next prompt, and one that wakes an idle session), the command tq, and a skill that
+tells Claude how to use it. Run it again to upgrade: running workers
 go on. uninstall removes what install and `tq service` put in place, never the state and nothing
 that you changed.
 
@@ -54,6 +55,8 @@ from taskqueue.text import plural  # noqa: E402
 
 # Long enough for one script's packages to be downloaded.
 WARM_SECONDS = 600.0
+# What a first install fetches; the hub's demo fetches PostgreSQL, 75 MB, at its first run.
+DOWNLOAD = "up to 410 MB to download, of which lychee has 300"
 # Up to so many files are named one by one.
 FEW = 3
 
@@ -86,12 +89,14 @@ def parser() -> cli.Parser:
         choices=("yes", "no"),
         help="add the hook that wakes idle sessions, or take it out",
     )
+    add("--skill", choices=("yes", "no"), help=f"tell Claude how to use the command, {ask}")
     add("--environment", choices=("yes", "no"), help=f"give workers what is set here, {ask}")
     add("--command", metavar="NAME", type=program, help="put it into ~/.local/bin as NAME (or ask)")
     add("--no-command", action="store_true", help="put no command there")
     add("--yes", action="store_true", help="answer yes to every question but the wake-up")
     add("--no-warm", action="store_true", help="leave uv's cache alone; a first run may download")
-    verb("uninstall", "take out what install and `tq service` put in, never the state")
+    add = verb("uninstall", "take out what install and `tq service` put in, never the state")
+    add("--yes", action="store_true", help="accepted, as uninstall asks nothing")
     return top
 
 
@@ -169,13 +174,11 @@ def install(place: Installation, args: argparse.Namespace) -> int:
     uv, python = installation.find_uv(), find_python()
     place.record.update(state=str(place.state), uv=uv, python=python)
     planned, steps = files.plan(place), Steps()
-    actions = [(file.action, place.name(file.path)) for file in planned]
-    if not (place.state / "tasks.db").exists():
-        actions.append(("make", f"the queues in {place.state}"))
-    tell_files(actions, args.dry_run)
+    tell_files(actions_of(place, planned, uv is not None and not args.no_warm), args.dry_run)
+    command = steps.run(wanted_command, place, args)
     variables = steps.run(wanted_variables, place, args)
     hooks = steps.collect((wanted_hooks, wanted_wake), place, args)
-    command = steps.run(wanted_command, place, args)
+    skill = steps.run(wanted_skill, place, args, command)
     if args.dry_run:
         if command:
             print(f"{'put':<10} {command_directory() / command}")
@@ -195,11 +198,22 @@ def install(place: Installation, args: argparse.Namespace) -> int:
     steps.run(take_out_wake, place, args)
     if command:
         put_command(place, command)
+    put_skill(place, skill)
     if not uv:
         needs = "workers need it" if python else "there is no Python 3.11 either: hooks only store"
         steps.failed = complain(f"uv was not found, and {needs}: python3 -m pip install uv")
     print(f"installed in {place.prefix}; check it with: {place.typed()} doctor")
     return steps.failed
+
+
+def actions_of(place: Installation, planned: list[File], warms: bool) -> list[tuple[str, str]]:
+    """Return what install will do to files, (action, name), before it has asked anything."""
+    actions = [(file.action, place.name(file.path)) for file in planned]
+    if not (place.state / "tasks.db").exists():
+        actions.append(("make", f"the queues in {place.state}"))
+    if warms and not place.lib.is_dir():
+        actions.append(("fill", f"uv's cache: {DOWNLOAD}"))
+    return actions
 
 
 def tell_files(actions: list[tuple[str, str]], each: bool) -> None:
@@ -420,8 +434,7 @@ def asked_command(place: Installation, args: argparse.Namespace) -> str:
     if args.dry_run or not sys.stdin.isatty():
         print(f"no command was added to ~/.local/bin: say --command {COMMAND}")
         return ""
-    wanted = answer(f"Put the command {COMMAND} into ~/.local/bin? [y/N] ").lower() in ("y", "yes")
-    return COMMAND if wanted else ""
+    return COMMAND if agrees(f"Put the command {COMMAND} into ~/.local/bin? [Y/n] ") else ""
 
 
 def put_command(place: Installation, name: str) -> None:
@@ -469,6 +482,41 @@ def forget_command(place: Installation, except_for: Path) -> None:
         if digest_there(Path(had)) in place.known(Path(had)):
             Path(had).unlink()
         place.record["files"].pop(had, None)
+
+
+def wanted_skill(place: Installation, args: argparse.Namespace, command: str | None) -> File | None:
+    """Return the file that tells Claude how to use the command, where the person wants it."""
+    path = place.settings.parent / "skills/task-queue/SKILL.md"
+    source = HERE / "skills/task-queue/SKILL.md"
+    if not source.is_file():
+        return None
+    text = source.read_text().replace("`task-queue", f"`{command}")
+    content = text.replace("\ntask-queue ", f"\n{command} ").encode()
+    there = digest_there(path)
+    if not command or args.skill == "no" or there == digest(content):
+        return None
+    if there is not None and there not in place.known(path):
+        print(f"{'keep yours':<10} {path}")
+        return None
+    skill = File(path, content, 0o600, "update" if there else "add")
+    if there or args.yes or args.skill == "yes":
+        return None if args.dry_run else skill
+    if args.dry_run or not sys.stdin.isatty():
+        print(f"Claude is not told how to use {command}: say --skill yes")
+        return None
+    return skill if agrees(f"Tell Claude how to use {command}, with {path}? [Y/n] ") else None
+
+
+def put_skill(place: Installation, skill: File | None) -> None:
+    if skill:
+        place.put([skill])
+        print(f"{skill.action:<10} {skill.path}")
+
+
+def remove_skill(place: Installation) -> None:
+    """Remove the skill's directory; its file is gone, unless the person changed it."""
+    for skill in (Path(name).parent for name in place.record["files"] if name.endswith("SKILL.md")):
+        remove_empty(skill, skill.parent)
 
 
 # -------------------------------------------------------------------------------- the offered hooks
@@ -634,6 +682,7 @@ def uninstall(place: Installation, args: argparse.Namespace) -> int:
     remove_empty(place.lib / "bin", package / "__pycache__", package)
     remove_empty(place.lib / "__pycache__", place.lib)
     remove_empty(place.lib.parent, place.handlers)
+    remove_skill(place)
     # The record goes last, so that an uninstall that was killed can run again.
     if failed:
         place.record = {**place.record, "files": {}, "units": []}

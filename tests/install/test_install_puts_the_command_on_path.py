@@ -26,6 +26,11 @@ def home(tmp_path):
 
 def run(home, *args, command="install", path="/usr/bin:/bin", env=None, **options):
     more = ["--hook", "no", "--report", "no"] if command == "install" else []
+    more += (
+        ["--skill", "no"]
+        if command == "install" and "--skill" not in args and "--yes" not in args
+        else []
+    )
     path = f"{os.path.dirname(shutil.which('uv'))}:{path}" if shutil.which("uv") else path
     return homes.run(home, command, *args, *more, env={"PATH": path} | (env or {}), **options)
 
@@ -74,8 +79,21 @@ def test_it_is_not_put_there_unasked(home, args):
 def test_on_a_terminal_it_asks(home, typed, there):
     with terminal(typed) as stdin:
         ran = run(home, stdin=stdin)
-    assert ran.returncode == 0 and "Put the command tq into ~/.local/bin? [y/N]" in ran.stdout
+    assert ran.returncode == 0 and "Put the command tq into ~/.local/bin? [Y/n]" in ran.stdout
     assert (os.listdir(bin_of(home)) if bin_of(home).exists() else []) == there
+
+
+def test_claude_is_told_how_to_use_the_command(home):
+    skill = home / ".claude/skills/task-queue/SKILL.md"
+    assert run(home, "--command", "queue", "--skill", "no").returncode == 0 and not skill.exists()
+    assert run(home, "--command", "queue", "--skill", "yes").returncode == 0
+    text = skill.read_text()
+    assert "\nqueue add approvals claude" in text and "task-queue " not in text
+    skill.write_text(text + "Mine.\n")
+    assert "keep yours" in run(home, "--yes").stdout and skill.read_text().endswith("Mine.\n")
+    skill.write_text(text)
+    assert run(home, "--yes", command="uninstall").returncode == 0
+    assert not skill.parent.parent.exists()
 
 
 def other_program(directory, name="tq"):
