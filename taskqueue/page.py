@@ -10,6 +10,7 @@ import base64
 import hashlib
 import json
 import os
+import re
 import sqlite3
 import sys
 import tempfile
@@ -49,7 +50,7 @@ TILES += ("completed", "cancelled", "expired")
 ALWAYS = {"failed", "in_progress", "pending", "scheduled", "completed"}
 WAITING = ("held", "pending", "blocked", "scheduled", "handed_over")
 # Where a payload says what its task is about.
-ABOUT = ("prompt", "file", "path", "summary", "message", "text")
+ABOUT = ("prompt", "file", "file_path", "path", "command", "argv", "summary", "message", "text")
 
 # --------------------------------------------------------------------------------------- statements
 
@@ -224,7 +225,8 @@ def task_of(row: dict, controls: dict) -> dict:
     """Return a task as the template shows it."""
     moment = row["completed_at"] or row["due_at"] or row["started_at"] or row["enqueued_at"]
     stored = show.payload_text(row["data"])
-    note = show.note_of(row, controls)
+    # The column before the note says what the task is about.
+    note = show.note_of(row, controls).removesuffix(show.gist(row["data"])).rstrip(": ")
     about = about_of(stored)
     texts = (("stdout", row.get("result")), ("stderr", row.get("log")), ("data", indented(stored)))
     fields = show.fields_of(row | {"came_from": ()})
@@ -236,7 +238,7 @@ def task_of(row: dict, controls: dict) -> dict:
         "about": about,
         "moment": clock(moment, whole=True),
         "when": ago(moment),
-        "note": "" if note == stored else short(note, LINE_CHARS),
+        "note": short(note, LINE_CHARS),
         "fields": [(name, cut(value)) for name, value in fields if name != "status"],
         "boxes": [(name, cut(text)) for name, text in texts if (text or "").strip()],
         "command": f"{command('show')} {sh(row['task_id'])}",
@@ -248,10 +250,20 @@ def about_of(stored: str) -> str:
     payload = show.payload(stored)
     if not isinstance(payload, dict):
         return ""
-    texts = [payload[name] for name in ABOUT if isinstance(payload.get(name), str)]
+    # A tool's hook names its file in there.
+    tool = payload.get("tool_input")
+    given = {**(tool if isinstance(tool, dict) else {}), **payload}
+    texts = [text_of(given.get(name)) for name in ABOUT]
     place = payload.get("workspace_path")
     project = os.path.basename(place.rstrip("/")) if isinstance(place, str) else ""
     return short(next(filter(str.strip, texts), project), 80)
+
+
+def text_of(value: object) -> str:
+    """Return a text, or the words of a command."""
+    if isinstance(value, list) and all(isinstance(word, str) for word in value):
+        return " ".join(map(sh, value))
+    return value if isinstance(value, str) else ""
 
 
 def indented(stored: str) -> str:
@@ -359,7 +371,7 @@ def hour_and_minute(seconds: float) -> str:
 @lru_cache(1)
 def template():
     from jinja2 import Environment, StrictUndefined
-    from markupsafe import Markup
+    from markupsafe import Markup, escape
 
     def visible(value: object) -> object:
         """Make text from outside visible."""
@@ -372,7 +384,13 @@ def template():
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    made.filters |= {"word": word, "span": span, "clock": hour_and_minute}
+
+    def breakable(value: object) -> Markup:
+        """Let a browser break long names and paths behind their punctuation, not within a word."""
+        text = str(escape(visible_lines(str(value))))
+        return Markup(re.sub(r"(?<=\w)([/_.:=,?-]+)(?=[^\W_])", r"\1<wbr>", text))
+
+    made.filters |= {"breakable": breakable, "word": word, "span": span, "clock": hour_and_minute}
     style_hash = base64.b64encode(hashlib.sha256(STYLE.encode()).digest()).decode()
     made.globals |= {"style": Markup(STYLE), "style_hash": style_hash, "live": LIVE}
     return made.from_string(TEMPLATE)

@@ -36,7 +36,7 @@ section, .note { background: var(--card); border: 1px solid var(--line); border-
 .tiles b { display: block; font-size: 1.75rem; line-height: 1.2; font-variant-numeric: tabular-nums }
 .tiles .some b, .status { color: var(--status) } .status { font-weight: 600 }
 details { border-top: 1px solid var(--line) } h2 + details { border-top: 0 }
-summary { display: grid; grid-template-columns: 9rem 12rem 8rem 1fr; gap: 0 1rem; padding: .375rem 0; cursor: pointer }
+summary { display: grid; grid-template-columns: 10rem minmax(14rem, 1fr) 6.5rem 1fr; gap: 0 1rem; padding: .375rem 0; cursor: pointer }
 summary:hover { background: var(--back) }
 summary .name { color: var(--link) } summary .when { color: var(--quiet) }
 details.more > summary { display: block; color: var(--link) }
@@ -48,7 +48,7 @@ pre { margin: 0; padding: .5rem .75rem; white-space: pre-wrap; border: 1px solid
 h3 { font-size: .875rem; margin: .5rem 0 .25rem; color: var(--quiet) }
 table { border-collapse: collapse; width: 100%; font-size: .9375rem }
 th, td { text-align: left; vertical-align: top; padding: .375rem .75rem .375rem 0; border-top: 1px solid var(--line) }
-td:first-child { overflow-wrap: anywhere; min-width: 7rem }
+td:first-child { overflow-wrap: anywhere; min-width: 9rem }
 thead th { border-top: 0; color: var(--quiet); font-weight: 600; font-size: .8125rem }
 td.number, th.number { text-align: right; font-variant-numeric: tabular-nums } td.number { white-space: nowrap }
 td.zero { color: var(--quiet) } tr.total td { font-weight: 600 } tr.type td:first-child { padding-left: 1rem }
@@ -60,6 +60,9 @@ svg rect { fill: var(--status) } svg .ground { fill: transparent }
 .key { display: flex; flex-wrap: wrap; gap: 0 1rem; font-size: .8125rem }
 .key span::before { content: "■ "; color: var(--status) }
 code { font-size: .9em }
+@media (max-width: 62rem) {
+  summary { grid-template-columns: 10rem 1fr 6rem } summary .says { grid-column: 1 / -1 }
+}
 @media (max-width: 44rem) { summary { grid-template-columns: 1fr; gap: 0 } section { padding: .75rem } }
 @media (max-width: 68rem) {
   thead { display: none }
@@ -84,14 +87,14 @@ TEMPLATE = """<!doctype html>
 
 {% macro task_line(task, with_status) %}
 <details class="{{ task.status }}" data-task="{{ task.task_id }}">
-<summary><span class="name">{{ task.task_type }}</span> <span class="about">{{ task.about }}</span>
+<summary><span class="name">{{ task.task_type | breakable }}</span> <span class="about">{{ task.about | breakable }}</span>
 <span class="when" title="{{ task.moment }}">{{ task.when }}</span>
-<span class="says">{% if with_status %}<b class="status">{{ task.status | word }}</b> {% endif %}{{ task.note }}</span></summary>
-<dl>{% for name, value in task.fields %}<dt>{{ name }}</dt><dd>{{ value }}</dd>
+<span class="says">{% if with_status %}<b class="status">{{ task.status | word }}</b> {% endif %}{{ task.note | breakable }}</span></summary>
+<dl>{% for name, value in task.fields %}<dt>{{ name }}</dt><dd>{{ value | breakable }}</dd>
 {% endfor %}</dl>
-{% for name, text in task.boxes %}<h3>{{ name }}</h3><pre>{{ text }}</pre>
+{% for name, text in task.boxes %}<h3>{{ name }}</h3><pre>{{ text | breakable }}</pre>
 {% endfor %}
-<p class="quiet"><code>{{ task.command }}</code> shows it in a terminal.</p>
+<p class="quiet"><code>{{ task.command | breakable }}</code> shows it in a terminal.</p>
 </details>
 {% endmacro %}
 
@@ -99,7 +102,7 @@ TEMPLATE = """<!doctype html>
 {% for task in part.shown %}{{ task_line(task, with_status) }}{% endfor %}
 {% if part.folded %}<details class="more"><summary>{{ part.folded | length }} more</summary>
 {% for task in part.folded %}{{ task_line(task, with_status) }}{% endfor %}
-{% if part.more %}<p class="quiet">{{ part.more }}</p>{% endif %}</details>{% endif %}
+{% if part.more %}<p class="quiet">{{ part.more | breakable }}</p>{% endif %}</details>{% endif %}
 {% endmacro %}
 
 {% macro chart(columns, bars, label) %}
@@ -117,7 +120,7 @@ TEMPLATE = """<!doctype html>
 <header><h1>Task queue</h1>
 <p>As of {{ now }}{% if refresh %}, read again every {{ refresh | span }}{% endif %}. All times are {{ zone }}.</p></header>
 <main>
-{% for note in notes %}<div class="note"><p>{{ note }}</p></div>
+{% for note in notes %}<div class="note"><p>{{ note | breakable }}</p></div>
 {% endfor %}
 
 <div class="tiles">
@@ -155,7 +158,7 @@ TEMPLATE = """<!doctype html>
 
 {% if costs %}
 <section id="costs"><h2>Cost per day</h2>
-<table><thead><tr><th>day</th>{% for name in costs[""] %}<th class="number">{{ name }}</th>{% endfor %}</tr></thead>
+<table><thead><tr><th>day</th>{% for name in costs[""] %}<th class="number">{{ name | breakable }}</th>{% endfor %}</tr></thead>
 <tbody>
 {% for day, amounts in costs.items() if day %}
 <tr><td data-label="day">{{ day }}</td>{% for amount in amounts %}<td class="number" data-label="{{ costs[""][loop.index0] }}">{{ amount }}</td>{% endfor %}</tr>
@@ -165,12 +168,12 @@ TEMPLATE = """<!doctype html>
 
 <section id="counts"><h2>By queue and type of task</h2>
 <table><thead><tr><th>queue and type</th>
-{% for status, _, _ in tiles %}<th class="number">{{ status | word }}{% if status not in live %}, 24 h{% endif %}</th>{% endfor %}
+{% for status, _, _ in tiles %}<th class="number">{{ status | word }}{% if status not in live %}, 24&nbsp;h{% endif %}</th>{% endfor %}
 <th class="number">oldest pending</th><th class="number">waited (median)</th><th class="number">ran (median)</th></tr></thead>
 <tbody>
 {% for queue, task_type, numbers, seconds in counts %}
 <tr class="{{ 'type' if task_type else 'total' }}" data-queue="{{ queue }}" data-type="{{ task_type }}">
-<td data-label="{{ 'type' if task_type else 'queue' }}">{{ task_type or queue }}</td>
+<td data-label="{{ 'type' if task_type else 'queue' }}">{{ (task_type or queue) | breakable }}</td>
 {% for status, _, _ in tiles %}{% set tasks = numbers[status] %}
 <td class="number{{ ' zero' if not tasks }}{{ ' status failed' if status == 'failed' and tasks }}" data-status="{{ status }}" data-label="{{ status | word }}{% if status not in live %}, 24 h{% endif %}">{{ "{:,}".format(tasks) }}</td>
 {% endfor %}

@@ -190,7 +190,8 @@ def test_times_are_local_and_their_zone_is_named(installation, browser):
 
 LINES = """
 return [...document.querySelectorAll('summary .name, summary .when')].map(e => {
-  const range = document.createRange(); range.selectNodeContents(e); return range.getClientRects().length })"""
+  const range = document.createRange(); range.selectNodeContents(e);
+  return new Set([...range.getClientRects()].map(box => box.top)).size })"""
 
 
 @pytest.mark.parametrize("width", (720, 1180))
@@ -204,6 +205,45 @@ def test_names_are_not_broken_for_a_long_reason(installation, browser, width):
     look(browser, width)
     loaded(browser, write_page(installation))
     assert set(browser.execute_script(LINES)) == {1}
+
+
+# Words that stand on two lines. A word is of letters and digits; one of more than 24 may have to.
+BROKEN = r"""
+const found = [], walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+while (walker.nextNode()) { const node = walker.currentNode;
+  if (!node.parentElement.offsetParent) continue;
+  for (const word of node.textContent.matchAll(/[\p{L}\p{N}]{1,24}(?![\p{L}\p{N}])/gu)) {
+    const range = document.createRange(); range.setStart(node, word.index);
+    range.setEnd(node, word.index + word[0].length);
+    if (new Set([...range.getClientRects()].filter(box => box.width).map(box => box.top)).size > 1)
+      found.push(word[0]) } }
+return found"""
+ABOUT = {
+    "prompt": "Review the dependencies of the website, and say which have known vulnerabilities",
+    "file": "docs/operations/handbook/installation-and-configuration.md",
+    "summary": "2 links are broken: docs/installation-and-configuration.md:117",
+    "tool_input": {"file_path": "/home/user/internationalization/README.md"},
+}
+
+
+@pytest.mark.parametrize("width", (375, 768, 1280))
+def test_no_word_is_broken_and_each_task_says_what_it_is_about(installation, browser, width):
+    for name, value in ABOUT.items():
+        task_type = f"nightly_{name}_review"
+        installation.enqueue("documentation_maintenance", task_type, json.dumps({name: value}))
+    installation.sqlite3(
+        "insert into task_history (queue, row_id, task_id, task_type, status, data, enqueued_at, error)"
+        " values ('notifications', 9, 'x', 'nightly_dependency_review', 'failed', '{}', datetime('now'),"
+        "'no handler in /home/somebody/.claude/automation/lychee/handlers: put one there, then retry')"
+    )
+    look(browser, width)
+    loaded(browser, write_page(installation))
+    said = text(browser, "#waiting")
+    for value in ABOUT.values():
+        assert (value if isinstance(value, str) else value["file_path"])[:79] in said
+    for unfold in ("", UNFOLD):
+        browser.execute_script(unfold)
+        assert browser.execute_script(BROKEN) == []
 
 
 BARS = """
