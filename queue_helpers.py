@@ -513,7 +513,10 @@ _Task = namedtuple(
 
 
 class Task(_Task):
-    """A claimed task. `id` is its row, `text` what was stored (JSON), times are Unix seconds."""
+    """A claimed task. `id` is its row, `text` what was stored (JSON), times are Unix seconds.
+
+    docs/reference.md says what each attribute is.
+    """
 
     __slots__ = ()
 

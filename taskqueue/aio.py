@@ -30,13 +30,7 @@ class Delivery:
     acks; an exception in it nacks and is logged, and the loop goes on; a cancellation puts the task
     back, and the attempt does not count.
 
-    queue, task_id, task_type: str
-    data: dict, the payload; envelope: dict, all that was stored; text: str, the same as JSON
-    id: int, the row in the queue's table
-    attempts: int, this one included; max_attempts: int
-    priority: int; depth: int, how many handlers' tasks stand before this one
-    enqueued_at, claimed_at: float, Unix seconds
-
+    Its attributes are those of `task`, a queue_helpers.Task; docs/reference.md says what each is.
     Raises ValueError from data, envelope and depth where the stored JSON cannot be read.
     """
 
@@ -45,7 +39,8 @@ class Delivery:
         self._settled, self._pid = False, os.getpid()
 
     def __repr__(self) -> str:
-        return f"<Delivery of {self.task!r}>"
+        state = "settled" if self._settled else "claimed"
+        return f"<Delivery {repr(self.task).removeprefix('<Task ').removesuffix('>')}, {state}>"
 
     def __getattr__(self, name: str):
         return getattr(self.task, name)

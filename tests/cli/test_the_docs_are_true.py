@@ -138,6 +138,15 @@ def test_the_state_directory_and_the_handlers_are_named():
         assert f"`{path.name}`" in REFERENCE
 
 
+def test_each_attribute_of_a_task_is_in_the_reference():
+    import queue_helpers as q
+
+    table = REFERENCE.partition("| attribute | type | is |")[2].partition("\n\n")[0]
+    named = set(re.findall(r"`([a-z_]+)`", "".join(re.findall(r"(?m)^\| (.*?) \|", table))))
+    has = {name for name in vars(q.Task) if not name.startswith("_")} | {*q.Task._fields}
+    assert named == has - {"from_row", "unreadable"} | {"task"}
+
+
 def test_the_map_of_the_modules_is_the_directory():
     [drawn] = re.findall(r"^## The modules\n+```text\n(.*?)^```$", HOW, re.MULTILINE | re.DOTALL)
     scripts, modules = drawn.split("taskqueue/")

@@ -380,11 +380,15 @@ def test_a_task_says_which_it_is(queue):
 
     async def main():
         async for task in queue.consume("notifications", max_attempts=7):
-            return repr(task.task), repr(task), str(task)
+            said = [repr(task.task), repr(task), str(task)]
+            async with task:
+                pass
+            return [*said, repr(task)]
 
-    said, delivered, printed = run(main())
+    said, *delivered, settled = run(main())
     assert said == "<Task 'r-1' of notifications: review, attempt 1 of 7>"
-    assert delivered == printed == f"<Delivery of {said}>"
+    assert delivered == ["<Delivery 'r-1' of notifications: review, attempt 1 of 7, claimed>"] * 2
+    assert settled == "<Delivery 'r-1' of notifications: review, attempt 1 of 7, settled>"
 
 
 def test_a_queue_name_is_refused_at_the_first_step(queue):
