@@ -175,13 +175,17 @@ def claims(conn: sqlite3.Connection) -> Iterator[tuple[str, q.Task]]:
 
 
 def in_steps(
-    conn: q.Connection, items: Iterable, change: Callable, hold: float = HOLD_SECONDS
+    conn: q.Connection,
+    items: Iterable,
+    change: Callable,
+    hold: float = HOLD_SECONDS,
+    durable: bool = True,
 ) -> Iterator:
     """Call change(item) for each item, in short transactions; yield what it returns."""
     items, more = iter(items), True
     while more:
         results, began = [], time.monotonic()
-        with q.transaction(conn):
+        with q.transaction(conn, durable):
             for item in items:
                 results.append(change(item))
                 if time.monotonic() - began > hold:
