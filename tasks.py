@@ -121,7 +121,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if argv[:1] == ["completion"]:
         from taskqueue import completion
 
-        return completion.main(argv[1:], make_parser()[1])
+        return completion.main(argv[1:], make_parser()[1], OTHERS)
     if argv[:1] == ["dashboard"]:
         why = f"{command('page --open')} replaced it"
         return cli.complain(EX_USAGE, "tasks.py dashboard", why)

@@ -66,44 +66,41 @@ complete -c COMMAND -f -a '(_NAME_complete)'
 SHELLS = {"bash": BASH, "zsh": ZSH, "fish": FISH}
 
 
-def main(argv: Sequence[str], commands: Mapping[str, cli.Parser]) -> int:
-    """Print the script of a shell. `commands` are the parsers of tasks.py."""
+def main(argv: Sequence[str], commands: Mapping[str, cli.Parser], others: Mapping[str, str]) -> int:
+    """Print the script of a shell. `commands` are the parsers of tasks.py; `others` have their own."""
     parser = cli.make_parser("tasks.py completion", HELP)
     parser.add_argument("shell", choices=SHELLS)
     shell = parser.parse_args(argv).shell
     command = installed_command() or "tq"
     name = command.replace("-", "_")
-    table = "\n".join(table_of(commands))
+    table = "\n".join(table_of(commands, others))
     script = SHELLS[shell].replace("NAME complet", "COMMAND complet").replace("NAME", name)
     print(script.replace("COMMAND", command).replace("TABLE", table), end="")
     return 0
 
 
-def table_of(commands: Mapping[str, cli.Parser]) -> Iterator[str]:
+def table_of(commands: Mapping[str, cli.Parser], others: Mapping[str, str]) -> Iterator[str]:
     """Yield a line for each command: its name, what it does, its arguments and its options."""
     here = Path(q.__file__).parent
     for name, parser in sorted(commands.items()):
-        if parser.add_help:
+        if name not in others:
             yield line_of(name, parser.format_help())
-    yield "\t".join(("completion", "Print a completion script", ",".join(SHELLS), ""))
-    others = [name for name, parser in commands.items() if not parser.add_help]
+    yield "\t".join(("completion", others["completion"], ",".join(SHELLS), ""))
     scripts = SCRIPTS | {name: f"tasks.py {name}" for name in others if name != "completion"}
     for name, script in sorted(scripts.items()):
         words = [sys.executable, "-E", "-s", str(here / script.split()[0]), *script.split()[1:]]
         done = subprocess.run([*words, "--help"], capture_output=True, text=True, check=False)
-        yield line_of(name, done.stdout)
+        yield line_of(name, done.stdout, others.get(name, ""))
 
 
-def line_of(name: str, text: str) -> str:
+def line_of(name: str, text: str, says: str = "") -> str:
     """Return a command's line, from its --help."""
-    usage, says = "", []
-    for block in text.split("\n\n"):
-        if block.startswith("usage:"):
-            usage = usage or block
-        elif not says and not block.startswith((" ", "positional", "options")):
-            says = block.split()
+    blocks = text.split("\n\n")
+    usage = next((block for block in blocks if block.startswith("usage:")), "")
+    heads = ("usage:", " ", "positional", "options")
+    says = says or next((block for block in blocks if not block.startswith(heads)), "")
     # What stands in a shell's quotes.
-    summary = re.sub(r"[^\w ,-]", "", re.split("[.:;(]", " ".join(says))[0])
+    summary = re.sub(r"[^\w ,-]", "", re.split("[.:;(]", " ".join(says.split()))[0])
     return "\t".join((name, summary.strip(), arguments_of(name, text, usage), options_of(text)))
 
 
@@ -121,8 +118,11 @@ def arguments_of(name: str, text: str, usage: str) -> str:
 def options_of(text: str) -> str:
     """Return a command's options, --NAME or --NAME=KIND."""
     options = {}
-    for short, long, kind in re.findall(r"^  (-\w)?(?:[ \w]*, )?(--[a-z-]+)?(?: ([A-Z]+|\{[^}]*\}))?", text, re.M):  # fmt: skip
-        for option in filter(None, (long, "" if long else short)):
+    for line in re.findall(r"^  (-.*?)(?:  |$)", text, re.M):
+        names = re.findall(r"(?<![\w-])--[a-z-]+", line) or re.findall(r"^-\w", line)
+        found = re.search(r" ([A-Z]+|\{[^}]*\})", line)
+        for option in names:
+            kind = found[1] if found else ""
             if kind == "STATUS":
                 kind = ",".join(STATUSES)
             elif option[2:] in CHOICES and kind:
