@@ -38,11 +38,11 @@ def test_a_wrong_password_is_one_clear_line(machines):
 
 def test_a_hub_that_is_not_prepared_names_the_command(machine, hub):
     here = machine
-    assert "the hub has no schema yet: run relay.py init" in complaint(here)
+    assert "the hub has no schema yet: run ./relay.py init" in complaint(here)
     # Procrastinate alone may be there already.
     here.relay("init")
     hub.rows("drop table relay_tasks")
-    assert "run relay.py init" in complaint(here)
+    assert "run ./relay.py init" in complaint(here)
     here.relay("init")
     assert json.loads(here.relay("init", "--json").stdout) == {"ready": True, "made": False}
     here.relay("push", "notifications", "--drain")
