@@ -321,7 +321,8 @@ def parse_line(conn: q.Connection, line: bytes) -> dict:
         raise q.InvalidTask("its data is not a JSON object")
     checks, required = (OF_ENDED, ENDED_NEEDS) if is_over else (OF_LIVE, LIVE_NEEDS)
     for name, value in task.items():
-        if name in checks and not checks[name](value):
+        is_right = checks.get(name)
+        if is_right and not is_right(value):
             raise q.InvalidTask(f"its {name} is {short(repr(value), 40)}")
     for name in (*required, *(["due_at"] if task["status"] == "scheduled" else [])):
         if name not in task:
@@ -340,7 +341,8 @@ def read_line(conn: q.Connection, text: str) -> dict:
         # An export writes the data last. If both parts are JSON, so is the whole.
         with suppress(ValueError):
             data = "{" + rest[:-1]
-            return without_nulls(q.parse_json(head + "}")) | {
+            # Numbers that other readers could not read are in no field: each is checked.
+            return without_nulls(json.loads(head + "}")) | {
                 "data": data,
                 "stored": q.parse_json(data),
             }
@@ -364,9 +366,12 @@ def is_seconds(value: Any) -> bool:
     return type(value) in (int, float) and 0 <= value <= q.LAST_SECOND
 
 
+SURROGATE = re.compile("[\ud800-\udfff]")
+
+
 def is_text(value: object) -> bool:
     """Tell whether a value is a text that UTF-8 can hold."""
-    return isinstance(value, str) and not re.search("[\ud800-\udfff]", value)
+    return isinstance(value, str) and (value.isascii() or not SURROGATE.search(value))
 
 
 def is_moment(value: object) -> bool:
