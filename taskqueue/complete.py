@@ -66,7 +66,8 @@ def candidates(table: dict[str, list[str]], words: list[str]) -> dict[str, str]:
     if command not in table or "--" in before:
         return {}
     _, arguments, texts = table[command]
-    options = dict(text.partition("=")[::2] for text in texts.split())
+    parts = (text.partition("=") for text in texts.split())
+    options = {name: kind for name, _, kind in parts}
     if options.get(before[-1]):
         return values(options[before[-1]], word, command)
     if word.startswith("-") and "=" in word:

@@ -35,7 +35,7 @@ class Progress:
     def reach(self, done: int) -> None:
         """Say that so much of all is done."""
         self.done = done
-        if self.bar is not None:
+        if self.bar is not None and self.task is not None:
             says = amount(done, self.total, self.unit)
             self.bar.update(self.task, completed=done, says=says)
         elif time.monotonic() >= self.next:
