@@ -871,15 +871,18 @@ def _has_its_files(conn: Connection) -> bool:
     seen = directory.st_ino, directory.st_mtime_ns
     if seen == conn.seen and now < conn.check_at and conn.file:
         return True
+    has_sidecars = False
+    with suppress(OSError):
+        has_sidecars = _inodes(conn.real) == conn.sidecars
+    # After them, as the whole directory may be moved away at any moment.
     database = os.stat(conn.db)
     if conn.file not in (None, (database.st_dev, database.st_ino)):
         return False
-    with suppress(OSError):
-        if _inodes(conn.real) == conn.sidecars:
-            # A second change within the kernel's tick would not be told from the first.
-            is_settled = time.time() - directory.st_mtime > 0.1
-            conn.seen, conn.check_at = seen if is_settled else None, now + 1.0
-            return conn.file is not None
+    if has_sidecars:
+        # A second change within the kernel's tick would not be told from the first.
+        is_settled = time.time() - directory.st_mtime > 0.1
+        conn.seen, conn.check_at = seen if is_settled else None, now + 1.0
+        return conn.file is not None
     _module("taskqueue.recovery").sidecar_is_lost(conn)
     return False
 

@@ -13,7 +13,9 @@ FENCE = {"id": 7, "owner": "o", "attempts": 1, "claimed_at": NOW}
 TIMES = {"enqueued_at": "2000", "started_at": "2000", "completed_at": "2000"}
 ENDING = {"status": "completed", "exit_code": 0, "result": "", "log": "", "error": None}
 LATER = {
-    **dict.fromkeys(("due_at", "group_id", "expires_at", "delayed_at", "firing")),
+    **dict.fromkeys(
+        ("due_at", "group_id", "expires_at", "delayed_at", "firing", "own_attempts", "timeout")
+    ),
     **{"data": "{}", "status": 1, "priority": 0, "timestamp": 1.0, "task_id": "7"},
 }
 STATEMENTS = {

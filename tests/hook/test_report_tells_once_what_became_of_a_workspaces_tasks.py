@@ -616,9 +616,8 @@ def test_a_person_is_told_in_lines_that_fit_the_terminal(installation):
     assert " ".join(" ".join(shown).split()) == " ".join(piped.split())
     assert shown[-1].startswith("  ")
     history.gain(times=11, cwd=here)
-    assert "2 earlier ones ended as well; tasks.py list shows them." in "\n".join(
-        on_terminal(installation, "report.py", columns=200, cwd=here)
-    )
+    shown = "\n".join(on_terminal(installation, "report.py", columns=200, cwd=here))
+    assert f"2 earlier ones ended as well; {ROOT}/tasks.py list shows them." in shown
 
 
 BROKEN = {"failed": 1, "broken": [{"file": "a.md", "url": "b.md"}], "skipped": []}

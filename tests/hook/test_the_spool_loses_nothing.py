@@ -180,7 +180,8 @@ def odd_entries(installation) -> dict:
 def spooled_text(**columns) -> str:
     """What a hook of an older version left."""
     row = queue_helpers.new_row("t", {}, "an id")._asdict() | columns
-    kept = {name: row[name] for name in row if name not in ("data", "timestamp")}
+    newer = ("own_attempts", "timeout", "after", "after_any")
+    kept = {name: row[name] for name in row if name not in ("data", "timestamp", *newer)}
     return f'{row["data"][:-1]}, "spooled_row": {json.dumps(kept)}}}'
 
 

@@ -122,8 +122,8 @@ def test_a_depth_that_is_none_does_no_harm(installation, depth):
     worker = installation.worker("notifications", "--then", "completions")
     done = installation.finished("odd")
     assert worker.poll() is None, worker.log.read_text()
-    # A number with more digits than Python reads is no JSON.
-    if len(depth) < 100:
+    # JSON readers cannot read a number that is so long or so large.
+    if len(depth) < 100 and depth != "1e999":
         assert done["status"] == "completed" and int(done["result"]) >= 1, (
             "a hook inside would take itself for one outside"
         )
