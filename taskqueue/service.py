@@ -14,6 +14,7 @@ import os
 import shlex
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
@@ -48,6 +49,7 @@ Have systemd or launchd start a worker whenever a queue has work.
     tq service --queue approvals --enable     write the units and load them: now and at each login
     tq service                                write them again, for the queues that they serve
     tq service --remove approvals             serve a queue no more
+    tq service -- --then completions          give the workers these options (-- alone: none)
     tq service --dry-run                      show the units
 
 --queue adds a queue to those that the units serve; the first time, the default is notifications.
@@ -211,7 +213,12 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         "--kind", choices=("systemd", "launchd"), default=here, help="default: what this system has"
     )
     add("--dry-run", action="store_true", help="show the units, and write nothing")
-    return parser.parse_args(argv)
+    words = list(argv)
+    first = words.index("--") if "--" in words else len(words)
+    args = parser.parse_args(words[:first])
+    # None leaves the options of the workers as they are.
+    args.options = words[first + 1 :] if first < len(words) else None
+    return args
 
 
 def queue_name(name: str) -> str:
@@ -242,6 +249,9 @@ def change(place: Installation, args: argparse.Namespace) -> int:
         raise Trouble(f"{unknown[0]} is not served; the units serve {', '.join(before) or 'none'}")
     wanted = [*before, *args.queue] if before or args.queue else ["notifications"]
     queues = [queue for queue in dict.fromkeys(wanted) if queue not in args.remove]
+    if args.options is not None:
+        check_options(place, args.options)
+        place.record["worker_options"] = args.options
     if args.dry_run:
         for path, content in units_of(place, args.kind, queues).items():
             print(f"# {path}\n{content}")
@@ -258,6 +268,17 @@ def change(place: Installation, args: argparse.Namespace) -> int:
     else:
         print(f"to load the units: {place.typed()} service --enable")
     return 0
+
+
+def check_options(place: Installation, options: list[str]) -> None:
+    """Have a worker that finds no work read its options. Raises Trouble."""
+    with tempfile.TemporaryDirectory() as nothing:
+        command = [*worker_command(place.lib, ["notifications"]), *options, "--when-work"]
+        env = {**os.environ, "TASK_QUEUE_STATE": f"{nothing}/state"}
+        ran = subprocess.run(command, check=False, env=env, stdin=subprocess.DEVNULL,
+                             capture_output=True, text=True)  # fmt: skip
+    if ran.returncode:
+        raise Trouble(f"the worker's options: {ran.stderr.strip()}")
 
 
 def take_out(place: Installation) -> int:
@@ -325,7 +346,8 @@ def unit_command(place: Installation, queues: list[str]) -> list[str]:
         raise WrongUse(f"HOME={home!r} has control characters, is not UTF-8 or is relative")
     variables = {"HOME": home, "PATH": os.defpath, "TASK_QUEUE_STATE": str(place.state)}
     given = [f"{name}={value}" for name, value in variables.items()]
-    return ["/usr/bin/env", "-i", *given, *worker_command(place.lib, queues), "--when-work"]
+    worker = [*worker_command(place.lib, queues), *place.record.get("worker_options", [])]
+    return ["/usr/bin/env", "-i", *given, *worker, "--when-work"]
 
 
 def watched(place: Installation, queues: list[str]) -> list[Path]:

@@ -256,6 +256,20 @@ def test_queues_accumulate_and_one_is_taken_away_by_a_command_that_says_so(home,
     assert any(line.startswith("--user disable --now lychee-queue.path") for line in told(home))
 
 
+def test_workers_options_stay_until_others_are_given(home, manager):
+    def unit(*words):
+        ran = run(home, "service", "--kind", "systemd", *words, env=manager)
+        assert ran.returncode == 0, ran.stderr
+        return next(path for path in units_of(home) if path.suffix == ".service").read_text()
+
+    given = '"--then" "completions" "--timeout" "2h" "--when-work"'
+    assert given in unit("--", "--then", "completions", "--timeout", "2h")
+    assert given in unit("--queue", "approvals")
+    ran = run(home, "service", "--kind", "systemd", "--", "--no-such", env=manager)
+    assert ran.returncode == 1 and "--no-such" in ran.stderr and given in unit()
+    assert "--then" not in unit("--")
+
+
 def test_units_that_are_loaded_are_loaded_again_with_a_new_queue(home, manager):
     run(home, "service", "--kind", "systemd", env=manager)
     (home / "active").touch()
