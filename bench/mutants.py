@@ -87,7 +87,7 @@ MUTANTS = [Mutant(*each) for each in (
     ("a spooled file is taken in twice", "taskqueue/spool.py", '{"file": found.identity}).rowcount == 1:', '{"file": found.identity}):', "tests/hook/test_the_spool_loses_nothing.py -k crash"),
     # Output
     ("unseen characters pass", "taskqueue/text.py", "is_seen = character.isprintable() and code not in SHAPELESS", 'is_seen = code >= 0x80 or character.isprintable()', "tests/cli/test_tasks_print_no_control_characters.py"),
-    ("handlers are told the hub's URL", "worker.py", '(*TOLD, "TASK_QUEUE_HUB")', "TOLD", "tests/hub/test_the_hub_runs_a_task_of_another_machine.py -k goes_there"),
+    ("handlers are told the hub's URL", "worker.py", '*COSTS, "TASK_QUEUE_HUB", environment', '*COSTS, environment', "tests/hub/test_the_hub_runs_a_task_of_another_machine.py -k goes_there"),
     # The hub
     ("a swept job forgets its attempts", "taskqueue/hub.py", "r.tried + greatest(r.trying, 1), coalesce(r.max_attempts, %s)", "r.tried, coalesce(r.max_attempts, %s)", "tests/hub/test_the_hub_runs_a_task_of_another_machine.py -k given_away"),
     ("the hub ignores the machine's pause", "taskqueue/inbox.py", "most = 0 if control.paused else", "most =", "tests/hub/test_the_hub_runs_a_task_of_another_machine.py -k pause"),
