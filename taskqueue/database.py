@@ -51,6 +51,9 @@ HOLD_SECONDS, PAUSE_SECONDS = 0.01, 0.01
 
 STATUS = f"""
 select {q.STATUS_WORD} from "{{queue}}" where id = :id"""
+# The tasks that a row waits for, in words.
+WAITS_FOR = """(select group_concat(after_task || iif(whatever, ' (however it ends)', ''), ', ') from task_after
+        where queue = '{queue}' and row_id = id)"""
 CLAIMS = """
 select {task} from "{queue}" where status = 2"""
 

@@ -65,8 +65,7 @@ select '{{queue}}' as queue, id, coalesce(task_id, '{{queue}}-' || id) as task_i
        strftime('%Y-%m-%d %H:%M:%f', claimed_at, 'unixepoch') as started_at, null as completed_at, owner,
        expires_at, cancel_requested, then_queue, error, asks,
        (select sum(cost_usd) {q.OF_TASK}) as cost_usd, (select coalesce(max(at_least), 0) {q.OF_TASK}) as cost_at_least, data,
-       (select group_concat(after_task || iif(whatever, ' (however it ends)', ''), ', ') from task_after
-        where queue = '{{queue}}' and row_id = task.id) as after
+       {database.WAITS_FOR} as after
 from "{{queue}}" as task where id = :id"""
 FINISHED_ROW = """
 select queue, row_id as id, task_id, task_type, status, priority, group_id, attempts, max_attempts, enqueued_at,

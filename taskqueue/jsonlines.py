@@ -46,7 +46,7 @@ from task_history where :queues is null or queue in (select value from json_each
 EXPORT_LIVE = f"""
 select '{{queue}}' as queue, id, coalesce(task_id, '{{queue}}-' || id) as task_id,
        task_type, {q.STATUS_WORD} as status,
-       timestamp as enqueued_at, {{columns}}, data
+       timestamp as enqueued_at, {{columns}}, {database.WAITS_FOR} as after, data
 from "{{queue}}" order by id"""
 INSERT = """
 insert into "{table}" ({names}) select {values} where not ({known})"""
@@ -329,6 +329,10 @@ def parse_line(conn: q.Connection, line: bytes) -> dict:
             raise KeyError(name)
     if not is_over:
         task.pop("completed_at", None)
+        if task.get("after"):
+            # Here the other task is not known by its row, and this one must not run before it.
+            why = f"before its import it waited for {task['after']}"
+            task |= {"status": "held", "error": why}
     task["task_type"] = task.get("task_type") or queue
     q.ensure_queue(conn, queue)
     return task
@@ -394,7 +398,7 @@ IN_BOTH = {
     "max_attempts": whole(1, MOST_ATTEMPTS),
     "exit_code": whole(-(2**31), 2**31),
     **dict.fromkeys(
-        "task_id task_type group_id approval rerun asks error result log".split(), is_text
+        "task_id task_type group_id approval rerun asks after error result log".split(), is_text
     ),
 }
 OF_ENDED = IN_BOTH | dict.fromkeys(("enqueued_at", "completed_at", "started_at"), is_moment)

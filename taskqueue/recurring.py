@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 from collections.abc import Sequence
 
@@ -60,6 +61,8 @@ class EveryArguments(RunArguments):
     name: str | None = None
 
     def take_words(self, words: list[str]) -> None:
+        if self.task_id is not None:
+            raise ValueError("a recurring task's id is its NAME: leave out --task-id")
         self.name, words = (words[0] if words else None), words[1:]
         switches = [name for name in ("on", "off", "now", "remove") if getattr(self, name)]
         if not self.name or switches:
@@ -108,12 +111,15 @@ def run(args: EveryArguments) -> int:
 
 def put(args: EveryArguments, name: str, schedule: str) -> int:
     """Add a recurring task, or change the one of this name."""
+    q.check_text("the name", name, 200)
     terms = args.terms()
     terms = {key: terms[key] for key in TERMS if terms[key] != getattr(Arguments, key)}
+    terms |= {"window": args.window} if args.window else {}
     if args.command:
         data, terms["argv"] = args.payload(), args.command
     else:
-        data = parse_object((args.data or "{}").encode("utf-8", "surrogateescape"))[0]
+        text = (args.data or "{}").encode("utf-8", "surrogateescape")
+        data = parse_object(sys.stdin.buffer.read() if text == b"-" else text)[0]
     q.new_row(args.task_type or "", data, name, **terms)
     q.check_queue_name(args.queue)
     conn, now = q.connect(), time.time()

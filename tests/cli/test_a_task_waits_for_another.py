@@ -84,6 +84,20 @@ def test_what_waits_for_a_task_that_fails_ends_with_the_reason(installation, wor
     assert work() == ["deploy"]
 
 
+def test_an_import_holds_a_task_that_waited_for_another(installation, tmp_path):
+    """A row's number means another task there, and it must not run before."""
+    add(installation, "approvals good --task-id build --hold")
+    add(installation, "approvals good --task-id deploy --after build --delay 1h --group g")
+    file = tmp_path / "tasks.jsonl"
+    tasks(installation, "export", file)
+    there = {"TASK_QUEUE_STATE": str(tmp_path / "state")}
+    assert installation.run("tasks.py", "import", file, env=there).returncode == 0
+    done = installation.run("tasks.py", "list", "--json", env=there)
+    [deploy] = [task for task in json.loads(done.stdout) if task["task_id"] == "deploy"]
+    why = "before its import it waited for build"
+    assert (deploy["status"], deploy["error"], deploy["group_id"]) == ("held", why, "g")
+
+
 def test_it_waits_for_all_that_are_named(installation, work):
     for name in ("a", "b", "c"):
         add(installation, "approvals", "bad" if name == "b" else "good", "--task-id", name)

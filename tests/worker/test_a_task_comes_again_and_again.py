@@ -255,6 +255,17 @@ def test_a_worker_sleeps_until_its_time_and_the_command_shows_what_came_of_it(in
     assert tq_every(installation, "--json") == "[]\n"
 
 
+def test_data_from_stdin_and_a_window_are_those_of_add(installation):
+    words = ("it", "--every", "6h", "approvals", "t", "-", "--window", "5m")
+    done = installation.run("tasks.py", "every", *words, input='{"n": 3}')
+    assert done.returncode == 0, done.stderr
+    [(data, terms)] = installation.rows("select data, terms from task_every")
+    assert (json.loads(data), json.loads(terms)) == ({"n": 3}, {"window": 300})
+    assert tq_every(installation, "it", "--now") == "queued it\n"
+    said = tq_every(installation, "n" * 201, "--every", "6h", "approvals", "t", code=65)
+    assert "1 to 200 bytes" in said
+
+
 def test_a_command_may_recur(installation):
     shutil.copy(ROOT / "handlers/run", installation.handlers)
     tq_every(installation, "it", "0 4 * * *", "--", "sh", "-c", 'echo "$1"', "sh", "a  b")
@@ -282,6 +293,7 @@ def test_a_unit_starts_a_worker_when_a_time_has_come(installation):
         (["it", "--every", "0s", "approvals", "t"], "less than a second"),
         (["it", "0 9 * * *", "approvals"], "QUEUE and TASK_TYPE are required"),
         (["it", "0 9 * * *", "approvals", "t", "--at", "23:30"], "--at"),
+        (["it", "0 9 * * *", "approvals", "t", "--task-id", "x"], "--task-id"),
         (["it", "--on", "--off"], "one of --on, --off"),
         (["it"], "say when it comes"),
         (["--off"], "give a NAME"),
