@@ -291,13 +291,19 @@ def first_variables(place: Installation) -> dict[str, str]:
 
 
 def programs(place: Installation, there: dict[str, str]) -> dict[str, str]:
-    """Return new values for UV and UV_PYTHON where the file names programs that are gone."""
+    """Return new values where the file names programs that are gone, or comes from another HOME."""
     now = {"UV": place.record["uv"], "UV_PYTHON": place.record["python"]}
-    return {
+    found = {
         name: path
         for name, path in now.items()
         if path and not os.access(there.get(name, ""), os.X_OK)
     }
+    home, before = Path.home(), there.get("HOME", "/")
+    if place.prefix.is_relative_to(home) and not place.prefix.is_relative_to(before):
+        path = there.get("PATH", "").replace(f"{before}/", f"{home}/")
+        entries = (entry for entry in path.split(os.pathsep) if environment.is_ours(entry))
+        found |= {"HOME": str(home), "PATH": os.pathsep.join(entries)}
+    return found
 
 
 def make_state(place: Installation) -> None:

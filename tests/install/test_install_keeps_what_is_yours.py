@@ -47,6 +47,21 @@ def test_it_lays_out_what_the_reference_has(source, home):
     assert (prefix / "state/spool/notifications").is_dir()
 
 
+def test_an_environment_of_another_home_gets_this_homes_paths(home, tmp_path):
+    """README's move to another machine: the file comes before the install."""
+    other, file = tmp_path / "other", home / PREFIX / "environment"
+    (home / ".local/bin").mkdir(parents=True)
+    file.parent.mkdir(parents=True)
+    file.write_text(
+        f"HOME={other}\nPATH={other}/.local/bin:/gone:/usr/bin\nHTTPS_PROXY=http://{other}/x\n"
+    )
+    file.chmod(0o600)
+    install(home)
+    lines = file.read_text().splitlines()
+    assert lines[:2] == [f"HOME={home}", f"PATH={home}/.local/bin:/usr/bin"]
+    assert f"HTTPS_PROXY=http://{other}/x" in lines
+
+
 def test_a_handler_that_you_changed_stays_yours_and_an_unchanged_one_is_upgraded(source, home):
     (source / "handlers/other").write_text("#!/bin/sh\n")
     (source / "handlers/other").chmod(0o755)
