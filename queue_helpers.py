@@ -845,7 +845,11 @@ def connect(
     if conn:
         close(conn)
     try:
-        conn = _open(state, db, busy_timeout_ms)
+        try:
+            conn = _open(state, db, busy_timeout_ms)
+        except FileNotFoundError:
+            # The directory was moved away, and another one made, while it was opened.
+            conn = _open(state, db, busy_timeout_ms)
     except sqlite3.Error as error:
         raise explain(error, state) from error
     except OSError as error:
