@@ -845,11 +845,7 @@ def connect(
     if conn:
         close(conn)
     try:
-        try:
-            conn = _open(state, db, busy_timeout_ms)
-        except FileNotFoundError:
-            # The directory was moved away, and another one made, while it was opened.
-            conn = _open(state, db, busy_timeout_ms)
+        conn = _open(state, db, busy_timeout_ms)
     except sqlite3.Error as error:
         raise explain(error, state) from error
     except OSError as error:
@@ -913,6 +909,14 @@ def make_private(directory: Path, parents: bool = False) -> Path:
 
 def _open(state: Path, db: str, busy_timeout_ms: int) -> Connection:
     """Open the database, and make or check its schema."""
+    try:
+        return _open_once(state, db, busy_timeout_ms)
+    except FileNotFoundError:
+        # Its directory was moved away meanwhile, or another one put in its place.
+        return _open_once(state, db, busy_timeout_ms)
+
+
+def _open_once(state: Path, db: str, busy_timeout_ms: int) -> Connection:
     make_private(state, parents=True)
     for other in _process.of(state):
         # SQLite keeps what belongs to a lost log until a process's last connection is closed.
