@@ -147,6 +147,8 @@ def fire_one(conn: q.Connection, due: Due, now: float) -> None:
 
 def row_of(due: Due) -> q.Row:
     """Return the task of a firing. Raises InvalidTask."""
-    return q.new_row(
-        due.task_type, json.loads(due.data), due.name, depth=0, **json.loads(due.terms)
-    )
+    terms = json.loads(due.terms)
+    try:
+        return q.new_row(due.task_type, json.loads(due.data), due.name, depth=0, **terms)
+    except TypeError as error:
+        raise q.InvalidTask(f"terms {due.terms}: {error}") from None

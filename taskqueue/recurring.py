@@ -105,7 +105,8 @@ def run(args: EveryArguments) -> int:
     conn = database.open_queue()
     known = {row["name"]: row for row in rows(conn)}
     if args.name not in known:
-        raise cli.Refused(f"nothing comes by the name {args.name!r}; there are: {', '.join(known)}")
+        others = f"; there are: {', '.join(known)}" if known else ""
+        raise cli.Refused(f"nothing comes by the name {args.name!r}{others}")
     return change(conn, args, known[args.name])
 
 
@@ -161,7 +162,7 @@ def tell(conn: q.Connection, args: EveryArguments, name: str) -> int:
     """Say when a recurring task comes next, and whether anybody will see to it."""
     [row] = [row for row in rows(conn) if row["name"] == name]
     when = f"next at {clock(row['next_at'])}, {ago(row['next_at'])}" if row["is_on"] else "off"
-    cli.report(args.json, row, f"{name}: {when}")
+    cli.report(args.json, as_json(row), f"{name}: {when}")
     if not args.json:
         cli.say_all(remarks(conn))
     return 0
@@ -184,16 +185,16 @@ def rows(conn: q.Connection) -> list[dict]:
     return found
 
 
+def as_json(row: dict) -> dict:
+    """Return a recurring task as --json prints it."""
+    return {**row, "data": json.loads(row["data"]), "terms": json.loads(row["terms"])}
+
+
 def list_all(args: EveryArguments) -> int:
     conn = database.open_queue()
     found = rows(conn)
     if args.json:
-        cli.put_json(
-            [
-                {**row, "data": json.loads(row["data"]), "terms": json.loads(row["terms"])}
-                for row in found
-            ]
-        )
+        cli.put_json([as_json(row) for row in found])
         return 0
     if not found:
         cli.say_all([f"nothing recurs; {command('every')} --help says how"])

@@ -184,15 +184,23 @@ def test_a_firing_while_the_one_before_waits_does_what_it_is_told(queue, clock, 
     assert task.task_id == "it" and task.data == {"n": data}
 
 
-def test_a_schedule_that_bash_broke_keeps_no_other_from_firing(queue, clock):
+@pytest.mark.parametrize(
+    "broken, says",
+    [
+        ("schedule = 'at noon'", "every ill: .at noon."),
+        ("terms = '{\"colour\": 1}'", "every ill: .*colour"),
+    ],
+)
+def test_a_row_that_bash_broke_keeps_no_other_from_firing(queue, clock, broken, says):
     conn = queue.connect()
-    add(conn, queue, clock, "good", "1h")
-    add(conn, queue, clock, "ill", "1h")
-    conn.execute("update task_every set schedule = 'at noon' where name = 'ill'")
+    for name in ("good", "ill", "well"):
+        add(conn, queue, clock, name, "1h")
+    conn.execute(f"update task_every set {broken} where name = 'ill'")
     clock.now += 3600
-    with pytest.raises(ValueError, match="every ill: .at noon."):
+    with pytest.raises(ValueError, match=says):
         every.fire(conn, ["approvals"])
-    assert [task.task_id for task in queue.claim_ready(conn, "approvals", limit=9)] == ["good"]
+    claimed = queue.claim_ready(conn, "approvals", limit=9)
+    assert sorted(task.task_id for task in claimed) == ["good", "well"]
 
 
 def test_two_workers_and_kill_at_any_moment_make_one_task_for_each_time(installation, queue):
@@ -246,6 +254,9 @@ def test_a_worker_sleeps_until_its_time_and_the_command_shows_what_came_of_it(in
         assert "approvals" in installation.run("tasks.py", *words).stderr
     doctor = installation.run("tasks.py", "doctor").stdout
     assert "tasks recur in it, and no worker or unit enqueues them" in doctor
+    [listed] = json.loads(tq_every(installation, "--json"))
+    switched = json.loads(tq_every(installation, "it", "--on", "--json"))
+    assert switched | {"next_at": 0} == listed | {"next_at": 0}
     assert tq_every(installation, "it", "--off") == "it: off\n"
     assert tq_every(installation, "it", "--now") == "queued it\n"
     installation.run("tasks.py", "cancel", "it")
@@ -253,6 +264,7 @@ def test_a_worker_sleeps_until_its_time_and_the_command_shows_what_came_of_it(in
     assert "tasks recur in approvals, it" in dropped.stderr
     assert tq_every(installation, "it", "--remove") == "it comes no more\n"
     assert tq_every(installation, "--json") == "[]\n"
+    assert tq_every(installation, "it", "--on", code=1).endswith("nothing comes by the name 'it'\n")
 
 
 def test_data_from_stdin_and_a_window_are_those_of_add(installation):
