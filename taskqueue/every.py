@@ -78,7 +78,10 @@ def next_time(schedule: str, now: float, last: float | None = None) -> float:
 
 
 def local_zone() -> tzinfo:
-    """Return the local time zone with its rules; datetime alone knows the present offset only."""
+    """Return the local time zone with its rules; datetime alone knows the present offset only.
+
+    Raises ValueError for a TZ that names no zone.
+    """
     from zoneinfo import ZoneInfo
 
     name = os.environ.get("TZ", "").lstrip(":")
@@ -88,6 +91,8 @@ def local_zone() -> tzinfo:
         with open(name or "/etc/localtime", "rb") as file:
             return ZoneInfo.from_file(file)
     except (OSError, ValueError, LookupError):
+        if name:
+            raise ValueError(f"TZ={name!r} names no time zone, like Europe/Berlin") from None
         return UTC
 
 

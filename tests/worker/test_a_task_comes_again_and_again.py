@@ -130,6 +130,13 @@ def test_a_look_within_the_hour_that_comes_twice_fires_once(
     assert count == 1
 
 
+def test_a_zone_that_is_none_is_said(monkeypatch):
+    monkeypatch.setenv("TZ", "CET-1CEST,M3.5.0,M10.5.0/3")
+    with pytest.raises(ValueError, match="names no time zone"):
+        every.next_time("0 9 * * *", 0.0)
+    assert every.next_time("6h", 0.0) == 6 * 3600
+
+
 def test_an_hourly_one_comes_in_both_hours(monkeypatch):
     monkeypatch.setenv("TZ", "Europe/Berlin")
     now, times = at("Europe/Berlin", "2026-10-25 01:30"), []
