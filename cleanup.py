@@ -21,6 +21,7 @@ was left undone: it is named, and the rest was done; 64 usage; 75 the database i
 """
 
 import argparse
+import fnmatch
 import json
 import os
 import re
@@ -421,7 +422,7 @@ def kinds(
 
 def remove(state: Path, kind: Kind, stop: Stop, report: Report) -> None:
     """Remove the files of a kind that are over, or only count them for a dry run."""
-    for path in state.glob(kind.pattern):
+    for path in entries(state, kind.pattern, report):
         if stop.is_set():
             return
         with left_undone(report, path):
@@ -434,6 +435,19 @@ def remove(state: Path, kind: Kind, stop: Stop, report: Report) -> None:
                 setattr(report, kind.counted_as, getattr(report, kind.counted_as) + 1)
             if kind.counted_as == "log_files":
                 report.log_bytes += length
+
+
+def entries(place: Path, pattern: str, report: Report) -> Iterator[Path]:
+    """Yield what a pattern names, and note each directory that cannot be read: Path.glob says nothing."""
+    first, _, rest = pattern.partition("/")
+    names: list[str] = []
+    with left_undone(report, place):
+        names = fnmatch.filter(os.listdir(place), first)
+    for path in (place / name for name in names):
+        if not rest:
+            yield path
+        elif path.is_dir():
+            yield from entries(path, rest, report)
 
 
 def is_older(seconds: float) -> Callable[[Path], bool]:

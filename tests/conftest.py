@@ -4,9 +4,12 @@ for conditions.
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import io
+import json
 import os
+import shlex
 import shutil
 import signal
 import sqlite3
@@ -80,6 +83,14 @@ def end(process: subprocess.Popen) -> None:
             os.killpg(process.pid, signal.SIGKILL)
         process.kill()
     process.wait()
+
+
+def without_overrides() -> None:
+    """Have root obey file modes; a process calls this before it starts a program."""
+    if sys.platform == "linux":
+        drop, dac_override, dac_read_search = 24, 1, 2
+        for capability in (dac_override, dac_read_search):
+            ctypes.CDLL(None).prctl(drop, capability, 0, 0, 0)
 
 
 # These folders' tests call these scripts inside their own process; these words need one of theirs.
@@ -244,6 +255,37 @@ class Installation:
         """The finished task's row, once there is one."""
         return wait_for(lambda: self.history(task_id), seconds, f"the end of task {task_id}")
 
+    def tq(self, words: str, *more, code: int = 0, **options) -> subprocess.CompletedProcess:
+        """Run tasks.py with words and further arguments; it must end with this code."""
+        done = self.run("tasks.py", *shlex.split(words), *more, **options)
+        assert done.returncode == code, (done.returncode, done.stdout, done.stderr)
+        return done
+
+    def told(self, words: str, *more, code: int = 0, **options) -> object:
+        """Return what tasks.py prints with --json; its message where it prints nothing."""
+        done = self.tq(words, *more, "--json", code=code, **options)
+        return json.loads(done.stdout) if done.stdout else done.stderr
+
+    def add(self, words: str, *more, **options) -> str:
+        """Enqueue with words and further arguments; return the last task's id."""
+        return self.enqueue(*shlex.split(words), *more, **options)
+
+    def drain(self, words: str, *more, **options) -> subprocess.CompletedProcess:
+        """Run a worker of some queues until no task is ready."""
+        done = self.run(
+            "worker.py",
+            *shlex.split(words),
+            *more,
+            *("--handlers", self.handlers, "--drain"),
+            **options,
+        )
+        assert done.returncode == 0, done.stderr
+        return done
+
+    def statuses(self) -> dict[str, str]:
+        """Return the status of each task by its id."""
+        return dict(self.rows("select task_id, status from task_queue"))
+
     def ends_well(self, *args) -> bool:
         """Enqueue a task, wait for its end, and return whether it was completed."""
         return self.finished(self.enqueue(*args))["status"] == "completed"
@@ -310,6 +352,21 @@ def settle(queue, said: str, code: int = 0, before=None, **terms):
 
 
 @pytest.fixture
+def other(tmp_path):
+    """A second installation."""
+    (tmp_path / "other").mkdir()
+    return Installation(tmp_path / "other")
+
+
+def one_line(done: subprocess.CompletedProcess, code: int, *words: str) -> str:
+    """Return the one line on stderr with which a command ended; it has these words."""
+    assert (done.returncode, done.stdout) == (code, ""), (done.stdout, done.stderr)
+    assert len(done.stderr.splitlines()) == 1 and "Traceback" not in done.stderr, done.stderr
+    assert all(word in done.stderr for word in words), done.stderr
+    return done.stderr
+
+
+@pytest.fixture
 def claude(tmp_path):
     """The real Claude Code, with a stand-in for its API."""
     from claude_stub.client import ClaudeCode
@@ -330,8 +387,6 @@ def fake(tmp_path):
 @pytest.fixture
 def claude_handler(installation, request):
     """Have the installation's workers run handlers/claude; the real client can reach its API."""
-    import shlex
-
     within = request.getfixturevalue("claude").within if "claude" in request.fixturenames else ()
     command = shlex.join([*within, sys.executable, str(ROOT / "handlers/claude")])
     return installation.handler("claude", f"#!/bin/sh\nexec {command}\n")

@@ -45,3 +45,28 @@ def on_terminal(
     os.close(ours)
     assert process.wait(20) == code, shown.decode()
     return CONTROL.sub("", shown.decode()).replace("\r", "").rstrip("\n").split("\n")
+
+
+def answered(installation, words: str, answer: str, meanwhile=lambda: None) -> tuple[int, str]:
+    """Run tasks.py on a terminal until it asks; return its exit code and what it asked.
+
+    `meanwhile` is done before the answer is typed.
+    """
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, ROOT / "tasks.py", *words.split()],
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+        env=installation.env,
+    )
+    installation.processes.append(process)
+    os.close(theirs)
+    shown = b""
+    while b"[y/N]" not in shown:
+        shown += os.read(ours, 1000)
+    meanwhile()
+    os.write(ours, f"{answer}\n".encode())
+    code = process.wait(10)
+    os.close(ours)
+    return code, shown.decode()

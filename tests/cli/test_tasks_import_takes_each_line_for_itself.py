@@ -14,183 +14,117 @@ LIVE = {"queue": "approvals", "id": 1, "task_id": "bad", "task_type": "t", "stat
 ENDED = {"queue": "approvals", "id": 2, "task_id": "bad", "task_type": "t", "status": "failed", "enqueued_at": "2030-01-31 12:00:00.000",
          "started_at": None, "completed_at": "2030-01-31 12:00:01.000", "priority": 0, "attempts": 1, "max_attempts": 4,
          "exit_code": 1, "error": "e", "result": "", "log": "", "group_id": None, "data": {}}  # fmt: skip
-GOOD = json.dumps(
-    LIVE | {"task_id": "good", "id": 9, "data": {"task_id": "good", "task_type": "t", "data": {}}}
-)
+GOOD = json.dumps(LIVE | {"task_id": "good", "id": 9, "data": {"task_id": "good", "task_type": "t", "data": {}}})  # fmt: skip
 ABSURD = ["1e300", "-1", "NaN", "Infinity", "-Infinity", "1e400", '"12"', '"2030"', "true", "[]", "{}", str(2**63), str(10**400), '""',
           '"2030-13-45 12:00:00.000"', '"2030-01-31 12:00:00.000\\u0000"', "253402300800"]  # fmt: skip
+WORDS = ("1", "true", "[]", '"\\ud800"')
+# The fields of a task, and values that each of them refuses.
+FIELDS = [
+    (LIVE, ("enqueued_at", "id", "attempts"), ABSURD),
+    (LIVE | {"status": "scheduled"}, ("due_at",), ABSURD),
+    (LIVE | {"status": "held"}, ("expires_at",), ABSURD),
+    (ENDED, ("enqueued_at", "started_at", "completed_at", "id", "attempts", "max_attempts"), ABSURD),
+    *((task, ("priority",), {*ABSURD} - {"-1"}) for task in (LIVE, ENDED)),
+    (ENDED, ("exit_code",), {*ABSURD} - {"-1"}),
+    *((task, ("task_id", "group_id", "error", "queue", "status"), WORDS) for task in (LIVE, ENDED)),
+    (LIVE, ("queue",), ['"x; drop table approvals"']),
+    (LIVE, ("status",), ['"odd"', '"completed"', '"scheduled"']),
+    (LIVE, ("enqueued_at",), ["null"]),
+]  # fmt: skip
+# What the payload may not hold, and what is said of it.
+PAYLOADS = {
+    "NaN": "NaN is a number that", "-Infinity": "-Infinity is a number that", "1e400": "1e400",
+    "-1E+999": "-1E+999", "9" * 5000: "9" * 40, "[" * 1500 + "]" * 1500: "",
+}  # fmt: skip
+NO_TASKS = [b"{", b"[]", b"\xff\xfe", b'{"queue": "approvals"}', b"[" * 5000]
 
 
-def fields(task: dict, names: tuple[str, ...]) -> list[tuple[dict, str, str]]:
-    return [(task, name, value) for name in names for value in ABSURD]
-
-
-NUMBERS = ("id", "attempts")
-CASES = [
-    case
-    for case in [
-        *fields(LIVE, ("enqueued_at", *NUMBERS)),
-        *fields(LIVE | {"status": "scheduled"}, ("due_at",)),
-        *fields(LIVE | {"status": "held"}, ("expires_at",)),
-        *fields(ENDED, ("enqueued_at", "started_at", "completed_at", *NUMBERS, "max_attempts")),
-        *(
-            (task, name, value)
-            for task in (LIVE, ENDED)
-            for name in ("priority", "exit_code")[: 1 + (task is ENDED)]
-            for value in ABSURD
-            if value != "-1" and (name, value) != ("exit_code", "-1")
-        ),
-        *(
-            (task, name, value)
-            for task in (LIVE, ENDED)
-            for name in ("task_id", "group_id", "error", "queue", "status")
-            for value in ("1", "true", "[]", '"\\ud800"')
-        ),
-    ]
-    if case[1:] != ("id", "253402300800")
-]
-
-
-def line(task: dict, name: str, value: str) -> str:
+def line(task: dict, name: str, value: str) -> bytes:
     """The task as JSON, one field replaced by text that may be no JSON."""
-    return json.dumps(task | {name: "@@"}).replace('"@@"', value)
+    return json.dumps(task | {name: "@@"}).replace('"@@"', value).encode()
 
 
-def test_each_absurd_field_is_refused_by_its_line_and_the_others_come_in(installation):
-    lines = [line(*case) for case in CASES]
-    text = "".join(f"{each}\n" for bad in lines for each in (bad, GOOD))
-    done = installation.run("tasks.py", "import", "-", "--json", input=text)
-    assert done.returncode == 65 and "Traceback" not in done.stderr, done.stderr
+def test_each_bad_line_is_refused_by_its_number_and_the_others_come_in(installation):
+    lines = [line(task, name, value) for task, names, values in FIELDS for name in names
+             for value in values if (name, value) != ("id", "253402300800")]  # fmt: skip
+    for value in PAYLOADS:
+        lines.append(line(LIVE, "data", f'{{"task_id": "bad", "task_type": "t", "data": {{"n": {value}}}}}'))  # fmt: skip
+    lines += [line(LIVE, "data", "[]"), *NO_TASKS]
+    text = b"".join(bad + b"\n" + GOOD.encode() + b"\n" for bad in lines)
+    done = installation.tq("import - --json", input=text, code=65)
     told = json.loads(done.stdout)
-    refused = {int(fault.split()[1]) for fault in told["refused"]}
-    accepted = [
-        lines[number // 2] for number in range(1, 2 * len(lines), 2) if number not in refused
-    ]
-    assert accepted == [], accepted
-    assert told["imported"] == 1 and told["already_there"] == len(lines) - 1
+    faults = {int(fault.split()[1]): fault for fault in told["refused"]}
+    assert [bad for at, bad in enumerate(lines) if 2 * at + 1 not in faults] == []
+    assert len(faults) == len(lines) and told["imported"] == 1
+    first = 2 * (len(lines) - len(NO_TASKS) - 1 - len(PAYLOADS)) + 1
+    assert all(why in faults[first + 2 * at] for at, why in enumerate(PAYLOADS.values())), faults
     assert installation.rows("select task_id, status from task_queue") == [("good", "pending")]
-
-
-@pytest.mark.parametrize("number", ["NaN", "-Infinity"])
-def test_what_only_python_takes_for_json_is_refused_wherever_it_stands(installation, number):
-    inside = json.dumps(
-        LIVE | {"data": {"task_id": "bad", "task_type": "t", "data": {"n": "@@"}}}
-    ).replace('"@@"', number)
-    done = installation.run(
-        "tasks.py",
-        "import",
-        "-",
-        input=f"{GOOD}\n{inside}\n{GOOD.replace('good', 'fine').replace('9', '10')}\n",
-    )
-    assert done.returncode == 65 and f"line 2 was refused: {number} is a number that" in done.stderr
-    assert sorted(installation.rows("select task_id from task_queue")) == [("fine",), ("good",)]
-
-
-def test_data_that_sqlite_cannot_read_is_refused_by_its_line(installation):
-    deep = "[" * 1500 + "]" * 1500
-    inside = json.dumps(
-        LIVE | {"data": {"task_id": "bad", "task_type": "t", "data": {"n": "@@"}}}
-    ).replace('"@@"', deep)
-    done = installation.run("tasks.py", "import", "-", input=f"{inside}\n{GOOD}\n")
-    assert (
-        done.returncode == 65
-        and "line 1 was refused" in done.stderr
-        and len(done.stderr.splitlines()) == 1
-    )
-    assert installation.rows("select task_id from task_queue") == [("good",)]
+    # Without --json, each is a line on stderr.
+    done = installation.tq("import -", input=b"\n".join(NO_TASKS), code=65)
+    said = [each.split("line ")[1].split()[0] for each in done.stderr.splitlines()]
+    assert said == ["1", "2", "3", "4", "5"] and "Traceback" not in done.stderr
 
 
 def test_imported_tasks_run_and_are_recorded(installation):
     """The bounds are such that the worker and the history can take them: the longest ago, the
     furthest off, the most.
     """
-    extreme = [LIVE | {"id": n, "task_id": f"x-{n}", "enqueued_at": at, "priority": priority, "attempts": 0,
+    extreme = [LIVE | {"id": n, "task_id": f"x-{n}", "enqueued_at": at, "priority": priority,
                        "data": {"task_id": f"x-{n}", "task_type": "t", "data": {}}}
                for n, (at, priority) in enumerate([(0, 1_000_000), (32503680000, -1_000_000), (1.5, 0)], 1)]  # fmt: skip
-    assert (
-        installation.run(
-            "tasks.py", "import", "-", input="".join(json.dumps(task) + "\n" for task in extreme)
-        ).returncode
-        == 0
-    )
+    installation.tq("import -", input="".join(json.dumps(task) + "\n" for task in extreme))
     installation.handler("t", "#!/bin/sh\n")
-    assert (
-        installation.run(
-            "worker.py", "approvals", "--handlers", installation.handlers, "--drain"
-        ).returncode
-        == 0
-    )
-    assert installation.rows(
-        "select count(*), count(enqueued_at) from task_history where status = 'completed'"
-    ) == [(3, 3)]
+    installation.drain("approvals")
+    ended = "select count(*), count(enqueued_at) from task_history where status = 'completed'"
+    assert installation.rows(ended) == [(3, 3)]
 
 
-def test_one_task_id_in_two_queues_is_two_tasks_everywhere(installation, tmp_path):
+def places(installation) -> list[tuple]:
+    found = "select queue, status from task_queue where task_id = 'same'"
+    return sorted(installation.rows(found))
+
+
+def test_one_task_id_in_two_queues_is_two_tasks_everywhere(installation, other, tmp_path):
     for queue in ("approvals", "completions", "notifications"):
-        installation.enqueue(queue, "t", json.dumps({"of": queue}), "--task-id", "same")
+        installation.add(f"{queue} t --task-id same", json.dumps({"of": queue}))
     for queue in ("approvals", "completions"):
-        assert installation.run("tasks.py", "cancel", "same", "--queue", queue).returncode == 0
-        installation.enqueue(queue, "t", json.dumps({"again": queue}), "--task-id", "same")
-    done = installation.run("tasks.py", "export", "--history")
-    other = Installation(tmp_path / "other") if (tmp_path / "other").mkdir() is None else None
-    for expected in ({"imported": 5, "already_there": 0}, {"imported": 0, "already_there": 5}):
-        told = json.loads(other.run("tasks.py", "import", "-", "--json", input=done.stdout).stdout)
-        assert told == expected | {"refused": []}
+        installation.tq(f"cancel same --queue {queue}")
+        installation.add(f"{queue} t --task-id same", json.dumps({"again": queue}))
+    text = installation.tq("export --history").stdout
+    for new, known in ((5, 0), (0, 5)):
+        told = other.told("import -", input=text)
+        assert told == {"imported": new, "already_there": known, "refused": []}
     everything = (
         "select queue, task_id, status, json_extract(data, '$.data') from task_queue order by 1, 3"
     )
     assert other.rows(everything) == installation.rows(everything)
 
-    some = "".join(
-        f"{text}\n"
-        for text in done.stdout.splitlines()
-        if json.loads(text)["queue"] == "completions"
-    )
+    some = [row for row in text.splitlines() if json.loads(row)["queue"] == "completions"]
     (tmp_path / "third").mkdir()
     third = Installation(tmp_path / "third")
-    third.enqueue("approvals", "t", "{}", "--task-id", "same")
-    assert (
-        json.loads(third.run("tasks.py", "import", "-", "--json", input=some).stdout)["imported"]
-        == 2
-    )
-    assert sorted(third.rows("select queue, status from task_queue")) == [
+    third.add("approvals t --task-id same")
+    assert third.told("import -", input="\n".join(some))["imported"] == 2
+    assert places(third) == [
         ("approvals", "pending"), ("completions", "cancelled"), ("completions", "pending")]  # fmt: skip
 
-    said = installation.run("tasks.py", "move", "same", "extra").stderr
-    assert "there is no queue" in said
-    installation.enqueue("extra", "t")
-    said = installation.run("tasks.py", "move", "same", "extra").stderr
+    installation.add("extra t")
+    said = installation.tq("move same extra", code=64).stderr
     assert "same (approvals)" in said and "same (completions)" in said and "--from" in said
-    assert (
-        installation.run("tasks.py", "move", "--from", "approvals", "same", "extra").returncode == 0
-    )
-    assert sorted(installation.rows("select queue, status from task_queue where task_id = 'same'")) == [
-        ("approvals", "cancelled"), ("completions", "cancelled"), ("completions", "pending"), ("extra", "pending"),
-        ("notifications", "pending")]  # fmt: skip
-    assert (
-        "waiting or running in extra"
-        in installation.run("tasks.py", "move", "--from", "completions", "same", "extra").stderr
-    )
+    installation.tq("move --from approvals same extra")
+    assert places(installation) == [
+        ("approvals", "cancelled"), ("completions", "cancelled"), ("completions", "pending"),
+        ("extra", "pending"), ("notifications", "pending")]  # fmt: skip
+    said = installation.tq("move --from completions same extra", code=1).stderr
+    assert "waiting or running in extra" in said
     assert installation.rows("select count(*) from completions where task_id = 'same'") == [(1,)]
-
-
-@pytest.mark.parametrize("number", ["1e400", "-1E+999", "9" * 5000], ids=lambda text: text[:9])
-def test_a_number_that_other_readers_cannot_read_is_refused(installation, number):
-    line = json.dumps(LIVE | {"data": {"n": "@@"}}).replace('"@@"', number)
-    done = installation.run("tasks.py", "import", "-", input=f"{GOOD}\n{line}\n")
-    assert done.returncode == 65
-    assert done.stderr.count("\n") == 1 and f"line 2 was refused: {number[:40]}" in done.stderr
-    assert installation.rows("select task_id from task_queue") == [("good",)]
 
 
 @pytest.mark.parametrize("payload", [{"a": 1}, {}, {"task_id": "other"}, {"hook_event_name": "x"}])
 def test_a_line_that_somebody_wrote_keeps_its_id_and_type(installation, payload):
-    line = json.dumps(LIVE | {"task_id": "mine", "task_type": "review", "data": payload})
-    for imported in (1, 0):
-        done = installation.run("tasks.py", "import", "-", "--json", input=f"{line}\n")
-        told = {"imported": imported, "already_there": 1 - imported, "refused": []}
-        assert json.loads(done.stdout) == told, done.stderr
-    [(task_id, task_type, data)] = installation.rows(
-        "select task_id, task_type, json_extract(data, '$.data') from task_queue"
-    )
+    text = json.dumps(LIVE | {"task_id": "mine", "task_type": "review", "data": payload})
+    for new in (1, 0):
+        told = installation.told("import -", input=f"{text}\n")
+        assert told == {"imported": new, "already_there": 1 - new, "refused": []}
+    stored = "select task_id, task_type, json_extract(data, '$.data') from task_queue"
+    [(task_id, task_type, data)] = installation.rows(stored)
     assert (task_id, task_type, json.loads(data)) == ("mine", "review", payload)
