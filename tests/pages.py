@@ -53,28 +53,52 @@ def chromium(directory: Path, *arguments: str):
     binary = shutil.which("chromium") or shutil.which("google-chrome")
     driver = shutil.which("chromedriver")
     if not (binary and driver):
-        pytest.skip(
-            "there is no Chromium with its driver: apt-get install chromium chromium-driver"
-        )
+        how = "apt-get install chromium chromium-driver"
+        pytest.skip(f"there is no Chromium with its driver: {how}")
     from selenium import webdriver
 
     options = webdriver.ChromeOptions()
     options.binary_location = binary
-    for argument in (
-        "--headless=new",
-        "--no-sandbox",
-        "--window-size=1280,1180",
-        "--disable-background-networking",
-        f"--user-data-dir={directory / 'profile'}",
-        *arguments,
-    ):
-        options.add_argument(argument)
+    words = "headless=new no-sandbox window-size=1280,1180 disable-background-networking".split()
+    for argument in (*words, f"user-data-dir={directory / 'profile'}", *arguments):
+        options.add_argument(f"--{argument}")
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
     chrome = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
     try:
         yield chrome
     finally:
         chrome.quit()
+
+
+@pytest.fixture(scope="module")
+def chromium_of_all(tmp_path_factory):
+    """One Chromium for all tests of a file: its start takes longer than what they do with it."""
+    with chromium(tmp_path_factory.mktemp("chromium")) as driver:
+        yield driver
+
+
+@pytest.fixture
+def browser(chromium_of_all):
+    """The Chromium as it was at its start."""
+    chromium_of_all.get("about:blank")
+    for command in ("clearDeviceMetricsOverride", "setEmulatedMedia"):
+        chromium_of_all.execute_cdp_cmd(f"Emulation.{command}", {})
+    for log in ("browser", "performance"):
+        chromium_of_all.get_log(log)
+    return chromium_of_all
+
+
+def look(browser, width: int = 1180, scheme: str = "light") -> None:
+    """Have the browser show pages as wide as this, for somebody who prefers these colours."""
+    metrics = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 500}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+    features = [{"name": "prefers-color-scheme", "value": scheme}]
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
+
+
+def open_page(browser, installation, **env: str) -> None:
+    """Write the page, and open it."""
+    loaded(browser, write_page(installation, **env))
 
 
 def loaded(browser, url: str) -> None:
