@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import io
 import json
 import os
 import signal
@@ -103,8 +104,6 @@ def test_add_says_that_no_worker_serves_the_queue(house):
 
 
 def test_lines_are_told_once_for_all(house, monkeypatch):
-    import io
-
     lines = "".join(f'{{"task_type": "claude", "task_id": "{n}"}}\n' for n in range(3))
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(lines.encode())))
     assert house.add("approvals", "--jsonl") == f"queued 0 ({NOBODY})\nqueued 1\nqueued 2"
@@ -131,23 +130,18 @@ def findings(house, level: str = "") -> list[dict]:
     return [f for f in found if f["check"] == "tasks" and level in f["level"]]
 
 
-def test_wait_names_a_person_and_a_pause_that_it_waits_for(house):
+def test_wait_names_a_person_and_a_pause_once(house, monkeypatch):
     house.add("approvals", "claude", "--task-id", "h", "--hold")
-    assert (
-        house.tell("wait", "h", "--timeout", "0.01", code=75)[0]
-        == "h is held: ./tasks.py approve h"
-    )
+    told = house.tell("wait", "h", "--timeout", "0.01", code=75)
+    assert told[0] == "h is held: ./tasks.py approve h"
     house.tell("pause", "notifications")
     house.add("notifications", "claude", "--task-id", "p")
     told = house.tell("wait", "p", "--timeout", "0.01", code=75)
     assert told[0] == "notifications is paused until a person resumes it"
-
-
-def test_wait_names_a_pause_once_while_its_end_comes_nearer(house, monkeypatch):
+    # Its end comes nearer with each look.
     monkeypatch.setattr(look, "STARTING_SECONDS", 0.0)
     monkeypatch.setattr(queue_helpers, "SAFETY_TICK_SECONDS", 0.05)
     house.tell("pause", "notifications", "--for", "8s")
-    house.add("notifications", "claude", "--task-id", "p")
     told = house.tell("wait", "p", "--timeout", "0.6", code=75)
     assert sum("notifications is paused until" in line for line in told) == 1
 
@@ -208,15 +202,15 @@ def test_a_hook_of_another_state_starts_nothing_here(house, monkeypatch):
     assert NOBODY in house.add("approvals", "claude")
 
 
-@pytest.mark.parametrize(("enabled", "is_told"), [(True, "until a hook"), (False, "; start one: ")])
-def test_the_plugins_hook_counts_while_it_is_enabled(house, enabled, is_told):
+def test_the_plugins_hook_counts_while_it_is_enabled(house):
     record = house.home / ".claude/plugins/installed_plugins.json"
     record.parent.mkdir()
     copies = {"task-queue@task-queue": [{"installPath": str(ROOT)}]}
     record.write_text(json.dumps({"plugins": copies}))
-    house.settings(enabledPlugins={"task-queue@task-queue": enabled})
-    said = house.add("notifications", "link_validation")
-    assert is_told in said and "task-queue work notifications" in said
+    for enabled, is_told in ((True, "until a hook"), (False, "; start one: ")):
+        house.settings(enabledPlugins={"task-queue@task-queue": enabled})
+        said = house.add("notifications", "link_validation")
+        assert is_told in said and "task-queue work notifications" in said
 
 
 UNIT = (
@@ -298,40 +292,26 @@ def evening(monkeypatch):
     time.tzset()
 
 
-@pytest.mark.parametrize(
-    ("text", "when"),
-    [
-        ("23:30", "2026-12-02 23:30:00"),
-        ("23:45", "2026-12-02 23:45:00"),
-        ("23:46", "2026-12-01 23:46:00"),
-        ("23:45:31", "2026-12-01 23:45:31"),
-        ("9:00", "2026-12-02 09:00:00"),
-        ("tomorrow 9:00", "2026-12-02 09:00:00"),
-        ("Tomorrow 09:00", "2026-12-02 09:00:00"),
-        ("today 23:50", "2026-12-01 23:50:00"),
-        ("2026-12-03", "2026-12-03 00:00:00"),
-        ("2026-12-01T22:50Z", "2026-12-01 23:50:00"),
-    ],
-)
-def test_a_time_is_the_next_one(house, evening, text, when):
-    assert time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(times.parse_time(text))) == when
+TIMES = {
+    "23:30": "2026-12-02 23:30:00", "23:45": "2026-12-02 23:45:00", "23:46": "2026-12-01 23:46:00",
+    "23:45:31": "2026-12-01 23:45:31", "9:00": "2026-12-02 09:00:00",
+    "tomorrow 9:00": "2026-12-02 09:00:00", "Tomorrow 09:00": "2026-12-02 09:00:00",
+    "today 23:50": "2026-12-01 23:50:00", "2026-12-03": "2026-12-03 00:00:00",
+    "2026-12-01T22:50Z": "2026-12-01 23:50:00",
+}  # fmt: skip
+PASSED = ("2026-12-01T23:30", "2026-12-01T23:45:30", "today 9:00", "2026-12-01")
+NO_TIMES = ("24:00", "9:60", "9", "tomorrow", "yesterday 9:00", "09:00 tomorrow x")
 
 
-@pytest.mark.parametrize(
-    "text", ["2026-12-01T23:30", "2026-12-01T23:45:30", "today 9:00", "2026-12-01"]
-)
-def test_a_time_that_has_passed_is_refused_and_named(house, evening, text):
-    _, said = house.call(enqueue.main, "approvals", "claude", "--at", text, code=64)
-    assert "2026-12-01" in said and "has passed" in said and not (house.state / "tasks.db").exists()
-
-
-@pytest.mark.parametrize(
-    "text", ["24:00", "9:60", "9", "tomorrow", "yesterday 9:00", "09:00 tomorrow x"]
-)
-def test_what_is_no_time_is_refused(house, text):
-    assert (
-        "is not a time like 23:30" in house.call(enqueue.main, "q", "t", "--at", text, code=64)[1]
-    )
+def test_a_time_is_the_next_one_and_one_that_has_passed_is_refused_and_named(house, evening):
+    for text, when in TIMES.items():
+        told = time.localtime(times.parse_time(text))
+        assert time.strftime("%Y-%m-%d %H:%M:%S", told) == when, text
+    for text in (*PASSED, *NO_TIMES):
+        _, said = house.call(enqueue.main, "approvals", "claude", "--at", text, code=64)
+        words = ("2026-12-01", "has passed") if text in PASSED else ("is not a time like 23:30",)
+        assert all(word in said for word in words), said
+    assert not (house.state / "tasks.db").exists()
 
 
 def test_at_says_when_that_is(house):
@@ -340,8 +320,6 @@ def test_at_says_when_that_is(house):
 
 
 def test_python_and_lines_take_a_time_that_has_passed_as_now(house, monkeypatch):
-    import io
-
     line = b'{"task_type": "claude", "task_id": "l", "at": "2020-01-01T09:00"}\n'
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(line)))
     house.add("approvals", "--jsonl")
@@ -358,13 +336,11 @@ def test_no_queue_of_a_worker_waits_behind_another(installation):
     installation.handler("long", f"#!/bin/sh\nuntil [ -e '{gate}' ]; do sleep 0.02; done\n")
     installation.handler("short", "#!/bin/sh\n")
     running = "select count(*) from approvals where status = 2"
-    for options in ([], ["--concurrency", "3"]):
-        for _ in range(4):
-            installation.enqueue("approvals", "long")
+    for options, places in (([], 1), (["--concurrency", "3"], 2)):
+        installation.add("approvals long --jsonl", input="{}\n" * 4)
         one = installation.worker("approvals", "notifications", *options)
-        places = 1 if not options else 2
         wait_for(lambda n=places: installation.rows(running) == [(n,)], what="the long ones")
-        assert installation.finished(installation.enqueue("notifications", "short"))
+        assert installation.ends_well("notifications", "short")
         assert installation.rows(running) == [(places,)]
         gate.touch()
         wait_for(lambda: installation.rows("select count(*) from approvals") == [(0,)])
@@ -374,22 +350,16 @@ def test_no_queue_of_a_worker_waits_behind_another(installation):
 
 def test_a_start_is_said_and_the_last_line_counts_tasks_and_names_what_waits(installation):
     installation.handler("flaky", '#!/bin/sh\n[ "$TASK_ATTEMPT" = 3 ]\n')
-    installation.enqueue("notifications", "flaky", "--task-id", "x")
-    options = ("notifications", "--backoff", 0.01, "--idle-exit", 0.3)
-    one = installation.worker(*options, ready=False)
-    assert one.wait(20) == 0
-    log = one.log.read_text()
+    installation.add("notifications flaky --task-id x")
+    options = ("--backoff", 0.01, "--handlers", installation.handlers, "--idle-exit", 0.3)
+    log = installation.run("worker.py", "notifications", *options).stderr
     assert [f"x started attempt {n}" in log for n in (1, 2, 3)] == [True] * 3
     assert log.splitlines()[-1].endswith(" 1 done")
 
-    for number in range(3):
-        installation.enqueue("approvals", "flaky", "--group", "g", "--task-id", f"g{number}")
-    installation.enqueue("approvals", "flaky", "--hold")
-    installation.enqueue("approvals", "flaky", "--delay", "1h")
-    installation.run("tasks.py", "pause", "approvals", "--for", "2h", "--reason", "night")
-    one = installation.worker("approvals", "--drain", ready=False)
-    assert one.wait(20) == 0
-    last = one.log.read_text().splitlines()[-1]
+    for options in ("--group g", "--group g", "--group g", "--hold", "--delay 1h"):
+        installation.add(f"approvals flaky {options}")
+    installation.tq("pause approvals --for 2h --reason night")
+    last = installation.drain("approvals").stderr.splitlines()[-1]
     left = (
         "no task was run; 1 pending, 1 scheduled, 1 held, 2 blocked in approvals, the next in 60 m"
     )
@@ -400,14 +370,13 @@ def test_a_row_reads_that_its_queue_is_paused_only_while_it_is(installation):
     installation.handler(
         "limited", '#!/bin/sh\necho \'{"pause": 3600, "reason": "a limit"}\'\nexit 75\n'
     )
-    installation.enqueue("notifications", "limited", "--task-id", "x")
-    one = installation.worker("notifications", "--drain", ready=False)
-    assert one.wait(20) == 0
-    assert "a limit; notifications is paused until" in one.log.read_text()
-    assert "paused until" in installation.run("tasks.py", "list").stdout
-    installation.run("tasks.py", "resume", "notifications")
-    for command in (["list"], ["show", "x"]):
-        said = installation.run("tasks.py", *command).stdout
+    installation.add("notifications limited --task-id x")
+    said = installation.drain("notifications").stderr
+    assert "a limit; notifications is paused until" in said
+    assert "paused until" in installation.tq("list").stdout
+    installation.tq("resume notifications")
+    for command in ("list", "show x"):
+        said = installation.tq(command).stdout
         assert "not now (exit 75): a limit" in said and "paused" not in said, said
 
 
@@ -416,23 +385,17 @@ def test_a_row_reads_that_its_queue_is_paused_only_while_it_is(installation):
 
 def test_commands_are_named_as_the_plugins_reader_types_them(installation):
     env = {"PATH": f"{ROOT / 'bin'}:{installation.env['PATH']}"}
-    installation.enqueue("approvals", "claude", "--task-id", "a", "--hold")
-    shown = installation.run("tasks.py", "show", "a", env=env).stdout
+    for name in ("a", "b"):
+        installation.add(f"approvals claude --task-id {name} --hold")
+    shown = installation.tq("show a", env=env).stdout
     assert "until task-queue approve or task-queue reject" in shown
-    approved = installation.run("tasks.py", "approve", "a", env=env)
-    assert "start one: task-queue work approvals" in approved.stderr
+    assert "start one: task-queue work approvals" in installation.tq("approve a", env=env).stderr
+    command = [ROOT / "bin/task-queue", "--version"]
+    ran = subprocess.run(command, env=installation.env, capture_output=True, text=True)
+    assert ran.stdout == f"task-queue {queue_helpers.VERSION}\n", ran
     # Another program of that name is not ours.
     other = installation.directory / "other"
     other.mkdir()
     (other / "task-queue").symlink_to("/bin/true")
-    installation.enqueue("approvals", "claude", "--task-id", "b", "--hold")
     env = {"PATH": f"{other}:{installation.env['PATH']}"}
-    assert "until ./tasks.py approve" in installation.run("tasks.py", "show", "b", env=env).stdout
-
-
-@pytest.mark.parametrize("word", ["--version"])
-def test_the_plugins_command_says_its_own_name(installation, word):
-    ran = subprocess.run(
-        [ROOT / "bin/task-queue", word], env=installation.env, capture_output=True, text=True
-    )
-    assert ran.stdout == f"task-queue {queue_helpers.VERSION}\n", ran
+    assert "until ./tasks.py approve" in installation.tq("show b", env=env).stdout

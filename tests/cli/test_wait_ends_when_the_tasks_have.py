@@ -9,105 +9,68 @@ import threading
 
 from conftest import wait_for
 
+import tasks
+from taskqueue import look
 
-def waiting(installation, *args):
-    """A wait that has begun to wait: it has looked, and sleeps."""
-    process = installation.start("tasks.py", "wait", *args)
-    return process
-
-
-def drain(installation, *queues: str) -> None:
-    done = installation.run("worker.py", *queues, "--handlers", installation.handlers, "--drain")
-    assert done.returncode == 0, done.stderr
+SUM = """#!/bin/sh
+echo '{"summary": "all is well", "n": 3}'
+"""
+BAD = "#!/bin/sh\necho 'no such page' >&2\n[ -e \"$HOME/mended\" ] || exit 65\n"
 
 
-def test_it_ends_with_the_task_and_prints_its_result(installation):
-    installation.handler("sum", '#!/bin/sh\necho \'{"summary": "all is well", "n": 3}\'\n')
-    installation.enqueue("approvals", "sum", "{}", "--task-id", "s-1")
-    process = waiting(installation, "s-1", "--json")
-    drain(installation, "approvals")
-    assert process.wait(20) == 0
-    told = json.loads(process.log.read_text())
+def waiting(installation, *ids: str):
+    """Start a wait for tasks."""
+    return installation.start("tasks.py", "wait", *ids, "--json")
+
+
+def test_it_ends_with_the_tasks_and_prints_their_results(installation):
+    installation.handler("sum", SUM)
+    installation.handler("bad", BAD)
+    installation.add("approvals sum --task-id s-1")
+    installation.add("approvals bad --task-id bad-1")
+    installation.add("completions sum --task-id no-more")
+    well, ill, gone = (waiting(installation, *ids) for ids in (["s-1"], ["s-1", "bad-1"], ["no-more"]))  # fmt: skip
+    installation.drain("approvals")
+    installation.tq("cancel no-more")
+    assert [process.wait(20) for process in (well, ill, gone)] == [0, 1, 1]
+    told, bad = json.loads(ill.log.read_text())
+    assert told == json.loads(well.log.read_text())
     assert (told["task_id"], told["status"], told["summary"]) == ("s-1", "completed", "all is well")
     assert json.loads(told["result"])["n"] == 3
-    text = installation.run("tasks.py", "wait", "s-1").stdout
+    assert bad["status"] == "failed" and "no such page" in bad["error"]
+    text = installation.tq("wait s-1").stdout
     assert text.splitlines()[0] == "s-1 completed" and "all is well" in text
-
-
-def test_any_other_end_is_1_and_says_why(installation):
-    installation.handler("good", "#!/bin/sh\n")
-    installation.handler("bad", "#!/bin/sh\necho 'no such page' >&2\nexit 65\n")
-    installation.enqueue("approvals", "good", "{}", "--task-id", "good-1")
-    installation.enqueue("approvals", "bad", "{}", "--task-id", "bad-1")
-    process = waiting(installation, "good-1", "bad-1", "--json")
-    drain(installation, "approvals")
-    assert process.wait(20) == 1
-    good, bad = json.loads(process.log.read_text())
-    assert (
-        good["status"] == "completed"
-        and bad["status"] == "failed"
-        and "no such page" in bad["error"]
-    )
-    assert installation.run("tasks.py", "wait", "good-1").returncode == 0
-    text = installation.run("tasks.py", "wait", "bad-1")
-    assert (
-        text.returncode == 1
-        and text.stdout.startswith("bad-1 failed: ")
-        and "no such page" in text.stdout
-    )
-    installation.enqueue("approvals", "good", "{}", "--task-id", "no-more")
-    process = waiting(installation, "no-more")
-    assert installation.run("tasks.py", "cancel", "no-more").returncode == 0
-    assert process.wait(20) == 1
+    text = installation.tq("wait bad-1", code=1).stdout
+    assert text.startswith("bad-1 failed: ") and "no such page" in text
 
 
 def test_a_time_out_is_75_and_names_what_has_not_ended(installation):
-    installation.enqueue("approvals", "review", "{}", "--task-id", "slow")
-    done = installation.run("tasks.py", "wait", "slow", "--timeout", "0.2")
-    assert done.returncode == 75 and done.stdout == ""
-    assert done.stderr.endswith("tasks.py wait: 1 of 1 task had not ended after 200ms: slow\n")
-
-
-def test_an_id_that_is_unknown_or_of_several_tasks_is_64(installation):
-    for name in ("job-1", "job-2"):
-        installation.enqueue("approvals", "review", "{}", "--task-id", name)
-    for ident, words in (
-        ("nobody", "no task has the id"),
-        ("job", "fits several tasks: job-1 (approvals), job-2"),
-    ):
-        done = installation.run("tasks.py", "wait", ident)
-        assert done.returncode == 64 and words in done.stderr and len(done.stderr.splitlines()) == 1
+    installation.add("approvals review --task-id slow")
+    done = installation.tq("wait slow --timeout 0.2", code=75)
+    last = "tasks.py wait: 1 of 1 task had not ended after 200ms: slow\n"
+    assert done.stdout == "" and done.stderr.endswith(last)
 
 
 def test_a_task_that_is_retried_has_not_ended(installation):
-    flag = installation.directory / "mended"
-    installation.handler("flaky", f"#!/bin/sh\n[ -e '{flag}' ] && exit 0\nexit 1\n")
-    installation.handler("last", "#!/bin/sh\n")
-    installation.enqueue("approvals", "flaky", "{}", "--task-id", "f-1")
-    installation.enqueue("completions", "last", "{}", "--task-id", "l-1")
-    process = waiting(installation, "f-1", "l-1", "--json")
-    worker = installation.worker("approvals", "--max-attempts", "2", "--backoff", "0.01")
-    assert installation.finished("f-1")["status"] == "failed"
+    installation.handler("bad", BAD)
+    installation.handler("sum", SUM)
+    installation.add("approvals bad --task-id f-1")
+    installation.add("completions sum --task-id l-1")
+    process = waiting(installation, "f-1", "l-1")
+    installation.drain("approvals")
+    assert installation.history("f-1")["status"] == "failed"
     # It has ended, but the other has not; meanwhile it is put back.
-    worker.terminate()
-    worker.wait(20)
-    assert installation.run("tasks.py", "retry", "f-1").returncode == 0
-    drain(installation, "completions")
-    installation.finished("l-1")
+    installation.tq("retry f-1")
+    installation.drain("completions")
     assert process.poll() is None
-    flag.touch()
-    drain(installation, "approvals")
+    (installation.directory / "mended").touch()
+    installation.drain("approvals")
     assert process.wait(20) == 0
-    assert [one["status"] for one in json.loads(process.log.read_text())] == [
-        "completed",
-        "completed",
-    ]
+    statuses = [one["status"] for one in json.loads(process.log.read_text())]
+    assert statuses == ["completed", "completed"]
 
 
 def test_a_task_that_goes_without_an_end_is_said(queue, installation, monkeypatch, capsys):
-    import tasks
-    from taskqueue import look
-
     # Its output is captured in a thread.
     installation.is_inside = False
     queue.enqueue_task("approvals", "review", {}, "gone-1")
@@ -116,15 +79,12 @@ def test_a_task_that_goes_without_an_end_is_said(queue, installation, monkeypatc
     thread = threading.Thread(target=lambda: codes.append(tasks.main(["wait", "gone-1"])))
     thread.start()
     wait_for(lambda: looks, what="the first look")
-    assert installation.run("tasks.py", "purge", "approvals", "--yes").returncode == 0
+    installation.tq("purge approvals --yes")
     thread.join(20)
     assert codes == [1] and "it was purged, pruned or moved" in capsys.readouterr().err
 
 
 def test_it_looks_only_when_it_is_told_to(queue, installation, monkeypatch, capsys):
-    import tasks
-    from taskqueue import look
-
     queue.enqueue_task("approvals", "review", {}, "w-1")
     looks, told = [], threading.Event()
 
