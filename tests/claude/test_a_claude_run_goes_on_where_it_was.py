@@ -47,10 +47,8 @@ def kill(process) -> None:
     wait_for(lambda: not lives(program), 10, "the end of claude")
 
 
-def went_on(claude: ClaudeCode, task: Task) -> dict:
-    """Run the task again; its result, when that went on with the same session and did nothing
-    twice.
-    """
+def went_on(claude: ClaudeCode, task: Task) -> None:
+    """Run the task again; it goes on in the same session and does nothing twice."""
     before = len(claude.requests())
     claude.answer("fine", text="The lighthouse is red.\nAll of it.")
     done = task.run()
@@ -59,53 +57,43 @@ def went_on(claude: ClaudeCode, task: Task) -> dict:
     result = json.loads(done.stdout)
     assert {session_of(request) for request in asked} == {result["session_id"]}
     words = words_of(asked[before])
-    assert (
-        words.count(PROMPT) == 1
-        and words.count(GO_ON) == 1
-        and words.index(PROMPT) < words.index(GO_ON)
-    )
+    assert (words.count(PROMPT), words.count(GO_ON)) == (1, 1)
+    assert words.index(PROMPT) < words.index(GO_ON)
     assert (claude.workspace / "painted").read_text() == "red\n"
-    return result
 
 
 def test_a_run_that_is_not_disturbed_prints_its_result_and_its_steps(claude):
-    claude.answer(
-        "tool", commands=["echo red >painted"], text="\nThe lighthouse is red.\nAll of it."
-    )
-    task = claude.task(
-        permission_mode="bypassPermissions",
-        model="claude-sonnet-5",
-        append_system_prompt="Be brief.",
-    )
+    text = "\nThe lighthouse is red.\nAll of it."
+    claude.answer("tool", commands=["echo red >painted"], text=text)
+    options = {"model": "claude-sonnet-5", "append_system_prompt": "Be brief."}
+    task = claude.task(permission_mode="bypassPermissions", **options)
     done = task.run()
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
     assert list(result) == ["summary", "result", "session_id", "num_turns", "cost_usd", "seconds"]
-    assert result["summary"] == "The lighthouse is red." and result["result"].strip().endswith(
-        "All of it."
-    )
+    assert result["summary"] == "The lighthouse is red."
+    assert result["result"].strip().endswith("All of it.")
     assert result["num_turns"] == 2 and result["seconds"] > 0 and result["cost_usd"] > 0
     assert uuid.UUID(result["session_id"]).version == 5
-    steps = done.stderr.splitlines()
-    assert any("Bash: echo red >painted" in step for step in steps) and any(
-        "> The lighthouse is red." in step for step in steps
-    )
+    assert "Bash: echo red >painted" in done.stderr and "> The lighthouse is red." in done.stderr
     first = claude.requests()[0]["body"]
     assert first["model"] == "claude-sonnet-5" and "Be brief." in json.dumps(first["system"])
     assert PROMPT in words_of(claude.requests()[0])
     assert not list(task.state.rglob("*.json"))
 
 
-def test_the_session_follows_from_the_task_and_its_time(claude):
-    one = claude.task()
-    first = json.loads(one.run().stdout)["session_id"]
-    other = claude.task()
-    other.envelope["enqueued_at"] = "2026-11-26 10:00:00.000"
-    second = json.loads(other.run().stdout)["session_id"]
-    third = claude.task()
-    third.envelope["task_id"] = "t-3"
-    assert len({first, second, json.loads(third.run().stdout)["session_id"]}) == 3
-    assert GO_ON not in "".join(map(words_of, claude.requests()))
+def test_the_session_follows_from_the_task_and_its_time(fake):
+    for name, value in (
+        ("task_id", "t-1"),
+        ("enqueued_at", "2026-11-26 10:00:00.000"),
+        ("task_id", "t-3"),
+    ):
+        task = fake.task()
+        task.envelope[name] = value
+        assert task.call().returncode == 0
+    options = [args[-1].split("=") for args, _, _ in fake.calls()]
+    assert {name for name, _ in options} == {"--session-id"}
+    assert len({session for _, session in options}) == 3
 
 
 def test_a_task_that_was_moved_goes_on_in_its_session(claude, interrupted):
@@ -119,10 +107,9 @@ def test_a_completed_task_that_is_retried_gets_its_prompt(installation, claude, 
     data = json.dumps({"prompt": PROMPT, "workspace_path": str(claude.workspace)})
     task = installation.enqueue("approvals", "claude", data)
     for _ in range(2):
-        installation.run("worker.py", "approvals", "--drain", "--handlers", installation.handlers,
-                         env=claude.env)  # fmt: skip
+        installation.drain("approvals", env=claude.env)
         assert installation.history(task)["status"] == "completed"
-        assert installation.run("tasks.py", "retry", task).returncode == 0
+        installation.tq("retry", task)
     words = words_of(claude.requests()[-1])
     assert words.count(PROMPT) == 2 and GO_ON not in words
     assert len({session_of(request) for request in claude.requests()}) == 1
@@ -138,14 +125,11 @@ def test_one_whose_end_was_not_recorded_does_not_begin_again(claude):
     assert (words.count(PROMPT), words.count(GO_ON)) == (1, 1)
 
 
-@pytest.mark.parametrize("victim", ["handler", "handler and claude", "claude"])
+@pytest.mark.parametrize("victim", ["handler", "claude"])
 def test_a_run_that_was_killed_goes_on_in_its_session(claude, interrupted, victim):
     task, process = interrupted
     (program,) = children(process.pid)
-    if victim == "handler and claude":
-        kill(process)
-    else:
-        os.kill(process.pid if victim == "handler" else program, signal.SIGKILL)
+    os.kill(process.pid if victim == "handler" else program, signal.SIGKILL)
     process.wait(30)
     # No second run may meet the first one's Claude in the session.
     wait_for(lambda: not lives(program), 10, "the end of claude")
@@ -188,11 +172,8 @@ def test_a_run_that_says_nothing_any_more_is_ended_and_goes_on_in_its_session(cl
 def test_a_killed_worker_and_its_supervisor_do_not_begin_the_work_again(
     installation, claude, claude_handler, handler_dies
 ):
-    data = {
-        "prompt": PROMPT,
-        "workspace_path": str(claude.workspace),
-        "permission_mode": "bypassPermissions",
-    }
+    data = {"prompt": PROMPT, "workspace_path": str(claude.workspace)}
+    data["permission_mode"] = "bypassPermissions"
     task = installation.enqueue("approvals", "claude", json.dumps(data))
     claude.answer("tool", commands=["echo red >>painted"], then_hang=True)
     worker = installation.worker("approvals", env=claude.env)
@@ -209,12 +190,11 @@ def test_a_killed_worker_and_its_supervisor_do_not_begin_the_work_again(
     result = json.loads(done["result"])
     assert {session_of(request) for request in claude.requests()} == {result["session_id"]}
     words = words_of(claude.requests()[-1])
-    assert words.count(PROMPT) == 1 and words.count(GO_ON) == 1
+    assert (words.count(PROMPT), words.count(GO_ON)) == (1, 1)
     assert (claude.workspace / "painted").read_text() == "red\n"
 
 
-@pytest.mark.parametrize("left", [0, 0.5, 1, 2])
-def test_a_kill_in_the_first_milliseconds_does_not_spoil_the_session(claude, interrupted, left):
+def test_a_kill_in_the_first_milliseconds_does_not_spoil_the_session(claude, interrupted):
     """Claude Code neither resumes nor starts a session whose file has only lines from before its
     first prompt.
     """
@@ -223,14 +203,14 @@ def test_a_kill_in_the_first_milliseconds_does_not_spoil_the_session(claude, int
     (session,) = claude.sessions()
     lines = session.read_text().splitlines(keepends=True)
     assert '"user"' not in "".join(lines[:2]) and '"type":"user"' in lines[2]
-    session.write_text("".join(lines[: int(left)]) if left != 0.5 else lines[0][:40])
     claude.answer("fine")
-    done = task.run()
-    assert done.returncode == 0, done.stderr
-    assert PROMPT in words_of(claude.requests()[-1]) and GO_ON not in words_of(
-        claude.requests()[-1]
-    )
-    assert json.loads(done.stdout)["session_id"] == session.stem
+    for left in ("", lines[0][:40], lines[0], "".join(lines[:2])):
+        session.write_text(left)
+        done = task.run()
+        assert done.returncode == 0, (left, done.stderr)
+        words = words_of(claude.requests()[-1])
+        assert PROMPT in words and GO_ON not in words
+        assert json.loads(done.stdout)["session_id"] == session.stem
 
 
 def test_a_session_that_is_there_although_its_file_was_not_found_is_resumed(claude, interrupted):
@@ -248,10 +228,8 @@ def test_a_session_that_is_there_although_its_file_was_not_found_is_resumed(clau
     done = task.run(claude.env | {"CLAUDE_CONFIG_DIR": str(claude.home / "elsewhere")})
     assert done.returncode == 0, done.stderr
     assert "already in use" in done.stderr and "cannot be started: resuming it" in done.stderr
-    assert (
-        GO_ON in words_of(claude.requests()[-1])
-        and json.loads(done.stdout)["session_id"] == session.stem
-    )
+    assert GO_ON in words_of(claude.requests()[-1])
+    assert json.loads(done.stdout)["session_id"] == session.stem
 
 
 class TestAnotherSession:
@@ -263,14 +241,15 @@ class TestAnotherSession:
         assert done.returncode == 0, done.stderr
         return json.loads(done.stdout)["session_id"]
 
-    def test_it_gets_the_prompt(self, claude, earlier):
-        task = claude.task(resume=earlier)
-        task.envelope["task_id"] = "t-2"
-        done = task.run()
-        assert done.returncode == 0 and json.loads(done.stdout)["session_id"] == earlier
-        words = words_of(claude.requests()[-1])
-        assert "4711" in words and PROMPT in words and GO_ON not in words
-        assert not list(task.state.rglob("*.json"))
+    def test_it_gets_the_prompt_however_its_id_is_spelled(self, claude, earlier):
+        for number, spelled in enumerate((str, str.upper, "{{{}}}".format, "urn:uuid:{}".format)):
+            task = claude.task(resume=spelled(earlier), prompt=f"Paint {number}.")
+            task.envelope["task_id"] = f"t-{number + 2}"
+            done = task.run()
+            assert done.returncode == 0 and json.loads(done.stdout)["session_id"] == earlier
+            words = words_of(claude.requests()[-1])
+            assert "4711" in words and f"Paint {number}." in words and GO_ON not in words
+            assert not list(task.state.rglob("*.json"))
 
     def test_it_gets_the_prompt_once_however_often_the_run_is_killed(self, claude, earlier):
         task = claude.task(resume=earlier, permission_mode="bypassPermissions")
@@ -295,14 +274,6 @@ class TestAnotherSession:
         words = words_of(claude.requests()[-1])
         assert (words.count(PROMPT), words.count(GO_ON)) == (1, 1)
         assert not list(task.state.rglob("*.json"))
-
-    @pytest.mark.parametrize("spelled", [str.upper, "{{{}}}".format, "urn:uuid:{}".format])
-    def test_however_its_id_is_spelled(self, claude, earlier, spelled):
-        task = claude.task(resume=spelled(earlier))
-        task.envelope["task_id"] = "t-2"
-        done = task.run()
-        assert done.returncode == 0 and json.loads(done.stdout)["session_id"] == earlier
-        assert "4711" in words_of(claude.requests()[-1])
 
     def test_of_two_at_once_one_is_put_back_and_the_session_knows_both(self, claude, earlier):
         tasks = [claude.task(resume=earlier, prompt=f"Paint number {n}.") for n in (1, 2)]
@@ -329,18 +300,19 @@ class TestAnotherSession:
         words = words_of(claude.requests()[-1])
         assert words.count("Paint number 1.") == words.count("Paint number 2.") == 1
 
-    @pytest.mark.parametrize("left", [None, 0, 1, 2])
     def test_one_that_is_gone_is_a_dead_letter_and_not_started_without_context(
-        self, claude, earlier, left
+        self, claude, earlier
     ):
         """A kill leaves a file without a conversation."""
-        unknown = str(uuid.uuid4())
-        if left is not None:
-            (session,) = claude.sessions()
-            lines = session.read_text().splitlines(keepends=True)
-            session.with_stem(unknown).write_text("".join(lines[:left]).replace(earlier, unknown))
+        (session,) = claude.sessions()
+        lines = session.read_text().splitlines(keepends=True)
         before = len(claude.requests())
-        done = claude.task(resume=unknown).run()
-        assert done.returncode == 65, done.stderr
-        assert f"the session to resume is gone: {unknown}" in done.stderr.splitlines()[-1]
+        for left in (None, 0, 1, 2):
+            unknown = str(uuid.uuid4())
+            if left is not None:
+                text = "".join(lines[:left]).replace(earlier, unknown)
+                session.with_stem(unknown).write_text(text)
+            done = claude.task(resume=unknown).run()
+            assert done.returncode == 65, done.stderr
+            assert f"the session to resume is gone: {unknown}" in done.stderr.splitlines()[-1]
         assert len(claude.requests()) == before

@@ -131,13 +131,22 @@ def test_a_limit_that_goes_on_after_its_reset_is_asked_ever_less(fake):
     assert pause_of(task.call()) == 30
 
 
-def test_weeks_of_waiting_are_no_overflow(fake):
-    fake.says(INIT, error("overloaded"), FAILED)
-    task = fake.task()
-    task.call()
+def test_a_busy_api_delays_a_task_ever_longer_until_it_answers(fake):
+    def wait(task) -> float:
+        fake.says(INIT, error("overloaded"), FAILED)
+        return json.loads(task.call().stdout)["retry_after"]
+
+    task, other = fake.task(), fake.task()
+    assert [wait(task) for _ in range(3)] == [30, 60, 120]
+    # Weeks of waiting are no overflow.
     (note,) = task.state.rglob("*.json")
     note.write_text('{"handed": true, "waits": 5000}')
-    assert json.loads(task.call().stdout) == {"retry_after": 1800}
+    assert wait(task) == 1800
+    # Another task has nothing to do with it, and an answer ends the series.
+    other.envelope["task_id"] = "t-2"
+    assert wait(other) == 30
+    fake.says(INIT, DONE)
+    assert task.call().returncode == 0 and wait(task) == 30
 
 
 def test_a_session_that_is_gone_is_one_where_only_stderr_says_so(fake):
@@ -155,53 +164,25 @@ def file(tool: str, path: str) -> dict:
     return {"tool_name": tool, "tool_input": {name: path}}
 
 
-@pytest.mark.parametrize(
-    "denial, rule",
-    [
-        (bash("git push"), "Bash(git push)"),
-        (bash(" git push \n"), "Bash(git push)"),
-        (bash("git push 2>&1"), "Bash(git push)"),
-        (bash("make 2>/dev/null"), "Bash(make)"),
-        (bash("a && b; c | d"), "Bash(a && b; c | d)"),
-        (bash("echo 'x, y: é'"), "Bash(echo 'x, y: é')"),
-        (file("Edit", "/x/a b.md"), "Edit(//x/a b.md)"),
-        (file("Write", "/x/../y//a.md"), "Edit(//y/a.md)"),
-        (file("NotebookEdit", "/x/a.ipynb"), "Edit(//x/a.ipynb)"),
-        (file("Read", "/x/a.md"), "Read(//x/a.md)"),
-        *(
-            (denial, None)
-            for denial in (
-                bash("ls *"),
-                bash("git:*"),
-                bash("a\nb"),
-                bash("a\tb"),
-                bash("echo (x)"),
-                bash("echo ')', Bash(rm -r /)"),
-                bash("echo a\\\\b"),
-                bash("a >b"),
-                bash("a 2>&1 >b"),
-                bash("cat <a"),
-                bash("2>&1"),
-                bash(""),
-                bash("a\u202eb"),
-                {"tool_name": "Bash", "tool_input": {"command": 5}},
-                {"tool_name": "Bash", "tool_input": None},
-                file("Edit", "/x/*.md"),
-                file("Edit", "/x/[a].md"),
-                file("Edit", "/x/a?.md"),
-                file("Edit", "/x/a(1).md"),
-                file("Edit", "/x/a\\b"),
-                file("Edit", "/x/a.md "),
-                file("Edit", "/x/a\nb"),
-                file("Edit", ""),
-                file("Glob", "/x"),
-                {"tool_name": "mcp__bank__pay", "tool_input": {"sum": 5}},
-                {"tool_name": "WebFetch", "tool_input": {"url": "http://localhost/"}},
-                {"tool_name": "Edit(**)", "tool_input": {"file_path": "/x"}},
-            )
-        ),
-    ],
-)
+RULES = [
+    (bash("git push"), "Bash(git push)"), (bash(" git push \n"), "Bash(git push)"), (bash("git push 2>&1"), "Bash(git push)"),
+    (bash("make 2>/dev/null"), "Bash(make)"), (bash("a && b; c | d"), "Bash(a && b; c | d)"),
+    (bash("echo 'x, y: é'"), "Bash(echo 'x, y: é')"), (file("Edit", "/x/a b.md"), "Edit(//x/a b.md)"),
+    (file("Write", "/x/../y//a.md"), "Edit(//y/a.md)"), (file("NotebookEdit", "/x/a.ipynb"), "Edit(//x/a.ipynb)"),
+    (file("Read", "/x/a.md"), "Read(//x/a.md)"),
+]  # fmt: skip
+NO_RULE = [
+    *map(bash, ("ls *", "git:*", "a\nb", "a\tb", "echo (x)", "echo ')', Bash(rm -r /)", "echo a\\\\b", "a >b", "a 2>&1 >b",
+                "cat <a", "2>&1", "", "a\u202eb")),
+    *(file("Edit", f"/x/{name}") for name in ("*.md", "[a].md", "a?.md", "a(1).md", "a\\b", "a.md ", "a\nb")),
+    file("Edit", ""), file("Glob", "/x"), {"tool_name": "Bash", "tool_input": {"command": 5}},
+    {"tool_name": "Bash", "tool_input": None}, {"tool_name": "mcp__bank__pay", "tool_input": {"sum": 5}},
+    {"tool_name": "WebFetch", "tool_input": {"url": "http://localhost/"}},
+    {"tool_name": "Edit(**)", "tool_input": {"file_path": "/x"}},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("denial, rule", [*RULES, *((denial, None) for denial in NO_RULE)])
 def test_only_an_exact_rule_is_asked_for(fake, denial, rule):
     done = run(fake, DONE | {"permission_denials": [denial, bash("true")]}, allowed_tools="Read")
     assert done.returncode == 75, done.stderr
@@ -214,14 +195,9 @@ def test_only_an_exact_rule_is_asked_for(fake, denial, rule):
 
 
 def test_a_question_names_what_is_wanted_and_how_much_more(fake):
-    denials = [
-        bash("git push"),
-        bash("git push"),
-        file("Edit", f"{fake.workspace}/docs/README.md"),
-        {"tool_name": "mcp__bank__pay", "tool_input": {"sum": 5}},
-        bash("echo " + "x" * 300),
-        "nonsense",
-    ]
+    denials = [bash("git push"), bash("git push"), file("Edit", f"{fake.workspace}/docs/README.md"),
+               {"tool_name": "mcp__bank__pay", "tool_input": {"sum": 5}},
+               bash("echo " + "x" * 300), "nonsense"]  # fmt: skip
     data = {"workspace_path": str(fake.workspace)}
     order = json.loads(run(fake, DONE | {"permission_denials": denials[:3]}, **data).stdout)
     assert order["hold"] == "wants: Bash(git push), Edit docs/README.md"
@@ -235,9 +211,7 @@ class TestThroughAWorker:
     @pytest.fixture
     def drain(self, installation, claude_handler, fake):
         def drain(queue: str) -> None:
-            done = installation.run("worker.py", queue, "--drain", "--handlers",
-                                    installation.handlers, env={"PATH": fake.env["PATH"]})  # fmt: skip
-            assert done.returncode == 0, done.stderr
+            installation.drain(queue, env={"PATH": fake.env["PATH"]})
 
         return drain
 
@@ -247,7 +221,7 @@ class TestThroughAWorker:
         drain("approvals")
         held = installation.rows("select task_id, status, error_message from task_queue")
         assert held == [(task, "held", "wants: Bash(git push)")]
-        assert installation.call("tasks.py", ["approve", task]).returncode == 0
+        installation.tq("approve", task)
         fake.says(INIT, DONE)
         drain("approvals")
         ended = installation.history(task)
@@ -265,7 +239,7 @@ class TestThroughAWorker:
         installation.enqueue("approvals", "claude", "{}", "--hold")
         installation.sqlite3(f"insert into approvals (data) values ('{json.dumps(payload)}')")
         drain("approvals")
-        assert installation.call("tasks.py", ["approve", "approvals-2"]).returncode == 0
+        installation.tq("approve approvals-2")
         fake.says(INIT, DONE)
         drain("approvals")
         first, second = ([word for word in call[0] if "allow" in word or "mode" in word]
@@ -277,8 +251,7 @@ class TestThroughAWorker:
         task = installation.enqueue("approvals", "claude", '{"prompt": "Do it."}')
         drain("approvals")
         assert not installation.history(task)
-        moved = installation.run("tasks.py", "move", task, "notifications")
-        assert moved.returncode == 0, moved.stderr
+        installation.tq("move", task, "notifications")
         fake.says(INIT, DONE)
         installation.sqlite3("update notifications set status = 1, due_at = null")
         drain("notifications")

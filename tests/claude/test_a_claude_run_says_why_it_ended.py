@@ -22,29 +22,21 @@ def told(done) -> dict:
     return json.loads(line)
 
 
-def test_a_usage_limit_pauses_until_it_resets(claude):
+def test_a_usage_limit_pauses_until_it_resets_and_then_the_session_goes_on(claude):
     claude.answer("limit", seconds=7200)
-    began = time.time()
-    done = claude.task().run(claude.subscription())
+    task, began = claude.task(), time.time()
+    done = task.run(claude.subscription())
     assert done.returncode == 75, done.stderr
     assert told(done).keys() == {"pause", "reason"} and "limit" in told(done)["reason"]
-    assert (
-        began + 7200 - 1 <= time.time() + told(done)["pause"]
-        and began + told(done)["pause"] <= time.time() + 7200 + 2
-    )
+    resets = began + 7200
+    assert resets - 1 <= time.time() + told(done)["pause"]
+    assert began + told(done)["pause"] <= time.time() + 7200 + 2
     assert "resets at" in done.stderr
-
-
-def test_after_the_limit_the_same_session_goes_on(claude):
-    claude.answer("limit", seconds=3)
-    task = claude.task()
-    limited = task.run(claude.subscription())
-    assert limited.returncode == 75
-    time.sleep(told(limited)["pause"])
+    claude.answer("fine")
     done = task.run(claude.subscription())
     assert done.returncode == 0, done.stderr
     assert {session_of(request) for request in claude.requests()} == {told(done)["session_id"]}
-    assert "Go on; what you had done stands." in words_of(claude.requests()[-1])
+    assert GO_ON in words_of(claude.requests()[-1])
 
 
 def test_a_limit_that_does_not_say_when_it_resets_pauses_for_half_an_hour(claude):
@@ -58,9 +50,8 @@ def test_a_limit_so_short_that_claude_waits_for_it_is_no_pause(claude):
     done = claude.task().run()
     assert done.returncode == 0, done.stderr
     assert [request["kind"] for request in claude.requests()] == ["limit", "fine"]
-    assert (
-        "no answer from the API (rate_limit, status 429); Claude tries again, 1 of " in done.stderr
-    )
+    why = "no answer from the API (rate_limit, status 429); Claude tries again, 1 of "
+    assert why in done.stderr
 
 
 @pytest.mark.parametrize("kind, reason", [("auth", "not logged in"), ("credit", "no credit")])
@@ -84,24 +75,10 @@ def test_so_does_a_claude_that_nobody_logged_in(claude):
 
 
 @pytest.mark.parametrize("kind", ["overload", "broken"])
-def test_a_busy_api_and_a_broken_network_delay_the_task_ever_longer(claude, kind):
+def test_a_busy_api_and_a_broken_network_delay_the_task(claude, kind):
     claude.answer(kind)
-    task, env = claude.task(), claude.env | {"CLAUDE_CODE_MAX_RETRIES": "0"}
-    waits = []
-    for _ in range(3):
-        done = task.run(env)
-        assert done.returncode == 75, done.stderr
-        assert told(done).keys() == {"retry_after"}
-        waits.append(told(done)["retry_after"])
-    assert waits == [30, 60, 120]
-    # Another task has nothing to do with it, and an answer ends the series.
-    other = claude.task()
-    other.envelope["task_id"] = "t-2"
-    assert told(other.run(env))["retry_after"] == 30
-    claude.answer("fine")
-    assert task.run(env).returncode == 0
-    claude.answer(kind)
-    assert told(task.run(env))["retry_after"] == 30
+    done = claude.task().run(claude.env | {"CLAUDE_CODE_MAX_RETRIES": "0"})
+    assert (done.returncode, told(done)) == (75, {"retry_after": 30}), done.stderr
 
 
 @pytest.mark.parametrize(
@@ -128,9 +105,7 @@ def test_a_401_that_passes_pauses_nothing(claude):
 @pytest.mark.parametrize(
     "kind, code, reason",
     [
-        ("limit", 75, "a usage limit"),
         ("overload", 75, "the API is overloaded or cannot be reached"),
-        ("broken", 75, "the API is overloaded or cannot be reached"),
         ("auth", 75, "Claude Code is not logged in"),
         ("credit", 75, "there is no credit left"),
         ("too_long", 65, "the prompt is too long"),
@@ -138,9 +113,8 @@ def test_a_401_that_passes_pauses_nothing(claude):
 )
 def test_a_cause_is_the_same_during_compaction(claude, kind, code, reason):
     """Claude Code shortens a conversation that is longer than its window before it goes on."""
-    claude.answer(
-        "tool", commands=["echo 1", "echo 2"], tokens=199_500, compacting=kind, seconds=7200
-    )
+    commands = ["echo 1", "echo 2"]
+    claude.answer("tool", commands=commands, tokens=199_500, compacting=kind, seconds=7200)
     task = claude.task(model="claude-sonnet-4-5", permission_mode="bypassPermissions")
     compacting = {"CLAUDE_CODE_AUTO_COMPACT_WINDOW": "100000", "CLAUDE_CODE_MAX_RETRIES": "0"}
     done = task.run(claude.env | compacting)
@@ -215,12 +189,8 @@ class TestDenied:
         """Each use is one for which the rule was made, then others that are near."""
         here = str(claude.workspace)
         write = lambda path: {"name": "Write", "input": {"file_path": path, "content": "x"}}  # noqa: E731
-        made_for = [
-            "touch one",
-            "touch 'a, b' && touch c",
-            "FOO=1 touch d 2>&1",
-            write(f"{here}/x y.md"),
-        ]
+        made_for = ["touch one", "touch 'a, b' && touch c", "FOO=1 touch d 2>&1",
+                    write(f"{here}/x y.md")]  # fmt: skip
         near = ["touch one two", "touch one && touch z", "touch one >z", "touch c", "touch d",
                 "FOO=1 touch d >z", "touch 'a, b'", write(f"{here}/sub/x y.md"),
                 write(f"{here}/x"), write(f"{here}/x y.mdx")]  # fmt: skip

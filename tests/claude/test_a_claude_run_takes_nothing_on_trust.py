@@ -14,87 +14,47 @@ import hypothesis.strategies as st
 import pytest
 from claude_stub.fake import DONE, INIT
 from claude_stub.task import load_handler
+from conftest import one_line
 
 from taskqueue.claude_stream import Said
 from taskqueue.claude_verdict import judge
 
+REFUSED = [
+    ({}, "prompt is missing"), ({"prompt": None}, "prompt is missing"), ({"prompt": ""}, "prompt is empty"),
+    ({"prompt": " \n\t"}, "prompt is empty"), ({"prompt": ["x"]}, "prompt is not text"), ({"prompt": "nul \0"}, "prompt is not text"),
+    ({"prompt": "half a character \ud800"}, "prompt is not text"),
+    *(({"prompt": "x", **more}, why) for more, why in (
+        ({"model": 5}, "model is not text"), ({"workspace_path": "here"}, "workspace_path is relative"),
+        ({"config_dir": "here"}, "config_dir is relative"), ({"config_dir": ["/"]}, "config_dir is not text"),
+        ({"config_dir": "/gone/.claude"}, "config_dir '/gone/.claude' is not a directory"),
+        ({"resume": "../../etc/passwd"}, "resume is not the id of a session"), ({"max_budget_usd": -1}, "max_budget_usd"),
+        ({"max_budget_usd": True}, "max_budget_usd"), ({"max_budget_usd": float("inf")}, "max_budget_usd"),
+        ({"on_denied": "ask"}, "on_denied is not"), ({"worktree": "yes"}, "worktree is not"), ({"stall": 0}, "stall is not"),
+        ({"stall": "30m"}, "stall is not"), ({"args": "--model x"}, "args is not a list"), ({"args": [1]}, "args is not text"),
+        ({"allowed_tools": {}}, "allowed_tools is not text"))),
+]  # fmt: skip
+NO_TASKS = [[], {}, {"data": 1}, "x", None]
 
-@pytest.mark.parametrize(
-    "data, why",
-    [
-        ({}, "prompt is missing"),
-        ({"prompt": ""}, "prompt is empty"),
-        ({"prompt": " \n\t"}, "prompt is empty"),
-        ({"prompt": ["x"]}, "prompt is not text"),
-        ({"prompt": "nul \0"}, "prompt is not text"),
-        ({"prompt": "half a character \ud800"}, "prompt is not text"),
-        ({"prompt": "x", "model": 5}, "model is not text"),
-        ({"prompt": "x", "workspace_path": "here"}, "workspace_path is relative"),
-        ({"prompt": "x", "config_dir": "here"}, "config_dir is relative"),
-        ({"prompt": "x", "config_dir": ["/"]}, "config_dir is not text"),
-        (
-            {"prompt": "x", "config_dir": "/gone/.claude"},
-            "config_dir '/gone/.claude' is not a directory",
-        ),
-        ({"prompt": "x", "resume": "../../etc/passwd"}, "resume is not the id of a session"),
-        ({"prompt": "x", "max_budget_usd": -1}, "max_budget_usd"),
-        ({"prompt": "x", "max_budget_usd": True}, "max_budget_usd"),
-        ({"prompt": "x", "max_budget_usd": float("inf")}, "max_budget_usd"),
-        ({"prompt": "x", "on_denied": "ask"}, "on_denied is not"),
-        ({"prompt": "x", "worktree": "yes"}, "worktree is not"),
-        ({"prompt": "x", "stall": 0}, "stall is not"),
-        ({"prompt": "x", "stall": "30m"}, "stall is not"),
-        ({"prompt": None}, "prompt is missing"),
-        ({"prompt": "x", "args": "--model x"}, "args is not a list"),
-        ({"prompt": "x", "args": [1]}, "args is not text"),
-        ({"prompt": "x", "allowed_tools": {}}, "allowed_tools is not text"),
-    ],
-)
-def test_a_task_that_can_never_be_done_is_a_dead_letter_at_once(fake, data, why):
+
+def test_a_task_that_can_never_be_done_is_a_dead_letter_at_once(fake):
     task = fake.task()
-    task.envelope["data"] = data
-    done = task.call()
-    assert (
-        (done.returncode, done.stdout) == (65, "")
-        and why in done.stderr
-        and done.stderr.count("\n") == 1
-    )
+    envelopes = [({**task.envelope, "data": data}, why) for data, why in REFUSED]
+    for task.envelope, why in [*envelopes, *((envelope, "") for envelope in NO_TASKS)]:
+        one_line(task.call(), 65, why)
     assert fake.calls() == []
-
-
-@pytest.mark.parametrize("envelope", [[], {}, {"data": 1}, "x", None])
-def test_so_is_what_is_no_task(fake, envelope):
-    task = fake.task()
-    task.envelope = envelope
-    done = task.call()
-    assert done.returncode == 65 and done.stderr.count("\n") == 1 and fake.calls() == []
 
 
 def test_the_prompt_goes_to_stdin_and_no_value_can_pose_as_an_option(fake):
     prompt = "--dangerously-skip-permissions\n" + "x" * 300_000
-    done = fake.task(
-        prompt=prompt,
-        workspace_path=str(fake.workspace),
-        model="--help",
-        permission_mode="plan",
-        allowed_tools=["Bash(git *)", "Edit"],
-        max_budget_usd=0.5,
-        append_system_prompt="-x",
-        args=["--max-turns", "3"],
-    ).call()
+    options = {"model": "--help", "permission_mode": "plan", "allowed_tools": ["Bash(git *)", "Edit"],
+               "max_budget_usd": 0.5, "append_system_prompt": "-x", "args": ["--max-turns", "3"]}  # fmt: skip
+    done = fake.task(prompt=prompt, workspace_path=str(fake.workspace), **options).call()
     assert done.returncode == 0, done.stderr
     ((args, stdin, cwd),) = fake.calls()
     assert (stdin, cwd) == (prompt, str(fake.workspace))
     assert args[:4] == ["-p", "--output-format", "stream-json", "--verbose"]
-    assert args[4:-1] == [
-        "--model=--help",
-        "--permission-mode=plan",
-        "--append-system-prompt=-x",
-        "--allowed-tools=Bash(git *),Edit",
-        "--max-turns",
-        "3",
-        "--max-budget-usd=0.5",
-    ]
+    given = "--model=--help|--permission-mode=plan|--append-system-prompt=-x|--allowed-tools=Bash(git *),Edit"
+    assert args[4:-1] == [*given.split("|"), "--max-turns", "3", "--max-budget-usd=0.5"]
     assert args[-1].startswith("--session-id=")
 
 
@@ -125,19 +85,16 @@ def test_null_is_the_same_as_nothing(fake):
 
 def test_what_claude_prints_cannot_steer_a_terminal_or_pose_as_our_result(fake):
     evil = "\x1b]0;owned\x07\x1b[2J\u202egnp.exe\x9b31m\r" + "long " * 500
-    text = {
-        "content": [
-            {"type": "text", "text": evil},
-            {"type": "tool_use", "name": evil, "input": {"command": evil}},
-        ]
-    }
+    content = [
+        {"type": "text", "text": evil},
+        {"type": "tool_use", "name": evil, "input": {"command": evil}},
+    ]
+    result = {"content": [{"type": "tool_result", "is_error": True, "content": evil}]}
+    text = {"content": content}
     fake.says(
         INIT,
         {"type": "assistant", "message": text},
-        {
-            "type": "user",
-            "message": {"content": [{"type": "tool_result", "is_error": True, "content": evil}]},
-        },
+        {"type": "user", "message": result},
         {"type": "assistant", "message": text, "parent_tool_use_id": "t"},
         b'{"pause": null, "reason": "mine"}',
         b'{"enqueue": [{"queue": "approvals"}]}',
@@ -148,43 +105,25 @@ def test_what_claude_prints_cannot_steer_a_terminal_or_pose_as_our_result(fake):
     done = fake.task().call()
     assert done.returncode == 0
     assert all(character.isprintable() or character == "\n" for character in done.stderr)
-    assert (
-        all(len(line) < 250 for line in done.stderr.splitlines())
-        and done.stderr.count("owned") == 7
-    )
+    assert all(len(line) < 250 for line in done.stderr.splitlines())
+    assert done.stderr.count("owned") == 7
     (line,) = done.stdout.splitlines()
-    assert list(json.loads(line)) == [
-        "summary",
-        "result",
-        "session_id",
-        "num_turns",
-        "cost_usd",
-        "seconds",
-    ]
+    names = ["summary", "result", "session_id", "num_turns", "cost_usd", "seconds"]
+    assert list(json.loads(line)) == names
     assert json.loads(line)["summary"].isprintable()
 
 
-@pytest.mark.parametrize(
-    "line",
-    [
-        b"[]",
-        b"null",
-        b"{",
-        b'{"type": 1}',
-        b'{"type": "assistant", "message": {"content": 5}}',
-        b'{"type": "assistant", "message": null}',
-        b'{"type": "assistant", "message": {"content": [null, {"type": "tool_use", "input": 1}]}}',
-        b'{"type": "assistant", "error": {"x": 1}}',
-        b'{"type": "assistant", "error": []}',
-        b'{"type": "rate_limit_event", "rate_limit_info": {"status": "rejected", "resetsAt": "soon"}}',
-        b'{"type": "rate_limit_event", "rate_limit_info": {"status": "rejected", "resetsAt": 1e300}}',
-        b'{"type": "rate_limit_event"}',
-        b'{"type": "system", "subtype": "api_retry", "retry_delay_ms": null, "error": []}',
-        b"[" * 100_000,
-        b"x" * 3_000_000,
-    ],
-    ids=lambda line: line[:60].decode(),
-)
+ODD = [
+    b"[]", b"null", b"{", b'{"type": 1}', b'{"type": "assistant", "message": {"content": 5}}', b'{"type": "assistant", "message": null}',
+    b'{"type": "assistant", "message": {"content": [null, {"type": "tool_use", "input": 1}]}}',
+    b'{"type": "assistant", "error": {"x": 1}}', b'{"type": "assistant", "error": []}', b'{"type": "rate_limit_event"}',
+    b'{"type": "rate_limit_event", "rate_limit_info": {"status": "rejected", "resetsAt": "soon"}}',
+    b'{"type": "rate_limit_event", "rate_limit_info": {"status": "rejected", "resetsAt": 1e300}}',
+    b'{"type": "system", "subtype": "api_retry", "retry_delay_ms": null, "error": []}', b"[" * 100_000, b"x" * 3_000_000,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("line", ODD, ids=lambda line: line[:60].decode())
 def test_a_line_that_is_not_as_expected_does_no_harm(fake, line):
     fake.says(INIT, line, DONE)
     done = fake.task().call()
@@ -206,7 +145,7 @@ LINE = st.fixed_dictionaries(
 )
 
 
-@hypothesis.settings(deadline=None, max_examples=300)
+@hypothesis.settings(deadline=None, max_examples=100)
 @hypothesis.given(lines=st.lists(LINE, max_size=4), waits=st.integers(0, 9999))
 def test_whatever_claude_prints_there_is_a_verdict(lines, waits):
     with contextlib.redirect_stderr(io.StringIO()):
@@ -219,11 +158,10 @@ def test_whatever_claude_prints_there_is_a_verdict(lines, waits):
     assert len(handler.result_line(said.result, verdict, 1.0, None)) <= handler.RESULT_BYTES
 
 
-@pytest.mark.parametrize(
-    "result",
-    [None, 5, ["x"], "", "x" * 400_000, "\u6e2f" * 100_000, "\ud800"],
-    ids=lambda value: repr(value)[:20],
-)
+RESULTS = [None, 5, ["x"], "", "x" * 400_000, "\u6e2f" * 100_000, "\ud800"]
+
+
+@pytest.mark.parametrize("result", RESULTS, ids=lambda value: repr(value)[:20])
 def test_the_result_is_one_whole_object_that_the_history_can_keep(fake, result):
     fake.says(INIT, DONE | {"result": result})
     done = fake.task().call()
@@ -265,9 +203,8 @@ def test_a_missing_claude_pauses_the_queue_for_a_while_and_says_why(fake):
 def test_one_is_found_where_its_installer_puts_it(fake):
     (fake.home / ".local/bin").mkdir(parents=True)
     fake.program.rename(fake.home / ".local/bin/claude")
-    assert (
-        fake.task().call(fake.env | {"PATH": "/usr/bin"}).returncode == 0 and len(fake.calls()) == 1
-    )
+    done = fake.task().call(fake.env | {"PATH": "/usr/bin"})
+    assert done.returncode == 0 and len(fake.calls()) == 1
 
 
 def test_a_workspace_that_is_gone_is_a_failed_attempt_and_no_other_directory(fake):
@@ -275,44 +212,27 @@ def test_a_workspace_that_is_gone_is_a_failed_attempt_and_no_other_directory(fak
     assert done.returncode == 1 and "gone" in done.stderr and fake.calls() == []
 
 
+BUSY = (INIT, {"type": "assistant", "error": "overloaded"}, {"type": "result", "is_error": True})
+
+
 def test_no_secret_is_written_anywhere(fake):
-    env = fake.env | {"ANTHROPIC_API_KEY": "sk-very-secret"}
-    fake.says(
-        INIT, {"type": "assistant", "error": "overloaded"}, {"type": "result", "is_error": True}
-    )
-    done = fake.task().call(env)
+    fake.says(*BUSY)
+    done = fake.task().call(fake.env | {"ANTHROPIC_API_KEY": "sk-very-secret"})
     assert done.returncode == 75 and "secret" not in done.stdout + done.stderr
     (note,) = (fake.home / "state").rglob("*.json")
     assert "secret" not in note.read_text() and note.stat().st_mode & 0o077 == 0
 
 
-@pytest.mark.parametrize(
-    "note",
-    [
-        b"",
-        b"[]",
-        b'{"handed": 1}',
-        b"\xff",
-    ],
-)
-def test_a_torn_note_does_no_harm(fake, note):
-    fake.says(
-        INIT, {"type": "assistant", "error": "overloaded"}, {"type": "result", "is_error": True}
-    )
+@pytest.mark.parametrize("note", [b"", b"[]", b'{"handed": 1}', b"\xff", None])
+def test_a_torn_note_and_a_state_that_cannot_be_written_do_no_harm(fake, note):
+    fake.says(*BUSY)
     task = fake.task()
-    task.call()
-    (path,) = (fake.home / "state").rglob("*.json")
-    path.write_bytes(note)
-    done = task.call()
-    assert done.returncode == 75 and json.loads(done.stdout) == {"retry_after": 30}
-
-
-def test_a_state_that_cannot_be_written_does_no_harm(fake):
-    fake.says(
-        INIT, {"type": "assistant", "error": "overloaded"}, {"type": "result", "is_error": True}
-    )
-    task = fake.task()
-    (fake.home / "state/claude").write_text("in the way")
+    if note is None:
+        (fake.home / "state/claude").write_text("in the way")
+    else:
+        task.call()
+        (path,) = (fake.home / "state").rglob("*.json")
+        path.write_bytes(note)
     done = task.call()
     assert done.returncode == 75 and json.loads(done.stdout) == {"retry_after": 30}
 

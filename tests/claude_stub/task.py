@@ -59,11 +59,14 @@ class Task:
         process.stdin = None
         return process
 
-    def run(self, env: dict | None = None, timeout: float = 60) -> subprocess.CompletedProcess:
+    def run(self, env: dict | None = None) -> subprocess.CompletedProcess:
         """Run the handler to its end."""
-        process = self.start(env)
+        return self.ended(self.start(env))
+
+    def ended(self, process: subprocess.Popen) -> subprocess.CompletedProcess:
+        """Wait for the end of a handler."""
         try:
-            stdout, stderr = process.communicate(timeout=timeout)
+            stdout, stderr = process.communicate(timeout=60)
         finally:
             end(process)
         return subprocess.CompletedProcess((), process.returncode, stdout.decode(), stderr.decode())
