@@ -135,11 +135,7 @@ def test_rules_hold_from_the_repository_s_root_down(tmp_path, workspace, check):
     (workspace / ".git" / "info" / "exclude").write_text("excluded.md\n")
     (tmp_path / "home" / ".config" / "git").mkdir(parents=True)
     (tmp_path / "home" / ".config" / "git" / "ignore").write_text("mine.md\n")
-    kept = [
-        ("docs/a.md", "missing.md"),
-        ("docs/in/a.md", "missing.md"),
-        ("docs/in/b.md", "missing.md"),
-    ]
+    kept = [(f"docs/{name}.md", "missing.md") for name in ("a", "in/a", "in/b")]
     assert broken(check()) == kept
     below = [(file.removeprefix("docs/"), link) for file, link in kept]
     assert broken(check({"workspace_path": str(workspace / "docs")})) == below
@@ -382,18 +378,14 @@ def test_a_folder_that_becomes_a_symbolic_link_meanwhile_leads_nowhere(tmp_path,
     outside = tmp_path / "outside"
     outside.mkdir()
     (outside / "links.json").write_text("precious")
-    with waiting_lychee(workspace, tmp_path, {"results_file": "out/links.json"}) as (
-        handler,
-        finish,
-        _,
-    ):
+    results = {"results_file": "out/links.json"}
+    with waiting_lychee(workspace, tmp_path, results) as (handler, finish, _):
         os.rename(workspace / "out", workspace / "moved")
         (workspace / "out").symlink_to(outside)
         _, words = finish()
     assert handler.returncode == 0, words
-    assert (
-        os.listdir(outside) == ["links.json"] and (outside / "links.json").read_text() == "precious"
-    )
+    assert os.listdir(outside) == ["links.json"]
+    assert (outside / "links.json").read_text() == "precious"
     assert os.listdir(workspace / "moved") == ["links.json"]
 
 
@@ -423,6 +415,5 @@ def test_what_would_steer_a_terminal_never_reaches_it(workspace, check):
     refused = check({"workspace_path": f"/nowhere{STEERING}"})
     assert refused.returncode == 65
     for text in (done.stdout.decode(), done.words, wrong.words, refused.words):
-        assert not [
-            character for character in text if character in STEERING and not character.isprintable()
-        ], text
+        steers = [char for char in text if char in STEERING and not char.isprintable()]
+        assert not steers, text

@@ -4,7 +4,6 @@ lychee is the real one.
 
 # ruff: noqa: F811 -- fixtures are imported, and named again where they are used
 
-import ctypes
 import http.server
 import json
 import os
@@ -19,6 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from conftest import without_overrides
 from link_check import (  # noqa: F401
     HANDLER,
     ROOT,
@@ -37,18 +37,6 @@ from link_check import (  # noqa: F401
     write,
 )
 
-
-def without_overrides():
-    """Root reads everything: give that up, and file modes mean something."""
-    if sys.platform != "linux":
-        # Nobody runs tests as root there.
-        return
-    prctl_capbset_drop, cap_dac_override, cap_dac_read_search = 24, 1, 2
-    libc = ctypes.CDLL(None, use_errno=True)
-    for capability in (cap_dac_override, cap_dac_read_search):
-        libc.prctl(prctl_capbset_drop, capability, 0, 0, 0)
-
-
 # -------------------------------------------------------------------------------------------------------- the result
 
 
@@ -58,15 +46,19 @@ def test_a_broken_link_is_found_and_is_no_failure(workspace, check):
     assert done.returncode == 0
     summary = done.summary
     assert done.stdout.count(b"\n") == 1
-    assert {key: summary[key] for key in ("files", "total", "successful", "failed", "excluded", "skipped", "online")} == {
-        "files": 2, "total": 2, "successful": 1, "failed": 1, "excluded": 0, "skipped": [], "online": False,
-    }  # fmt: skip
+    counts = {
+        "files": 2,
+        "total": 2,
+        "successful": 1,
+        "failed": 1,
+        "excluded": 0,
+        "skipped": [],
+        "online": False,
+    }
+    assert summary.items() >= counts.items()
     (link,) = summary["broken"]
-    assert (link["file"], link["line"], link["url"]) == (
-        "README.md",
-        4,
-        f"file://{workspace}/missing.md",
-    )
+    gone = ("README.md", 4, f"file://{workspace}/missing.md")
+    assert (link["file"], link["line"], link["url"]) == gone
     assert "not found" in link["reason"]
     assert summary["workspace_path"] == str(workspace)
     assert summary["summary"] == "1 broken link: README.md:4 → missing.md"
@@ -79,11 +71,8 @@ def test_the_results_file_is_the_whole_report_of_lychee(workspace, check):
     (workspace / "out").mkdir()
     done = check({"workspace_path": str(workspace), "results_file": "out/links of today.json"})
     whole = json.loads((workspace / "out" / "links of today.json").read_text())
-    assert (whole["total"], whole["errors"], len(whole["error_map"]["README.md"])) == (
-        200,
-        200,
-        200,
-    )
+    assert (whole["total"], whole["errors"]) == (200, 200)
+    assert len(whole["error_map"]["README.md"]) == 200
     assert (done.summary["failed"], len(done.summary["broken"])) == (200, 50)
     assert sorted(os.listdir(workspace)) == ["README.md", "out"]
     assert os.listdir(workspace / "out") == ["links of today.json"]
@@ -111,10 +100,8 @@ def test_the_report_goes_to_the_state_directory_unless_a_file_is_named(tmp_path,
     ):
         done = check(task, preexec_fn=lambda: os.umask(0))
         place = Path(done.summary["results_file"])
-        assert (
-            place.parent == tmp_path / "state" / "reports" / "link_validation"
-            and place.name.startswith("workspace-")
-        )
+        assert place.parent == tmp_path / "state" / "reports" / "link_validation"
+        assert place.name.startswith("workspace-")
         assert report(done)["total"] == total
         for path in (place, *place.parents[:3]):
             assert stat.S_IMODE(path.stat().st_mode) == (0o600 if path == place else 0o700), path
@@ -125,14 +112,10 @@ def test_the_report_goes_to_the_state_directory_unless_a_file_is_named(tmp_path,
     assert len(os.listdir(place.parent)) == 2
 
 
-def test_without_a_state_directory_of_its_own_it_is_the_default_one(tmp_path, workspace, check):
+def test_the_state_directory_is_the_default_one_or_absolute(tmp_path, workspace, check):
     done = check(env={"TASK_QUEUE_STATE": ""})
-    assert done.summary["results_file"].startswith(
-        f"{tmp_path}/home/.claude/automation/lychee/state/reports/link_validation/"
-    )
-
-
-def test_a_relative_state_directory_is_a_usage_error(workspace, check):
+    default = f"{tmp_path}/home/.claude/automation/lychee/state/reports/link_validation/"
+    assert done.summary["results_file"].startswith(default)
     done = check(env={"TASK_QUEUE_STATE": "state"})
     assert (done.returncode, done.stdout, os.listdir(workspace)) == (64, b"", [])
     assert "TASK_QUEUE_STATE" in done.words
@@ -153,23 +136,15 @@ def test_the_one_line_is_bounded_and_says_what_was_not_read(workspace, check):
     write(workspace, **{f"{'a' * 200}{number}": "[x](" + "b" * 300 + ")" for number in range(60)})
     (workspace / "latin.md").write_bytes(b"caf\xe9")
     line = check().summary["summary"]
-    assert (
-        line.startswith("60 broken links: aaa")
-        and line.endswith("; …; 1 file not read")
-        and len(line) < 500
-    )
+    assert line.startswith("60 broken links: aaa")
+    assert line.endswith("; …; 1 file not read") and len(line) < 500
 
 
 def test_a_workspace_without_markdown_has_no_broken_links(workspace, check):
     (workspace / "main.c").write_text("/* [x](nope.md) */")
     done = check()
-    assert (
-        done.returncode,
-        done.summary["files"],
-        done.summary["total"],
-        done.summary["broken"],
-    ) == (0, 0, 0, [])
-    assert report(done)["total"] == 0
+    counts = [done.summary[name] for name in ("files", "total", "broken")]
+    assert (done.returncode, counts, report(done)["total"]) == (0, [0, 0, []], 0)
 
 
 def test_absolute_links_start_at_the_repository_or_the_workspace(workspace, check):
@@ -196,11 +171,8 @@ def test_anchors_are_checked_when_the_task_asks_and_else_named_as_not_checked(
     write(workspace, README="[a](page.md#there) [b](page.md#gone) [c][undefined]", page="# There")
     done = check()
     assert done.summary["failed"] == 0
-    assert [said.split()[0] for said in done.summary["not_checked"]] == [
-        "anchors",
-        "undefined",
-        "wiki",
-    ]
+    not_checked = [said.split()[0] for said in done.summary["not_checked"]]
+    assert not_checked == ["anchors", "undefined", "wiki"]
     done = check({"workspace_path": str(workspace), "include_fragments": True})
     assert broken(done) == [("README.md", "page.md#gone")]
     assert [said.split()[0] for said in done.summary["not_checked"]] == ["undefined", "wiki"]
@@ -239,17 +211,12 @@ def test_the_network_is_asked_only_when_told_so(workspace, check):
     with web_server() as (url, asked):
         write(workspace, README=f"[ok]({url}/ok) [gone]({url}/gone)")
         summary = check().summary
-        assert (summary["excluded"], summary["failed"], summary["online"], asked) == (
-            2,
-            0,
-            False,
-            [],
-        )
+        counts = [summary[name] for name in ("excluded", "failed", "online")]
+        assert (counts, asked) == ([2, 0, False], [])
         summary = check(env={"LYCHEE_ONLINE": "1"}).summary
-        assert (summary["successful"], summary["failed"], summary["online"]) == (1, 1, True)
-        assert (
-            summary["broken"][0]["url"] == f"{url}/gone" and "404" in summary["broken"][0]["reason"]
-        )
+        assert [summary[name] for name in ("successful", "failed", "online")] == [1, 1, True]
+        [gone] = summary["broken"]
+        assert gone["url"] == f"{url}/gone" and "404" in gone["reason"]
         assert set(asked) == {"/ok", "/gone"}
 
 
@@ -273,7 +240,7 @@ def test_a_server_that_wants_to_be_waited_for_keeps_no_other_link_from_its_check
     with web_server() as (url, _):
         links = [f"[x]({url}/429?{n})" for n in range(30)]
         write(workspace, README=" ".join([*links, "[y](missing.md)"]))
-        done = check(env={"LYCHEE_ONLINE": "1"}, handler=with_limits(CHECK_SECONDS=8))
+        done = check(env={"LYCHEE_ONLINE": "1"}, handler=with_limits(CHECK_SECONDS=4))
     assert (broken(done), done.summary["excluded"]) == ([("README.md", "missing.md")], 30)
     assert skipped(done) == {} and "the network took too long" in done.words
 
@@ -289,26 +256,10 @@ def test_every_file_name_is_checked(workspace, check):
         write(workspace, **{f"{name}/{name}": "[x](missing.md)", name: "[x](missing.md)"})
     (workspace / "UPPER.MD").write_text("[x](missing.md)")
     summary = check().summary
-    expected = sorted(
-        [f"{name}/{name}.md" for name in AWKWARD]
-        + [f"{name}.md" for name in AWKWARD]
-        + ["UPPER.MD"]
-    )
-    assert [link["file"] for link in summary["broken"]] == expected
-    assert (summary["total"], summary["files"], summary["skipped"]) == (
-        len(expected),
-        len(expected),
-        [],
-    )
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the file system refuses such names")
-def test_a_name_that_is_not_utf8_is_skipped_and_said_so(workspace, check):
-    write(workspace, README="[x](missing.md)")
-    (workspace / os.fsdecode(b"caf\xe9.md")).write_text("[x](missing.md)")
-    done = check()
-    assert broken(done) == [("README.md", "missing.md")]
-    assert done.summary["skipped"] == [{"file": "caf\\udce9.md", "reason": "its name is not UTF-8"}]
+    names = [f"{folder}{name}.md" for name in AWKWARD for folder in ("", f"{name}/")]
+    names = sorted([*names, "UPPER.MD"])
+    assert [link["file"] for link in summary["broken"]] == names
+    assert (summary["total"], summary["files"], summary["skipped"]) == (len(names), len(names), [])
 
 
 @pytest.mark.parametrize("name", ['it\'s "a" [work]\nspace ü', os.fsdecode(b"caf\xe9")])
@@ -320,20 +271,22 @@ def test_a_workspace_path_may_have_any_name(tmp_path, check, name):
     assert (done.summary["successful"], done.summary["failed"]) == (2, 1)
 
 
-def test_content_that_is_not_utf8_is_skipped_and_the_rest_checked(workspace, check):
+def test_a_name_or_content_that_is_not_utf8_is_skipped_and_the_rest_checked(workspace, check):
     write(workspace, README="[x](missing.md)")
     (workspace / "latin.md").write_bytes(b"caf\xe9 [x](missing.md)")
+    reasons = {"latin.md": "its content is not UTF-8"}
+    # Elsewhere the file system refuses such names.
+    if sys.platform == "linux":
+        (workspace / os.fsdecode(b"caf\xe9.md")).write_text("[x](missing.md)")
+        reasons |= {"caf\\udce9.md": "its name is not UTF-8"}
     done = check()
-    assert broken(done) == [("README.md", "missing.md")]
-    assert done.summary["skipped"] == [{"file": "latin.md", "reason": "its content is not UTF-8"}]
+    assert broken(done) == [("README.md", "missing.md")] and skipped(done) == reasons
 
 
 @pytest.mark.parametrize("in_git", [True, False])
 def test_what_may_not_be_read_is_skipped_and_the_rest_checked(workspace, check, in_git):
-    write(
-        workspace,
-        **{name: "[x](missing.md)" for name in ("a", "closed/b", "open/c", "secret", "z")},
-    )
+    names = ("a", "closed/b", "open/c", "secret", "z")
+    write(workspace, **{name: "[x](missing.md)" for name in names})
     if in_git:
         git(workspace, "init")
     (workspace / "secret.md").chmod(0)
@@ -342,14 +295,10 @@ def test_what_may_not_be_read_is_skipped_and_the_rest_checked(workspace, check, 
         done = check(preexec_fn=without_overrides)
     finally:
         (workspace / "closed").chmod(0o700)
-    assert broken(done) == [
-        ("a.md", "missing.md"),
-        ("open/c.md", "missing.md"),
-        ("z.md", "missing.md"),
-    ]
+    assert broken(done) == [(f"{name}.md", "missing.md") for name in ("a", "open/c", "z")]
     assert (done.summary["total"], done.summary["failed"]) == (3, 3)
-    assert [skipped["file"] for skipped in done.summary["skipped"]] == ["closed", "secret.md"]
-    assert all("ermission denied" in skipped["reason"] for skipped in done.summary["skipped"])
+    assert list(skipped(done)) == ["closed", "secret.md"]
+    assert all("ermission denied" in reason for reason in skipped(done).values())
 
 
 def test_symbolic_links_pipes_and_loops_are_not_followed(workspace, check):
@@ -379,21 +328,16 @@ def test_dependencies_and_hidden_folders_are_left_out(workspace, check, in_git):
 
 
 def test_what_git_ignores_is_left_out_and_untracked_files_are_not(workspace, check):
-    write(
-        workspace,
-        **{
-            name: "[x](missing.md)"
-            for name in ("build/out", "tracked", "new", "deleted", "sub/local")
-        },
-    )
+    names = ("build/out", "tracked", "new", "deleted", "sub/local")
+    write(workspace, **{name: "[x](missing.md)" for name in names})
     (workspace / ".gitignore").write_text("build/\nlocal.md\n")
     git(workspace, "init")
     git(workspace, "add", "tracked.md", "deleted.md")
     (workspace / "deleted.md").unlink()
-    assert broken(check()) == [("new.md", "missing.md"), ("tracked.md", "missing.md")]
-    # A hook of git's has these.
-    done = check(env={"GIT_DIR": "/nonexistent", "GIT_WORK_TREE": "/"})
-    assert broken(done) == [("new.md", "missing.md"), ("tracked.md", "missing.md")]
+    # A hook of git's has these variables.
+    for env in ({}, {"GIT_DIR": "/nonexistent", "GIT_WORK_TREE": "/"}):
+        found = [("new.md", "missing.md"), ("tracked.md", "missing.md")]
+        assert broken(check(env=env)) == found
     # Asked for by name, an ignored folder is checked: its files cannot all have been meant to be
     # left out.
     assert broken(check({"workspace_path": str(workspace / "build")})) == [("out.md", "missing.md")]
@@ -435,10 +379,10 @@ def test_each_file_is_answered_or_named_where_names_are_not_utf8(workspace, chec
 
 def test_a_file_that_keeps_lychee_busy_is_named_and_the_rest_checked(workspace, check, with_limits):
     write(workspace, README="[x](missing.md)", busy="*a_" * 350_000, large="x" * 2**21 + "x")
-    done = check(handler=with_limits(CHECK_SECONDS=5))
+    done = check(handler=with_limits(CHECK_SECONDS=3))
     assert broken(done) == [("README.md", "missing.md")]
     assert skipped(done) == {
-        "busy.md": "lychee had not checked it when 5 s were over",
+        "busy.md": "lychee had not checked it when 3 s were over",
         "large.md": "it has more than 2097152 bytes",
     }
     assert report(done)["skipped"] == done.summary["skipped"]
@@ -469,36 +413,47 @@ def test_memory_is_bounded_whatever_an_anchor_leads_to(workspace, check, with_li
 # ------------------------------------------------------------------------------------------ payloads that never work
 
 
-@pytest.mark.parametrize("task", [b"", b"nonsense", b"[]", b"null", b'{"data": 3}', b'{"data": []}', b"{}", b"\xff\xfe",
-                                  b"[" * 100_000])  # fmt: skip
-def test_what_is_no_task_is_refused_for_good(refused, task):
-    assert "stdin is not a task" in refused(task=task)
+NO_TASKS = [
+    b"",
+    b"nonsense",
+    b"[]",
+    b"null",
+    b'{"data": 3}',
+    b'{"data": []}',
+    b"{}",
+    b"\xff\xfe",
+    b"[" * 100_000,
+]
+NO_WORKSPACES = [None, 3, "", [], {}, True, "relative/path", ".", "/nonexistent/folder", "/etc/passwd", "/etc/passwd/x",
+                 "/" + "x" * 5000, "/no\nsuch", "/a\0b", "/\ud800", "~"]  # fmt: skip
 
 
-@pytest.mark.parametrize("path", [None, 3, "", [], {}, True, "relative/path", ".", "/nonexistent/folder", "/etc/passwd",
-                                  "/etc/passwd/x", "/" + "x" * 5000, "/no\nsuch", "/a\0b", "/\ud800", "~"])  # fmt: skip
-def test_a_workspace_that_cannot_be_is_refused_for_good(refused, path):
-    assert "workspace_path" in refused({"workspace_path": path})
+def test_what_is_no_task_or_no_workspace_is_refused_for_good(refused):
+    for task in NO_TASKS:
+        assert "stdin is not a task" in refused(task=task), task
+    for path in NO_WORKSPACES:
+        assert "workspace_path" in refused({"workspace_path": path}), path
 
 
-@pytest.mark.parametrize("name", ["../out.json", "/out.json", "sub/../../out.json", "link/out.json", "sub", "", ".",
-                                  "sub/..", "sub/", "missing/out.json", "a\0b", 7, True, ["a"], {"a": "b"}, "\ud800"])  # fmt: skip
-def test_results_never_leave_the_workspace(tmp_path, workspace, refused, name):
+RESULTS = ["../out.json", "/out.json", "sub/../../out.json", "link/out.json", "sub", "", ".", "sub/..", "sub/",
+           "missing/out.json", "a\0b", 7, True, ["a"], {"a": "b"}, "\ud800"]  # fmt: skip
+
+
+def test_results_never_leave_the_workspace(tmp_path, workspace, refused):
     (workspace / "sub").mkdir()
     (workspace / "link").symlink_to(tmp_path)
     write(workspace, README="[x](missing.md)")
     before = sorted(tmp_path.rglob("*"))
-    assert "results_file" in refused({"workspace_path": str(workspace), "results_file": name})
+    for name in RESULTS:
+        data = {"workspace_path": str(workspace), "results_file": name}
+        assert "results_file" in refused(data), name
     assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_a_usage_error_is_64(check):
-    done = subprocess.run(
-        [UV, "run", "--script", HANDLER, "--bogus"],
-        capture_output=True,
-        check=False,
-        env={**os.environ, "UV_CACHE_DIR": UV_CACHE},
-    )
+    env = {**os.environ, "UV_CACHE_DIR": UV_CACHE}
+    command = [UV, "run", "--script", HANDLER, "--bogus"]
+    done = subprocess.run(command, capture_output=True, env=env)
     assert (done.returncode, done.stdout) == (64, b"")
 
 
@@ -543,10 +498,8 @@ def test_results_are_replaced_not_rewritten(tmp_path, workspace, check):
 def test_a_full_disk_is_not_now(workspace, check, tmp_path):
     disk = tmp_path / "disk"
     disk.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=64k", "none", disk], capture_output=True, check=False
-    )
-    if mounted.returncode:
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "none", disk]
+    if subprocess.run(mount, capture_output=True).returncode:
         pytest.skip("needs the right to mount a small file system")
     try:
         write(disk, README="[x](missing.md)\n" * 300)
@@ -571,9 +524,7 @@ def test_files_that_go_away_during_the_check_are_not_now(tmp_path, workspace):
 
 def test_without_the_package_it_says_how_to_get_it(workspace):
     task = json.dumps({"data": {"workspace_path": str(workspace)}}).encode()
-    done = subprocess.run(
-        [sys.executable, "-S", HANDLER], input=task, capture_output=True, check=False
-    )
+    done = subprocess.run([sys.executable, "-S", HANDLER], input=task, capture_output=True)
     assert (done.returncode, done.stdout) == (1, b"")
     assert b"uv run --script" in done.stderr and b"Traceback" not in done.stderr
 
@@ -590,16 +541,10 @@ def test_the_binary_is_that_of_the_package_not_just_any_in_path(tmp_path, worksp
 # ------------------------------------------------------------------------------------------- settings in the workspace
 
 
-@pytest.mark.parametrize(
-    "name, text",
-    [
-        ("lychee.toml", "exclude = ['left-out']\n"),
-        (".lychee.toml", "exclude = ['left-out']\n"),
-        (".lycheeignore", "left-out\n"),
-    ],
-)
-def test_the_settings_of_the_workspace_are_obeyed(workspace, check, name, text):
+@pytest.mark.parametrize("name", ["lychee.toml", ".lychee.toml", ".lycheeignore"])
+def test_the_settings_of_the_workspace_are_obeyed(workspace, check, name):
     write(workspace, README="[x](missing.md) [y](left-out.md)")
+    text = "exclude = ['left-out']\n" if name.endswith("toml") else "left-out\n"
     (workspace / name).write_text(text)
     done = check()
     assert broken(done) == [("README.md", "missing.md")]
