@@ -6,9 +6,11 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from conftest import ROOT, wait_for
@@ -28,31 +30,41 @@ def recipe(title: str) -> Callable:
     return lambda effect: EFFECTS.setdefault(title, effect)
 
 
-@pytest.fixture
-def home(tmp_path):
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory):
     """A HOME with an installation, and programs of its own in ~/bin, the first on its PATH."""
-    made = Home(tmp_path)
-    (made.directory / "bin").mkdir()
+    made = Home(tmp_path_factory.mktemp("recipes") / "home")
+    for name in ("bin", ".claude"):
+        (made.directory / name).mkdir(parents=True)
     made.env["PATH"] = f"{made.directory}/bin:{made.env['PATH']}"
-    (made.directory / ".claude").mkdir()
     install(made.directory, "--command", "tq", env={"PATH": made.env["PATH"]})
     # Workers take their packages from where the other tests have them.
-    cache = subprocess.run(["uv", "cache", "dir"], capture_output=True, text=True).stdout
     with open(made.prefix / "environment", "a") as file:
-        file.write(f"UV_CACHE_DIR={cache.strip()}\nUV_OFFLINE=1\n")
+        file.write(f"UV_CACHE_DIR={made.env['UV_CACHE_DIR']}\nUV_OFFLINE=1\n")
+    shutil.copytree(made.directory, made.directory.with_name("kept"), symlinks=True)
     return made
 
 
-def program(home: Home, name: str, text: str) -> None:
-    path = home.directory / "bin" / name
+@pytest.fixture
+def home(installed):
+    """That HOME, as it was installed."""
+    shutil.rmtree(installed.directory)
+    kept = installed.directory.with_name("kept")
+    shutil.copytree(kept, installed.directory, symlinks=True)
+    return installed
+
+
+def put(path: Path, text: str) -> None:
     path.write_text(text)
     path.chmod(0o755)
+
+
+def program(home: Home, name: str, text: str) -> None:
+    put(home.directory / "bin" / name, text)
 
 
 def handler(home: Home, name: str, text: str) -> None:
-    path = home.prefix / "handlers" / name
-    path.write_text(text)
-    path.chmod(0o755)
+    put(home.prefix / "handlers" / name, text)
 
 
 # Stands in for Claude Code. It commits each file that its prompt names, and pushes if it may.
@@ -113,11 +125,8 @@ def test_each_recipe_has_one_block_and_an_effect():
 @pytest.mark.parametrize("title", RECIPES)
 def test_a_recipe_does_what_its_title_says(home, title):
     # No test reaches the network: this is what would.
-    program(
-        home,
-        "curl",
-        '#!/bin/sh\nfor last; do :; done\n{ echo "to $last"; cat; echo; } >>"$HOME/sent"\n',
-    )
+    curl = 'for last; do :; done\n{ echo "to $last"; cat; echo; } >>"$HOME/sent"'
+    program(home, "curl", f"#!/bin/sh\n{curl}\n")
     program(home, "notify-send", "#!/bin/sh\nexit 1\n")
     program(home, "claude", "#!/bin/sh\necho '2.1.332 (Claude Code)'\n")
     if title in WITH_NOTES:
@@ -276,11 +285,8 @@ def one_at_a_time(home, printed):
 
 
 def has_failed(home):
-    handler(
-        home,
-        "fussy",
-        '#!/bin/sh\ngrep -q \'"colour": "red"\' || { echo no colour >&2; exit 65; }\n',
-    )
+    script = """grep -q '"colour": "red"' || { echo no colour >&2; exit 65; }"""
+    handler(home, "fussy", f"#!/bin/sh\n{script}\n")
     home.paste("tq add notifications fussy '{}' --task-id it")
     drain(home, "notifications")
     program(home, "vi", """#!/bin/sh\necho '{"colour": "red"}' >"$1"\n""")

@@ -5,7 +5,7 @@ import shlex
 import shutil
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, one_line
 
 BREAK_OUT = "it's; $(touch pwned) \n\t* ü"
 
@@ -16,8 +16,7 @@ def runs(installation):
     shutil.copy(ROOT / "handlers/run", installation.handlers)
 
     def work(task_id: str, *options) -> dict:
-        options = ("--handlers", installation.handlers, "--drain", *options)
-        installation.run("worker.py", "notifications", "work", *options)
+        installation.drain("notifications work", *options)
         return installation.history(task_id)
 
     return work
@@ -28,9 +27,8 @@ def test_it_runs_word_by_word_in_the_directory_where_it_was_typed(installation, 
     where.mkdir()
     line = 'pwd; printf "%s|" "$@"; env | grep -c -e "^UV_" -e VIRTUAL_ENV; cat; test -n "$TASK_ID"'
     words = ["--run", "--queue", "work", "--task-id", "it", "--new", "--priority", "3", "--"]
-    installation.run(
-        "enqueue.py", *words, "sh", "-c", line, "sh", BREAK_OUT, "", "--hold", cwd=where
-    )
+    typed = ("sh", "-c", line, "sh", BREAK_OUT, "", "--hold")
+    installation.run("enqueue.py", *words, *typed, cwd=where)
     done = runs("it")
     assert done["status"] == "completed"
     assert installation.rows("select queue, priority from task_history") == [("work", 3)]
@@ -59,49 +57,36 @@ def test_what_fails_is_tried_once_unless_more_is_asked(
     assert error in done["error"] and done["attempts"] == attempts
 
 
-@pytest.mark.parametrize(
-    "door",
-    ["add", "hook", "jsonl", "chain", "then", "edited"],
-)
+@pytest.mark.parametrize("door", ["add", "hook", "jsonl", "chain", "then", "edited"])
 def test_no_payload_and_no_result_chooses_a_program(installation, runs, door):
     """Each door is given a command that would leave a file."""
     mark = installation.directory / "mark"
-    payload = {
-        "command": f"touch {mark}",
-        "argv": ["touch", str(mark)],
-        "granted": {"argv": ["touch", str(mark)]},
-    }
+    argv = ["touch", str(mark)]
+    payload = {"command": f"touch {mark}", "argv": argv, "granted": {"argv": argv}}
     data = json.dumps(payload)
-    options = []
     if door == "add":
         installation.enqueue("notifications", "run", data)
     elif door == "hook":
-        hook = json.dumps(
-            {"hook_event_name": "Stop", "cwd": str(installation.directory), **payload}
-        )
+        hook = {"hook_event_name": "Stop", "cwd": str(installation.directory), **payload}
+        hook = json.dumps(hook)
         installation.run("enqueue.py", "--hook", "notifications", "run", input=hook)
     elif door == "jsonl":
         installation.run("enqueue.py", "notifications", "run", "--jsonl", input=data + "\n")
     elif door == "edited":
         installation.run("enqueue.py", "--run", "--hold", "--task-id", "it", "--", "true")
-        installation.run("tasks.py", "approve", "it", "--with", data)
+        installation.tq("approve it --with", data)
     else:
         entry = {"queue": "notifications", "task_type": "run", "data": payload}
         said = {"enqueue": [entry]} if door == "chain" else payload
-        installation.handler(
-            "run" if door == "then" else "first",
-            f"#!/bin/sh\necho {shlex.quote(json.dumps(said))}\n",
-        )
-        installation.enqueue("approvals", "run" if door == "then" else "first")
-        options = ["--chain"] if door == "chain" else ["--then", "notifications"]
-        installation.run(
-            "worker.py", "approvals", "--handlers", installation.handlers, "--drain", *options
-        )
+        handler = "first" if door == "chain" else "run"
+        script = f"#!/bin/sh\necho {shlex.quote(json.dumps(said))}\n"
+        installation.handler(handler, script)
+        installation.add(f"approvals {handler}")
+        options = "--chain" if door == "chain" else "--then notifications"
+        installation.drain(f"approvals {options}")
         shutil.copy(ROOT / "handlers/run", installation.handlers)
-    [task_id] = [
-        row[0]
-        for row in installation.rows("select task_id from task_queue where queue = 'notifications'")
-    ]
+    found = "select task_id from task_queue where queue = 'notifications'"
+    [(task_id,)] = installation.rows(found)
     done = runs(task_id)
     assert not mark.exists()
     assert done["status"] == ("completed" if door == "edited" else "failed")
@@ -109,18 +94,6 @@ def test_no_payload_and_no_result_chooses_a_program(installation, runs, door):
         assert "only `tq run` makes such tasks" in done["error"]
 
 
-@pytest.mark.parametrize(
-    "words",
-    [
-        ["make"],
-        [
-            "--",
-        ],
-        ["--hook", "--", "true"],
-        ["--jsonl", "--", "true"],
-        [],
-    ],
-)
-def test_wrong_use_is_one_line(installation, words):
-    done = installation.run("enqueue.py", "--run", *words)
-    assert (done.returncode, done.stderr.count("\n"), done.stdout) == (64, 1, "")
+def test_wrong_use_is_one_line(installation):
+    for words in ("make", "--", "--hook -- true", "--jsonl -- true", ""):
+        one_line(installation.run("enqueue.py", "--run", *words.split()), 64)
