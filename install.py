@@ -409,6 +409,8 @@ def find_python() -> str | None:
 # ------------------------------------------------------------------------------------- the command
 
 COMMAND = "tq"
+# What bin/tq.sh has said in its second line since its first version.
+COMMAND_BEGINS = "\n# The task queue's command: "
 
 
 def command_directory() -> Path:
@@ -447,7 +449,11 @@ def put_command(place: Installation, name: str) -> None:
     """Put the command into ~/.local/bin, and say how to have that on PATH."""
     path, content = command_directory() / name, files.filled_in(place, "tq.sh")
     there = digest_there(path) == digest(content) and os.access(path, os.X_OK)
-    print(f"{'unchanged' if there else 'update' if path.exists() else 'add':<10} {path}")
+    before = runs(path)
+    if before and before != place.prefix:
+        print(f"{'replace':<10} {path}: it ran {before}")
+    else:
+        print(f"{'unchanged' if there else 'update' if path.exists() else 'add':<10} {path}")
     forget_command(place, except_for=path)
     place.record["command"] = str(path)
     place.put([File(path, content, 0o700)])
@@ -471,14 +477,30 @@ def agrees(question: str) -> bool:
 def taken_by(place: Installation, path: Path) -> str | None:
     """Return another program of this name, there or elsewhere on PATH, if one exists."""
     there = digest_there(path)
-    if there is not None and there not in place.known(path):
+    if there is not None and there not in place.known(path) and not runs(path):
         return str(path)
     here = os.path.realpath(path.parent)
     entries = [
         entry for entry in os.environ.get("PATH", "").split(os.pathsep) if os.path.isabs(entry)
     ]
     elsewhere = os.pathsep.join(entry for entry in entries if os.path.realpath(entry) != here)
-    return shutil.which(path.name, path=elsewhere) if elsewhere else None
+    found = shutil.which(path.name, path=elsewhere) if elsewhere else None
+    return found if found and not runs(Path(found)) else None
+
+
+def runs(path: Path) -> Path | None:
+    """Return the prefix of the installation that a command runs; None for another program.
+
+    A command that the person changed is another program.
+    """
+    text = path.read_bytes().decode("utf-8", "replace") if path.is_file() else ""
+    lib = re.search("^lib=(.+)$", text, re.MULTILINE) if COMMAND_BEGINS in text else None
+    words = shlex.split(lib[1]) if lib else []
+    if not words or not words[0].endswith("/runtime/lib"):
+        return None
+    other = Installation(Path(words[0]).parent.parent)
+    known = other.known(path)
+    return other.prefix if not known or digest_there(path) in known else None
 
 
 def forget_command(place: Installation, except_for: Path) -> None:
@@ -531,38 +553,37 @@ def remove_skill(place: Installation) -> None:
 def wanted_hooks(place: Installation, args: argparse.Namespace) -> list[queue_settings.Offer]:
     """Return the offered hooks that settings.json shall get. Raises Trouble."""
     link_check = replace(queue_settings.LINK_CHECK, events=(args.event,))
-    offers = {"hook": link_check, "report": queue_settings.REPORT}
-    offers = {option: offer for option, offer in offers.items() if getattr(args, option) != "no"}
+    offers = [link_check, queue_settings.REPORT]
+    offers = [offer for offer in offers if getattr(args, offer.option) != "no"]
     try:
         return list(chosen_hooks(place, args, offers))
     except Trouble as trouble:
-        raise left_alone(place, trouble, list(offers.values())) from None
+        raise left_alone(place, trouble, offers) from None
 
 
 def chosen_hooks(
-    place: Installation, args: argparse.Namespace, offers: dict[str, queue_settings.Offer]
+    place: Installation, args: argparse.Namespace, offers: list[queue_settings.Offer]
 ) -> Iterator[queue_settings.Offer]:
     """Show what each hook changes in settings.json, and yield those that the person wants."""
     text = queue_settings.read(place.settings)
-    for option, offer in offers.items():
-        new, action = queue_settings.with_hook(text, place, offer)
+    for offer in offers:
+        new, action, remark = queue_settings.with_hook(text, place, offer)
+        if action in ("replace", "unchanged"):
+            print(f"{action:<10} {place.settings}: the {offer.name}: {remark}")
         if new == text:
-            print(f"unchanged  {place.settings}: the {offer.name}: {action}")
             continue
         print("".join(queue_settings.difference(text, new, place.settings)), end="")
-        if not args.dry_run and wants_hook(place, args, offer, option):
+        if not args.dry_run and wants_hook(place, args, offer):
             yield offer
             text = new
 
 
-def wants_hook(
-    place: Installation, args: argparse.Namespace, offer: queue_settings.Offer, option: str
-) -> bool:
-    if getattr(args, option) == "yes" or args.yes:
+def wants_hook(place: Installation, args: argparse.Namespace, offer: queue_settings.Offer) -> bool:
+    if getattr(args, offer.option) == "yes" or args.yes:
         return True
     if not sys.stdin.isatty():
         print(
-            f"no hook is added to {place.settings} for the {offer.name}: say --{option} yes,"
+            f"no hook is added to {place.settings} for the {offer.name}: say --{offer.option} yes,"
             f" or add by hand: {hooks_by_hand(place, [offer])}"
         )
         return False
@@ -582,18 +603,19 @@ def wanted_wake(place: Installation, args: argparse.Namespace) -> list[queue_set
         if args.wake == "yes":
             raise
         return []
-    is_there = queue_settings.has_wake(json.loads(text or "{}"), place.prefix)
+    is_there = queue_settings.has_wake(json.loads(text or "{}"))
     may_ask = not args.yes and not args.dry_run and sys.stdin.isatty()
     if args.wake == "no" or not (args.wake or is_there or may_ask):
         return []
     why = queue_settings.why_no_wake(queue_settings.claude_version())
-    new, action = queue_settings.with_hook(text, place, offer)
+    new, action, remark = queue_settings.with_hook(text, place, offer)
     if why:
         if not args.wake:
             return []
         raise Trouble(f"{why}: no hook was added for the {offer.name}")
+    if action in ("replace", "unchanged"):
+        print(f"{action:<10} {path}: the {offer.name}: {remark}")
     if new == text:
-        print(f"unchanged  {path}: the {offer.name}: {action}")
         return []
     if not (args.wake or is_there):
         answered = answer(f"{offer.what} Add this hook to {path}? [y/N] ").lower()
@@ -613,7 +635,7 @@ def take_out_wake(place: Installation, args: argparse.Namespace) -> None:
         return
     queue_settings.edit(place, place.settings, change)
     text = queue_settings.read(place.settings)
-    if queue_settings.has_wake(json.loads(text or "{}"), place.prefix):
+    if queue_settings.has_wake(json.loads(text or "{}")):
         raise Trouble(
             f"{place.settings} has a hook with --wake that you changed: take it out by hand"
         )
@@ -626,7 +648,7 @@ def add_hooks(place: Installation, offers: list[queue_settings.Offer]) -> None:
 
     def change(text: str | None) -> str | None:
         for offer in offers:
-            text, actions[offer.name] = queue_settings.with_hook(text, place, offer)
+            text, actions[offer.name], _ = queue_settings.with_hook(text, place, offer)
         return text
 
     commands = [queue_settings.hook_command(place, offer) for offer in offers]
@@ -733,12 +755,13 @@ def withdraw_from(place: Installation, path: Path, dry_run: bool) -> int:
         new = queue_settings.without_hooks(text, place, path)
         if new != text:
             print("".join(queue_settings.difference(text, new, path)), end="")
-        left = list(queue_settings.our_hooks(json.loads(new or "{}"), place.prefix))
+        left = list(queue_settings.our_hooks(json.loads(new or "{}")))
         if not dry_run and new != text:
             queue_settings.edit(
                 place, path, lambda text: text and queue_settings.without_hooks(text, place, path)
             )
-        return name_left(path, left)
+        here = place.prefix.resolve()
+        return name_left(path, [found for found in left if found.prefix == here])
     except Trouble as trouble:
         commands = queue_settings.recorded_commands(place, path)
         if not commands:
@@ -747,10 +770,11 @@ def withdraw_from(place: Installation, path: Path, dry_run: bool) -> int:
         return complain(f"{trouble}; it was left alone. Remove by hand the hook with: {by_hand}")
 
 
-def name_left(path: Path, left: Iterable[tuple]) -> int:
+def name_left(path: Path, left: Iterable[queue_settings.Hook]) -> int:
     """Name the hooks that stay and call this installation; return 1 if one of them blocks Claude."""
     failed = 0
-    for event, _, hook, words in left:
+    for event, _, hook, *_ in left:
+        words = queue_settings.words_of(hook)
         script = next((word for word in words if word.endswith(("enqueue.py", "report.py"))), None)
         if script:
             failed = complain(

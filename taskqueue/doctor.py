@@ -37,7 +37,17 @@ from taskqueue.database import claims, database_file, is_in_use, open_to_read, q
 from taskqueue.installation import Installation, installed
 from taskqueue.remedies import command, lets_go_on
 from taskqueue.running import fault_of
-from taskqueue.settings import claude_version, has_wake, our_hooks, why_no_wake
+from taskqueue.settings import (
+    LINK_CHECK,
+    REPORT,
+    WAKE,
+    Hook,
+    claude_version,
+    has_wake,
+    hooks_in,
+    our_hooks,
+    why_no_wake,
+)
 from taskqueue.text import pause_in_words, plural, sh, span, visible
 
 DAY_SECONDS = 86_400.0
@@ -190,15 +200,30 @@ def check_hook(place: Place) -> Findings:
     except ValueError as error:
         yield problem(f"{file} is not valid JSON ({error}): Claude Code ignores it", "mend it")
         return
-    if not any(our_hooks(settings, place.installation and place.installation.prefix)):
+    hooks = list(our_hooks(settings))
+    if not hooks and not any("tasks.db" in hook["command"] for _, _, hook in hooks_in(settings)):
         if not installation.plugins():
             yield note(f"no hook of the queue is in {file}", "just install --hook yes")
     elif settings.get("disableAllHooks") is True:
         yield problem(f"{file} has disableAllHooks: no hook runs", "set it to false")
+    for found in hooks:
+        yield from check_prefix(found, file, place.installation)
     state = place.installation and place.installation.record.get("state")
     if state and os.path.realpath(state) != os.path.realpath(place.state):
         look = f"TASK_QUEUE_STATE={sh(state)} {command('doctor')}"
         yield note(f"the hooks' tasks go to {state}; this looks at {place.state}", look)
+
+
+def check_prefix(found: Hook, file: Path, here: Installation | None) -> Findings:
+    """Say where a hook leads that does not run this installation."""
+    told = f"the {found.event} hook in {file} runs {found.prefix}"
+    offers = (offer for offer in (LINK_CHECK, REPORT, WAKE) if offer.is_like(found.purpose))
+    option = next((f"just install --{offer.option} yes replaces it; or " for offer in offers), "")
+    if not (found.prefix / "runtime/hook").exists():
+        yield problem(f"{told}, which is gone", f"{option}take it out by hand")
+    elif here and found.prefix != here.prefix.resolve():
+        see = f"see its tasks: {sh(found.prefix / 'runtime/tq')} list"
+        yield note(f"{told}, not {here.prefix}", f"{option}{see}")
 
 
 def check_wake(place: Place) -> Findings:
@@ -208,7 +233,7 @@ def check_wake(place: Place) -> Findings:
         settings = json.loads(file.read_bytes())
     except (OSError, ValueError):
         return
-    if not has_wake(settings, place.installation and place.installation.prefix):
+    if not has_wake(settings):
         return
     why = why_no_wake(claude_version())
     if why:

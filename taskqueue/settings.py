@@ -16,8 +16,9 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, takewhile
 from pathlib import Path
+from typing import NamedTuple
 
 from taskqueue.installation import Installation, Trouble, digest, digest_there, only_one, write_file
 
@@ -27,6 +28,9 @@ WAKE_TIMEOUT_SECONDS = 43_200
 # The first version of Claude Code that was seen to take exit status 2 of an asyncRewake hook as a
 # wake-up (bin/hook.sh names it, too). A client that ignores asyncRewake would be blocked by it.
 WAKES_SINCE, WAKES_UNTIL = (2, 1, 332), (3,)
+# The programs that hooks run, and what their first argument may be.
+PROGRAM = re.compile(r"(/.*)/runtime/(hook|lib/enqueue\.py|lib/report\.py)")
+ARGUMENT = re.compile("--(report|wake|hook)|[a-z][a-z0-9_]*")
 # Not "resume": Claude Code drops a context there that equals an earlier one.
 SESSION_STARTS = "startup|clear|compact"
 
@@ -35,28 +39,32 @@ SESSION_STARTS = "startup|clear|compact"
 class Offer:
     """A hook that install.py offers.
 
-    `what` is the question's first sentence, `arguments` go to the hook script.
+    `option` is install's, `what` says what the hook does, `arguments` go to the hook script.
     """
 
+    option: str
     name: str
     what: str
     events: tuple[str, ...]
     arguments: str
 
-    def is_like(self, words: list[str]) -> bool:
-        """Return whether a hook of ours has the same purpose."""
-        return purpose(words) == purpose(self.arguments.split())
+    def is_like(self, purpose: str) -> bool:
+        """Return whether a hook with this purpose does the same; one may name no task type."""
+        ours = purpose_of(self.arguments.split())
+        return ours.startswith(purpose) or purpose.startswith(ours)
 
 
-def purpose(words: list[str]) -> str:
-    """Return what a hook of ours is for: "wake", "report" or "task"."""
-    if "--wake" in words:
-        return "wake"
-    reports = any(word == "--report" or word.endswith("/report.py") for word in words)
-    return "report" if reports else "task"
+def purpose_of(words: list[str]) -> str:
+    """Return what a hook of ours is for: "--wake", "--report", or its queue and task type."""
+    for option in ("--wake", "--report"):
+        if option in words:
+            return option
+    task = words[words[:1] == ["--hook"] :]
+    return " ".join(takewhile(re.compile(r"\w").match, task[:2]))
 
 
 LINK_CHECK = Offer(
+    "hook",
     "link check",
     "When Claude has answered, a worker checks the links in the workspace's Markdown files.",
     ("Stop",),
@@ -64,11 +72,13 @@ LINK_CHECK = Offer(
 )
 REPORT = Offer(
     "report",
+    "report",
     "With your next prompt, Claude is told what the workspace's tasks have found.",
     ("UserPromptSubmit", "SessionStart"),
     "--report",
 )
 WAKE = Offer(
+    "wake",
     "wake-up",
     "When a check finds a broken link or a task fails, an idle session is woken to mend it, which costs"
     " money; three times at most between two prompts of yours.",
@@ -106,16 +116,40 @@ def why_no_wake(version: str) -> str:
     return ""
 
 
-def has_wake(settings: object, prefix: Path | None) -> bool:
+def has_wake(settings: object) -> bool:
     """Return whether the settings have a hook of ours that wakes sessions."""
-    return any(purpose(words) == "wake" for _, _, _, words in our_hooks(settings, prefix))
+    return any(found.purpose == "--wake" for found in our_hooks(settings))
 
 
 # ------------------------------------------------------------------------------------ hooks of ours
 
 
-def hooks_in(settings: object) -> Iterator[tuple[str, list, dict, list[str]]]:
-    """Yield (event, the group's list of hooks, hook, its words) of every command hook.
+class Hook(NamedTuple):
+    """A hook of ours in settings.json."""
+
+    event: str
+    # The list of the group that has it.
+    listed: list
+    hook: dict
+    # The installation that it runs, which may be gone.
+    prefix: Path
+    purpose: str
+
+
+def our_hooks(settings: object, recorded: Sequence[str] = ()) -> Iterator[Hook]:
+    """Yield the hooks that run an installation, wherever that lies, and those of `recorded` commands."""
+    for event, listed, hook in hooks_in(settings):
+        words = words_of(hook)
+        found = call_of(words)
+        if found is None and hook["command"] in recorded:
+            found = Path(), words[-1:]
+        if found:
+            prefix, arguments = found
+            yield Hook(event, listed, hook, prefix, purpose_of(arguments))
+
+
+def hooks_in(settings: object) -> Iterator[tuple[str, list, dict]]:
+    """Yield (event, the group's list of hooks, hook) of every command hook.
 
     Groups and hooks of another shape than Claude Code reads are skipped.
     """
@@ -125,9 +159,10 @@ def hooks_in(settings: object) -> Iterator[tuple[str, list, dict, list[str]]]:
             listed = group.get("hooks") if isinstance(group, dict) else None
             if not isinstance(listed, list):
                 continue
-            for hook in listed:
+            # A hook may be taken out meanwhile.
+            for hook in list(listed):
                 if isinstance(hook, dict) and isinstance(hook.get("command"), str):
-                    yield event, listed, hook, words_of(hook)
+                    yield event, listed, hook
 
 
 def words_of(hook: dict) -> list[str]:
@@ -141,38 +176,21 @@ def words_of(hook: dict) -> list[str]:
         return hook["command"].split()
 
 
-def calls(words: list[str], prefix: Path) -> bool:
-    """Return whether a hook runs a program of the installation in prefix.
+def call_of(words: list[str]) -> tuple[Path, list[str]] | None:
+    """Return (prefix, arguments) of the call of an installation's program; None for other commands.
 
-    Symbolic links count as their targets.
+    Symbolic links count as their targets. A program that is gone is known by its arguments.
     """
-    ours = {
-        os.path.realpath(prefix / name)
-        for name in ("runtime/hook", "runtime/lib/enqueue.py", "runtime/lib/report.py")
-    }
-    paths = (
-        os.path.expanduser(re.sub(r"^(\$HOME|\$\{HOME\})(?=/)", "~", word))
-        for word in words
-        if "/" in word
-    )
-    return any(os.path.realpath(path) in ours for path in paths if os.path.isabs(path))
-
-
-def our_hooks(
-    settings: object, prefix: Path | None = None
-) -> Iterator[tuple[str, list, dict, list[str]]]:
-    """Yield the hooks that run the installation in prefix, as hooks_in() does.
-
-    Without a prefix, yield the hooks of any queue of this kind, those in bash with sqlite3 included.
-    """
-    for found in hooks_in(settings):
-        words = found[3]
-        if prefix is not None and calls(words, prefix):
-            yield found
-        elif prefix is None and any(
-            re.search(r"enqueue\.py|tasks\.db|lychee/runtime/hook", word) for word in words
-        ):
-            yield found
+    for at, word in enumerate(words):
+        path = os.path.expanduser(re.sub(r"^(\$HOME|\$\{HOME\})(?=/)", "~", word))
+        found = PROGRAM.fullmatch(os.path.realpath(path)) if os.path.isabs(path) else None
+        arguments = words[at + 1 :]
+        if not found or not re.fullmatch(ARGUMENT, "".join(arguments[:1])):
+            continue
+        prefix, program = Path(found[1]), found[2]
+        if not os.path.exists(found[0]) or (prefix / "runtime/lib/queue_helpers.py").exists():
+            return prefix, ["--report"] if program.endswith("report.py") else arguments
+    return None
 
 
 # ---------------------------------------------------------------------------------------- the hooks
@@ -222,32 +240,44 @@ def recorded_commands(place: Installation, path: Path) -> list[str]:
     return recorded(place).get(str(path), {}).get("commands", [])
 
 
-def with_hook(text: str | None, place: Installation, offer: Offer) -> tuple[str, str]:
-    """Return the settings with the hook, and "added", "updated" or why neither is needed."""
+def with_hook(text: str | None, place: Installation, offer: Offer) -> tuple[str, str, str]:
+    """Return the settings with the hook, what is done ("add", "update" ...), and a remark.
+
+    A hook of another installation that does the same goes: each firing would be a task twice.
+    """
     settings = json.loads(text or "{}")
+    others = [
+        found
+        for found in our_hooks(settings)
+        if found.prefix != place.prefix.resolve()
+        and offer.is_like(found.purpose)
+        and found.hook["command"] not in recorded_commands(place, place.settings)
+    ]
+    for found in others:
+        take_out(settings, found.event, found.listed, found.hook)
     done = [with_hook_of(settings, place, offer, event) for event in offer.events]
-    action = next((action for action in ("added", "updated") if action in done), "")
-    return (dumped(settings), action) if action else (text or "{}\n", done[0])
+    if others:
+        which = " and ".join(dict.fromkeys(str(found.prefix) for found in others))
+        return dumped(settings), "replace", f"it ran {which}"
+    action = next((action for action in ("add", "update") if action in done), "")
+    return (dumped(settings), action, "") if action else (text or "{}\n", "unchanged", done[0])
 
 
 def with_hook_of(settings: dict, place: Installation, offer: Offer, event: str) -> str:
     """Put the hook into the settings for one event; return what was done."""
     command = hook_command(place, offer)
     ours = recorded_commands(place, place.settings)
-    for found, _, hook, words in hooks_in(settings):
-        if found != event:
+    for found in our_hooks(settings, ours):
+        if found.event != event or not offer.is_like(found.purpose):
             continue
-        if hook["command"] == command:
+        if found.hook["command"] == command:
             return "the hook is there"
-        if not offer.is_like(words):
-            continue
-        if hook["command"] in ours:
-            hook["command"] = command
-            return "updated"
-        if calls(words, place.prefix):
+        if found.hook["command"] not in ours:
             return "the hook is there, and yours"
+        found.hook["command"] = command
+        return "update"
     settings.setdefault("hooks", {}).setdefault(event, []).append(hook_group(place, offer, event))
-    return "added"
+    return "add"
 
 
 def without_hooks(
@@ -255,31 +285,38 @@ def without_hooks(
 ) -> str | None:
     """Return the settings without our hooks and the groups made for them; changed hooks stay.
 
-    With an offer, only its hooks go. Return None if install made the file, and nothing else is in it.
+    With an offer, only its hooks go, those of other installations included. Return None if install
+    made the file, and nothing else is in it.
     """
     settings, ours = json.loads(text), recorded_commands(place, path)
     found = [
-        (event, listed, hook)
-        for event, listed, hook, words in hooks_in(settings)
-        if hook["command"] in ours and (offer is None or offer.is_like(words))
+        found
+        for found in our_hooks(settings, ours)
+        if (offer is None or offer.is_like(found.purpose))
+        and (found.hook["command"] in ours or offer and found.prefix != place.prefix.resolve())
     ]
-    for event, listed, hook in found:
-        listed.remove(hook)
-        groups = settings["hooks"][event]
-        # A group that the person made stays, even empty.
-        groups[:] = [
-            group
-            for group in groups
-            if group.get("hooks") is not listed or listed or group.keys() - {"hooks", "matcher"}
-        ]
-        if not groups:
-            del settings["hooks"][event]
+    for event, listed, hook, *_ in found:
+        take_out(settings, event, listed, hook)
     if not found:
         return text
     if not settings["hooks"]:
         del settings["hooks"]
-    made = recorded(place)[str(path)]["made"]
+    made = recorded(place).get(str(path), {}).get("made")
     return dumped(settings) if settings or not made else None
+
+
+def take_out(settings: dict, event: str, listed: list, hook: dict) -> None:
+    """Take a hook out of the settings, and its group and event where nothing is left of them."""
+    listed.remove(hook)
+    groups = settings["hooks"][event]
+    # A group that the person made stays, even empty.
+    groups[:] = [
+        group
+        for group in groups
+        if group.get("hooks") is not listed or listed or group.keys() - {"hooks", "matcher"}
+    ]
+    if not groups:
+        del settings["hooks"][event]
 
 
 def dumped(settings: dict) -> str:

@@ -64,7 +64,6 @@ def test_a_hook_that_somebody_wrote_is_ours_and_gets_no_second_one(home, monkeyp
 
 
 OTHERS = {
-    "another prefix": {"command": "sh", "args": ["/elsewhere/runtime/hook", "notifications"]},
     "a name that only looks like it": {"command": "echo {prefix}/runtime/hooks"},
     "unbalanced quotes": {"command": "echo 'it"},
     "args of another shape": {"command": "echo", "args": {"a": 1}},
