@@ -201,7 +201,7 @@ def check_hook(place: Place) -> Findings:
         yield problem(f"{file} is not valid JSON ({error}): Claude Code ignores it", "mend it")
         return
     hooks = list(our_hooks(settings))
-    if not hooks and not any("tasks.db" in hook["command"] for _, _, hook in hooks_in(settings)):
+    if not hooks and not any("tasks.db" in " ".join(words) for *_, words in hooks_in(settings)):
         if not installation.plugins():
             yield note(f"no hook of the queue is in {file}", "just install --hook yes")
     elif settings.get("disableAllHooks") is True:

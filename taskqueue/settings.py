@@ -138,8 +138,7 @@ class Hook(NamedTuple):
 
 def our_hooks(settings: object, recorded: Sequence[str] = ()) -> Iterator[Hook]:
     """Yield the hooks that run an installation, wherever that lies, and those of `recorded` commands."""
-    for event, listed, hook in hooks_in(settings):
-        words = words_of(hook)
+    for event, listed, hook, words in hooks_in(settings):
         found = call_of(words)
         if found is None and hook["command"] in recorded:
             found = Path(), words[-1:]
@@ -148,8 +147,8 @@ def our_hooks(settings: object, recorded: Sequence[str] = ()) -> Iterator[Hook]:
             yield Hook(event, listed, hook, prefix, purpose_of(arguments))
 
 
-def hooks_in(settings: object) -> Iterator[tuple[str, list, dict]]:
-    """Yield (event, the group's list of hooks, hook) of every command hook.
+def hooks_in(settings: object) -> Iterator[tuple[str, list, dict, list[str]]]:
+    """Yield (event, the group's list of hooks, hook, its words) of every command hook.
 
     Groups and hooks of another shape than Claude Code reads are skipped.
     """
@@ -162,7 +161,7 @@ def hooks_in(settings: object) -> Iterator[tuple[str, list, dict]]:
             # A hook may be taken out meanwhile.
             for hook in list(listed):
                 if isinstance(hook, dict) and isinstance(hook.get("command"), str):
-                    yield event, listed, hook
+                    yield event, listed, hook, words_of(hook)
 
 
 def words_of(hook: dict) -> list[str]:
