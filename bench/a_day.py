@@ -328,7 +328,7 @@ def the_day(day: Day) -> None:
 
     day.say("## Morning: install\n\nIn a checkout of this repository:")
     day.where = ROOT
-    day.run("just install --yes | tail -n 3")
+    day.run("just install --yes | sed -n '/^files/,/report/p'")
     day.where = day.home
 
     day.say("## Claude stops, and a link is broken")

@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-# An install that waits for a person's answer holds the lock; another install gives up after this time.
+# An install that downloads holds the lock; another install gives up after this time.
 LOCK_SECONDS = 120.0
 
 
@@ -308,7 +308,7 @@ def only_one(directory: Path) -> Iterator[None]:
         if time.monotonic() > deadline:
             raise Trouble(
                 f"{directory} is locked by another install since {LOCK_SECONDS:.0f} s;"
-                " is one waiting for an answer?"
+                " is one downloading?"
             )
         time.sleep(0.05)
     try:

@@ -65,21 +65,21 @@ def purpose_of(words: list[str]) -> str:
 
 LINK_CHECK = Offer(
     "hook",
-    "link check",
+    "link check when Claude has answered",
     "When Claude has answered, a worker checks the links in the workspace's Markdown files.",
     ("Stop",),
     "notifications link_validation --on-duplicate rerun --once-per workspace --start-worker",
 )
 REPORT = Offer(
     "report",
-    "report",
+    "report with your next prompt",
     "With your next prompt, Claude is told what the workspace's tasks have found.",
     ("UserPromptSubmit", "SessionStart"),
     "--report",
 )
 WAKE = Offer(
     "wake",
-    "wake-up",
+    "wake-up of idle sessions",
     "When a check finds a broken link or a task fails, an idle session is woken to mend it, which costs"
     " money; three times at most between two prompts of yours.",
     ("Stop", "SessionEnd"),
@@ -257,7 +257,7 @@ def with_hook(text: str | None, place: Installation, offer: Offer) -> tuple[str,
     done = [with_hook_of(settings, place, offer, event) for event in offer.events]
     if others:
         which = " and ".join(dict.fromkeys(str(found.prefix) for found in others))
-        return dumped(settings), "replace", f"it ran {which}"
+        return dumped(settings), "replace", f"instead of that of {which}"
     action = next((action for action in ("add", "update") if action in done), "")
     return (dumped(settings), action, "") if action else (text or "{}\n", "unchanged", done[0])
 
@@ -270,9 +270,9 @@ def with_hook_of(settings: dict, place: Installation, offer: Offer, event: str) 
         if found.event != event or not offer.is_like(found.purpose):
             continue
         if found.hook["command"] == command:
-            return "the hook is there"
+            return "which is there"
         if found.hook["command"] not in ours:
-            return "the hook is there, and yours"
+            return "which is there, and yours"
         found.hook["command"] = command
         return "update"
     settings.setdefault("hooks", {}).setdefault(event, []).append(hook_group(place, offer, event))
@@ -378,8 +378,8 @@ def edit(
     path: Path,
     change: Callable[[str | None], str | None],
     commands: Sequence[str] = (),
-) -> None:
-    """Replace the text of settings.json by change(text), and keep a backup beside it.
+) -> Path | None:
+    """Replace the text of settings.json by change(text); return the backup that stays beside it.
 
     Start again if another program writes meanwhile. The record gets `commands`, those of the hooks
     that the change adds.
@@ -390,12 +390,13 @@ def edit(
             text = read(path)
             new = change(text)
             if new == text:
-                return
+                return None
             owner = None if text is None else path.stat()
             mode = stat.S_IMODE(owner.st_mode) if owner else 0o600
             # A file that goes had nothing but our hooks.
+            backup = None
             if text is not None and new is not None:
-                keep_backup(path, text, mode, owner)
+                backup = keep_backup(path, text, mode, owner)
             if commands:
                 remember(place, path, commands, made=text is None)
             if read(path) == text:
@@ -403,7 +404,7 @@ def edit(
                     path.unlink()
                 else:
                     write_file(path, new.encode(), mode, owner)
-                return
+                return backup
 
 
 def remember(place: Installation, path: Path, commands: Sequence[str], made: bool) -> None:
@@ -416,14 +417,14 @@ def remember(place: Installation, path: Path, commands: Sequence[str], made: boo
     place.save()
 
 
-def keep_backup(path: Path, text: str, mode: int, owner: os.stat_result | None) -> None:
-    """Write a copy beside the file, under a new name."""
+def keep_backup(path: Path, text: str, mode: int, owner: os.stat_result | None) -> Path:
+    """Write a copy beside the file, under a new name, and return that."""
     stamp = time.strftime("%Y%m%d-%H%M%S")
     for name in chain([stamp], (f"{stamp}-{number}" for number in range(1, 100))):
         backup = path.with_name(f"{path.name}.{name}.backup")
         if digest_there(backup) in (None, digest(text.encode())):
             write_file(backup, text.encode(), mode, owner)
-            return
+            return backup
     raise Trouble(f"{path} has a hundred backups of this second")
 
 

@@ -39,7 +39,7 @@ def test_hooks_and_the_command_are_replaced_and_each_firing_is_one_task(home, tm
         shutil.rmtree(first / "runtime")
     ran = run(home, "install", second, "--yes")
     assert ran.returncode == 0, ran.stderr
-    said = [line for line in ran.stdout.splitlines() if f"it ran {first}" in line]
+    said = [line for line in ran.stdout.splitlines() if f"instead of that of {first}" in line]
     assert len(said) == 3 and all(line.startswith("replace ") for line in said), ran.stdout
     assert str(first) not in settings_of(home).read_text()
     assert f"{second}/runtime" in (home / ".local/bin/tq").read_text()
@@ -52,7 +52,7 @@ def test_hooks_and_the_command_are_replaced_and_each_firing_is_one_task(home, tm
     assert not list(first.glob("state/spool/*/*.hook"))
     # A third time nothing is left to do, and uninstall leaves what was there before.
     before = settings_of(home).read_text()
-    assert "it ran" not in run(home, "install", second, "--yes").stdout
+    assert "instead of" not in run(home, "install", second, "--yes").stdout
     assert settings_of(home).read_text() == before
     assert run(home, "uninstall", second).returncode == 0
     assert json.loads(settings_of(home).read_text()) == {"hooks": {"Stop": [{"hooks": [MINE]}]}}

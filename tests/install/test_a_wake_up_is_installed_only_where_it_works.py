@@ -81,7 +81,7 @@ def test_it_is_asked_for_and_an_enter_or_a_yes_to_all_is_no(home):
     env = has_claude(home, "2.1.332 (Claude Code)")
     assert run(home, "install", "--yes", "--no-command", env=env).returncode == 0
     assert wakes(home) == []
-    for typed, count in (("\n\n", 0), ("y\ny\n", 1)):
+    for typed, count in (("c\n\n", 0), ("c\ny\n", 1)):
         with terminal(typed) as stdin:
             words = ("--no-command", "--environment", "no")
             ran = run(home, "install", *words, stdin=stdin, env=env)
@@ -96,7 +96,7 @@ def test_one_that_a_person_wrote_is_recognised(home):
     groups = [{"hooks": [hook]}]
     settings_of(home).write_text(json.dumps({"hooks": {"Stop": groups, "SessionEnd": groups}}))
     ran = run(home, "install", "--wake", "yes", env=env)
-    assert ran.returncode == 0 and "the hook is there, and yours" in ran.stdout
+    assert ran.returncode == 0 and "which is there, and yours" in ran.stdout
     assert wakes(home) == [hook]
     ran = run(home, "install", "--wake", "no", env=env)
     assert ran.returncode == 1 and "take it out by hand" in ran.stderr

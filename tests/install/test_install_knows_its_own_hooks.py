@@ -48,7 +48,7 @@ def test_a_hook_that_somebody_wrote_is_ours_and_gets_no_second_one(home, monkeyp
     with_hook(home, **hook)
     before = settings_of(home).read_text()
     ran = run(home, "install", "--hook", "yes")
-    assert ran.returncode == 0 and "the hook is there, and yours" in ran.stdout
+    assert ran.returncode == 0 and "which is there, and yours" in ran.stdout
     assert settings_of(home).read_text() == before
 
     ran = run(home, "uninstall")
@@ -143,7 +143,7 @@ def test_an_upgrade_changes_a_hook_that_an_older_version_wrote(home):
     ran = run(home, "install", "--hook", "yes")
     assert (
         ran.returncode == 0
-        and "updated" in ran.stdout
+        and "update     ~/.claude/settings.json: the link check" in ran.stdout
         and len(hooks_of(home)) == 1
         and hooks_of(home)[0]["command"] != old
     )

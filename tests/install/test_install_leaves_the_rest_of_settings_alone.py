@@ -107,7 +107,7 @@ def test_a_second_install_changes_nothing(home):
     run(home, "install", "--yes")
     before = snapshot(home / ".claude")
     ran = run(home, "install", "--yes")
-    assert ran.returncode == 0 and "the hook is there" in ran.stdout
+    assert ran.returncode == 0 and "which is there" in ran.stdout
     after = snapshot(home / ".claude")
     changed = {name for name in after if before.get(name) != after[name]}
     assert {name for name in changed if "installed.json" not in name and "/state" not in name} <= {
@@ -213,12 +213,12 @@ LINK_CHECK, REPORT = {"Stop"}, {"UserPromptSubmit", "SessionStart"}
 @pytest.mark.parametrize(
     ("typed", "added"),
     [
-        ("\n\n", LINK_CHECK | REPORT),
-        ("y\nYES\n", LINK_CHECK | REPORT),
-        ("n\n\n", REPORT),
-        ("\nno\n", LINK_CHECK),
-        ("what?\nn\n", set()),
-        ("\x04\x04", set()),
+        ("c\n\n\n", LINK_CHECK | REPORT),
+        ("c\ny\nYES\n", LINK_CHECK | REPORT),
+        ("C\nn\n\n", REPORT),
+        ("choose\n\nno\n", LINK_CHECK),
+        ("c\nwhat?\nn\n", set()),
+        ("c\n\x04\x04", set()),
     ],
 )
 def test_on_a_terminal_it_offers_both_and_enter_means_yes(home, typed, added):

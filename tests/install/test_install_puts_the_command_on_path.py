@@ -64,7 +64,7 @@ def test_it_is_put_there_when_wanted_and_taken_out_again(home, args):
 def test_a_dry_run_names_it(home):
     for args, is_named in ((["--yes"], True), (["--no-command"], False)):
         told = run(home, *args, "--dry-run").stdout
-        assert (f"put        {bin_of(home) / 'tq'}" in told.splitlines()) == is_named
+        assert ("add        ~/.local/bin/tq: the command" in told.splitlines()) == is_named
 
 
 @pytest.mark.parametrize(
@@ -75,7 +75,7 @@ def test_it_is_not_put_there_unasked(home, args):
     assert ran.returncode == 0 and not bin_of(home).exists()
 
 
-@pytest.mark.parametrize(("typed", "there"), [("y\n", ["tq"]), ("n\n", []), ("\x04", [])])
+@pytest.mark.parametrize(("typed", "there"), [("c\ny\n", ["tq"]), ("c\nn\n", []), ("c\n\x04", [])])
 def test_on_a_terminal_it_asks(home, typed, there):
     with terminal(typed) as stdin:
         ran = run(home, stdin=stdin)
@@ -124,7 +124,7 @@ def test_another_program_of_that_name_is_left_and_another_name_asked_for(home, t
 def test_on_a_terminal_it_asks_for_another_name(home, tmp_path):
     other_program(tmp_path / "other")
     other_program(tmp_path / "other", "qq")
-    with terminal("y\nqq\nmine\n") as stdin:
+    with terminal("qq\nmine\ny\n") as stdin:
         ran = run(home, stdin=stdin, path=f"{tmp_path / 'other'}:/usr/bin:/bin")
     assert (
         ran.returncode == 0
