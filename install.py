@@ -14,8 +14,8 @@ the example handlers to PREFIX/handlers; handlers that you changed stay yours. I
 offers the command tq with completion for your shell, hooks for settings.json (a link check when
 Claude has answered, a report of what tasks have found with your next prompt, and one that wakes an
 idle session), and a skill that tells Claude how to use tq. Run it again to upgrade: running workers
-go on. uninstall removes what install and `tq service` put in place, never the state and nothing
-that you changed.
+finish what they run, and leave. uninstall removes what install and `tq service` put in place, never
+the state and nothing that you changed.
 
 exit codes: 0 done; 1 something was left undone, and the message says what; 64 usage.
 """

@@ -25,7 +25,7 @@ in state/logs. Its exit code decides:
 SIGTERM or Ctrl-C: the worker claims no more, lets handlers finish for --grace seconds, then ends
 them; their tasks go back uncounted. A second signal ends them at once.
 
-exit codes: 0 stopped, drained, idle, or others serve all its queues (--single); 1 the database
+exit codes: 0 stopped, drained, idle, updated, or others serve all its queues (--single); 1 the database
 cannot be used; 64 usage: no such program, no such directory of handlers, a relative
 TASK_QUEUE_STATE.
 """
@@ -47,7 +47,7 @@ from pathlib import Path
 from typing import NoReturn
 
 import queue_helpers as q
-from taskqueue import costs, environment, every, notify, recovery, service
+from taskqueue import costs, environment, every, installation, notify, recovery, service
 from taskqueue import outcome as outcomes
 from taskqueue.cli import duration, make_parser
 from taskqueue.control import Control, controls_of
@@ -254,6 +254,7 @@ class Worker:
         self.said: set[str] = set()
         handlers = ANY_TYPE if args.command else os.path.abspath(args.handlers)
         self.serving = ServingLocks(self.state, handlers, args.single)
+        self.update, self.is_outdated = installation.Update(Path(SCRIPT).parent), False
         self.tick_at = 0.0
         # When the next recurring task comes, Unix seconds.
         self.every_at = math.inf
@@ -295,6 +296,7 @@ class Worker:
             # A task that is being taken back just now is still to be counted.
             q.Watch.of(self.state).leave()
             self.say_goodbye()
+            self.hand_over()
         finally:
             self.tell(now=True)
             self.handlers.leave()
@@ -453,7 +455,7 @@ class Worker:
         """
         if time.monotonic() < self.retry_at:
             return
-        self.leave_when_removed()
+        self.leave_when_replaced()
         try:
             conn, changed, self.changed = self.connect(), self.changed, False
             may_be_news = changed or bool(self.ended)
@@ -483,14 +485,31 @@ class Worker:
             say("the database can be used again; going on")
         self.trouble, self.failures, self.retry_at = "", 0, 0.0
 
-    def leave_when_removed(self) -> None:
-        """Claim no more when these scripts are gone: an updated plugin has a new directory.
+    def leave_when_replaced(self) -> None:
+        """Claim no more when these scripts are gone or were updated; handlers that run may finish.
 
-        Handlers that run may finish, and the next hook starts a worker of the new version.
+        An updated plugin has a new directory, and its next hook starts a worker of the new version.
         """
-        if not self.stops and not os.path.exists(SCRIPT):
+        if self.stops:
+            return
+        if not os.path.exists(SCRIPT):
             say(f"{SCRIPT} is gone: leaving")
             self.stops = 1
+        elif self.update.has_come():
+            how = "" if self.args.environment else "; start it again for the new version"
+            say(f"the scripts were updated: leaving when nothing runs{how}")
+            self.stops, self.is_outdated = 1, True
+
+    def hand_over(self) -> None:
+        """Have a worker of the new version run what waits, if a hook has started this one.
+
+        A unit starts it within a minute, and a worker of a terminal is its person's.
+        """
+        if self.is_outdated and self.args.environment and not self.args.when_work:
+            queues = [queue for queue in self.own() if self.wanted([queue])]
+            self.serving.release()
+            for queue in queues:
+                service.start_worker(queue)
 
     def complain(self, about: str) -> None:
         """Say each trouble once that need not hold up the rest."""

@@ -175,6 +175,37 @@ class Installation:
         self.save()
 
 
+class Update:
+    """Sees that an install has replaced the scripts that a process began with."""
+
+    def __init__(self, lib: Path) -> None:
+        self.record = lib.parent.parent / "installed.json"
+        self.written, self.scripts = self._written(), self._scripts()
+
+    def has_come(self) -> bool:
+        """Return whether other scripts are in place, all of them. Outside an installation, never."""
+        if (written := self._written()) != self.written:
+            self.written, scripts = written, self._scripts()
+            # A script has several digests while an install runs.
+            if scripts != self.scripts and all(len(known) == 1 for known in scripts.values()):
+                return bool(scripts)
+        return False
+
+    def _written(self) -> int:
+        try:
+            return self.record.stat().st_mtime_ns
+        except OSError:
+            return 0
+
+    def _scripts(self) -> dict[str, list[str]]:
+        """Return the digests of the installed scripts; none where there is no record to read."""
+        try:
+            files = json.loads(self.record.read_bytes()).get("files", {})
+        except (OSError, ValueError):
+            return {}
+        return {name: known for name, known in files.items() if name.startswith("runtime/lib/")}
+
+
 # --------------------------------------------------------------------------------------- finding uv
 
 

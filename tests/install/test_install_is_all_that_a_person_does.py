@@ -130,7 +130,10 @@ def test_the_hook_ends_in_a_handler_that_has_run(home):
 
 
 def test_upgrading_under_a_running_worker_loses_and_repeats_nothing(home):
-    """Each task appends its number to a file, while the scripts are replaced again and again."""
+    """Each task appends its number to a file, while the scripts are replaced again and again.
+
+    A worker of an older version leaves, and the person starts another.
+    """
     prefix = home / ".claude/automation/lychee"
     state, lib = prefix / "state", prefix / "runtime/lib"
     handler = prefix / "handlers/append"
@@ -140,14 +143,21 @@ def test_upgrading_under_a_running_worker_loses_and_repeats_nothing(home):
     for pid in workers(home):
         os.kill(pid, signal.SIGKILL)
     env = bare(home) | {"TASK_QUEUE_STATE": str(state)}
-    worker = subprocess.Popen(
-        [uv, "run", "--script", lib / "worker.py", "notifications"],
-        env=env,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    words, log = [uv, "run", "--script", lib / "worker.py", "notifications"], home / "log"
+    workers_ = []
+
+    def has_worker():
+        """Have a worker run; return whether all is done."""
+        if not workers_ or workers_[-1].poll() is not None:
+            assert not workers_ or workers_[-1].returncode == 0
+            with open(log, "ab") as file:
+                workers_.append(subprocess.Popen(words, env=env, stderr=file))
+        appended = home / "appended"
+        return appended.exists() and appended.read_text().count("\n") >= 40
+
     try:
         for number in range(40):
+            has_worker()
             if number % 8 == 4:
                 changed = (MAIN / "queue_helpers.py").read_text() + f"# {number}\n"
                 source = home / "checkout"
@@ -178,13 +188,14 @@ def test_upgrading_under_a_running_worker_loses_and_repeats_nothing(home):
             )
             assert put.stdout.split()[1] == f"n{number}", put.stderr
         # However long the upgrades take, they are under this worker.
-        wait_for(lambda: (home / "appended").read_text().count("\n") >= 40, 60)
-        worker.terminate()
-        assert worker.wait(60) == 0
+        wait_for(has_worker, 60)
+        workers_[-1].terminate()
+        assert workers_[-1].wait(60) == 0
     finally:
-        worker.kill()
-    log = worker.stderr.read()
+        workers_[-1].kill()
+    log = log.read_text()
     assert "trouble" not in log and "Traceback" not in log
+    assert 1 < len(workers_) == log.count("the scripts were updated: leaving") + 1
     assert sorted((home / "appended").read_text().split()) == sorted(
         f"n{number}" for number in range(40)
     ), log
