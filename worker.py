@@ -25,8 +25,8 @@ in state/logs. Its exit code decides:
 SIGTERM or Ctrl-C: the worker claims no more, lets handlers finish for --grace seconds, then ends
 them; their tasks go back uncounted. A second signal ends them at once.
 
-exit codes: 0 stopped, drained, idle, updated, or others serve all its queues (--single); 1 the database
-cannot be used; 64 usage: no such program, no such directory of handlers, a relative
+exit codes: 0 stopped, drained, idle, updated, or others serve all its queues (--single); 1 the
+database cannot be used; 64 usage: no such program, no such directory of handlers, a relative
 TASK_QUEUE_STATE.
 """
 

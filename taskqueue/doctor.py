@@ -12,6 +12,7 @@ import re
 import sqlite3
 import stat
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, suppress
@@ -61,6 +62,8 @@ LONG_WAL_BYTES = 64 * 2**20
 MALFORMED_SHOWN = 5
 # How many files of the state to look at, the logs last.
 MOST_FILES = 50_000
+# What puts scripts in place again, wherever a person is.
+REINSTALL = "in a checkout of the queue: just install"
 # The PATH of bin/hook.sh.
 HOOK_PATH = "/usr/bin:/bin"
 # A script's PEP 723 header names packages.
@@ -116,6 +119,11 @@ def note(message: str, remedy: str) -> Finding:
     return Finding("note", message, remedy)
 
 
+def fact(message: str) -> Finding:
+    """Return what is good to know, and asks for nothing."""
+    return Finding("ok", message, "")
+
+
 def examine(max_wait: float, as_json: bool) -> int:
     """Print what each check finds. Return 1 if one of the findings is a problem, else 0."""
     place = Place(q.STATE_DIR, installed(q.__file__) or installed(), max_wait)
@@ -156,9 +164,7 @@ def run(name: str, place: Place) -> list[Finding]:
 def check_installation(place: Place) -> Findings:
     if place.installation is None:
         if not installation.plugins():
-            yield note(
-                "nothing is installed: hooks need scripts that stay in place", "just install"
-            )
+            yield note("nothing is installed: hooks need scripts that stay in place", REINSTALL)
         return
     prefix, record = place.installation.prefix, place.installation.record
     files = record["files"]
@@ -167,14 +173,30 @@ def check_installation(place: Place) -> Findings:
     changed = [n for n in files if n.startswith("runtime/") and there[n] not in (None, *files[n])]
     if missing or any(len(digests) != 1 for digests in files.values()):
         which = ", ".join(missing) or "an install was interrupted"
-        yield problem(f"the installation is incomplete: {which}", "just install")
+        yield problem(f"the installation is incomplete: {which}", REINSTALL)
     elif changed:
-        yield note(f"changed since they were installed: {', '.join(changed)}", "just install")
+        yield note(f"changed since they were installed: {', '.join(changed)}", REINSTALL)
     gone = [name for name in ("python", "uv") if not os.access(record.get(name) or "", os.X_OK)]
     if gone:
         level = "problem" if len(gone) == 2 else "note"
         told = f"{' and '.join(gone)} gone from where install found them: hooks look elsewhere"
-        yield Finding(level, told, "just install; if there is no uv: python3 -m pip install uv")
+        yield Finding(level, told, f"{REINSTALL}; if there is no uv: python3 -m pip install uv")
+
+
+def check_python(place: Place) -> Findings:
+    """Say which Python runs what, and why that one."""
+    record = place.installation.record if place.installation else {}
+    python = record.get("python") or sys.executable
+    if not os.access(python, os.X_OK):
+        return
+    ask = [python, "-I", "-c", "import platform; print(platform.python_version())"]
+    ran = subprocess.run(ask, timeout=PROGRAM_SECONDS, capture_output=True, text=True, check=False)
+    told = f"{python} ({ran.stdout.strip()}) runs commands and reports"
+    if record.get("python"):
+        told += ", the first of the system's from 3.11 on, as updates keep its path"
+    if os.access(packages := record.get("packages") or "", os.X_OK):
+        told += f"; workers run {packages}, which uv made with their packages"
+    yield fact(told)
 
 
 def check_plugin(place: Place) -> Findings:
@@ -203,7 +225,7 @@ def check_hook(place: Place) -> Findings:
     hooks = list(our_hooks(settings))
     if not hooks and not any("tasks.db" in " ".join(words) for *_, words in hooks_in(settings)):
         if not installation.plugins():
-            yield note(f"no hook of the queue is in {file}", "just install --hook yes")
+            yield note(f"no hook of the queue is in {file}", command("install --hook yes"))
     elif settings.get("disableAllHooks") is True:
         yield problem(f"{file} has disableAllHooks: no hook runs", "set it to false")
     for found in hooks:
@@ -218,7 +240,9 @@ def check_prefix(found: Hook, file: Path, here: Installation | None) -> Findings
     """Say where a hook leads that does not run this installation."""
     told = f"the {found.event} hook in {file} runs {found.prefix}"
     offers = (offer for offer in (LINK_CHECK, REPORT, WAKE) if offer.is_like(found.purpose))
-    option = next((f"just install --{offer.option} yes replaces it; or " for offer in offers), "")
+    option = next(
+        (f"{command(f'install --{offer.option} yes')} replaces it; or " for offer in offers), ""
+    )
     if not (found.prefix / "runtime/hook").exists():
         yield problem(f"{told}, which is gone", f"{option}take it out by hand")
     elif here and found.prefix != here.prefix.resolve():
@@ -239,7 +263,7 @@ def check_wake(place: Place) -> Findings:
     if why:
         yield problem(
             f"{why}: another version may take exit status 2 of its hook as a block",
-            "just install --wake no takes the hook out",
+            f"{command('install --wake no')} takes the hook out",
         )
 
 
@@ -247,9 +271,9 @@ def check_sync(place: Place) -> Findings:
     """Ask a hook's `sync` for a file that is not there: it refuses, if it takes files at all."""
     words = ["/bin/sh", "-c", 'PATH=$1; sync "$2"', "sh", HOOK_PATH, place.state / "no such file"]
     if succeeds(words):
-        yield note(
-            "`sync` takes no files here: a power cut may lose what hooks left in the last seconds",
-            f"where that must not be, enqueue with {command('add')} or Python",
+        yield fact(
+            "`sync` takes no files here: a power cut may lose what hooks left in the last seconds,"
+            f" but nothing of {command('add')} or Python"
         )
 
 
@@ -274,16 +298,19 @@ def check_environment(place: Place) -> Findings:
         except ValueError as error:
             mend = f"mend {notify.COMMAND} in {file}; then: {command('notify --test')}"
             yield problem(f"workers tell nobody what fails: {error}", mend)
-    names = ", ".join(environment.differences(file, os.environ))
-    if names:
-        told = f"workers that hooks and the service start differ from this terminal in {names}"
+    lacking, different = environment.differences(file, os.environ)
+    begins = "workers that hooks and the service start"
+    if lacking:
+        told = f"{begins} lack what is set here: {', '.join(lacking)}"
+        yield note(told, f"{command('install --environment yes')} puts it into {file}")
+    if different:
         yield note(
-            told, f"just install --environment yes puts what is set here into {file}; or edit that"
+            f"{begins} have another {', '.join(different)} than this terminal", f"edit {file}"
         )
     missing = ", ".join(not_in_cache(place.installation, env))
     if missing:
         told = f"without a network these do not start, since uv's cache lacks what they need: {missing}"
-        yield problem(told, "with a network: just install")
+        yield problem(told, f"with a network: {command('install')}")
 
 
 def not_in_cache(place: Installation, env: dict[str, str]) -> list[str]:
@@ -306,9 +333,7 @@ def head_of(file: Path) -> bytes:
 def check_handlers(place: Place) -> Findings:
     directory = serving.default_handlers(q.__file__)
     if not directory.is_dir():
-        yield note(
-            f"{directory} is not there: workers need --handlers or a command", "just install"
-        )
+        yield note(f"{directory} is not there: workers need --handlers or a command", REINSTALL)
     path = f"{os.environ.get('PATH', '')}:{environment.defaults(str(Path.home()))['PATH']}"
     for handler in sorted(directory.glob("[!._]*")):
         if not handler.is_file():
@@ -327,7 +352,7 @@ def check_handlers(place: Place) -> Findings:
 def check_state(place: Place) -> Findings:
     state, me = place.state, os.getuid()
     if not state.is_dir():
-        mend = "just install, or set TASK_QUEUE_STATE to where your queue is"
+        mend = f"{command('install')}, or set TASK_QUEUE_STATE to where your queue is"
         yield problem(f"{state} is not there", mend)
         return
     owner = user(state)
@@ -398,7 +423,9 @@ def check_disk(place: Place) -> Findings:
 def check_database(place: Place) -> Findings:
     db, file = place.database, database_file(place.state)
     if not db.exists():
-        yield problem(f"{db} is not there", "just install makes it; so does the first enqueue")
+        yield problem(
+            f"{db} is not there", f"{command('install')} makes it; so does the first task"
+        )
         return
     was_in_use = is_in_use(file)
     found = look_at(db)
@@ -430,8 +457,10 @@ def look_at(db: Path) -> Finding | None:
                 mend = f"set TASK_QUEUE_STATE to where your queue is, or {restore}"
                 return problem(told, mend)
             if version < q.SCHEMA_VERSION:
-                mend = f"the next enqueue or worker makes it version {q.SCHEMA_VERSION}, tasks kept"
-                return note(f"{db} has schema version {version}", mend)
+                told = (
+                    f"{db} has schema version {version}: the next task or worker makes it version"
+                )
+                return fact(f"{told} {q.SCHEMA_VERSION}, and keeps all tasks")
             return look_for_damage(conn, db)
     except sqlite3.OperationalError:
         # It is locked or cannot be opened, and that is no damage.
@@ -624,6 +653,7 @@ def check_claims(conn: sqlite3.Connection, state: Path) -> Findings:
 
 CHECKS: dict[str, Callable[[Place], Findings]] = {
     "installation": check_installation,
+    "python": check_python,
     "plugin": check_plugin,
     "hook": check_hook,
     "wake": check_wake,

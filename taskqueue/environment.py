@@ -296,7 +296,8 @@ def decisive(environ: Mapping[str, str]) -> dict[str, str]:
     }
 
 
-def differences(file: Path, environ: Mapping[str, str]) -> list[str]:
-    """Return the names of decisive variables that differ between the file and `environ`."""
+def differences(file: Path, environ: Mapping[str, str]) -> tuple[list[str], list[str]]:
+    """Return the decisive variables of `environ` that the file lacks, and those it has otherwise."""
     here, there = decisive(environ), decisive(read(file))
-    return sorted(name for name in here.keys() | there.keys() if here.get(name) != there.get(name))
+    lacking = sorted(here.keys() - there.keys())
+    return lacking, sorted(name for name in here.keys() & there.keys() if here[name] != there[name])

@@ -80,7 +80,7 @@ def test_doctor_names_a_hook_that_leads_nowhere_and_its_remedy_replaces_it(home,
     settings_of(home).write_text(json.dumps(settings))
     said = doctor(home)
     assert "problem  hook: the SessionEnd hook in " in said and ", which is gone" in said
-    assert "just install --hook yes replaces it" in said
+    assert "install --hook yes replaces it" in said
     assert run(home, "install", "--hook", "yes").returncode == 0
     assert hooks_of(home, "SessionEnd") == [MINE] and len(hooks_of(home)) == 1
     assert "which is gone" not in doctor(home)

@@ -50,7 +50,7 @@ def test_it_comes_once_goes_and_is_checked_after_updates(home):
     # An update to a client that nobody has seen: doctor says so, and its remedy works.
     unknown = has_claude(home, "3.0.0 (Claude Code)")
     said = doctor(home, unknown)
-    assert "problem  wake: claude is 3.0.0" in said and "just install --wake no" in said
+    assert "problem  wake: claude is 3.0.0" in said and "install --wake no takes" in said
     assert run(home, "install", "--wake", "no", env=unknown).returncode == 0
     assert wakes(home) == [] and hooks_of(home, "SessionEnd") == []
     assert len(hooks_of(home)) == 1, "the link check stays"
