@@ -43,6 +43,7 @@ from taskqueue.installation import (  # noqa: E402
     Trouble,
     begun,
     digest_there,
+    from_home,
     only_one,
 )
 from taskqueue.remedies import as_typed  # noqa: E402
@@ -188,6 +189,8 @@ def put_in_place(
     place: Installation, args: argparse.Namespace, wanted: list[parts.Part], steps: Steps
 ) -> None:
     uv = place.record["uv"]
+    if uv and not args.no_warm and not place.lib.is_dir():
+        print("filling uv's cache, which takes minutes the first time", flush=True)
     files.put_in_order(place, files.plan(place))
     steps.run(make_state, place)
     if uv and not args.no_warm:
@@ -218,9 +221,9 @@ def show_plan(place: Installation, args: argparse.Namespace, offered: list[parts
         print("".join(queue_settings.difference(before, after, place.settings)), end="")
     planned = [(file.action, place.name(file.path)) for file in files.plan(place)]
     tell_files(planned, place.prefix, args.dry_run)
-    lines = [(part.action, f"{parts.from_home(part.path)}: {part.what}") for part in shown]
+    lines = [(part.action, f"{from_home(part.path)}: {part.what}") for part in shown]
     if not (place.state / "tasks.db").exists():
-        lines.insert(0, ("make", f"{parts.from_home(place.state)}: the queues"))
+        lines.insert(0, ("make", f"{from_home(place.state)}: the queues"))
     if not args.no_warm and place.record["uv"] and not place.lib.is_dir():
         lines.insert(0, ("fill", f"uv's cache: {DOWNLOAD}"))
     if place.record.get("units"):
@@ -236,7 +239,7 @@ def tell_files(actions: list[tuple[str, str]], prefix: Path, each: bool) -> None
     counts = Counter(action for action, _ in actions)
     told = [f"{action} {counts[action]}" for action in FILE_ACTIONS if counts[action]]
     if not each:
-        print(f"{'files':<10} {parts.from_home(prefix)}: {', '.join(told)}")
+        print(f"{'files':<10} {from_home(prefix)}: {', '.join(told)}")
     for action, name in actions:
         if each or action == "keep yours":
             print(f"{action:<10} {name}")

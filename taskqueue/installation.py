@@ -81,6 +81,12 @@ def how_to_update(lib: Path) -> str:
     return f"claude plugin update {names[0]}" if names else "just install"
 
 
+def from_home(path: Path) -> str:
+    """Return a path as a person reads it: with ~ for the home directory."""
+    home = Path.home()
+    return f"~/{path.relative_to(home)}" if path.is_relative_to(home) else str(path)
+
+
 def is_plain(path: str) -> bool:
     """Return whether a path fits a line of a unit or a script: UTF-8, no control characters."""
     return not re.search("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]", path)

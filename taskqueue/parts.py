@@ -26,6 +26,7 @@ from taskqueue.installation import (
     WrongUse,
     digest,
     digest_there,
+    from_home,
     is_plain,
     write_file,
 )
@@ -110,12 +111,6 @@ def answer(question: str, at_end: str) -> str:
     return line.strip().lower() if line else at_end
 
 
-def from_home(path: Path) -> str:
-    """Return a path as a person reads it: with ~ for the home directory."""
-    home = Path.home()
-    return f"~/{path.relative_to(home)}" if path.is_relative_to(home) else str(path)
-
-
 # ------------------------------------------------------------------------------------- the command
 
 
@@ -169,11 +164,23 @@ def command(place: Installation, args: argparse.Namespace) -> list[Part]:
 def put_command(place: Installation, path: Path) -> None:
     """Put the command into ~/.local/bin, and say how to have that on PATH."""
     forget_command(place, except_for=path)
+    if (before := runs(path)) and before != place.prefix:
+        give_up_command(Installation(before))
     place.record["command"] = str(path)
     place.put([File(path, files.filled_in(place, "tq.sh"), 0o700)])
     if str(path.parent) not in os.environ.get("PATH", "").split(os.pathsep):
         print(f"{path.parent} is not on your PATH; this line in your shell's profile adds it:")
         print('export PATH="$HOME/.local/bin:$PATH"')
+
+
+def give_up_command(other: Installation) -> None:
+    """Take the command, and what belongs to it, out of the record of the installation that had it."""
+    other.record.pop("command", None)
+    for name in [*other.record["files"]]:
+        if os.path.isabs(name) and name not in other.record.get("units", []):
+            del other.record["files"][name]
+    if other.record_file.exists():
+        other.save()
 
 
 def taken_by(place: Installation, path: Path) -> str | None:
@@ -197,7 +204,10 @@ def runs(path: Path) -> Path | None:
     """
     text = path.read_bytes().decode("utf-8", "replace") if path.is_file() else ""
     lib = re.search("^lib=(.+)$", text, re.MULTILINE) if COMMAND_BEGINS in text else None
-    words = shlex.split(lib[1]) if lib else []
+    try:
+        words = shlex.split(lib[1]) if lib else []
+    except ValueError:
+        words = []
     if not words or not words[0].endswith("/runtime/lib"):
         return None
     other = Installation(Path(words[0]).parent.parent)

@@ -20,7 +20,15 @@ from itertools import chain, takewhile
 from pathlib import Path
 from typing import NamedTuple
 
-from taskqueue.installation import Installation, Trouble, digest, digest_there, only_one, write_file
+from taskqueue.installation import (
+    Installation,
+    Trouble,
+    digest,
+    digest_there,
+    from_home,
+    only_one,
+    write_file,
+)
 
 HOOK_TIMEOUT_SECONDS = 10
 # A session that nobody comes back to is given up after half a day.
@@ -256,7 +264,7 @@ def with_hook(text: str | None, place: Installation, offer: Offer) -> tuple[str,
         take_out(settings, found.event, found.listed, found.hook)
     done = [with_hook_of(settings, place, offer, event) for event in offer.events]
     if others:
-        which = " and ".join(dict.fromkeys(str(found.prefix) for found in others))
+        which = " and ".join(dict.fromkeys(from_home(found.prefix) for found in others))
         return dumped(settings), "replace", f"instead of that of {which}"
     action = next((action for action in ("add", "update") if action in done), "")
     return (dumped(settings), action, "") if action else (text or "{}\n", "unchanged", done[0])

@@ -59,6 +59,28 @@ def test_hooks_and_the_command_are_replaced_and_each_firing_is_one_task(home, tm
     assert not (home / ".local/bin/tq").exists()
 
 
+def test_the_first_one_goes_without_what_is_the_seconds(home, tmp_path):
+    env = {"SHELL": "/bin/bash"}
+    assert run(home, "install", "--yes", env=env).returncode == 0
+    assert run(home, "install", tmp_path / "second", "--yes", env=env).returncode == 0
+    ours = [
+        home / ".local/bin/tq",
+        home / ".local/share/bash-completion/completions/tq",
+        home / ".claude/skills/task-queue/SKILL.md",
+        settings_of(home),
+    ]
+    before = [path.read_bytes() for path in ours]
+    ran = run(home, "uninstall")
+    assert ran.returncode == 0 and "keep yours" not in ran.stdout
+    assert [path.read_bytes() for path in ours] == before
+    assert run(home, "uninstall", tmp_path / "second").returncode == 0
+    assert not any(path.exists() for path in ours[:3]) and hooks_left(home) == []
+
+
+def hooks_left(home) -> list:
+    return list(json.loads(settings_of(home).read_text()).get("hooks", []))
+
+
 GONE = "/gone/automation"
 WRITTEN = {
     "a shell's words": {
@@ -115,10 +137,12 @@ def test_another_hook_stays(home, tmp_path, command):
     assert hooks_of(home)[0] == hook and len(hooks_of(home)) == 2
 
 
-def test_a_command_that_the_person_changed_is_another_program(home, tmp_path):
+@pytest.mark.parametrize(("before", "after"), [("\nlib=", "\n# mine\nlib="), ("\nlib=", "\nlib='")])
+def test_a_command_that_the_person_changed_is_another_program(home, tmp_path, before, after):
     assert run(home, "install", "--command", "tq", "--hook", "no").returncode == 0
     tq = home / ".local/bin/tq"
-    tq.write_text(f"{tq.read_text()}# mine\n")
+    changed = tq.read_text().replace(before, after, 1)
+    tq.write_text(changed)
     ran = run(home, "install", tmp_path / "other", "--command", "tq", "--hook", "no")
     assert ran.returncode == 1 and f"{tq} is another program called tq" in ran.stderr
-    assert tq.read_text().endswith("# mine\n")
+    assert tq.read_text() == changed
