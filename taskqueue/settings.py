@@ -59,7 +59,7 @@ class Offer:
     def is_like(self, purpose: str) -> bool:
         """Return whether a hook with this purpose does the same; one may name no task type."""
         ours = purpose_of(self.arguments.split())
-        return ours.startswith(purpose) or purpose.startswith(ours)
+        return bool(purpose) and (ours.startswith(purpose) or purpose.startswith(ours))
 
 
 def purpose_of(words: list[str]) -> str:

@@ -122,6 +122,7 @@ def test_doctor_names_a_hook_of_another_installation(home, tmp_path):
         # Another queue, or another type: another hook.
         f"sh {GONE}/runtime/hook approvals review",
         f"sh {GONE}/runtime/hook notifications my_check",
+        f"python3 {GONE}/runtime/lib/enqueue.py --hook --start-worker approvals",
         # Another program.
         f"cat {GONE}/runtime/hook",
         f"{GONE}/runtime/hooks notifications",
