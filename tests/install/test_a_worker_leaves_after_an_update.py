@@ -83,12 +83,22 @@ def began(home) -> list[str]:
     return (home / "began").read_text().split() if (home / "began").exists() else []
 
 
-def test_a_worker_of_a_terminal_finishes_what_it_runs_says_why_and_ends_well(installed, source):
+OF_A_UNIT = ["--environment", "{prefix}/environment", "--single", "--when-work"]
+
+
+@pytest.mark.parametrize(
+    ("options", "how"),
+    [([], "; start it again for the new version\n"), (OF_A_UNIT, "\n")],
+    ids=["of a terminal", "of a unit"],
+)
+def test_it_finishes_what_it_runs_says_why_and_ends_well(installed, source, options, how):
+    """systemd starts the next one of a unit, a person the next one of a terminal."""
     home = installed
     words = [sys.executable, home / PREFIX / "runtime/lib/worker.py", "notifications"]
+    words += [word.replace("{prefix}", str(home / PREFIX)) for word in options]
+    put(home, "first")
     worker = subprocess.Popen(words, env=env_of(home), stderr=subprocess.PIPE, text=True)
     try:
-        put(home, "first")
         wait_for(lambda: began(home) == ["first"], what="the first run")
         newer(source)
         install(home, source=source)
@@ -96,13 +106,14 @@ def test_a_worker_of_a_terminal_finishes_what_it_runs_says_why_and_ends_well(ins
         said = ""
         while "updated" not in said:
             said = worker.stderr.readline()
-        assert "leaving when nothing runs; start it again for the new version" in said
+        assert said.endswith(f"the scripts were updated: leaving when nothing runs{how}")
         assert worker.poll() is None and history(home) == {}
         (home / "may-end").touch()
         assert worker.wait(30) == 0
     finally:
         worker.kill()
     assert history(home) == {"first": "completed"} and began(home) == ["first"]
+    assert served(home) == []
 
 
 def test_a_hooks_worker_leaves_what_waits_to_one_of_the_new_version(installed, source):
