@@ -69,7 +69,7 @@ def parser() -> cli.Parser:
     def verb(name: str, help: str) -> Callable:
         prog = as_typed(f"install.py {name}")
         sub = verbs.add_parser(name, prog=prog, help=help, description=help)
-        default = "default ~/.claude/automation/lychee"
+        default = "default: this installation's; in a checkout ~/.claude/automation/lychee"
         sub.add_argument("prefix", metavar="PREFIX", nargs="?", help=default)
         sub.add_argument("--dry-run", action="store_true", help="show it all, and write nothing")
         return sub.add_argument
@@ -122,6 +122,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(args: argparse.Namespace) -> int:
+    # An installed copy is about its own installation.
+    here = installation.installed(__file__)
+    if args.prefix is None and here:
+        args.prefix = here.prefix
     if args.verb == "install":
         return install(args)
     place = Installation(args.prefix)

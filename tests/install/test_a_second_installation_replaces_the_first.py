@@ -77,6 +77,15 @@ def test_the_first_one_goes_without_what_is_the_seconds(home, tmp_path):
     assert not any(path.exists() for path in ours[:3]) and hooks_left(home) == []
 
 
+def test_an_installed_copy_is_about_its_own_installation(home, tmp_path):
+    second = tmp_path / "second"
+    assert run(home, "install", second, "--yes").returncode == 0
+    assert run(home, "install", "--yes", source=second / "runtime/lib").returncode == 0
+    assert not (home / PREFIX).exists()
+    assert run(home, "uninstall", source=second / "runtime/lib").returncode == 0
+    assert [path.name for path in second.iterdir()] == ["state"]
+
+
 def hooks_left(home) -> list:
     return list(json.loads(settings_of(home).read_text()).get("hooks", []))
 
