@@ -242,7 +242,7 @@ def tell_files(actions: list[tuple[str, str]], prefix: Path, each: bool) -> None
     """Print how many files get which action, and the person's; with `each`, all by name."""
     counts = Counter(action for action, _ in actions)
     told = [f"{action} {counts[action]}" for action in FILE_ACTIONS if counts[action]]
-    if not each:
+    if told and not each:
         print(f"{'files':<10} {from_home(prefix)}: {', '.join(told)}")
     for action, name in actions:
         if each or action == "keep yours":

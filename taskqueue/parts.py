@@ -144,16 +144,16 @@ def command(place: Installation, args: argparse.Namespace) -> list[Part]:
     is_same = digest_there(path) == digest(files.filled_in(place, "tq.sh"))
     is_there = is_same and os.access(path, os.X_OK) and place.known(path)
     action = "unchanged" if is_there else "update" if before else "add"
-    what = "the command"
+    instead = ""
     if before and before != place.prefix:
-        action, what = "replace", f"{what}, instead of that of {from_home(before)}"
+        action, instead = "replace", f", instead of that of {from_home(before)}"
     return [
         Part(
             "command",
             action,
             path,
-            what,
-            f"Put the command {name} into ~/.local/bin?",
+            f"the command{instead}",
+            f"Put the command {name} into ~/.local/bin{instead}?",
             True if args.command or had or args.yes else None,
             f"no command was added to ~/.local/bin: say --command {COMMAND}",
             partial(put_command, path=path),
@@ -216,12 +216,13 @@ def runs(path: Path) -> Path | None:
 
 
 def forget_command(place: Installation, except_for: Path) -> None:
-    """Remove the command that an earlier install put there under another name, if it is unchanged."""
-    had = place.record.get("command")
-    if had and had != str(except_for):
-        if digest_there(Path(had)) in place.known(Path(had)):
-            Path(had).unlink()
-        place.record["files"].pop(had, None)
+    """Remove the command of another name, and its completion, where they are as install put them."""
+    had = Path(place.record.get("command", except_for))
+    for path in map(Path, [*place.record["files"]]):
+        if path.is_absolute() and path.stem == had.name != except_for.name:
+            if digest_there(path) in place.known(path):
+                path.unlink()
+            del place.record["files"][str(path)]
 
 
 # ---------------------------------------------------------------------- what belongs to the command
@@ -246,7 +247,7 @@ def completion(place: Installation, args: argparse.Namespace, name: str) -> list
             "completion",
             action,
             path,
-            f"{shell} completes {name}'s commands, options and ids",
+            f"completion for {shell}",
             f"Have {shell} complete {name}'s commands, with {path}?",
             wanted,
             put=partial(put_completion, shell=shell, path=path),
@@ -358,7 +359,7 @@ def hook_part(
         action,
         place.settings,
         f"the {offer.name}{remark and f', {remark}'}",
-        f"{offer.what} Add this hook to {place.settings}?",
+        f"{offer.what} Add this hook to {place.settings}{remark and f', {remark}'}?",
         wanted if action != "unchanged" else True,
         f"no hook is added to {place.settings} for the {offer.name}: say --{offer.option} yes,"
         f" or add by hand: {hooks_by_hand(place, [offer])}",
@@ -453,7 +454,7 @@ def variables(place: Installation, args: argparse.Namespace) -> list[Part]:
         "environment",
         "unchanged" if not changed else "update" if path.exists() else "add",
         path,
-        "the environment of workers",
+        "variables of workers",
         "",
         True,
         put=partial(write_environment, added={}),

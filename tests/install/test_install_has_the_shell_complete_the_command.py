@@ -41,6 +41,14 @@ def test_bash_completes_with_it(home):
     assert ran.stdout.strip() == "cancel", ran.stderr
 
 
+def test_another_name_for_the_command_takes_its_completion_along(home):
+    env = {"SHELL": "/bin/fish"}
+    assert run(home, "install", "--yes", "--command", "one", env=env).returncode == 0
+    assert run(home, "install", "--yes", "--command", "two", env=env).returncode == 0
+    assert os.listdir(home / ".config/fish/completions") == ["two.fish"]
+    assert os.listdir(home / ".local/bin") == ["two"]
+
+
 def test_the_directories_that_the_person_named_are_used(home, tmp_path):
     env = {"SHELL": "/bin/bash", "XDG_DATA_HOME": str(tmp_path / "data")}
     assert run(home, "install", "--yes", env=env).returncode == 0
