@@ -195,6 +195,23 @@ class Installation:
         self.processes.append(process)
         return process
 
+    def python(self, code: str, *args, **options) -> subprocess.CompletedProcess:
+        """Run Python code that may import our modules, to its end, in a process of its own."""
+        options = {"capture_output": True, "text": True, "timeout": 100, **options}
+        command = [sys.executable, "-c", code, *map(str, args)]
+        return subprocess.run(command, env=self.python_env(options), **options)
+
+    def start_python(self, code: str, *args, **options) -> subprocess.Popen:
+        """Start such a process, with pipes for its stdin and stdout; it is killed at the end."""
+        options = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, **options}
+        command = [sys.executable, "-c", code, *map(str, args)]
+        process = subprocess.Popen(command, env=self.python_env(options), **options)
+        self.processes.append(process)
+        return process
+
+    def python_env(self, options: dict) -> dict:
+        return self.env | {"PYTHONPATH": str(ROOT)} | (options.pop("env", None) or {})
+
     def worker(self, *args, ready: bool = True, **options) -> subprocess.Popen:
         """Start a worker on this installation's handlers, and wait until it serves."""
         process = self.start("worker.py", *args, "--handlers", self.handlers, **options)

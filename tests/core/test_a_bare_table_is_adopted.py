@@ -3,13 +3,10 @@ rows and ids kept.
 """
 
 import json
-import os
 import sqlite3
 import subprocess
-import sys
 
 import pytest
-from conftest import ROOT
 
 BARE = "CREATE TABLE IF NOT EXISTS {} (id INTEGER PRIMARY KEY AUTOINCREMENT, data TEXT NOT NULL);"
 
@@ -182,10 +179,9 @@ def test_the_hooks_statements_work_before_and_after_and_bad_json_is_refused_from
 
 ADOPT = """
 import os, sys
-sys.path.insert(0, sys.argv[1])
 import queue_helpers as q
 from pathlib import Path
-state = Path(sys.argv[2])
+state = Path(sys.argv[1])
 go, gone = os.pipe()
 children = []
 for n in range(16):
@@ -219,12 +215,7 @@ def test_by_sixteen_processes_at_once_while_hooks_go_on_to_insert(installation):
             )
             for _ in range(4)
         ]
-        adopt = subprocess.Popen(
-            [sys.executable, "-c", ADOPT, ROOT, state],
-            stderr=subprocess.PIPE,
-            text=True,
-            env={"PATH": os.environ["PATH"], "HOME": str(installation.directory)},
-        )
+        adopt = installation.start_python(ADOPT, state, stderr=subprocess.PIPE)
         for process in hooks:
             process.stdin.write(".timeout 10000\n" + hook * 3)
             process.stdin.flush()

@@ -5,16 +5,14 @@ import json
 import logging
 import random
 import sqlite3
-import subprocess
-import sys
 import threading
 
 import pytest
-from conftest import ROOT, wait_for
+from conftest import wait_for
 
 pytestmark = pytest.mark.core
 
-TRIES = 300
+TRIES = 150
 
 
 def run(coroutine, seconds: float = 90):
@@ -168,7 +166,6 @@ def test_a_cancellation_is_not_kept_waiting_by_a_lock(installation, queue, momen
 
 FULL_DISK = """
 import asyncio, logging, os, resource, sys
-sys.path.insert(0, sys.argv[1])
 import queue_helpers as q
 logging.basicConfig(format="%(levelname)s %(message)s")
 q.connect()
@@ -189,13 +186,7 @@ asyncio.run(main())
 
 def test_a_full_disk_while_it_acks_does_not_end_it(installation, queue):
     queue.enqueue_tasks("notifications", [{"task_type": "t", "data": {"n": n}} for n in (1, 2)])
-    consumer = subprocess.run(
-        [sys.executable, "-c", FULL_DISK, ROOT],
-        env=installation.env,
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
+    consumer = installation.python(FULL_DISK)
     assert consumer.stdout == "1\n2\n" and consumer.returncode == 0, consumer.stderr
     assert consumer.stderr.count("could not be settled") == 1 and "Traceback" not in consumer.stderr
     assert installation.rows("select json_extract(data, '$.data.n'), status from task_history") == [
@@ -231,7 +222,6 @@ def test_the_end_of_the_loops_own_threads_does_not_end_it(installation, queue):
 
 LEAVES = """
 import asyncio, sys
-sys.path.insert(0, sys.argv[1])
 import queue_helpers as q
 
 async def main():
@@ -247,13 +237,7 @@ asyncio.run(main())
 def test_a_process_ends_although_its_last_task_cannot_be_put_back(installation):
     """It tried again for ever. The task is taken back as a dead owner's."""
     installation.enqueue("notifications", "t", "{}")
-    done = subprocess.run(
-        [sys.executable, "-c", LEAVES, ROOT],
-        env=installation.env,
-        capture_output=True,
-        text=True,
-        timeout=20,
-    )
+    done = installation.python(LEAVES)
     assert done.returncode == 0 and "could not be settled" in done.stderr, done.stderr
 
 

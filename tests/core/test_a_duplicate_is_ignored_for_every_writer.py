@@ -4,11 +4,9 @@ writes.
 
 import json
 import subprocess
-import sys
 import time
 
 import pytest
-from conftest import ROOT
 
 pytestmark = pytest.mark.core
 
@@ -209,7 +207,6 @@ def test_a_window_keeps_finished_ones_in_mind(installation, queue):
 
 RACE = """
 import sys
-sys.path.insert(0, sys.argv[1])
 import queue_helpers as q
 q.BUSY_TIMEOUT_MS = 30_000
 new = 0
@@ -223,12 +220,7 @@ def test_of_four_processes_that_put_the_same_exactly_one_is_told_that_it_is_new(
     installation, queue
 ):
     queue.connect()
-    racers = [
-        subprocess.Popen(
-            [sys.executable, "-c", RACE, ROOT], env=installation.env, stdout=subprocess.PIPE
-        )
-        for _ in range(4)
-    ]
+    racers = [installation.start_python(RACE) for _ in range(4)]
     new = [int(racer.communicate(timeout=60)[0]) for racer in racers]
     assert sum(new) == 200 and installation.rows(
         "select count(*), count(distinct task_id) from notifications"

@@ -1,10 +1,8 @@
 import logging
 import signal
-import subprocess
-import sys
 
 import pytest
-from conftest import ROOT, wait_for
+from conftest import wait_for
 from processes import lines
 
 pytestmark = pytest.mark.core
@@ -140,7 +138,6 @@ def test_after_recovery(installation, queue, claims):
 
 CONSUMER = """
 import logging, sys
-sys.path.insert(0, sys.argv[1])
 logging.basicConfig(stream=sys.stdout, format="LOG %(message)s")
 import queue_helpers
 queue = queue_helpers.get_ack_queue("notifications")
@@ -156,13 +153,7 @@ def test_by_a_process_whose_lock_file_was_removed_returns_false_and_says_why(
     installation, queue, verb
 ):
     installation.enqueue("notifications", "any")
-    late = subprocess.Popen(
-        [sys.executable, "-c", CONSUMER, str(ROOT)],
-        env=installation.env,
-        text=True,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-    )
+    late = installation.start_python(CONSUMER)
     try:
         row_id = int(late.stdout.readline())
         for file in (installation.state / "workers").iterdir():

@@ -8,11 +8,10 @@ import os
 import shutil
 import stat
 import subprocess
-import sys
 import time
 
 import pytest
-from conftest import ROOT, wait_for
+from conftest import wait_for
 
 WRITER = """
 import sys
@@ -33,13 +32,8 @@ class Writer:
 
     def __init__(self, installation, name: str) -> None:
         self.log = installation.directory / f"{name}.log"
-        pipes = dict.fromkeys(("stdin", "stdout"), subprocess.PIPE)
-        env = installation.env | {"PYTHONPATH": str(ROOT)}
         with open(self.log, "w") as log:
-            self.process = subprocess.Popen(
-                [sys.executable, "-c", WRITER], env=env, text=True, stderr=log, **pipes
-            )
-        installation.processes.append(self.process)
+            self.process = installation.start_python(WRITER, stderr=log)
         assert self.process.stdout.readline() == "ready\n", self.log.read_text()
 
     def store(self, task_id: str) -> str:
@@ -135,7 +129,6 @@ def test_no_acknowledged_task_is_lost_with_the_shared_memory(installation):
 
 IN_USE = """
 import sqlite3, sys, threading, time
-sys.path.insert(0, sys.argv[1])
 import queue_helpers as q
 
 q.enqueue_task("notifications", "t", {})
@@ -172,13 +165,7 @@ putting.join()
 
 def test_a_connection_that_another_thread_uses_is_closed_when_that_one_is_done(installation):
     """Closed under a thread that was inside SQLite, it crashed the process."""
-    done = subprocess.run(
-        [sys.executable, "-X", "faulthandler", "-c", IN_USE, ROOT],
-        env=installation.env,
-        capture_output=True,
-        text=True,
-        timeout=30,
-    )
+    done = installation.python(IN_USE, env={"PYTHONFAULTHANDLER": "1"})
     assert done.returncode == 0, done.stderr
     assert "was removed while it was in use" in done.stderr and "Traceback" not in done.stderr
     assert {"meanwhile", "after"} <= stored(installation)
@@ -207,14 +194,8 @@ def test_each_directory_that_is_made_is_private_and_what_was_there_stays(install
     there = tmp_path / "there"
     there.mkdir(mode=0o755)
     there.chmod(0o755)
-    env = installation.env | {"TASK_QUEUE_STATE": str(there / "a" / "b" / "state")}
-    done = subprocess.run(
-        [sys.executable, ROOT / "enqueue.py", "notifications", "t"],
-        env=env,
-        capture_output=True,
-        text=True,
-        umask=0o022,
-    )
+    env = {"TASK_QUEUE_STATE": str(there / "a" / "b" / "state")}
+    done = installation.run("enqueue.py", "notifications", "t", env=env, umask=0o022)
     assert done.returncode == 0, done.stderr
     found = {path: stat.S_IMODE(path.stat().st_mode) for path in [there, *there.rglob("*")]}
     assert found.pop(there) == 0o755
@@ -224,13 +205,10 @@ def test_each_directory_that_is_made_is_private_and_what_was_there_stays(install
 
 def test_a_directorys_name_may_be_any_bytes_whatever_the_locale(installation, tmp_path):
     state = os.fsencode(tmp_path) + "/Zustände für Łukasz".encode()
-    code = "import sys; sys.path.insert(0, sys.argv[1]); import queue_helpers as q; q.enqueue_task('notifications', 't', {})"
+    code = "import queue_helpers as q; q.enqueue_task('notifications', 't', {})"
     bare = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     for more in (bare, {}):
-        env = {**installation.env, **more, "TASK_QUEUE_STATE": state}
-        done = subprocess.run(
-            [sys.executable, "-c", code, ROOT], env=env, capture_output=True, text=True
-        )
+        done = installation.python(code, env={**more, "TASK_QUEUE_STATE": state})
         assert done.returncode == 0, done.stderr
     assert os.listdir(tmp_path).count("Zustände für Łukasz") == 1
     done = subprocess.run(
@@ -242,11 +220,8 @@ def test_a_directorys_name_may_be_any_bytes_whatever_the_locale(installation, tm
 @pytest.mark.parametrize("name", [b"a\nb", b"a\x1b[31m", b"a\x7f", "a\x85".encode(), b"relative"])
 def test_a_directorys_name_with_control_characters_is_refused(installation, tmp_path, name):
     state = name if name == b"relative" else os.fsencode(tmp_path) + b"/" + name
-    code = "import sys; sys.path.insert(0, sys.argv[1]); import queue_helpers as q; q.connect()"
-    env = {**installation.env, "TASK_QUEUE_STATE": state}
-    done = subprocess.run(
-        [sys.executable, "-c", code, ROOT], env=env, capture_output=True, text=True
-    )
+    code = "import queue_helpers as q; q.connect()"
+    done = installation.python(code, env={"TASK_QUEUE_STATE": state})
     assert done.returncode == 1 and "QueueUnavailable: TASK_QUEUE_STATE" in done.stderr
     assert "is not an absolute path" in done.stderr and "\x1b" not in done.stderr
 
@@ -265,7 +240,6 @@ def test_a_database_that_is_a_symbolic_link_is_used(installation, tmp_path):
 
 SLEEPER = """if True:
     import sys, threading, time
-    sys.path.insert(0, sys.argv[1])
     import queue_helpers as q
     q.SAFETY_TICK_SECONDS = 3600.0
     queue = q.get_ack_queue("notifications")
@@ -285,13 +259,7 @@ def test_a_write_of_bash_behind_a_symbolic_link_wakes(installation, tmp_path, na
     real = installation.state / "real.db" if "/" in name else tmp_path / name
     installation.db.rename(real)
     installation.db.symlink_to(real)
-    process = subprocess.Popen(
-        [sys.executable, "-c", SLEEPER, ROOT],
-        env=installation.env,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    installation.processes.append(process)
+    process = installation.start_python(SLEEPER)
     assert process.stdout.readline() == "listens\n"
     installation.sqlite3("""insert into notifications (data) values ('{"from": "bash"}')""")
     assert process.stdout.readline().startswith("got ") and process.wait(15) == 0

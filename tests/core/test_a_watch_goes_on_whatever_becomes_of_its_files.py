@@ -4,7 +4,6 @@ import errno
 import logging
 import shutil
 import subprocess
-import sys
 import threading
 
 import pytest
@@ -14,7 +13,6 @@ pytestmark = pytest.mark.core
 
 WRITER = """
 import sys
-sys.path.insert(0, sys.argv[1])
 import queue_helpers as q
 while True:
     q.enqueue_task("notifications", "t", {})
@@ -51,8 +49,7 @@ def test_watchdog_logs_no_error_while_directories_are_replaced_under_load(
 ):
     monkeypatch.setattr(queue, "SAFETY_TICK_SECONDS", 0.05)
     watch.start()
-    writer = subprocess.Popen([sys.executable, "-c", WRITER, ROOT], env=installation.env)
-    installation.processes.append(writer)
+    writer = installation.start_python(WRITER)
     with caplog.at_level(logging.ERROR):
         for n in range(12):
             before = watch._observer

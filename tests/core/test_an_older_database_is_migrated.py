@@ -7,11 +7,10 @@ import os
 import signal
 import sqlite3
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, wait_for
+from conftest import wait_for
 
 from taskqueue import control
 
@@ -21,7 +20,7 @@ SCHEMA_1, SCHEMA_2, SCHEMA_3 = (
 MANY = """
 with recursive n (i) as (select 1 union all select i + 1 from n where i < 15000)
 insert into notifications (data) select json_object('task_id', 'many ' || i, 'task_type', 't', 'data', json_object('i', i)) from n"""
-OPEN = "import sys; sys.path.insert(0, sys.argv[1]); import queue_helpers; queue_helpers.connect()"
+OPEN = "import queue_helpers; queue_helpers.connect()"
 
 
 def make_old(installation, schema: str = SCHEMA_1, version: int = 1) -> sqlite3.Connection:
@@ -280,9 +279,7 @@ def test_killed_at_any_moment_it_is_whole(old, queue, installation):
     log = Path(f"{installation.db}-wal")
     old.execute("pragma wal_checkpoint(truncate)")
     for size in (1, 2**20, 2**22):
-        process = subprocess.Popen(
-            [sys.executable, "-c", OPEN, ROOT], env=installation.env, stderr=subprocess.DEVNULL
-        )
+        process = installation.start_python(OPEN, stderr=subprocess.DEVNULL)
         wait_for(
             lambda size=size, process=process: (
                 log.stat().st_size > size or process.poll() is not None
@@ -335,37 +332,19 @@ def test_many_rows_are_told_of_and_few_are_not(old, installation, queue):
         "import queue_helpers",
         "import queue_helpers, taskqueue.migrate; taskqueue.migrate.TELL_FROM_ROWS = 25",
     )
-    done = subprocess.run(
-        [sys.executable, "-c", told, ROOT],
-        env=installation.env,
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
+    done = installation.python(told)
     first, second = done.stderr.splitlines()
     assert (
         done.returncode == 0
         and f"bringing {installation.db} to schema version {queue.SCHEMA_VERSION}: 26 rows" in first
         and " s" in second
     )
-    again = subprocess.run(
-        [sys.executable, "-c", OPEN, ROOT],
-        env=installation.env,
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
+    again = installation.python(OPEN)
     assert (again.returncode, again.stderr) == (0, "")
 
 
 def test_few_rows_are_not_told_of(old, installation):
-    done = subprocess.run(
-        [sys.executable, "-c", OPEN, ROOT],
-        env=installation.env,
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
+    done = installation.python(OPEN)
     assert (done.returncode, done.stderr) == (0, "")
 
 

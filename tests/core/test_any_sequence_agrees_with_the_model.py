@@ -1,7 +1,7 @@
 """Whatever is done to a queue in whatever order, it holds what a small model in plain Python holds.
 
 The model knows no status numbers and no triggers: a task waits, runs, or is gone, and each group
-has one turn and those in line for it. TASK_QUEUE_EXAMPLES=2000 runs it for longer.
+has one turn and those in line for it. TASK_QUEUE_EXAMPLES=2000 looks deeper.
 """
 
 import json
@@ -32,7 +32,7 @@ from taskqueue import wake as queue_wake
 QUEUE = "notifications"
 START = 1_800_000_000
 MAX_ATTEMPTS = 3
-EXAMPLES = int(os.environ.get("TASK_QUEUE_EXAMPLES", 200))
+EXAMPLES = int(os.environ.get("TASK_QUEUE_EXAMPLES", 0))
 # Where waiting for the disk costs nothing: what is held here does not depend on it.
 MEMORY = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
 
@@ -564,16 +564,16 @@ class Queue(RuleBasedStateMachine):
         assert (held and held.slots) == model.slots
 
 
-# What it finds is made small, which may take five minutes.
-@pytest.mark.timeout(0 if EXAMPLES > 200 else 400)
+# Hypothesis makes a failure small, which may take five minutes.
+@pytest.mark.timeout(0 if EXAMPLES else 400)
 def test_any_sequence_agrees_with_the_model():
     run_state_machine_as_test(
         Queue,
         settings=settings(
-            max_examples=EXAMPLES,
+            max_examples=EXAMPLES or 60,
             stateful_step_count=50,
             deadline=None,
-            derandomize=EXAMPLES == 200,
+            derandomize=not EXAMPLES,
             database=None,
             suppress_health_check=list(HealthCheck),
         ),

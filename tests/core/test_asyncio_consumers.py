@@ -6,13 +6,10 @@ import asyncio
 import gc
 import logging
 import sqlite3
-import subprocess
-import sys
 import threading
 import time
 
 import pytest
-from conftest import ROOT
 
 pytestmark = pytest.mark.core
 
@@ -254,7 +251,6 @@ def test_two_consumers_share_a_queue(installation, queue):
 
 OTHER = """
 import asyncio, sys
-sys.path.insert(0, sys.argv[1])
 import queue_helpers as q
 async def main():
     async for task in q.consume("notifications"):
@@ -269,10 +265,7 @@ def test_consumers_of_two_processes_share_a_queue_and_one_that_is_killed_loses_n
     queue.connect()
     log = installation.directory / "other"
     with open(log, "wb") as file:
-        other = subprocess.Popen(
-            [sys.executable, "-c", OTHER, ROOT], env=installation.env, stdout=file
-        )
-    installation.processes.append(other)
+        other = installation.start_python(OTHER, stdout=file)
     seen = []
 
     async def main():

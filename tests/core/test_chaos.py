@@ -10,7 +10,7 @@ def test_nothing_is_lost_and_nothing_runs_twice_at_once(tmp_path):
     if not sys.platform.startswith("linux"):
         pytest.skip("bench/soak.py looks into /proc")
     done = subprocess.run(
-        [sys.executable, ROOT / "bench" / "soak.py", "8", "--seed", "42"],
+        [sys.executable, ROOT / "bench" / "soak.py", "4", "--seed", "42"],
         capture_output=True,
         text=True,
         env={"PATH": os.environ["PATH"], "TMPDIR": str(tmp_path)},

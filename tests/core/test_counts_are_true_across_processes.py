@@ -1,20 +1,17 @@
 """size, qsize, len, empty and the other counts are the database's, whoever changed it."""
 
-import subprocess
-import sys
 import time
 
 import pytest
-from conftest import ROOT, wait_for
+from conftest import wait_for
 
 pytestmark = pytest.mark.core
 
 # A queue object that does what it is told on stdin, and says what it sees.
 OTHER = """
 import sys
-sys.path.insert(0, sys.argv[1])
 import queue_helpers
-queue = getattr(queue_helpers, sys.argv[2])("notifications")
+queue = getattr(queue_helpers, sys.argv[1])("notifications")
 for line in sys.stdin:
     print(eval(line), flush=True)
 """
@@ -25,14 +22,7 @@ def both(request, installation, queue):
     """(ours, theirs): a queue object here, and say() that evaluates an expression on one of another
     process.
     """
-    theirs = subprocess.Popen(
-        [sys.executable, "-c", OTHER, str(ROOT), request.param],
-        env=installation.env,
-        text=True,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-    )
-    installation.processes.append(theirs)
+    theirs = installation.start_python(OTHER, request.param)
 
     def say(expression: str):
         theirs.stdin.write(expression + "\n")
@@ -109,14 +99,7 @@ def test_while_the_queue_is_paused_it_is_empty_to_those_who_would_take_from_it(b
 
 def test_of_running_done_and_failed_tasks(installation, queue):
     ours = queue.get_ack_queue("notifications", max_attempts=1)
-    theirs = subprocess.Popen(
-        [sys.executable, "-c", OTHER, str(ROOT), "get_ack_queue"],
-        env=installation.env,
-        text=True,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-    )
-    installation.processes.append(theirs)
+    theirs = installation.start_python(OTHER, "get_ack_queue")
 
     def say(expression: str):
         theirs.stdin.write(expression + "\n")

@@ -111,8 +111,7 @@ def test_nor_does_enqueue_py(installation, args):
 
 
 def test_importing_touches_no_disk(installation):
-    code = "import sys; sys.path.insert(0, sys.argv[1]); import queue_helpers"
-    subprocess.run([sys.executable, "-c", code, ROOT], env=installation.env, check=True)
+    installation.python("import queue_helpers", check=True)
     assert not installation.state.exists()
 
 
@@ -127,9 +126,9 @@ RETURNS = {
 
 @pytest.mark.parametrize("how", RETURNS)
 def test_what_returned_is_there_although_the_process_was_killed_at_once(installation, queue, how):
-    code = f"import os, sys; sys.path.insert(0, sys.argv[1]); import queue_helpers as q; {RETURNS[how]}; os.kill(os.getpid(), 9)"
+    code = f"import os, queue_helpers as q; {RETURNS[how]}; os.kill(os.getpid(), 9)"
     for number in range(5):
-        done = subprocess.run([sys.executable, "-c", code % number, ROOT], env=installation.env)
+        done = installation.python(code % number)
         assert done.returncode == -signal.SIGKILL
     queue.take_in_spool()
     found = "select coalesce(json_extract(data, '$.data.n'), json_extract(data, '$.n')) from notifications order by id"

@@ -13,7 +13,7 @@ import pytest
 from conftest import end, wait_for
 from processes import lines
 
-GROUPS, OF_EACH = 30, 40
+GROUPS, OF_EACH = 16, 40
 
 # Its lines are appended in one write each, so their order is that of what happened.
 HANDLER = """#!/bin/sh
@@ -48,7 +48,7 @@ def test_four_workers_and_kills_run_each_group_in_order(installation, queue):
 
     workers = [worker() for _ in range(4)]
     for share in range(1, 13):
-        wait_for(lambda share=share: len(lines(log)) > share * 150, 60, "more lines")
+        wait_for(lambda share=share: len(lines(log)) > share * 80, 60, "more lines")
         if share % 3:
             dead = dice.randrange(4)
             workers[dead].kill()

@@ -537,11 +537,12 @@ def test_a_place_that_cannot_be_a_state_directory_is_one_line_and_1(installation
         )
 
 
-def test_a_locked_database_is_75_and_one_line(installation):
+def test_a_locked_database_is_75_and_one_line(installation, queue, monkeypatch):
+    monkeypatch.setattr(queue, "BUSY_TIMEOUT_MS", 300)
     installation.enqueue("notifications", "t")
     lock = sqlite3.connect(installation.db, isolation_level=None)
     lock.execute("begin immediate")
-    done = installation.run("enqueue.py", "notifications", "t")
+    done = installation.call("enqueue.py", ["notifications", "t"])
     lock.close()
     assert (
         (done.returncode, done.stdout) == (75, "")

@@ -13,7 +13,7 @@ from crowd import PROCESSES, Crowd
 
 pytestmark = pytest.mark.first
 
-ROUNDS = 20
+ROUNDS = 8
 
 
 def rows(conn) -> list[tuple]:

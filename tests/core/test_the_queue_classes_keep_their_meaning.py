@@ -9,14 +9,13 @@ import os
 import signal
 import sqlite3
 import subprocess
-import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
 import persistqueue
 import pytest
-from conftest import ROOT, wait_for
+from conftest import wait_for
 
 pytestmark = pytest.mark.core
 
@@ -46,10 +45,9 @@ def test_they_are_persist_queues_and_one_class_each(queue):
     assert queue.Empty is persistqueue.Empty and issubclass(queue.Empty, Exception)
 
 
-def test_asked_for_by_many_threads_at_once_they_are_still_one_class():
+def test_asked_for_by_many_threads_at_once_they_are_still_one_class(installation):
     code = """if True:
         import sys, threading
-        sys.path.insert(0, sys.argv[1])
         sys.setswitchinterval(1e-6)
         import queue_helpers as q
         made, barrier = [], threading.Barrier(8)
@@ -61,10 +59,7 @@ def test_asked_for_by_many_threads_at_once_they_are_still_one_class():
         [thread.join() for thread in threads]
         print(len(set(map(id, made))))
     """
-    assert (
-        subprocess.run([sys.executable, "-c", code, ROOT], capture_output=True, text=True).stdout
-        == "1\n"
-    )
+    assert installation.python(code).stdout == "1\n"
 
 
 def test_their_signatures_take_what_persist_queues_take(installation, queue):
@@ -399,7 +394,6 @@ import logging; logging.disable()
 # What is called once in a fork, after the queue's own preparations.
 BEFORE = []
 os.register_at_fork(before=lambda: BEFORE and BEFORE.pop()())
-sys.path.insert(0, sys.argv[1])
 import queue_helpers as q
 
 def forked(action):
@@ -430,14 +424,9 @@ def run_forking(installation, code: str):
     """What the code prints, which is JSON. Its children end with it, even those that hang."""
     # Python 3.12 and later warn of each fork of a process with threads. That such a child can go on
     # is what is tested.
-    silent = ["-W", "ignore:This process:DeprecationWarning"]
-    process = subprocess.Popen(
-        [sys.executable, *silent, "-c", FORK + code, ROOT],
-        env=installation.env,
-        start_new_session=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
+    silent = {"PYTHONWARNINGS": "ignore:This process:DeprecationWarning"}
+    process = installation.start_python(
+        FORK + code, env=silent, start_new_session=True, stderr=subprocess.PIPE
     )
     try:
         said, errors = process.communicate(timeout=30)
@@ -588,10 +577,10 @@ mine.put({"n": 1})
 mine.get(timeout=5)
 q.Watch.of()
 code = "import queue_helpers as q\\nwhile True: q.enqueue_task('other', 't', {})"
-writer = subprocess.Popen([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": sys.argv[1]})
+writer = subprocess.Popen([sys.executable, "-c", code], env=os.environ)
 until(lambda: q.connect().execute("select count(*) from sqlite_master where name = 'other'").fetchone()[0])
 codes = set()
-for _ in range(1000):
+for _ in range(250):
     if not (pid := os.fork()):
         os._exit(0)
     codes.add(os.waitpid(pid, 0)[1])
@@ -675,7 +664,7 @@ q.enqueue_task("notifications", "t", {}, "by the parent")
 parent = os.getpid()
 if os.fork():
     until(lambda: q.connect().execute("select count(*) from notifications").fetchone()[0] == 2)
-    if sys.argv[2] == "is killed":
+    if sys.argv[1] == "is killed":
         os.kill(os.getpid(), 9)
     sys.exit()
 q.enqueue_task("notifications", "t", {}, "by the child, before")
@@ -688,13 +677,7 @@ print("put", flush=True)
 until(lambda: not sys.stdin.read(1))
 """
     )
-    process = subprocess.Popen(
-        [sys.executable, "-c", code, ROOT, leaves],
-        env=installation.env,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
+    process = installation.start_python(code, leaves)
     with process:
         assert process.stdout.readline() == "put\n"
         ids = installation.sqlite3("select task_id from notifications order by id").splitlines()
@@ -789,9 +772,7 @@ def test_rows_that_persist_queue_itself_claimed_are_recovered_by_who_owns_nothin
     mine.put({"n": 1})
     # As persist-queue marks what it hands out: no owner, and no time.
     installation.sqlite3("update notifications set status = 2")
-    code = "import sys; sys.path.insert(0, sys.argv[1]); import queue_helpers as q; print(len(q.recover()[0]))"
-    done = subprocess.run(
-        [sys.executable, "-c", code, ROOT], env=installation.env, capture_output=True, text=True
-    )
+    code = "import queue_helpers as q; print(len(q.recover()[0]))"
+    done = installation.python(code)
     assert done.stdout == "1\n", done.stderr
     assert installation.rows("select status in (1, 3) from notifications") == [(1,)]

@@ -12,7 +12,7 @@ import threading
 import time
 
 import pytest
-from conftest import ROOT, copy_scripts, wait_for
+from conftest import copy_scripts, wait_for
 
 OPTION_A = """#!/usr/bin/env -S uv run
 from pathlib import Path
@@ -113,7 +113,6 @@ async def cleanup_old_tasks():
 """
 
 CRASHES = """import sys
-sys.path.insert(0, sys.argv[1])
 from queue_helpers import get_ack_queue
 # Use AckQueue instead of SQLiteQueue
 queue = get_ack_queue("approvals")  # Tasks persist until ack'd
@@ -388,6 +387,7 @@ def test_a_queue_of_ones_own_in_a_relative_directory(tmp_path, monkeypatch, queu
 
 def test_a_timeout_outlasts_a_locked_database(tmp_path, monkeypatch, queue):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(queue, "BUSY_TIMEOUT_MS", 500)
     mine = run(LOCKED)["queue"]
     lock = sqlite3.connect(
         tmp_path / "state/tasks.db", isolation_level=None, check_same_thread=False
@@ -434,13 +434,7 @@ def test_the_cleanup_deletes_what_finished_more_than_a_day_ago(installation, que
 
 def test_a_claim_survives_the_kill_of_its_process(installation, queue):
     installation.enqueue("approvals", "review", '{"n": 1}')
-    doomed = subprocess.Popen(
-        [sys.executable, "-c", CRASHES, str(ROOT)],
-        env=installation.env,
-        text=True,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-    )
+    doomed = installation.start_python(CRASHES)
     with doomed:
         row_id = int(doomed.stdout.readline())
         # Opening takes nothing from processes that run.

@@ -5,11 +5,8 @@ goes on.
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 
 import pytest
-from conftest import ROOT
 
 pytestmark = pytest.mark.core
 
@@ -75,17 +72,9 @@ print(struck)
 """
 
 
-def run(installation, code: str, **options) -> str:
+def run(installation, code: str) -> str:
     """What a process of its own prints, which must succeed and print nothing on stderr."""
-    env = installation.env | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        env=env,
-        capture_output=True,
-        text=True,
-        timeout=100,
-        **options,
-    )
+    done = installation.python(code)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 
@@ -179,10 +168,7 @@ os.close(told[1])
 _, status = os.wait()
 sys.exit(status)
 """
-    env = installation.env | {"PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen(
-        [sys.executable, "-c", code, LEFT], env=env, stdout=subprocess.PIPE, text=True
-    )
+    process = installation.start_python(code, LEFT)
     said, _ = process.communicate(timeout=60)
     assert said == "free\n"
     assert process.returncode == (-9 if parent == "is killed" else 0)
@@ -202,11 +188,8 @@ with q.transaction(q.connect()) as conn:
     q.insert(conn, "notifications", q.new_row("t", {{}}, "afterwards"))
 assert not left()
 """
-    env = installation.env | {"PYTHONPATH": str(ROOT)}
     for args in ([], ["exit"]):
-        done = subprocess.run(
-            [sys.executable, "-c", code, *args], env=env, capture_output=True, text=True
-        )
+        done = installation.python(code, *args)
         assert done.returncode == 0, done.stderr
         found = installation.rows("select count(*) from notifications where task_id = 'afterwards'")
         assert found == [(1,)]
