@@ -845,7 +845,7 @@ def connect(
     if conn:
         close(conn)
     try:
-        conn = _open(state, db, busy_timeout_ms)
+        conn = _open(state, db, busy_timeout_ms, create)
     except sqlite3.Error as error:
         raise explain(error, state) from error
     except OSError as error:
@@ -907,23 +907,29 @@ def make_private(directory: Path, parents: bool = False) -> Path:
     return directory
 
 
-def _open(state: Path, db: str, busy_timeout_ms: int) -> Connection:
+def _open(state: Path, db: str, busy_timeout_ms: int, create: bool) -> Connection:
     """Open the database, and make or check its schema."""
     try:
-        return _open_once(state, db, busy_timeout_ms)
+        return _open_once(state, db, busy_timeout_ms, create)
     except FileNotFoundError:
+        if not create:
+            raise
         # Its directory was moved away meanwhile, or another one put in its place.
-        return _open_once(state, db, busy_timeout_ms)
+        return _open_once(state, db, busy_timeout_ms, create)
 
 
-def _open_once(state: Path, db: str, busy_timeout_ms: int) -> Connection:
-    make_private(state, parents=True)
+def _open_once(state: Path, db: str, busy_timeout_ms: int, create: bool) -> Connection:
+    if create:
+        make_private(state, parents=True)
     for other in _process.of(state):
         # SQLite keeps what belongs to a lost log until a process's last connection is closed.
         if not other.file:
             other.close_for_its_thread()
-    how: Any = {"isolation_level": None, "check_same_thread": False}
-    conn = sqlite3.connect(db, busy_timeout_ms / 1000, factory=Connection, **how)
+    # Without "create", a state that is being removed or moved away must not come back empty.
+    uri = os.path.abspath(db).replace("%", "%25").replace("?", "%3f").replace("#", "%23")
+    uri = f"file://{uri}?mode={'rwc' if create else 'rw'}"
+    how: Any = {"isolation_level": None, "check_same_thread": False, "uri": True}
+    conn = sqlite3.connect(uri, busy_timeout_ms / 1000, factory=Connection, **how)
     try:
         conn.state, conn.db, conn.queues, conn.turn = state, db, set(), _Turn(state)
         conn.spools, conn.found = {}, {}
