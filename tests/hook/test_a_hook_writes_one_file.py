@@ -1,7 +1,8 @@
-"""bin/hook.sh: a firing becomes one whole file whatever happens, and that file the task that
-`enqueue.py --hook` would have made.
+"""bin/hook.sh makes one whole file of a firing, and that file becomes the task that `enqueue.py --hook`
+would have made.
 """
 
+import asyncio
 import json
 import os
 import shutil
@@ -11,13 +12,14 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import chdir
 from pathlib import Path
 
 import pytest
 from conftest import ROOT, wait_for
 
 STOP = (Path(__file__).parents[1] / "hook_payloads/11_Stop_first.json").read_bytes()
-# What may be /bin/sh somewhere, and how it is called to be one.
+# Shells that may be /bin/sh somewhere, and the options that make them one.
 AS_SH = {"dash": [], "bash": ["--posix"], "busybox": ["sh"], "mksh": [], "zsh": ["--emulate", "sh"]}
 SHELLS = [shell for shell in AS_SH if shutil.which(shell)]
 
@@ -41,6 +43,9 @@ def quoted(path) -> str:
     return "'" + str(path).replace("'", "'\"'\"'") + "'"
 
 
+QUIET = (0, b"", "")
+
+
 class Hook:
     """bin/hook.sh as install.py fills it in."""
 
@@ -61,15 +66,16 @@ class Hook:
         return [shutil.which(self.shell), *AS_SH[self.shell], self.path]
 
     def start(self, *args, env=None, **options) -> subprocess.Popen:
-        options = {"cwd": self.workspace, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | (
-            options
-        )
+        streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        options = {"cwd": self.workspace, **streams} | options
         return subprocess.Popen([*self.command, *args], env=env or {}, **options)
 
     def fire(self, *args, payload=STOP, **options) -> tuple[int, bytes, str]:
-        """Run it to its end: (exit code, stdout, stderr)."""
-        with self.start(*args, stdin=subprocess.PIPE, **options) as process:
-            out, err = process.communicate(payload, timeout=20)
+        """Run it until it, and all that holds its streams, has ended: (exit code, stdout, stderr)."""
+        options = {"stdin": subprocess.PIPE} | options
+        with self.start(*args, **options) as process:
+            fed = payload if process.stdin else None
+            out, err = process.communicate(fed, timeout=20)
         return process.returncode, out, err.decode()
 
     def files(self, queue: str = "notifications") -> list[Path]:
@@ -97,24 +103,21 @@ def tasks(installation, queue) -> list[tuple[str, dict]]:
 
 @pytest.mark.parametrize("payload", PAYLOADS.values(), ids=PAYLOADS)
 def test_the_task_is_the_one_that_enqueue_makes(installation, queue, hook, payload):
-    """The same task id, too: a firing that one hook spooled and another one stored is one task."""
+    """With the same id, too: a firing that one hook spooled and another stored is one task."""
     args = ("notifications", "link_validation", "--once-per", "workspace", "--data", '{"a": "ä"}')
     env = {"CLAUDE_PROJECT_DIR": "/pröject", "CLAUDE_CODE_SESSION_ATTENDED": "1"}
 
-    def by_enqueue() -> None:
-        done = installation.run(
-            "enqueue.py", "--hook", *args, input=payload, env=env, cwd=hook.workspace
-        )
-        assert done.returncode == 0, done.stderr
-
-    assert hook.fire(*args, payload=payload, env=env) == (0, b"", "")
+    assert hook.fire(*args, payload=payload, env=env) == QUIET
     ((kind, spooled),) = tasks(installation, queue)
-    by_enqueue()
-    assert installation.rows("select count(*) from notifications") == [(1,)]
     installation.sqlite3("delete from notifications")
-    by_enqueue()
+    options = {"input": payload, "env": env, "cwd": hook.workspace}
+    installation.enqueue("--hook", *args, **options)
     ((stored_kind, stored),) = tasks(installation, queue)
-    assert kind == stored_kind == "link_validation" and spooled["data"]["workspace_path"]
+    assert (
+        spooled["task_id"]
+        and kind == stored_kind == "link_validation"
+        and spooled["data"]["workspace_path"]
+    )
     assert spooled["data"]["project_dir"] == "/pröject" and spooled["data"]["session_attended"]
     assert spooled["granted"] == {"a": "ä"} and spooled["data"]["a"] == "ä"
     assert {**spooled, "enqueued_at": 0} == {**stored, "enqueued_at": 0}
@@ -123,9 +126,9 @@ def test_the_task_is_the_one_that_enqueue_makes(installation, queue, hook, paylo
 def test_times_count_from_the_firing(installation, queue, one_hook):
     """However late the file is taken in."""
     fired = time.time() - 1000
-    for words in (["--delay", "2000"], ["--ttl", "3000"], ["--delay", "500"]):
-        fired_by = one_hook.fire("notifications", f"t{words[1]}", *words, payload=b'{"cwd": "/"}')
-        assert fired_by == (0, b"", "")
+    for option, seconds in (("--delay", "2000"), ("--ttl", "3000"), ("--delay", "500")):
+        words = ("notifications", f"t{seconds}", option, seconds)
+        assert one_hook.fire(*words, payload=b'{"cwd": "/"}') == QUIET
         (file,) = one_hook.files()
         os.utime(file, (fired, fired))
         queue.take_in_spool(installation.state)
@@ -137,22 +140,18 @@ def test_times_count_from_the_firing(installation, queue, one_hook):
     # The last one is due, and the second need not wait.
     for name in ("t500", "t3000"):
         installation.handler(name, f"#!/bin/sh\ncd '{installation.directory}'\n")
-    installation.worker("notifications", "--drain", ready=False).wait(20)
-    assert installation.rows("select task_id, status, error from task_history") and (
-        installation.rows("select count(*) from task_history where status = 'completed'") == [(2,)]
-    )
+    installation.drain("notifications")
+    assert installation.rows("select status from task_history") == [("completed",)] * 2
 
 
 @pytest.mark.parametrize(("apart", "count"), [(5, 1), (15, 2)])
 def test_a_window_is_between_firings(installation, queue, one_hook, apart, count):
     installation.handler("Stop", "#!/bin/sh\n")
     for ago in (1000, 1000 - apart):
-        one_hook.fire(
-            "notifications", "--window", "10", payload=b'{"hook_event_name": "Stop", "cwd": "/"}'
-        )
+        one_hook.fire("notifications", "Stop", "--window", "10", payload=b'{"cwd": "/"}')
         (file,) = one_hook.files()
         os.utime(file, (time.time() - ago,) * 2)
-        installation.worker("notifications", "--drain", ready=False).wait(20)
+        installation.drain("notifications")
     assert installation.rows("select count(*) from task_history") == [(count,)]
 
 
@@ -170,8 +169,7 @@ def test_firings_come_in_by_time_and_the_latest_one_wins(installation, queue, on
 def test_a_stdin_that_never_closes_does_not_hold_it(installation, queue, hook):
     read, write = os.pipe()
     os.write(write, STOP)
-    with hook.start("notifications", stdin=read) as process:
-        assert process.wait(10) == 0 and process.communicate() == (b"", b"")
+    assert hook.fire("notifications", stdin=read) == QUIET
     os.close(write)
     os.close(read)
     ((kind, task),) = tasks(installation, queue)
@@ -185,23 +183,17 @@ def test_without_the_timeout_command_the_same_holds(installation, queue, one_hoo
     assert one_hook.path.read_text() != text
     test_a_stdin_that_never_closes_does_not_hold_it(installation, queue, one_hook)
     installation.sqlite3("delete from notifications")
-    assert one_hook.fire("notifications") == (0, b"", "")
+    assert one_hook.fire("notifications") == QUIET
     assert len(tasks(installation, queue)) == 1
 
 
 def test_a_stdin_that_never_ends_is_refused_in_one_line(installation, one_hook):
     with subprocess.Popen(["yes"], stdout=subprocess.PIPE) as feeder:
-        code, out, err = fire_from(one_hook, feeder.stdout)
+        code, out, err = one_hook.fire("notifications", stdin=feeder.stdout)
         feeder.kill()
     assert code in (0, 1) and out == b"" and err.count("\n") == code
     assert all(file.stat().st_size <= 64 * 2**20 + 4096 for file in one_hook.files())
     assert list((installation.state / "spool/notifications").glob(".*")) == []
-
-
-def fire_from(hook, stdin) -> tuple[int, bytes, str]:
-    with hook.start("notifications", stdin=stdin) as process:
-        out, err = process.communicate(timeout=20)
-    return process.returncode, out, err.decode()
 
 
 def test_a_closed_stdin_is_an_empty_one(installation, queue, hook):
@@ -210,16 +202,6 @@ def test_a_closed_stdin_is_an_empty_one(installation, queue, hook):
     assert (ran.returncode, ran.stdout, ran.stderr) == (0, b"", b"")
     ((_, task),) = tasks(installation, queue)
     assert task["data"]["unreadable_payload"] == ""
-
-
-def test_it_leaves_no_process_behind_that_claude_would_wait_for(hook):
-    """Claude Code reads a hook's stdout and stderr to their end, which comes when the last process
-    has closed them.
-    """
-    for payload in (STOP, b""):
-        with hook.start("notifications", stdin=subprocess.PIPE) as process:
-            out, err = process.communicate(payload, timeout=20)
-        assert (process.returncode, out, err) == (0, b"", b"")
 
 
 def test_nothing_of_the_environment_chooses_a_program(installation, queue, hook):
@@ -236,7 +218,7 @@ def test_nothing_of_the_environment_chooses_a_program(installation, queue, hook)
     env |= {"PATH": "/proc/self/cwd/.bin:.bin", "ENV": ".bin/sh", "BASH_ENV": ".bin/sh"}
     env |= {"code": "0", "worker": "yes", "nested": "yes", "home": "/x", "state": "/x", "id": "x"}
     env |= {"CDPATH": str(hook.workspace), "IFS": "/", "TASK_DEPTH": "0"}
-    assert hook.fire("notifications", env=env) == (0, b"", "")
+    assert hook.fire("notifications", env=env) == QUIET
     assert len(tasks(installation, queue)) == 1
     assert not (hook.workspace / "hijacked").exists()
 
@@ -248,7 +230,7 @@ def test_a_state_of_the_session_takes_tasks_where_it_is_ours(installation, hook)
     other = installation.directory / "other state"
     for named in (str(other), "~/other state"):
         env = {"HOME": str(installation.directory), "TASK_QUEUE_STATE": named}
-        assert hook.fire("notifications", env=env) == (0, b"", "")
+        assert hook.fire("notifications", env=env) == QUIET
     assert len(list((other / "spool/notifications").glob("*.hook"))) == 2
     assert not installation.state.exists()
 
@@ -279,7 +261,7 @@ def test_a_state_that_cannot_be_trusted_is_ignored_and_said_so(installation, que
 
 
 def test_what_it_makes_is_its_owners_alone(installation, hook):
-    assert hook.fire("notifications", umask=0) == (0, b"", "")
+    assert hook.fire("notifications", umask=0) == QUIET
     (file,) = hook.files()
     assert file.stat().st_mode & 0o777 == 0o600
     assert (installation.state / "wake").stat().st_mode & 0o777 == 0o600
@@ -314,7 +296,7 @@ def test_the_file_is_synced_before_it_has_its_name_and_the_directory_after(
 def test_inside_a_handler_it_writes_nothing_unless_told(
     installation, queue, hook, depth, args, stored
 ):
-    assert hook.fire("notifications", *args, env={"TASK_DEPTH": depth}) == (0, b"", "")
+    assert hook.fire("notifications", *args, env={"TASK_DEPTH": depth}) == QUIET
     found = tasks(installation, queue) if installation.state.exists() else []
     assert len(found) == stored
     assert not args or found[0][1]["depth"] == 1
@@ -338,15 +320,12 @@ def test_where_nothing_can_be_written_it_says_so_in_one_line(installation, hook)
 
 
 def test_a_full_disk_never_stores_half_a_payload(installation, hook):
-    """A limit on the size of files is what a full disk is: a write that comes back with less."""
+    """A limit on the size of files acts as a full disk does: a write comes back with less."""
     command = " ".join(map(quoted, hook.command))
     small = f"trap '' XFSZ; ulimit -f 1; exec {command} notifications"
+    payload = b'{"a": "' + b"x" * 10_000 + b'"}'
     ran = subprocess.run(
-        ["/bin/sh", "-c", small],
-        input=b'{"a": "' + b"x" * 10_000 + b'"}',
-        env={},
-        capture_output=True,
-        timeout=20,
+        ["/bin/sh", "-c", small], input=payload, env={}, capture_output=True, timeout=20
     )
     assert (ran.returncode, ran.stdout) == (1, b"") and ran.stderr.count(b"\n") == 1
     assert b"was not stored" in ran.stderr
@@ -356,7 +335,7 @@ def test_a_full_disk_never_stores_half_a_payload(installation, hook):
 def test_a_hundred_hooks_killed_at_any_instant_leave_whole_files_or_none(
     installation, queue, one_hook
 ):
-    """A file that is there is a task, and who ended well left one."""
+    """Each file is a task, and each hook that ended well left one."""
     ended = set()
     for number in range(100):
         payload = json.dumps({"hook_event_name": "Stop", "cwd": "/", "n": number}).encode()
@@ -396,9 +375,8 @@ def test_five_hundred_firings_at_once_are_as_many_tasks(installation, queue, one
                 running[-1].stdin.write(json.dumps({"n": number}).encode())
                 running[-1].stdin.close()
                 running[-1].stdin = None
-            assert [(process.communicate(), process.returncode) for process in running] == [
-                ((b"", b""), 0)
-            ] * 25
+            for process in running:
+                assert (process.communicate(), process.returncode) == ((b"", b""), 0)
     finally:
         over.set()
         for looker in lookers:
@@ -407,31 +385,31 @@ def test_five_hundred_firings_at_once_are_as_many_tasks(installation, queue, one
     assert sorted(found) == list(range(500)) and one_hook.files() == []
 
 
-def test_five_thousand_files_are_taken_in_in_their_order(installation, queue):
+def test_a_thousand_files_are_taken_in_in_their_order(installation, queue):
     from taskqueue import hook as hooks
 
     directory = installation.state / "spool/notifications"
     directory.mkdir(parents=True)
-    for number in range(5000):
+    for number in range(1000):
         payload = json.dumps({"n": number}).encode()
         told = hooks.Firing(["notifications", "t"], payload, "/", "", "", 0, 0)
-        path = directory / f"{number * 7919 % 5000:04}.hook"
+        path = directory / f"{number * 7919 % 1000:04}.hook"
         path.write_bytes(hooks.write(told))
         os.utime(path, (number, number))
-    assert queue.take_in_spool(installation.state) == (5000, [])
+    assert queue.take_in_spool(installation.state) == (1000, [])
     found = [data["data"]["n"] for _, data in tasks(installation, queue)]
-    assert found == list(range(5000)) and list(directory.glob("*.hook")) == []
+    assert found == list(range(1000)) and list(directory.glob("*.hook")) == []
 
 
 def test_a_firing_with_a_wrong_option_is_kept_and_doctor_says_why(installation, queue, one_hook):
-    assert one_hook.fire("notifications", "t", "--delay", "soon") == (0, b"", "")
-    assert one_hook.fire("notifications", "t", "--nonsense") == (0, b"", "")
+    assert one_hook.fire("notifications", "t", "--delay", "soon") == QUIET
+    assert one_hook.fire("notifications", "t", "--nonsense") == QUIET
     taken, complaints = queue.take_in_spool(installation.state)
     assert taken == 0 and any("soon" in complaint for complaint in complaints)
     assert len(list((installation.state / "spool/notifications/malformed").iterdir())) == 2
     doctor = installation.run("tasks.py", "doctor", "--json")
-    said = json.loads(doctor.stdout)["findings"]
-    assert any("soon" in one["message"] for one in said), said
+    found = json.loads(doctor.stdout)["findings"]
+    assert any("soon" in finding["message"] for finding in found), found
 
 
 def test_a_file_that_no_hook_wrote_is_set_aside_and_named(installation, queue):
@@ -451,12 +429,12 @@ def test_a_file_that_no_hook_wrote_is_set_aside_and_named(installation, queue):
     assert len(list((directory / "malformed").iterdir())) == len(bad)
 
 
-def test_an_older_database_is_no_hindrance(installation, queue, one_hook):
-    """Nor is one that is locked: the hook does not look."""
+def test_a_locked_database_is_no_hindrance(installation, queue, one_hook):
+    """The hook does not look at it."""
     installation.enqueue("approvals", "first")
     lock = sqlite3.connect(installation.db, isolation_level=None)
     lock.execute("begin immediate")
-    assert one_hook.fire("notifications") == (0, b"", "")
+    assert one_hook.fire("notifications") == QUIET
     lock.execute("rollback")
     lock.close()
     assert len(tasks(installation, queue)) == 1
@@ -468,31 +446,32 @@ def test_an_older_database_is_no_hindrance(installation, queue, one_hook):
 def test_a_waiting_worker_runs_it_at_once(installation, hook):
     installation.handler("link_validation", "#!/bin/sh\nprintf '%s' \"$PWD\"\n")
     installation.worker("notifications")
-    assert hook.fire("notifications", "link_validation", payload=b"no payload", cwd="/usr") == (
-        0,
-        b"",
-        "",
-    )
-    assert wait_for(lambda: installation.rows("select status, result from task_history")) == [
-        ("completed", "/usr")
-    ]
+    words = ("notifications", "link_validation")
+    assert hook.fire(*words, payload=b"no payload", cwd="/usr") == QUIET
+    ended = wait_for(lambda: installation.rows("select status, result from task_history"))
+    assert ended == [("completed", "/usr")]
+
+
+async def consumed(queue) -> bool:
+    async for task in queue.consume("notifications"):
+        async with task:
+            return True
 
 
 LOOKS = {
-    "dequeue_task": lambda queue: queue.dequeue_task("notifications", timeout=0)["task_type"],
-    "get": lambda queue: json.loads(queue.get_queue("notifications").get(block=False))["task_type"],
-    "ack queue": lambda queue: json.loads(queue.get_ack_queue("notifications").get(block=False)[1])[
-        "task_type"
-    ],
-    "size": lambda queue: queue.get_queue("notifications").size == 1 and "Stop",
-    "empty": lambda queue: not queue.get_ack_queue("notifications").empty() and "Stop",
+    "dequeue_task": lambda queue: queue.dequeue_task("notifications", timeout=0),
+    "get": lambda queue: queue.get_queue("notifications").get(block=False),
+    "ack queue": lambda queue: queue.get_ack_queue("notifications").get(block=False),
+    "size": lambda queue: queue.get_queue("notifications").size == 1,
+    "empty": lambda queue: not queue.get_ack_queue("notifications").empty(),
+    "consume": lambda queue: asyncio.run(consumed(queue)),
 }
 
 
 @pytest.mark.parametrize("look", LOOKS.values(), ids=LOOKS)
-def test_whoever_looks_takes_in_first(queue, one_hook, look):
-    assert one_hook.fire("notifications") == (0, b"", "")
-    assert look(queue) == "Stop"
+def test_each_look_at_a_queue_takes_in_first(queue, one_hook, look):
+    assert one_hook.fire("notifications") == QUIET
+    assert look(queue)
 
 
 def test_a_blocking_get_hears_it(installation, queue, one_hook):
@@ -500,7 +479,7 @@ def test_a_blocking_get_hears_it(installation, queue, one_hook):
     got = []
     thread = threading.Thread(target=lambda: got.append(mine.get(timeout=30)))
     thread.start()
-    assert one_hook.fire("notifications") == (0, b"", "")
+    assert one_hook.fire("notifications") == QUIET
     thread.join()
     assert json.loads(got[0][1])["task_type"] == "Stop"
 
@@ -515,7 +494,7 @@ def test_a_queue_watcher_calls_back(installation, queue, one_hook):
     observer.schedule(watcher, str(installation.state))
     observer.start()
     try:
-        assert one_hook.fire("notifications") == (0, b"", "")
+        assert one_hook.fire("notifications") == QUIET
         assert called.wait(30)
     finally:
         observer.stop()
@@ -523,43 +502,34 @@ def test_a_queue_watcher_calls_back(installation, queue, one_hook):
     assert installation.rows("select task_type from notifications") == [("Stop",)]
 
 
-def test_consume_takes_in_first(queue, one_hook):
-    import asyncio
-
-    assert one_hook.fire("notifications") == (0, b"", "")
-
-    async def first() -> str:
-        async for task in queue.consume("notifications"):
-            async with task:
-                return task.task_type
-
-    assert asyncio.run(first()) == "Stop"
+COMMANDS = {
+    "list": "notifications",
+    "show {id}": "{id}",
+    "stats": "notifications",
+    "export": "{id}",
+    "backup {file}": "",
+    "move {id} approvals": "",
+    "take-in": "",
+}
 
 
-@pytest.mark.parametrize(
-    "command",
-    ["list", "show {id}", "stats", "export", "backup {file}", "move {id} approvals", "take-in"],
-)
-def test_every_command_of_tq_takes_in_first(installation, one_hook, command):
-    one_hook.fire("notifications", "--once-per", "workspace", "--hold")
-    installation.run("tasks.py", "take-in")
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_of_tq_takes_in_first(installation, queue, one_hook, command):
+    words = ("notifications", "--once-per", "workspace", "--hold")
+    one_hook.fire(*words)
+    queue.take_in_spool(installation.state)
     [(task_id,)] = installation.rows("select task_id from notifications")
     installation.sqlite3("delete from notifications")
-    assert one_hook.fire("notifications", "--once-per", "workspace", "--hold") == (0, b"", "")
-    words = command.format(id=task_id, file=installation.directory / "b").split()
-    done = installation.run("tasks.py", *words)
+    assert one_hook.fire(*words) == QUIET
+    names = {"id": task_id, "file": "b"}
+    with chdir(installation.directory):
+        done = installation.call("tasks.py", command.format(**names).split())
     assert done.returncode == 0, done.stderr
-    assert one_hook.files() == []
-    assert (
-        command == "take-in"
-        or "backup" in command
-        or "move" in command
-        or (task_id in done.stdout or "notifications" in done.stdout)
-    )
+    assert one_hook.files() == [] and COMMANDS[command].format(**names) in done.stdout
 
 
 def test_alone_the_module_leaves_a_hooks_file_and_says_so_once(installation, one_hook):
-    assert one_hook.fire("notifications") == (0, b"", "")
+    assert one_hook.fire("notifications") == QUIET
     alone = installation.directory / "alone"
     alone.mkdir()
     shutil.copy(ROOT / "queue_helpers.py", alone)
