@@ -50,7 +50,7 @@ MUTANTS = [Mutant(*each) for each in (
     ("a back-off without its cap", CORE, "min(BACKOFF_CAP_SECONDS, doubled)", "doubled", "tests/core/test_a_back_off_is_capped.py"),
     ("an uncounted attempt counts", CORE, "attempts = max(attempts - :uncounted, 0)", "attempts = attempts", "tests/worker/test_handlers_end_as_their_exit_code_says.py"),
     ("a claim that counts no attempt", CORE, "attempts = attempts + 1, expires_at", "expires_at", "tests/worker/test_a_killed_worker_loses_nothing.py"),
-    ("promote past a busy group", CORE, "status = iif(group_id is null or released_at is not null, 1, 4)", "status = 1", "tests/core/test_any_sequence_agrees_with_the_model.py"),
+    ("promote past a busy group", CORE, "status = iif(group_id is null or released_at is not null, 1, 4)", "status = 1", "tests/core/test_groups_run_one_at_a_time.py -k due"),
     ("a group forgets its retry", CORE, "{row}.status = 3 and {row}.released_at is not null", "{row}.status = 9", "tests/core/test_the_latest_firing_wins.py"),
     ("one slot too many", CORE, "slots - (select count(*)", "slots + 1 - (select count(*)", "tests/worker/test_slots_hold_across_workers.py"),
     ("a pause that is not honoured", CORE, "select case when {IS_PAUSED} then 0", "select case when 0 then 0", "tests/worker/test_the_circuit_opens.py"),

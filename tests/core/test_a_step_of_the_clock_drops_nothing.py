@@ -86,21 +86,6 @@ def test_a_step_back_gives_a_task_of_a_later_time_no_earlier_one(queue, clock):
     assert len(queue.claim_ready(conn, "notifications")) == 1
 
 
-@pytest.mark.parametrize("attempts", [13, 40, 10_000])
-def test_a_back_off_is_an_hour_at_most(queue, installation, attempts):
-    conn = queue.connect()
-    for _ in range(20):
-        queue.enqueue_task("notifications", "t", {})
-    installation.sqlite3(f"update notifications set attempts = {attempts - 1}")
-    tasks = queue.claim_ready(conn, "notifications", limit=20, max_attempts=100_000, backoff=1.0)
-    now = time.time()
-    with queue.transaction(conn):
-        for task in tasks:
-            assert queue.nack(conn, task, error="no") == "scheduled"
-    waits = [due - now for (due,) in installation.rows("select due_at from notifications")]
-    assert len(waits) == 20 and all(1799 < wait < 3600 + 60 for wait in waits), waits
-
-
 @pytest.mark.parametrize("hours", [-24, -1])
 def test_a_clock_that_was_set_back_leaves_no_delay_and_no_pause_in_force_for_so_long(
     queue, clock, hours

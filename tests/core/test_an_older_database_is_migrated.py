@@ -100,16 +100,8 @@ def test_history_pauses_and_spooled_files_are_kept(old, queue):
 def test_each_status_means_what_it_meant(old, queue):
     conn = queue.connect()
     words = dict(conn.execute(f"select id, {queue.STATUS_WORD} from notifications").fetchall())
-    assert [words[row_id] for row_id in range(1, 9)] == [
-        "pending",
-        "pending",
-        "pending",
-        "in_progress",
-        "in_progress",
-        "scheduled",
-        "scheduled",
-        "held",
-    ]
+    expected = ["pending"] * 3 + ["in_progress"] * 2 + ["scheduled"] * 2 + ["held"]
+    assert [words[row_id] for row_id in range(1, 9)] == expected
     tasks = {task.id: task for task in queue.claim_ready(conn, "notifications", limit=99)}
     # What was due; the highest priority first.
     assert [*tasks] == [3, 1, 2, 7]
@@ -188,18 +180,9 @@ def test_a_row_of_bash_that_never_ran_and_was_in_no_list_is_held_now(second, que
         f"select id, {queue.STATUS_WORD}, error from approvals where id >= 20"
     ).fetchall()
     assert [row[:2] for row in rows] == [(row_id, "held") for row_id in range(20, 28)]
-    refused = {
-        20: "status",
-        21: "99",
-        22: "status",
-        23: "2026-12-01",
-        24: "many",
-        25: "yesterday",
-        26: "soon",
-        27: "-1",
-    }
-    for row_id, _, error in rows:
-        assert refused[row_id] in error, error
+    refused = "status", "99", "status", "2026-12-01", "many", "yesterday", "soon", "-1"
+    for (*_, error), why in zip(rows, refused, strict=True):
+        assert why in error, error
     controls = control.controls_of(conn)
     assert controls["approvals"].slots == 2 and controls["completions"].reason == "lunch"
     assert controls["notifications"].paused and controls["notifications"].until is None
@@ -334,11 +317,8 @@ def test_many_rows_are_told_of_and_few_are_not(old, installation, queue):
     )
     done = installation.python(told)
     first, second = done.stderr.splitlines()
-    assert (
-        done.returncode == 0
-        and f"bringing {installation.db} to schema version {queue.SCHEMA_VERSION}: 26 rows" in first
-        and " s" in second
-    )
+    said = f"bringing {installation.db} to schema version {queue.SCHEMA_VERSION}: 26 rows"
+    assert done.returncode == 0 and said in first and " s" in second
     again = installation.python(OPEN)
     assert (again.returncode, again.stderr) == (0, "")
 
@@ -357,46 +337,12 @@ def test_connections_that_were_open_before_obey_the_rules(old, queue):
     old.execute("insert into approvals (data, status, due_at, priority) values ('{}', 1, null, 0)")
     for _ in range(2):
         old.execute("insert into approvals (data, group_id) values ('{}', 'a')")
-    assert old.execute("select status from approvals order by id").fetchall() == [
-        (4,),
-        (4,),
-        (2,),
-        (1,),
-        (4,),
-        (4,),
-    ]
+    statuses = "select group_concat(status, '') from (select status from approvals order by id)"
+    assert old.execute(statuses).fetchone() == ("442144",)
     old.execute("""insert into task_history (queue, row_id, task_id, task_type, status, data, enqueued_at)
                    select 'approvals', id, 'approvals-' || id, task_type, 'completed', data, '2026' from approvals where id = 3""")
     old.execute("delete from approvals where id = 3 and owner is '1-dead' and attempts = 1")
-    assert conn.execute("select status from approvals order by id").fetchall() == [
-        (1,),
-        (4,),
-        (1,),
-        (4,),
-        (4,),
-    ]
+    assert conn.execute(statuses).fetchone() == ("14144",)
     # It claims nothing more: what it looks at for that is no longer there.
     with pytest.raises(sqlite3.OperationalError, match="task_paused"):
         old.execute("select exists (select 1 from task_paused where queue = 'approvals')")
-
-
-@pytest.mark.parametrize("script", ["enqueue.py", "worker.py", "tasks.py"])
-def test_a_newer_database_is_refused_by_name(installation, queue, script):
-    queue.connect().execute("pragma user_version = 99")
-    arguments = {
-        "enqueue.py": ["notifications", "t"],
-        "worker.py": ["notifications", "--drain"],
-        "tasks.py": ["list"],
-    }[script]
-    done = installation.run(
-        script,
-        *arguments,
-        *(["--handlers", installation.handlers] if script == "worker.py" else []),
-    )
-    assert (
-        done.returncode == 1
-        and f"has schema version 99, these scripts know {queue.SCHEMA_VERSION}: update them"
-        in done.stderr
-    )
-    assert "Traceback" not in done.stderr
-    assert installation.rows("select count(*) from notifications") == [(0,)]

@@ -570,7 +570,7 @@ def test_any_sequence_agrees_with_the_model():
     run_state_machine_as_test(
         Queue,
         settings=settings(
-            max_examples=EXAMPLES or 60,
+            max_examples=EXAMPLES or 100,
             stateful_step_count=50,
             deadline=None,
             derandomize=not EXAMPLES,

@@ -186,6 +186,19 @@ def test_one_that_waits_for_its_retry_keeps_the_turn_and_one_that_was_only_delay
     assert [task.task_id for task in queue.claim_ready(conn, "notifications", limit=9)] == ["next"]
 
 
+def test_of_tasks_that_become_due_at_once_the_highest_priority_has_the_turn(installation, queue):
+    conn = queue.connect()
+    for priority in (0, 1, 0):
+        queue.enqueue_task("notifications", "t", {}, group="a", delay=600.0, priority=priority)
+    installation.sqlite3("update notifications set due_at = 1")
+    order = []
+    while tasks := queue.claim_ready(conn, "notifications", limit=9):
+        order.append([task.id for task in tasks])
+        with queue.transaction(conn):
+            assert queue.ack(conn, tasks[0])
+    assert order == [[2], [1], [3]]
+
+
 def test_a_worker_that_is_killed_with_its_handler_leaves_the_turn_to_the_same_task(
     installation, queue
 ):
