@@ -19,23 +19,15 @@ def by_python(installation, queue):
 
 
 def by_python_among_others(installation, queue):
-    tasks = [
-        {"task_type": "t", "data": {}, "task_id": "same"},
-        {"task_type": "u", "data": {}, "task_id": "same"},
-    ]
-    assert [task_id for task_id, _ in queue.enqueue_tasks("notifications", tasks)] == [
-        "same",
-        "same",
-    ]
+    tasks = [{"task_type": name, "data": {}, "task_id": "same"} for name in "tu"]
+    stored = queue.enqueue_tasks("notifications", tasks)
+    assert [task_id for task_id, _ in stored] == ["same", "same"]
 
 
 def by_enqueue_py(installation, queue):
     done = installation.run("enqueue.py", "notifications", "t", "{}", "--task-id", "same")
-    assert (
-        done.returncode == 0
-        and done.stdout.split()[:2] in (["queued", "same"], ["duplicate", "same"])
-        and done.stderr == ""
-    )
+    assert done.stdout.split()[:2] in (["queued", "same"], ["duplicate", "same"])
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def by_jsonl(installation, queue):
@@ -59,15 +51,8 @@ def by_persist_queues_put_in_an_ack_queue(installation, queue):
     assert queue.get_ack_queue("notifications").put(json.dumps(ENVELOPE)) in (None, *range(1, 100))
 
 
-WRITERS = [
-    by_python,
-    by_python_among_others,
-    by_enqueue_py,
-    by_jsonl,
-    by_bash,
-    by_persist_queues_put,
-    by_persist_queues_put_in_an_ack_queue,
-]
+WRITERS = [by_python, by_python_among_others, by_enqueue_py, by_jsonl, by_bash, by_persist_queues_put,
+           by_persist_queues_put_in_an_ack_queue]  # fmt: skip
 
 
 def everybody(installation, queue) -> None:
@@ -166,11 +151,8 @@ def test_of_many_rows_in_one_insert_only_the_duplicates_are_left_out(installatio
         installation.sqlite3(f"INSERT INTO notifications (data) VALUES {values}; SELECT changes()")
         == "2"
     )
-    assert installation.rows("select task_id from notifications order by id") == [
-        ("same",),
-        ("one",),
-        ("two",),
-    ]
+    rows = installation.rows("select task_id from notifications order by id")
+    assert rows == [("same",), ("one",), ("two",)]
 
 
 def test_an_insert_that_is_ignored_does_not_abort_the_transaction_around_it(installation, queue):

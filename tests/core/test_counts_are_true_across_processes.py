@@ -17,18 +17,24 @@ for line in sys.stdin:
 """
 
 
+def start_other(installation, kind: str):
+    """Start a process with a queue object, and return it and say(), which evaluates there."""
+    theirs = installation.start_python(OTHER, kind)
+
+    def say(expression: str) -> str:
+        theirs.stdin.write(expression + "\n")
+        theirs.stdin.flush()
+        return theirs.stdout.readline().strip()
+
+    return theirs, say
+
+
 @pytest.fixture(params=["get_queue", "get_ack_queue"])
 def both(request, installation, queue):
     """(ours, theirs): a queue object here, and say() that evaluates an expression on one of another
     process.
     """
-    theirs = installation.start_python(OTHER, request.param)
-
-    def say(expression: str):
-        theirs.stdin.write(expression + "\n")
-        theirs.stdin.flush()
-        return theirs.stdout.readline().strip()
-
+    theirs, say = start_other(installation, request.param)
     # The queue is open from here on.
     say("queue.name")
     with theirs:
@@ -99,12 +105,7 @@ def test_while_the_queue_is_paused_it_is_empty_to_those_who_would_take_from_it(b
 
 def test_of_running_done_and_failed_tasks(installation, queue):
     ours = queue.get_ack_queue("notifications", max_attempts=1)
-    theirs = installation.start_python(OTHER, "get_ack_queue")
-
-    def say(expression: str):
-        theirs.stdin.write(expression + "\n")
-        theirs.stdin.flush()
-        return theirs.stdout.readline().strip()
+    theirs, say = start_other(installation, "get_ack_queue")
 
     def agree(*expected) -> None:
         ready, running, done, failed = expected

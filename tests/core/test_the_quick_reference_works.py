@@ -195,11 +195,8 @@ def test_option_b_before_any_python_ran_and_option_a_after_it(home):
         done = hook(home, "bash", "-c", OPTION_B.replace("INSERT", f"{bare}\nINSERT", 1))
         assert done.returncode == 0, done.stderr
     assert hook(home, sys.executable, str(home / "hook.py")).returncode == 0
-    assert [task_type for task_type, _ in stored(home)] == [
-        "notifications",
-        "notifications",
-        "link_validation",
-    ]
+    types = [task_type for task_type, _ in stored(home)]
+    assert types == ["notifications", "notifications", "link_validation"]
 
 
 def test_the_consumer_loop_sees_the_tasks_of_other_processes(installation, queue):
@@ -425,10 +422,8 @@ def test_the_cleanup_deletes_what_finished_more_than_a_day_ago(installation, que
         installation.sqlite3(
             "DELETE FROM task_history WHERE completed_at < datetime('now', '-24 hours')"
         )
-    assert installation.rows("select task_id from task_history order by id") == [
-        ("1-hours",),
-        ("23-hours",),
-    ]
+    kept = installation.rows("select task_id from task_history order by id")
+    assert kept == [("1-hours",), ("23-hours",)]
     assert installation.rows("select task_id from notifications") == [("waits",)]
 
 
