@@ -44,12 +44,8 @@ def test_asking_for_the_next_task_acks_the_one_before(installation, queue):
 
     async def main():
         async for task in queue.consume("notifications"):
-            assert (task.queue, task.task_type, task.attempts, task.depth) == (
-                "notifications",
-                "t",
-                1,
-                0,
-            )
+            told = task.queue, task.task_type, task.attempts, task.depth
+            assert told == ("notifications", "t", 1, 0)
             assert states(installation)[task.data["n"]] == ("claimed", 1)
             assert all(states(installation)[n] == ("completed", 1) for n in seen)
             seen.append(task.data["n"])
@@ -77,15 +73,14 @@ def test_leaving_the_loop_nacks_the_task_in_hand_at_once(installation, queue, ho
                 break
 
     async def main():
+        kept = None
         try:
             await leave()
         except LookupError as error:
             # The error is kept with its traceback, and so with the frames.
             kept = error
-            await until(lambda: states(installation)[2] == ("scheduled", 1), 2)
-            del kept
-        else:
-            await until(lambda: states(installation)[2] == ("scheduled", 1), 2)
+        await until(lambda: states(installation)[2] == ("scheduled", 1), 2)
+        del kept
 
     run(main())
     assert states(installation) == {1: ("completed", 1), 2: ("scheduled", 1)}
@@ -114,9 +109,8 @@ def test_async_with_decides_for_each_task_and_the_loop_goes_on(installation, que
             async with task:
                 if task.data["n"] == 2:
                     raise ValueError("two is bad")
-            assert states(installation)[task.data["n"]] == (
-                ("scheduled", 1) if task.data["n"] == 2 else ("completed", 1)
-            )
+            word = "scheduled" if task.data["n"] == 2 else "completed"
+            assert states(installation)[task.data["n"]] == (word, 1)
             if task.data["n"] == 3:
                 return
 
@@ -190,12 +184,9 @@ def test_cancelled_at_any_moment_it_leaves_no_task_claimed(installation, queue):
             consumer = asyncio.create_task(consume())
             await asyncio.sleep(n * 0.0002)
             consumer.cancel()
-            if n % 3 == 1:
+            for _ in range(n % 3):
                 await asyncio.sleep(0)
-                consumer.cancel()
-            if n % 3 == 2:
-                await asyncio.sleep(0)
-                await asyncio.sleep(0)
+            if n % 3:
                 consumer.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await consumer
