@@ -47,14 +47,12 @@ class Run:
         return done
 
 
-def test_what_lives_on_after_the_result_is_ended(tmp_path):
+def test_what_lives_on_after_claudes_end_or_its_result_is_ended(tmp_path):
     runs = [Run(tmp_path / str(n), script, INIT, DONE) for n, script in enumerate(HANGS)]
+    without = Run(tmp_path / "without a result", HOLDS_STDOUT, INIT)
     for done in [run.ended() for run in runs]:
         assert done.returncode == 0 and json.loads(done.stdout)["result"] == "Done.", done.stderr
-
-
-def test_a_child_that_outlives_a_claude_without_a_result_is_no_wait_either(tmp_path):
-    done = Run(tmp_path / "it", HOLDS_STDOUT, INIT).ended()
+    done = without.ended()
     assert done.returncode == 1 and "ended with exit 0, without a result" in done.stderr
 
 

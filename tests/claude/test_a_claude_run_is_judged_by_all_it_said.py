@@ -249,8 +249,12 @@ class TestThroughAWorker:
     def test_a_task_that_is_moved_keeps_its_session(self, installation, fake, drain):
         fake.says(INIT, error("overloaded"), FAILED)
         task = installation.enqueue("approvals", "claude", '{"prompt": "Do it."}')
+        began = time.time()
         drain("approvals")
-        assert not installation.history(task)
+        # A busy API delays this task alone, and costs no attempt.
+        [(attempts, due_at)] = installation.rows("select attempts, due_at from approvals")
+        assert attempts == 0 and began + 30 <= due_at <= time.time() + 30
+        assert not installation.rows("select 1 from task_controls where paused_at is not null")
         installation.tq("move", task, "notifications")
         fake.says(INIT, DONE)
         installation.sqlite3("update notifications set status = 1, due_at = null")
@@ -259,3 +263,18 @@ class TestThroughAWorker:
         assert not left and installation.history(task)["status"] == "completed"
         assert len(fake.calls()) == 2
         assert len({args[-1].partition("=")[2] for args, _, _ in fake.calls()}) == 1
+
+    def test_what_a_person_must_mend_pauses_the_queue_until_they_resume_it(
+        self, installation, fake, drain
+    ):
+        fake.says(INIT, error("unknown"), FAILED | {"api_error_status": 401})
+        tasks = [installation.enqueue("approvals", "claude", '{"prompt": "x"}') for _ in range(2)]
+        drain("approvals")
+        paused = "select pause_reason from task_controls where paused_at is not null and paused_until is null"
+        assert "not logged in" in installation.rows(paused)[0][0] and len(fake.calls()) == 1
+        fake.says(INIT, DONE)
+        installation.tq("resume approvals")
+        drain("approvals")
+        ends = [installation.history(task) for task in tasks]
+        assert [(end["status"], end["attempts"]) for end in ends] == 2 * [("completed", 1)]
+        assert len({args[-1].partition("=")[2] for args, _, _ in fake.calls()}) == 2
