@@ -59,15 +59,8 @@ def workspace(tmp_path):
     (made / "rc").write_text(f"touch '{tmp_path}/run'\n")
     (made / "preloaded.c").write_text(PRELOADED)
     if shutil.which("gcc"):
-        command = [
-            "gcc",
-            "-shared",
-            "-fPIC",
-            f'-DNOTES="{tmp_path}/loaded"',
-            "-o",
-            made / "evil.so",
-        ]
-        subprocess.run([*command, made / "preloaded.c"], check=True)
+        words = ("gcc", "-shared", "-fPIC", f'-DNOTES="{tmp_path}/loaded"', "-o", made / "evil.so")
+        subprocess.run([*words, made / "preloaded.c"], check=True)
     (made / "sitecustomize.py").write_text(f"open({str(tmp_path / 'run')!r}, 'w')\n")
     return made
 
@@ -79,19 +72,19 @@ HOSTILE = {
     "PATH through a link": {"PATH": "{link}/bin:/usr/bin:/bin"},
     "HOME through /proc": {"HOME": "/proc/self/cwd"},
     "HOME is a link into it": {"HOME": "{link}"},
-    "uv's places": {"UV_CACHE_DIR": "{A}/c", "UV_PYTHON": "{A}/bin/python3", "UV": "{A}/bin/uv",
-                    "UV_INDEX_URL": "http://127.0.0.1:9/{A}", "VIRTUAL_ENV": "{A}/.venv"},
-    "accounts": {"AWS_CONFIG_FILE": "{A}/aws", "AWS_PROFILE": "of A", "SSH_AUTH_SOCK": "{A}/agent",
-                 "ANTHROPIC_BASE_URL": "http://127.0.0.1:9/{A}", "ANTHROPIC_API_KEY": "of A",
-                 "CLAUDE_CODE_SHELL_PREFIX": "./evil.sh of A", "CLAUDE_CONFIG_DIR": "{A}/.claude",
-                 "CLAUDE_CODE_OAUTH_TOKEN": "of A"},
-    "proxies": {"HTTPS_PROXY": "http://127.0.0.1:9/{A}", "http_proxy": "http://127.0.0.1:9/{A}",
-                "SSL_CERT_FILE": "{A}/ca", "NODE_EXTRA_CA_CERTS": "{A}/ca", "NODE_OPTIONS": "{A}"},
+    "variables": {"UV_CACHE_DIR": "{A}/c", "UV_PYTHON": "{A}/bin/python3", "UV": "{A}/bin/uv",
+                  "UV_INDEX_URL": "http://127.0.0.1:9/{A}", "VIRTUAL_ENV": "{A}/.venv",
+                  "AWS_CONFIG_FILE": "{A}/aws", "AWS_PROFILE": "of A", "SSH_AUTH_SOCK": "{A}/agent",
+                  "ANTHROPIC_BASE_URL": "http://127.0.0.1:9/{A}", "ANTHROPIC_API_KEY": "of A",
+                  "CLAUDE_CODE_SHELL_PREFIX": "./evil.sh of A", "CLAUDE_CONFIG_DIR": "{A}/.claude",
+                  "CLAUDE_CODE_OAUTH_TOKEN": "of A",
+                  "HTTPS_PROXY": "http://127.0.0.1:9/{A}", "http_proxy": "http://127.0.0.1:9/{A}",
+                  "SSL_CERT_FILE": "{A}/ca", "NODE_EXTRA_CA_CERTS": "{A}/ca", "NODE_OPTIONS": "{A}",
+                  "XDG_CONFIG_HOME": "{A}", "XDG_RUNTIME_DIR": "{A}", "TMPDIR": "{A}", "GIT_DIR": "{A}",
+                  "DBUS_SESSION_BUS_ADDRESS": "unix:path={A}/bus", "TASK_QUEUE_STATE": "{A}/state"},
     "loaders": {"LD_LIBRARY_PATH": "{A}/bin", "BASH_ENV": "{A}/rc", "ENV": "{A}/rc",
                 "PYTHONPATH": "{A}", "PYTHONHOME": "{A}", "PYTHONSTARTUP": "{A}/rc"},
     "a loaded object": {"LD_PRELOAD": "{A}/evil.so", "LD_AUDIT": "", "LD_LIBRARY_PATH": "{A}"},
-    "places": {"XDG_CONFIG_HOME": "{A}", "XDG_RUNTIME_DIR": "{A}", "TMPDIR": "{A}", "GIT_DIR": "{A}",
-               "DBUS_SESSION_BUS_ADDRESS": "unix:path={A}/bus", "TASK_QUEUE_STATE": "{A}/state"},
 }  # fmt: skip
 
 
@@ -110,16 +103,9 @@ def test_nothing_of_the_session_is_seen(home, workspace, tmp_path, session):
     )
     assert (ran.returncode, ran.stdout) == (0, b""), ran.stderr
     data = json.dumps({"workspace_path": str(tmp_path / "B")})
+    words = ("notifications", "told", data, "--task-id", tmp_path.name)
     subprocess.run(
-        [
-            sys.executable,
-            ROOT / "enqueue.py",
-            "notifications",
-            "told",
-            data,
-            "--task-id",
-            tmp_path.name,
-        ],
+        [sys.executable, ROOT / "enqueue.py", *words],
         env={"HOME": str(home), "TASK_QUEUE_STATE": str(state)},
         check=True,
         capture_output=True,
