@@ -39,13 +39,9 @@ def script(installation):
 
 def start(installation, script, shell, number, **options):
     env = {"PATH": "/usr/bin:/bin", "STATE": str(installation.state)}
-    return subprocess.Popen(
-        [shutil.which(shell), script, str(number)],
-        env=env,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        **options,
-    )
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    command = [shutil.which(shell), script, str(number)]
+    return subprocess.Popen(command, env=env, **streams, **options)
 
 
 @pytest.mark.parametrize("shell", SHELLS)
@@ -54,16 +50,13 @@ def test_two_hundred_hooks_at_four_at_a_time_are_two_hundred_tasks(
 ):
     for at in range(0, 200, 4):
         running = [start(installation, script, shell, number) for number in range(at, at + 4)]
-        assert [
-            (process.communicate(timeout=20)[0], process.returncode) for process in running
-        ] == [(b"", 0)] * 4
-    # This wakes whoever sleeps.
+        for process in running:
+            assert (process.communicate(timeout=20)[0], process.returncode) == (b"", 0)
+    # This wakes sleeping workers.
     assert (installation.state / "wake").read_text() == "\n"
     assert queue.take_in_spool(installation.state) == (200, [])
-    stored = [
-        json.loads(data)["n"] for (data,) in installation.rows("select data from notifications")
-    ]
-    assert sorted(stored) == list(range(200))
+    rows = installation.rows("select data from notifications")
+    assert sorted(json.loads(data)["n"] for (data,) in rows) == list(range(200))
 
 
 @pytest.mark.parametrize("shell", SHELLS)
@@ -71,20 +64,15 @@ def test_nobody_else_can_read_it(installation, script, shell):
     assert start(installation, script, shell, 1, umask=0).wait(20) == 0
     (file,) = (installation.state / "spool/notifications").iterdir()
     assert file.stat().st_mode & 0o777 == 0o600
-    assert [
-        path.stat().st_mode & 0o777
-        for path in (file.parent, file.parent.parent, installation.state)
-    ] == [0o700] * 3
+    for directory in (file.parent, file.parent.parent, installation.state):
+        assert directory.stat().st_mode & 0o777 == 0o700
 
 
 def test_a_file_that_is_not_whole_is_not_taken_in(installation, queue, script):
     """A hook that is killed in between leaves a name with a dot, which workers pass over."""
-    text = script.read_text()
-    script.write_text(text.replace("mv ", "kill -KILL $$; mv ", 1))
+    script.write_text(script.read_text().replace("mv ", "kill -KILL $$; mv ", 1))
     assert start(installation, script, "sh", 1).wait(20) == -9
-    assert [path.name[0] for path in (installation.state / "spool/notifications").iterdir()] == [
-        "."
-    ]
-    assert queue.take_in_spool(installation.state) == (0, []) and os.listdir(
-        installation.state / "spool/notifications"
-    )
+    spool = installation.state / "spool/notifications"
+    (name,) = os.listdir(spool)
+    assert name.startswith(".") and queue.take_in_spool(installation.state) == (0, [])
+    assert os.listdir(spool) == [name]
