@@ -57,6 +57,29 @@ def install(home: Path, *options, **named) -> str:
     return ran.stdout
 
 
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory):
+    """Return installed(*options): a HOME as install.py leaves it with these options.
+
+    A file's tests install once for each set of options; each test gets the same place as new.
+    """
+    places = {}
+
+    def fresh(*options, name: str = "home") -> Path:
+        key = (name, options)
+        if key not in places:
+            made, kept = (tmp_path_factory.mktemp("at") / name for _ in range(2))
+            (made / ".claude").mkdir(parents=True)
+            install(made, *options)
+            shutil.copytree(made, kept, symlinks=True)
+            places[key] = made, kept
+        made, kept = places[key]
+        shutil.rmtree(made)
+        return shutil.copytree(kept, made, symlinks=True)
+
+    return fresh
+
+
 @contextmanager
 def terminal(typed: str) -> Iterator[int]:
     """A terminal at which a person types this."""
