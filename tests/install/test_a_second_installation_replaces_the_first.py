@@ -104,8 +104,8 @@ WRITTEN = {
 
 
 @pytest.mark.parametrize("hook", WRITTEN.values(), ids=WRITTEN)
-def test_doctor_names_a_hook_that_leads_nowhere_and_its_remedy_replaces_it(home, hook):
-    assert run(home, "install", "--hook", "yes").returncode == 0
+def test_doctor_names_a_hook_that_leads_nowhere_and_its_remedy_replaces_it(installed, hook):
+    home = installed("--hook", "yes")
     settings = json.loads(settings_of(home).read_text())
     settings["hooks"]["SessionEnd"] = [{"hooks": [{"type": "command", **hook}, MINE]}]
     settings_of(home).write_text(json.dumps(settings))
@@ -117,8 +117,8 @@ def test_doctor_names_a_hook_that_leads_nowhere_and_its_remedy_replaces_it(home,
     assert "which is gone" not in doctor(home)
 
 
-def test_doctor_names_a_hook_of_another_installation(home, tmp_path):
-    assert run(home, "install", "--hook", "yes").returncode == 0
+def test_doctor_names_a_hook_of_another_installation(installed, tmp_path):
+    home = installed("--hook", "yes")
     assert run(home, "install", tmp_path / "other", "--hook", "yes").returncode == 0
     said = doctor(home)
     assert f"runs {tmp_path / 'other'}, not {home / PREFIX}" in said
@@ -148,8 +148,8 @@ def test_another_hook_stays(home, tmp_path, command):
 
 
 @pytest.mark.parametrize(("before", "after"), [("\nlib=", "\n# mine\nlib="), ("\nlib=", "\nlib='")])
-def test_a_command_that_the_person_changed_is_another_program(home, tmp_path, before, after):
-    assert run(home, "install", "--command", "tq", "--hook", "no").returncode == 0
+def test_a_command_that_the_person_changed_is_another_program(installed, tmp_path, before, after):
+    home = installed("--command", "tq", "--hook", "no")
     tq = home / ".local/bin/tq"
     changed = tq.read_text().replace(before, after, 1)
     tq.write_text(changed)

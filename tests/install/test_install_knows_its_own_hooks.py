@@ -83,25 +83,20 @@ def test_another_hook_is_not(home, hook):
 
 
 def test_behind_a_symbolic_link_it_is_the_same_hook(home, tmp_path):
-    (tmp_path / "dotfiles/automation").mkdir(parents=True)
-    (home / ".claude/automation").symlink_to(tmp_path / "dotfiles/automation")
+    place = tmp_path / "dotfiles/automation/lychee"
+    place.parent.mkdir(parents=True)
+    (home / ".claude/automation").symlink_to(place.parent)
     assert run(home, "install", "--hook", "yes").returncode == 0
     # The other name of the same place.
-    ran = run(home, "install", str(tmp_path / "dotfiles/automation/lychee"), "--hook", "yes")
+    ran = run(home, "install", str(place), "--hook", "yes")
     assert ran.returncode == 0 and len(hooks_of(home)) == 1, ran.stdout
-    assert run(home, "uninstall", str(tmp_path / "dotfiles/automation/lychee")).returncode == 0
-    assert not settings_of(home).exists()
-
-
-def test_a_firing_through_a_symbolic_link_is_stored(home, tmp_path):
-    (tmp_path / "dotfiles/automation").mkdir(parents=True)
-    (home / ".claude/automation").symlink_to(tmp_path / "dotfiles/automation")
-    assert run(home, "install", "--hook", "yes").returncode == 0
+    # A firing through the link is stored.
     command = hooks_of(home)[0]["command"].replace(" --start-worker", "")
     ran = subprocess.run(["/bin/sh", "-c", command], input=b"{}", env={}, capture_output=True)
     assert (ran.returncode, ran.stdout, ran.stderr) == (0, b"", b"")
-    spool = tmp_path / "dotfiles/automation/lychee/state/spool/notifications"
-    assert len(list(spool.glob("*.hook"))) == 1
+    assert len(list((place / "state/spool/notifications").glob("*.hook"))) == 1
+    assert run(home, "uninstall", str(place)).returncode == 0
+    assert not settings_of(home).exists()
 
 
 @pytest.mark.parametrize("event", ["WorktreeCreate", "", "stop", "Stop Hook", "Stop\n", "../Stop"])
@@ -117,50 +112,35 @@ def test_another_event_can_be_chosen_and_both_are_taken_out(home):
     text = '{"hooks": {"SessionEnd": [{"hooks": [{"type": "command", "command": "mine"}]}]}}\n'
     settings_of(home).write_text(text)
     assert run(home, "install", "--hook", "yes", "--event", "SessionEnd").returncode == 0
-    assert [hook["command"] == "mine" for hook in hooks_of(home, "SessionEnd")] == [
-        True,
-        False,
-    ] and hooks_of(home) == []
+    theirs, ours = hooks_of(home, "SessionEnd")
+    assert theirs["command"] == "mine" != ours["command"] and hooks_of(home) == []
     assert run(home, "install", "--hook", "yes").returncode == 0
     assert len(hooks_of(home)) == 1 and len(hooks_of(home, "SessionEnd")) == 2
     assert run(home, "uninstall").returncode == 0
     assert json.loads(settings_of(home).read_text()) == json.loads(text)
 
 
-def test_an_upgrade_changes_a_hook_that_an_older_version_wrote(home):
-    run(home, "install", "--hook", "yes")
+def test_an_upgrade_changes_a_hook_that_an_older_version_wrote(installed):
+    home = installed("--hook", "yes")
     record = home / ".claude/automation/lychee/installed.json"
     old = "sh /old/hook notifications"
-    settings_of(home).write_text(
-        settings_of(home)
-        .read_text()
-        .replace(json.dumps(hooks_of(home)[0]["command"]), json.dumps(old))
-    )
+    ours = json.dumps(hooks_of(home)[0]["command"])
+    settings_of(home).write_text(settings_of(home).read_text().replace(ours, json.dumps(old)))
     value = json.loads(record.read_text())
     del value["hooks"]
     value["hook"] = {"command": old, "created": [".", "hooks", "Stop"]}
     record.write_text(json.dumps(value))
     ran = run(home, "install", "--hook", "yes")
-    assert (
-        ran.returncode == 0
-        and "update     ~/.claude/settings.json: the link check" in ran.stdout
-        and len(hooks_of(home)) == 1
-        and hooks_of(home)[0]["command"] != old
-    )
+    assert ran.returncode == 0
+    assert "update     ~/.claude/settings.json: the link check" in ran.stdout
+    (hook,) = hooks_of(home)
+    assert hook["command"] != old
     assert run(home, "uninstall").returncode == 0
-
-
-def test_what_somebody_wrote_after_us_is_kept_by_uninstall(home):
-    settings_of(home).write_text('{\n   "a": 1.50,\n   "hooks": {"Stop": []}\n}\n')
-    run(home, "install", "--hook", "yes")
-    settings_of(home).write_text(settings_of(home).read_text().replace("1.5", "2.5"))
-    assert run(home, "uninstall").returncode == 0
-    assert json.loads(settings_of(home).read_text()) == {"a": 2.5}
 
 
 def test_uninstall_never_takes_back_an_older_state_of_the_file(home):
     """Each change has a backup of its own, also when two are made within the same second."""
-    for number in range(4):
+    for number in range(2):
         text = json.dumps({"number": number})
         settings_of(home).write_text(text)
         assert run(home, "install", "--hook", "yes").returncode == 0

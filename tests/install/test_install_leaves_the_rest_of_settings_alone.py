@@ -22,14 +22,10 @@ INSTALL = ROOT / "install.py"
 OTHERS = {
     "two spaces": '{\n  "model": "opus",\n  "hooks": {\n    "Stop": [\n      {\n        "hooks": [\n          {"type": "command", "command": "say done"}\n'
                   '        ]\n      }\n    ],\n    "PreToolUse": [{"matcher": "Bash", "hooks": []}]\n  },\n  "unknown": [1.50, 1e5, null]\n}\n',
-    "tabs, no newline at the end": '{\n\t"permissions": {\n\t\t"allow": ["Bash(ls:*)"]\n\t}\n}',
     "four spaces and Windows line ends": '{\r\n    "env": {"A": "1"},\r\n    "hooks": {\r\n        "SessionEnd": []\r\n    }\r\n}\r\n',
     "one line": '{"hooks":{"Stop":[{"hooks":[{"type":"command","command":"x"}]}]},"a":1}',
-    "one line, spaced": '{"a": 1, "hooks": {"Notification": [{"hooks": []}]}}\n',
     "escapes and odd keys": '{"\\u00e4": "\\ud83d\\ude00", "b": "caf\\u00e9 café", "hook s": {"Stop": 1}}\n',
     "empty": "{}",
-    "empty, with a newline": "{}\n",
-    "closing brackets in strings": '{\n  "a": "}],{[\\"",\n  "hooks": {\n    "Stop": [\n      {"hooks": [{"type": "command", "command": "echo \\"}\\""}]}\n    ]\n  }\n}\n',
     "a key twice": '{"hooks": {"Stop": 1}, "hooks": {"Stop": [{"hooks": []}]}}',
 }  # fmt: skip
 
@@ -42,13 +38,12 @@ def our_hooks(text):
 
 
 def snapshot(root):
-    return {
-        str(path.relative_to(root)): (
-            path.lstat().st_mtime_ns,
-            path.is_file() and path.read_bytes(),
-        )
-        for path in root.rglob("*")
-    }
+    """Return the time and the content of each path."""
+    seen = {}
+    for path in root.rglob("*"):
+        content = path.is_file() and path.read_bytes()
+        seen[str(path.relative_to(root))] = path.lstat().st_mtime_ns, content
+    return seen
 
 
 @pytest.mark.parametrize("text", OTHERS.values(), ids=OTHERS)
@@ -61,9 +56,8 @@ def test_the_hook_is_added_and_all_else_stays(home, text):
     before, after = json.loads(text), json.loads(new)
     assert new == json.dumps(after, indent=2, ensure_ascii=False) + "\n"
     assert len(our_hooks(new)) == 1 and list(after)[: len(before)] == list(before)
-    assert [path.read_bytes() for path in home.glob(".claude/settings.json.*.backup")] == [
-        text.encode()
-    ]
+    (backup,) = home.glob(".claude/settings.json.*.backup")
+    assert backup.read_bytes() == text.encode()
     stop = after["hooks"].pop("Stop")[:-1]
     assert stop == before.get("hooks", {}).pop("Stop", [])
     assert after == {**before, "hooks": before.get("hooks", {})}
@@ -116,8 +110,8 @@ def test_a_second_install_changes_nothing(home):
     assert len(our_hooks(settings_of(home).read_text())) == 1
 
 
-def test_without_a_settings_file_one_is_made_and_taken_away_again(home):
-    assert run(home, "install", "--hook", "yes").returncode == 0
+def test_without_a_settings_file_one_is_made_and_taken_away_again(installed):
+    home = installed("--hook", "yes")
     assert len(our_hooks(settings_of(home).read_text())) == 1
     assert settings_of(home).stat().st_mode & 0o777 == 0o600
     assert run(home, "uninstall").returncode == 0
@@ -167,11 +161,8 @@ def test_a_symbolic_link_is_left_alone(home):
     (home / "dotfiles.json").write_text("{}")
     settings_of(home).symlink_to(home / "dotfiles.json")
     ran = run(home, "install", "--hook", "yes")
-    assert (
-        ran.returncode == 1
-        and "symbolic link" in ran.stderr
-        and str(home / "dotfiles.json") in ran.stderr
-    )
+    assert ran.returncode == 1 and "symbolic link" in ran.stderr
+    assert str(home / "dotfiles.json") in ran.stderr
     assert settings_of(home).is_symlink() and (home / "dotfiles.json").read_text() == "{}"
 
 
@@ -245,23 +236,20 @@ def test_both_hooks_are_taken_out_however_they_came(home):
     assert json.loads(settings_of(home).read_text()) == json.loads(text)
 
 
-def test_a_change_in_between_stays_and_both_hooks_go(home):
-    run(home, "install", "--hook", "yes")
+def test_a_change_in_between_stays_and_both_hooks_go(installed):
+    home = installed("--hook", "yes")
     settings = json.loads(settings_of(home).read_text())
-    settings_of(home).write_text(json.dumps(settings | {"mine": 1}))
+    settings_of(home).write_text(json.dumps(settings | {"mine": 2.5}))
     run(home, "install", "--report", "yes")
     assert run(home, "uninstall").returncode == 0
-    assert json.loads(settings_of(home).read_text()) == {"mine": 1}
+    assert json.loads(settings_of(home).read_text()) == {"mine": 2.5}
 
 
-def test_a_hook_that_the_user_changed_is_not_doubled_and_not_removed(home):
-    run(home, "install", "--hook", "yes")
-    text = (
-        settings_of(home)
-        .read_text()
-        .replace("--once-per workspace --start-worker", "--once-per session")
-    )
-    assert "--once-per session" in text
+def test_a_hook_that_the_user_changed_is_not_doubled_and_not_removed(installed):
+    home = installed("--hook", "yes")
+    ours = settings_of(home).read_text()
+    text = ours.replace("--once-per workspace --start-worker", "--once-per session")
+    assert text != ours
     settings_of(home).write_text(text)
     assert run(home, "install", "--hook", "yes").returncode == 0
     assert settings_of(home).read_text() == text
@@ -270,8 +258,8 @@ def test_a_hook_that_the_user_changed_is_not_doubled_and_not_removed(home):
     assert settings_of(home).read_text() == text
 
 
-def test_uninstall_keeps_hooks_that_were_put_beside_ours(home):
-    run(home, "install", "--hook", "yes")
+def test_uninstall_keeps_hooks_that_were_put_beside_ours(installed):
+    home = installed("--hook", "yes")
     settings = json.loads(settings_of(home).read_text())
     settings["hooks"]["Stop"][0]["hooks"].append({"type": "command", "command": "mine"})
     settings["hooks"]["SessionEnd"] = [{"hooks": [{"type": "command", "command": "mine, too"}]}]
@@ -281,8 +269,8 @@ def test_uninstall_keeps_hooks_that_were_put_beside_ours(home):
     assert json.loads(settings_of(home).read_text()) == settings
 
 
-def test_uninstall_with_unreadable_settings_can_be_finished_later(home):
-    run(home, "install", "--hook", "yes")
+def test_uninstall_with_unreadable_settings_can_be_finished_later(installed):
+    home = installed("--hook", "yes")
     good = settings_of(home).read_text()
     settings_of(home).write_text(good + "}")
     ran = run(home, "uninstall")
@@ -295,15 +283,9 @@ def test_uninstall_with_unreadable_settings_can_be_finished_later(home):
 def test_two_installs_at_once_add_one_hook(home):
     settings_of(home).write_text('{"a": 1}')
     env = {"HOME": str(home), "PATH": os.environ["PATH"]}
-    runs = [
-        subprocess.Popen(
-            [sys.executable, INSTALL, "install", "--no-warm", "--yes"],
-            env=env,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-        )
-        for _ in range(4)
-    ]
+    command = [sys.executable, INSTALL, "install", "--no-warm", "--yes"]
+    streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL}
+    runs = [subprocess.Popen(command, env=env, **streams) for _ in range(4)]
     deadline = time.monotonic() + 60
     assert [run.wait(deadline - time.monotonic()) for run in runs] == [0] * 4
     assert len(our_hooks(settings_of(home).read_text())) == 1
