@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, wait_for
-from homes import PREFIX, install
+from homes import PREFIX
 
 pytest_plugins = ["homes"]
 
@@ -118,12 +118,10 @@ class Session:
 
 
 @pytest.fixture
-def session(installation, home, tmp_path):
-    install(home, "--no-command")
-    installation.handler(
-        "link_validation", "#!/bin/sh\n[ ! -e before ] || . ./before\ncat result\n"
-    )
-    made = Session(installation, home, tmp_path / "workspace")
+def session(installation, installed, tmp_path):
+    check = "#!/bin/sh\n[ ! -e before ] || . ./before\ncat result\n"
+    installation.handler("link_validation", check)
+    made = Session(installation, installed("--no-command"), tmp_path / "workspace")
     made.finds(result("pier.md"))
     yield made
     for waiter in made.waiters:

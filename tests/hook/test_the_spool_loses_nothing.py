@@ -10,6 +10,7 @@ import signal
 import sqlite3
 import stat
 import tempfile
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -43,39 +44,23 @@ def test_a_worker_is_woken_by_a_file_that_is_moved_in(installation):
 
 def test_files_come_in_by_age(installation, queue):
     for number in range(20):
-        os.utime(
-            put(installation, f"{(number * 7) % 20}.json", json.dumps({"n": number})),
-            (number, number),
-        )
+        path = put(installation, f"{(number * 7) % 20}.json", json.dumps({"n": number}))
+        os.utime(path, (number, number))
     assert queue.take_in_spool(installation.state) == (20, [])
-    assert [
-        json.loads(data)["n"]
-        for (data,) in installation.rows("select data from notifications order by id")
-    ] == list(range(20))
+    rows = installation.rows("select data from notifications order by id")
+    assert [json.loads(data)["n"] for (data,) in rows] == list(range(20))
 
 
 def test_a_malformed_file_is_set_aside_and_named(installation, queue):
-    for name, text in {
-        "a.json": "{",
-        "b.json": "[1]",
-        "c.json": b"\xff",
-        "d.json": "",
-        "e.json": '{"n": NaN}',
-        "f.json": '{"task_id": "1", "task_type": "t", "data": {"n": 1e400}}',
-        "good.json": "{}",
-    }.items():
+    too_large = '{"task_id": "1", "task_type": "t", "data": {"n": 1e400}}'
+    malformed = ["{", "[1]", b"\xff", "", '{"n": NaN}', too_large]
+    names = [f"{number}.json" for number in range(len(malformed))]
+    for name, text in [*zip(names, malformed, strict=True), ("good.json", "{}")]:
         put(installation, name, text)
     taken, complaints = queue.take_in_spool(installation.state)
-    assert taken == 1 and len(complaints) == 6
+    assert taken == 1 and len(complaints) == len(malformed)
     aside = installation.state / "spool/notifications/malformed"
-    assert sorted(path.name.rsplit("-", 1)[-1] for path in aside.iterdir()) == [
-        "a.json",
-        "b.json",
-        "c.json",
-        "d.json",
-        "e.json",
-        "f.json",
-    ]
+    assert sorted(path.name.rsplit("-", 1)[-1] for path in aside.iterdir()) == names
     assert queue.take_in_spool(installation.state) == (0, [])
 
 
@@ -134,9 +119,8 @@ def test_four_at_once_take_each_file_in_once(installation, queue):
     assert sum(results.get(timeout=30) for _ in processes) == 200
     for process in processes:
         process.join(20)
-    assert installation.rows("select count(*), count(distinct data) from notifications") == [
-        (200, 200)
-    ]
+    counts = "select count(*), count(distinct data) from notifications"
+    assert installation.rows(counts) == [(200, 200)]
 
 
 def test_while_the_database_is_locked_the_file_stays(installation, queue, monkeypatch):
@@ -157,7 +141,7 @@ HOOK = b"hook-2\0003\0notifications\0link_validation\0--priority=3\0/tmp\0/proje
 
 
 def odd_entries(installation) -> dict:
-    """What may lie in the spool by accident or malice; each with a word of its complaint."""
+    """Put entries into the spool that come by accident or malice; return a word of each complaint."""
     directory = installation.state / "spool/notifications"
     directory.mkdir(parents=True)
     put(installation, os.fsdecode(b"n\xff.json"), "{}")
@@ -178,7 +162,7 @@ def odd_entries(installation) -> dict:
 
 
 def spooled_text(**columns) -> str:
-    """What a hook of an older version left."""
+    """Return the file that a hook of an older version left."""
     row = queue_helpers.new_row("t", {}, "an id")._asdict() | columns
     newer = ("own_attempts", "timeout", "after", "after_any")
     kept = {name: row[name] for name in row if name not in ("data", "timestamp", *newer)}
@@ -269,11 +253,8 @@ def test_what_another_user_left_is_one_complaint_each(queue):
             os.chown(path, me, -1)
             path.chmod(0o000)
         taken, complaints = taken_in_by_somebody(place / "state", somebody)
-        assert (
-            taken == 1
-            and len(complaints) == 2
-            and all("chown" in complaint for complaint in complaints)
-        )
+        assert taken == 1 and len(complaints) == 2
+        assert all("chown" in complaint for complaint in complaints)
     finally:
         (spool / "approvals").chmod(0o700)
         shutil.rmtree(place)
@@ -302,45 +283,40 @@ def test_it_is_on_the_disk_when_spool_returns(installation, queue, monkeypatch):
     assert synced == [(False, path.stat().st_ino), (True, path.parent.stat().st_ino)]
 
 
-def test_what_a_hook_was_told_of_its_task_survives_the_spool(installation, queue):
+@contextmanager
+def locked(installation):
+    """Hold the write lock, so that hooks leave their tasks in the spool."""
     installation.enqueue("notifications", "first", "--hold")
     lock = sqlite3.connect(installation.db, isolation_level=None)
     lock.execute("begin immediate")
-    for number, args in enumerate(
-        (["--hold", "--priority", "7", "--group", "g"], ["--at", "2099-01-01", "--ttl", "1d"])
-    ):
-        done = installation.run(
-            "enqueue.py",
-            "--hook",
-            "notifications",
-            "t",
-            "--wait",
-            "0.2",
-            *args,
-            input=f'{{"n": {number}}}',
-        )
-        assert (done.returncode, done.stderr) == (0, "")
+    yield
     lock.execute("rollback")
     lock.close()
+
+
+def fire(installation, *words, n: int) -> None:
+    words = ("--hook", "notifications", "t", "--wait", "0.2", *words)
+    done = installation.run("enqueue.py", *words, input=json.dumps({"n": n}))
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_what_a_hook_was_told_of_its_task_survives_the_spool(installation, queue):
+    with locked(installation):
+        fire(installation, "--hold", "--priority", "7", "--group", "g", n=0)
+        fire(installation, "--at", "2099-01-01", "--ttl", "1d", n=1)
     assert queue.take_in_spool(installation.state) == (2, [])
-    held, later = installation.rows(
-        "select status, due_at, priority, group_id, expires_at from notifications where id > 1 order by id"
-    )
+    columns = "status, due_at, priority, group_id, expires_at"
+    rows = installation.rows(f"select {columns} from notifications where id > 1 order by id")
+    held, later = rows
     assert held == (3, None, 7, "g", None)
     assert later[:1] == (3,) and later[1] > 4e9 and later[4] > 1.7e9
     assert not installation.rows("select 1 from notifications where data like '%spooled_row%'")
 
 
 def test_the_same_firing_spooled_and_stored_is_one_task(installation, queue):
-    installation.enqueue("notifications", "first", "--hold")
-    lock = sqlite3.connect(installation.db, isolation_level=None)
-    lock.execute("begin immediate")
-    installation.run(
-        "enqueue.py", "--hook", "notifications", "t", "--wait", "0.2", input='{"n": 1}'
-    )
-    lock.execute("rollback")
-    lock.close()
-    installation.run("enqueue.py", "--hook", "notifications", "t", input='{"n": 1}')
+    with locked(installation):
+        fire(installation, n=1)
+    fire(installation, n=1)
     assert queue.dequeue_task("notifications")["data"]["n"] == 1
     assert queue.take_in_spool(installation.state) == (0, [])
     assert installation.rows("select count(*) from notifications") == [(1,)]
