@@ -31,6 +31,7 @@ TASK_QUEUE_STATE.
 """
 
 import argparse
+import importlib
 import importlib.util
 import math
 import os
@@ -283,6 +284,9 @@ class Worker:
         if not self.serve():
             say(f"another worker serves {' and '.join(self.args.queues)}; leaving (--single)")
             return 0
+        # Later, "uv cache clean" may have removed it.
+        with suppress(ImportError):
+            importlib.import_module("cronsim")
         self.listen()
         self.fire(conn)
         say(f"worker {q.owner_name(self.state)} serves {', '.join(self.usable())}")

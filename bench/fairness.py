@@ -11,6 +11,7 @@ A scenario is a name and a number of writers; default: put-2 put-8 put-32 thread
   put-N     processes that enqueue_task
   thread-N  threads that do so, half of them in one process, half in another
   work-N    processes that get and ack (get_ack_queue), on a queue that was filled before
+  raw-N     processes with an INSERT of their own through Python's sqlite3, which waits 5 s at most
   shell-N   processes that enqueue_task, beside half as many that run the sqlite3 command
 Of each: what the slowest and the fastest writer got done, the longest that one call took, and how
 many calls failed (QueueBusy). The sqlite3 commands are compared with each other; each is one INSERT
@@ -124,7 +125,26 @@ def shell_writer():
     return lambda: subprocess.run(command, check=True, stdin=subprocess.DEVNULL) is not None
 
 
-WRITERS = {"put": put_writer, "work": work_writer}
+def raw_writer(q):
+    """One INSERT a call, with SQLite's own way to wait for the lock."""
+    import sqlite3
+
+    conn = sqlite3.connect(f"{os.environ['TASK_QUEUE_STATE']}/raw.db", 5.0, isolation_level=None)
+    conn.execute("pragma journal_mode = wal")
+    conn.execute("create table if not exists raw (id integer primary key, data text)")
+    text = json.dumps(PAYLOAD)
+
+    def put() -> bool:
+        try:
+            conn.execute("insert into raw (data) values (?)", (text,))
+        except sqlite3.OperationalError as error:
+            raise q.QueueBusy(str(error)) from None
+        return True
+
+    return put
+
+
+WRITERS = {"put": put_writer, "work": work_writer, "raw": raw_writer}
 
 
 def compare(reports: list[dict]) -> dict:
@@ -147,6 +167,7 @@ def run(scenario: str, seconds: float) -> list[dict]:
         "put": [("put", 1)] * number,
         "thread": [("put", number // 2), ("put", number - number // 2)],
         "work": [("work", 1)] * number,
+        "raw": [("raw", 1)] * number,
         "shell": [("put", 1)] * number + [("shell", 1)] * (number // 2),
     }[name]
     with tempfile.TemporaryDirectory() as directory:
@@ -218,9 +239,9 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     scenarios = args.scenarios or SCENARIOS
     for scenario in scenarios:
-        if not re.fullmatch("(put|thread|work|shell)-([2-9]|[1-9][0-9]+)", scenario):
+        if not re.fullmatch("(put|thread|work|raw|shell)-([2-9]|[1-9][0-9]+)", scenario):
             parser.error(
-                f"{scenario!r} is no scenario: put-N, thread-N, work-N or shell-N, N from 2"
+                f"{scenario!r} is no scenario: put-N, thread-N, work-N, raw-N or shell-N, N from 2"
             )
     if not args.json:
         names = "".join(f"{name:>9}" for name in ("scenario", "kind", *COUNTS, "ratio"))

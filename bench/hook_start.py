@@ -34,6 +34,7 @@ conn.commit()
 """
 PAYLOAD = '{"session_id": "%s", "cwd": "/", "hook_event_name": "Stop", "stop_hook_active": false}'
 COLD_ROUNDS = 7
+ONE_LINER = "sqlite3 one-liner"
 
 
 class Installed:
@@ -46,7 +47,14 @@ class Installed:
         # An older version hands the session's environment on, this one has a file.
         cache = os.environ.get("UV_CACHE_DIR") or f"{Path.home()}/.cache/uv"
         self.env |= {"UV_CACHE_DIR": cache, "UV_OFFLINE": "1"}
-        install = [sys.executable, checkout / "install.py", "install", "--hook", "no"]
+        install = [
+            sys.executable,
+            checkout / "install.py",
+            "install",
+            "--hook",
+            "no",
+            "--no-command",
+        ]
         env = self.env | {"PATH": os.environ["PATH"]}
         subprocess.run(
             install, env=env, check=True, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL
@@ -102,51 +110,67 @@ def medians(commands: dict[str, tuple[list, dict]], rounds: int) -> dict[str, fl
     return {name: statistics.median(values) * 1000 for name, values in times.items()}
 
 
-def main() -> int:
-    rounds = int((sys.argv + ["40"])[1])
+def measure(rounds: int, checkout: Path | None = None) -> dict[str, float]:
+    """Return the median milliseconds of each command, and from firing to handler cold and warm."""
     with tempfile.TemporaryDirectory() as directory:
         installed = {"hook": Installed(HERE, Path(directory, "home"))}
-        if len(sys.argv) > 2:
-            other = Installed(Path(sys.argv[2]), Path(directory, "other"))
-            installed["hook of CHECKOUT"] = other
-        plain = f"{directory}/plain.db"
-        make = "pragma journal_mode = wal; create table plain (id integer primary key, data text)"
-        subprocess.run(["sqlite3", plain, make], check=True, stdout=subprocess.DEVNULL)
-        script = Path(directory, "plain.py")
-        script.write_text(PLAIN.format(db=plain))
-        one_liner = ["sqlite3", plain, f"insert into plain (data) values ('{PAYLOAD % 1}')"]
-        env = {"HOME": directory, "PATH": "/usr/bin:/bin"}
-        commands = {
-            "sh that does nothing": (["/bin/sh", "-c", ":"], env),
-            "sqlite3 one-liner": (["/bin/sh", "-c", '"$@"', "sh", *one_liner], env),
-        }
-        pyenv = shutil.which("python3")
-        for python in dict.fromkeys(["/usr/bin/python3", os.path.realpath(sys.executable), pyenv]):
-            if python and os.access(python, os.X_OK):
-                commands[f"{python} plain.py"] = (
-                    [python, script],
-                    env | {"PATH": os.environ["PATH"]},
-                )
+        if checkout:
+            installed["hook of CHECKOUT"] = Installed(checkout, Path(directory, "other"))
+        commands = other_commands(directory)
         for name, each in installed.items():
             commands[name] = (each.command(), each.env)
         found = medians(commands, rounds)
-        for name, milliseconds in found.items():
-            times = milliseconds / found["sqlite3 one-liner"]
-            print(f"{name:50} {milliseconds:7.1f} ms   {times:5.2f} times the one-liner")
         for name, each in installed.items():
-            try:
-                each.fire("first", "--start-worker")
-                shutil.rmtree(each.home / "started", ignore_errors=True)
-                cold = []
-                for number in range(COLD_ROUNDS):
-                    each.end_worker()
-                    shutil.rmtree(each.home / "started", ignore_errors=True)
-                    cold.append(each.until_started(f"cold {number}"))
-                warm = [each.until_started(f"warm {number}") for number in range(rounds)]
-            finally:
-                each.end_worker()
-            print(f"{name}: fired to handler, cold {statistics.median(cold) * 1000:.0f} ms")
-            print(f"{name}: fired to handler, warm {statistics.median(warm) * 1000:.1f} ms")
+            cold, warm = starts(each, rounds)
+            found |= {
+                f"{name}: fired to handler, cold": cold,
+                f"{name}: fired to handler, warm": warm,
+            }
+        return found
+
+
+def other_commands(directory: str) -> dict[str, tuple[list, dict]]:
+    """Return the commands that the hook is compared with, and their environments."""
+    plain = f"{directory}/plain.db"
+    make = "pragma journal_mode = wal; create table plain (id integer primary key, data text)"
+    subprocess.run(["sqlite3", plain, make], check=True, stdout=subprocess.DEVNULL)
+    script = Path(directory, "plain.py")
+    script.write_text(PLAIN.format(db=plain))
+    one_liner = ["sqlite3", plain, f"insert into plain (data) values ('{PAYLOAD % 1}')"]
+    env = {"HOME": directory, "PATH": "/usr/bin:/bin"}
+    commands = {
+        "sh that does nothing": (["/bin/sh", "-c", ":"], env),
+        ONE_LINER: (["/bin/sh", "-c", '"$@"', "sh", *one_liner], env),
+    }
+    pythons = {"/usr/bin/python3": "Debian's", os.path.realpath(sys.executable): "uv's"}
+    for python, whose in pythons.items():
+        if os.access(python, os.X_OK):
+            name = f"a script for {whose} Python, one INSERT"
+            commands[name] = ([python, script], env | {"PATH": os.environ["PATH"]})
+    return commands
+
+
+def starts(each: Installed, rounds: int) -> tuple[float, float]:
+    """Return the median milliseconds from firing to handler: without a worker, and with one."""
+    try:
+        each.fire("first", "--start-worker")
+        shutil.rmtree(each.home / "started", ignore_errors=True)
+        cold = []
+        for number in range(COLD_ROUNDS):
+            each.end_worker()
+            shutil.rmtree(each.home / "started", ignore_errors=True)
+            cold.append(each.until_started(f"cold {number}"))
+        warm = [each.until_started(f"warm {number}") for number in range(rounds)]
+    finally:
+        each.end_worker()
+    return statistics.median(cold) * 1000, statistics.median(warm) * 1000
+
+
+def main() -> int:
+    found = measure(int((sys.argv + ["40"])[1]), Path(sys.argv[2]) if len(sys.argv) > 2 else None)
+    for name, milliseconds in found.items():
+        times = milliseconds / found[ONE_LINER]
+        print(f"{name:50} {milliseconds:7.1f} ms   {times:5.2f} times the one-liner")
     return 0
 
 

@@ -70,7 +70,40 @@ ANSWER_SECONDS = 300
 # ----------------------------------------------------------------------------- calls: put, get, ack
 
 
-class Ours:
+class Contestant:
+    """A queue that does the steps of a row; those without a call for many tasks put one by one."""
+
+    def put(self, number: int) -> None:
+        raise NotImplementedError
+
+    def take(self, number: int) -> None:
+        raise NotImplementedError
+
+    def batch(self, number: int) -> None:
+        self.put(number)
+
+    def grow(self, rows: int) -> None:
+        """Have a queue of one task hold so many, by SQL on its file."""
+        raise NotImplementedError
+
+    def fill(self, number: int) -> None:
+        """Put tasks where take() finds them; put() has done so for most."""
+
+    def tidy(self) -> None:
+        """Remove what was taken."""
+
+
+def double(conn: sqlite3.Connection, copy: str, rows: int) -> None:
+    """Copy a table's rows, which the statement does, until there are so many."""
+    many = 1
+    conn.execute("pragma busy_timeout = 60000")
+    while many < rows:
+        conn.execute(f"{copy} limit ?", (min(many, rows - many),))
+        conn.commit()
+        many = min(rows, 2 * many)
+
+
+class Ours(Contestant):
     """enqueue_task, and get_ack_queue."""
 
     def __init__(self, directory: str) -> None:
@@ -86,11 +119,21 @@ class Ours:
             row_id, _ = self.queue.get(block=False)
             self.queue.ack(id=row_id)
 
-    def tidy(self) -> None:
-        pass
+    def batch(self, number: int) -> None:
+        rows = [{"task_type": "link_validation", "data": PAYLOAD} for _ in range(number)]
+        self.q.enqueue_tasks("bench", rows)
+
+    def grow(self, rows: int) -> None:
+        self.put(1)
+        with self.q.transaction(self.q.connect()) as conn:
+            conn.execute(
+                f"""with recursive n (i) as (select 2 union all select i + 1 from n where i < {rows})
+                    insert into bench (data)
+                    select json_set(data, '$.task_id', 't' || i) from bench, n where id = 1"""
+            )
 
 
-class Raw:
+class Raw(Contestant):
     """The statements alone."""
 
     claims_are_synced = True
@@ -119,6 +162,15 @@ class Raw:
         execute, text = self.conn.execute, self.text
         for _ in range(number):
             execute("insert into queued (data) values (?)", (text,))
+
+    def batch(self, number: int) -> None:
+        self.conn.execute("begin")
+        self.put(number)
+        self.conn.execute("commit")
+
+    def grow(self, rows: int) -> None:
+        self.conn.execute("create index claimable_status on claimable (status, id)")
+        self.fill(rows)
 
     def take(self, number: int) -> None:
         # Its tasks are put where a claim can mark them; that is not measured.
@@ -167,7 +219,7 @@ class RawUnsynced(Raw):
     claims_are_synced = False
 
 
-class PersistQueue:
+class PersistQueue(Contestant):
     """persist-queue's SQLiteAckQueue, with its JSON serializer."""
 
     def __init__(self, directory: str) -> None:
@@ -188,11 +240,19 @@ class PersistQueue:
         for _ in range(number):
             self.queue.ack(self.queue.get(block=False))
 
+    def grow(self, rows: int) -> None:
+        self.put(1)
+        copy = (
+            "insert into ack_queue_default (data, timestamp, status) select data, timestamp, status"
+        )
+        double(self.queue._putter, f"{copy} from ack_queue_default", rows)
+        self.queue.total = rows
+
     def tidy(self) -> None:
         self.queue.clear_acked_data(max_delete=0, keep_latest=0)
 
 
-class Huey:
+class Huey(Contestant):
     """SqliteHuey, which syncs with fsync=True; taking a task is all there is, it has no ack."""
 
     def __init__(self, directory: str) -> None:
@@ -210,11 +270,13 @@ class Huey:
             if self.huey.dequeue() is None:
                 raise LookupError("huey has no task")
 
-    def tidy(self) -> None:
-        pass
+    def grow(self, rows: int) -> None:
+        self.put(1)
+        copy = "insert into task (queue, data, priority) select queue, data, priority from task"
+        double(self.huey.storage.conn, copy, rows)
 
 
-class Lite:
+class Lite(Contestant):
     """litequeue, which sets synchronous=NORMAL by itself."""
 
     def __init__(self, directory: str) -> None:
@@ -230,6 +292,19 @@ class Lite:
     def take(self, number: int) -> None:
         for _ in range(number):
             self.queue.done(self.queue.pop().message_id)
+
+    def batch(self, number: int) -> None:
+        with self.queue.transaction():
+            self.put(number)
+
+    def grow(self, rows: int) -> None:
+        self.put(1)
+        double(
+            self.queue.conn,
+            f"""insert into {self.queue.table} (data, message_id, status, in_time)
+                select data, lower(hex(randomblob(16))), status, in_time from {self.queue.table}""",
+            rows,
+        )
 
     def tidy(self) -> None:
         self.queue.prune()
@@ -247,6 +322,7 @@ BASE, BARE, BARE_CLAIM = "raw", "bare watchdog", "bare, raw get+ack"
 # These do less than what the row is about: they are shown, and no measure of the others.
 UNSYNCED = "raw, claim unsynced"
 NOT_COMPARED = {"put": (), "get+ack": (UNSYNCED, "huey")}
+STEPS = {"put": "put", "get+ack": "take", "batch": "batch", "grow": "grow"}
 
 
 def ours(directory: str):
@@ -261,25 +337,30 @@ def ours(directory: str):
 def contend(name: str, directory: str) -> None:
     """A contestant's process: does a step as often as told; prints the µs of one, and its cpu µs."""
     contestant = CONTESTANTS[name](directory)
-    fill = getattr(contestant, "fill", None)
+    is_grown = False
     print("ready", flush=True)
     for line in sys.stdin:
         step, number = line.split()
-        if step == "get+ack" and fill:
-            fill(int(number))
+        is_grown = is_grown or step == "grow"
+        if step == "get+ack" and not is_grown:
+            contestant.fill(int(number))
         began, used = time.perf_counter(), time.process_time()
-        (contestant.put if step == "put" else contestant.take)(int(number))
+        getattr(contestant, STEPS[step])(int(number))
         took = [time.perf_counter() - began, time.process_time() - used]
         print(json.dumps([seconds / int(number) * 1e6 for seconds in took]), flush=True)
-        if step == "get+ack":
+        if step == "get+ack" and not is_grown:
             contestant.tidy()
 
 
-def measure_calls(rounds: int, number: int) -> dict:
-    """{"put": {contestant: [µs in each round]}, "put cpu": …}; all processes live, one works."""
-    times = {f"{step}{what}": {} for step in ("put", "get+ack") for what in ("", " cpu")}
+def measure_calls(rounds: int, steps: dict[str, int], rows: int = 0) -> dict:
+    """Return {"put": {contestant: [µs in each round]}, "put cpu": …}; all processes live, one works.
+
+    `steps` says how many tasks each step of a round has. With `rows` each queue holds so many first.
+    """
+    times = {f"{step}{what}": {} for step in steps for what in ("", " cpu")}
     for row in times:
-        times[row] = {name: [] for name in CONTESTANTS if row[:3] != "put" or name != UNSYNCED}
+        takes = row.startswith("get+ack")
+        times[row] = {name: [] for name in CONTESTANTS if takes or name != UNSYNCED}
     with tempfile.TemporaryDirectory() as directory:
         processes = {
             name: start("--contend", name, tempfile.mkdtemp(dir=directory)) for name in CONTESTANTS
@@ -287,18 +368,25 @@ def measure_calls(rounds: int, number: int) -> dict:
         try:
             for process in processes.values():
                 answer(process)
+                if rows:
+                    tell(process, "grow", rows)
             # The first round warms up: it makes the files grow and fills the caches.
             for turn in range(rounds + 1):
-                for row in ("put", "get+ack"):
+                for row, number in steps.items():
                     for name in random.sample(sorted(times[row]), len(times[row])):
-                        processes[name].stdin.write(f"{row} {number}\n")
-                        processes[name].stdin.flush()
-                        took, used = json.loads(answer(processes[name]))
+                        took, used = tell(processes[name], row, number)
                         times[row][name] += [took] if turn else []
                         times[f"{row} cpu"][name] += [used] if turn else []
         finally:
             stop(*processes.values())
     return times
+
+
+def tell(process: subprocess.Popen, step: str, number: int) -> list[float]:
+    """Have a contestant do a step so often: (µs of one, its processor µs)."""
+    process.stdin.write(f"{step} {number}\n")
+    process.stdin.flush()
+    return json.loads(answer(process))
 
 
 # -------------------------------------------------------------------------------------------- wakes
@@ -576,7 +664,7 @@ def main(argv: list[str] | None = None) -> int:
             parser.error(f"not installed: {', '.join(missing)}; {how}")
         rounds, calls, wakes = (2, 50, 15) if args.quick else (args.rounds, 500, 80)
         call_times, wake_times = (
-            measure_calls(rounds, calls),
+            measure_calls(rounds, {"put": calls, "get+ack": calls}),
             measure_wakes(rounds, wakes, args.rate),
         )
         call_table, wake_table = summarize(call_times, BASE), summarize(wake_times, BARE)

@@ -30,6 +30,15 @@ HANDLER = '#!/bin/sh\necho "$(date +%s.%N) $$" >>"$TASK_QUEUE_STATE/../runs"\nex
 
 def main() -> int:
     kills = int(sys.argv[1]) if len(sys.argv) > 1 else 200
+    print(f"{kills} kills; milliseconds from kill -9: p50, p99, maximum")
+    for name, values in measure(kills).items():
+        shares = (values[int(share * (kills - 1))] for share in (0.5, 0.99, 1.0))
+        print(f"{name:14}" + "".join(f"{value:9.1f}" for value in shares))
+    return 0
+
+
+def measure(kills: int) -> dict[str, list[float]]:
+    """Return the sorted milliseconds until the task is claimed again, and until it runs again."""
     with tempfile.TemporaryDirectory() as directory:
         root = Path(directory)
         env = os.environ | {"TASK_QUEUE_STATE": f"{root}/state"}
@@ -62,15 +71,8 @@ def main() -> int:
                 worker.kill()
                 worker.wait()
             os.killpg(group, signal.SIGKILL)
-    print(f"{kills} kills; milliseconds from kill -9: p50, p99, maximum")
-    for name, values in (("claimed again", sorted(taken)), ("runs again", sorted(running))):
-        print(
-            f"{name:14}"
-            + "".join(
-                f"{values[int(share * (kills - 1))] * 1000:9.1f}" for share in (0.5, 0.99, 1.0)
-            )
-        )
-    return 0
+    found = {"claimed again": taken, "runs again": running}
+    return {name: sorted(value * 1000 for value in values) for name, values in found.items()}
 
 
 def start(root: Path, env: dict) -> subprocess.Popen:

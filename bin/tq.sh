@@ -88,6 +88,12 @@ if [ -x "$uv" ] && { [ -n "$needs_uv" ] || [ ! -x "$python" ]; }; then
     # With an absolute Python, uv runs none that lies in the working directory or above, which may be a
     # workspace's; and no uv.toml there has a say.
     if [ -n "$python" ]; then export UV_PYTHON="$python"; fi
+    # A worker stays for long: uv makes its environment, and does not stay with it.
+    if [ "$script" = worker ]; then
+        "$uv" sync --quiet --no-config --script "$lib/worker.py" || exit
+        python=$("$uv" python find --no-config --script "$lib/worker.py")
+        if [ -x "$python" ]; then exec "$python" -E -s "$lib/worker.py" "$@"; fi
+    fi
     exec "$uv" run --quiet --no-config --script "$lib/$script.py" "$@"
 fi
 if [ -x "$python" ]; then exec "$python" -E -s "$lib/$script.py" "$@"; fi

@@ -63,8 +63,10 @@ def next_time(schedule: str, now: float, last: float | None = None) -> float:
             raise ValueError(f"{schedule!r} is less than a second")
         first = now if last is None else last
         return first + seconds * max(1, math.floor((now - first) / seconds) + 1)
-    from cronsim import CronSim, CronSimError
-
+    try:
+        from cronsim import CronSim, CronSimError
+    except ImportError:
+        raise ValueError("the package cronsim is missing: uv brings it along") from None
     if len(schedule.split()) != 5:
         raise ValueError(f"{schedule!r} has not the five fields of cron, and is no duration")
     try:

@@ -67,11 +67,13 @@ class SupervisorProcess:
         """Start a supervisor; handlers get `env`."""
         self.socket, theirs = socket.socketpair()
         self.heard = bytearray()
-        python = [sys.executable, "-I", "-S", "-X", f"utf8={sys.flags.utf8_mode}"]
+        # It needs no packages, and uv may have removed this process's environment meanwhile.
+        python = environment.own_python()
+        how = ["-I", "-S", "-X", f"utf8={sys.flags.utf8_mode}"]
         root = os.path.dirname(os.path.abspath(q.__file__))
         self.pid = os.posix_spawn(
-            sys.executable,
-            [*python, "-c", SUPERVISE, root],
+            python,
+            [python, *how, "-c", SUPERVISE, root],
             env,
             file_actions=[
                 (os.POSIX_SPAWN_DUP2, theirs.fileno(), 0),
@@ -272,7 +274,8 @@ class Handlers:
         The process id stays. The tasks it had claimed are a dead owner's, and are recovered.
         """
         say("the supervisor of handlers was killed; starting afresh")
-        os.execv(sys.executable, sys.orig_argv)
+        python = sys.executable if os.access(sys.executable, os.X_OK) else environment.own_python()
+        os.execv(python, [python, *sys.orig_argv[1:]])
 
     def end_all(self, why: outcomes.Outcome, *, now: bool = False) -> None:
         """End all handlers that run."""
