@@ -11,10 +11,12 @@ import signal
 import socket
 import subprocess
 import sys
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import chdir, contextmanager
+from functools import cache
 from importlib.machinery import SourceFileLoader
 from importlib.util import module_from_spec, spec_from_loader
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
@@ -46,10 +48,40 @@ def workspace(tmp_path):
     return folder
 
 
+@cache
+def handler_module():
+    """Return handlers/link_validation as a module, without its bound on this process's memory."""
+    loader = SourceFileLoader("link_validation_handler", str(HANDLER))
+    module = module_from_spec(spec_from_loader("link_validation_handler", loader))
+    loader.exec_module(module)
+    module.limit_memory = lambda: None
+    return module
+
+
+def call(task: bytes, environment: dict, cwd: Path) -> subprocess.CompletedProcess:
+    """Call the handler's main() in this process, with streams and an environment of its own."""
+    out, errors = (io.TextIOWrapper(io.BytesIO(), "utf-8") for _ in range(2))
+    streams = {"stdin": io.TextIOWrapper(io.BytesIO(task)), "stdout": out, "stderr": errors}
+    # The handler sets the alarm that pytest's own timeout uses.
+    alarm, timer = signal.getsignal(signal.SIGALRM), signal.getitimer(signal.ITIMER_REAL)
+    patched = mock.patch.dict(os.environ, environment, clear=True)
+    with mock.patch.multiple(sys, **streams), patched, chdir(cwd):
+        try:
+            code = handler_module().main([])
+        finally:
+            signal.signal(signal.SIGALRM, alarm)
+            signal.setitimer(signal.ITIMER_REAL, *timer)
+    for stream in (out, errors):
+        stream.flush()
+    said = (stream.buffer.getvalue() for stream in (out, errors))
+    return subprocess.CompletedProcess((), code, *said)
+
+
 @pytest.fixture
 def check(tmp_path, workspace):
-    """check(data, …) runs the handler with a task that has this payload, and returns the finished
-    process.
+    """check(data, …) runs the handler with a task that has this payload, and returns its end.
+
+    The handler runs in this process, unless an option asks for one of its own.
     """
     home = tmp_path / "home"
     home.mkdir()
@@ -64,19 +96,15 @@ def check(tmp_path, workspace):
             "HOME": str(home),
             "UV_CACHE_DIR": UV_CACHE,
             "TASK_QUEUE_STATE": str(tmp_path / "state"),
+            **(env or {}),
         }
-        # The tests' Python has what the handler needs, and starts sooner than uv.
-        command = [handler] if handler else [sys.executable, HANDLER]
-        done = subprocess.run(
-            command,
-            input=task,
-            env=environment | (env or {}),
-            cwd=workspace,
-            capture_output=True,
-            timeout=60,
-            check=False,
-            **options,
-        )
+        if handler or options:
+            # The tests' Python has what the handler needs, and starts sooner than uv.
+            command = [handler] if handler else [sys.executable, HANDLER]
+            options |= {"env": environment, "cwd": workspace, "capture_output": True}
+            done = subprocess.run(command, input=task, timeout=60, **options)
+        else:
+            done = call(task, environment, workspace)
         done.summary = json.loads(done.stdout) if done.returncode == 0 else None
         done.words = done.stderr.decode()
         assert "Traceback" not in done.words
@@ -86,25 +114,16 @@ def check(tmp_path, workspace):
 
 
 @pytest.fixture
-def refused(monkeypatch):
+def refused(check):
     """refused(data) is the reason for which the handler refuses a task for good; None if it does not."""
-    loader = SourceFileLoader("link_validation_handler", str(HANDLER))
-    module = module_from_spec(spec_from_loader("link_validation_handler", loader))
-    loader.exec_module(module)
-    # The bound would hold for the tests' own process.
-    monkeypatch.setattr(module, "limit_memory", lambda: None)
 
-    def call(data=None, *, task=None):
-        raw = json.dumps({"data": data}).encode() if task is None else task
-        out, errors = io.StringIO(), io.StringIO()
-        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(raw)))
-        with redirect_stdout(out), redirect_stderr(errors):
-            code = module.main([])
-        said = errors.getvalue()
-        is_one_line = said.startswith("link_validation: ") and said.count("\n") == 1
-        return said if code == 65 and is_one_line and not out.getvalue() else None
+    def refuse(data=None, *, task=None):
+        done = check(data, task=task)
+        is_one_line = done.words.startswith("link_validation: ") and done.words.count("\n") == 1
+        is_refusal = done.returncode == 65 and is_one_line and not done.stdout
+        return done.words if is_refusal else None
 
-    return call
+    return refuse
 
 
 @pytest.fixture

@@ -1,6 +1,4 @@
-"""handlers/link_validation, run as a worker runs it: the script itself, with a task on stdin.
-lychee is the real one.
-"""
+"""handlers/link_validation checks the links of a workspace with the real lychee."""
 
 # ruff: noqa: F811 -- fixtures are imported, and named again where they are used
 
@@ -46,16 +44,8 @@ def test_a_broken_link_is_found_and_is_no_failure(workspace, check):
     assert done.returncode == 0
     summary = done.summary
     assert done.stdout.count(b"\n") == 1
-    counts = {
-        "files": 2,
-        "total": 2,
-        "successful": 1,
-        "failed": 1,
-        "excluded": 0,
-        "skipped": [],
-        "online": False,
-    }
-    assert summary.items() >= counts.items()
+    counts = [summary[name] for name in ("files", "total", "successful", "failed", "excluded")]
+    assert (counts, summary["skipped"], summary["online"]) == ([2, 2, 1, 1, 0], [], False)
     (link,) = summary["broken"]
     gone = ("README.md", 4, f"file://{workspace}/missing.md")
     assert (link["file"], link["line"], link["url"]) == gone
@@ -122,14 +112,16 @@ def test_the_state_directory_is_the_default_one_or_absolute(tmp_path, workspace,
 
 
 @pytest.mark.parametrize("pages, line", [
-    ({"README": "x"}, "all 0 links fine"),
+    ({}, "all 0 links fine"),
     ({"README": "[a](README.md)"}, "the 1 link is fine"),
     ({"README": "[a](README.md) [b](README.md) [c](http://127.0.0.1:1/)"}, "all 2 links fine, 1 not checked"),
     ({"README": "\n\n[a](pier%20a.md)", "a": "[b](/x.md)"}, "2 broken links: README.md:3 → pier a.md; a.md:1 → x.md"),
 ])  # fmt: skip
 def test_what_was_found_is_said_in_one_line(workspace, check, pages, line):
+    (workspace / "main.c").write_text("/* [x](nope.md) */")
     write(workspace, **pages)
-    assert check().summary["summary"] == line
+    done = check()
+    assert (done.summary["summary"], done.summary["files"]) == (line, len(pages))
 
 
 def test_the_one_line_is_bounded_and_says_what_was_not_read(workspace, check):
@@ -138,13 +130,6 @@ def test_the_one_line_is_bounded_and_says_what_was_not_read(workspace, check):
     line = check().summary["summary"]
     assert line.startswith("60 broken links: aaa")
     assert line.endswith("; …; 1 file not read") and len(line) < 500
-
-
-def test_a_workspace_without_markdown_has_no_broken_links(workspace, check):
-    (workspace / "main.c").write_text("/* [x](nope.md) */")
-    done = check()
-    counts = [done.summary[name] for name in ("files", "total", "broken")]
-    assert (done.returncode, counts, report(done)["total"]) == (0, [0, 0, []], 0)
 
 
 def test_absolute_links_start_at_the_repository_or_the_workspace(workspace, check):
@@ -314,13 +299,8 @@ def test_symbolic_links_pipes_and_loops_are_not_followed(workspace, check):
 
 @pytest.mark.parametrize("in_git", [True, False])
 def test_dependencies_and_hidden_folders_are_left_out(workspace, check, in_git):
-    left_out = (
-        "node_modules/x/README",
-        ".venv/lib/y",
-        "venv/lib/site-packages/z/README",
-        ".git/notes",
-        ".hidden",
-    )
+    left_out = ["node_modules/x/README", ".venv/lib/y", "venv/lib/site-packages/z/README"]
+    left_out += [".git/notes", ".hidden"]
     write(workspace, **{name: "[x](missing.md)" for name in (*left_out, "docs/a")})
     if in_git:
         git(workspace, "init")
