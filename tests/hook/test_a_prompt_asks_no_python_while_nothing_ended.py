@@ -7,14 +7,14 @@ import json
 import sys
 
 import pytest
-from test_a_hook_writes_one_file import hook  # noqa: F401
+from test_a_hook_writes_one_file import hook, one_hook  # noqa: F401
 
 
 class Prompts:
     """Prompts of sessions, and how often Python was started for them."""
 
     def __init__(self, installation, hook) -> None:
-        self.installation, self.hook = installation, hook
+        self.installation, self.hook, self.workspace = installation, hook, hook.workspace
         self.starts = installation.directory / "starts"
         self.starts.touch()
         python = installation.directory / "python"
@@ -32,7 +32,7 @@ class Prompts:
         return task
 
     def prompt(self, workspace, project=None, **env) -> tuple[str, int]:
-        """(what Claude is told, how often Python was started)."""
+        """Return what Claude is told, and how often Python was started."""
         before = len(self.starts.read_text())
         payload = {"hook_event_name": "UserPromptSubmit", "cwd": str(workspace)}
         env |= {"CLAUDE_PROJECT_DIR": str(project or workspace)}
@@ -44,32 +44,36 @@ class Prompts:
 
 
 @pytest.fixture
-def prompts(installation, hook):
-    return Prompts(installation, hook)
+def prompts(installation, one_hook):
+    return Prompts(installation, one_hook)
 
 
-def test_python_is_asked_once_after_each_end(prompts, hook):
+def test_python_is_asked_once_after_each_end_in_every_shell(installation, hook):
+    prompts = Prompts(installation, hook)
     for _ in range(2):
-        task = prompts.end_a_task(hook.workspace)
-        told, starts = prompts.prompt(hook.workspace)
+        task = prompts.end_a_task(prompts.workspace)
+        told, starts = prompts.prompt(prompts.workspace)
         assert f"result of {task}" in told and starts == 1
-        assert [prompts.prompt(hook.workspace) for _ in range(3)] == 3 * [("", 0)]
+        assert [prompts.prompt(prompts.workspace) for _ in range(3)] == 3 * [("", 0)]
 
 
-def test_an_enqueued_task_is_no_end(prompts, hook):
-    prompts.end_a_task(hook.workspace)
-    prompts.prompt(hook.workspace)
+def test_an_enqueued_task_is_no_end(prompts):
+    prompts.end_a_task(prompts.workspace)
+    prompts.prompt(prompts.workspace)
     prompts.installation.enqueue("notifications", "check", "{}")
-    assert prompts.prompt(hook.workspace) == ("", 0)
+    assert prompts.prompt(prompts.workspace) == ("", 0)
 
 
-def test_one_session_asks_for_itself_alone(prompts, hook, tmp_path):
+def test_one_session_asks_for_itself_alone(prompts, tmp_path):
     """Of another workspace, of another directory in the project, attended by nobody, or by its other name."""
-    docs, other, link = hook.workspace / "docs", tmp_path / "other", tmp_path / "link"
+    docs, other, link = prompts.workspace / "docs", tmp_path / "other", tmp_path / "link"
     docs.mkdir(), other.mkdir(), link.symlink_to(other)
     task = prompts.end_a_task(other)
-    assert prompts.prompt(hook.workspace) == ("", 1) and prompts.prompt(hook.workspace) == ("", 0)
-    assert prompts.prompt(docs, hook.workspace) == ("", 1)
+    assert prompts.prompt(prompts.workspace) == ("", 1) and prompts.prompt(prompts.workspace) == (
+        "",
+        0,
+    )
+    assert prompts.prompt(docs, prompts.workspace) == ("", 1)
     told, starts = prompts.prompt(other, CLAUDE_CODE_SESSION_ATTENDED="0")
     assert task in told and starts == 1
     assert prompts.prompt(other, CLAUDE_CODE_SESSION_ATTENDED="0") == ("", 0)
@@ -78,19 +82,22 @@ def test_one_session_asks_for_itself_alone(prompts, hook, tmp_path):
     assert prompts.prompt(other) == ("", 1) and prompts.prompt(other) == ("", 0)
 
 
-def test_a_session_s_names_lead_nowhere_else(prompts, hook):
-    prompts.end_a_task(hook.workspace)
+def test_a_session_s_names_lead_nowhere_else(prompts):
+    prompts.end_a_task(prompts.workspace)
     outside = prompts.installation.directory / "outside"
     for project in (f"/../../{outside.name}", "relative", "/" + "x" * 300, "/a\nb"):
         for _ in range(2):
-            prompts.prompt(hook.workspace, project)
+            prompts.prompt(prompts.workspace, project)
     assert not outside.exists()
     assert not (prompts.installation.state / "toldrelative").exists()
 
 
-def test_cleanup_forgets_the_markers(prompts, hook):
-    prompts.end_a_task(hook.workspace)
-    prompts.prompt(hook.workspace)
+def test_cleanup_forgets_the_markers(prompts):
+    prompts.end_a_task(prompts.workspace)
+    prompts.prompt(prompts.workspace)
     assert prompts.installation.run("cleanup.py").returncode == 0
     assert not (prompts.installation.state / "told").exists()
-    assert prompts.prompt(hook.workspace) == ("", 1) and prompts.prompt(hook.workspace) == ("", 0)
+    assert prompts.prompt(prompts.workspace) == ("", 1) and prompts.prompt(prompts.workspace) == (
+        "",
+        0,
+    )
