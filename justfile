@@ -112,10 +112,10 @@ uninstall *args:
 service *args:
     @uv run --script tasks.py service "$@"
 
-# N workers, a killer, and the proof that nothing was lost: just soak 300
+# All features at once, a killer, a full disk, and the proof that nothing was lost or doubled: just soak 300
 [no-exit-message]
-soak seconds="60":
-    uv run --no-project {{ python_deps }} python bench/soak.py {{ seconds }}
+soak *args:
+    uv run --script bench/soak.py "$@"
 
 # Two machines, a hub, a killer, and the proof that no task was lost or doubled: just soak-hub 5000
 [no-exit-message]

@@ -17,4 +17,4 @@ def test_nothing_is_lost_and_nothing_runs_twice_at_once(tmp_path):
         timeout=120,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.endswith("clean\n") and "workers killed" in done.stdout
+    assert done.stdout.endswith("clean\n") and "SIGKILL: " in done.stdout
