@@ -99,6 +99,12 @@ INSIDE = {"tasks.py", "enqueue.py", "cleanup.py"}
 OUTSIDE = {"doctor", "service", "restore", "--hook", "--start-worker", "-"}
 
 
+def wait_for_word(process: subprocess.Popen, *words: str, seconds: float = 30.0) -> None:
+    """Wait until a process that Installation.start() made has said all these words."""
+    said = process.log.read_text
+    wait_for(lambda: all(word in said() for word in words), seconds, f"the words {words}")
+
+
 class Installation:
     """A state directory of its own, and the scripts run against it as real processes."""
 
@@ -261,6 +267,20 @@ class Installation:
             raise
         finally:
             conn.close()
+
+    def lines(self, name: str = "runs") -> list[str]:
+        """Return the whole lines of a file in HOME, into which handlers write."""
+        path = self.directory / name
+        return path.read_text().split("\n")[:-1] if path.exists() else []
+
+    def let_go(self) -> None:
+        """Let the handlers go on that wait for the file "go" in HOME."""
+        (self.directory / "go").touch()
+
+    def ended(self, count: int, seconds: float = 60) -> None:
+        """Wait until the history has that many tasks."""
+        number = "select count(*) from task_history"
+        wait_for(lambda: self.rows(number) == [(count,)], seconds, f"the end of {count} tasks")
 
     def history(self, task_id: str) -> dict | None:
         """The finished task's row."""

@@ -7,6 +7,13 @@ import subprocess
 import time
 from pathlib import Path
 
+# A handler that notes its pid, and goes on when the file "go" is there.
+WAIT = """#!/bin/sh
+echo "$$" >>"$HOME/runs"
+until [ -e "$HOME/go" ]; do sleep 0.02; done
+echo done
+"""
+
 
 def lives(pid: int) -> bool:
     """Whether a process runs; a zombie does not."""

@@ -61,43 +61,15 @@ def fired(conn, queue) -> int:
     return len(tasks)
 
 
-@pytest.mark.parametrize(
-    "zone, schedule, begin, expected",
-    [
-        # Spring: 2:30 does not exist, and comes at once when the hour is skipped, as Debian's cron has it.
-        (
-            "Europe/Berlin",
-            "30 2 * * *",
-            "2026-03-28 12:00",
-            ["2026-03-29 03:00", "2026-03-30 02:30"],
-        ),
-        (
-            "America/New_York",
-            "30 2 * * *",
-            "2026-03-07 12:00",
-            ["2026-03-08 03:00", "2026-03-09 02:30"],
-        ),
-        # Autumn: 1:30 and 2:30 exist twice, and come once.
-        (
-            "Europe/Berlin",
-            "30 2 * * *",
-            "2026-10-24 12:00",
-            ["2026-10-25 02:30", "2026-10-26 02:30"],
-        ),
-        (
-            "America/New_York",
-            "30 1 * * *",
-            "2026-10-31 12:00",
-            ["2026-11-01 01:30", "2026-11-02 01:30"],
-        ),
-        (
-            "Europe/Berlin",
-            "0 9 * * 1-5",
-            "2026-12-04 10:00",
-            ["2026-12-07 09:00", "2026-12-08 09:00"],
-        ),
-    ],
-)
+@pytest.mark.parametrize("zone, schedule, begin, expected", [
+    # In spring, 2:30 does not exist, and comes at once when the hour is skipped, as Debian's cron has it.
+    ("Europe/Berlin", "30 2 * * *", "2026-03-28 12:00", ["2026-03-29 03:00", "2026-03-30 02:30"]),
+    ("America/New_York", "30 2 * * *", "2026-03-07 12:00", ["2026-03-08 03:00", "2026-03-09 02:30"]),
+    # In autumn, 1:30 and 2:30 exist twice, and come once.
+    ("Europe/Berlin", "30 2 * * *", "2026-10-24 12:00", ["2026-10-25 02:30", "2026-10-26 02:30"]),
+    ("America/New_York", "30 1 * * *", "2026-10-31 12:00", ["2026-11-01 01:30", "2026-11-02 01:30"]),
+    ("Europe/Berlin", "0 9 * * 1-5", "2026-12-04 10:00", ["2026-12-07 09:00", "2026-12-08 09:00"]),
+])  # fmt: skip
 def test_local_times_hold_over_both_changes_of_the_clocks(
     monkeypatch, zone, schedule, begin, expected
 ):
@@ -139,14 +111,10 @@ def test_a_zone_that_is_none_is_said(monkeypatch):
 
 def test_an_hourly_one_comes_in_both_hours(monkeypatch):
     monkeypatch.setenv("TZ", "Europe/Berlin")
-    now, times = at("Europe/Berlin", "2026-10-25 01:30"), []
+    times = [at("Europe/Berlin", "2026-10-25 01:30")]
     for _ in range(3):
-        now = every.next_time("0 * * * *", now)
-        times.append(now)
-    assert [later - earlier for earlier, later in zip(times, times[1:], strict=False)] == [
-        3600,
-        3600,
-    ]
+        times.append(every.next_time("0 * * * *", times[-1]))
+    assert [times[2] - times[1], times[3] - times[2]] == [3600, 3600]
 
 
 @pytest.mark.parametrize("schedule", ["6h", "0 */6 * * *"])
@@ -191,13 +159,10 @@ def test_a_firing_while_the_one_before_waits_does_what_it_is_told(queue, clock, 
     assert task.task_id == "it" and task.data == {"n": data}
 
 
-@pytest.mark.parametrize(
-    "broken, says",
-    [
-        ("schedule = 'at noon'", "every ill: .at noon."),
-        ("terms = '{\"colour\": 1}'", "every ill: .*colour"),
-    ],
-)
+@pytest.mark.parametrize("broken, says", [
+    ("schedule = 'at noon'", "every ill: .at noon."),
+    ("terms = '{\"colour\": 1}'", "every ill: .*colour"),
+])  # fmt: skip
 def test_a_row_that_bash_broke_keeps_no_other_from_firing(queue, clock, broken, says):
     conn = queue.connect()
     for name in ("good", "ill", "well"):
@@ -211,76 +176,65 @@ def test_a_row_that_bash_broke_keeps_no_other_from_firing(queue, clock, broken, 
 
 
 def test_two_workers_and_kill_at_any_moment_make_one_task_for_each_time(installation, queue):
-    """Two workers, killed again and again: the ids of the firings are their times, each once."""
+    """The ids of the firings are their times, each once, while two workers are killed again and again."""
     installation.handler("tick", "#!/bin/sh\n")
     tq_every(installation, "it", "--every", "1s", "approvals", "tick")
     conn, chance = queue.connect(), random.Random(3)
     conn.execute("create table fired (at real)")
     conn.execute("create trigger count_them after update of last_at on task_every when new.last_at is not old.last_at "
                  "begin insert into fired values (old.next_at); end")  # fmt: skip
-    ends_at = time.monotonic() + 6
-    while time.monotonic() < ends_at:
+    fired = "select at from fired order by at"
+    while len(conn.execute(fired).fetchall()) < 3:
         workers = [installation.worker("approvals", "--idle-exit", "9") for _ in range(2)]
         time.sleep(chance.uniform(0.2, 1.2))
         for worker in workers:
             os.kill(worker.pid, signal.SIGKILL)
             worker.wait()
-    times = [at for (at,) in conn.execute("select at from fired order by at")]
-    assert len(times) >= 3 and len(times) == len(set(times))
+    times = conn.execute(fired).fetchall()
+    assert len(times) == len(set(times))
     installation.worker("approvals")
     tq_every(installation, "it", "--off")
     wait_for(lambda: not conn.execute("select * from approvals").fetchall(), what="the last end")
-    ended = conn.execute(
-        "select count(*) from task_history where task_id = 'it' and status = 'completed'"
-    ).fetchone()[0]
+    [(ended,)] = installation.rows("select count(*) from task_history where status = 'completed'")
     # A firing while the one before ran is a duplicate.
     assert 1 <= ended <= len(times) + 1
 
 
 def test_a_worker_sleeps_until_its_time_and_the_command_shows_what_came_of_it(installation):
     installation.handler("tick", "#!/bin/sh\necho all is well\n")
-    said = tq_every(
-        installation, "it", "* * * * *", "approvals", "tick", '{"n": 1}', "--priority", "7"
-    )
-    assert said.startswith("it: next at ")
+    words = ("* * * * *", "approvals", "tick", '{"n": 1}', "--priority", "7")
+    assert tq_every(installation, "it", *words).startswith("it: next at ")
     worker = installation.worker("approvals")
     installation.sqlite3(f"update task_every set next_at = {time.time() + 0.4}, schedule = '1h'")
     installation.finished("it")
     [row] = json.loads(tq_every(installation, "--json"))
-    assert (
-        row["data"] == {"n": 1}
-        and row["terms"] == {"priority": 7}
-        and row["last"]["result"] == "all is well\n"
-    )
-    assert row["next_at"] > time.time() + 3000
+    assert (row["data"], row["terms"]) == ({"n": 1}, {"priority": 7})
+    assert row["last"]["result"] == "all is well\n" and row["next_at"] > time.time() + 3000
     assert "completed: all is well" in " ".join(tq_every(installation).split())
-    assert installation.run("tasks.py", "every").stderr == ""
+    assert installation.tq("every").stderr == ""
     worker.terminate()
     worker.wait(10)
-    for words in (["every"], ["list"]):
-        assert "approvals" in installation.run("tasks.py", *words).stderr
+    assert "approvals" in installation.tq("every").stderr
+    assert "approvals" in installation.tq("list").stderr
     doctor = installation.run("tasks.py", "doctor").stdout
     assert "tasks recur in it, and no worker or unit enqueues them" in doctor
-    [listed] = json.loads(tq_every(installation, "--json"))
-    switched = json.loads(tq_every(installation, "it", "--on", "--json"))
-    assert switched | {"next_at": 0} == listed | {"next_at": 0}
+
+
+def test_it_is_switched_fired_and_removed_by_hand(installation):
+    words = ("it", "--every", "6h", "approvals", "t", "-", "--window", "5m")
+    installation.tq("every", *words, input='{"n": 3}')
+    [(data, terms)] = installation.rows("select data, terms from task_every")
+    assert (json.loads(data), json.loads(terms)) == ({"n": 3}, {"window": 300})
+    [listed] = installation.told("every")
+    assert installation.told("every it --on") | {"next_at": 0} == listed | {"next_at": 0}
     assert tq_every(installation, "it", "--off") == "it: off\n"
     assert tq_every(installation, "it", "--now") == "queued it\n"
-    installation.run("tasks.py", "cancel", "it")
+    installation.tq("cancel it")
     dropped = installation.run("tasks.py", "drop", "approvals")
     assert "tasks recur in approvals, it" in dropped.stderr
     assert tq_every(installation, "it", "--remove") == "it comes no more\n"
     assert tq_every(installation, "--json") == "[]\n"
     assert tq_every(installation, "it", "--on", code=1).endswith("nothing comes by the name 'it'\n")
-
-
-def test_data_from_stdin_and_a_window_are_those_of_add(installation):
-    words = ("it", "--every", "6h", "approvals", "t", "-", "--window", "5m")
-    done = installation.run("tasks.py", "every", *words, input='{"n": 3}')
-    assert done.returncode == 0, done.stderr
-    [(data, terms)] = installation.rows("select data, terms from task_every")
-    assert (json.loads(data), json.loads(terms)) == ({"n": 3}, {"window": 300})
-    assert tq_every(installation, "it", "--now") == "queued it\n"
     said = tq_every(installation, "n" * 201, "--every", "6h", "approvals", "t", code=65)
     assert "1 to 200 bytes" in said
 
@@ -289,37 +243,33 @@ def test_a_command_may_recur(installation):
     shutil.copy(ROOT / "handlers/run", installation.handlers)
     tq_every(installation, "it", "0 4 * * *", "--", "sh", "-c", 'echo "$1"', "sh", "a  b")
     tq_every(installation, "it", "--now")
-    installation.worker("notifications")
-    assert installation.finished("it")["result"] == "a  b\n"
+    installation.drain("notifications")
+    assert installation.history("it")["result"] == "a  b\n"
     assert installation.rows("select max_attempts from task_history") == [(1,)]
 
 
 def test_a_unit_starts_a_worker_when_a_time_has_come(installation):
     tq_every(installation, "it", "--every", "1h", "approvals", "tick")
     installation.handler("tick", "#!/bin/sh\n")
-    unit = ("worker.py", "approvals", "--when-work", "--drain", "--handlers", installation.handlers)
-    assert installation.run(*unit).stderr == ""
+    assert installation.drain("approvals --when-work").stderr == ""
     installation.sqlite3("update task_every set next_at = 1")
-    assert "1 done" in installation.run(*unit).stderr
+    assert "1 done" in installation.drain("approvals --when-work").stderr
 
 
-@pytest.mark.parametrize(
-    "words, says",
-    [
-        (["it", "0 9 * *", "approvals", "t"], "five fields"),
-        (["it", "0 25 * * *", "approvals", "t"], "0 25 * * *"),
-        (["it", "0 0 30 2 *", "approvals", "t"], "0 0 30 2 *"),
-        (["it", "--every", "0s", "approvals", "t"], "less than a second"),
-        (["it", "0 9 * * *", "approvals"], "QUEUE and TASK_TYPE are required"),
-        (["it", "0 9 * * *", "approvals", "t", "--at", "23:30"], "--at"),
-        (["it", "0 9 * * *", "approvals", "t", "--task-id", "x"], "--task-id"),
-        (["it", "--on", "--off"], "one of --on, --off"),
-        (["it"], "say when it comes"),
-        (["--off"], "give a NAME"),
-    ],
-)
+@pytest.mark.parametrize("words, says", [
+    ("it '0 9 * *' approvals t", "five fields"),
+    ("it '0 25 * * *' approvals t", "0 25 * * *"),
+    ("it '0 0 30 2 *' approvals t", "0 0 30 2 *"),
+    ("it --every 0s approvals t", "less than a second"),
+    ("it '0 9 * * *' approvals", "QUEUE and TASK_TYPE are required"),
+    ("it '0 9 * * *' approvals t --at 23:30", "--at"),
+    ("it '0 9 * * *' approvals t --task-id x", "--task-id"),
+    ("it --on --off", "one of --on, --off"),
+    ("it", "say when it comes"),
+    ("--off", "give a NAME"),
+])  # fmt: skip
 def test_wrong_use_is_one_line(installation, words, says):
-    said = tq_every(installation, *words, code=64)
+    said = installation.tq(f"every {words}", code=64).stderr
     assert says in said and said.count("\n") == 1
 
 

@@ -7,20 +7,18 @@ import stat
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 
 import pytest
-from conftest import ROOT, wait_for
-from processes import lines, stays_true
+from conftest import ROOT, wait_for, wait_for_word
+from processes import WAIT, lines, stays_true
 
-WAIT = (
-    '#!/bin/sh\necho run >>"$HOME/runs"\nuntil [ -e "$HOME/go" ]; do sleep 0.02; done\necho done\n'
-)
 QUICK = "#!/bin/sh\n"
 
 
 @pytest.fixture
 def mount(installation):
-    """mount(options…): something on the state directory, or a skip; taken off in the end."""
+    """mount(options…) puts something on the state directory, or skips; it is taken off at the end."""
     mounted = []
 
     def make(*options):
@@ -38,21 +36,16 @@ def mount(installation):
         process.kill()
         process.wait()
     while mounted:
-        subprocess.run(["umount", "-l", mounted.pop()], check=True)
+        make.undo()
 
 
 @pytest.fixture
 def immutable():
-    """immutable(path): nobody writes it or removes it, root included, or a skip; undone in the end."""
+    """immutable(path) lets nobody write or remove a file, root included, or skips; undone at the end."""
     made = []
 
     def make(path):
-        done = (
-            subprocess.run(["chattr", "+i", path], capture_output=True, text=True)
-            if shutil.which("chattr")
-            else None
-        )
-        if done is None or done.returncode:
+        if not shutil.which("chattr") or subprocess.run(["chattr", "+i", path]).returncode:
             pytest.skip("needs root, chattr and a file system that knows it")
         made.append(path)
 
@@ -71,12 +64,30 @@ def commands_have_their_own_process(installation):
     installation.is_inside = False
 
 
+@contextmanager
+def locked(installation, how: str = "immediate"):
+    conn = sqlite3.connect(installation.db, isolation_level=None)
+    conn.execute(f"begin {how}")
+    yield
+    conn.execute("rollback")
+    conn.close()
+
+
 def troubles(worker) -> list[str]:
     return [line for line in worker.log.read_text().splitlines() if "trouble" in line]
 
 
+def it_said_so_once(worker, word: str, seconds: float = 1) -> None:
+    """The worker says what the trouble is, goes on, and does not repeat it."""
+    wait_for(lambda: troubles(worker) or worker.poll() is not None, what="a word on it")
+    assert stays_true(lambda: len(troubles(worker)) == 1 and worker.poll() is None, seconds), (
+        worker.log.read_text()
+    )
+    assert word in troubles(worker)[0]
+
+
 def a_run(installation, *options, handler=WAIT):
-    """A worker that runs a task: (worker, the task's id)."""
+    """Start a worker that runs a task; return it and the task's id."""
     installation.handler("wait", handler)
     installation.handler("quick", QUICK)
     task = installation.enqueue("notifications", "wait")
@@ -85,15 +96,21 @@ def a_run(installation, *options, handler=WAIT):
     return worker, task
 
 
-def it_ended_well(installation, task: str, worker) -> None:
-    """The handler that ended during the trouble is recorded, was not run again, and the next task
-    runs.
-    """
+def it_ended_well(installation, task: str, worker, result: str = "done\n") -> None:
+    """The handler that ended during the trouble is recorded, ran once, and the next task runs."""
     done = installation.finished(task)
-    assert (done["status"], done["attempts"], done["result"]) == ("completed", 1, "done\n")
-    assert lines(installation.directory / "runs") == ["run"]
-    assert installation.ends_well("notifications", "quick")
-    assert worker.poll() is None and "can be used again" in worker.log.read_text()
+    assert (done["status"], done["attempts"], done["result"]) == ("completed", 1, result)
+    assert len(installation.lines()) == 1
+    assert installation.ends_well("notifications", "quick") and worker.poll() is None
+
+
+def copied(installation) -> str:
+    """Copy the database, and take its sidecars away."""
+    copy = str(installation.directory / "copy.db")
+    installation.sqlite3(f"vacuum into '{copy}'")
+    for name in ("tasks.db-wal", "tasks.db-shm"):
+        (installation.state / name).unlink()
+    return copy
 
 
 def remove(directory) -> None:
@@ -101,17 +118,31 @@ def remove(directory) -> None:
         shutil.rmtree(directory, ignore_errors=True)
 
 
-def test_the_state_directory_was_deleted(installation):
+def test_the_state_directory_was_deleted_again_and_again(installation):
     installation.handler("quick", QUICK)
-    installation.enqueue("notifications", "quick")
     worker = installation.worker("notifications")
-    wait_for(lambda: installation.rows("select 1 from task_history"))
-    remove(installation.state)
-    wait_for(lambda: troubles(worker), what="a word on it")
-    assert stays_true(lambda: len(troubles(worker)) == 1, 1)
     assert installation.ends_well("notifications", "quick")
+    remove(installation.state)
+    it_said_so_once(worker, "")
+    # Whoever moves another there, a backup say, must find the place free.
+    assert not installation.state.exists()
+
+    def held() -> tuple[int, int]:
+        return tuple(len(os.listdir(f"/proc/{worker.pid}/{what}")) for what in ("fd", "task"))
+
+    counts = []
+    for _ in range(8):
+        assert installation.ends_well("notifications", "quick")
+        assert stat.S_IMODE(installation.state.stat().st_mode) == 0o700
+        counts.append(held())
+        remove(installation.state)
     assert "can be used again" in worker.log.read_text() and worker.poll() is None
-    assert stat.S_IMODE(installation.state.stat().st_mode) == 0o700
+    descriptors, threads = counts[0]
+    wait_for(
+        lambda: held()[0] <= descriptors + 5 and held()[1] <= threads + 4,
+        7,
+        f"the release of what it held: {counts}",
+    )
 
 
 def test_the_state_directory_was_deleted_while_a_handler_ran(installation):
@@ -124,15 +155,14 @@ def test_the_state_directory_was_deleted_while_a_handler_ran(installation):
     assert worker.poll() is None and len(troubles(worker)) == 1
 
 
-def test_a_worker_does_not_make_up_a_state_directory(installation):
-    """Whoever moves another there, a backup say, must find the place free."""
+def test_the_state_directory_was_moved_and_came_back(installation):
     worker = installation.worker("notifications")
     installation.state.rename(installation.directory / "moved")
-    assert stays_true(lambda: not installation.state.exists(), 1)
+    it_said_so_once(worker, "")
+    assert not installation.state.exists()
     (installation.directory / "moved").rename(installation.state)
     installation.handler("quick", QUICK)
-    assert installation.ends_well("notifications", "quick")
-    assert worker.poll() is None
+    assert installation.ends_well("notifications", "quick") and worker.poll() is None
 
 
 def test_the_state_directory_was_replaced_by_one_that_knows_fewer_queues(installation):
@@ -140,81 +170,54 @@ def test_the_state_directory_was_replaced_by_one_that_knows_fewer_queues(install
     worker = installation.worker("emails", "--then", "replies")
     remove(installation.state)
     task = installation.enqueue("emails", "quick")
-    wait_for(
-        lambda: installation.history(task) and installation.rows("select 1 from replies"),
-        8,
-        "the task and its next",
-    )
-    assert worker.poll() is None
+    assert installation.finished(task, 8)["status"] == "completed"
+    assert len(installation.rows("select 1 from replies")) == 1 and worker.poll() is None
 
 
 def test_a_backup_was_restored_that_knows_fewer_queues(installation):
     installation.handler("wait", WAIT)
     installation.enqueue("notifications", "wait", "--delay", 3600)
-    installation.sqlite3(
-        f"vacuum into '{str(installation.directory / 'backup.db').replace(chr(39), chr(39) * 2)}'"
-    )
+    backup = installation.directory / "backup.db"
+    installation.sqlite3(f"vacuum into '{backup}'")
     installation.enqueue("emails", "wait")
     worker = installation.worker("emails", "--concurrency", 2, "--then", "replies")
-    wait_for(lambda: lines(installation.directory / "runs"))
-    subprocess.run(
-        ["sqlite3", installation.db, f".restore '{installation.directory}/backup.db'"], check=True
-    )
+    wait_for(installation.lines)
+    subprocess.run(["sqlite3", installation.db, f".restore '{backup}'"], check=True)
     wait_for(lambda: troubles(worker) or worker.poll() is not None, what="a word on it")
-    (installation.directory / "go").touch()
+    installation.let_go()
     task = installation.enqueue("emails", "wait")
-    wait_for(
-        lambda: installation.history(task) or worker.poll() is not None,
-        8,
-        "the next task's end, or the worker's",
-    )
+    wait_for(lambda: installation.history(task) or worker.poll() is not None, 8, "the next end")
     assert worker.poll() is None, worker.log.read_text()
 
 
 def test_the_database_was_replaced(installation):
     worker, task = a_run(installation)
-    copy = str(installation.directory / "copy.db").replace("'", "''")
-    installation.sqlite3(f"vacuum into '{copy}'")
-    for name in ("tasks.db-wal", "tasks.db-shm"):
-        (installation.state / name).unlink()
-    os.replace(installation.directory / "copy.db", installation.db)
-    (installation.directory / "go").touch()
+    os.replace(copied(installation), installation.db)
+    installation.let_go()
     # The claim was in the copy.
-    assert installation.finished(task)["status"] == "completed"
-    assert installation.ends_well("notifications", "quick")
-    assert lines(installation.directory / "runs") == ["run"] and worker.poll() is None
+    it_ended_well(installation, task, worker)
 
 
 def test_the_database_was_damaged_and_then_mended(installation):
     worker, task = a_run(installation)
-    copy = str(installation.directory / "copy.db").replace("'", "''")
-    installation.sqlite3(f"vacuum into '{copy}'")
-    (installation.directory / "garbage").write_bytes(b"garbage" * 4096)
-    for name in ("tasks.db-wal", "tasks.db-shm"):
-        (installation.state / name).unlink()
-    os.replace(installation.directory / "garbage", installation.db)
-    (installation.directory / "go").touch()
-    wait_for(lambda: troubles(worker) or worker.poll() is not None, what="a word on it")
-    assert stays_true(lambda: worker.poll() is None and len(troubles(worker)) == 1, 1.5), (
-        worker.log.read_text()
-    )
-    assert "not a database" in troubles(worker)[0]
+    copy, garbage = copied(installation), installation.directory / "garbage"
+    garbage.write_bytes(b"garbage" * 4096)
+    os.replace(garbage, installation.db)
+    installation.let_go()
+    it_said_so_once(worker, "not a database")
     for sidecar in installation.state.glob("tasks.db-*"):
         sidecar.unlink()
-    os.replace(installation.directory / "copy.db", installation.db)
+    os.replace(copy, installation.db)
     it_ended_well(installation, task, worker)
+    assert "can be used again" in worker.log.read_text()
 
 
 def test_the_database_was_locked_for_longer_than_it_waits(installation):
     worker, task = a_run(installation)
-    conn = sqlite3.connect(installation.db, isolation_level=None)
-    conn.execute("begin exclusive")
-    (installation.directory / "go").touch()
-    wait_for(lambda: troubles(worker), what="a word on it")
-    assert stays_true(lambda: len(troubles(worker)) == 1, 2.5)
-    assert "locked" in troubles(worker)[0] and "fuser" in troubles(worker)[0]
-    conn.execute("rollback")
-    conn.close()
+    with locked(installation, "exclusive"):
+        installation.let_go()
+        it_said_so_once(worker, "locked")
+        assert "fuser" in troubles(worker)[0]
     it_ended_well(installation, task, worker)
 
 
@@ -229,29 +232,21 @@ sleep 100 & wait; kill $!
     )
     installation.enqueue("notifications", "slow")
     installation.worker("notifications", "--timeout", 1, "--concurrency", 2)
-    wait_for(lambda: lines(installation.directory / "began"))
-    conn = sqlite3.connect(installation.db, isolation_level=None)
-    conn.execute("begin immediate")
-    (installation.state / "wake").touch()
-    wait_for(lambda: lines(installation.directory / "termed"), 10)
-    conn.execute("rollback")
-    conn.close()
-    began, termed = (
-        float((installation.directory / name).read_text()) for name in ("began", "termed")
-    )
+    wait_for(lambda: installation.lines("began"))
+    with locked(installation):
+        (installation.state / "wake").touch()
+        wait_for(lambda: installation.lines("termed"), 10)
+    began, termed = (float(installation.lines(name)[0]) for name in ("began", "termed"))
     assert 0.9 < termed - began < 3.5
 
 
 def test_a_stop_is_heard_while_the_database_is_locked(installation):
     worker, _ = a_run(installation, "--grace", 0)
-    conn = sqlite3.connect(installation.db, isolation_level=None)
-    conn.execute("begin immediate")
-    worker.send_signal(signal.SIGTERM)
-    wait_for(lambda: troubles(worker), what="a word on it")
-    # It still has to say that its task is free.
-    assert worker.poll() is None
-    conn.execute("rollback")
-    conn.close()
+    with locked(installation):
+        worker.send_signal(signal.SIGTERM)
+        wait_for(lambda: troubles(worker), what="a word on it")
+        # It still has to say that its task is free.
+        assert worker.poll() is None
     assert worker.wait(10) == 0
     assert installation.rows("select status, attempts, owner from notifications") == [(1, 0, None)]
 
@@ -267,41 +262,29 @@ def test_the_disk_was_full(installation, mount):
                 filler.write(b"x" * 512)
         except OSError:
             pass
-    # one that does not fit into what is left of the log's last page
-    refused = installation.run(
-        "enqueue.py", "notifications", "quick", "-", input='{"x": "%s"}' % ("x" * 500_000)
-    )
-    assert (
-        refused.returncode == 1
-        and "disk is full" in refused.stderr
-        and refused.stderr.count("\n") == 1
-    )
-    (installation.directory / "go").touch()
-    wait_for(lambda: troubles(worker), what="a word on it")
-    assert stays_true(lambda: len(troubles(worker)) == 1 and worker.poll() is None, 1)
-    assert "disk is full" in troubles(worker)[0]
+    # This one does not fit into what is left of the log's last page.
+    large = '{"x": "%s"}' % ("x" * 500_000)
+    refused = installation.run("enqueue.py", "notifications", "quick", "-", input=large)
+    assert (refused.returncode, refused.stderr.count("\n")) == (1, 1)
+    assert "disk is full" in refused.stderr
+    installation.let_go()
+    it_said_so_once(worker, "disk is full")
     (installation.state / "filler").unlink()
-    assert installation.finished(task)["status"] == "completed"
-    assert installation.ends_well("notifications", "quick")
-    assert lines(installation.directory / "runs") == ["run"] and worker.poll() is None
+    it_ended_well(installation, task, worker, "")
 
 
 def test_the_write_ahead_log_was_not_writable(installation, immutable):
     worker, task = a_run(installation)
     immutable(installation.state / "tasks.db-wal")
-    (installation.directory / "go").touch()
-    wait_for(lambda: troubles(worker) or worker.poll() is not None, what="a word on it")
-    assert stays_true(lambda: len(troubles(worker)) == 1 and worker.poll() is None, 1), (
-        worker.log.read_text()
-    )
+    installation.let_go()
+    it_said_so_once(worker, "")
     immutable.undo()
     it_ended_well(installation, task, worker)
+    assert "can be used again" in worker.log.read_text()
 
 
 def test_the_state_directory_was_read_only(installation, mount):
-    """What is open stays writable, so the worker can say that it cannot start handlers, and does
-    not count it.
-    """
+    """What is open stays writable: the worker says that it cannot start handlers, uncounted."""
     installation.handler("quick", QUICK)
     installation.enqueue("notifications", "quick", "--delay", 3600)
     worker = installation.worker("notifications", "--max-attempts", 1)
@@ -309,11 +292,10 @@ def test_the_state_directory_was_read_only(installation, mount):
     opened.execute("select count(*) from notifications").fetchone()
     mount("--bind", installation.state)
     mount("-o", "remount,bind,ro")
-    opened.execute(
-        """insert into notifications (data) values ('{"task_id": "it", "task_type": "quick", "data": {}}')"""
-    )
+    row = '{"task_id": "it", "task_type": "quick", "data": {}}'
+    opened.execute("insert into notifications (data) values (?)", (row,))
     opened.close()
-    wait_for(lambda: "Read-only" in worker.log.read_text(), what="a word on it")
+    wait_for_word(worker, "Read-only")
     assert worker.poll() is None and installation.history("it") is None
     mount.undo()
     done = installation.finished("it")
@@ -330,8 +312,7 @@ def test_a_spooled_file_that_cannot_be_removed_holds_up_nothing(installation, im
     immutable(spool / "stuck.json")
     worker = installation.worker("notifications")
     installation.finished("stuck", 8)
-    task = installation.enqueue("notifications", "quick")
-    assert installation.finished(task, 8)["status"] == "completed"
+    assert installation.ends_well("notifications", "quick")
     immutable.undo()
     assert installation.rows("select count(*) from task_history where task_id = 'stuck'") == [(1,)]
     assert worker.poll() is None
@@ -375,23 +356,18 @@ def test_no_file_events_could_be_had(installation, limit):
     ):
         pytest.skip("needs user namespaces")
     installation.handler("quick", QUICK)
+    words = [sys.executable, ROOT / "worker.py", "notifications"]
     log = installation.directory / "polls.log"
     with open(log, "w") as file:
         worker = subprocess.Popen(
-            [
-                *unshare,
-                sys.executable,
-                ROOT / "worker.py",
-                "notifications",
-                "--handlers",
-                installation.handlers,
-            ],
+            [*unshare, *words, "--handlers", installation.handlers],
             env=installation.env,
             stderr=file,
         )
+    worker.log = log
     installation.processes.append(worker)
-    wait_for(lambda: "no file events" in log.read_text(), 60, "a word on it")
-    for _ in range(4):
+    wait_for_word(worker, "no file events", seconds=60)
+    for _ in range(3):
         task = installation.enqueue("notifications", "quick")
         began = time.monotonic()
         installation.finished(task)
@@ -408,52 +384,34 @@ def test_there_were_too_few_descriptors_for_all_its_places(installation):
     def few_descriptors():
         resource.setrlimit(resource.RLIMIT_NOFILE, (48, 48))
 
-    installation.handler(
-        "any", '#!/bin/sh\necho run >>"$HOME/runs"\nuntil [ -e "$HOME/go" ]; do sleep 0.02; done\n'
-    )
+    installation.handler("any", WAIT)
     worker = installation.worker("notifications", "--concurrency", 60, preexec_fn=few_descriptors)
     installation.enqueue("notifications", "any", "--jsonl", input='{"n": 1}\n' * 60)
-    wait_for(
-        lambda: "could not be started" in worker.log.read_text(),
-        what="a handler that cannot be started",
-    )
-    (installation.directory / "go").touch()
-    wait_for(
-        lambda: len(installation.rows("select 1 from task_history")) == 60,
-        60,
-        "the end of all tasks",
-    )
-    assert installation.rows("select status, attempts, count(*) from task_history") == [
-        ("completed", 1, 60)
-    ]
-    assert len(lines(installation.directory / "runs")) == 60
+    wait_for_word(worker, "could not be started")
+    installation.let_go()
+    installation.ended(60)
+    counts = "select status, attempts, count(*) from task_history"
+    assert installation.rows(counts) == [("completed", 1, 60)]
+    assert len(installation.lines()) == 60
 
 
-def test_nobody_reads_what_it_says_any_more(installation):
+def test_nobody_reads_what_it_says_and_its_terminal_was_closed(installation):
+    """As with nohup, and a pipe whose reader has gone."""
     installation.handler("quick", QUICK)
     worker = subprocess.Popen(
         [sys.executable, ROOT / "worker.py", "notifications", "--handlers", installation.handlers],
         env=installation.env,
         stderr=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN),
     )
     installation.processes.append(worker)
     assert b"serves" in worker.stderr.readline()
     worker.stderr.close()
+    worker.send_signal(signal.SIGHUP)
     for _ in range(2):
         assert installation.ends_well("notifications", "quick")
     worker.send_signal(signal.SIGTERM)
     assert worker.wait(5) == 0
-
-
-def test_the_terminal_was_closed_and_it_had_been_told_not_to_mind(installation):
-    installation.handler("quick", QUICK)
-    # This is what nohup does.
-    worker = installation.worker(
-        "notifications", preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    )
-    worker.send_signal(signal.SIGHUP)
-    assert stays_true(lambda: worker.poll() is None, 0.7)
-    assert installation.ends_well("notifications", "quick")
 
 
 def test_a_row_was_claimed_by_somebody_who_leaves_no_name(installation):
@@ -464,37 +422,11 @@ def test_a_row_was_claimed_by_somebody_who_leaves_no_name(installation):
     installation.sqlite3("update notifications set status = 2")
     installation.enqueue("notifications", "long")
     holder = installation.worker("notifications")
-    wait_for(lambda: lines(installation.directory / "runs"))
+    wait_for(installation.lines)
     survivor = installation.worker("notifications", "--max-attempts", 4)
     holder.kill()
     holder.wait()
-    os.killpg(int(lines(installation.directory / "runs")[0]), signal.SIGKILL)
-    wait_for(
-        lambda: len(lines(installation.directory / "runs")) == 2,
-        4,
-        "the next run of a dead worker's task",
-    )
+    os.killpg(int(installation.lines()[0]), signal.SIGKILL)
+    wait_for(lambda: len(installation.lines()) == 2, 4, "the next run of a dead worker's task")
     assert "Traceback" not in survivor.log.read_text()
-    os.killpg(int(lines(installation.directory / "runs")[1]), signal.SIGKILL)
-
-
-def test_the_state_directory_was_replaced_again_and_again(installation):
-    installation.handler("quick", QUICK)
-    worker = installation.worker("notifications")
-
-    def held() -> tuple[int, int]:
-        return len(os.listdir(f"/proc/{worker.pid}/fd")), len(
-            os.listdir(f"/proc/{worker.pid}/task")
-        )
-
-    counts = []
-    for _ in range(12):
-        remove(installation.state)
-        assert installation.ends_well("notifications", "quick")
-        counts.append(held())
-    descriptors, threads = counts[0]
-    wait_for(
-        lambda: held()[0] <= descriptors + 5 and held()[1] <= threads + 4,
-        7,
-        f"the release of what it held: {counts}",
-    )
+    os.killpg(int(installation.lines()[1]), signal.SIGKILL)
