@@ -102,12 +102,12 @@ def test_a_result_that_waits_for_its_person_is_told(installation):
 def test_a_queue_that_goes_on_is_told_before_the_worker_leaves(installation):
     installation.handler("stuck", PAUSES % "0.3")
     installation.enqueue("notifications", "stuck")
-    worker = installation.worker("notifications", "--notify", teller(installation))
+    options = ("--grace", 0, "--notify", teller(installation))
+    worker = installation.worker("notifications", *options)
     runs = lambda: installation.rows("select count(*) from notifications where status = 2")  # noqa: E731
     wait_for(lambda: ("paused", "notifications", None) in events(installation), what="the pause")
     installation.handler("stuck", "#!/bin/sh\nexec sleep 60\n")
     wait_for(lambda: runs() == [(1,)], what="the next run")
-    worker.terminate()
     worker.terminate()
     worker.wait(20)
     wait_for(lambda: ("resumed", "notifications", None) in events(installation), what="the end")

@@ -175,6 +175,23 @@ def test_a_row_that_bash_broke_keeps_no_other_from_firing(queue, clock, broken, 
     assert sorted(task.task_id for task in claimed) == ["good", "well"]
 
 
+def test_a_time_that_another_worker_has_taken_meanwhile_fires_nothing(queue, clock, monkeypatch):
+    conn = queue.connect()
+    add(conn, queue, clock, "it", "1h")
+    clock.now += 3600
+    next_time = every.next_time
+
+    def after_the_others(*words):
+        monkeypatch.setattr(every, "next_time", next_time)
+        every.fire(conn, ["approvals"])
+        assert fired(conn, queue) == 1
+        return next_time(*words)
+
+    monkeypatch.setattr(every, "next_time", after_the_others)
+    every.fire(conn, ["approvals"])
+    assert fired(conn, queue) == 0
+
+
 def test_two_workers_and_kill_at_any_moment_make_one_task_for_each_time(installation, queue):
     """The ids of the firings are their times, each once, while two workers are killed again and again."""
     installation.handler("tick", "#!/bin/sh\n")

@@ -38,24 +38,25 @@ STRANGE = ["9" * 400, "-" + "9" * 400, "9" * 5000, "NaN", "Infinity", "-Infinity
            "{}"]  # fmt: skip
 
 
-@pytest.mark.parametrize("number", STRANGE, ids=lambda text: text[:12])
-def test_a_time_that_is_none_spins_nothing(installation, beside, number):
-    text = json.dumps({"retry_after": 0}).replace("0", number)
-    beside(f"#!/bin/sh\necho x >>\"$HOME/runs\"\necho '{text}'\nexit 75\n")
-    wait_for(
-        lambda: (
-            installation.history("odd-1")
-            or installation.rows("select 1 from notifications where status = 3")
-        ),
-        what="the odd one's verdict",
-    )
-    assert stays_true(lambda: len(lines(installation.directory / "runs")) == 1, 1), (
-        "it ran again at once, uncounted"
+def test_a_time_that_is_none_spins_nothing(installation):
+    """Each of these numbers is the matter of its task, and those beside it are done."""
+    installation.handler("fine", "#!/bin/sh\n")
+    for index, number in enumerate(STRANGE):
+        said = f"echo '{{\"retry_after\": {number}}}'"
+        installation.handler(f"odd-{index}", f'#!/bin/sh\necho x >>"$HOME/runs"\n{said}\nexit 75\n')
+        installation.add(f"notifications odd-{index} --task-id odd-{index}")
+        installation.add("notifications fine")
+    worker = installation.worker("notifications", "--concurrency", 8)
+    unjudged = "select 1 from notifications where status <> 3"
+    wait_for(lambda: not installation.rows(unjudged), what="a verdict on each")
+    done = installation.rows("select count(*) from task_history where task_type = 'fine'")
+    assert done == [(len(STRANGE),)]
+    assert stays_true(lambda: len(installation.lines()) == len(STRANGE), 1), (
+        "one ran again at once, uncounted"
     )
     rows = installation.rows("select attempts, due_at - unixepoch() from notifications")
-    if rows:
-        ((attempts, seconds),) = rows
-        assert attempts == 0 and 50 < seconds <= 31 * 86_400
+    assert all(attempts == 0 and 50 < seconds <= 31 * 86_400 for attempts, seconds in rows), rows
+    assert worker.poll() is None and "Traceback" not in worker.log.read_text()
 
 
 @pytest.mark.parametrize("said", ['{"retry_after": 0}', '{"retry_after": 1e-300}', '{"pause": 0}'])

@@ -50,7 +50,7 @@ def begun(installation) -> list[tuple[str, float]]:
 @pytest.mark.timeout(120)
 def test_at_most_four_more_start_none_counts_and_all_finish(installation, queue):
     pausing(installation, "2")
-    fill(queue, 200)
+    fill(queue, 80)
     for _ in range(4):
         installation.worker("notifications")
     at, until, reason, by = wait_for(lambda: control(installation), what="the pause")
@@ -59,10 +59,10 @@ def test_at_most_four_more_start_none_counts_and_all_finish(installation, queue)
         and reason == "until the limit resets"
         and by == "handler"
     )
-    wait_for(lambda: installation.rows("select count(*) from task_history") == [(200,)], 60)
+    wait_for(lambda: installation.rows("select count(*) from task_history") == [(80,)], 60)
     # The kernel's clock for files and processes may be some milliseconds behind.
     assert len([when for _, when in begun(installation) if at < when < until - 0.02]) <= 4
-    assert sorted(name for name, _ in begun(installation)) == sorted([*map(str, range(200)), "2"])
+    assert sorted(name for name, _ in begun(installation)) == sorted([*map(str, range(80)), "2"])
     assert installation.rows("select distinct status, attempts from task_history") == [
         ("completed", 1)
     ]
@@ -113,7 +113,7 @@ def test_idle_exit_waits_for_a_pause_that_ends_and_drain_does_not(installation, 
     installation.handler("t", "#!/bin/sh\n")
     fill(queue, 3)
     with queue.transaction(conn):
-        pause_queue(conn, "notifications", time.time() + 2.5, "for a while", by="person")
+        pause_queue(conn, "notifications", time.time() + 1.5, "for a while", by="person")
     assert (
         installation.run(
             "worker.py", "notifications", "--drain", "--handlers", installation.handlers
