@@ -174,7 +174,7 @@ def known(soak: Soak) -> set[str]:
 
 def names_in(soak: Soak, db: Path) -> set[str]:
     tables = soak.rows("select name from sqlite_master where type = 'table'", db=db)
-    queues = [queue for queue in QUEUES if (queue,) in tables]
+    queues = [queue for queue in (*QUEUES, "results") if (queue,) in tables]
     selects = [f"select data from {table}" for table in (*queues, "task_history")]
     texts = soak.rows(" union all ".join(selects), db=db)
     return {name_of(text) for (text,) in texts}
