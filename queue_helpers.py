@@ -551,7 +551,7 @@ class Task(_Task):
 
     @property
     def depth(self) -> int:
-        """How many handlers stand before this task in its chain; 0 for most."""
+        """Return how many handlers stand before this task in its chain; 0 for most."""
         depth = self.envelope.get("depth")
         return depth if type(depth) is int and depth > 0 else 0
 

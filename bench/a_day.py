@@ -112,7 +112,7 @@ class Terminal:
             self.printed += data
 
     def take(self) -> str:
-        """What was printed since this was last asked for."""
+        """Return what was printed since this was last asked for."""
         # The reader's thread has what is printed a moment later; it has all when it has this.
         mark = f"[{secrets.token_hex(8)}]".encode()
         os.write(self.slave, mark)
@@ -142,7 +142,7 @@ class Day:
         self.where = self.home
 
     def environment(self) -> dict[str, str]:
-        """What a login shell has, and uv's cache."""
+        """Return what a login shell has, and uv's cache."""
         kept = re.compile(
             "LANG|LC_[A-Z]+|USER|SSL_CERT_.*|NODE_EXTRA_CA_CERTS|(https?|no|all)_proxy", re.I
         )
@@ -200,7 +200,7 @@ class Day:
         return "\n".join(line.rstrip() for line in "\n".join(lines).split("\n")).rstrip()
 
     def typed(self, command: str) -> str:
-        """What a command prints. It runs in the last directory, and `cd` goes to another one."""
+        """Return what a command prints; it runs in the last directory, and `cd` goes on."""
         marker = self.home / ".where"
         script = f"{command}\ncode=$?\npwd >'{marker}'\nexit $code"
         done = subprocess.run(
@@ -258,7 +258,7 @@ class Day:
         )
 
     def answer(self, kind: str, **how) -> None:
-        """What the model says from now on."""
+        """Have the model say this from now on."""
         new = self.api / "answer.new"
         new.write_text(json.dumps({"kind": kind, **how}))
         new.replace(self.api / "answer.json")
@@ -319,7 +319,7 @@ def find_claude() -> str | None:
 
 
 def the_day(day: Day) -> None:
-    """What happens, from the morning to the evening."""
+    """Go through the day, from the morning to the evening."""
     day.say("# A day with the queue")
     day.say(
         "Printed by `just bench a_day`, which runs every command in a new HOME, with 80 columns."

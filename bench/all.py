@@ -109,7 +109,7 @@ def wakes(rounds: int) -> dict:
 
 
 def writers(rounds: int) -> dict:
-    """What the slowest of 8 writers gets done, as a part of the fastest one's."""
+    """Return what the slowest of 8 writers gets done, as a part of the fastest one's."""
     found: dict[str, list[dict]] = {"put-8": [], "raw-8": []}
     for _ in range(rounds):
         for scenario in random.sample(sorted(found), 2):

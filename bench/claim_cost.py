@@ -3,7 +3,7 @@
 # requires-python = ">=3.11"
 # dependencies = []
 # ///
-"""What a task costs while the queue grows: of the rows of each line, half are scheduled, three
+"""Measure what a task costs while the queue grows: of the rows of each line, half are scheduled, three
 tenths are one group, and a fifth waits; as many are finished.
 
     bench/claim_cost.py [ROWS ROWS …]     default 100 10000 1000000

@@ -3,7 +3,7 @@
 # requires-python = ">=3.11"
 # dependencies = []
 # ///
-"""How long does an enqueue take while cleanup.py prunes a big history?
+"""Measure how long an enqueue takes while cleanup.py prunes a big history.
 
     bench/cleanup_latency.py                       a million finished tasks, in a throw-away state directory
     bench/cleanup_latency.py --rows 200000 --json

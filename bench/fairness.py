@@ -3,7 +3,7 @@
 # requires-python = ">=3.11"
 # dependencies = ["persist-queue>=1.1,<2"]
 # ///
-"""Whether every writer gets its turn: writers that write without a pause, all begun together.
+"""See whether every writer gets its turn: writers that write without a pause, all begun together.
 
     bench/fairness.py [SCENARIO …] [--seconds 5] [--json]
 
@@ -44,7 +44,7 @@ INSERT = """insert into bench (data) values ('{"workspace_path": "/home/user/pro
 
 
 def write(kind: str, threads: int, seconds: float) -> list[dict]:
-    """What each thread of one process does: how many calls ended well and ill, and the longest."""
+    """Return each thread's calls that ended well and ill, and the longest one."""
     make, busy = shell_writer, subprocess.CalledProcessError
     if kind != "shell":
         sys.path.insert(0, str(HERE))

@@ -199,7 +199,7 @@ class Soak:
                 process.wait()
 
     def complaints(self, tasks: int) -> list[str]:
-        """What is wrong in the end."""
+        """Return what is wrong in the end."""
         import psycopg
 
         found = []

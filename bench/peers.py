@@ -3,7 +3,7 @@
 # requires-python = ">=3.11"
 # dependencies = ["persist-queue>=1.1,<2", "watchdog>=4,<8", "huey>=3,<4", "litequeue>=0.9,<1"]
 # ///
-"""What a call and a wake cost: ours, raw SQLite, persist-queue, huey and litequeue, in one run.
+"""Measure what a call and a wake cost: ours, raw SQLite, persist-queue, huey and litequeue, in one run.
 
     bench/peers.py [--rounds 7] [--quick] [--json]
 
@@ -398,7 +398,7 @@ def consume(kind: str, directory: str, number: int) -> dict:
     began = [0.0]
 
     def hear(task: int, now: int) -> bool:
-        """Whether that was the last one. One event may stand for two writes: none is counted."""
+        """Return whether that was the last one; one event may stand for two writes."""
         heard.setdefault(task, now)
         if task <= WARM_UP:
             began[0] = processor_seconds()
@@ -490,7 +490,7 @@ WAKES = {
 
 
 def processor_seconds() -> float:
-    """What this process has used until now."""
+    """Return what this process has used until now."""
     used = resource.getrusage(resource.RUSAGE_SELF)
     return used.ru_utime + used.ru_stime
 

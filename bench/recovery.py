@@ -3,7 +3,7 @@
 # requires-python = ">=3.11"
 # dependencies = ["watchdog>=4,<8"]
 # ///
-"""How soon the task of a worker that got `kill -9` runs again, with another worker idle: p50, p99
+"""Measure how soon the task of a worker that got `kill -9` runs again, with another worker idle: p50, p99
 and maximum.
 
     bench/recovery.py [KILLS]     default 200
@@ -97,7 +97,7 @@ def start(root: Path, env: dict) -> subprocess.Popen:
 
 
 def wait_for_run(root: Path, number: int) -> tuple[float, int]:
-    """When run `number` began, and its process group."""
+    """Return when run `number` began, and its process group."""
     deadline = time.monotonic() + 30
     while time.monotonic() < deadline:
         runs = (root / "runs").read_text().split("\n")[:-1] if (root / "runs").exists() else []

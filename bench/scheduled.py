@@ -3,7 +3,7 @@
 # requires-python = ">=3.11"
 # dependencies = ["watchdog>=4,<8"]
 # ///
-"""How long after its time a scheduled task starts, while a worker sleeps: from its due time to its
+"""Measure how long after its time a scheduled task starts, while a worker sleeps: from its due time to its
 handler's first words.
 
     bench/scheduled.py [TASKS]     default 50, each due 0.3 to 1 s after it is enqueued
@@ -87,7 +87,7 @@ def measure(q, log: Path, count: int) -> dict[str, list[float]]:
 
 
 def wait(log: Path, task_id: str) -> float:
-    """When the task's handler began."""
+    """Return when the task's handler began."""
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
         for line in log.read_text().splitlines():

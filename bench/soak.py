@@ -437,7 +437,7 @@ def kind_of(line: str) -> str:
 
 
 def stat_of(pid: int) -> list[str]:
-    """What /proc says of a process, from its state on; nothing when it is gone."""
+    """Return what /proc says of a process, from its state on; nothing when it is gone."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
     except OSError:

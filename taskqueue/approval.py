@@ -39,7 +39,7 @@ class Held(NamedTuple):
 
     @property
     def needs_fields(self) -> bool:
-        """Whether the person must say which fields to change."""
+        """Return whether the person must say which fields to change."""
         return self.asks == {}
 
 

@@ -58,7 +58,7 @@ class Part:
 
     @property
     def is_planned(self) -> bool:
-        """Whether a yes to all is a yes to this; what costs money is asked for by itself."""
+        """Return whether a yes to all is a yes to this; what costs money is asked for by itself."""
         return self.wanted is not False and (self.option != "wake" or bool(self.wanted))
 
 

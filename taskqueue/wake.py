@@ -132,7 +132,7 @@ class Watch(threading.Thread):
 
     @property
     def listening(self) -> bool:
-        """Whether file events are reported."""
+        """Return whether file events are reported."""
         return self._observer is not None
 
     def leave(self) -> None:
@@ -291,7 +291,7 @@ class WakeEvent:
 
 
 def next_due(conn: q.Connection, queue: str) -> float | None:
-    """When there will be something to do at the latest, Unix seconds; None when nothing has a time.
+    """Return when there is something to do at the latest, in Unix seconds, or None.
 
     That is the time of a scheduled task, of an expiry, or when a pause ends or the queue's costs allow more.
     """

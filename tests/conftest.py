@@ -242,7 +242,7 @@ class Installation:
         return done.stdout.splitlines()[-1].split()[1] if done.stdout else ""
 
     def sqlite3(self, statement: str, **options) -> str:
-        """What the sqlite3 command prints for a statement; it must succeed."""
+        """Return what the sqlite3 command prints for a statement; it must succeed."""
         done = subprocess.run(
             ["sqlite3", "-cmd", ".timeout 10000", self.db, statement],
             capture_output=True,

@@ -45,7 +45,7 @@ class Crowd:
 
 
 def enqueue(q, go: int, state: str, log: str, how: str, rounds: str, task_id: str) -> None:
-    """What each of them does."""
+    """Do what each of them does."""
     conn = q.connect(Path(state), busy_timeout_ms=120_000)
     fd = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
     os.write(1, b"r")

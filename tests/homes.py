@@ -135,7 +135,7 @@ class Home:
         self.env["UV_CACHE_DIR"] = cache.stdout.strip()
 
     def paste(self, text: str, cwd: Path | None = None, timeout: float = 120) -> str:
-        """What a new shell prints for a block; each of its commands must succeed."""
+        """Return what a new shell prints for a block; each of its commands must succeed."""
         done = subprocess.run(
             ["bash", "-euo", "pipefail", "-c", text],
             env=self.env,
@@ -179,7 +179,7 @@ class Home:
         wait_for(lambda: not self.serves(), what="the end of the worker")
 
     def serves(self) -> bool:
-        """Whether a worker still holds the queue's lock."""
+        """Return whether a worker still holds the queue's lock."""
         import fcntl
 
         with open(self.state / "workers/serving.notifications", "r+b") as file:

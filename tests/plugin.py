@@ -24,7 +24,7 @@ NOT_SHIPPED = shutil.ignore_patterns(
 
 
 def copy_of_the_plugin(directory: Path) -> Path:
-    """What a marketplace holds: this checkout, without what only its developers need."""
+    """Copy this checkout as a marketplace holds it: without what only its developers need."""
     return shutil.copytree(ROOT, directory, ignore=NOT_SHIPPED)
 
 
@@ -114,7 +114,7 @@ class Home:
 
 
 def is_alive(pid: int) -> bool:
-    """Whether a process runs; one that nobody has waited for has ended, too."""
+    """Return whether a process runs; one that nobody has waited for has ended, too."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:

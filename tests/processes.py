@@ -16,7 +16,7 @@ echo done
 
 
 def lives(pid: int) -> bool:
-    """Whether a process runs; a zombie does not."""
+    """Return whether a process runs; a zombie does not."""
     state = subprocess.run(
         ["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True
     ).stdout.strip()
@@ -24,7 +24,7 @@ def lives(pid: int) -> bool:
 
 
 def group_lives(group: int) -> bool:
-    """Whether anybody of a process group runs."""
+    """Return whether anybody of a process group runs."""
     listed = subprocess.run(
         ["ps", "-A", "-o", "pgid=,stat="], capture_output=True, text=True
     ).stdout.splitlines()
@@ -49,13 +49,13 @@ def lines(path: Path) -> list[str]:
 
 
 def processor_seconds(pid: int) -> float:
-    """What a process has used of the processor."""
+    """Return what a process has used of the processor."""
     fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def stays_true(condition, seconds: float) -> bool:
-    """Whether condition() holds for so long."""
+    """Return whether condition() holds for so long."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         if not condition():

@@ -78,13 +78,13 @@ class ClaudeCode:
         return env | {"CLAUDE_CODE_OAUTH_TOKEN": "sk-ant-oat01-stub"}
 
     def answer(self, kind: str, **how) -> None:
-        """What the API answers from now on."""
+        """Have the API answer this from now on."""
         temporary = self.asked / "answer.new"
         temporary.write_text(json.dumps({"kind": kind, **how}))
         temporary.replace(self.asked / "answer.json")
 
     def requests(self) -> list[dict]:
-        """What the API was asked, {"time", "kind", "headers", "body"} each."""
+        """Return what the API was asked, {"time", "kind", "headers", "body"} each."""
         file = self.asked / "requests.jsonl"
         # The last line may be half written at this moment.
         lines = file.read_text().splitlines(keepends=True) if file.exists() else []
@@ -92,7 +92,7 @@ class ClaudeCode:
 
     @property
     def within(self) -> tuple[str, ...]:
-        """What a command begins with that can reach the API."""
+        """Return what a command begins with that can reach the API."""
         return "nsenter", "-t", str(self.api.pid), "-n"
 
     def task(self, **data) -> Task:

@@ -50,7 +50,7 @@ class Fake:
         (self.home / "errors").write_bytes(errors)
 
     def then(self, script: str) -> None:
-        """What it goes on with, in the shell, instead of ending."""
+        """Have it go on with this, in the shell, instead of ending."""
         (self.home / "then").write_text(script)
 
     def task(self, **data) -> Task:

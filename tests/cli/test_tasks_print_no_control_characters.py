@@ -131,7 +131,7 @@ def test_enqueue_names_what_it_stored_in_printable_characters(installation):
 
 
 def on_terminal(installation, *command: str) -> str:
-    """What a script writes to a terminal of its own."""
+    """Return what a script writes to a terminal of its own."""
     ours, theirs = pty.openpty()
     process = subprocess.Popen(
         [sys.executable, ROOT / "tasks.py", *command],

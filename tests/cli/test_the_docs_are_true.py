@@ -66,7 +66,7 @@ def commands_of(text: str) -> list[str]:
 
 
 def section(script: str) -> str:
-    """What the reference says of a script."""
+    """Return what the reference says of a script."""
     [text] = re.findall(rf"^## `{re.escape(script)}`\n(.*?)(?=^## |\Z)", REFERENCE, re.M | re.S)
     return text
 

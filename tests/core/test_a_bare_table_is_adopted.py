@@ -13,7 +13,7 @@ BARE = "CREATE TABLE IF NOT EXISTS {} (id INTEGER PRIMARY KEY AUTOINCREMENT, dat
 
 
 def by_hook(state, script: str) -> str:
-    """What a hook does: make the directory, and the statements with the sqlite3 command."""
+    """Do as a hook does: make the directory, and run the statements with the sqlite3 command."""
     state.mkdir(mode=0o700, parents=True, exist_ok=True)
     done = subprocess.run(
         ["sqlite3", "-bail", state / "tasks.db"],

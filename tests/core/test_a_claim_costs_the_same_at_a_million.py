@@ -66,7 +66,7 @@ def fill(queue, count: int, mark: str, *kinds: str) -> None:
 
 
 def steps(conn, action) -> int:
-    """How many instructions SQLite's machine takes for what action does."""
+    """Return how many instructions SQLite's machine takes for what action does."""
     counted = [0]
 
     def count() -> None:

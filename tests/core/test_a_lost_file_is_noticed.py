@@ -37,7 +37,7 @@ class Writer:
         assert self.process.stdout.readline() == "ready\n", self.log.read_text()
 
     def store(self, task_id: str) -> str:
-        """What the writer says of it."""
+        """Return what the writer says of it."""
         self.process.stdin.write(f"{task_id}\n")
         self.process.stdin.flush()
         return self.process.stdout.readline().strip()
@@ -90,7 +90,7 @@ def test_a_worker_whose_log_was_removed_runs_what_comes_after(installation, remo
     tries = iter(range(100_000))
 
     def comes_through() -> bool:
-        """Whether a task that is enqueued now is run within a second; the first ones may be
+        """Return whether a task that is enqueued now is run within a second; the first ones may be
         refused.
         """
         task_id = f"after {next(tries)}"

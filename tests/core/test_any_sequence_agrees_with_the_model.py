@@ -203,7 +203,7 @@ class Model:
         ]
 
     def catch_up(self) -> None:
-        """What happens at each claim: what has expired ends, and what is due may run."""
+        """End what has expired, and let run what is due, as each claim does."""
         for task in [
             t for t in self.tasks.values() if t.expires is not None and t.expires <= self.now
         ]:
@@ -426,7 +426,7 @@ class Queue(RuleBasedStateMachine):
 
     @rule(owner=owners, delay=delays)
     def die(self, owner, delay) -> None:
-        """What it held is taken back by whoever looks; the other one is alive."""
+        """Take back what it held, as whoever looks does; the other one is alive."""
         if owner not in self.fds:
             return
         os.close(self.fds.pop(owner))

@@ -86,7 +86,7 @@ def count(installation) -> int:
 
 
 def listed(installation) -> int:
-    """How many tasks `tq list` knows; it can show them all."""
+    """Return how many tasks `tq list` knows; it can show them all."""
     tq(installation, "tasks.py", "stats")
     return len(json.loads(tq(installation, "tasks.py", "list", "--json").stdout))
 

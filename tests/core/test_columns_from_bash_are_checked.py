@@ -37,7 +37,7 @@ CONSTRAINT = {
 
 
 def refused(installation, statement: str) -> str:
-    """What the sqlite3 command says of a statement that it refuses."""
+    """Return what the sqlite3 command says of a statement that it refuses."""
     done = subprocess.run(["sqlite3", installation.db, statement], capture_output=True, text=True)
     assert done.returncode != 0, statement
     return done.stderr

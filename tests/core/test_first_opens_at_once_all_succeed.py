@@ -69,7 +69,7 @@ q.enqueue_task("notifications", "t", {})
 
 
 def expected_layout(directory) -> list:
-    """What one open after another makes."""
+    """Return what one open after another makes."""
     env = {"TASK_QUEUE_STATE": str(directory), "PATH": os.environ["PATH"], "HOME": str(directory)}
     for queue in ("notifications", "own_0", "own_1"):
         subprocess.run(

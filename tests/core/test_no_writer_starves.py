@@ -36,7 +36,7 @@ os.kill(os.getpid(), signal.SIGSTOP)
 
 
 def compare(scenario: str, seconds: float = 3.0) -> list[dict]:
-    """What bench/fairness.py says of a scenario."""
+    """Return what bench/fairness.py says of a scenario."""
     command = [
         sys.executable,
         ROOT / "bench" / "fairness.py",
@@ -69,7 +69,7 @@ def wrote(process: subprocess.Popen) -> None:
 
 
 def count(installation) -> int:
-    """How many tasks there are in the queue."""
+    """Return how many tasks there are in the queue."""
     return installation.rows("select count(*) from bench")[0][0]
 
 

@@ -73,7 +73,7 @@ print(struck)
 
 
 def run(installation, code: str) -> str:
-    """What a process of its own prints, which must succeed and print nothing on stderr."""
+    """Return what a process of its own prints, which must succeed and print nothing on stderr."""
     done = installation.python(code)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout

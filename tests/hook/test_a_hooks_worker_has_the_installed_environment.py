@@ -34,7 +34,7 @@ def file(installation):
 
 
 def told(installation, file, **session):
-    """What a task's handler finds in its environment."""
+    """Return what a task's handler finds in its environment."""
     installation.handler(
         "it", "#!/usr/bin/env python3\nimport json, os\nprint(json.dumps(dict(os.environ)))\n"
     )

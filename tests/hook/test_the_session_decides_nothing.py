@@ -57,7 +57,7 @@ def workspace(tmp_path):
 
 
 def hostile(workspace):
-    """What a session's environment may hold after it was started in such a workspace."""
+    """Return what a session's environment may hold after it was started in such a workspace."""
     return {
         "PATH": ".::relative:/usr/bin:/bin",
         "PYTHONPATH": ".",

@@ -16,7 +16,7 @@ pytest_plugins = ["machines"]
 
 
 def complaint(here, url: str | None = None) -> str:
-    """What push --drain says when it cannot reach the hub; the task waits as it was."""
+    """Return what push --drain says when it cannot reach the hub; the task waits as it was."""
     here.put(q.new_row("greet", {}, "x"))
     done = here.here.run(
         "relay.py", "push", "notifications", "--drain", env={"TASK_QUEUE_HUB": url or here.hub.url}

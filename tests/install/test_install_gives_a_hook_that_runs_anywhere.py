@@ -61,7 +61,7 @@ def fire(home, command, shell="sh", payload=STOP, env=None, cwd="/", **options):
 
 
 def rows(prefix):
-    """What is there once the spool was taken in."""
+    """Return what is there once the spool was taken in."""
     queue_helpers.take_in_spool(prefix / "state")
     conn = sqlite3.connect(prefix / "state/tasks.db")
     try:

@@ -79,7 +79,7 @@ class Session(Home):
             subprocess.run([*git, *command], cwd=self.market, check=True, env=self.env)
 
     def installed(self) -> str:
-        """Where Claude Code has the plugin's version of now."""
+        """Return where Claude Code has the plugin's version of now."""
         record = json.loads((self.home / ".claude/plugins/installed_plugins.json").read_text())
         return record["plugins"][NAME][0]["installPath"]
 

@@ -25,7 +25,7 @@ def drain(installation, *options) -> None:
 
 
 def at_once(runs: list[str]) -> list[int]:
-    """How many ran after each line."""
+    """Return how many ran after each line."""
     running, counts = 0, []
     for line in runs:
         running += 1 if line == "begin" else -1

@@ -36,7 +36,7 @@ def fill(queue, count: int) -> None:
 
 
 def most_at_once(log) -> int:
-    """How many ran at a time at most; a run that is killed ends where that is noted."""
+    """Return how many ran at a time at most; a run that is killed ends where that is noted."""
     running, most = set(), 0
     for line in lines(log):
         what, task_id, pid = line.split()
