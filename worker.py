@@ -478,6 +478,7 @@ class Worker:
             if may_be_news:
                 self.look_at_pauses(conn)
         except (q.QueueError, OSError) as error:
+            error = self.root_of(error)
             if str(error) != self.trouble:
                 say(f"trouble: {with_remedy(error, self.state)}; trying again until it is mended")
             self.trouble, self.changed = str(error), True
@@ -488,6 +489,14 @@ class Worker:
         if self.trouble:
             say("the database can be used again; going on")
         self.trouble, self.failures, self.retry_at = "", 0, 0.0
+
+    def root_of(self, error: q.QueueError | OSError) -> q.QueueError | OSError:
+        """Return why the database cannot be used, if it cannot; else the trouble that was met."""
+        try:
+            self.connect()
+        except (q.QueueError, OSError) as root:
+            return root
+        return error
 
     def leave_when_replaced(self) -> None:
         """Claim no more when these scripts are gone or were updated; handlers that run may finish.

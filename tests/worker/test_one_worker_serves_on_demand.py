@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -50,6 +51,16 @@ def log(state: Path) -> str:
 def workers(state: Path) -> list[int]:
     """Return the pids of the state directory's detached workers that came to serve."""
     return [int(pid) for pid in re.findall(r"worker (\d+)-\w+ serves", log(state))]
+
+
+def started_workers(installed) -> list[int]:
+    """Return the pids of this installation's workers, those that uv is still starting among them."""
+    script, found = f"{installed.script.parent}/worker.py".encode(), []
+    for process in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(OSError):
+            if script in process.read_bytes().split(b"\0"):
+                found.append(int(process.parent.name))
+    return found
 
 
 def start_worker(installed, task_type: str = "quick", **options) -> str:
@@ -210,10 +221,10 @@ def test_ten_hooks_at_once_start_one_and_a_killed_one_is_replaced(installed):
     hooks = [subprocess.Popen(command, **how) for _ in range(10)]
     assert all(hook.communicate(timeout=30) and hook.returncode == 0 for hook in hooks)
     installed.ended(10)
-    started = len(installed.lines("uv.log"))
-    losers = lambda: log(installed.state).count("another worker serves")  # noqa: E731
-    wait_for(lambda: losers() == started - 1, what="the losers' leave")
     (pid,) = workers(installed.state)
+    wait_for(lambda: started_workers(installed) == [pid], what="the losers' leave")
+    started = len(installed.lines("uv.log"))
+    assert log(installed.state).count("another worker serves") == started - 1
     # A later one finds it, and starts none.
     installed.finished(start_worker(installed))
     assert len(installed.lines("uv.log")) == started and workers(installed.state) == [pid]
